@@ -1,0 +1,1 @@
+"""Quantization-aware distillation of small language models to lookup tables with low-rank scales."""

@@ -1,0 +1,94 @@
+"""Checkpoints: the quantized layers of a student, in a folder that says what it belongs to.
+
+A checkpoint holds what quantization made (packed indices, tables, scales) and names the teacher that
+everything else (embeddings, norms, head) comes from, by fingerprint.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import PreTrainedModel
+
+from qat.artifacts import open_artifact, publish
+from qat.config import QuantConfig, as_plain
+from qat.errors import ArtifactError
+from qat.machine import Machine
+from qat.models import ModelFolder
+from qat.quant import packing
+from qat.quant.layers import Layer
+from qat.quant.linear import QuantLinear, quantized
+
+FILE = "tables.safetensors"
+PARAMETERS = ("lut", "scale_A", "scale_B", "rank_magnitude")
+
+
+def describe(teacher: ModelFolder, quant: QuantConfig, layers: list[Layer]) -> dict[str, Any]:
+    """What a checkpoint's manifest says of its origin and its layers."""
+    return {
+        "kind": "checkpoint",
+        "model": teacher.name,
+        "teacher": teacher.fingerprint,
+        "quant": as_plain(quant),
+        "layers": {
+            layer.name: {
+                "kind": layer.kind,
+                "shape": list(layer.shape),
+                "bits": layer.bits,
+                "rank": layer.rank,
+            }
+            for layer in layers
+        },
+    }
+
+
+def heritage(manifest: dict[str, Any]) -> dict[str, Any]:
+    """What a checkpoint trained from another one says like it: teacher, preset and layers."""
+    return {key: manifest[key] for key in ("kind", "model", "teacher", "quant", "layers")}
+
+
+def layers_of(manifest: dict[str, Any]) -> list[Layer]:
+    """The layers a manifest lists."""
+    entries = manifest["layers"].items()
+    return [Layer(name, e["kind"], tuple(e["shape"]), e["bits"], e["rank"]) for name, e in entries]
+
+
+def write_tables(modules: dict[str, QuantLinear], folder: Path) -> None:
+    """Writes the quantized layers, with unit-norm scales; the modules themselves stay as they are."""
+    tensors: dict[str, torch.Tensor] = {}
+    for name, module in modules.items():
+        tensors[f"{name}.indices"] = packing.pack(module.indices, module.bits)
+        for parameter, value in module.normalized().items():
+            tensors[f"{name}.{parameter}"] = value.float().cpu().contiguous()
+    save_file(tensors, folder / FILE)
+
+
+def save(model: PreTrainedModel, folder: Path, description: dict[str, Any]) -> None:
+    """Publishes a student's quantized layers as a checkpoint at `folder`, replacing an older one there."""
+    with publish(folder, dict(description)) as (scratch, _):
+        write_tables(quantized(model), scratch)
+
+
+def load(folder: Path, teacher: ModelFolder, machine: Machine) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """The student of a checkpoint, and the checkpoint's manifest.
+
+    Raises:
+        ArtifactError: the files are damaged, or the checkpoint belongs to another teacher.
+    """
+    artifact = open_artifact(folder)
+    manifest = artifact.manifest
+    if manifest.get("teacher") != teacher.fingerprint:
+        raise ArtifactError(
+            f"{folder} was made from {manifest.get('model')} with other weights than those of {teacher.name}:"
+            f" use model={manifest.get('model')} and the same revision"
+        )
+    model = teacher.load(machine.dtype, machine.device)
+    tensors = load_file(folder / FILE)
+    for layer in layers_of(manifest):
+        linear = model.get_submodule(layer.name)
+        module = QuantLinear(*layer.shape, layer.bits, layer.rank, linear.bias)
+        module.indices.copy_(packing.unpack(tensors[f"{layer.name}.indices"], layer.bits, layer.shape))
+        module.set_parameters({parameter: tensors[f"{layer.name}.{parameter}"] for parameter in PARAMETERS})
+        model.set_submodule(layer.name, module.to(machine.device).requires_grad_(False))
+    return model, manifest

@@ -1,0 +1,16 @@
+"""The command line: everything between the words typed and a checked `Config`.
+
+    main.py         the whole way in a dozen lines
+    arguments.py    the words typed, as flags and overrides Hydra reads
+    checkpoints.py  `checkpoint=<path>` and `checkpoint=SR-007`
+    compose.py      overrides to a `Config`; Hydra's errors as one sentence each
+    overrides.py    keys and options that do not exist
+    validate.py     values and combinations that cannot work
+    folders.py      where a run or sweep lands
+    job.py          what happens inside a job
+    schema.py       the keys, read off `qat.config`
+    suggest.py      "did you mean"
+    helping.py      the --help page
+
+Nothing here imports torch, so that help and errors answer at once.
+"""

@@ -1,0 +1,125 @@
+"""The words typed, as flags and overrides that Hydra reads the way the user meant them."""
+
+import argparse
+import os
+import re
+from dataclasses import dataclass
+from decimal import Decimal
+from pathlib import Path
+from typing import Any, NoReturn
+
+from hydra._internal.utils import get_args_parser
+
+from qat.cli import schema
+from qat.cli.suggest import did_you_mean
+from qat.errors import ConfigError
+
+CONF = Path(__file__).resolve().parents[2] / "conf"
+RESOLVED = "config_resolved"  # the file in a run's folder that repeats it
+
+# At most two digits of exponent: nobody means more, and 1e999999999 would fill the memory.
+_EXPONENT = re.compile(r"(?<![\w.])\d+(?:\.\d*)?[eE]\+?\d{1,2}(?![\w.])")
+_MODES = ("run", "multirun", "cfg", "info", "shell_completion")
+
+
+@dataclass
+class CommandLine:
+    """Flags (`--multirun`) and overrides (`train.lr=1e-3`), each override still as text."""
+
+    flags: dict[str, Any]
+    overrides: list[str]
+
+    @property
+    def multirun(self) -> bool:
+        """True for a sweep."""
+        return self.flags["multirun"] or "hydra.mode=MULTIRUN" in self.overrides
+
+    @property
+    def starts_jobs(self) -> bool:
+        """False for the flags that only print something."""
+        printing = ("help", "hydra_help", "cfg", "info", "shell_completion")
+        return not any(self.flags[name] for name in printing)
+
+    def argv(self) -> list[str]:
+        """The same command line for Hydra, flags first: it rejects `a=1 -m b=2`."""
+        given = {name.replace("_", "-"): value for name, value in self.flags.items() if value}
+        flags = [f"--{name}" if value is True else f"--{name}={value}" for name, value in given.items()]
+        # A recorded run still needs our logging, and may be given an option of our groups.
+        searchpath = [f"hydra.searchpath=[{quote(f'file://{CONF}')}]"] if self.flags["config_path"] else []
+        return flags + searchpath + self.overrides
+
+
+def parse(argv: list[str]) -> CommandLine:
+    """Splits the words typed into flags and overrides.
+
+    Raises:
+        ConfigError: an unknown flag, a flag's wrong value, or flags that exclude each other.
+    """
+    parser = get_args_parser()
+    parser.allow_abbrev = False
+    # argparse would print its usage on two lines more and exit.
+    parser.error = lambda message: _refuse(parser, message)  # type: ignore[method-assign]
+    flags = vars(parser.parse_intermixed_args(argv))
+    overrides = flags.pop("overrides")
+    _check_flags(flags)
+    _find_config(flags)
+    _check_completion(flags, overrides)
+    return CommandLine(flags, [_whole_numbers(text) for text in overrides])
+
+
+def quote(text: str) -> str:
+    """`text` as a quoted value of Hydra's override grammar, with nothing in it special."""
+    text = text.replace("${", r"\${")
+    text = re.sub(r"(\\*)'", r"\1\1\\'", text)
+    tail = re.search(r"\\*$", text)
+    return f"'{text}{tail[0] if tail else ''}'"
+
+
+def _refuse(parser: argparse.ArgumentParser, message: str) -> NoReturn:
+    unknown = re.search(r"unrecognized arguments: (-\S+)", message)
+    if unknown is None:
+        raise ConfigError(message)
+    known = [name for action in parser._actions for name in action.option_strings]
+    flag = unknown[1].split("=")[0]
+    raise ConfigError(f"unknown flag {flag}{did_you_mean(flag, known)}; settings are written key=value")
+
+
+def _check_flags(flags: dict[str, Any]) -> None:
+    if flags["experimental_rerun"]:
+        raise ConfigError("--experimental-rerun is not supported: use --config-path <run folder>")
+    modes = [f"--{name.replace('_', '-')}" for name in _MODES if flags[name]]
+    if len(modes) > 1:
+        raise ConfigError(f"{' and '.join(modes)} exclude each other: give one of them")
+    if flags["resolve"] and not (flags["cfg"] or flags["help"]):
+        raise ConfigError("--resolve only goes with --cfg")
+
+
+def _check_completion(flags: dict[str, Any], words: list[str]) -> None:
+    wanted = re.compile(r"(install|uninstall|query)=(bash|fish|zsh)")
+    if flags["shell_completion"] and not (len(words) == 1 and wanted.fullmatch(words[0])):
+        raise ConfigError("--shell-completion takes install=, uninstall= or query= and a shell")
+
+
+def _find_config(flags: dict[str, Any]) -> None:
+    """Makes `--config-path <run folder>` enough to repeat a run."""
+    folder = flags["config_path"]
+    if not folder or "://" in folder:
+        return
+    # Hydra would take a relative folder as relative to launch.py.
+    flags["config_path"] = os.path.abspath(folder)
+    if not flags["config_name"] and not os.path.exists(os.path.join(folder, "config.yaml")):
+        flags["config_name"] = RESOLVED
+
+
+def _whole_numbers(override: str) -> str:
+    """`train.steps=1e3` as `train.steps=1000`: Hydra reads 1e3 as a float, which no integer key takes."""
+    name, equals, value = override.partition("=")
+    key = schema.keys().get(name.lstrip("+"))
+    if key is None or key.type is not int:
+        return override
+    return name + equals + _EXPONENT.sub(_as_integer, value)
+
+
+def _as_integer(match: re.Match[str]) -> str:
+    number = Decimal(match[0])
+    return str(int(number)) if number == int(number) else match[0]

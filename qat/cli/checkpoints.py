@@ -1,0 +1,86 @@
+"""`checkpoint=<path>` and `checkpoint=SR-007` as the option `local` and its path."""
+
+import os
+from collections.abc import Callable
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override, QuotedString
+from hydra.errors import HydraException
+
+from qat.cli.arguments import quote
+from qat.errors import ConfigError
+
+MANIFEST = "manifest.json"
+BEST = os.path.join("checkpoints", "best")
+
+
+def rewrite(overrides: list[str], options: list[str], outputs: Callable[[], str]) -> list[str]:
+    """Replaces every `checkpoint=<value>` whose value is not an option of the group.
+
+    Args:
+        overrides: the command line.
+        options: registered checkpoint names.
+        outputs: finds the outputs folder; called only when a value may be a run.
+
+    Raises:
+        ConfigError: a sweep over names and paths at once.
+    """
+    written: list[str] = []
+    for override in overrides:
+        key, equals, value = override.partition("=")
+        named = key in ("checkpoint", "+checkpoint") and equals
+        written += _rewrite(value, options, outputs) or [override] if named else [override]
+    return written
+
+
+def _rewrite(value: str, options: list[str], outputs: Callable[[], str]) -> list[str]:
+    """The overrides that `checkpoint=<value>` stands for; none when it already is one Hydra reads."""
+    values = _values(value)
+    paths = [one for one in values if one not in options]
+    if not paths:
+        return []
+    if len(paths) < len(values):
+        named = sorted(set(values) - set(paths))
+        raise ConfigError(
+            f"checkpoint={value} mixes registered names ({', '.join(named)}) with paths:"
+            " sweep over the one or the other"
+        )
+    located = ",".join(quote(_locate(path, outputs)) for path in paths)
+    return ["checkpoint=local", f"checkpoint.path={located}"]
+
+
+def _values(text: str) -> list[str]:
+    """The single values of an override's text, which need not be one that Hydra's grammar takes."""
+    if not text:
+        return []
+    if os.path.exists(os.path.expanduser(text)):
+        return [text]
+    try:
+        override = OverridesParser.create().parse_override(f"checkpoint={text}")
+    except HydraException:  # `a=b` or `a (1)`: no value in Hydra's grammar, an ordinary file name
+        return [text]
+    if override.is_choice_sweep() and override.value_type is not None:
+        return _listed(override)
+    parsed = override.value()
+    if parsed is None or isinstance(parsed, list | dict) or override.is_sweep_override():
+        return []
+    return [parsed if isinstance(parsed, str) else text]
+
+
+def _listed(override: Override) -> list[str]:
+    sweep = override.value()
+    elements = getattr(sweep, "list", [])  # a glob sweep ranges over options and has no list
+    return [one.text if isinstance(one, QuotedString) else str(one) for one in elements]
+
+
+def _locate(text: str, outputs: Callable[[], str]) -> str:
+    """The checkpoint folder meant by a path, a run's folder or a run's name."""
+    path = os.path.expanduser(text)
+    if os.path.isfile(os.path.join(path, MANIFEST)):
+        return path
+    if os.path.isdir(os.path.join(path, BEST)):
+        return os.path.join(path, BEST)
+    if not os.path.exists(path):
+        best = os.path.join(outputs(), path, BEST)
+        return best if os.path.isdir(best) else path
+    return path

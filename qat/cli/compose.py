@@ -1,0 +1,153 @@
+"""Overrides to a `Config`, with Hydra's own composition and its errors as one sentence each."""
+
+import copy
+import os
+import re
+from typing import Any
+
+from hydra import version
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra._internal.utils import create_config_search_path
+from hydra.core.config_search_path import ConfigSearchPath, SearchPathQuery
+from hydra.core.utils import setup_globals
+from hydra.errors import HydraException
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf, open_dict, read_write
+from omegaconf.errors import (
+    ConfigAttributeError,
+    ConfigKeyError,
+    MissingMandatoryValue,
+    OmegaConfBaseException,
+    ValidationError,
+)
+from yaml import YAMLError
+
+from qat.cli import schema
+from qat.cli.arguments import CONF
+from qat.cli.suggest import did_you_mean
+from qat.config import Config
+from qat.errors import ConfigError
+
+# What Hydra and OmegaConf raise on a user's mistake. Beside their own trees that is ValueError for
+# `quant=null`, AssertionError and AttributeError for a key below a section that is null, KeyError
+# for an unset variable in `hydra.job.env_copy`, RecursionError for a hundred nested brackets.
+MISTAKES = (
+    HydraException,
+    OmegaConfBaseException,
+    YAMLError,
+    OSError,
+    ValueError,
+    TypeError,
+    AssertionError,
+    AttributeError,
+    KeyError,
+    RecursionError,
+)
+
+
+class Composer:
+    """Composes the file that the flags name, by default `conf/config.yaml`."""
+
+    def __init__(self, flags: dict[str, Any]) -> None:
+        """Registers the schemas and finds the folders that `flags` name."""
+        version.setbase("1.3")
+        setup_globals()
+        schema.register()
+        self.name = flags.get("config_name") or "config"
+        self.is_default = self.name == "config" and not flags.get("config_path")
+        self.loader = ConfigLoaderImpl(_search_path(flags))
+
+    def options(self, group: str) -> list[str]:
+        """The options of a group, in order."""
+        return sorted(self.loader.get_group_options(group))
+
+    def chosen(self) -> set[str]:
+        """Groups that the primary config has an option of; a recorded run has values instead."""
+        if self.is_default:
+            return set(schema.groups())
+        return set(self.compose([]).hydra.runtime.choices)
+
+    def compose(self, overrides: list[str], multirun: bool = False) -> DictConfig:
+        """The composed tree, `hydra` included.
+
+        Raises:
+            ConfigError: it cannot be composed; nothing has been created.
+        """
+        mode = RunMode.MULTIRUN if multirun else RunMode.RUN
+        try:
+            return self.loader.load_configuration(self.name, overrides, mode)
+        except MISTAKES as error:
+            raise ConfigError(explain(error)) from error
+
+
+def typed(composed: DictConfig) -> Config:
+    """The dataclass tree of a composed configuration.
+
+    Raises:
+        ConfigError: a value of the wrong type, a missing one or an unknown key.
+    """
+    task = copy.copy(composed)
+    with read_write(task), open_dict(task):
+        task.pop("hydra", None)
+    try:
+        if OmegaConf.get_type(task) is not Config:  # a user's own file that does not start from `schema`
+            config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), task))
+        else:
+            config = OmegaConf.to_object(task)
+    except MISTAKES as error:
+        raise ConfigError(explain(error)) from error
+    assert isinstance(config, Config)
+    config.data.thinking = config.data.thinking.lower()  # YAML's and Hydra's false arrives as "False"
+    return config
+
+
+def explain(error: BaseException) -> str:
+    """What a Hydra or OmegaConf error means for the user, in one sentence."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    key = getattr(error, "full_key", None) or ""
+    first, *rest = str(error).split("\n")
+    if isinstance(error, MissingMandatoryValue):
+        return f"{key} has no value"
+    if isinstance(error, ConfigKeyError | ConfigAttributeError) and key:
+        return f"unknown key {key}{did_you_mean(key, schema.keys())}"
+    if isinstance(error, ValidationError):
+        return _wrong_type(key, first)
+    if isinstance(error, AssertionError | AttributeError):
+        return "a key below a section that is null cannot be set: choose an option that has the section"
+    if isinstance(error, RecursionError):
+        return "a value is nested too deeply to be read"
+    return _in_file(first, rest) if first.endswith("raised while composing config:") else first
+
+
+def _in_file(where: str, reason: list[str]) -> str:
+    """A wrong field or value in a file, which Hydra tells as text alone."""
+    where = re.sub(r": \w+ raised while composing config:", "", where)
+    unknown = re.match(r"Key '(.*)' not in", reason[0])
+    what = f"unknown key {unknown[1]}{did_you_mean(unknown[1], schema.keys())}" if unknown else reason[0]
+    return f"{where}: {what}"
+
+
+def _wrong_type(key: str, reason: str) -> str:
+    known = schema.keys().get(key)
+    if known is not None and known.is_section:
+        below = ", ".join(name for name in list(schema.keys()) if name.startswith(f"{key}."))
+        return f"{key} is a section and takes no single value: set one of {below}"
+    quoted = re.search(r"[Vv]alue '(.*?)'", reason)
+    if known is None or quoted is None:
+        return f"{key}: {reason[:1].lower()}{reason[1:]}"
+    names = getattr(known.type, "__members__", ())
+    return f"{key}={quoted[1]}: expected {known.kind()}{did_you_mean(quoted[1], names)}"
+
+
+def _search_path(flags: dict[str, Any]) -> ConfigSearchPath:
+    main, extra = flags.get("config_path"), flags.get("config_dir")
+    for flag, folder in (("--config-path", main), ("--config-dir", extra)):
+        if folder and "://" not in folder and not os.path.isdir(folder):
+            raise ConfigError(f"{flag} {folder}: no such folder")
+    path = create_config_search_path(main or str(CONF))
+    if main:
+        path.prepend("conf", f"file://{CONF}", SearchPathQuery(provider="schema"))
+    if extra:
+        path.prepend("command-line", f"file://{os.path.abspath(extra)}", SearchPathQuery(provider="schema"))
+    return path

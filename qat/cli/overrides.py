@@ -1,0 +1,109 @@
+"""Overrides that name a key or an option there is none of, found before Hydra composes."""
+
+from collections.abc import Iterable, Iterator
+from itertools import islice, product
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+
+from qat.cli import schema
+from qat.cli.compose import MISTAKES, Composer
+from qat.cli.suggest import did_you_mean
+from qat.errors import ConfigError
+
+MOST_JOBS = 256  # each is composed and checked before the first starts
+
+
+def read(overrides: list[str], composer: Composer, multirun: bool) -> list[Override]:
+    """The overrides, parsed, each with an existing key and existing options.
+
+    `+` and `++` are taken as written in haste: `+train.lr=1` is `train.lr=1`. The groups without a
+    default, and every group of a recorded run, get the `+` that Hydra wants there.
+
+    Raises:
+        ConfigError: the first override that cannot be meant.
+    """
+    chosen = composer.chosen()
+    parsed = [_parse(text, composer) for typed in overrides for text in _for_hydra(typed, chosen)]
+    for override in parsed:
+        _check(override, composer, multirun)
+    return parsed
+
+
+def jobs(parsed: list[Override]) -> Iterator[list[str]]:
+    """The overrides of each job of a sweep, in the order of Hydra's basic sweeper.
+
+    Raises:
+        ConfigError: too many jobs, or a range that cannot be listed.
+    """
+    choices = {override.get_key_element(): _texts(override) for override in parsed}
+    count = 1
+    for texts in choices.values():
+        count *= len(texts)
+    if count > MOST_JOBS:
+        raise ConfigError(f"this sweep has more than {MOST_JOBS} jobs: split it")
+    for job in product(*choices.values()):
+        yield [f"{key}={text}" for key, text in zip(choices, job, strict=True)]
+
+
+def _for_hydra(text: str, chosen: set[str]) -> list[str]:
+    key, equals, value = text.partition("=")
+    bare, known = key.lstrip("+"), schema.keys()
+    if bare in schema.EXTRAS:
+        return [f"+{bare}{equals}{value}"]
+    if bare in schema.groups() and bare not in chosen:  # first forget the recorded values
+        return [f"+schema@{bare}={bare}", f"+{bare}{equals}{value}"]
+    return [f"{bare}{equals}{value}"] if bare in known else [text]
+
+
+def _parse(text: str, composer: Composer) -> Override:
+    key, equals, _ = text.partition("=")
+    bare = key.lstrip("+~")
+    if key.startswith("~"):
+        raise ConfigError(f"{text} would delete what every run needs: set it instead, {bare}=<value>")
+    if not bare.startswith(("hydra.", "hydra/")):
+        _check_key(bare, equals)
+    try:
+        override = OverridesParser.create(composer.loader).parse_override(text)
+    except MISTAKES as error:
+        raise ConfigError(
+            f"cannot read {text}: quote a value with special characters, as in \"{bare}='a, b'\""
+        ) from error
+    override.config_loader = composer.loader
+    return override
+
+
+def _check_key(key: str, equals: str) -> None:
+    known = [*schema.keys(), *schema.EXTRAS]
+    resets = [f"schema@{group}" for group in schema.groups()]
+    if key not in resets and key not in known:
+        rule = "" if equals else "; settings are written key=value"
+        raise ConfigError(f"unknown key {key}{did_you_mean(key, known)}{rule}")
+    if not equals:
+        raise ConfigError(f"{key} has no value: write {key}=<value>")
+
+
+def _check(override: Override, composer: Composer, multirun: bool) -> None:
+    if override.is_sweep_override() and not multirun:
+        raise ConfigError(f"{override.input_line} lists several values: add -m to sweep over them, or quote it as one")
+    if override.key_or_group in (*schema.groups(), *schema.EXTRAS):
+        for option in _texts(override):
+            _check_option(override.key_or_group, option, composer.options(override.key_or_group))
+
+
+def _check_option(group: str, option: str, options: list[str]) -> None:
+    option = option.strip("'\"")
+    if option not in options:
+        choices = f"{group} is one of {', '.join(options)}"
+        raise ConfigError(f"{group}={option}: no such option{did_you_mean(option, options)}; {choices}")
+
+
+def _texts(override: Override) -> list[str]:
+    """The values an override ranges over, as text; a plain one ranges over itself."""
+    if not override.is_sweep_override():
+        return [override.get_value_element_as_str()]
+    try:
+        texts: Iterable[str] = override.sweep_string_iterator()
+        return list(islice(texts, MOST_JOBS + 1))
+    except MISTAKES as error:
+        raise ConfigError(f"{override.input_line} cannot be listed: {str(error).splitlines()[0]}") from error

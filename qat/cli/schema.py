@@ -1,0 +1,88 @@
+"""The keys of a run, read off the dataclasses in `qat.config`, so that nothing is listed twice."""
+
+import inspect
+import re
+from collections.abc import Iterator
+from dataclasses import MISSING as NO_DEFAULT
+from dataclasses import dataclass, fields, is_dataclass
+from enum import Enum
+from functools import cache
+from types import NoneType
+from typing import Any, get_args, get_type_hints
+
+from hydra.core.config_store import ConfigStore
+
+from qat.config import Config
+
+EXTRAS = ("experiment", "debug")  # groups without a default: presets over several other groups
+
+_COMMENT = re.compile(r"^    (\w+): .*?  # (.+)$", re.MULTILINE)
+
+
+@dataclass(frozen=True)
+class Key:
+    """One key of the command line: `train.lr` holds a value, `train` a section of them."""
+
+    name: str
+    type: type
+    default: Any
+    comment: str
+
+    @property
+    def is_section(self) -> bool:
+        """True for a key that has keys below it."""
+        return is_dataclass(self.type)
+
+    @property
+    def is_group(self) -> bool:
+        """True for a section that is chosen by option, as in `quant=q2a4`."""
+        return self.is_section and "." not in self.name and "name" in get_type_hints(self.type)
+
+    def kind(self) -> str:
+        """The type in words a user knows."""
+        if issubclass(self.type, Enum):
+            return "one of " + ", ".join(choice.name for choice in self.type)
+        words = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+        return words.get(self.type, "a section of keys")
+
+
+@cache
+def keys() -> dict[str, Key]:
+    """Every key by its dotted name, in the order of the schema."""
+    return {key.name: key for key in _walk(Config, "")}
+
+
+@cache
+def groups() -> tuple[str, ...]:
+    """Groups that every run has an option of."""
+    return tuple(key.name for key in keys().values() if key.is_group)
+
+
+def register() -> None:
+    """Makes the schemas known to Hydra: `schema` for a whole run, `schema/<group>` for one group."""
+    store = ConfigStore.instance()
+    store.store(name="schema", node=Config)
+    for group in groups():
+        store.store(group="schema", name=group, node=keys()[group].type)
+
+
+def _walk(section: type, prefix: str) -> Iterator[Key]:
+    comments = dict(_COMMENT.findall(inspect.getsource(section)))
+    hints = get_type_hints(section)
+    for field in fields(section):
+        kind = _required(hints[field.name])
+        default = None if field.default is NO_DEFAULT else field.default
+        comment = comments.get(field.name) or _summary(kind)
+        yield Key(prefix + field.name, kind, default, comment)
+        if is_dataclass(kind):
+            yield from _walk(kind, f"{prefix}{field.name}.")
+
+
+def _required(hint: Any) -> type:
+    """`int` for `int | None`."""
+    return next((part for part in get_args(hint) if part is not NoneType), hint)
+
+
+def _summary(kind: type) -> str:
+    documented = is_dataclass(kind) or issubclass(kind, Enum)
+    return (inspect.getdoc(kind) or "").splitlines()[0].rstrip(".") if documented else ""

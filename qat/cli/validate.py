@@ -1,0 +1,253 @@
+"""Values and combinations that cannot work, found before anything is created."""
+
+import json
+import math
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from operator import attrgetter
+from pathlib import Path
+from typing import Any
+
+from qat.cli import schema
+from qat.cli.arguments import CONF
+from qat.cli.checkpoints import MANIFEST
+from qat.cli.suggest import did_you_mean
+from qat.config import Config, DataSource, ModelSource, Stage, StoreKind
+from qat.errors import ConfigError
+
+LARGEST = 2**63 - 1  # what torch and JSON readers hold in an integer
+
+
+@dataclass(frozen=True)
+class Bound:
+    """The values a key takes: from `low` to `high`, the ends included unless `open`."""
+
+    low: float = -math.inf
+    high: float = math.inf
+    open: bool = False
+
+    def holds(self, value: float) -> bool:
+        """True for a value inside."""
+        if self.open:
+            return self.low < value < self.high
+        return self.low <= value <= self.high
+
+    def __str__(self) -> str:
+        """The bound in words."""
+        above, below = ("above", "below") if self.open else ("at least", "at most")
+        ends = [(above, self.low), (below, self.high)]
+        return " and ".join(f"{word} {end}" for word, end in ends if math.isfinite(end))
+
+
+POSITIVE = Bound(low=0, open=True)
+COUNT = Bound(low=1)
+
+BOUNDS = {
+    "seed": Bound(0, 2**32 - 1),
+    "model.vocab_size": Bound(low=2),
+    "data.answers": COUNT,
+    "data.answer_tokens": COUNT,
+    "data.greedy_tokens": Bound(low=0),
+    "data.temperature": POSITIVE,
+    "data.eval_fraction": Bound(0, 1, open=True),
+    "quant.mlp.bits": Bound(1, 8),
+    "quant.mlp.rank": COUNT,
+    "quant.attn.bits": Bound(1, 8),
+    "quant.attn.rank": COUNT,
+    "cache.length": Bound(low=2),
+    "cache.top_k": COUNT,
+    "cache.random": Bound(low=0),
+    "cache.sequences": COUNT,
+    "convert.calibration_tokens": COUNT,
+    "convert.rounds": COUNT,
+    "loss.temperature": POSITIVE,
+    "train.steps": COUNT,
+    "train.batch_size": COUNT,
+    "train.lr": POSITIVE,
+    "train.warmup": Bound(0, 1),
+    "train.weight_decay": Bound(low=0),
+    "train.grad_clip": POSITIVE,
+    "train.eval_every": COUNT,
+    "instance.micro_batch": COUNT,
+    "evaluate.sample_tokens": COUNT,
+    "chat.max_tokens": COUNT,
+    "chat.temperature": Bound(low=0),
+}
+
+READS_TEXT = (Stage.run, Stage.cache)
+TRAINS = (Stage.run, Stage.distill)
+NEEDS_QUANTIZED = (Stage.distill, Stage.evaluate, Stage.export, Stage.chat)
+
+
+def check(config: Config) -> None:
+    """Checks every value by itself, then what they ask for together.
+
+    Raises:
+        ConfigError: the first that cannot work.
+    """
+    check_values(config)
+    check_folder("outputs", config.outputs)
+    check_model(config)
+    check_data(config)
+    check_cache(config)
+    check_store(config)
+    manifest = check_checkpoint(config)
+    check_mode(config, manifest)
+    if config.stage is Stage.export and not config.export.output:
+        raise ConfigError("stage=export needs a folder to write to: export.output=<folder>")
+
+
+def check_values(config: Config) -> None:
+    """Every number finite and within its bound."""
+    for key, value in _numbers(config):
+        if not math.isfinite(value) or abs(value) > LARGEST:
+            raise ConfigError(f"{key}={value}: must be an ordinary finite number")
+        bound = BOUNDS.get(key)
+        if bound is not None and not bound.holds(value):
+            raise ConfigError(f"{key}={value}: must be {bound}")
+
+
+def check_folder(key: str, folder: str) -> None:
+    """A folder that is there and can be written to, or that can be made."""
+    if not folder.strip():
+        raise ConfigError(f"{key} is empty: name a folder")
+    path = Path(os.path.abspath(folder))
+    nearest = next(parent for parent in (path, *path.parents) if os.path.lexists(parent))
+    if not (nearest.is_dir() and os.access(nearest, os.W_OK)):
+        raise ConfigError(f"{key}={folder}: {nearest} is no folder that can be written to")
+
+
+def check_model(config: Config) -> None:
+    """A model on disk is named, and there."""
+    model = config.model
+    if model.source is not ModelSource.folder:
+        return
+    if not model.path:
+        raise ConfigError(f"model={model.name} needs a Hugging Face folder: model.path=<folder>")
+    if not os.path.isfile(_config_file(model.path)):
+        raise ConfigError(f"model.path={model.path}: no config.json there, so no Hugging Face folder")
+
+
+def check_data(config: Config) -> None:
+    """The text is named and there, when the stage reads it."""
+    data = config.data
+    if data.thinking not in ("false", "true", "both"):
+        raise ConfigError(f"data.thinking={data.thinking}: must be false, true or both")
+    if config.stage not in READS_TEXT or config.cache.path:
+        return
+    if data.source in (DataSource.chat_jsonl, DataSource.text) and not data.path:
+        raise ConfigError(f"data={data.name} needs a file: data.path=<file>")
+    if data.path and data.source is not DataSource.alpaca and not _exists(data.path):
+        raise ConfigError(f"data.path={data.path}: no such file")
+
+
+def check_cache(config: Config) -> None:
+    """A cache on disk is named and there; no position keeps more tokens than there are."""
+    cache = config.cache
+    if cache.name == "local" and not cache.path:
+        raise ConfigError("cache=local needs a cache folder: cache.path=<folder>")
+    if cache.path and not _exists(cache.path):
+        raise ConfigError(f"cache.path={cache.path}: no such folder")
+    vocabulary = _vocabulary(config)
+    for key, tokens in (("cache.top_k", cache.top_k), ("cache.random", cache.random)):
+        if vocabulary is not None and tokens > vocabulary:
+            raise ConfigError(f"{key}={tokens}: model={config.model.name} has only {vocabulary} tokens")
+
+
+def check_store(config: Config) -> None:
+    """A store elsewhere is named."""
+    store = config.store
+    if store.kind is not StoreKind.local and not store.path:
+        raise ConfigError(f"store={store.name} needs a place: store.path=<folder, bucket or repository>")
+
+
+def check_checkpoint(config: Config) -> dict[str, Any] | None:
+    """The checkpoint's folder is there; returns its manifest, None for the teacher and registered names."""
+    checkpoint = config.checkpoint
+    if not checkpoint.path:
+        if checkpoint.name == "local":
+            raise ConfigError("checkpoint=local needs a checkpoint folder: checkpoint=<folder>")
+        return None
+    if not _exists(checkpoint.path):
+        registered = sorted(path.stem for path in (CONF / "checkpoint").glob("*.yaml"))
+        raise ConfigError(
+            f"checkpoint={checkpoint.path}: neither a folder nor a registered name"
+            f"{did_you_mean(checkpoint.path, registered)}; registered are {', '.join(registered)}"
+        )
+    return _manifest(config)
+
+
+def check_mode(config: Config, manifest: dict[str, Any] | None) -> None:
+    """The layers that learn have tables to learn."""
+    if config.stage not in TRAINS:
+        return
+    quant, whose = {"mlp": config.quant.mlp, "attn": config.quant.attn}, f"quant={config.quant.name}"
+    if manifest is not None and config.stage is Stage.distill:
+        quant, whose = manifest["quant"], f"checkpoint={config.checkpoint.path}"
+    learning = {"mlp": config.mode.mlp, "attn": config.mode.attn}
+    for kind, learns in learning.items():
+        if learns and not quant.get(kind):
+            fitting = [f"mode={kind}" for kind in ("mlp", "attn") if quant.get(kind)]
+            raise ConfigError(
+                f"mode={config.mode.name} trains the {kind} layers, for which {whose} has no tables"
+                + (f": use {fitting[0]}" if fitting else "")
+            )
+    if not any(learning.values()):
+        raise ConfigError("mode.mlp and mode.attn are both false: nothing would learn")
+
+
+def _numbers(config: Config) -> Iterator[tuple[str, float]]:
+    """Every number that is set, with its key; a section that is null has none."""
+    for key in schema.keys().values():
+        if key.type not in (int, float):
+            continue
+        section, _, name = key.name.rpartition(".")
+        holder = attrgetter(section)(config) if section else config
+        value = getattr(holder, name, None)
+        if value is not None:
+            yield key.name, value
+
+
+def _vocabulary(config: Config) -> int | None:
+    """The number of tokens: as configured, else as the folder's config.json says."""
+    model = config.model
+    if model.vocab_size is not None or model.source is not ModelSource.folder:
+        return model.vocab_size
+    described = _read_json(_config_file(str(model.path)))
+    size = described.get("vocab_size") or described.get("text_config", {}).get("vocab_size")
+    return size if isinstance(size, int) else None
+
+
+def _manifest(config: Config) -> dict[str, Any] | None:
+    """The manifest of the checkpoint folder; a conversion may start from a folder without one."""
+    path = os.path.join(str(config.checkpoint.path), MANIFEST)
+    if not os.path.isfile(path):
+        if config.stage not in NEEDS_QUANTIZED:
+            return None
+        raise ConfigError(
+            f"checkpoint={config.checkpoint.path}: no {MANIFEST} there, so no checkpoint of this project;"
+            " name the folder checkpoints/best of a run, or the run itself, as in checkpoint=SR-007"
+        )
+    manifest = _read_json(path)
+    if manifest.get("kind") != "checkpoint" or not isinstance(manifest.get("quant"), dict):
+        raise ConfigError(f"checkpoint={config.checkpoint.path}: its {MANIFEST} describes no checkpoint")
+    return manifest
+
+
+def _read_json(path: str) -> dict[str, Any]:
+    try:
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path} cannot be read: {error}") from error
+    if not isinstance(value, dict):
+        raise ConfigError(f"{path} does not hold a JSON object")
+    return value
+
+
+def _config_file(folder: str) -> str:
+    return os.path.join(os.path.expanduser(folder), "config.json")
+
+
+def _exists(path: str) -> bool:
+    return os.path.exists(os.path.expanduser(path))

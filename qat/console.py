@@ -1,0 +1,112 @@
+"""What a person sees while work goes on: a bar on a terminal, plain lines anywhere else."""
+
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Protocol
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+log = logging.getLogger(__name__)
+
+PLAIN_SECONDS = 10.0  # between two plain progress lines
+
+console = Console(highlight=False)
+
+
+class Advance(Protocol):
+    """Reports `amount` further units done; `note` is shown beside the rate."""
+
+    def __call__(self, amount: float = 1, note: str = "") -> None: ...
+
+
+@contextmanager
+def progress(what: str, total: float, unit: str) -> Iterator[Advance]:
+    """Shows how far `what` is, at which rate, and when it will be done.
+
+    Args:
+        what: the work, in a word or two.
+        total: units in all.
+        unit: what is counted, in the plural.
+    """
+    shown = _bar(what, total, unit) if console.is_terminal else _lines(what, total, unit)
+    started = time.monotonic()
+    with shown as advance:
+        yield advance
+    log.info("%s: %s %s in %s", what, _count(total), unit, duration(time.monotonic() - started))
+
+
+@contextmanager
+def _bar(what: str, total: float, unit: str) -> Iterator[Advance]:
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[rate]}"),
+        TimeElapsedColumn(),
+        TextColumn("ETA"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+    )
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task(what, total=total, rate="", note="")
+
+        def advance(amount: float = 1, note: str = "") -> None:
+            speed = bar.tasks[0].finished_speed or bar.tasks[0].speed
+            bar.update(task, advance=amount, rate=f"{_count(speed)} {unit}/s" if speed else "", note=note)
+
+        yield advance
+
+
+@contextmanager
+def _lines(what: str, total: float, unit: str) -> Iterator[Advance]:
+    started = said = time.monotonic()
+    done = 0.0
+
+    def advance(amount: float = 1, note: str = "") -> None:
+        nonlocal done, said
+        done += amount
+        now = time.monotonic()
+        if now - said < PLAIN_SECONDS or done >= total:
+            return
+        said, rate = now, done / (now - started)
+        eta = duration((total - done) / rate)
+        log.info("%s: %s/%s %s, %s/s, ETA %s %s", what, _count(done), _count(total), unit, _count(rate), eta, note)
+
+    yield advance
+
+
+def table(title: str, header: list[str], rows: list[list[str]]) -> None:
+    """Prints a table, first column left, the others right."""
+    shown = Table(title=title, title_justify="left", title_style="bold")
+    for index, name in enumerate(header):
+        shown.add_column(name, justify="left" if index == 0 else "right", no_wrap=index == 0)
+    for row in rows:
+        shown.add_row(*row)
+    console.print(shown)
+
+
+def duration(seconds: float) -> str:
+    """`0.4 s`, `12 s`, `3 min 05 s`, `2 h 51 min`."""
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+def _count(number: float) -> str:
+    return f"{number:,.0f}" if number >= 10 else f"{number:.3g}"

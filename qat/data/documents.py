@@ -1,0 +1,96 @@
+"""Documents: tokenized texts, split into training and evaluation before anything else is done.
+
+The split is decided by a hash of what the document *is* (for a conversation its first question), so
+it is the same in every cache of the same data, and two answers to one question never end on both
+sides.
+"""
+
+import hashlib
+import itertools
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from qat.artifacts import Artifact, obtain
+from qat.config import DataConfig, DataSource, as_plain
+from qat.data import selfgen, sources
+from qat.errors import ArtifactError, ConfigError
+from qat.machine import Machine
+from qat.models import ModelFolder
+
+FILE = "documents.jsonl"
+SPLITS = ("train", "eval")
+
+
+@dataclass(frozen=True)
+class Document:
+    """One text as token ids, end marker included. `origin` is what its split is decided by."""
+
+    origin: str
+    tokens: list[int]
+
+    def split(self, eval_fraction: float) -> str:
+        """`eval` for the given share of origins, else `train`."""
+        digest = hashlib.sha256(self.origin.encode()).digest()
+        return "eval" if int.from_bytes(digest[:8]) < eval_fraction * 2**64 else "train"
+
+
+def obtain_documents(data: DataConfig, teacher: ModelFolder, seed: int, machine: Machine, artifacts: Path) -> Artifact:
+    """The configured text as an artifact: one JSON object a document, with its split.
+
+    Raises:
+        ConfigError: the source cannot be read, or one of the splits would be empty.
+    """
+
+    def make(folder: Path) -> dict[str, Any]:
+        tokenizer = teacher.tokenizer()
+        if data.source is DataSource.selfgen:
+            pairs = selfgen.answer(teacher, sources.prompts(data)[: data.documents], data, seed, machine)
+        else:
+            pairs = itertools.islice(sources.render(data, tokenizer), data.documents)
+        return _write(folder, (Document(*pair) for pair in pairs), data, tokenizer)
+
+    inputs = {
+        "data": as_plain(data),
+        "content": sources.content_hash(data),
+        "tokenizer": teacher.fingerprint,
+        "seed": seed if data.source is DataSource.selfgen else None,
+    }
+    return obtain(artifacts, "documents", data.name, inputs, make)
+
+
+def _write(
+    folder: Path, documents: Iterable[Document], data: DataConfig, tokenizer: PreTrainedTokenizerBase
+) -> dict[str, Any]:
+    counts = dict.fromkeys(SPLITS, 0)
+    tokens = dict.fromkeys(SPLITS, 0)
+    with open(folder / FILE, "w", encoding="utf-8") as file:
+        for document in documents:
+            split = document.split(data.eval_fraction)
+            counts[split] += 1
+            tokens[split] += len(document.tokens)
+            row = {"origin": document.origin, "split": split, "tokens": document.tokens}
+            row["text"] = tokenizer.decode(document.tokens)
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    for split in SPLITS:
+        if not counts[split]:
+            raise ConfigError(
+                f"data={data.name} has no document for the {split} split ({sum(counts.values())} in all):"
+                " give more text or change data.eval_fraction"
+            )
+    return {"documents": counts, "tokens": tokens}
+
+
+def read_documents(artifact: Artifact, split: str) -> list[Document]:
+    """The documents of one split, in the order they were written."""
+    path = artifact.folder / FILE
+    try:
+        with open(path, encoding="utf-8") as file:
+            rows = [json.loads(line) for line in file]
+    except ValueError as error:
+        raise ArtifactError(f"{path} cannot be read ({error}): delete {artifact.folder} and run again") from None
+    return [Document(row["origin"], row["tokens"]) for row in rows if row["split"] == split]

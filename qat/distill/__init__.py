@@ -1,0 +1,1 @@
+"""Distillation: the student's tables and scales learn to imitate the cached teacher."""

@@ -1,0 +1,39 @@
+"""Everything that can go wrong in a way the user can mend, as one small tree.
+
+    QatError                 one clear sentence: what is wrong, where, what to do (exit code 1)
+    ├── ConfigError          the command line or a configuration value is wrong (exit code 2)
+    ├── MissingError         something asked for is not there: weights, checkpoint, cache, device
+    ├── UnavailableError     the option is part of the design, its machinery is not installed or built
+    ├── ArtifactError        a file is damaged, foreign or of another format
+    └── NumericsError        a value that must be finite or positive is not
+
+Anything else that is raised is a defect of this project, and keeps its traceback.
+"""
+
+
+class QatError(Exception):
+    """Base of every error that is told to the user as one sentence."""
+
+    exit_code = 1
+
+
+class ConfigError(QatError):
+    """A wrong key, option, type or combination on the command line or in a file."""
+
+    exit_code = 2
+
+
+class MissingError(QatError):
+    """Weights, a checkpoint, a cache or a device that is asked for cannot be had."""
+
+
+class UnavailableError(QatError):
+    """A known option whose machinery is not part of this installation."""
+
+
+class ArtifactError(QatError):
+    """A file that is truncated, altered or of a format this version does not read."""
+
+
+class NumericsError(QatError):
+    """Zeros, infinities or NaN where the mathematics needs ordinary numbers."""

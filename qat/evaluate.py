@@ -1,0 +1,105 @@
+"""How good a student is, on text that training never saw.
+
+`kl` is KL(teacher‖student) over the whole vocabulary at T = 1, the teacher running beside the student;
+`kd_loss` is the run log's measure, over the cached top-k at T = 2, times 4; `perplexity` is of the text
+itself; `top1_agreement` is the share of positions where both prefer the same token.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from qat.cache.reader import CacheReader
+from qat.console import progress
+from qat.data.sources import chat_tokens
+from qat.distill.loss import KD_TEMPERATURE, full_kl, topk_kl
+from qat.distill.trainer import position_chunks
+from qat.errors import NumericsError
+from qat.machine import Machine
+from qat.quant.linear import baked
+
+SAMPLE_PROMPTS = (
+    "What is the capital of France?",
+    "Explain in two sentences why the sky is blue.",
+    "Write a short poem about the sea.",
+    "Give me three tips for sleeping better.",
+    "What is 12 plus 30?",
+)
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """Means over all positions of a split."""
+
+    kl: float
+    kd_loss: float
+    perplexity: float
+    teacher_perplexity: float
+    top1_agreement: float
+
+
+@torch.inference_mode()
+def evaluate(student: PreTrainedModel, teacher: PreTrainedModel, held_out: CacheReader, machine: Machine) -> Metrics:
+    """Compares two models on one split of a cache.
+
+    Raises:
+        NumericsError: a figure is not finite.
+    """
+    sums = torch.zeros(5, dtype=torch.float64)
+    positions = 0
+    tokens = held_out.rows * int(held_out.meta["length"])
+    with baked(student, machine.dtype), progress("evaluation", tokens, "tokens") as advance:
+        for rows in held_out.in_order(machine.micro_batch):
+            batch = held_out.batch(rows).to(machine.device)
+            theirs, ours = (m.base_model(batch.input_ids).last_hidden_state[:, :-1] for m in (teacher, student))
+            targets = (theirs, batch.topk_ids, batch.topk_logprobs, batch.input_ids[:, 1:])
+            for hidden, *target in position_chunks(ours, targets):
+                sums += _compare(student.lm_head(hidden).float(), teacher, *target)
+                positions += len(hidden)
+            advance(batch.input_ids.numel())
+    kl, kd, nll, teacher_nll, same = (sums / positions).tolist()
+    if not math.isfinite(sum((kl, kd, nll, teacher_nll))):
+        raise NumericsError(f"evaluation gave kl {kl}, kd_loss {kd}, loss {nll}: the checkpoint holds NaN or infinity")
+    return Metrics(kl, kd, math.exp(nll), math.exp(teacher_nll), same)
+
+
+def _compare(
+    logits: Tensor, teacher: PreTrainedModel, hidden: Tensor, ids: Tensor, logprobs: Tensor, next_ids: Tensor
+) -> Tensor:
+    """Sums [5] over some positions, in the order of `Metrics` with negative log-likelihoods for perplexities."""
+    wanted = teacher.lm_head(hidden).float()
+    values = (
+        full_kl(logits, wanted),
+        topk_kl(logits, ids, logprobs, KD_TEMPERATURE),
+        torch.nn.functional.cross_entropy(logits, next_ids, reduction="none"),
+        torch.nn.functional.cross_entropy(wanted, next_ids, reduction="none"),
+        logits.argmax(-1) == wanted.argmax(-1),
+    )
+    return torch.stack([value.double().sum().cpu() for value in values])
+
+
+@torch.inference_mode()
+def answers(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: tuple[str, ...],
+    tokens: int,
+    machine: Machine,
+) -> list[str]:
+    """The model's most likely answer to each prompt, up to `tokens` long."""
+    asked = [chat_tokens(tokenizer, [{"role": "user", "content": prompt}], ask=True) for prompt in prompts]
+    inputs = tokenizer.pad({"input_ids": asked}, return_tensors="pt").to(machine.device)
+    settings = GenerationConfig(
+        max_new_tokens=tokens,
+        do_sample=False,
+        use_cache=True,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    with baked(model, machine.dtype):
+        written = model.generate(**inputs, generation_config=settings)
+    start = inputs["input_ids"].shape[1]
+    return [text.strip() for text in tokenizer.batch_decode(written[:, start:], skip_special_tokens=True)]

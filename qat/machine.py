@@ -1,0 +1,106 @@
+"""Which device computes, and in which type: the `instance` group made concrete.
+
+Nothing here changes a result. Numerics that need full precision (second moments, normal equations,
+factorisations) ask for `exact_matmul`, whatever the rest of the run uses.
+"""
+
+import resource
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+
+from qat.config import Device, InstanceConfig, Precision
+from qat.errors import MissingError
+
+DTYPES = {Precision.bf16: torch.bfloat16, Precision.fp32: torch.float32}
+
+
+@dataclass(frozen=True)
+class Machine:
+    """The resolved instance: `dtype` is the type of matrix products, `micro_batch` counts sequences."""
+
+    device: torch.device
+    dtype: torch.dtype
+    micro_batch: int
+
+    def describe(self) -> str:
+        """One phrase for logs and `result.json`."""
+        name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type
+        return f"{name}, {str(self.dtype).removeprefix('torch.')}"
+
+
+def resolve(instance: InstanceConfig) -> Machine:
+    """The machine to use.
+
+    Raises:
+        MissingError: the instance asks for a device that this computer lacks.
+    """
+    device = _device(instance)
+    precision = instance.precision
+    if precision is Precision.auto:
+        precision = Precision.bf16 if computes_bf16(device) else Precision.fp32
+    return Machine(device, DTYPES[precision], instance.micro_batch)
+
+
+def _device(instance: InstanceConfig) -> torch.device:
+    there = {
+        Device.cuda: torch.cuda.is_available(),
+        Device.mps: torch.backends.mps.is_available(),
+        Device.cpu: True,
+    }
+    if instance.device is Device.auto:
+        return torch.device(next(device.name for device, available in there.items() if available))
+    if not there[instance.device]:
+        raise MissingError(
+            f"instance={instance.name} needs a {instance.device.name} device and torch {torch.__version__} finds none"
+            " here: use instance=auto or instance=cpu"
+        )
+    return torch.device(instance.device.name)
+
+
+def computes_bf16(device: torch.device) -> bool:
+    """True where bf16 products run in hardware; emulated ones (T4, older CPUs) are slower than fp32."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type == "cpu":
+        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return False
+
+
+@contextmanager
+def exact_matmul() -> Iterator[None]:
+    """Full fp32 products inside: TF32 in a Hessian or a normal equation ruins a fit (KL 2.38, not 1.35)."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def peak_bytes(device: torch.device) -> int:
+    """The most memory taken so far: of the GPU if there is one, else resident in this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def matmul_flops(machine: Machine, size: int = 2048, repeats: int = 4) -> float:
+    """Operations a second of a large square product in the compute type: the ceiling that mfu is measured by."""
+    a = torch.randn(size, size, device=machine.device).to(machine.dtype)
+    _timed_products(a, 1)
+    return 2 * size**3 * repeats / _timed_products(a, repeats)
+
+
+def _timed_products(a: torch.Tensor, repeats: int) -> float:
+    began = time.perf_counter()
+    for _ in range(repeats):
+        a @ a
+    if a.is_cuda:
+        torch.cuda.synchronize()
+    return time.perf_counter() - began

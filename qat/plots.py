@@ -1,0 +1,32 @@
+"""Pictures of a run, for people who would rather look than read."""
+
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+TRAINING, HELD_OUT = "#9aa5b1", "#c2410c"
+
+
+def loss_curve(rows: list[dict[str, float]], title: str, path: Path) -> None:
+    """Training loss of each step and held-out KD loss of each evaluation, as a PNG.
+
+    Args:
+        rows: of `metrics.jsonl`: `loss` marks a training step, `kd_loss` an evaluation.
+        title: what was trained.
+        path: where the picture goes.
+    """
+    figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
+    axes = figure.subplots()
+    steps = [(row["step"], row["loss"]) for row in rows if "loss" in row]
+    looks = [(row["step"], row["kd_loss"]) for row in rows if "kd_loss" in row]
+    if steps:
+        axes.plot(*zip(*steps, strict=True), color=TRAINING, linewidth=1.2, label="training loss, each step")
+    axes.plot(*zip(*looks, strict=True), color=HELD_OUT, marker="o", label="KD loss on held-out text")
+    for step, value in (looks[0], looks[-1]):
+        axes.annotate(f"{value:.3f}", (step, value), textcoords="offset points", xytext=(0, 8), ha="center")
+    axes.set(xlabel="step", ylabel="loss (nats)", title=title, ylim=(0, None))
+    axes.margins(y=0.15)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", alpha=0.3)
+    axes.legend(frameon=False)
+    figure.savefig(path)

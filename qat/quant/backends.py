@@ -1,0 +1,88 @@
+"""Codebooks by the kmeans-pytorch package, made safe.
+
+Version 0.3 has no seed, no weights and no iteration limit; its tolerance is absolute, an empty cluster
+makes it loop for ever, and it prints. Here it gets standardised values drawn evenly from the weighted
+distribution (which is how weights reach it), a seed, a meter that stops it, and no terminal.
+"""
+
+import contextlib
+import io
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from qat.errors import NumericsError
+from qat.quant.codebook import check
+
+SAMPLES = 2048  # weighted quantiles that stand for a layer
+MOST_ITERATIONS = 200
+SEEDS = 20  # starts that are tried before giving up
+
+
+class _OutOfPatience(Exception):
+    """Raised inside the package's endless loop to leave it."""
+
+
+class _Meter:
+    """Stands in for the progress bar, the one thing the loop calls every time round."""
+
+    def __init__(self, **_: object) -> None:
+        self.iterations = 0
+
+    def set_postfix(self, center_shift: str, **_: object) -> None:
+        self.iterations += 1
+        if center_shift == "nan" or self.iterations > MOST_ITERATIONS:
+            raise _OutOfPatience
+
+    def update(self) -> None:
+        """Nothing to show."""
+
+
+def kmeans_pytorch(x_NM: Tensor, weight_NM: Tensor, entries: int) -> Tensor:
+    """As `codebook.kmeans`, approximately: [N, K] float32, ascending.
+
+    Raises:
+        NumericsError: as `codebook.kmeans`, or no start led to `entries` clusters.
+    """
+    check(x_NM, weight_NM)
+    rows = [_cluster(_quantiles(x, weight), entries) for x, weight in zip(x_NM, weight_NM, strict=True)]
+    return torch.stack(rows).to(x_NM.device)
+
+
+def _quantiles(x_M: Tensor, weight_M: Tensor) -> Tensor:
+    """Values at evenly spaced places of the weighted distribution."""
+    x, order = x_M.double().sort()
+    mass = weight_M.double()[order].cumsum(0)
+    places = (torch.arange(SAMPLES, device=x.device) + 0.5) / SAMPLES * mass[-1]
+    return x[torch.searchsorted(mass, places).clamp_max(len(x) - 1)].cpu()
+
+
+def _cluster(x_M: Tensor, entries: int) -> Tensor:
+    distinct = x_M.unique()
+    if len(distinct) <= entries:
+        return torch.cat([distinct, distinct[-1:].expand(entries - len(distinct))]).float()
+    mean, deviation = x_M.mean(), x_M.std()
+    standard = ((x_M - mean) / deviation)[:, None].float()
+    for seed in range(SEEDS):
+        with contextlib.suppress(_OutOfPatience), _tamed(seed) as package:
+            centres = package.kmeans(standard, entries)[1].flatten()
+            return (centres.double() * deviation + mean).sort().values.float()
+    raise NumericsError(f"kmeans-pytorch found no {entries} clusters in {SEEDS} starts: use kmeans=exact")
+
+
+@contextlib.contextmanager
+def _tamed(seed: int) -> Iterator[object]:
+    """The package, seeded, silent and bounded; the global random state is put back."""
+    import kmeans_pytorch as package
+
+    state, meter = np.random.get_state(), package.tqdm
+    np.random.seed(seed)
+    package.tqdm = _Meter
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield package
+    finally:
+        package.tqdm = meter
+        np.random.set_state(state)

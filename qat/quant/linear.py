@@ -1,0 +1,121 @@
+"""The quantized linear layer: `y = x Wᵀ` with `W = LUT[indices] ⊙ (A·g) @ B`, materialised for one product.
+
+Computing it rank by rank is the same function at R times the cost. The gradient of the table is a
+masked sum for each entry: indexing under autograd would scatter millions of values into four addresses.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class Materialize(torch.autograd.Function):
+    """`LUT[indices] ⊙ (A·g) @ B` [O, I] in the compute type; gradients of LUT, A, g and B in fp32."""
+
+    @staticmethod
+    def forward(ctx: Any, indices: Tensor, lut: Tensor, A: Tensor, g: Tensor, B: Tensor, dtype: torch.dtype) -> Tensor:
+        """`indices` [O, I] uint8, `lut` [K], `A` [O, R], `g` [R], `B` [R, I]."""
+        ctx.save_for_backward(indices, lut, A, g, B)
+        return (look_up(lut, indices) * ((A * g) @ B)).to(dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        """Recomputes the scales, which is cheaper than keeping a matrix of them for each layer."""
+        indices, lut, A, g, B = ctx.saved_tensors
+        grad = grads[0].float()
+        d_lut = table_gradient(grad * ((A * g) @ B), indices, len(lut))
+        d_scale = grad * look_up(lut, indices)
+        d_Ag = d_scale @ B.mT
+        return None, d_lut, d_Ag * g, (d_Ag * A).sum(0), (A * g).mT @ d_scale, None
+
+
+def look_up(lut: Tensor, indices: Tensor) -> Tensor:
+    """`lut[indices]` for uint8 indices."""
+    return lut.index_select(0, indices.flatten().int()).view(indices.shape)
+
+
+def table_gradient(value: Tensor, indices: Tensor, entries: int) -> Tensor:
+    """Sum [K] of the values at each index."""
+    return torch.stack([(value * (indices == k)).sum() for k in range(entries)])
+
+
+class QuantLinear(nn.Module):
+    """A linear layer whose weight is a table look-up times a low-rank scale.
+
+    Attributes:
+        indices: [O, I] uint8.
+        lut: [K] fp32, ascending at conversion.
+        scale_A: [O, R] fp32, unit-norm columns at conversion.
+        scale_B: [R, I] fp32, unit-norm rows at conversion.
+        rank_magnitude: [R] fp32.
+        bias: [O] or None, as in the layer it replaces.
+    """
+
+    def __init__(self, outputs: int, inputs: int, bits: int, rank: int, bias: Tensor | None = None) -> None:
+        super().__init__()
+        self.bits = bits
+        self.register_buffer("indices", torch.zeros(outputs, inputs, dtype=torch.uint8))
+        self.lut = nn.Parameter(torch.zeros(2**bits))
+        self.scale_A = nn.Parameter(torch.zeros(outputs, rank))
+        self.scale_B = nn.Parameter(torch.zeros(rank, inputs))
+        self.rank_magnitude = nn.Parameter(torch.ones(rank))
+        self.bias = bias
+        self.dense: Tensor | None = None
+
+    def weight(self, dtype: torch.dtype) -> Tensor:
+        """W [O, I], differentiable."""
+        parts = (self.indices, self.lut, self.scale_A, self.rank_magnitude, self.scale_B)
+        return Materialize.apply(*parts, dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., I] to [..., O], in the type of x."""
+        weight = self.weight(x.dtype) if self.dense is None else self.dense
+        return nn.functional.linear(x, weight, self.bias)
+
+    def bake(self, dtype: torch.dtype) -> None:
+        """Keeps W until `unbake`: for layers that do not learn, and for inference."""
+        with torch.no_grad():
+            self.dense = self.weight(dtype)
+
+    def unbake(self) -> None:
+        """Computes W anew at every call again."""
+        self.dense = None
+
+    @torch.no_grad()
+    def normalized(self) -> dict[str, Tensor]:
+        """The parameters with unit-norm columns of A and rows of B, their norms moved into g; the same W."""
+        norm_A = self.scale_A.norm(dim=0).clamp_min(1e-12)
+        norm_B = self.scale_B.norm(dim=1).clamp_min(1e-12)
+        return {
+            "lut": self.lut.detach().clone(),
+            "scale_A": self.scale_A / norm_A,
+            "scale_B": self.scale_B / norm_B[:, None],
+            "rank_magnitude": self.rank_magnitude * norm_A * norm_B,
+        }
+
+    @torch.no_grad()
+    def set_parameters(self, values: dict[str, Tensor]) -> None:
+        """Takes over table and scales, as `normalized` gives them."""
+        for name, value in values.items():
+            getattr(self, name).copy_(value)
+
+
+def quantized(model: nn.Module) -> dict[str, QuantLinear]:
+    """The quantized layers by name, in the model's order."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, QuantLinear)}
+
+
+@contextmanager
+def baked(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
+    """Every quantized weight computed once for all calls inside."""
+    loose = [layer for layer in quantized(model).values() if layer.dense is None]
+    for layer in loose:
+        layer.bake(dtype)
+    try:
+        yield
+    finally:
+        for layer in loose:
+            layer.unbake()

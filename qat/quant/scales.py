@@ -1,0 +1,144 @@
+"""Low-rank scales `S = A @ B`, fitted to the error that matters rather than to the size of weights.
+
+With the indices and the table fixed, `W ≈ Q ⊙ (A @ B)` is linear in A and linear in B. Under a diagonal
+importance each row of A and each column of B has its own R × R weighted normal equations. Under the
+full second moment H of the layer's inputs the error is `tr(E H Eᵀ)`, the layer's output error on the
+calibration text, and conjugate gradients (Hestenes & Stiefel 1952) solve for A, B or the table without
+ever forming the equations: one product with H an iteration instead of R of them.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+DAMPING = 1e-3  # of the mean diagonal, towards the last value: keeps unused directions where they are
+
+
+def initial(weight_NOI: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """A [N, O, R] and B [N, R, I] of twice the mean magnitude of each row over groups of inputs.
+
+    The map of group means has few columns, so its rank-R part needs only a small decomposition.
+    """
+    inputs = weight_NOI.shape[2]
+    groups = min(inputs, max(rank, -(-inputs // 64)))
+    means = torch.nn.functional.adaptive_avg_pool1d(weight_NOI.abs(), groups) * 2
+    spread = torch.zeros(groups, inputs, device=weight_NOI.device)
+    column = torch.arange(inputs, device=weight_NOI.device)
+    spread[(column * groups) // inputs, column] = 1.0
+    if groups == rank:
+        return means, spread.expand(len(means), -1, -1).contiguous()
+    if groups < rank:  # fewer inputs than ranks: the rest starts idle
+        idle = rank - groups
+        A_NOR = torch.nn.functional.pad(means, (0, idle))
+        return A_NOR, torch.nn.functional.pad(spread, (0, 0, 0, idle)).expand(len(means), -1, -1).contiguous()
+    u, s, v = torch.linalg.svd(means, full_matrices=False)
+    return u[..., :rank] * s[:, None, :rank], v[:, :rank] @ spread
+
+
+def entry_sums(value_NOI: Tensor, index_NOI: Tensor, entries: int) -> Tensor:
+    """Sum [N, K] of the values at each index: one masked reduction an entry, no scatter into few addresses."""
+    return torch.stack([(value_NOI * (index_NOI == k)).sum(dim=(1, 2)) for k in range(entries)], dim=1)
+
+
+def look_up(table_NK: Tensor, index_NOI: Tensor) -> Tensor:
+    """`LUT[index]` [N, O, I] for each layer's own table."""
+    return table_NK.gather(1, index_NOI.flatten(1).long()).view(index_NOI.shape)
+
+
+def output_error(error_NOI: Tensor, H_NII: Tensor) -> Tensor:
+    """`tr(E H Eᵀ)` [N]: the squared output error over the inputs that H was gathered from."""
+    return ((error_NOI @ H_NII) * error_NOI).sum(dim=(1, 2))
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A way the quantized weight depends linearly on some unknowns.
+
+    Attributes:
+        expand: unknowns to quantized weight [N, O, I].
+        reduce: its adjoint, an error [N, O, I] to unknowns.
+        solve: the normal equations under a diagonal importance, many small systems at once.
+        coupled: dimensions of the unknowns that a full second moment couples into one system.
+    """
+
+    expand: Callable[[Tensor], Tensor]
+    reduce: Callable[[Tensor], Tensor]
+    solve: Callable[[Tensor], Tensor]
+    coupled: tuple[int, ...]
+
+
+def rows(Q_NOI: Tensor, B_NRI: Tensor, h_NI: Tensor) -> Linear:
+    """The quantized weight as a function of A; every row is a system of its own."""
+    rank = B_NRI.shape[1]
+    pairs_NPI = (B_NRI[:, :, None] * B_NRI[:, None, :]).flatten(1, 2)
+    gram_NORR = (Q_NOI.square().mul_(h_NI[:, None]) @ pairs_NPI.mT).unflatten(2, (rank, rank))
+    return Linear(lambda A: Q_NOI * (A @ B_NRI), lambda E: (E * Q_NOI) @ B_NRI.mT, _solver(gram_NORR), (2,))
+
+
+def columns(Q_NOI: Tensor, A_NOR: Tensor, h_NI: Tensor) -> Linear:
+    """The quantized weight as a function of B; a full second moment couples all of its columns."""
+    rank = A_NOR.shape[2]
+    pairs_NOP = (A_NOR[..., :, None] * A_NOR[..., None, :]).flatten(2, 3)
+    gram_NIRR = ((Q_NOI.square().mT @ pairs_NOP) * h_NI[..., None]).unflatten(2, (rank, rank))
+    solve = _solver(gram_NIRR)
+    return Linear(
+        lambda B: Q_NOI * (A_NOR @ B),
+        lambda E: A_NOR.mT @ (E * Q_NOI),
+        lambda r: solve(r.mT).mT.contiguous(),
+        (1, 2),
+    )
+
+
+def table(index_NOI: Tensor, S_NOI: Tensor, h_NI: Tensor, entries: int) -> Linear:
+    """The quantized weight as a function of the table; an entry that no index uses stays as it is."""
+    used_NK = entry_sums(S_NOI.square().mul_(h_NI[:, None]), index_NOI, entries)
+    return Linear(
+        lambda t: S_NOI * look_up(t, index_NOI),
+        lambda E: entry_sums(E * S_NOI, index_NOI, entries),
+        lambda r: torch.where(used_NK > 0, r / used_NK.clamp_min(1e-30), 0.0),
+        (1,),
+    )
+
+
+def _solver(gram_NXRR: Tensor) -> Callable[[Tensor], Tensor]:
+    mean = gram_NXRR.diagonal(dim1=-2, dim2=-1).mean(-1).clamp_min(1e-20)
+    damped = gram_NXRR.contiguous()
+    damped.diagonal(dim1=-2, dim2=-1).add_(DAMPING * mean[..., None])
+    factor, failed = torch.linalg.cholesky_ex(damped)
+    healthy = (failed == 0)[..., None]
+    return lambda right: torch.where(healthy, torch.cholesky_solve(right[..., None], factor)[..., 0], 0.0)
+
+
+def refit(x: Tensor, linear: Linear, weight_NOI: Tensor, h_NI: Tensor) -> Tensor:
+    """The unknowns with the least `Σ h (W − expand(x))²`, damped towards the given ones."""
+    return x + linear.solve(linear.reduce((weight_NOI - linear.expand(x)).mul_(h_NI[:, None])))
+
+
+def conjugate_gradient(x: Tensor, linear: Linear, weight_NOI: Tensor, H_NII: Tensor, iterations: int) -> Tensor:
+    """Lowers `tr((W − expand(x)) H (W − expand(x))ᵀ)` from the given unknowns; it never rises.
+
+    Preconditioned by the same problem under a diagonal importance, whose solution is at hand.
+    """
+    residual = linear.reduce((weight_NOI - linear.expand(x)) @ H_NII)
+    direction = step = linear.solve(residual)
+    gain = _dot(residual, step, linear.coupled)
+    for _ in range(iterations):
+        curved = linear.reduce(linear.expand(direction) @ H_NII)
+        length = _ratio(gain, _dot(direction, curved, linear.coupled))
+        x = x + length * direction
+        residual = residual - length * curved
+        step = linear.solve(residual)
+        before, gain = gain, _dot(residual, step, linear.coupled)
+        direction = step + _ratio(gain, before) * direction
+    return x
+
+
+def _dot(x: Tensor, y: Tensor, dims: tuple[int, ...]) -> Tensor:
+    return (x * y).sum(dim=dims, keepdim=True)
+
+
+def _ratio(above: Tensor, below: Tensor) -> Tensor:
+    """Zero where a system is already solved."""
+    return torch.where(below > 0, above / below.clamp_min(1e-30), 0.0)

@@ -1,0 +1,147 @@
+"""Run identity, naming and `result.json`, the contract that logs, reports and sweeps read.
+
+A run is `SR-007`: claimed once, never reused, also when several start in the same second. Its
+`result.json` exists from the first moment with status `interrupted`, so that a run that was killed
+is recorded as just that. `metrics.jsonl` beside it has a line for each training step and evaluation.
+"""
+
+import json
+import math
+import platform
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+from qat.artifacts import write_json
+from qat.config import Config
+from qat.tracking import open_tracker
+
+SCHEMA = 1
+ARCHITECTURE = "v2"  # table ⊙ low-rank scale, in the run log's naming convention
+RESULT = "result.json"
+METRICS = "metrics.jsonl"
+
+
+def claim_run(outputs: Path) -> str:
+    """The next free run identity below `outputs`, `SR-001` and on, taken atomically."""
+    return _claim(outputs / ".ids", "SR").name
+
+
+def claim_sweep(outputs: Path) -> Path:
+    """A new, empty folder `sweep-001` and on, made atomically."""
+    return _claim(outputs, "sweep")
+
+
+def _claim(parent: Path, prefix: str) -> Path:
+    parent.mkdir(parents=True, exist_ok=True)
+    taken = [int(p.name.rsplit("-", 1)[1]) for p in parent.glob(f"{prefix}-*") if p.name.rsplit("-", 1)[1].isdigit()]
+    number = max(taken, default=0) + 1
+    while True:
+        path = parent / f"{prefix}-{number:03d}"
+        try:
+            path.mkdir()
+            return path
+        except FileExistsError:
+            number += 1
+
+
+def checkpoint_name(config: Config, loss: float | None) -> str:
+    """`{arch}_{quant}_{variant}_{loss}_{dtype}`, such as `v2_q2a4_mlp_0.58_fp32`."""
+    shown = "none" if loss is None or not math.isfinite(loss) else f"{loss:.2f}"
+    return f"{ARCHITECTURE}_{config.quant.name}_{config.mode.name}_{shown}_fp32"
+
+
+class Run:
+    """The record of one run, kept in its folder from the first moment.
+
+    Attributes:
+        folder: the run's own folder.
+        result: the content of `result.json` as it stands.
+    """
+
+    def __init__(self, config: Config, folder: Path) -> None:
+        """Opens the record and writes it with status `interrupted`."""
+        self.folder = folder
+        self._started = time.monotonic()
+        run_id = folder.name if folder.name.startswith("SR-") else claim_run(Path(config.outputs))
+        self.result: dict[str, Any] = {
+            "schema": SCHEMA,
+            "run_id": run_id,
+            "name": checkpoint_name(config, None),
+            "stage": config.stage.name,
+            "status": "interrupted",
+            "goal": config.run.goal,
+            "notes": config.run.notes,
+            "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            "quant": {"preset": config.quant.name},
+            "metrics": {},
+            "timing": {},
+            "throughput": {},
+            "memory": {},
+            "paths": {"run": str(folder)},
+            "environment": {},
+            "error": None,
+        }
+        self.save()
+        self._metrics = open(folder / METRICS, "a", encoding="utf-8", buffering=1)  # noqa: SIM115 - see finish
+        self._tracker = open_tracker(config, folder, run_id)
+
+    def log(self, row: dict[str, float]) -> None:
+        """Records the figures of one training step or evaluation; `row` has a `step`."""
+        self._metrics.write(json.dumps(_finite(row)) + "\n")
+        self._tracker.log(row)
+
+    def save(self) -> None:
+        """Writes the record as it stands; figures that are not finite become null, never NaN."""
+        self.result["timing"]["total_s"] = round(time.monotonic() - self._started, 3)
+        write_json(self.folder / RESULT, _finite(self.result))
+
+    def finish(self, status: str, error: str | None = None) -> None:
+        """Closes the record as `complete`, `failed` or `interrupted`."""
+        self.result["status"] = status
+        self.result["error"] = error
+        self.save()
+        self._metrics.close()
+        self._tracker.finish(_finite(self.result["metrics"]), failed=status != "complete")
+
+
+def environment(device: str) -> dict[str, Any]:
+    """What the figures were measured with: commit, versions, device."""
+    import torch
+    import transformers
+
+    return {
+        "git": _git_commit(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "device": device,
+        "machine": platform.machine(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _git_commit() -> str | None:
+    """The commit of this source tree, with `-dirty` when it was changed; None outside a checkout."""
+    try:
+        done = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=12"],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            timeout=5,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, dict):
+        return {key: _finite(entry) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [_finite(entry) for entry in value]
+    return value

@@ -1,0 +1,80 @@
+"""Stage 3: the student learns from the cache."""
+
+from pathlib import Path
+
+from transformers import PreTrainedModel
+
+from qat import checkpoints, machine, plots
+from qat.artifacts import Artifact
+from qat.cache.reader import CacheReader
+from qat.config import Config, LossKind
+from qat.distill.trainer import History, Loss, Trainer
+from qat.errors import MissingError
+from qat.quant.layers import Layer, summary
+from qat.quant.linear import quantized
+from qat.runs import Run, checkpoint_name
+from qat.stages import cache
+from qat.stages.workspace import Workspace, open_workspace, start_folder
+
+
+def main(config: Config, run: Run) -> None:
+    """`stage=distill`: trains a given checkpoint."""
+    work = open_workspace(config, run)
+    start = start_folder(config.checkpoint)
+    if start is None:
+        raise MissingError("stage=distill needs a quantized start: checkpoint=<path>, or stage=run to convert first")
+    make(work, cache.make(work), start)
+
+
+def make(work: Workspace, outputs: Artifact, start: Path) -> Path:
+    """Trains from the checkpoint at `start`; returns the folder of the best checkpoint."""
+    run = work.run
+    with work.timed("distill"):
+        student, manifest = checkpoints.load(start, work.teacher, work.machine)
+        layers = checkpoints.layers_of(manifest)
+        run.result["quant"] = {"preset": manifest["quant"]["name"], **summary(layers)}
+        folders = {name: run.folder / "checkpoints" / name for name in ("best", "last")}
+        description = checkpoints.heritage(manifest) | {"run": run.result["run_id"]}
+        trainer = _trainer(work, outputs, student, layers)
+        history = trainer.run(run.log, lambda: checkpoints.save(student, folders["best"], description))
+        checkpoints.save(student, folders["last"], description)
+        _record(work, history, sum(layer.weights for layer in layers))
+    run.result["paths"] |= {name: str(folder) for name, folder in folders.items()}
+    run.save()
+    return folders["best"]
+
+
+def _trainer(work: Workspace, outputs: Artifact, student: PreTrainedModel, layers: list[Layer]) -> Trainer:
+    config, modules = work.config, quantized(student)
+    return Trainer(
+        student,
+        {layer.name: (layer.kind, modules[layer.name]) for layer in layers},
+        (CacheReader(outputs, "train"), CacheReader(outputs, "eval")),
+        config.train,
+        config.mode,
+        _loss(work),
+        work.machine,
+        config.seed,
+    )
+
+
+def _loss(work: Workspace) -> Loss:
+    loss = work.config.loss
+    beside = work.teacher.load(work.machine.dtype, work.machine.device) if loss.kind is LossKind.full_kl else None
+    return Loss(loss.kind, loss.temperature, beside)
+
+
+def _record(work: Workspace, history: History, weights: int) -> None:
+    result = work.run.result
+    result["name"] = checkpoint_name(work.config, history.best)
+    result["metrics"] |= {
+        "kd_loss_initial": history.initial,
+        "kd_loss_final": history.final,
+        "kd_loss_best": history.best,
+    }
+    speed = history.tokens / history.seconds
+    result["throughput"] = {
+        "tokens_per_second": round(speed, 1),
+        "mfu": round(6 * weights * speed / machine.matmul_flops(work.machine), 4),
+    }
+    plots.loss_curve(history.rows, f"{work.teacher.name}: {result['name']}", work.run.folder / "loss.png")

@@ -1,0 +1,65 @@
+"""The whole job: cache, convert, distill, evaluate; what is already there is not made again."""
+
+import logging
+from pathlib import Path
+
+from qat.config import Config
+from qat.console import console, duration, table
+from qat.evaluate import Metrics
+from qat.runs import Run
+from qat.stages import cache, convert, distill, evaluate
+from qat.stages.workspace import open_workspace, start_folder
+
+log = logging.getLogger(__name__)
+
+
+def main(config: Config, run: Run) -> None:
+    """`stage=run`."""
+    work = open_workspace(config, run)
+    log.info("%s: %s on %s", run.result["run_id"], config.model.name, work.machine.describe())
+    outputs = cache.make(work)
+    start = start_folder(config.checkpoint) or convert.make(work, outputs).folder
+    best = distill.make(work, outputs, start)
+    measured = evaluate.make(work, outputs, {"converted": start, "distilled": best})
+    before, after = measured["converted"], measured["distilled"]
+    run.result["metrics"] |= {
+        "kl_initial": before.kl,
+        "kl": after.kl,
+        "perplexity_initial": before.perplexity,
+        "perplexity": after.perplexity,
+        "teacher_perplexity": after.teacher_perplexity,
+        "top1_agreement": after.top1_agreement,
+    }
+    run.save()
+    show(run, before, after, best)
+
+
+def show(run: Run, before: Metrics, after: Metrics, best: Path) -> None:
+    """What a person wants to know at the end: losses before and after, bits, times, where to go on."""
+    result = run.result
+    rows = [
+        ["KD loss (held-out)", f"{before.kd_loss:.4f}", f"{after.kd_loss:.4f}", "0"],
+        ["full KL (held-out)", f"{before.kl:.4f}", f"{after.kl:.4f}", "0"],
+        [
+            "perplexity",
+            f"{before.perplexity:.2f}",
+            f"{after.perplexity:.2f}",
+            f"{after.teacher_perplexity:.2f}",
+        ],
+        ["same first choice", f"{before.top1_agreement:.1%}", f"{after.top1_agreement:.1%}", "100%"],
+    ]
+    table(f"{result['run_id']}  {result['name']}", ["", "converted", "distilled", "teacher"], rows)
+    quant, timing = result["quant"], result["timing"]
+    kinds = [
+        f"{quant[f'{kind}_bits_per_weight']} {kind}" for kind in ("mlp", "attn") if f"{kind}_bits_per_weight" in quant
+    ]
+    console.print(f"bits per weight  {quant['bits_per_weight']} ({', '.join(kinds)})")
+    spent = [
+        f"{stage} {duration(timing[f'{stage}_s'])}"
+        for stage in ("cache", "convert", "distill", "evaluate")
+        if f"{stage}_s" in timing
+    ]
+    console.print(f"time             {', '.join(spent)}")
+    console.print(f"loss curve       {run.folder / 'loss.png'}")
+    console.print(f"samples          {result['paths']['samples']}")
+    console.print(f"go on with       python launch.py stage=chat checkpoint={best}", soft_wrap=True)

@@ -1,0 +1,66 @@
+"""What every stage works with: the machine, the teacher, the run's record."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from qat import machine, models
+from qat.config import CheckpointConfig, Config
+from qat.errors import UnavailableError
+from qat.machine import Machine
+from qat.models import ModelFolder
+from qat.runs import Run, environment
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """A configured run with everything that stages share."""
+
+    config: Config
+    run: Run
+    machine: Machine
+    teacher: ModelFolder
+
+    @property
+    def artifacts(self) -> Path:
+        """Where artifacts are kept."""
+        return Path(self.config.outputs) / "artifacts"
+
+    @contextmanager
+    def timed(self, what: str) -> Iterator[None]:
+        """Adds the seconds spent inside to the record, as `<what>_s`, and saves it."""
+        began = time.monotonic()
+        yield
+        self.run.result["timing"][f"{what}_s"] = round(time.monotonic() - began, 3)
+        self.run.result["memory"]["peak_bytes"] = machine.peak_bytes(self.machine.device)
+        self.run.save()
+
+
+def open_workspace(config: Config, run: Run) -> Workspace:
+    """Resolves the machine and finds the teacher.
+
+    Raises:
+        MissingError: one of the two cannot be had.
+    """
+    resolved = machine.resolve(config.instance)
+    run.result["environment"] = environment(resolved.describe())
+    teacher = models.locate(config.model, Path(config.outputs) / "artifacts")
+    return Workspace(config, run, resolved, teacher)
+
+
+def start_folder(checkpoint: CheckpointConfig) -> Path | None:
+    """The folder of the configured checkpoint; None is the teacher itself.
+
+    Raises:
+        UnavailableError: a registered name, whose archive this version does not pull.
+    """
+    if checkpoint.name == "teacher":
+        return None
+    if checkpoint.path is None:
+        raise UnavailableError(
+            f"checkpoint={checkpoint.name} is a registered archive, and this version pulls none from a store:"
+            " unpack it and give its folder, checkpoint=<path>"
+        )
+    return Path(checkpoint.path)

@@ -1,0 +1,95 @@
+"""A command line without its stages: everything up to the job, and a job that only leaves a trace."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from qat.cli import arguments, main
+from qat.config import Config
+
+ROOT = Path(__file__).resolve().parents[2]
+
+DRIVER = f"""
+import json, logging, runpy, sys, types
+sys.path.insert(0, {str(ROOT)!r})
+from qat.errors import MissingError
+
+def run_job(config, folder):
+    if config.run.goal == "fail":
+        raise MissingError("nothing\\nthere")
+    if config.run.goal == "stop":
+        raise KeyboardInterrupt
+    logging.getLogger("qat").info("at work")
+    (folder / "result.json").write_text(json.dumps({{"lr": config.train.lr, "quant": config.quant.name}}))
+    return 0.5
+
+stages = types.ModuleType("qat.stages")
+stages.run_job = run_job
+sys.modules["qat.stages"] = stages
+sys.argv = ["launch.py", *sys.argv[1:]]
+try:
+    runpy.run_path({str(ROOT / "launch.py")!r}, run_name="__main__")
+finally:
+    heavy = sorted({{"torch", "transformers", "numpy"}} & set(sys.modules))
+    open("imported.json", "w").write(json.dumps(heavy))
+"""
+
+
+@dataclass
+class Outcome:
+    """What a person sees of a launch."""
+
+    code: int
+    out: str
+    err: str
+    heavy: list[str]
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty current directory."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def compose(here: Path) -> Callable[..., Config]:
+    """The checked configuration of a command line, its first job's for a sweep."""
+    return lambda *argv: main.check(arguments.parse(list(argv))).config
+
+
+@pytest.fixture
+def launch(here: Path) -> Callable[..., Outcome]:
+    """Runs launch.py in a process of its own, its stages replaced by a trace."""
+
+    def run(*argv: str) -> Outcome:
+        done = subprocess.run(
+            [sys.executable, "-c", DRIVER, *argv], capture_output=True, text=True, timeout=60
+        )
+        trace = here / "imported.json"
+        heavy = json.loads(trace.read_text())
+        trace.unlink()
+        return Outcome(done.returncode, done.stdout, done.stderr, heavy)
+
+    return run
+
+
+@pytest.fixture
+def checkpoint(here: Path) -> Callable[..., Path]:
+    """Makes a checkpoint folder that only has a manifest."""
+
+    def make(folder: str, mlp: bool = True, attn: bool = True) -> Path:
+        table = {"bits": 2, "rank": 4}
+        quant = {"name": "made", "mlp": table if mlp else None, "attn": table if attn else None}
+        path = here / folder
+        path.mkdir(parents=True)
+        manifest = {"kind": "checkpoint", "model": "tiny", "quant": quant}
+        (path / "manifest.json").write_text(json.dumps(manifest))
+        return path
+
+    return make

@@ -1,0 +1,167 @@
+"""Every mistake is one line that helps, exit code 2, and nothing created."""
+
+import copy
+import json
+import re
+from operator import attrgetter
+
+import pytest
+
+from qat.cli import arguments, main, validate
+from qat.errors import ConfigError
+
+MISTAKES = [
+    # flags
+    ("--multrun", "did you mean --multirun"),
+    ("--cfg jobs", "invalid choice"),
+    ("--run -m", "exclude each other"),
+    ("--resolve", "only goes with --cfg"),
+    ("--config-path nowhere", "no such folder"),
+    ("--config-dir nowhere", "no such folder"),
+    ("--config-name nothing", "nothing"),
+    ("--experimental-rerun x", "--config-path"),
+    ("--shell-completion", "install="),
+    # keys
+    ("trian.lr=1", "unknown key trian.lr (did you mean train.lr?)"),
+    ("lr=1", "did you mean train.lr"),
+    ("train.lr.x=1", "unknown key train.lr.x"),
+    ("modle=tiny", "did you mean model"),
+    ("+foo=1", "unknown key foo"),
+    ("++train.foo=1", "unknown key train.foo"),
+    ("~model", "would delete"),
+    ("~train.lr", "would delete"),
+    ("train.lr", "write train.lr=<value>"),
+    ("help", "settings are written key=value"),
+    ("model@other=tiny", "unknown key model@other"),
+    ("hydra.run.dri=x", "dri"),
+    # options
+    ("quant=q2a5", "did you mean q2a4?); quant is one of q2a16, q2a2, q2a4"),
+    ("model=qwen3_06b", "did you mean qwen3_0_6b"),
+    ("+experiment=sr_01", "did you mean sr_001"),
+    ("quant=null", "no such option"),
+    ("quant=", "no such option"),
+    ("checkpoint=q4_fp31", "did you mean q4_fp32"),
+    ("-m quant=q2a4,q2a5", "did you mean q2a4"),
+    # types and syntax
+    ("train.steps=abc", "train.steps=abc: expected a whole number"),
+    ("train.steps=1.5", "expected a whole number"),
+    ("train.lr=fast", "expected a number"),
+    ("mode.mlp=perhaps", "expected true or false"),
+    ("stage=rum", "expected one of run, cache"),
+    ("instance.device=cud", "did you mean cuda"),
+    ("train=3", "is a section"),
+    ("train.steps=null", "train.steps"),
+    ("train={stepz:3}", "did you mean train.steps"),
+    ("train.lr=[1,", "cannot read train.lr=[1,"),
+    ("train.lr=1,2", "add -m"),
+    ("train.lr=${nowhere}", "nowhere"),
+    ("run.goal=???", "run.goal has no value"),
+    ("quant=q2a16 quant.attn.bits=3", "section that is null"),
+    # values
+    ("train.steps=0", "train.steps=0: must be at least 1"),
+    ("train.lr=nan", "finite"),
+    ("train.steps=1e30", "finite"),
+    ("data.thinking=maybe", "false, true or both"),
+    ("outputs=", "outputs is empty"),
+    ("outputs=taken", "no folder"),
+    ("hydra.run.dir=taken/x", "no folder"),
+    # combinations
+    ("cache.top_k=49153", "only 49152 tokens"),
+    ("model=tiny cache=L128", "cache.random=1024: model=tiny has only 512"),
+    ("model=local", "model.path=<folder>"),
+    ("model=local model.path=nowhere", "no config.json"),
+    ("model=local model.path=folder cache.top_k=200 cache.random=1", "only 100 tokens"),
+    ("mode=attn quant=q2a16", "use mode=mlp"),
+    ("mode=e2e quant=q2a16", "no tables"),
+    ("mode=mlp mode.mlp=false", "nothing would learn"),
+    ("data=text", "data.path=<file>"),
+    ("data=text data.path=nowhere", "no such file"),
+    ("cache=local", "cache.path=<folder>"),
+    ("cache=local cache.path=nowhere", "no such folder"),
+    ("checkpoint=local", "checkpoint=<folder>"),
+    ("checkpoint=SR-999", "neither a folder nor a registered name"),
+    ("stage=export", "export.output=<folder>"),
+    ("stage=distill checkpoint=folder", "no manifest.json"),
+    ("stage=evaluate checkpoint=broken", "cannot be read"),
+    ("stage=distill checkpoint=mlp_only mode=e2e", "use mode=mlp"),
+    ("store=gcs", "store.path"),
+    # sweeps
+    ("-m train.lr=1e-3,0", "must be above 0"),
+    ("-m quant=q2a4,q2a16 mode=mlp,e2e", "no tables"),
+    ("-m train.steps=range(1,1000000000)", "more than 256 jobs"),
+    ("-m train.lr=interval(0,1)", "train.lr=interval(0,1)"),
+    ("-m checkpoint=teacher,folder", "the one or the other"),
+]
+
+
+VALUES = [
+    ("seed", -1, "at least 0"),
+    ("train.lr", 0.0, "above 0"),
+    ("train.lr", -1e-3, "above 0"),
+    ("train.lr", float("inf"), "finite"),
+    ("train.warmup", 1.5, "at most 1"),
+    ("train.batch_size", 0, "at least 1"),
+    ("train.grad_clip", 0.0, "above 0"),
+    ("train.eval_every", 0, "at least 1"),
+    ("quant.mlp.bits", 9, "at least 1 and at most 8"),
+    ("quant.attn.bits", 0, "at least 1 and at most 8"),
+    ("quant.attn.rank", 0, "at least 1"),
+    ("data.eval_fraction", 0.0, "above 0 and below 1"),
+    ("data.eval_fraction", 1.0, "above 0 and below 1"),
+    ("data.answer_tokens", 0, "at least 1"),
+    ("convert.rounds", 0, "at least 1"),
+    ("instance.micro_batch", 0, "at least 1"),
+    ("loss.temperature", 0.0, "above 0"),
+    ("cache.length", 1, "at least 2"),
+    ("cache.sequences", 0, "at least 1"),
+]
+
+
+@pytest.fixture(scope="module")
+def valid():
+    """The default configuration, to be copied: composing it takes a while."""
+    return main.check(arguments.parse([])).config
+
+
+@pytest.mark.parametrize(("key", "value", "hint"), VALUES)
+def test_value_out_of_range(key, value, hint, valid, here):
+    config = copy.deepcopy(valid)
+    validate.check(config)
+    section, _, name = key.rpartition(".")
+    setattr(attrgetter(section)(config) if section else config, name, value)
+    with pytest.raises(ConfigError, match=re.escape(f"{key}={value}: must be ") + ".*" + hint):
+        validate.check(config)
+
+
+@pytest.fixture
+def littered(here, checkpoint):
+    """A current directory with a few things to stumble over."""
+    (here / "taken").write_text("a file")
+    (here / "folder").mkdir()
+    (here / "folder" / "config.json").write_text(json.dumps({"vocab_size": 100}))
+    (here / "broken").mkdir()
+    (here / "broken" / "manifest.json").write_text("{")
+    checkpoint("mlp_only", attn=False)
+    return here
+
+
+@pytest.mark.parametrize(("line", "hint"), MISTAKES, ids=[line for line, _ in MISTAKES])
+def test_mistake_is_one_helpful_line(line, hint, littered, capfd):
+    before = sorted(littered.rglob("*"))
+    code = main.main(line.split(), launch=lambda: pytest.fail("launched"))
+    told = capfd.readouterr()
+    assert code == 2
+    assert told.out == ""
+    assert told.err.startswith("error: ")
+    assert told.err.count("\n") == 1 and told.err.endswith("\n")
+    assert hint in told.err
+    assert sorted(littered.rglob("*")) == before
+
+
+@pytest.mark.parametrize("line", ["trian.lr=1", "--foo", "-m train.lr=1,0"])
+def test_mistake_in_a_process(line, launch, here):
+    done = launch(*line.split())
+    assert done.code == 2
+    assert done.err.startswith("error: ") and done.err.count("\n") == 1
+    assert done.heavy == []
+    assert list(here.iterdir()) == []

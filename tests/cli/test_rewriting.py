@@ -1,0 +1,102 @@
+"""What people type and Hydra would not take: 1e3 steps, a path for a checkpoint, a bare false."""
+
+import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qat.cli import arguments, main, overrides
+from qat.cli.compose import Composer
+from qat.cli.suggest import nearest
+
+
+def swept(*argv):
+    """The overrides of each job of a sweep."""
+    command = arguments.parse(["-m", *argv])
+    parsed = main.check(command).parsed
+    return list(overrides.jobs(parsed))
+
+
+@pytest.mark.parametrize("written", ["1e3", "1.0E+3"])
+def test_exponents_for_whole_numbers(written, compose):
+    assert compose(f"train.steps={written}").train.steps == 1000
+
+
+def test_exponents_within_sweeps(here):
+    assert swept("train.steps=1e2,1e3") == [["train.steps=100"], ["train.steps=1000"]]
+    assert swept("train.steps=choice(1e1,20)") == [["train.steps=10"], ["train.steps=20"]]
+
+
+def test_exponents_elsewhere_are_left_alone(compose):
+    config = compose("train.lr=1e-4", "cache.sequences=2.5e2")
+    assert (config.train.lr, config.cache.sequences) == (1e-4, 250)
+
+
+@pytest.mark.parametrize("thinking", ["false", "both", "'true'"])
+def test_thinking_takes_booleans(thinking, compose):
+    assert compose(f"data.thinking={thinking}").data.thinking == thinking.strip("'").lower()
+
+
+@pytest.mark.parametrize(
+    "folder", ["plain", "a=b", "with space", "it's", "a,b", "x (1)", "$HOME", "${x}", "007"]
+)
+def test_checkpoint_path(folder, compose, checkpoint):
+    checkpoint(folder)
+    config = compose("stage=evaluate", f"checkpoint={folder}")
+    assert (config.checkpoint.name, config.checkpoint.path) == ("local", folder)
+
+
+def test_checkpoint_of_a_run(compose, checkpoint, here):
+    best = checkpoint("elsewhere/SR-007/checkpoints/best")
+    for written in ("checkpoint=SR-007", f"checkpoint={best.parents[1]}", f"checkpoint={best}"):
+        config = compose("stage=chat", "outputs=elsewhere", written)
+        assert (here / config.checkpoint.path).resolve() == best
+
+
+def test_checkpoint_sweeps(here, checkpoint):
+    checkpoint("a=1"), checkpoint("b c")
+    jobs = swept("checkpoint='a=1','b c'")
+    assert [job[1] for job in jobs] == ["checkpoint.path='a=1'", "checkpoint.path='b c'"]
+    assert [job[0] for job in swept("checkpoint=teacher,q4_fp32")] == [
+        "checkpoint=teacher",
+        "checkpoint=q4_fp32",
+    ]
+
+
+def test_sweep_is_every_combination(here):
+    assert len(swept("train.lr=1e-4,3e-4,1e-3", "quant=q2a4,q4a4")) == 6
+    assert [job[0] for job in swept("quant=glob(q4*)")] == ["quant=q4a4", "quant=q4a4_r32"]
+
+
+@pytest.mark.parametrize("written", ["+train.lr=0.5", "++train.lr=0.5", "train={lr:0.5}"])
+def test_ways_to_set_a_key(written, compose):
+    assert compose(written).train.lr == 0.5
+
+
+def test_flags_anywhere(here):
+    command = arguments.parse(["train.lr=1", "-m", "seed=1,2"])
+    assert command.argv() == ["--multirun", "train.lr=1", "seed=1,2"]
+
+
+@given(st.text(st.characters(min_codepoint=32, exclude_categories=["Cs"]), max_size=12))
+def test_quote_keeps_any_text(text):
+    parsed = OverridesParser.create().parse_override(f"key={arguments.quote(text)}")
+    assert parsed.value() == text.replace("${", r"\${")
+
+
+@pytest.mark.parametrize(
+    ("word", "found"),
+    [
+        ("lr", "train.lr"),
+        ("trian.lr", "train.lr"),
+        ("TRAIN.LR", "train.lr"),
+        ("quantt", "quant"),
+        ("zzzz", None),
+    ],
+)
+def test_nearest(word, found):
+    assert nearest(word, ["train.lr", "quant", "train.steps"]) == found
+
+
+def test_options_are_those_of_conf(here):
+    assert "schema" not in Composer({}).options("quant")
