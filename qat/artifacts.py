@@ -82,6 +82,8 @@ def publish(folder: Path, manifest: dict[str, Any]) -> Iterator[tuple[Path, dict
     try:
         scratch.chmod(0o755)
         yield scratch, manifest
+        for path in _files(scratch):
+            path.chmod(0o644)  # safetensors makes its files private
         manifest["files"] = {path.relative_to(scratch).as_posix(): _describe(path) for path in _files(scratch)}
         write_json(scratch / MANIFEST, manifest)
         _replace_folder(scratch, folder)
@@ -97,7 +99,7 @@ def open_artifact(folder: Path) -> Artifact:
     """
     manifest = read_manifest(folder)
     for name, expected in manifest["files"].items():
-        _check(folder / name, expected)
+        _check(folder, name, expected)
     return Artifact(folder, manifest)
 
 
@@ -169,8 +171,8 @@ def _describe(path: Path) -> dict[str, Any]:
     return {"bytes": path.stat().st_size, "sha256": digest}
 
 
-def _check(path: Path, expected: dict[str, Any]) -> None:
-    remedy = f"delete {path.parent} and run again"
+def _check(folder: Path, name: str, expected: dict[str, Any]) -> None:
+    path, remedy = folder / name, f"delete {folder} and run again"
     if not path.is_file():
         raise ArtifactError(f"{path} is missing: {remedy}")
     if path.stat().st_size != expected["bytes"]:

@@ -74,10 +74,11 @@ def load(folder: Path, teacher: ModelFolder, machine: Machine) -> tuple[PreTrain
     """The student of a checkpoint, and the checkpoint's manifest.
 
     Raises:
-        ArtifactError: the files are damaged, or the checkpoint belongs to another teacher.
+        ArtifactError: the files are damaged or no checkpoint's, or the checkpoint belongs to another teacher.
     """
-    artifact = open_artifact(folder)
-    manifest = artifact.manifest
+    manifest = open_artifact(folder).manifest
+    if manifest.get("kind") != "checkpoint":
+        raise ArtifactError(f"{folder} is not a checkpoint: give a folder such as checkpoints/best of a run")
     if manifest.get("teacher") != teacher.fingerprint:
         raise ArtifactError(
             f"{folder} was made from {manifest.get('model')} with other weights than those of {teacher.name}:"

@@ -171,8 +171,9 @@ class CacheConfig:
 class ConvertConfig:
     """How the fit of tables and scales is done."""
 
-    calibration_tokens: int = 24_576  # cached training tokens whose layer inputs weigh the errors
+    calibration_tokens: int = 16_384  # cached training tokens whose layer inputs weigh the errors
     rounds: int = 8  # alternations of indices, tables and scales
+    sweeps: int = 0  # of coordinate descent over the indices afterwards
 
 
 @dataclass
@@ -197,7 +198,7 @@ class LossConfig:
 class TrainConfig:
     """Distillation. The result never depends on the machine: `batch_size` is global."""
 
-    steps: int = 60
+    steps: int = 40
     batch_size: int = 16  # sequences a step
     lr: float = 1e-3  # of scales and codebooks, relative to each tensor's root mean square
     warmup: float = 0.1  # share of the steps in which the rate rises

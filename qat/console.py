@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 
 PLAIN_SECONDS = 10.0  # between two plain progress lines
 
-console = Console(highlight=False)
+console = Console(highlight=False, markup=False)  # brackets in a path or an answer are text
 
 
 class Advance(Protocol):

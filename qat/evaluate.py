@@ -1,7 +1,7 @@
 """How good a student is, on text that training never saw.
 
 `kl` is KL(teacher‖student) over the whole vocabulary at T = 1, the teacher running beside the student;
-`kd_loss` is the run log's measure, over the cached top-k at T = 2, times 4; `perplexity` is of the text
+`kd_loss` is the run log's measure, over the teacher's top-k at T = 2, times 4; `perplexity` is of the text
 itself; `top1_agreement` is the share of positions where both prefer the same token.
 """
 
@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from qat.cache.reader import CacheReader
 from qat.console import progress
 from qat.data.sources import chat_tokens
 from qat.distill.loss import KD_TEMPERATURE, full_kl, topk_kl
@@ -42,41 +41,45 @@ class Metrics:
 
 
 @torch.inference_mode()
-def evaluate(student: PreTrainedModel, teacher: PreTrainedModel, held_out: CacheReader, machine: Machine) -> Metrics:
-    """Compares two models on one split of a cache.
+def evaluate(
+    student: PreTrainedModel, teacher: PreTrainedModel, rows_NL: Tensor, top_k: int, machine: Machine
+) -> Metrics:
+    """Compares two models on token ids [N, L].
+
+    Args:
+        student: any of its quantized weights is computed once.
+        teacher: the model it imitates.
+        rows_NL: text that training never saw.
+        top_k: tokens that `kd_loss` looks at, those the teacher finds likeliest.
+        machine: compute type and micro-batch.
 
     Raises:
         NumericsError: a figure is not finite.
     """
     sums = torch.zeros(5, dtype=torch.float64)
-    positions = 0
-    tokens = held_out.rows * int(held_out.meta["length"])
-    with baked(student, machine.dtype), progress("evaluation", tokens, "tokens") as advance:
-        for rows in held_out.in_order(machine.micro_batch):
-            batch = held_out.batch(rows).to(machine.device)
-            theirs, ours = (m.base_model(batch.input_ids).last_hidden_state[:, :-1] for m in (teacher, student))
-            targets = (theirs, batch.topk_ids, batch.topk_logprobs, batch.input_ids[:, 1:])
-            for hidden, *target in position_chunks(ours, targets):
-                sums += _compare(student.lm_head(hidden).float(), teacher, *target)
-                positions += len(hidden)
-            advance(batch.input_ids.numel())
+    with baked(student, machine.dtype), progress("evaluation", rows_NL.numel(), "tokens") as advance:
+        for rows in rows_NL.split(machine.micro_batch):
+            ids = rows.to(machine.device)
+            theirs, ours = (m.base_model(ids).last_hidden_state[:, :-1] for m in (teacher, student))
+            for ours_XD, theirs_XD, next_X in position_chunks(ours, (theirs, ids[:, 1:])):
+                sums += _compare(student.lm_head(ours_XD).float(), teacher.lm_head(theirs_XD).float(), next_X, top_k)
+            advance(rows.numel())
+    positions = rows_NL.shape[0] * (rows_NL.shape[1] - 1)
     kl, kd, nll, teacher_nll, same = (sums / positions).tolist()
     if not math.isfinite(sum((kl, kd, nll, teacher_nll))):
         raise NumericsError(f"evaluation gave kl {kl}, kd_loss {kd}, loss {nll}: the checkpoint holds NaN or infinity")
     return Metrics(kl, kd, math.exp(nll), math.exp(teacher_nll), same)
 
 
-def _compare(
-    logits: Tensor, teacher: PreTrainedModel, hidden: Tensor, ids: Tensor, logprobs: Tensor, next_ids: Tensor
-) -> Tensor:
-    """Sums [5] over some positions, in the order of `Metrics` with negative log-likelihoods for perplexities."""
-    wanted = teacher.lm_head(hidden).float()
+def _compare(logits_XV: Tensor, teacher_XV: Tensor, next_X: Tensor, top_k: int) -> Tensor:
+    """Sums [5] over some positions, in the order of `Metrics`, negative log-likelihoods for perplexities."""
+    top, ids = teacher_XV.topk(top_k, dim=-1)
     values = (
-        full_kl(logits, wanted),
-        topk_kl(logits, ids, logprobs, KD_TEMPERATURE),
-        torch.nn.functional.cross_entropy(logits, next_ids, reduction="none"),
-        torch.nn.functional.cross_entropy(wanted, next_ids, reduction="none"),
-        logits.argmax(-1) == wanted.argmax(-1),
+        full_kl(logits_XV, teacher_XV),
+        topk_kl(logits_XV, ids, top, KD_TEMPERATURE),
+        torch.nn.functional.cross_entropy(logits_XV, next_X, reduction="none"),
+        torch.nn.functional.cross_entropy(teacher_XV, next_X, reduction="none"),
+        logits_XV.argmax(-1) == teacher_XV.argmax(-1),
     )
     return torch.stack([value.double().sum().cpu() for value in values])
 

@@ -8,11 +8,17 @@ fingerprint that changes when the weights do.
 import hashlib
 import importlib.metadata
 import logging
+import os
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+
+if not sys.stderr.isatty():
+    os.environ.setdefault("TQDM_DISABLE", "1")  # bars of other packages would fill a log file
+
 import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -77,24 +83,25 @@ def _from_wheel(config: ModelConfig, artifacts: Path) -> ModelFolder:
     gguf = _gguf_file(package)
 
     def make(folder: Path) -> dict[str, Any]:
-        log.info("converting %s to safetensors", gguf.name)
-        where = {
-            "pretrained_model_name_or_path": gguf.parent,
-            "gguf_file": gguf.name,
-            "local_files_only": True,
-        }
-        loaded = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
-        settings = loaded.config
-        del settings.quantization_config  # the weights are plain numbers from here on
-        model = AutoModelForCausalLM.from_config(settings)
-        model.load_state_dict(loaded.state_dict())
-        model.save_pretrained(folder)
-        AutoTokenizer.from_pretrained(**where).save_pretrained(folder)
+        dequantize(gguf, folder)
         return {"package": package}
 
     inputs = {"package": package, "gguf": _sha256([gguf]), "dtype": "float32"}
     artifact = obtain(artifacts, "models", config.name, inputs, make)
     return ModelFolder(config.name, artifact.folder, artifact.key)
+
+
+def dequantize(gguf: Path, folder: Path) -> None:
+    """Writes the model and tokenizer of a GGUF file as a Hugging Face folder with fp32 safetensors."""
+    log.info("converting %s to safetensors", gguf.name)
+    where = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name, "local_files_only": True}
+    loaded = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
+    settings = loaded.config
+    del settings.quantization_config  # the weights are plain numbers from here on
+    model = AutoModelForCausalLM.from_config(settings)
+    model.load_state_dict(loaded.state_dict())
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(**where).save_pretrained(folder)
 
 
 def _gguf_file(package: str) -> Path:

@@ -27,5 +27,13 @@ def shard_name(split: str, index: int) -> str:
 
 def random_ids(seed: int, split: str, shard: int, shape: tuple[int, int, int], vocab_size: int) -> torch.Tensor:
     """Token ids [N, L-1, R] int64 of the random sample of one shard, the same on every machine."""
-    generator = torch.Generator().manual_seed((seed << 32) + (shard << 1) + (split == "eval"))
-    return torch.randint(vocab_size, shape, generator=generator)
+    return torch.randint(vocab_size, shape, generator=generator(seed, (shard << 1) + (split == "eval")))
+
+
+def generator(seed: int, number: int) -> torch.Generator:
+    """One generator for each number below a seed.
+
+    torch reads the low 32 bits of a seed alone, so the two are mixed there; the factor is odd, so no
+    two seeds of 32 bits share their first generator.
+    """
+    return torch.Generator().manual_seed((seed * 0x9E3779B9 + number) % 2**32)

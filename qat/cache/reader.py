@@ -6,7 +6,7 @@ import torch
 from safetensors import safe_open
 
 from qat.artifacts import Artifact
-from qat.cache.format import FORMAT_VERSION, SHARD_ROWS, shard_name
+from qat.cache.format import FORMAT_VERSION, SHARD_ROWS, generator, shard_name
 from qat.errors import ArtifactError
 
 
@@ -79,7 +79,7 @@ class CacheReader:
         return torch.stack([orders[int(e)][int(p)] for e, p in zip(epochs, places % self.rows, strict=True)])
 
     def _permutation(self, seed: int, epoch: int) -> torch.Tensor:
-        return torch.randperm(self.rows, generator=torch.Generator().manual_seed((seed << 20) + epoch))
+        return torch.randperm(self.rows, generator=generator(seed, epoch))
 
     def _gather(self, name: str, rows: torch.Tensor) -> torch.Tensor:
         slices = [shard.get_slice(name) for shard in self._shards]

@@ -61,6 +61,7 @@ BOUNDS = {
     "cache.sequences": COUNT,
     "convert.calibration_tokens": COUNT,
     "convert.rounds": COUNT,
+    "convert.sweeps": Bound(low=0),
     "loss.temperature": POSITIVE,
     "train.steps": COUNT,
     "train.batch_size": COUNT,

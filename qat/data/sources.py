@@ -3,6 +3,7 @@
 import hashlib
 import importlib.resources
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,7 @@ def render(data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Iterator[tup
         return
     conversations = _alpaca(data) if data.source is DataSource.alpaca else _conversations(data)
     for messages in conversations:
-        yield messages[0]["content"], chat_tokens(tokenizer, messages, data.thinking)
+        yield _question(messages), chat_tokens(tokenizer, messages, data.thinking)
 
 
 def chat_tokens(
@@ -70,7 +71,7 @@ def _paragraphs(text: str, path: str) -> list[str]:
     """Documents of a text file: the `text` of every JSON line, or what blank lines separate."""
     if path.endswith(".jsonl"):
         return [str(row["text"]) for row in _json_lines(text, path) if row.get("text")]
-    return [paragraph.strip() for paragraph in text.split("\n\n") if paragraph.strip()]
+    return [paragraph.strip() for paragraph in re.split(r"\n\s*\n", text) if paragraph.strip()]
 
 
 def _alpaca(data: DataConfig) -> Iterator[list[dict[str, str]]]:
@@ -79,7 +80,7 @@ def _alpaca(data: DataConfig) -> Iterator[list[dict[str, str]]]:
         for row in rows:
             question = f"{row['instruction']}\n\n{row['input']}" if row.get("input") else row["instruction"]
             yield [{"role": "user", "content": question}, {"role": "assistant", "content": row["output"]}]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(
             f"data.path={data.path} is not a JSON list of rows with instruction, input and output ({error!r})"
         ) from None
@@ -87,21 +88,30 @@ def _alpaca(data: DataConfig) -> Iterator[list[dict[str, str]]]:
 
 def _conversations(data: DataConfig) -> Iterator[list[dict[str, str]]]:
     for row in _json_lines(_text(data), str(data.path)):
-        turns = row.get("messages") or row.get("conversations") or []
+        turns = row.get("messages") or row.get("conversations")
+        if not turns:
+            raise ConfigError(f"data.path={data.path}: a line has neither messages nor conversations")
         try:
-            yield [
-                {
-                    "role": ROLES[turn.get("role") or turn["from"]],
-                    "content": turn.get("content") or turn["value"],
-                }
-                for turn in turns
-            ]
-        except (KeyError, AttributeError) as error:
+            yield [_turn(turn) for turn in turns]
+        except (KeyError, AttributeError, TypeError) as error:
             raise ConfigError(f"data.path={data.path}: a turn has no usable {error} (ShareGPT or messages)") from None
 
 
+def _turn(turn: dict[str, str]) -> dict[str, str]:
+    """A turn of either form; its text may be empty, as system messages are at times."""
+    content = turn.get("content", turn.get("value"))
+    if not isinstance(content, str):
+        raise KeyError("content")
+    return {"role": ROLES[turn.get("role") or turn["from"]], "content": content}
+
+
+def _question(messages: list[dict[str, str]]) -> str:
+    """What the user asked first: a system message is often the same in every conversation."""
+    return next((message["content"] for message in messages if message["role"] == "user"), messages[0]["content"])
+
+
 def _json_lines(text: str, path: str) -> Iterator[dict[str, Any]]:
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):  # U+2028 and its like may stand inside JSON text
         if not line.strip():
             continue
         try:

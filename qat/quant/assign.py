@@ -3,6 +3,8 @@
 `nearest` looks at each weight alone. `compensated` is GPTQ (Frantar et al. 2022, section 3.3) on our grid:
 columns are fixed in order of decreasing importance, the grid of column j being `LUT · S[:, j]`, and the
 error of each is made up for by the columns not yet fixed, as far as the inputs' correlations allow.
+`descended` sweeps over the columns again and lets each index move to the entry that is best while all
+others stay: coordinate descent on the layer's output error, which never rises.
 """
 
 import torch
@@ -49,6 +51,34 @@ def _fix_block(left: Tensor, S: Tensor, table: Tensor, U: Tensor, index: Tensor,
         error[:, j] = (w - table.gather(1, chosen.long()) * s) / row[:, j, None]
         block[:, j + 1 :] -= row[:, j + 1 :, None] * error[:, j, None]
     return error.mT
+
+
+def descended(weight_NOI: Tensor, S_NOI: Tensor, table_NK: Tensor, H_NII: Tensor, index_NOI: Tensor) -> Tensor:
+    """Index [N, O, I] uint8 after one sweep of coordinate descent on `tr(E H Eᵀ)`, E the weight's error."""
+    index = index_NOI.clone()
+    gradient = (table_NK.gather(1, index.flatten(1).long()).view(index.shape) * S_NOI - weight_NOI) @ H_NII
+    for start in range(0, index.shape[2], BLOCK):
+        stop = min(start + BLOCK, index.shape[2])
+        moved = _descend_block(gradient, S_NOI, table_NK, H_NII, index, start, stop)
+        gradient[:, :, stop:] += moved @ H_NII[:, start:stop, stop:]
+    return index
+
+
+def _descend_block(
+    gradient: Tensor, S: Tensor, table: Tensor, H: Tensor, index: Tensor, start: int, stop: int
+) -> Tensor:
+    """Moves columns start…stop one after the other; returns their changes [N, O, stop − start]."""
+    slope, scale = gradient[:, :, start:stop].mT.contiguous(), S[:, :, start:stop].mT.contiguous()
+    moved = torch.empty_like(slope)
+    for j in range(stop - start):
+        s, row = scale[:, j], H[:, start + j, start:stop]
+        value = table.gather(1, index[:, :, start + j].long()) * s
+        best = value - slope[:, j] / row[:, j, None]
+        chosen = codebook.nearest(relative(best, s), table)
+        index[:, :, start + j] = chosen
+        moved[:, j] = table.gather(1, chosen.long()) * s - value
+        slope[:, j + 1 :] += row[:, j + 1 :, None] * moved[:, j, None]
+    return moved.mT
 
 
 class Factor:

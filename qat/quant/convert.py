@@ -52,7 +52,8 @@ def convert(
             weight_NOI = torch.stack([model.get_submodule(layer.name).weight.float() for layer in stack])
             H_NII = torch.stack([moments[layer.source] for layer in stack])
             first = stack[0]
-            tables = fit(weight_NOI, H_NII, assign.Factor(H_NII), first.bits, first.rank, cluster, settings.rounds)
+            spec = (first.bits, first.rank, cluster, settings.rounds, settings.sweeps)
+            tables = fit(weight_NOI, H_NII, assign.Factor(H_NII), *spec)
             seconds = (time.monotonic() - began) / len(stack)
             for n, layer in enumerate(stack):
                 figures = errors(weight_NOI[n], tables, n, H_NII[n]) | {"seconds": seconds}

@@ -3,11 +3,12 @@
 Three steps. *Alternate*: indices nearest to the grid, then table, A and B, each the least weighted
 squares given the others, the weights being the diagonal of the layer inputs' second moment H.
 *Assign*: the indices again, with error compensation under the whole of H. *Refine*: A, B and the table
-under the whole of H, by conjugate gradients, indices fixed.
+under the whole of H, by conjugate gradients; then sweeps of coordinate descent over the indices, each
+followed by a refinement. From the assignment on, the layer's output error never rises.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ from qat.quant import assign, scales
 
 Cluster = Callable[[Tensor, Tensor, int], Tensor]
 
-CG_ITERATIONS = 8
+CG_ITERATIONS = 4
 FARTHEST = 8.0  # root mean squares beyond which a relative weight says more about its scale than about the table
 
 
@@ -46,6 +47,7 @@ def fit(
     rank: int,
     cluster: Cluster,
     rounds: int,
+    sweeps: int,
 ) -> Tables:
     """Quantizes N layers of one shape.
 
@@ -56,14 +58,20 @@ def fit(
         bits: a table has 2**bits entries.
         rank: of the scales.
         cluster: makes the first table from relative weights [N, M] and their importance.
-        rounds: alternations.
+        rounds: alternations before the assignment.
+        sweeps: of coordinate descent over the indices after it, each with a refinement.
     """
     h_NI = importance(H_NII)
     tables = start(weight_NOI, h_NI, 2**bits, rank, cluster)
     for _ in range(rounds):
         tables = alternate(tables, weight_NOI, h_NI)
+    damped = assign.damp(H_NII)
     index = assign.compensated(weight_NOI, tables.scale(), tables.table_NK, factor)
-    return refine(Tables(index, tables.table_NK, tables.A_NOR, tables.B_NRI), weight_NOI, assign.damp(H_NII))
+    tables = refine(replace(tables, index_NOI=index), weight_NOI, damped)
+    for _ in range(sweeps):
+        index = assign.descended(weight_NOI, tables.scale(), tables.table_NK, damped, tables.index_NOI)
+        tables = refine(replace(tables, index_NOI=index), weight_NOI, damped)
+    return tables
 
 
 def importance(H_NII: Tensor) -> Tensor:

@@ -1,0 +1,127 @@
+"""How good a conversion is before any training: KL to the teacher on text that calibration never saw.
+
+    python benchmarks/conversion.py --model <folder> --calibration a.json b.txt --evaluation chat.json wiki.txt \
+        --presets q2a4 q2a4_r8 q3a4_r8 q4a4
+
+Prints one row a preset and evaluation text, and writes the same as JSON with `--json`.
+"""
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+import torch
+import yaml
+
+from qat import machine as machines
+from qat.config import (
+    ConvertConfig,
+    DataConfig,
+    DataSource,
+    InstanceConfig,
+    KMeansBackend,
+    KMeansConfig,
+    ModelConfig,
+    ModelSource,
+    QuantConfig,
+    TableConfig,
+)
+from qat.data import packing, sources
+from qat.data.documents import Document
+from qat.evaluate import evaluate
+from qat.models import ModelFolder, locate
+from qat.quant.convert import convert
+from qat.quant.layers import bits_per_weight, select
+from qat.quant.linear import QuantLinear
+from qat.quant.moments import second_moments
+
+CONF = Path(__file__).parent.parent / "conf"
+
+
+def main() -> None:
+    """Calibrates once, converts and evaluates every preset."""
+    options = arguments()
+    machine = machines.resolve(InstanceConfig(name="auto", micro_batch=options.micro_batch))
+    folder = locate(ModelConfig(name="model", source=ModelSource.folder, path=options.model), Path())
+    teacher = folder.load(torch.float32, machine.device)
+    calibration = texts(options.calibration, folder, options.length, options.calibration_tokens)
+    held_out = {path: texts([path], folder, options.length, options.evaluation_tokens) for path in options.evaluation}
+    widest = select(teacher, preset("q2a4"))
+    began = time.monotonic()
+    moments = second_moments(teacher, list(dict.fromkeys(x.source for x in widest)), calibration, machine.micro_batch)
+    print(f"calibration: {calibration.numel()} tokens, {time.monotonic() - began:.1f} s")
+    rows = []
+    for name in options.presets:
+        rows += measure(name, folder, teacher, moments, held_out, options, machine)
+        if options.json:
+            Path(options.json).write_text(json.dumps(rows, indent=1))
+
+
+def measure(name, folder, teacher, moments, held_out, options, machine) -> list[dict]:
+    """One preset: seconds, effective bits and figures on each text."""
+    quant = preset(name)
+    layers = select(teacher, quant)
+    modules: dict[str, QuantLinear] = {}
+    began = time.monotonic()
+    settings = ConvertConfig(rounds=options.rounds, sweeps=options.sweeps)
+    kmeans = KMeansConfig("exact", KMeansBackend.exact)
+    convert(teacher, layers, moments, settings, kmeans, lambda layer, module, _: modules.update({layer.name: module}))
+    seconds = time.monotonic() - began
+    student = folder.load(torch.float32, machine.device)
+    for layer in layers:
+        student.set_submodule(layer.name, modules[layer.name].requires_grad_(False))
+    exact = machines.Machine(machine.device, torch.float32, machine.micro_batch)
+    mlp = bits_per_weight([layer for layer in layers if layer.kind == "mlp"])
+    rows = []
+    for path, ids in held_out.items():
+        figures = evaluate(student, teacher, ids, 64, exact)
+        row = {"preset": name, "bits": round(mlp, 3), "text": Path(path).stem, "seconds": round(seconds, 1)}
+        row |= {"kl": figures.kl, "kd_loss": figures.kd_loss, "agreement": figures.top1_agreement}
+        row |= {"perplexity": figures.perplexity, "teacher_perplexity": figures.teacher_perplexity}
+        rows.append(row)
+        print(" ".join(f"{k}={v:.4f}" if isinstance(v, float) else f"{k}={v}" for k, v in row.items()), flush=True)
+    return rows
+
+
+def texts(paths: list[str], folder: ModelFolder, length: int, tokens: int) -> torch.Tensor:
+    """Token ids [N, length] from files (`.json` Alpaca rows, else text), an equal share of each."""
+    tokenizer, parts = folder.tokenizer(), []
+    for path in paths:
+        source = DataSource.alpaca if path.endswith(".json") else DataSource.text
+        found, documents = 0, []
+        for origin, ids in sources.render(DataConfig(name="file", source=source, path=path), tokenizer):
+            documents.append(Document(origin, ids))
+            found += len(ids)
+            if found >= tokens // len(paths):
+                break
+        parts.append(packing.pack(documents, length)[: tokens // len(paths) // length])
+    return torch.cat(parts).long()
+
+
+def preset(name: str) -> QuantConfig:
+    """A `quant` option as the command line would compose it."""
+    option = yaml.safe_load((CONF / "quant" / f"{name}.yaml").read_text())
+    kinds = {kind: TableConfig(**option[kind]) if option.get(kind) else None for kind in ("mlp", "attn")}
+    return QuantConfig(name, **kinds)
+
+
+def arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--calibration", nargs="+", required=True)
+    parser.add_argument("--evaluation", nargs="+", required=True)
+    parser.add_argument("--presets", nargs="+", default=["q2a4", "q2a4_r8", "q3a4_r8", "q4a4"])
+    parser.add_argument("--calibration-tokens", type=int, default=64_000)
+    parser.add_argument("--evaluation-tokens", type=int, default=32_768)
+    parser.add_argument("--length", type=int, default=128)
+    parser.add_argument("--rounds", type=int, default=8)
+    parser.add_argument("--sweeps", type=int, default=0)
+    parser.add_argument("--micro-batch", type=int, default=16)
+    parser.add_argument("--json")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()

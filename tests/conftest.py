@@ -1,0 +1,67 @@
+"""What every test stands on: no network, no home, no path outside pytest's temporary folders, one thread."""
+
+import os
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from hypothesis import settings
+
+if TYPE_CHECKING:
+    from qat.machine import Machine
+    from qat.models import ModelFolder
+
+# Read when torch, huggingface_hub and wandb are first imported, here and in processes that tests start.
+os.environ.update(
+    OMP_NUM_THREADS="1",
+    HF_HUB_OFFLINE="1",
+    TRANSFORMERS_OFFLINE="1",
+    WANDB_MODE="offline",
+    WANDB_SILENT="true",
+)
+
+# The same examples every time, and no clock: the machine may be busy.
+settings.register_profile("steady", derandomize=True, deadline=None, database=None, max_examples=50)
+settings.load_profile("steady")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def sealed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A home of its own, no login, and a loud refusal of any connection to elsewhere."""
+    home = tmp_path_factory.mktemp("home")
+    connect = socket.socket.connect
+
+    def refuse(self: socket.socket, address: Any) -> None:
+        if self.family != socket.AF_UNIX and address[0] not in ("127.0.0.1", "::1", "localhost"):
+            raise AssertionError(f"a test wants the network: {address}")
+        connect(self, address)
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("HOME", "HF_HOME", "XDG_CACHE_HOME", "XDG_CONFIG_HOME", "XDG_DATA_HOME", "MPLCONFIGDIR"):
+            patch.setenv(name, str(home))
+        for name in ("WANDB_API_KEY", "NETRC", "HF_TOKEN"):
+            patch.delenv(name, raising=False)
+        patch.setattr(socket.socket, "connect", refuse)
+        yield home
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> "ModelFolder":
+    """The two-layer teacher; read only."""
+    from qat import models
+    from qat.config import ModelConfig, ModelSource
+
+    config = ModelConfig(name="tiny", source=ModelSource.tiny, vocab_size=512)
+    return models.locate(config, tmp_path_factory.mktemp("tiny") / "artifacts")
+
+
+@pytest.fixture(scope="session")
+def cpu() -> "Machine":
+    """The CPU in fp32, four sequences at once."""
+    import torch
+
+    from qat.machine import Machine
+
+    return Machine(torch.device("cpu"), torch.float32, 4)

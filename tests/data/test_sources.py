@@ -1,0 +1,187 @@
+"""Text that already exists: which documents it becomes, and the sentence where it cannot be read."""
+
+import hashlib
+import json
+import re
+
+import pytest
+
+from qat.config import DataConfig, DataSource
+from qat.data.sources import chat_tokens, content_hash, prompts, render
+from qat.errors import ConfigError, MissingError
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny):
+    return tiny.tokenizer()
+
+
+@pytest.fixture
+def source(tmp_path):
+    """A data configuration whose file holds the given text, or the given rows as JSON lines."""
+
+    def make(kind, content, name="data.json", **settings):
+        if not isinstance(content, str):
+            content = "\n".join(json.dumps(row, ensure_ascii=False) for row in content)
+        path = tmp_path / name
+        path.write_text(content, encoding="utf-8")
+        return DataConfig(name=kind, source=DataSource[kind], path=str(path), **settings)
+
+    return make
+
+
+@pytest.fixture
+def rendered(tokenizer):
+    """Origin and decoded text of every document."""
+    return lambda data: [(origin, tokenizer.decode(tokens)) for origin, tokens in render(data, tokenizer)]
+
+
+def test_alpaca_row_is_a_question_and_its_answer(source, rendered):
+    rows = [
+        {"instruction": "Add.", "input": "1 and 2", "output": "3"},
+        {"instruction": "Say hi.", "input": "", "output": "hi"},
+        {"instruction": "Wave.", "output": "~"},
+    ]
+    assert rendered(source("alpaca", json.dumps(rows))) == [
+        ("Add.\n\n1 and 2", "<|user|>Add.\n\n1 and 2<|end|><|assistant|>3<|end|>"),
+        ("Say hi.", "<|user|>Say hi.<|end|><|assistant|>hi<|end|>"),
+        ("Wave.", "<|user|>Wave.<|end|><|assistant|>~<|end|>"),
+    ]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "no json",
+        '[{"instruction": "a"}]',
+        '[{"output": "a"}]',
+        '{"rows": []}',
+        '["text"]',
+        "3",
+        "null",
+    ],
+)
+def test_other_json_is_refused_as_no_alpaca_file(source, rendered, text):
+    data = source("alpaca", text)
+    with pytest.raises(ConfigError, match=re.escape(f"data.path={data.path} is not a JSON list of rows with instruct")):
+        rendered(data)
+
+
+def test_messages_and_sharegpt_are_the_same_conversation(source, rendered):
+    messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]
+    sharegpt = [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "ho"}]
+    data = source("chat_jsonl", [{"messages": messages}, {"conversations": sharegpt, "id": 7}])
+    assert rendered(data) == [("hi", "<|user|>hi<|end|><|assistant|>ho<|end|>")] * 2
+
+
+def test_origin_of_a_conversation_is_its_first_question(source, rendered):
+    system = {"role": "system", "content": "Be kind."}
+    turns = [{"role": "user", "content": "first"}, {"role": "assistant", "content": "a"}]
+    more = [*turns, {"role": "user", "content": "second"}, {"role": "assistant", "content": "b"}]
+    found = rendered(source("chat_jsonl", [{"messages": [system, *more]}, {"messages": turns}]))
+    assert [origin for origin, _ in found] == ["first", "first"]
+    assert found[0][1].startswith("<|system|>Be kind.<|end|><|user|>first")
+
+
+def test_conversation_without_a_question_has_its_first_turn_as_origin(source, rendered):
+    data = source("chat_jsonl", [{"messages": [{"role": "assistant", "content": "alone"}]}])
+    assert rendered(data) == [("alone", "<|assistant|>alone<|end|>")]
+
+
+def test_empty_turn_stays_empty(source, rendered):
+    data = source("chat_jsonl", [{"messages": [{"role": "system", "content": ""}, {"role": "user", "content": "q"}]}])
+    assert rendered(data) == [("q", "<|system|><|end|><|user|>q<|end|>")]
+
+
+def test_unusual_line_separators_stay_inside_their_turn(source, rendered):
+    text = "one\u2028two\x85three\x0cfour"
+    data = source("chat_jsonl", [{"messages": [{"role": "user", "content": text}]}])
+    assert rendered(data) == [(text, f"<|user|>{text}<|end|>")]
+
+
+def test_blank_lines_between_json_lines_are_skipped(source, rendered):
+    row = json.dumps({"messages": [{"role": "user", "content": "q"}]})
+    assert len(rendered(source("chat_jsonl", f"\n{row}\n\n{row}\n"))) == 2
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ('{"messages": []}\n', "neither messages nor conversations"),
+        ('{"text": "a"}\n', "neither messages nor conversations"),
+        ('{"messages": [{"role": "user", "content": "q"}]}\nnot json\n', "line 2 is not JSON"),
+        ("[1, 2]\n", "line 1 is not a JSON object"),
+        ('{"messages": [{"role": "tool", "content": "q"}]}', "no usable 'tool'"),
+        ('{"messages": [{"content": "q"}]}', "no usable 'from'"),
+        ('{"messages": [{"role": "user"}]}', "no usable 'content'"),
+        ('{"messages": [{"role": "user", "content": null}]}', "no usable 'content'"),
+        ('{"messages": ["text"]}', "no usable"),
+        ('{"messages": 3}', "no usable"),
+    ],
+)
+def test_other_lines_are_refused_with_the_file_named(source, rendered, content, said):
+    data = source("chat_jsonl", content)
+    with pytest.raises(ConfigError, match=re.escape(data.path) + ".*" + re.escape(said)):
+        rendered(data)
+
+
+def test_paragraphs_of_a_text_file_are_documents_with_an_end(source, tokenizer):
+    data = source("text", "One\nline.\n\n\n  Two.  \n \nThree.\n", "data.txt")
+    found = list(render(data, tokenizer))
+    assert [origin for origin, _ in found] == ["One\nline.", "Two.", "Three."]
+    assert [tokenizer.decode(tokens) for _, tokens in found] == ["One\nline.<|end|>", "Two.<|end|>", "Three.<|end|>"]
+
+
+def test_text_of_json_lines_are_documents(source, rendered):
+    data = source("text", [{"text": "One\n\nstill one."}, {"text": ""}, {"title": "x"}, {"text": "Two."}], "data.jsonl")
+    assert rendered(data) == [("One\n\nstill one.", "One\n\nstill one.<|end|>"), ("Two.", "Two.<|end|>")]
+
+
+def test_long_paragraph_is_known_by_its_beginning(source, rendered):
+    ((origin, text),) = rendered(source("text", "x" * 300, "data.txt"))
+    assert (origin, text) == ("x" * 200, "x" * 300 + "<|end|>")
+
+
+def test_question_is_rendered_up_to_where_the_answer_begins(tokenizer):
+    ask = chat_tokens(tokenizer, [{"role": "user", "content": "q"}], ask=True)
+    assert tokenizer.decode(ask) == "<|user|>q<|end|><|assistant|>"
+
+
+@pytest.mark.parametrize(("thinking", "seen"), [("true", "on"), ("false", "off")])
+def test_thinking_is_the_chat_templates_own_switch(tiny, thinking, seen):
+    tokenizer = tiny.tokenizer()
+    tokenizer.chat_template = "{% if enable_thinking %}on{% else %}off{% endif %}"
+    assert tokenizer.decode(chat_tokens(tokenizer, [{"role": "user", "content": "q"}], thinking)) == seen
+
+
+def test_prompts_of_a_file_skip_comments_and_blank_lines(source):
+    assert prompts(source("selfgen", "# why\nOne?\n\n  Two?  \n", "mine.txt")) == ["One?", "Two?"]
+
+
+def test_prompt_file_without_a_prompt_is_refused(source):
+    data = source("selfgen", "# only comments\n\n", "mine.txt")
+    with pytest.raises(ConfigError, match=re.escape(f"data.path={data.path} holds no prompt")):
+        prompts(data)
+
+
+def test_hash_is_that_of_the_text(source):
+    assert content_hash(source("text", "some text", "a.txt")) == hashlib.sha256(b"some text").hexdigest()
+
+
+@pytest.mark.parametrize("kind", ["text", "alpaca", "chat_jsonl"])
+def test_source_without_a_file_asks_for_one(kind):
+    with pytest.raises(ConfigError, match=f"data={kind} needs data.path=<file>"):
+        content_hash(DataConfig(name=kind, source=DataSource[kind]))
+
+
+def test_missing_file_is_named(tmp_path):
+    data = DataConfig(name="text", source=DataSource.text, path=str(tmp_path / "nowhere.txt"))
+    with pytest.raises(MissingError, match=re.escape(f"data.path={tmp_path / 'nowhere.txt'} cannot be read")):
+        content_hash(data)
+
+
+def test_file_in_another_encoding_is_refused(tmp_path):
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
+    data = DataConfig(name="text", source=DataSource.text, path=str(tmp_path / "latin.txt"))
+    with pytest.raises(MissingError, match=r"latin\.txt cannot be read as UTF-8 text"):
+        content_hash(data)

@@ -1,0 +1,89 @@
+import pytest
+import torch
+from torch import nn
+
+from qat.config import ConvertConfig, KMeansBackend, KMeansConfig
+from qat.quant.convert import convert, stacks
+from qat.quant.layers import Layer, select
+from qat.quant.moments import second_moments
+from tests import tiny
+
+
+@pytest.fixture(scope="module")
+def made(model, rows):
+    return tiny.tables_of(model, rows)
+
+
+def test_every_layer_is_handed_over_in_its_form(model, made):
+    assert len(made) == 14
+    for layer, module, _ in made.values():
+        assert (
+            module.bits == layer.bits
+            and module.indices.shape == layer.shape == model.get_submodule(layer.name).weight.shape
+        )
+        assert module.lut.shape == (2**layer.bits,) and (module.lut.diff() >= 0).all()
+        assert torch.allclose(module.scale_A.norm(dim=0), torch.ones(layer.rank), atol=1e-5)
+        assert torch.allclose(module.scale_B.norm(dim=1), torch.ones(layer.rank), atol=1e-5)
+
+
+@torch.inference_mode()
+def test_the_errors_are_those_of_the_modules(model, rows, made):
+    moments = second_moments(model, list({layer.source for layer, _, _ in made.values()}), rows, 8)
+    for layer, module, errors in made.values():
+        W, H = model.get_submodule(layer.name).weight.double(), moments[layer.source].double()
+        E = W - module.weight(torch.float32).double()
+        assert errors["weight_error"] == pytest.approx(float((E**2).sum() / (W**2).sum()), rel=1e-3)
+        output = float(torch.trace(E @ H @ E.T) / torch.trace(W @ H @ W.T))
+        assert errors["output_error"] == pytest.approx(output, rel=1e-2)
+
+
+def test_four_bits_are_closer_than_two_and_both_far_from_nothing(made):
+    worst = {
+        kind: max(e["output_error"] for layer, _, e in made.values() if layer.kind == kind) for kind in ("mlp", "attn")
+    }
+    assert worst["attn"] < 0.02 and worst["mlp"] < 0.15
+
+
+def test_the_model_is_not_changed(teacher, model, rows):
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    tiny.tables_of(model, rows)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_tables_do_not_depend_on_how_layers_are_stacked(monkeypatch, model, rows, made):
+    monkeypatch.setattr("qat.quant.convert.STACK_WEIGHTS", {"cpu": 1})
+    for name, (_, module, errors) in tiny.tables_of(model, rows).items():
+        assert errors["output_error"] == pytest.approx(made[name][2]["output_error"], rel=0.02)
+        assert (module.indices == made[name][1].indices).float().mean() > 0.98
+
+
+def test_the_package_backend_makes_tables_of_like_quality(model, rows, made):
+    other = tiny.tables_of(model, rows, KMeansBackend.kmeans_pytorch)
+    total = [sum(errors["output_error"] for _, _, errors in each.values()) for each in (made, other)]
+    assert total[1] < 1.5 * total[0]
+
+
+def test_biases_stay_with_their_layers():
+    model = nn.Module()
+    model.device = tiny.CPU
+    model.q_proj = nn.Linear(16, 8)
+    handed = []
+    convert(
+        model,
+        select(model, tiny.QUANT),
+        {".q_proj": torch.eye(16)},
+        ConvertConfig(rounds=1),
+        KMeansConfig("exact", KMeansBackend.exact),
+        lambda layer, module, errors: handed.append(module),
+    )
+    assert handed[0].bias is model.q_proj.bias
+
+
+def test_stacks_hold_layers_of_one_form_up_to_a_size():
+    def layer(name: str, shape=(4, 8), bits=2, rank=1) -> Layer:
+        return Layer(name, "mlp", shape, bits, rank)
+
+    layers = [layer("a"), layer("b", shape=(8, 4)), layer("c"), layer("d", bits=4), layer("e", rank=2), layer("f")]
+    names = [[member.name for member in stack] for stack in stacks(layers, 64)]
+    assert names == [["a", "c"], ["f"], ["b"], ["d"], ["e"]]
+    assert [len(stack) for stack in stacks(layers, 1)] == [1] * 6

@@ -1,0 +1,178 @@
+from itertools import pairwise
+
+import pytest
+import torch
+
+from qat.quant import assign, codebook, scales
+from qat.quant.fit import Tables, alternate, fit, importance, refine, start
+
+
+def problem(seed=0, layers=3, outputs=48, inputs=96):
+    """Heavy-tailed weights of uneven rows, and the second moment of correlated, uneven inputs."""
+    draw = torch.Generator().manual_seed(seed)
+    weight = torch.randn(layers, outputs, inputs, generator=draw) ** 3 * 0.01
+    weight = weight * (torch.rand(layers, outputs, 1, generator=draw) + 0.2)
+    x = torch.randn(layers, 400, inputs // 2, generator=draw) @ torch.randn(layers, inputs // 2, inputs, generator=draw)
+    x = (x + torch.randn(x.shape, generator=draw)) * (torch.rand(layers, 1, inputs, generator=draw) * 4 + 0.05)
+    return weight, x.mT @ x / 400
+
+
+def fitted(weight, H, bits=2, rank=4, rounds=4, sweeps=0) -> Tables:
+    return fit(weight, H, assign.Factor(H), bits, rank, codebook.kmeans, rounds=rounds, sweeps=sweeps)
+
+
+def output_error(tables: Tables, weight, H):
+    return scales.output_error((weight - tables.weight()).double(), H.double())
+
+
+def relative_error(tables: Tables, weight, H):
+    return output_error(tables, weight, H) / scales.output_error(weight.double(), H.double())
+
+
+@pytest.mark.parametrize(("bits", "rank"), [(1, 1), (2, 4), (3, 8), (4, 2)])
+def test_the_fit_has_the_promised_form(bits, rank):
+    weight, H = problem(outputs=20, inputs=33)
+    tables = fitted(weight, H, bits, rank, rounds=2)
+    assert tables.index_NOI.shape == weight.shape and tables.index_NOI.dtype == torch.uint8
+    assert tables.index_NOI.max() < 2**bits
+    assert tables.table_NK.shape == (3, 2**bits) and (tables.table_NK.diff(dim=1) >= 0).all()
+    assert tables.A_NOR.shape == (3, 20, rank) and tables.B_NRI.shape == (3, rank, 33)
+    expected = torch.stack([t[i.long()] for t, i in zip(tables.table_NK, tables.index_NOI, strict=True)])
+    assert torch.equal(tables.weight(), expected * (tables.A_NOR @ tables.B_NRI))
+
+
+def test_a_batch_gives_what_each_layer_gives_alone():
+    weight, H = problem()
+    together = fitted(weight, H)
+    for n in range(len(weight)):
+        alone = fitted(weight[n : n + 1], H[n : n + 1])
+        assert (alone.index_NOI[0] == together.index_NOI[n]).float().mean() > 0.99
+        errors = output_error(alone, weight[n : n + 1], H[n : n + 1]), output_error(together, weight, H)[n : n + 1]
+        assert torch.allclose(*errors, rtol=2e-3)
+
+
+def test_the_fit_is_the_same_every_time():
+    weight, H = problem(layers=1)
+    first, second = fitted(weight, H), fitted(weight, H)
+    assert torch.equal(first.index_NOI, second.index_NOI) and torch.equal(first.weight(), second.weight())
+
+
+def test_a_weight_of_the_very_form_is_found_again():
+    draw = torch.Generator().manual_seed(0)
+    table = torch.tensor([[-2.0, -0.5, 0.5, 2.0]])
+    index = torch.randint(4, (1, 64, 128), generator=draw)
+    S = (torch.rand(1, 64, 1, generator=draw) + 0.5) @ (torch.rand(1, 1, 128, generator=draw) / 4 + 1)
+    weight = table[0][index] * S
+    _, H = problem(layers=1, inputs=128)
+    assert relative_error(fitted(weight, H, rank=1, rounds=8), weight, H) < 1e-6
+
+
+def test_each_step_of_the_fit_lowers_the_output_error():
+    weight, H = problem()
+    h = importance(H)
+    first = start(weight, h, 4, 4, codebook.kmeans)
+    later = first
+    for _ in range(4):
+        later = alternate(later, weight, h)
+    compensated = Tables(
+        assign.compensated(weight, later.scale(), later.table_NK, assign.Factor(H)),
+        later.table_NK,
+        later.A_NOR,
+        later.B_NRI,
+    )
+    last = refine(compensated, weight, assign.damp(H))
+    errors = [output_error(tables, weight, H) for tables in (first, later, compensated, last)]
+    assert all((after < before).all() for before, after in pairwise(errors))
+    assert torch.allclose(output_error(fitted(weight, H), weight, H), errors[-1], rtol=1e-2)
+
+
+def test_sweeps_lower_the_output_error_and_never_raise_it():
+    weight, H = problem()
+    errors = [output_error(fitted(weight, H, sweeps=sweeps), weight, assign.damp(H)) for sweeps in range(4)]
+    assert all((after <= before * (1 + 1e-5)).all() for before, after in pairwise(errors))
+    assert (errors[1] < 0.99 * errors[0]).all()
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_no_round_raises_the_weighted_error(seed):
+    weight, H = problem(seed, outputs=24, inputs=40)
+    h = importance(H)
+
+    def error(tables: Tables):
+        return (h[:, None] * (weight - tables.weight()).double().square()).sum((1, 2))
+
+    tables = start(weight, h, 4, 3, codebook.kmeans)
+    for _ in range(6):
+        better = alternate(tables, weight, h)
+        assert (error(better) <= error(tables) * (1 + 1e-4)).all()
+        tables = better
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_refinement_never_raises_the_output_error(seed):
+    weight, H = problem(seed, outputs=24, inputs=40)
+    draw = torch.Generator().manual_seed(seed)
+    anything = Tables(
+        torch.randint(4, weight.shape, generator=draw).to(torch.uint8),
+        torch.randn(3, 4, generator=draw).sort(1).values,
+        torch.randn(3, 24, 5, generator=draw),
+        torch.randn(3, 5, 40, generator=draw),
+    )
+    for tables in (anything, fitted(weight, H, rank=5, rounds=2)):
+        refined = refine(tables, weight, H)
+        assert (output_error(refined, weight, H) <= output_error(tables, weight, H) * (1 + 1e-4)).all()
+
+
+def test_refinement_moves_both_scales_and_the_table():
+    weight, H = problem()
+    before = alternate(start(weight, importance(H), 4, 4, codebook.kmeans), weight, importance(H))
+    after = refine(before, weight, H)
+    for name in ("A_NOR", "B_NRI", "table_NK"):
+        assert not torch.allclose(getattr(after, name), getattr(before, name), rtol=1e-4), name
+    assert torch.equal(after.index_NOI, before.index_NOI)
+
+
+def test_refinement_puts_a_table_in_ascending_order_and_the_indices_with_it():
+    weight, H = problem(layers=2, outputs=24, inputs=40)
+    index = torch.where(weight > 0, 0, 1).to(torch.uint8)
+    table = torch.tensor([[1.0, -1.0], [1.0, -1.0]])
+    descending = Tables(index, table, torch.ones(2, 24, 1), torch.full((2, 1, 40), 0.01))
+    refined = refine(descending, weight, H)
+    assert (refined.table_NK.diff(dim=1) > 0).all() and torch.equal(refined.index_NOI, 1 - index)
+    assert (output_error(refined, weight, H) <= output_error(descending, weight, H)).all()
+
+
+def test_importance_is_the_diagonal_relative_to_its_mean_within_a_factor_of_100():
+    H = torch.diag_embed(torch.tensor([[0.0, 1.0, 2.0, 1.0]]))
+    assert importance(H)[0].tolist() == pytest.approx([0.01, 1.0, 2.0, 1.0])
+    spike = torch.diag_embed(torch.cat([torch.ones(1, 999), torch.full((1, 1), 1e9)], 1))
+    assert importance(spike)[0, -1] == 100.0 and importance(spike)[0, 0] == pytest.approx(0.01)
+
+
+@pytest.mark.parametrize("seen", [0, 1, 90])
+def test_inputs_never_seen_give_finite_tables(seen):
+    weight, H = problem(layers=2)
+    H[:, seen:], H[:, :, seen:] = 0, 0
+    tables = fitted(weight, H, sweeps=1)
+    assert torch.isfinite(tables.weight()).all()
+    assert (scales.output_error(weight - tables.weight(), torch.eye(96)[None]) < weight.square().sum((1, 2))).all()
+
+
+@pytest.mark.parametrize("zero", ["rows", "columns", "most"])
+def test_weights_of_zero_give_finite_tables(zero):
+    weight, H = problem(layers=2)
+    if zero == "rows":
+        weight[:, :7] = 0
+    elif zero == "columns":
+        weight[:, :, 10:40] = 0
+    else:
+        weight[:, 3:] = 0
+    tables = fitted(weight, H, sweeps=1)
+    assert torch.isfinite(tables.weight()).all() and torch.isfinite(tables.table_NK).all()
+    assert (relative_error(tables, weight, H) < 0.5).all()
+
+
+def test_fewer_inputs_than_ranks_is_fine():
+    weight, H = problem(layers=2, outputs=10, inputs=6)
+    tables = fitted(weight, H, rank=8, sweeps=1)
+    assert torch.isfinite(tables.weight()).all() and (relative_error(tables, weight, H) < 0.1).all()

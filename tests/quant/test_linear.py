@@ -1,0 +1,132 @@
+import pytest
+import torch
+from torch import nn
+
+from qat.quant.linear import QuantLinear, baked, quantized
+
+PARAMETERS = ("lut", "scale_A", "rank_magnitude", "scale_B")
+
+
+def layer(outputs=6, inputs=10, bits=2, rank=3, bias=False, seed=0) -> QuantLinear:
+    draw = torch.Generator().manual_seed(seed)
+    module = QuantLinear(outputs, inputs, bits, rank, torch.randn(outputs, generator=draw) if bias else None)
+    module.indices.copy_(torch.randint(2**bits, (outputs, inputs), generator=draw))
+    with torch.no_grad():
+        for name in PARAMETERS:
+            parameter = getattr(module, name)
+            parameter.copy_(torch.randn(parameter.shape, generator=draw))
+    return module
+
+
+def exact(module: QuantLinear) -> dict[str, torch.Tensor]:
+    return {name: getattr(module, name).detach().double().requires_grad_() for name in PARAMETERS}
+
+
+def exact_weight(module: QuantLinear, p: dict[str, torch.Tensor]) -> torch.Tensor:
+    return p["lut"][module.indices.long()] * ((p["scale_A"] * p["rank_magnitude"]) @ p["scale_B"])
+
+
+@pytest.mark.parametrize(("bits", "rank"), [(1, 1), (2, 3), (4, 8)])
+def test_gradients_are_those_of_the_plain_formula(bits, rank):
+    module = layer(outputs=17, inputs=23, bits=bits, rank=rank, bias=True)
+    x = torch.randn(4, 5, 23, generator=torch.Generator().manual_seed(1))
+    towards = torch.randn(4, 5, 17, generator=torch.Generator().manual_seed(2))
+    ours = x.clone().requires_grad_()
+    (module(ours) * towards).sum().backward()
+    p, theirs = exact(module), x.double().requires_grad_()
+    y = theirs @ exact_weight(module, p).T + module.bias.double()
+    (y * towards.double()).sum().backward()
+    assert torch.allclose(ours.grad.double(), theirs.grad, rtol=1e-4, atol=1e-4)
+    for name in PARAMETERS:
+        grad = getattr(module, name).grad
+        assert grad.dtype == torch.float32
+        assert torch.allclose(grad.double(), p[name].grad, rtol=1e-4, atol=1e-4 * p[name].grad.abs().max()), name
+
+
+def test_an_entry_that_no_index_uses_gets_no_gradient():
+    module = layer()
+    module.indices[module.indices == 1] = 3
+    module(torch.randn(2, 10)).sum().backward()
+    assert module.lut.grad[1] == 0 and module.lut.grad[3] != 0
+
+
+def test_the_output_is_the_sum_over_ranks():
+    module = layer(bias=True)
+    x = torch.randn(3, 10, generator=torch.Generator().manual_seed(1))
+    p = exact(module)
+    table = p["lut"][module.indices.long()]
+    y = module.bias.double() + sum(
+        p["rank_magnitude"][r] * p["scale_A"][:, r] * ((x.double() * p["scale_B"][r]) @ table.T) for r in range(3)
+    )
+    assert torch.allclose(module(x).double(), y, rtol=1e-4, atol=1e-4)
+
+
+def test_in_bf16_the_product_is_rounded_and_the_gradients_stay_fp32():
+    module = layer()
+    x = torch.randn(3, 10, generator=torch.Generator().manual_seed(1)).bfloat16()
+    y = module(x)
+    y.sum().backward()
+    assert y.dtype == module.weight(torch.bfloat16).dtype == torch.bfloat16
+    assert torch.equal(module.weight(torch.bfloat16), module.weight(torch.float32).bfloat16())
+    assert {getattr(module, name).grad.dtype for name in PARAMETERS} == {torch.float32}
+
+
+def test_a_baked_layer_keeps_its_weight_until_it_is_unbaked():
+    module, x = layer(), torch.randn(3, 10)
+    before = module(x).detach()
+    module.bake(torch.float32)
+    with torch.no_grad():
+        module.lut.mul_(2)
+    assert torch.equal(module(x), before) and not module(x).requires_grad
+    module.unbake()
+    assert torch.allclose(module(x), 2 * before, rtol=1e-4)
+
+
+def test_baked_gives_the_same_outputs_and_leaves_layers_as_it_found_them():
+    model = nn.Sequential(layer(seed=1), layer(outputs=4, inputs=6, seed=2))
+    model[1].bake(torch.float32)
+    x = torch.randn(3, 10)
+    plain, kept = model(x), model[1].dense
+    with baked(model, torch.float32):
+        assert torch.equal(model(x), plain) and model[0].dense is not None
+    assert model[0].dense is None and model[1].dense is kept
+
+
+def test_baked_ends_with_an_error_too():
+    model = nn.Sequential(layer())
+    with pytest.raises(RuntimeError), baked(model, torch.float32):
+        raise RuntimeError
+    assert model[0].dense is None
+
+
+def test_normalized_scales_have_unit_norms_and_give_the_same_weight():
+    module = layer(outputs=20, inputs=30)
+    parts = module.normalized()
+    assert torch.allclose(parts["scale_A"].norm(dim=0), torch.ones(3))
+    assert torch.allclose(parts["scale_B"].norm(dim=1), torch.ones(3))
+    weight = module.weight(torch.float32)
+    module.set_parameters(parts)
+    assert torch.allclose(module.weight(torch.float32), weight, rtol=1e-4, atol=1e-5)
+
+
+def test_an_idle_rank_is_normalized_to_zero():
+    module = layer()
+    with torch.no_grad():
+        module.scale_A[:, 1] = 0
+        module.scale_B[1] = 0
+    parts, weight = module.normalized(), module.weight(torch.float32)
+    assert all(torch.isfinite(part).all() for part in parts.values())
+    module.set_parameters(parts)
+    assert torch.allclose(module.weight(torch.float32), weight, atol=1e-5)
+
+
+def test_normalizing_changes_nothing_in_the_layer_itself():
+    module = layer()
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    module.normalized()["lut"].zero_()
+    assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
+
+
+def test_quantized_layers_are_found_by_name_in_order():
+    model = nn.Sequential(layer(), nn.Linear(6, 6), nn.Sequential(layer(inputs=6)))
+    assert list(quantized(model)) == ["0", "2.0"]

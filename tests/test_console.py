@@ -1,0 +1,148 @@
+"""What a person sees while work goes on."""
+
+import logging
+
+import pytest
+from rich.console import Console
+
+from qat import console
+from qat.console import duration, progress
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock that the test moves on."""
+
+    class Clock:
+        now = 1000.0
+
+        def monotonic(self):
+            return self.now
+
+    made = Clock()
+    monkeypatch.setattr(console, "time", made)
+    return made
+
+
+@pytest.fixture
+def screen(monkeypatch, tmp_path):
+    """Replaces the console by one that writes into a file, on a terminal or not."""
+    files = []
+
+    def make(terminal):
+        files.append(open(tmp_path / f"{len(files)}", "w+"))  # noqa: SIM115 - closed below
+        monkeypatch.setattr(console, "console", Console(file=files[-1], force_terminal=terminal, width=120))
+        return files[-1]
+
+    yield make
+    for file in files:
+        file.close()
+
+
+def shown(file):
+    file.seek(0)
+    return file.read()
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0, "0.0 s"),
+        (0.44, "0.4 s"),
+        (9.94, "9.9 s"),
+        (12.3, "12 s"),
+        (59.4, "59 s"),
+        (59.6, "1 min 00 s"),
+        (185, "3 min 05 s"),
+        (3599.4, "59 min 59 s"),
+        (3599.6, "1 h 00 min"),
+        (2 * 3600 + 51 * 60 + 59, "2 h 51 min"),
+        (100 * 3600, "100 h 00 min"),
+    ],
+)
+def test_durations_in_words(seconds, text):
+    assert duration(seconds) == text
+
+
+def test_plain_lines_say_how_far_how_fast_and_how_long(clock, screen, caplog):
+    caplog.set_level(logging.INFO)
+    screen(terminal=False)
+    with progress("teacher outputs", 10_000, "tokens") as advance:
+        clock.now += 20
+        advance(2_500, "all well")
+    assert caplog.messages[0] == "teacher outputs: 2,500/10,000 tokens, 125/s, ETA 1 min 00 s all well"
+
+
+def test_rate_is_that_of_all_work_so_far(clock, screen, caplog):
+    caplog.set_level(logging.INFO)
+    screen(terminal=False)
+    with progress("work", 100, "steps") as advance:
+        for _ in range(4):
+            clock.now += 10
+            advance(5)
+    assert caplog.messages[3] == "work: 20/100 steps, 0.5/s, ETA 2 min 40 s "
+
+
+def test_plain_lines_keep_ten_seconds_apart(clock, screen, caplog):
+    caplog.set_level(logging.INFO)
+    screen(terminal=False)
+    with progress("work", 1000, "steps") as advance:
+        for _ in range(35):
+            clock.now += 1
+            advance()
+    assert [message.split("/")[0] for message in caplog.messages[:-1]] == ["work: 10", "work: 20", "work: 30"]
+
+
+def test_quick_work_is_one_line_at_its_end(clock, screen, caplog):
+    caplog.set_level(logging.INFO)
+    screen(terminal=False)
+    with progress("work", 3, "steps") as advance:
+        for _ in range(3):
+            clock.now += 1.5
+            advance()
+    assert caplog.messages == ["work: 3 steps in 4.5 s"]
+
+
+def test_last_unit_is_not_said_twice(clock, screen, caplog):
+    caplog.set_level(logging.INFO)
+    screen(terminal=False)
+    with progress("work", 2, "steps") as advance:
+        for _ in range(2):
+            clock.now += 30
+            advance()
+    assert [message.split(",")[0] for message in caplog.messages] == ["work: 1/2 steps", "work: 2 steps in 1 min 00 s"]
+
+
+def test_work_that_fails_is_not_said_to_be_done(clock, screen, caplog):
+    caplog.set_level(logging.INFO)
+    screen(terminal=False)
+    with pytest.raises(ValueError), progress("work", 2, "steps"):
+        raise ValueError
+    assert caplog.messages == []
+
+
+def test_nothing_moves_the_cursor_when_not_a_terminal(clock, screen):
+    file = screen(terminal=False)
+    with progress("work", 2, "steps") as advance:
+        clock.now += 30
+        advance()
+    assert shown(file) == ""
+
+
+def test_terminal_gets_a_bar_with_count_rate_eta_and_note(screen, caplog):
+    caplog.set_level(logging.INFO)
+    file = screen(terminal=True)
+    with progress("work", 5, "steps") as advance:
+        for _ in range(4):
+            advance(1, "loss 1.5")
+    text = shown(file)
+    for part in ("work", "4/5", "steps/s", "ETA", "loss 1.5", "\x1b["):
+        assert part in text
+    assert [message.split(" in ")[0] for message in caplog.messages] == ["work: 5 steps"]
+
+
+def test_table_shows_title_header_and_every_cell_as_written(capsys):
+    console.table("[bold] results", ["", "before"], [["KD loss", "0.5"], ["runs[/x]", "1"]])
+    text = capsys.readouterr().out
+    for part in ("[bold] results", "before", "KD loss", "0.5", "runs[/x]"):
+        assert part in text

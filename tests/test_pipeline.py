@@ -1,0 +1,363 @@
+"""The whole job on the tiny model: what it writes, what it does not do twice, how its stages stand alone."""
+
+import contextlib
+import io
+import json
+import logging
+import math
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from hydra.core.global_hydra import GlobalHydra
+from safetensors.torch import load_file
+
+from qat import machine, stages
+from qat.artifacts import open_artifact
+from qat.cli import job, main
+from qat.stages import distill
+
+ROOT = Path(__file__).resolve().parents[1]
+ALONE = """
+import json, runpy, sys
+sys.argv = ["launch.py", *sys.argv[1:]]
+try:
+    runpy.run_path("launch.py", run_name="__main__")
+finally:
+    print(json.dumps("wandb" in sys.modules), file=sys.stderr)
+"""
+METRICS = (
+    "kd_loss_initial",
+    "kd_loss_final",
+    "kd_loss_best",
+    "kl",
+    "perplexity",
+    "teacher_perplexity",
+    "top1_agreement",
+)
+TABLES = "tables.safetensors"
+
+
+@dataclass
+class Outcome:
+    """What a person finds after a launch."""
+
+    code: int
+    out: str
+    err: str
+    folder: Path | None
+
+    @property
+    def result(self):
+        return json.loads((self.folder / "result.json").read_text(), parse_constant=pytest.fail)
+
+    @property
+    def log(self):
+        """Messages of `train.log`."""
+        lines = (self.folder / "train.log").read_text().splitlines()
+        return [line.split(" INFO ", 1)[-1] for line in lines]
+
+    @property
+    def figures(self):
+        return [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines()]
+
+
+class Shop:
+    """One outputs folder, and launches into it within this process."""
+
+    def __init__(self, outputs):
+        self.outputs = outputs
+
+    def launch(self, *argv):
+        import launch
+
+        before = set(self.outputs.glob("S*-*")) | set(self.outputs.glob("sweep-*"))
+        handlers, level = list(logging.root.handlers), logging.root.level
+        out, err = io.StringIO(), io.StringIO()
+        job.failures.clear()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "argv", ["launch.py"])
+            patch.setattr(machine, "matmul_flops", lambda machine: 1e11)  # a second each time
+            with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+                code = main.main([*argv, f"outputs={self.outputs}"], launch.launch)
+        job.failures.clear()
+        GlobalHydra.instance().clear()
+        for handler in logging.root.handlers:
+            if handler not in handlers:
+                handler.close()
+        logging.root.handlers[:] = handlers
+        logging.root.setLevel(level)
+        new = (set(self.outputs.glob("S*-*")) | set(self.outputs.glob("sweep-*"))) - before
+        assert len(new) <= 1
+        return Outcome(code, out.getvalue(), err.getvalue(), new.pop() if new else None)
+
+    def tiny(self, *argv):
+        """A launch of the tiny job, which must succeed."""
+        done = self.launch("+debug=tiny", *argv)
+        assert (done.code, done.err) == (0, "")
+        return done
+
+    def artifacts(self):
+        """Every file of every artifact, with the moment it was written."""
+        files = (self.outputs / "artifacts").rglob("*")
+        return {path: path.stat().st_mtime_ns for path in files if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def shop(tmp_path_factory):
+    return Shop(tmp_path_factory.mktemp("pipeline") / "outputs")
+
+
+@pytest.fixture(scope="module")
+def first(shop):
+    """The first run, in a process of its own as a user starts it."""
+    command = [sys.executable, "-c", ALONE, "+debug=tiny", f"outputs={shop.outputs}"]
+    done = subprocess.run(command, cwd=ROOT, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=100)
+    return Outcome(done.returncode, done.stdout, done.stderr, shop.outputs / "SR-001")
+
+
+@pytest.fixture
+def conversion(first):
+    return Path(first.result["paths"]["conversion"])
+
+
+def learned(conversion, done):
+    """Kinds of layers whose tables or scales are not those of the conversion (up to rounding); indices must be."""
+    before, after = load_file(conversion / TABLES), load_file(done.folder / "checkpoints" / "last" / TABLES)
+    assert before.keys() == after.keys()
+    same = {name for name in before if torch.allclose(before[name].float(), after[name].float(), 1e-5, 1e-6)}
+    assert all(torch.equal(before[name], after[name]) for name in before if name.endswith(".indices"))
+    changed = before.keys() - same
+    return {"mlp" if ".mlp." in name else "attn" for name in changed}
+
+
+def test_job_succeeds_and_says_where_to_go_on(first):
+    assert first.code == 0, first.err
+    assert first.err == "false\n"  # whether wandb was imported; nothing else on stderr
+    for part in ("14 layers converted (6 MLP + 8 attention)", "SR-001", "stage=chat checkpoint=", "samples.md"):
+        assert part in first.out
+    assert "\x1b[" not in first.out
+
+
+def test_run_folder_holds_everything(first):
+    assert {path.name for path in first.folder.iterdir()} == {
+        ".hydra",
+        "config_resolved.yaml",
+        "result.json",
+        "metrics.jsonl",
+        "train.log",
+        "checkpoints",
+        "samples.md",
+        "loss.png",
+    }
+    for name in ("best", "last"):
+        assert TABLES in open_artifact(first.folder / "checkpoints" / name).manifest["files"]
+    assert (first.folder / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_result_keeps_the_contract(first):
+    result = first.result
+    assert (result["schema"], result["run_id"], result["stage"]) == (1, "SR-001", "run")
+    assert (result["status"], result["error"]) == ("complete", None)
+    assert result["name"] == f"v2_q2a4_mlp_{result['metrics']['kd_loss_best']:.2f}_fp32"
+    assert {key: result["quant"][key] for key in ("preset", "layers", "mlp_layers", "attn_layers")} == {
+        "preset": "q2a4",
+        "layers": 14,
+        "mlp_layers": 6,
+        "attn_layers": 8,
+    }
+    assert all(math.isfinite(result["metrics"][key]) for key in METRICS)
+    assert 0 <= result["metrics"]["top1_agreement"] <= 1
+    assert all(result["timing"][key] > 0 for key in ("cache_s", "convert_s", "distill_s", "total_s"))
+    assert result["throughput"]["tokens_per_second"] > 0 and result["throughput"]["mfu"] >= 0
+    assert result["memory"]["peak_bytes"] > 2**24
+    assert all(Path(path).exists() for path in result["paths"].values())
+    assert {"git", "torch", "device"} <= result["environment"].keys()
+    assert (
+        sum(result["timing"][f"{stage}_s"] for stage in ("cache", "convert", "distill", "evaluate"))
+        <= (result["timing"]["total_s"])
+    )
+
+
+def test_bits_per_weight_count_indices_scales_and_tables(first):
+    shapes = {"mlp": [(128, 64)] * 4 + [(64, 128)] * 2, "attn": [(64, 64)] * 4 + [(32, 64)] * 4}
+    bits, rank = {"mlp": 2, "attn": 4}, {"mlp": 32, "attn": 8}
+    stored = {
+        kind: sum(bits[kind] * m * n + 16 * rank[kind] * (m + n) + 16 * 2 ** bits[kind] for m, n in shapes[kind])
+        for kind in shapes
+    }
+    weights = {kind: sum(m * n for m, n in shapes[kind]) for kind in shapes}
+    quant = first.result["quant"]
+    assert quant["mlp_bits_per_weight"] == pytest.approx(stored["mlp"] / weights["mlp"], abs=1e-4)
+    assert quant["attn_bits_per_weight"] == pytest.approx(stored["attn"] / weights["attn"], abs=1e-4)
+    assert quant["bits_per_weight"] == pytest.approx(sum(stored.values()) / sum(weights.values()), abs=1e-4)
+
+
+def test_metrics_have_a_row_for_each_step_and_each_look(first):
+    rows = first.figures
+    assert [(row["step"], "loss" in row, "kd_loss" in row) for row in rows] == [
+        (0, False, True),
+        (1, True, False),
+        (1, False, True),
+        (2, True, False),
+        (2, False, True),
+    ]
+    looks = [row["kd_loss"] for row in rows if "kd_loss" in row]
+    metrics = first.result["metrics"]
+    assert (looks[0], looks[-1]) == (metrics["kd_loss_initial"], metrics["kd_loss_final"])
+    assert min(looks) == metrics["kd_loss_best"]
+
+
+def test_samples_show_every_model_on_every_prompt(first):
+    from qat.evaluate import SAMPLE_PROMPTS
+
+    text = (first.folder / "samples.md").read_text()
+    assert all(f"## {prompt}\n" in text for prompt in SAMPLE_PROMPTS)
+    for name in ("teacher", "converted", "distilled"):
+        assert text.count(f"**{name}**") == len(SAMPLE_PROMPTS)
+
+
+def test_second_run_trains_at_once_and_gives_the_same(first, shop):
+    before = shop.artifacts()
+    again = shop.tiny()
+    assert shop.artifacts() == before
+    assert [line.split(":")[0] for line in again.log] == [again.folder.name, "distillation", "evaluation", "evaluation"]
+    timing, took = again.result["timing"], first.result["timing"]
+    assert timing["cache_s"] + timing["convert_s"] < 0.5 * (took["cache_s"] + took["convert_s"])
+    for key in METRICS:
+        assert again.result["metrics"][key] == pytest.approx(first.result["metrics"][key], rel=1e-4)
+
+
+def test_recorded_run_repeats_itself(first, shop):
+    again = shop.launch("--config-path", str(first.folder))
+    assert (again.code, again.err) == (0, "")
+    for key in METRICS:
+        assert again.result["metrics"][key] == pytest.approx(first.result["metrics"][key], rel=1e-4)
+
+
+def test_sweep_over_the_rate_shares_one_conversion(first, shop):
+    before = shop.artifacts()
+    done = shop.tiny("-m", "train.lr=1e-3,1e-1")
+    assert shop.artifacts() == before
+    results = [json.loads((done.folder / str(i) / "result.json").read_text()) for i in range(2)]
+    assert [result["status"] for result in results] == ["complete"] * 2
+    assert len({first.result["run_id"], *(result["run_id"] for result in results)}) == 3
+    assert results[0]["paths"]["conversion"] == results[1]["paths"]["conversion"]
+    initial, final = ([r["metrics"][f"kd_loss_{when}"] for r in results] for when in ("initial", "final"))
+    assert initial[0] == initial[1] and final[0] != final[1]
+
+
+def test_cache_alone(first, shop):
+    done = shop.tiny("stage=cache")
+    assert (done.result["status"], done.result["stage"]) == ("complete", "cache")
+    assert done.result["paths"]["cache"] == first.result["paths"]["cache"]
+    assert not (done.folder / "checkpoints").exists()
+
+
+def test_conversion_alone(first, shop):
+    done = shop.tiny("stage=convert")
+    assert done.result["status"] == "complete"
+    assert done.result["quant"] == first.result["quant"]
+    assert done.result["paths"]["conversion"] == first.result["paths"]["conversion"]
+
+
+def test_training_alone_is_the_training_of_the_whole_job(first, shop, conversion):
+    done = shop.tiny("stage=distill", f"checkpoint={conversion}")
+    for key in ("kd_loss_initial", "kd_loss_final", "kd_loss_best"):
+        assert done.result["metrics"][key] == pytest.approx(first.result["metrics"][key], rel=1e-4)
+    assert learned(conversion, done) == {"mlp"}
+    assert open_artifact(done.folder / "checkpoints" / "best").manifest["run"] == done.folder.name
+
+
+def test_evaluation_alone_is_the_evaluation_of_the_whole_job(first, shop):
+    done = shop.tiny("stage=evaluate", "checkpoint=SR-001")
+    for key in ("kl", "perplexity", "teacher_perplexity", "top1_agreement"):
+        assert done.result["metrics"][key] == pytest.approx(first.result["metrics"][key], rel=1e-4)
+    assert done.result["metrics"]["kd_loss"] == pytest.approx(first.result["metrics"]["kd_loss_best"], rel=0.02)
+    assert done.result["quant"] == first.result["quant"]
+
+
+@pytest.mark.parametrize("checkpoint", ["teacher", "SR-001"])
+def test_chat_answers_and_leaves_no_run(first, shop, checkpoint):
+    done = shop.tiny("stage=chat", "chat.prompt=hi", "chat.max_tokens=4", f"checkpoint={checkpoint}")
+    assert done.folder is None
+    assert done.out.strip()
+
+
+@pytest.mark.parametrize("words", [["stage=report"], ["stage=export", "checkpoint=SR-001", "export.output=there"]])
+def test_stages_that_are_not_built_refuse_in_one_sentence(first, shop, words):
+    done = shop.launch("+debug=tiny", *words)
+    assert (done.code, done.out) == (1, "")
+    assert done.err.startswith(f"error: {words[0]}: ") and done.err.count("\n") == 1
+
+
+@pytest.mark.parametrize("loss", ["bucket_kl", "topk_kl", "full_kl"])
+def test_every_loss_trains(first, shop, conversion, loss):
+    longer = ["train.steps=12", "train.batch_size=16", "train.eval_every=12", "train.lr=3e-3"]
+    done = shop.tiny("stage=distill", f"checkpoint={conversion}", f"loss={loss}", *longer)
+    losses = [row["loss"] for row in done.figures if "loss" in row]
+    assert len(losses) == 12 and all(loss > 0 for loss in losses)
+    assert done.result["metrics"]["kd_loss_final"] < 0.97 * done.result["metrics"]["kd_loss_initial"]
+
+
+@pytest.mark.parametrize(("mode", "kinds"), [("mlp", {"mlp"}), ("attn", {"attn"}), ("e2e", {"mlp", "attn"})])
+def test_every_mode_trains_its_layers_and_no_others(first, shop, conversion, mode, kinds):
+    done = shop.tiny("stage=distill", f"checkpoint={conversion}", f"mode={mode}")
+    assert learned(conversion, done) == kinds
+    assert f"_q2a4_{mode}_" in done.result["name"]
+
+
+def test_attention_can_stay_in_full_precision(first, shop):
+    done = shop.tiny("quant=q2a16")
+    quant = done.result["quant"]
+    assert (quant["preset"], quant["layers"], quant["mlp_layers"], quant["attn_layers"]) == ("q2a16", 6, 6, 0)
+    assert done.result["paths"]["cache"] == first.result["paths"]["cache"]
+
+
+def test_micro_batch_changes_nothing_but_memory(first, shop, conversion):
+    words = ["stage=distill", f"checkpoint={conversion}", "instance.precision=fp32", "train.batch_size=4"]
+    one, other = (shop.tiny(*words, f"instance.micro_batch={size}").result for size in (1, 4))
+    for key in ("kd_loss_initial", "kd_loss_final"):
+        assert one["metrics"][key] == pytest.approx(other["metrics"][key], rel=1e-4)
+
+
+def test_what_the_user_can_mend_fails_in_one_sentence(first, shop):
+    done = shop.launch("+debug=tiny", "stage=distill", "checkpoint=teacher")
+    assert (done.code, done.err.count("\n")) == (1, 1)
+    assert (done.result["status"], f"error: {done.result['error']}\n") == ("failed", done.err)
+
+
+def test_defect_is_recorded_with_its_traceback(first, shop, monkeypatch):
+    def fail(*_):
+        raise RuntimeError("a hole")
+
+    monkeypatch.setattr(distill, "_trainer", fail)
+    with pytest.raises(RuntimeError, match="a hole"):
+        launch_and_raise(shop)
+    (folder,) = (p.parent for p in shop.outputs.glob("SR-*/result.json") if "a hole" in p.read_text())
+    result = json.loads((folder / "result.json").read_text())
+    assert (result["status"], result["error"]) == ("failed", "RuntimeError: a hole")
+
+
+def test_interruption_from_the_keyboard_is_recorded(first, shop, monkeypatch):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(distill, "_trainer", stop)
+    with pytest.raises(KeyboardInterrupt):
+        launch_and_raise(shop)
+    (path,) = (p for p in shop.outputs.glob("SR-*/result.json") if "stopped from the keyboard" in p.read_text())
+    assert json.loads(path.read_text())["status"] == "interrupted"
+
+
+def launch_and_raise(shop):
+    """The tiny job without Hydra, which would turn what is raised into an exit."""
+    from qat.cli import arguments
+
+    config = main.check(arguments.parse(["+debug=tiny", f"outputs={shop.outputs}"])).config
+    folder = shop.outputs / main.claim(config, [], False)[0].split("/")[-1].strip("'")
+    folder.mkdir()
+    stages.run_job(config, folder)

@@ -1,0 +1,57 @@
+"""The picture of a run."""
+
+import struct
+
+import pytest
+
+from qat import plots
+from qat.plots import loss_curve
+
+ROWS = [{"step": 0, "kd_loss": 5.8}] + [{"step": step, "loss": 5.0 / step} for step in range(1, 6)]
+
+
+def size_of(path):
+    """Width and height, read off the header as the PNG standard has it."""
+    header = path.read_bytes()[:24]
+    assert header[:8] == b"\x89PNG\r\n\x1a\n" and header[12:16] == b"IHDR"
+    return struct.unpack(">II", header[16:24])
+
+
+@pytest.fixture
+def axes(monkeypatch):
+    """The axes that the next picture was drawn on."""
+    seen = []
+
+    class Kept(plots.Figure):
+        def subplots(self, *args, **kwargs):
+            seen.append(super().subplots(*args, **kwargs))
+            return seen[-1]
+
+    monkeypatch.setattr(plots, "Figure", Kept)
+    return seen
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [*ROWS, {"step": 5, "kd_loss": 1.1}],
+        ROWS,  # stopped before the second look
+        [{"step": 0, "kd_loss": 5.8}],  # no step yet
+        [{"step": 0, "kd_loss": 0.0}, {"step": 1, "loss": 0.0}, {"step": 1, "kd_loss": 0.0}],
+    ],
+    ids=["whole", "one evaluation", "no training", "all zero"],
+)
+def test_picture_is_a_png_of_readable_size(tmp_path, rows):
+    loss_curve(rows, "tiny: v2_q2a4_mlp_0.58_fp32", tmp_path / "loss.png")
+    width, height = size_of(tmp_path / "loss.png")
+    assert 800 <= width <= 2000 and 400 <= height <= 1200
+
+
+def test_both_curves_hold_the_figures_of_the_rows(tmp_path, axes):
+    loss_curve([*ROWS, {"step": 5, "kd_loss": 1.1}], "named", tmp_path / "loss.png")
+    training, held_out = axes[0].get_lines()
+    assert list(training.get_xdata()) == [1, 2, 3, 4, 5]
+    assert list(training.get_ydata()) == [5.0 / step for step in range(1, 6)]
+    assert list(zip(held_out.get_xdata(), held_out.get_ydata(), strict=True)) == [(0, 5.8), (5, 1.1)]
+    assert [note.get_text() for note in axes[0].texts] == ["5.800", "1.100"]
+    assert (axes[0].get_title(), axes[0].get_ylim()[0]) == ("named", 0)

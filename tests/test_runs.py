@@ -1,0 +1,198 @@
+"""Run identity, names, and `result.json` from a run's first moment to its last."""
+
+import json
+import math
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from qat import runs
+from qat.config import Config, ModeConfig, QuantConfig, RunConfig, Stage, TrackerConfig, TrackerKind
+from qat.runs import Run, checkpoint_name, claim_run, claim_sweep, environment
+
+ROOT = Path(__file__).resolve().parents[1]
+
+CLAIMER = """
+import pathlib, sys, time
+from qat.runs import claim_run
+root = pathlib.Path(sys.argv[1])
+(root / f"ready-{sys.argv[2]}").touch()
+while not (root / "go").exists():
+    time.sleep(0.001)
+print(*(claim_run(root / "outputs") for _ in range(20)))
+"""
+
+
+@pytest.fixture
+def config(tmp_path):
+    return Config(
+        stage=Stage.run,
+        outputs=str(tmp_path / "outputs"),
+        quant=QuantConfig(name="q2a4"),
+        mode=ModeConfig(name="mlp", mlp=True, attn=False),
+        tracker=TrackerConfig(name="none", kind=TrackerKind.none),
+        run=RunConfig(goal="see", notes="twice"),
+    )
+
+
+@pytest.fixture
+def folder(tmp_path):
+    path = tmp_path / "outputs" / "SR-007"
+    path.mkdir(parents=True)
+    return path
+
+
+def result_of(folder):
+    def refuse(constant):
+        raise AssertionError(f"{constant} is not JSON")
+
+    return json.loads((folder / "result.json").read_text(), parse_constant=refuse)
+
+
+def test_runs_are_numbered_from_one(tmp_path):
+    assert [claim_run(tmp_path) for _ in range(3)] == ["SR-001", "SR-002", "SR-003"]
+
+
+def test_number_taken_since_the_look_around_is_passed_over(tmp_path, monkeypatch):
+    monkeypatch.setattr(Path, "glob", lambda *_: iter(()))
+    assert [claim_run(tmp_path) for _ in range(3)] == ["SR-001", "SR-002", "SR-003"]
+
+
+def test_deleted_run_frees_no_number(tmp_path):
+    (tmp_path / claim_run(tmp_path)).mkdir()
+    (tmp_path / "SR-001").rmdir()
+    assert claim_run(tmp_path) == "SR-002"
+
+
+def test_numbers_go_on_beyond_three_digits(tmp_path):
+    (tmp_path / ".ids" / "SR-999").mkdir(parents=True)
+    assert claim_run(tmp_path) == "SR-1000"
+    assert claim_run(tmp_path) == "SR-1001"
+
+
+def test_foreign_names_are_no_numbers(tmp_path):
+    (tmp_path / ".ids" / "SR-x").mkdir(parents=True)
+    assert claim_run(tmp_path) == "SR-001"
+
+
+def test_sweeps_are_numbered_from_one_and_empty(tmp_path):
+    folders = [claim_sweep(tmp_path) for _ in range(2)]
+    assert [folder.name for folder in folders] == ["sweep-001", "sweep-002"]
+    assert [list(folder.iterdir()) for folder in folders] == [[], []]
+
+
+def test_eight_processes_at_once_claim_different_runs(tmp_path):
+    command = [sys.executable, "-c", CLAIMER, str(tmp_path)]
+    started = [subprocess.Popen([*command, str(i)], cwd=ROOT, stdout=subprocess.PIPE, text=True) for i in range(8)]
+    end = time.monotonic() + 30
+    while len(list(tmp_path.glob("ready-*"))) < 8 and time.monotonic() < end:
+        time.sleep(0.01)
+    (tmp_path / "go").touch()
+    claimed = [name for process in started for name in process.communicate(timeout=30)[0].split()]
+    assert sorted(claimed) == [f"SR-{number:03d}" for number in range(1, 161)]
+
+
+@pytest.mark.parametrize(
+    ("loss", "name"),
+    [
+        (0.5849, "v2_q2a4_mlp_0.58_fp32"),
+        (12.0, "v2_q2a4_mlp_12.00_fp32"),
+        (None, "v2_q2a4_mlp_none_fp32"),
+        (math.nan, "v2_q2a4_mlp_none_fp32"),
+        (math.inf, "v2_q2a4_mlp_none_fp32"),
+    ],
+)
+def test_checkpoint_is_named_by_architecture_quant_variant_loss_and_type(config, loss, name):
+    assert checkpoint_name(config, loss) == name
+
+
+def test_record_is_there_at_once_and_says_interrupted(config, folder):
+    Run(config, folder)
+    result = result_of(folder)
+    assert (result["status"], result["error"], result["run_id"]) == ("interrupted", None, "SR-007")
+    assert (result["schema"], result["stage"]) == (1, "run")
+    assert (result["goal"], result["notes"]) == ("see", "twice")
+    assert result["paths"] == {"run": str(folder)}
+    assert (folder / "metrics.jsonl").read_text() == ""
+
+
+def test_job_of_a_sweep_claims_a_run_of_its_own(config, tmp_path):
+    claim_run(Path(config.outputs))
+    (tmp_path / "0").mkdir()
+    Run(config, tmp_path / "0")
+    assert result_of(tmp_path / "0")["run_id"] == "SR-002"
+
+
+@pytest.mark.parametrize(
+    ("status", "error"), [("complete", None), ("failed", "no such thing"), ("interrupted", "stopped")]
+)
+def test_finished_record_says_how(config, folder, status, error):
+    run = Run(config, folder)
+    run.result["metrics"]["kl"] = 0.5
+    run.finish(status, error)
+    result = result_of(folder)
+    assert (result["status"], result["error"], result["metrics"]) == (status, error, {"kl": 0.5})
+
+
+def test_total_time_is_that_since_the_start(config, folder, monkeypatch):
+    clock = iter([100.0, 100.0, 102.5, 107.25])
+    monkeypatch.setattr(runs.time, "monotonic", lambda: next(clock))
+    run = Run(config, folder)
+    run.save()
+    assert result_of(folder)["timing"]["total_s"] == 2.5
+    run.finish("complete")
+    assert result_of(folder)["timing"]["total_s"] == 7.25
+
+
+def test_figures_that_are_not_finite_become_null_everywhere(config, folder):
+    run = Run(config, folder)
+    run.result["metrics"] = {"kl": math.nan, "list": [1.0, -math.inf, {"deep": math.inf}], "fine": 2}
+    run.log({"step": 1, "loss": math.nan, "lr": 0.1})
+    run.finish("failed", "it was NaN")
+    assert result_of(folder)["metrics"] == {"kl": None, "list": [1.0, None, {"deep": None}], "fine": 2}
+    assert (folder / "metrics.jsonl").read_text() == '{"step": 1, "loss": null, "lr": 0.1}\n'
+
+
+def test_metrics_are_one_line_a_row_and_there_before_the_run_ends(config, folder):
+    run = Run(config, folder)
+    rows = [{"step": 0, "kd_loss": 1.5}, {"step": 1, "loss": 0.25}]
+    for row in rows:
+        run.log(row)
+    assert [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()] == rows
+
+
+def test_tracker_hears_every_row_and_the_end(config, folder, monkeypatch):
+    heard = []
+
+    class Listener:
+        def log(self, row):
+            heard.append(row)
+
+        def finish(self, summary, failed):
+            heard.append((summary, failed))
+
+    monkeypatch.setattr(runs, "open_tracker", lambda config, folder, run_id: heard.append(run_id) or Listener())
+    run = Run(config, folder)
+    run.log({"step": 1, "loss": 2.0})
+    run.result["metrics"] = {"kl": math.nan}
+    run.finish("failed", "why")
+    assert heard == ["SR-007", {"step": 1, "loss": 2.0}, ({"kl": None}, True)]
+
+
+def test_environment_names_commit_versions_and_device():
+    import torch
+
+    said = environment("cpu, float32")
+    assert said["device"] == "cpu, float32"
+    assert said["torch"] == torch.__version__
+    assert said["git"] is None or re.fullmatch(r"[0-9a-f]{7,40}(-dirty)?|.+-g[0-9a-f]+(-dirty)?", said["git"])
+    json.dumps(said)
+
+
+def test_commit_is_unknown_without_git(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    assert environment("cpu")["git"] is None

@@ -1,0 +1,151 @@
+"""Weights & Biases: not imported when nobody is to be told, offline without a login, never in the way."""
+
+import builtins
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from qat import tracking
+from qat.config import Config, ModeConfig, QuantConfig, TrackerConfig, TrackerKind
+
+ROOT = Path(__file__).resolve().parents[1]
+
+COMMON = """
+import json, pathlib, sys
+from qat.config import Config, ModeConfig, QuantConfig, TrackerConfig, TrackerKind
+from qat.runs import Run
+home = pathlib.Path(sys.argv[1])
+
+def run(kind, name):
+    (home / name).mkdir()
+    config = Config(outputs=str(home), quant=QuantConfig("q2a4"), mode=ModeConfig("mlp", True, False),
+                    tracker=TrackerConfig(kind, TrackerKind[kind]))
+    return Run(config, home / name)
+"""
+
+NOBODY = """
+record = run("none", "SR-001")
+record.log({"step": 1, "loss": 0.5})
+record.finish("complete")
+print(json.dumps("wandb" in sys.modules))
+"""
+
+TWICE = """
+said = []
+for name in ("SR-001", "SR-002"):
+    record = run("wandb", name)
+    inner = record._tracker._run
+    record.log({"step": 1, "loss": 0.5})
+    record.result["metrics"] = {"kl": 0.28125}
+    record.finish("complete")
+    said.append([inner.id, inner.name, inner.settings._offline])
+print(json.dumps(said))
+"""
+
+
+def process(tmp_path, script):
+    """Runs a script with a home of its own and nothing in the environment that tells wandb what to do."""
+    kept = {key: value for key, value in os.environ.items() if not key.startswith("WANDB_")}
+    done = subprocess.run(
+        [sys.executable, "-c", COMMON + script, str(tmp_path)],
+        cwd=ROOT,
+        env=kept | {"HOME": str(tmp_path), "WANDB_SILENT": "true", "WANDB_CACHE_DIR": str(tmp_path / "cache")},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.fixture
+def config(tmp_path):
+    return Config(
+        outputs=str(tmp_path),
+        quant=QuantConfig("q2a4"),
+        mode=ModeConfig("mlp", True, False),
+        tracker=TrackerConfig("wandb", TrackerKind.wandb),
+    )
+
+
+def test_nobody_is_told_without_importing_wandb(tmp_path):
+    assert process(tmp_path, NOBODY) is False
+
+
+def test_without_login_two_runs_are_two_offline_wandb_runs_that_ask_nothing(tmp_path):
+    first, second = process(tmp_path, TWICE)
+    assert first[0] != second[0]
+    assert (first[1:], second[1:]) == (["SR-001", True], ["SR-002", True])
+    for name, run in (("SR-001", first), ("SR-002", second)):
+        (offline,) = (tmp_path / name / "wandb").glob("offline-run-*")
+        assert offline.name.endswith(run[0])
+        (written,) = offline.glob("*.wandb")
+        assert b"0.28125" in written.read_bytes()
+
+
+def test_wandb_that_fails_is_left_out_and_the_run_told(tmp_path, config, monkeypatch, caplog):
+    wandb = pytest.importorskip("wandb")
+
+    def fail(*_):
+        raise wandb.errors.CommError("no route")
+
+    monkeypatch.setattr(tracking, "_start_wandb", fail)
+    tracker = tracking.open_tracker(config, tmp_path, "SR-001")
+    tracker.log({"step": 1, "loss": 1.0})
+    tracker.finish({}, failed=False)
+    assert isinstance(tracker, tracking.NoTracker)
+    assert "wandb is left out of this run: no route" in caplog.text
+
+
+def test_no_tracker_asks_for_no_import(tmp_path, config, monkeypatch):
+    config.tracker.kind = TrackerKind.none
+    imported = builtins.__import__
+
+    def guard(name, *rest):
+        assert not name.startswith("wandb")
+        return imported(name, *rest)
+
+    monkeypatch.setattr(builtins, "__import__", guard)
+    assert isinstance(tracking.open_tracker(config, tmp_path, "SR-001"), tracking.NoTracker)
+
+
+@pytest.mark.parametrize(
+    ("key", "netrc", "logged_in"),
+    [
+        ("", None, False),
+        ("x" * 40, None, True),
+        ("", "machine api.wandb.ai login user password secret\n", True),
+        ("", "machine elsewhere.org login user password secret\n", False),
+        ("", "no such word", False),
+    ],
+)
+def test_login_is_an_environment_key_or_a_netrc_entry(tmp_path, monkeypatch, key, netrc, logged_in):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("WANDB_API_KEY", key)
+    if netrc is not None:
+        (tmp_path / ".netrc").write_text(netrc)
+        (tmp_path / ".netrc").chmod(0o600)
+    assert tracking._logged_in() is logged_in
+
+
+def test_rows_go_under_their_own_step_and_the_end_says_whether_it_failed():
+    class Inner:
+        def __init__(self):
+            self.logged, self.summary, self.code = [], {}, None
+
+        def log(self, row, step):
+            self.logged.append((step, row))
+
+        def finish(self, exit_code):
+            self.code = exit_code
+
+    inner = Inner()
+    tracker = tracking.WandbTracker(inner)
+    tracker.log({"step": 3, "loss": 0.5})
+    tracker.finish({"kl": 0.25}, failed=True)
+    assert (inner.logged, inner.summary, inner.code) == ([(3, {"loss": 0.5})], {"kl": 0.25}, 1)

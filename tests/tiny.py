@@ -1,0 +1,99 @@
+"""The `tiny` model with everything around it, small enough for a test: teacher, cache, quantized student."""
+
+import random
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from qat import checkpoints, models
+from qat.artifacts import Artifact
+from qat.cache.reader import CacheReader
+from qat.cache.writer import obtain_cache
+from qat.config import (
+    CacheConfig,
+    ConvertConfig,
+    DataConfig,
+    DataSource,
+    KMeansBackend,
+    KMeansConfig,
+    ModelConfig,
+    ModelSource,
+    QuantConfig,
+    TableConfig,
+)
+from qat.data.documents import obtain_documents
+from qat.machine import Machine
+from qat.models import ModelFolder
+from qat.quant.convert import convert
+from qat.quant.layers import Layer, select
+from qat.quant.linear import QuantLinear, quantized
+from qat.quant.moments import second_moments
+
+CPU = torch.device("cpu")
+FP32 = Machine(CPU, torch.float32, 4)
+QUANT = QuantConfig(name="q2a4", mlp=TableConfig(bits=2, rank=4), attn=TableConfig(bits=4, rank=2))
+
+
+def teacher_in(folder: Path) -> ModelFolder:
+    return models.locate(ModelConfig(name="tiny", source=ModelSource.tiny), folder)
+
+
+def cache_of(teacher: ModelFolder, folder: Path) -> Artifact:
+    """48 training and 12 evaluation sequences of 32 tokens, top-8, in fp32."""
+    draw = random.Random(0)
+    paragraphs = [" ".join("".join(draw.choices("abcdefg", k=5)) for _ in range(10)) for _ in range(64)]
+    (folder / "text.txt").write_text("\n\n".join(paragraphs))
+    data = DataConfig(name="text", source=DataSource.text, path=str(folder / "text.txt"), eval_fraction=0.25)
+    documents = obtain_documents(data, teacher, 0, FP32, folder)
+    settings = CacheConfig(name="L32", length=32, top_k=8, random=4)
+    return obtain_cache(settings, documents, "text", teacher, 0, FP32, folder)
+
+
+def tables_of(
+    model: PreTrainedModel, rows: Tensor, backend: KMeansBackend = KMeansBackend.exact
+) -> dict[str, tuple[Layer, QuantLinear, dict[str, float]]]:
+    """Every layer of a model with its quantized form and the errors that `convert` reports."""
+    layers = select(model, QUANT)
+    moments = second_moments(model, list({layer.source: None for layer in layers}), rows, 8)
+    made = {}
+
+    def done(layer: Layer, module: QuantLinear, errors: dict[str, float]) -> None:
+        made[layer.name] = (layer, module, errors)
+
+    convert(model, layers, moments, ConvertConfig(rounds=2), KMeansConfig("", backend), done)
+    return {layer.name: made[layer.name] for layer in layers}
+
+
+def checkpoint_in(folder: Path, teacher: ModelFolder, cache: Artifact) -> Path:
+    model = teacher.load(torch.float32, CPU)
+    made = tables_of(model, CacheReader(cache, "train").input_ids(16))
+    for name, (_, module, _) in made.items():
+        model.set_submodule(name, module)
+    description = checkpoints.describe(teacher, QUANT, [layer for layer, _, _ in made.values()])
+    checkpoints.save(model, folder, description)
+    return folder
+
+
+def exact_weights(student: PreTrainedModel) -> dict[str, dict[str, Tensor]]:
+    """float64 copies of each layer's table and scales, with gradients."""
+    names = ("lut", "scale_A", "scale_B", "rank_magnitude")
+    return {
+        layer: {name: getattr(module, name).detach().double().requires_grad_() for name in names}
+        for layer, module in quantized(student).items()
+    }
+
+
+def exact_logits(
+    teacher: ModelFolder, student: PreTrainedModel, parts: dict[str, dict[str, Tensor]], ids: Tensor
+) -> Tensor:
+    """The student's logits [B, L, V] in float64: the teacher's own linear layers with other weights in them."""
+    weights = {}
+    for layer, module in quantized(student).items():
+        p = parts[layer]
+        weights[f"{layer}.weight"] = p["lut"][module.indices.long()] * (
+            p["scale_A"] @ torch.diag(p["rank_magnitude"]) @ p["scale_B"]
+        )
+    model = teacher.load(torch.float64, CPU)
+    return torch.func.functional_call(model, weights, (ids,)).logits
