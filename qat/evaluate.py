@@ -18,6 +18,7 @@ from qat.distill.loss import KD_TEMPERATURE, full_kl, topk_kl
 from qat.distill.trainer import position_chunks
 from qat.errors import NumericsError
 from qat.machine import Machine
+from qat.models import generate
 from qat.quant.linear import baked
 
 SAMPLE_PROMPTS = (
@@ -84,7 +85,6 @@ def _compare(logits_XV: Tensor, teacher_XV: Tensor, next_X: Tensor, top_k: int) 
     return torch.stack([value.double().sum().cpu() for value in values])
 
 
-@torch.inference_mode()
 def answers(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -103,6 +103,5 @@ def answers(
         pad_token_id=tokenizer.pad_token_id,
     )
     with baked(model, machine.dtype):
-        written = model.generate(**inputs, generation_config=settings)
-    start = inputs["input_ids"].shape[1]
-    return [text.strip() for text in tokenizer.batch_decode(written[:, start:], skip_special_tokens=True)]
+        written = generate(model, inputs["input_ids"], settings, attention_mask=inputs["attention_mask"])
+    return [text.strip() for text in tokenizer.batch_decode(written, skip_special_tokens=True)]

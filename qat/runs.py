@@ -25,17 +25,19 @@ METRICS = "metrics.jsonl"
 
 def claim_run(outputs: Path) -> str:
     """The next free run identity below `outputs`, `SR-001` and on, taken atomically."""
-    return _claim(outputs / ".ids", "SR").name
+    return _claim(outputs / ".ids", "SR", outputs).name
 
 
 def claim_sweep(outputs: Path) -> Path:
     """A new, empty folder `sweep-001` and on, made atomically."""
-    return _claim(outputs, "sweep")
+    return _claim(outputs, "sweep", outputs)
 
 
-def _claim(parent: Path, prefix: str) -> Path:
+def _claim(parent: Path, prefix: str, outputs: Path) -> Path:
+    """A new folder in `parent`, numbered above every one there and above what `outputs` shows."""
     parent.mkdir(parents=True, exist_ok=True)
-    taken = [int(p.name.rsplit("-", 1)[1]) for p in parent.glob(f"{prefix}-*") if p.name.rsplit("-", 1)[1].isdigit()]
+    names = [path.name for folder in (parent, outputs) for path in folder.glob(f"{prefix}-*")]
+    taken = [int(name.rsplit("-", 1)[1]) for name in names if name.rsplit("-", 1)[1].isdigit()]
     number = max(taken, default=0) + 1
     while True:
         path = parent / f"{prefix}-{number:03d}"

@@ -66,12 +66,13 @@ def open_tracker(config: Config, folder: Path, run_id: str) -> Tracker:
 def _start_wandb(config: Config, folder: Path, run_id: str) -> Any:
     import wandb
 
+    mode: Any = os.environ.get("WANDB_MODE") or ("online" if _logged_in() else "offline")
     return wandb.init(
         project=config.tracker.project,
         name=run_id,
         config=as_plain(config),
         dir=str(folder),
-        mode=os.environ.get("WANDB_MODE") or ("online" if _logged_in() else "offline"),
+        mode=mode,
         reinit="finish_previous",
         settings=wandb.Settings(silent=True, console="off", init_timeout=30),
     )

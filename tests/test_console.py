@@ -138,7 +138,7 @@ def test_terminal_gets_a_bar_with_count_rate_eta_and_note(screen, caplog):
     text = shown(file)
     for part in ("work", "4/5", "steps/s", "ETA", "loss 1.5", "\x1b["):
         assert part in text
-    assert [message.split(" in ")[0] for message in caplog.messages] == ["work: 5 steps"]
+    assert [message.split(" in ")[0] for message in caplog.messages] == ["work: 4 steps"]
 
 
 def test_table_shows_title_header_and_every_cell_as_written(capsys):

@@ -1,7 +1,7 @@
 """The layout of a cache, which writer and reader agree on.
 
 A cache is an artifact folder: `meta.json` and, for each split, safetensors shards of up to
-`SHARD_ROWS` sequences with
+`shard_rows` sequences (meta.json says how many) with
 
     input_ids        [N, L]       int32
     topk_ids         [N, L-1, K]  int32     most likely next tokens, descending

@@ -6,7 +6,7 @@ import torch
 from safetensors import safe_open
 
 from qat.artifacts import Artifact
-from qat.cache.format import FORMAT_VERSION, SHARD_ROWS, generator, shard_name
+from qat.cache.format import FORMAT_VERSION, generator, shard_name
 from qat.errors import ArtifactError
 
 
@@ -48,7 +48,8 @@ class CacheReader:
                 f"{cache.folder} has cache format {self.meta['format']}, this version reads {FORMAT_VERSION}: delete it"
             )
         self.rows = int(self.meta["sequences"][split])
-        shards = -(-self.rows // SHARD_ROWS)
+        self._shard_rows = int(self.meta["shard_rows"])
+        shards = -(-self.rows // self._shard_rows)
         self._shards = [safe_open(cache.folder / shard_name(split, i), "pt") for i in range(shards)]
 
     def batch(self, rows: torch.Tensor) -> Batch:
@@ -83,4 +84,4 @@ class CacheReader:
 
     def _gather(self, name: str, rows: torch.Tensor) -> torch.Tensor:
         slices = [shard.get_slice(name) for shard in self._shards]
-        return torch.stack([slices[row // SHARD_ROWS][row % SHARD_ROWS] for row in rows.tolist()])
+        return torch.stack([slices[row // self._shard_rows][row % self._shard_rows] for row in rows.tolist()])

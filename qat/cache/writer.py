@@ -37,7 +37,7 @@ def obtain_cache(
 
     def make(folder: Path) -> dict[str, Any]:
         rows = {split: _rows(cache, documents, split) for split in SPLITS}
-        meta = {
+        meta: dict[str, Any] = {
             "format": FORMAT_VERSION,
             "teacher": {"name": teacher.name, "fingerprint": teacher.fingerprint},
             "documents": documents.key,
@@ -45,6 +45,7 @@ def obtain_cache(
             "top_k": cache.top_k,
             "random": cache.random,
             "seed": seed,
+            "shard_rows": SHARD_ROWS,
             "sequences": {split: len(ids) for split, ids in rows.items()},
         }
         model = teacher.load(machine.dtype, machine.device)

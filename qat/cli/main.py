@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from hydra.core.override_parser.types import Override
 
-from qat.cli import arguments, checkpoints, overrides, validate
+from qat.cli import arguments, checkpoints, overrides, unavailable, validate
 from qat.cli.arguments import CommandLine
 from qat.cli.compose import Composer, typed
 from qat.cli.folders import claim
@@ -14,7 +14,7 @@ from qat.cli.helping import page
 from qat.cli.job import failures
 from qat.cli.suggest import one_line
 from qat.config import Config
-from qat.errors import ConfigError
+from qat.errors import QatError
 
 INTERRUPTED = 130  # what a shell reports for Ctrl-C
 
@@ -24,7 +24,7 @@ class Checked:
     """What a command line that can run comes down to; its `overrides` are now as Hydra wants them."""
 
     parsed: list[Override]
-    config: Config
+    configs: list[Config]  # of each job, in order
 
 
 def main(argv: list[str], launch: Callable[[], None]) -> int:
@@ -36,7 +36,7 @@ def main(argv: list[str], launch: Callable[[], None]) -> int:
     """
     try:
         return _main(argv, launch)
-    except ConfigError as error:
+    except QatError as error:
         one_line(error)
         return error.exit_code
     except KeyboardInterrupt:
@@ -68,24 +68,25 @@ def _main(argv: list[str], launch: Callable[[], None]) -> int:
     if not command.flags["shell_completion"]:
         checked = check(command)
     if command.starts_jobs:
-        command.overrides += claim(checked.config, checked.parsed, command.multirun)
+        for config in checked.configs:
+            unavailable.check(config)
+        command.overrides += claim(checked.configs[0], checked.parsed, command.multirun)
     sys.argv[1:] = command.argv()
     launch()
     return _exit_code(command.multirun)
 
 
-def _check_jobs(command: CommandLine, parsed: list[Override], composer: Composer) -> Config:
-    """Checks every job the command line stands for and returns the first one's configuration."""
+def _check_jobs(command: CommandLine, parsed: list[Override], composer: Composer) -> list[Config]:
+    """Checks every job the command line stands for and returns their configurations."""
     if not command.multirun:
-        return _check_job(command, command.overrides, composer)
+        return [_check_job(command, command.overrides, composer)]
     whole = composer.compose(command.overrides, multirun=True)
     if "basic_sweeper" not in whole.hydra.sweeper._target_:  # others draw values as they go
         fixed = [str(override.input_line) for override in parsed if not override.is_sweep_override()]
-        return _check_job(command, fixed, composer)
+        return [_check_job(command, fixed, composer)]
     swept = [f"{key}={value}" for key, value in (whole.hydra.sweeper.params or {}).items()]
     parsed = overrides.read([*swept, *command.overrides], composer, multirun=True)
-    configs = [_check_job(command, job, composer) for job in overrides.jobs(parsed)]
-    return configs[0]
+    return [_check_job(command, job, composer) for job in overrides.jobs(parsed)]
 
 
 def _check_job(command: CommandLine, job: list[str], composer: Composer) -> Config:

@@ -13,7 +13,7 @@ from qat.cli import schema
 from qat.cli.arguments import CONF
 from qat.cli.checkpoints import MANIFEST
 from qat.cli.suggest import did_you_mean
-from qat.config import Config, DataSource, ModelSource, Stage, StoreKind
+from qat.config import Config, DataSource, LossKind, ModelSource, Stage, StoreKind
 from qat.errors import ConfigError
 
 LARGEST = 2**63 - 1  # what torch and JSON readers hold in an integer
@@ -95,6 +95,10 @@ def check(config: Config) -> None:
     check_store(config)
     manifest = check_checkpoint(config)
     check_mode(config, manifest)
+    if config.loss.kind is LossKind.bucket_kl and config.loss.temperature != 1:
+        raise ConfigError(
+            f"loss.temperature={config.loss.temperature}: bucket_kl works at 1, where the cache knows the tail's mass"
+        )
     if config.stage is Stage.export and not config.export.output:
         raise ConfigError("stage=export needs a folder to write to: export.output=<folder>")
 

@@ -55,7 +55,7 @@ def obtain_documents(data: DataConfig, teacher: ModelFolder, seed: int, machine:
         return _write(folder, (Document(*pair) for pair in pairs), data, tokenizer)
 
     inputs = {
-        "data": as_plain(data),
+        "data": {key: value for key, value in as_plain(data).items() if key not in ("name", "path")},
         "content": sources.content_hash(data),
         "tokenizer": teacher.fingerprint,
         "seed": seed if data.source is DataSource.selfgen else None,

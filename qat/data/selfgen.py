@@ -18,6 +18,7 @@ from transformers import (
     StoppingCriteriaList,
 )
 
+from qat import models
 from qat.config import DataConfig
 from qat.console import Advance, progress
 from qat.data.sources import chat_tokens
@@ -103,14 +104,15 @@ def generate(
         pad_token_id=tokenizer.pad_token_id,
         use_cache=True,
     )
-    with torch.inference_mode():
-        written = model.generate(
-            **inputs,
-            generation_config=settings,
-            logits_processor=LogitsProcessorList([Sample(start, data)]),
-            stopping_criteria=StoppingCriteriaList([Ticker(advance)]),
-        )
-    return [_until_end(row, tokenizer.eos_token_id) for row in written[:, start:].tolist()]
+    written = models.generate(
+        model,
+        inputs["input_ids"],
+        settings,
+        attention_mask=inputs["attention_mask"],
+        logits_processor=LogitsProcessorList([Sample(start, data)]),
+        stopping_criteria=StoppingCriteriaList([Ticker(advance)]),
+    )
+    return [_until_end(row, tokenizer.eos_token_id) for row in written.tolist()]
 
 
 def _ask(prompt: str) -> list[dict[str, str]]:

@@ -49,7 +49,7 @@ def chat_tokens(
     ask: bool = False,
 ) -> list[int]:
     """A conversation through the tokenizer's own chat template; with `ask`, up to where the answer begins."""
-    encoded = tokenizer.apply_chat_template(
+    encoded: Any = tokenizer.apply_chat_template(
         messages, add_generation_prompt=ask, enable_thinking=thinking == "true", return_dict=True
     )
     return list(encoded["input_ids"])

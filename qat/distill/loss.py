@@ -10,8 +10,6 @@ All take logits in fp32 and give KL(teacher‖student) in nats. V is the vocabul
 
 from torch import Tensor
 
-from qat.errors import UnavailableError
-
 KD_TEMPERATURE = 2.0  # of `kd_loss` in the run log
 
 
@@ -32,13 +30,11 @@ def topk_kl(logits_V: Tensor, topk_ids_K: Tensor, topk_logprobs_K: Tensor, tempe
     return (teacher.exp() * (teacher - student)).sum(-1) * temperature**2
 
 
-def bucket_kl(logits_V: Tensor, topk_ids_K: Tensor, topk_logprobs_K: Tensor, temperature: float = 1.0) -> Tensor:
+def bucket_kl(logits_V: Tensor, topk_ids_K: Tensor, topk_logprobs_K: Tensor) -> Tensor:
     """KL over the top-k and one bucket for the rest, at T = 1: the cache knows the tail's mass at T = 1 only.
 
     Shapes as in `topk_kl`; `topk_logprobs_K` are log-probabilities of the full softmax.
     """
-    if temperature != 1.0:
-        raise UnavailableError("bucket_kl works at loss.temperature=1: a cache knows the tail's mass at T = 1 alone")
     student_K = logits_V.gather(-1, topk_ids_K) - logits_V.logsumexp(-1, keepdim=True)
     inside = (topk_logprobs_K.exp() * (topk_logprobs_K - student_K)).sum(-1)
     teacher_rest, student_rest = rest(topk_logprobs_K), rest(student_K)

@@ -86,6 +86,8 @@ class Trainer:
 
         def look(step: int) -> None:
             kd = self.kd_loss()
+            if not math.isfinite(kd):
+                raise NumericsError(f"the held-out KD loss is {kd} after {step} steps: lower train.lr")
             history.rows.append({"step": step, "kd_loss": kd})
             report(history.rows[-1])
             history.final = kd
@@ -175,14 +177,14 @@ class Loss:
 
     def at(self, logits: Tensor, *targets: Tensor) -> Tensor:
         """The loss of each position."""
+        if self.teacher is not None:
+            with torch.no_grad():
+                teacher = self.teacher.lm_head(targets[0]).float()
+            return full_kl(logits, teacher, self.temperature)
+        ids, logprobs = targets
         if self.kind is LossKind.topk_kl:
-            return topk_kl(logits, *targets, self.temperature)
-        if self.kind is LossKind.bucket_kl:
-            return bucket_kl(logits, *targets, self.temperature)
-        assert self.teacher is not None
-        with torch.no_grad():
-            teacher = self.teacher.lm_head(targets[0]).float()
-        return full_kl(logits, teacher, self.temperature)
+            return topk_kl(logits, ids, logprobs, self.temperature)
+        return bucket_kl(logits, ids, logprobs)
 
 
 def _choose(

@@ -8,6 +8,7 @@ distribution (which is how weights reach it), a seed, a meter that stops it, and
 import contextlib
 import io
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -73,7 +74,7 @@ def _cluster(x_M: Tensor, entries: int) -> Tensor:
 
 
 @contextlib.contextmanager
-def _tamed(seed: int) -> Iterator[object]:
+def _tamed(seed: int) -> Iterator[Any]:
     """The package, seeded, silent and bounded; the global random state is put back."""
     import kmeans_pytorch as package
 

@@ -21,7 +21,7 @@ from qat.errors import NumericsError
 
 EXACT = 1024  # values up to which every one of them is a candidate boundary
 FINE = 65_536  # bins of a large layer
-COARSE = 1024  # intervals between boundaries that the dynamic program may choose among
+COARSE = 512  # intervals between boundaries that the dynamic program may choose among
 LLOYD_STEPS = 64
 
 

@@ -12,16 +12,13 @@ from transformers import PreTrainedModel
 from qat.config import ConvertConfig, KMeansBackend, KMeansConfig
 from qat.console import progress
 from qat.machine import exact_matmul
+from qat.models import linear
 from qat.quant import assign, backends, codebook, scales
 from qat.quant.fit import Cluster, Tables, fit
 from qat.quant.layers import Layer
 from qat.quant.linear import QuantLinear
 
-STACK_WEIGHTS = {
-    "cpu": 4_000_000,
-    "cuda": 64_000_000,
-    "mps": 16_000_000,
-}  # solved at once: caches, launch overhead
+STACK_WEIGHTS = {"cpu": 4_000_000, "cuda": 64_000_000}  # solved at once: what caches hold; what hides launches
 
 Done = Callable[[Layer, QuantLinear, dict[str, float]], None]
 
@@ -46,11 +43,12 @@ def convert(
     """
     cluster = BACKENDS[kmeans.backend]
     weights = sum(layer.weights for layer in layers)
-    with torch.inference_mode(), exact_matmul(), progress("layers quantized", weights, "weights") as advance:
-        for stack in stacks(layers, STACK_WEIGHTS[model.device.type]):
+    device = torch.device("cpu") if model.device.type == "mps" else model.device  # Apple GPUs have no float64
+    with torch.no_grad(), exact_matmul(), progress("layers quantized", weights, "weights") as advance:
+        for stack in stacks(layers, STACK_WEIGHTS[device.type]):
             began = time.monotonic()
-            weight_NOI = torch.stack([model.get_submodule(layer.name).weight.float() for layer in stack])
-            H_NII = torch.stack([moments[layer.source] for layer in stack])
+            weight_NOI = torch.stack([linear(model, layer.name).weight.to(device, torch.float32) for layer in stack])
+            H_NII = torch.stack([moments[layer.source].to(device) for layer in stack])
             first = stack[0]
             spec = (first.bits, first.rank, cluster, settings.rounds, settings.sweeps)
             tables = fit(weight_NOI, H_NII, assign.Factor(H_NII), *spec)
@@ -84,16 +82,16 @@ def stacks(layers: list[Layer], most_weights: int) -> list[list[Layer]]:
 def errors(weight_OI: Tensor, tables: Tables, n: int, H_II: Tensor) -> dict[str, float]:
     """Squared error of the weight and of the layer's output, relative to their own squares."""
     difference = weight_OI - scales.look_up(tables.table_NK, tables.index_NOI)[n] * (tables.A_NOR[n] @ tables.B_NRI[n])
-    output = scales.output_error(difference[None], H_II[None]) / scales.output_error(weight_OI[None], H_II[None])
+    output, whole = (scales.output_error(part[None], H_II[None]) for part in (difference, weight_OI))
     return {
-        "weight_error": float(difference.square().sum() / weight_OI.square().sum()),
-        "output_error": float(output),
+        "weight_error": float(difference.square().sum() / weight_OI.square().sum().clamp_min(1e-30)),
+        "output_error": float(output / whole.clamp_min(1e-30)),
     }
 
 
 def _module(model: PreTrainedModel, layer: Layer, tables: Tables, n: int) -> QuantLinear:
-    linear = model.get_submodule(layer.name)
-    module = QuantLinear(*layer.shape, layer.bits, layer.rank, linear.bias).to(model.device)
+    bias = linear(model, layer.name).bias
+    module = QuantLinear(*layer.shape, layer.bits, layer.rank, bias).to(model.device)
     module.indices.copy_(tables.index_NOI[n])
     module.lut.copy_(tables.table_NK[n])
     module.scale_A.copy_(tables.A_NOR[n])

@@ -87,7 +87,7 @@ def start(weight_NOI: Tensor, h_NI: Tensor, entries: int, rank: int, cluster: Cl
     S = A @ B
     x = assign.relative(weight_NOI, S).flatten(1)
     matters = (S.square() * h_NI[:, None]).flatten(1)
-    spread = (matters * x.square()).sum(1, keepdim=True).div_(matters.sum(1, keepdim=True)).sqrt_()
+    spread = (matters * x.square()).sum(1, keepdim=True).div_(matters.sum(1, keepdim=True).clamp_min_(1e-30)).sqrt_()
     table = cluster(x.clamp(-FARTHEST * spread, FARTHEST * spread), matters, entries)
     return Tables(assign.nearest(weight_NOI, S, table), table, A, B)
 

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qat.quant.scales import entry_sums
+
 
 class Materialize(torch.autograd.Function):
     """`LUT[indices] ⊙ (A·g) @ B` [O, I] in the compute type; gradients of LUT, A, g and B in fp32."""
@@ -26,7 +28,7 @@ class Materialize(torch.autograd.Function):
         """Recomputes the scales, which is cheaper than keeping a matrix of them for each layer."""
         indices, lut, A, g, B = ctx.saved_tensors
         grad = grads[0].float()
-        d_lut = table_gradient(grad * ((A * g) @ B), indices, len(lut))
+        d_lut = entry_sums((grad * ((A * g) @ B))[None], indices[None], len(lut))[0]
         d_scale = grad * look_up(lut, indices)
         d_Ag = d_scale @ B.mT
         return None, d_lut, d_Ag * g, (d_Ag * A).sum(0), (A * g).mT @ d_scale, None
@@ -35,11 +37,6 @@ class Materialize(torch.autograd.Function):
 def look_up(lut: Tensor, indices: Tensor) -> Tensor:
     """`lut[indices]` for uint8 indices."""
     return lut.index_select(0, indices.flatten().int()).view(indices.shape)
-
-
-def table_gradient(value: Tensor, indices: Tensor, entries: int) -> Tensor:
-    """Sum [K] of the values at each index."""
-    return torch.stack([(value * (indices == k)).sum() for k in range(entries)])
 
 
 class QuantLinear(nn.Module):
@@ -57,6 +54,7 @@ class QuantLinear(nn.Module):
     def __init__(self, outputs: int, inputs: int, bits: int, rank: int, bias: Tensor | None = None) -> None:
         super().__init__()
         self.bits = bits
+        self.indices: Tensor
         self.register_buffer("indices", torch.zeros(outputs, inputs, dtype=torch.uint8))
         self.lut = nn.Parameter(torch.zeros(2**bits))
         self.scale_A = nn.Parameter(torch.zeros(outputs, rank))

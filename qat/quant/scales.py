@@ -7,6 +7,7 @@ calibration text, and conjugate gradients (Hestenes & Stiefel 1952) solve for A,
 ever forming the equations: one product with H an iteration instead of R of them.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -38,8 +39,16 @@ def initial(weight_NOI: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
 
 def entry_sums(value_NOI: Tensor, index_NOI: Tensor, entries: int) -> Tensor:
-    """Sum [N, K] of the values at each index: one masked reduction an entry, no scatter into few addresses."""
-    return torch.stack([(value_NOI * (index_NOI == k)).sum(dim=(1, 2)) for k in range(entries)], dim=1)
+    """Sum [N, K] of the values at each index.
+
+    On a GPU one masked reduction an entry: a scatter would queue up at a few addresses. On a CPU one
+    count over all, in float64: it passes over the values once.
+    """
+    if value_NOI.device.type != "cpu":
+        return torch.stack([(value_NOI * (index_NOI == k)).sum(dim=(1, 2)) for k in range(entries)], dim=1)
+    layers = torch.arange(len(value_NOI))[:, None, None] * entries
+    sums = torch.bincount((index_NOI + layers).flatten(), value_NOI.flatten().double(), len(value_NOI) * entries)
+    return sums.view(-1, entries).to(value_NOI.dtype)
 
 
 def look_up(table_NK: Tensor, index_NOI: Tensor) -> Tensor:
@@ -71,18 +80,16 @@ class Linear:
 
 def rows(Q_NOI: Tensor, B_NRI: Tensor, h_NI: Tensor) -> Linear:
     """The quantized weight as a function of A; every row is a system of its own."""
-    rank = B_NRI.shape[1]
-    pairs_NPI = (B_NRI[:, :, None] * B_NRI[:, None, :]).flatten(1, 2)
-    gram_NORR = (Q_NOI.square().mul_(h_NI[:, None]) @ pairs_NPI.mT).unflatten(2, (rank, rank))
-    return Linear(lambda A: Q_NOI * (A @ B_NRI), lambda E: (E * Q_NOI) @ B_NRI.mT, _solver(gram_NORR), (2,))
+    i, j = torch.tril_indices(B_NRI.shape[1], B_NRI.shape[1], device=B_NRI.device)
+    gram_NOP = Q_NOI.square().mul_(h_NI[:, None]) @ (B_NRI[:, i] * B_NRI[:, j]).mT
+    return Linear(lambda A: Q_NOI * (A @ B_NRI), lambda E: (E * Q_NOI) @ B_NRI.mT, _solver(gram_NOP), (2,))
 
 
 def columns(Q_NOI: Tensor, A_NOR: Tensor, h_NI: Tensor) -> Linear:
     """The quantized weight as a function of B; a full second moment couples all of its columns."""
-    rank = A_NOR.shape[2]
-    pairs_NOP = (A_NOR[..., :, None] * A_NOR[..., None, :]).flatten(2, 3)
-    gram_NIRR = ((Q_NOI.square().mT @ pairs_NOP) * h_NI[..., None]).unflatten(2, (rank, rank))
-    solve = _solver(gram_NIRR)
+    i, j = torch.tril_indices(A_NOR.shape[2], A_NOR.shape[2], device=A_NOR.device)
+    gram_NIP = (Q_NOI.square().mT @ (A_NOR[..., i] * A_NOR[..., j])) * h_NI[..., None]
+    solve = _solver(gram_NIP)
     return Linear(
         lambda B: Q_NOI * (A_NOR @ B),
         lambda E: A_NOR.mT @ (E * Q_NOI),
@@ -102,11 +109,15 @@ def table(index_NOI: Tensor, S_NOI: Tensor, h_NI: Tensor, entries: int) -> Linea
     )
 
 
-def _solver(gram_NXRR: Tensor) -> Callable[[Tensor], Tensor]:
+def _solver(gram_NXP: Tensor) -> Callable[[Tensor], Tensor]:
+    """Solves many damped R × R systems, each given as the P = R(R+1)/2 entries of its lower triangle."""
+    rank = math.isqrt(2 * gram_NXP.shape[2])
+    gram_NXRR = gram_NXP.new_zeros(*gram_NXP.shape[:2], rank, rank)
+    i, j = torch.tril_indices(rank, rank, device=gram_NXP.device)
+    gram_NXRR[:, :, i, j] = gram_NXP
     mean = gram_NXRR.diagonal(dim1=-2, dim2=-1).mean(-1).clamp_min(1e-20)
-    damped = gram_NXRR.contiguous()
-    damped.diagonal(dim1=-2, dim2=-1).add_(DAMPING * mean[..., None])
-    factor, failed = torch.linalg.cholesky_ex(damped)
+    gram_NXRR.diagonal(dim1=-2, dim2=-1).add_(DAMPING * mean[..., None])
+    factor, failed = torch.linalg.cholesky_ex(gram_NXRR)  # reads the lower triangle alone
     healthy = (failed == 0)[..., None]
     return lambda right: torch.where(healthy, torch.cholesky_solve(right[..., None], factor)[..., 0], 0.0)
 

@@ -7,18 +7,18 @@ record whatever happens.
 import importlib
 import logging
 import math
+import os
+import sys
 from pathlib import Path
 
 from qat.config import Config, Stage
-from qat.errors import QatError, UnavailableError
+from qat.errors import QatError
 from qat.runs import Run
 
 log = logging.getLogger(__name__)
 
-UNAVAILABLE = {
-    Stage.export: "stage=export: no export format is built into this version; the checkpoint folder holds the tables",
-    Stage.report: "stage=report: this version writes no report; each run's result.json and loss.png are in its folder",
-}
+if not sys.stderr.isatty():  # other packages' bars would fill a log; tqdm reads this when torch imports it
+    os.environ.setdefault("TQDM_DISABLE", "1")
 
 
 def run_job(config: Config, folder: Path) -> float:
@@ -30,8 +30,6 @@ def run_job(config: Config, folder: Path) -> float:
     Raises:
         QatError: in one sentence, what the user can do; recorded in `result.json` too.
     """
-    if config.stage in UNAVAILABLE:
-        raise UnavailableError(UNAVAILABLE[config.stage])
     stage = importlib.import_module(f"qat.stages.{config.stage.name}")
     if config.stage is Stage.chat:
         stage.main(config)

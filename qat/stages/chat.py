@@ -46,7 +46,6 @@ def _converse(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config
         messages.append({"role": "assistant", "content": reply(model, tokenizer, messages, config)})
 
 
-@torch.inference_mode()
 def reply(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, messages: Messages, config: Config) -> str:
     """Prints the answer as it comes, and returns it."""
     asked = torch.tensor([chat_tokens(tokenizer, messages, config.data.thinking, ask=True)], device=model.device)
@@ -61,5 +60,5 @@ def reply(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, messages: 
     )
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     mask = torch.ones_like(asked)
-    written = model.generate(asked, attention_mask=mask, generation_config=settings, streamer=streamer)
-    return str(tokenizer.decode(written[0, asked.shape[1] :], skip_special_tokens=True))
+    written = models.generate(model, asked, settings, attention_mask=mask, streamer=streamer)
+    return str(tokenizer.decode(written[0], skip_special_tokens=True))

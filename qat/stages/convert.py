@@ -10,14 +10,13 @@ from qat.artifacts import Artifact, obtain
 from qat.cache.reader import CacheReader
 from qat.config import Config, as_plain
 from qat.console import table
-from qat.errors import UnavailableError
 from qat.quant.convert import convert
 from qat.quant.layers import KINDS, Layer, bits_per_weight, select, summary
 from qat.quant.linear import QuantLinear
 from qat.quant.moments import second_moments
 from qat.runs import Run
 from qat.stages import cache
-from qat.stages.workspace import Workspace, open_workspace, start_folder
+from qat.stages.workspace import Workspace, open_workspace
 
 
 def main(config: Config, run: Run) -> None:
@@ -27,14 +26,8 @@ def main(config: Config, run: Run) -> None:
 
 
 def make(work: Workspace, outputs: Artifact) -> Artifact:
-    """The quantized model before any training, from `outputs/artifacts` when it is already there.
-
-    Raises:
-        UnavailableError: the configured checkpoint is not the teacher.
-    """
+    """The quantized model before any training, from `outputs/artifacts` when it is already there."""
     config = work.config
-    if start_folder(config.checkpoint) is not None:
-        raise UnavailableError("converting from a checkpoint is not part of this version: use checkpoint=teacher")
     inputs = {
         "teacher": work.teacher.fingerprint,
         "cache": outputs.key,

@@ -6,11 +6,14 @@ from pathlib import Path
 from qat.config import Config
 from qat.console import console, duration, table
 from qat.evaluate import Metrics
+from qat.quant.layers import KINDS
 from qat.runs import Run
 from qat.stages import cache, convert, distill, evaluate
 from qat.stages.workspace import open_workspace, start_folder
 
 log = logging.getLogger(__name__)
+
+STAGES = ("cache", "convert", "distill", "evaluate")
 
 
 def main(config: Config, run: Run) -> None:
@@ -50,16 +53,15 @@ def show(run: Run, before: Metrics, after: Metrics, best: Path) -> None:
     ]
     table(f"{result['run_id']}  {result['name']}", ["", "converted", "distilled", "teacher"], rows)
     quant, timing = result["quant"], result["timing"]
-    kinds = [
-        f"{quant[f'{kind}_bits_per_weight']} {kind}" for kind in ("mlp", "attn") if f"{kind}_bits_per_weight" in quant
-    ]
-    console.print(f"bits per weight  {quant['bits_per_weight']} ({', '.join(kinds)})")
-    spent = [
-        f"{stage} {duration(timing[f'{stage}_s'])}"
-        for stage in ("cache", "convert", "distill", "evaluate")
-        if f"{stage}_s" in timing
-    ]
-    console.print(f"time             {', '.join(spent)}")
-    console.print(f"loss curve       {run.folder / 'loss.png'}")
-    console.print(f"samples          {result['paths']['samples']}")
-    console.print(f"go on with       python launch.py stage=chat checkpoint={best}", soft_wrap=True)
+    kinds = [f"{quant[key]} {kind}" for kind in KINDS if (key := f"{kind}_bits_per_weight") in quant]
+    spent = [f"{stage} {duration(timing[key])}" for stage in STAGES if (key := f"{stage}_s") in timing]
+    lines = {
+        "bits per weight": f"{quant['bits_per_weight']} ({', '.join(kinds)})",
+        "time": ", ".join(spent),
+        "peak memory": f"{result['memory']['peak_bytes'] / 1e9:.1f} GB",
+        "loss curve": run.folder / "loss.png",
+        "samples": result["paths"]["samples"],
+        "go on with": f"python launch.py stage=chat checkpoint={best}",
+    }
+    for name, value in lines.items():
+        console.print(f"{name:16} {value}", soft_wrap=True)

@@ -8,7 +8,6 @@ from pathlib import Path
 
 from qat import machine, models
 from qat.config import CheckpointConfig, Config
-from qat.errors import UnavailableError
 from qat.machine import Machine
 from qat.models import ModelFolder
 from qat.runs import Run, environment
@@ -51,16 +50,5 @@ def open_workspace(config: Config, run: Run) -> Workspace:
 
 
 def start_folder(checkpoint: CheckpointConfig) -> Path | None:
-    """The folder of the configured checkpoint; None is the teacher itself.
-
-    Raises:
-        UnavailableError: a registered name, whose archive this version does not pull.
-    """
-    if checkpoint.name == "teacher":
-        return None
-    if checkpoint.path is None:
-        raise UnavailableError(
-            f"checkpoint={checkpoint.name} is a registered archive, and this version pulls none from a store:"
-            " unpack it and give its folder, checkpoint=<path>"
-        )
-    return Path(checkpoint.path)
+    """The folder of the configured checkpoint; None is the teacher itself."""
+    return Path(checkpoint.path).expanduser() if checkpoint.path else None

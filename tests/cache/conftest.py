@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from qat.cache import reader, writer
+from qat.cache import writer
 from qat.config import CacheConfig, DataConfig, DataSource
 from qat.data.documents import obtain_documents
 
@@ -17,7 +17,6 @@ def small_shards():
     """Five sequences a shard, so that a small cache has several."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(writer, "SHARD_ROWS", SHARD_ROWS)
-        patch.setattr(reader, "SHARD_ROWS", SHARD_ROWS)
         yield SHARD_ROWS
 
 

@@ -60,7 +60,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture
 def compose(here: Path) -> Callable[..., Config]:
     """The checked configuration of a command line, its first job's for a sweep."""
-    return lambda *argv: main.check(arguments.parse(list(argv))).config
+    return lambda *argv: main.check(arguments.parse(list(argv))).configs[0]
 
 
 @pytest.fixture
@@ -68,9 +68,7 @@ def launch(here: Path) -> Callable[..., Outcome]:
     """Runs launch.py in a process of its own, its stages replaced by a trace."""
 
     def run(*argv: str) -> Outcome:
-        done = subprocess.run(
-            [sys.executable, "-c", DRIVER, *argv], capture_output=True, text=True, timeout=60
-        )
+        done = subprocess.run([sys.executable, "-c", DRIVER, *argv], capture_output=True, text=True, timeout=60)
         trace = here / "imported.json"
         heavy = json.loads(trace.read_text())
         trace.unlink()

@@ -38,11 +38,7 @@ def test_options_compose_and_are_valid(names, compose, here):
 
 @pytest.mark.parametrize(
     "preset",
-    [
-        f"{path.parent.name}={path.stem}"
-        for group in schema.EXTRAS
-        for path in sorted((CONF / group).glob("*.yaml"))
-    ],
+    [f"{path.parent.name}={path.stem}" for group in schema.EXTRAS for path in sorted((CONF / group).glob("*.yaml"))],
 )
 def test_presets_compose_and_are_valid(preset, compose):
     assert compose(preset).run.goal

@@ -120,7 +120,7 @@ VALUES = [
 @pytest.fixture(scope="module")
 def valid():
     """The default configuration, to be copied: composing it takes a while."""
-    return main.check(arguments.parse([])).config
+    return main.check(arguments.parse([])).configs[0]
 
 
 @pytest.mark.parametrize(("key", "value", "hint"), VALUES)

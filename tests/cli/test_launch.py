@@ -37,7 +37,7 @@ def test_recorded_run_repeats_itself(launch, here):
 def test_recorded_run_is_checked_too(launch, here, capfd):
     launch()
     recorded = here / "outputs" / "SR-001" / "config_resolved.yaml"
-    recorded.write_text(recorded.read_text().replace("steps: 60", "stepz: 60"))
+    recorded.write_text(recorded.read_text().replace("  steps: ", "  stepz: "))
     nothing = lambda: None  # noqa: E731
     assert main.main(["--config-path", "outputs/SR-001"], nothing) == 2
     assert "did you mean train.steps" in capfd.readouterr().err

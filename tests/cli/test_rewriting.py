@@ -37,9 +37,7 @@ def test_thinking_takes_booleans(thinking, compose):
     assert compose(f"data.thinking={thinking}").data.thinking == thinking.strip("'").lower()
 
 
-@pytest.mark.parametrize(
-    "folder", ["plain", "a=b", "with space", "it's", "a,b", "x (1)", "$HOME", "${x}", "007"]
-)
+@pytest.mark.parametrize("folder", ["plain", "a=b", "with space", "it's", "a,b", "x (1)", "$HOME", "${x}", "007"])
 def test_checkpoint_path(folder, compose, checkpoint):
     checkpoint(folder)
     config = compose("stage=evaluate", f"checkpoint={folder}")

@@ -1,0 +1,64 @@
+"""What the design names and this version does not do: refused in one sentence before anything starts."""
+
+from collections.abc import Iterator
+
+from qat.cli.validate import check_checkpoint
+from qat.config import Config, DataSource, Stage, StoreKind, as_plain
+from qat.errors import UnavailableError
+
+USES_CACHE = (Stage.run, Stage.cache, Stage.convert, Stage.distill, Stage.evaluate)
+USES_CHECKPOINT = (Stage.run, Stage.convert, Stage.distill, Stage.evaluate, Stage.chat)
+
+
+def check(config: Config) -> None:
+    """Refuses a valid configuration that cannot run yet.
+
+    Raises:
+        UnavailableError: the run needs machinery that is not built yet.
+    """
+    for sentence in missing(config):
+        raise UnavailableError(sentence)
+
+
+def missing(config: Config) -> Iterator[str]:
+    """One sentence for each thing this run would need and not find."""
+    if config.stage is Stage.export:
+        yield f"export={config.export.name} is not built yet; a checkpoint folder holds its tables as safetensors"
+    if config.stage is Stage.report:
+        yield "stage=report is not built yet; each run's result.json, loss.png and samples.md are in its folder"
+    if config.store.kind is not StoreKind.local:
+        yield f"store={config.store.name} is not built yet: use store=local and give checkpoints by path"
+    if config.stage in USES_CACHE:
+        yield from _text(config)
+    if config.stage in USES_CHECKPOINT:
+        yield from _start(config)
+
+
+def _text(config: Config) -> Iterator[str]:
+    if config.cache.path is not None:
+        yield "cache=local is not built yet: caches are made from data and model, and reused when they are there"
+    if config.data.path is None and config.data.source is DataSource.alpaca:
+        yield f"data={config.data.name} from the hub is not built yet: give a local file, data.path=<file>"
+
+
+def _start(config: Config) -> Iterator[str]:
+    checkpoint = config.checkpoint
+    if checkpoint.name == "teacher":
+        return
+    if checkpoint.path is None:
+        yield (
+            f"checkpoint={checkpoint.name} is a registered archive and pulling from a store is not built yet:"
+            " give the folder of a checkpoint, checkpoint=<path>"
+        )
+    elif config.stage is Stage.convert or (config.stage is Stage.run and _other_quant(config)):
+        yield (
+            "converting from a checkpoint is not built yet: use checkpoint=teacher, or train the checkpoint as it is"
+            " with its own quant"
+        )
+
+
+def _other_quant(config: Config) -> bool:
+    """True where the checkpoint's tables are not of the configured bits and ranks."""
+    manifest = check_checkpoint(config)
+    wanted = as_plain(config.quant)
+    return manifest is None or any(manifest["quant"].get(kind) != wanted[kind] for kind in ("mlp", "attn"))

@@ -1,0 +1,43 @@
+"""What is not built yet is refused in one sentence, with exit code 1 and nothing created."""
+
+import json
+
+import pytest
+
+from qat.cli import main
+
+REFUSED = [
+    ("stage=export export.output=x checkpoint={checkpoint}", "export=hf is not built yet"),
+    ("stage=report", "stage=report is not built yet"),
+    ("store=gdrive store.path=x", "store=gdrive is not built yet"),
+    ("cache=local cache.path={folder}", "cache=local is not built yet"),
+    ("data=alpaca", "data.path=<file>"),
+    ("checkpoint=q4_fp32", "pulling from a store is not built yet"),
+    ("+experiment=sr_001", "checkpoint=q4_fp32"),
+    ("stage=convert checkpoint={checkpoint}", "converting from a checkpoint is not built yet"),
+    ("quant=q4a4 checkpoint={checkpoint}", "converting from a checkpoint is not built yet"),
+]
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    folder = tmp_path / "checkpoint"
+    folder.mkdir()
+    quant = {"name": "q2a4", "mlp": {"bits": 2, "rank": 32}, "attn": {"bits": 4, "rank": 8}}
+    (folder / "manifest.json").write_text(json.dumps({"kind": "checkpoint", "model": "tiny", "quant": quant}))
+    return folder
+
+
+@pytest.mark.parametrize(("line", "says"), REFUSED)
+def test_refused_in_one_line(line, says, checkpoint, tmp_path, capsys):
+    argv = line.format(checkpoint=checkpoint, folder=tmp_path).split()
+    code = main.main([*argv, f"outputs={tmp_path}/outputs"], lambda: pytest.fail("a job was started"))
+    error = capsys.readouterr().err
+    assert (code, error.count("\n")) == (1, 1)
+    assert error.startswith("error: ") and says in error
+    assert not (tmp_path / "outputs").exists()
+
+
+def test_a_checkpoint_with_the_configured_tables_may_be_trained(checkpoint):
+    checked = main.check(main.arguments.parse([f"checkpoint={checkpoint}", "quant=q2a4"]))
+    assert checked.configs[0].checkpoint.path == str(checkpoint)
