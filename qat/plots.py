@@ -1,10 +1,12 @@
 """Pictures of a run, for people who would rather look than read."""
 
+from itertools import cycle
 from pathlib import Path
 
 from matplotlib.figure import Figure
 
 TRAINING, HELD_OUT = "#9aa5b1", "#c2410c"
+LEAVES = ("#1d4ed8", "#0891b2", "#0f766e", "#7c3aed", "#c2410c", "#ca8a04", "#be185d")
 
 
 def loss_curve(rows: list[dict[str, float]], title: str, path: Path) -> None:
@@ -29,4 +31,24 @@ def loss_curve(rows: list[dict[str, float]], title: str, path: Path) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", alpha=0.3)
     axes.legend(frameon=False)
+    figure.savefig(path)
+
+
+def error_by_depth(errors: dict[str, float], title: str, path: Path) -> None:
+    """Relative output error of every quantized layer against its place in the model, as a PNG.
+
+    Args:
+        errors: by layer name, in the model's order; layers with one last name make one line.
+        title: what was converted.
+        path: where the picture goes.
+    """
+    figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
+    axes = figure.subplots()
+    for leaf, color in zip(dict.fromkeys(name.rpartition(".")[2] for name in errors), cycle(LEAVES), strict=False):
+        values = [error for name, error in errors.items() if name.endswith(f".{leaf}")]
+        axes.plot(range(len(values)), values, marker=".", color=color, label=leaf)
+    axes.set(xlabel="decoder layer", ylabel="relative output error", title=title, yscale="log")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", alpha=0.3)
+    axes.legend(frameon=False, ncols=4, fontsize="small")
     figure.savefig(path)

@@ -55,3 +55,9 @@ def test_both_curves_hold_the_figures_of_the_rows(tmp_path, axes):
     assert list(zip(held_out.get_xdata(), held_out.get_ydata(), strict=True)) == [(0, 5.8), (5, 1.1)]
     assert [note.get_text() for note in axes[0].texts] == ["5.800", "1.100"]
     assert (axes[0].get_title(), axes[0].get_ylim()[0]) == ("named", 0)
+
+
+def test_error_by_depth_is_drawn_for_any_number_of_leaves(tmp_path):
+    errors = {f"model.layers.{i}.block.leaf{j}_proj": 0.01 * (i + j + 1) for i in range(3) for j in range(9)}
+    plots.error_by_depth(errors, "tiny", tmp_path / "depth.png")
+    assert (tmp_path / "depth.png").read_bytes()[:4] == b"\x89PNG"

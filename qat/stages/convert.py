@@ -5,11 +5,11 @@ from typing import Any
 
 import torch
 
-from qat import checkpoints
+from qat import checkpoints, plots
 from qat.artifacts import Artifact, obtain
 from qat.cache.reader import CacheReader
 from qat.config import Config, as_plain
-from qat.console import table
+from qat.console import console, table
 from qat.quant.convert import convert
 from qat.quant.layers import KINDS, Layer, bits_per_weight, select, summary
 from qat.quant.linear import QuantLinear
@@ -17,6 +17,8 @@ from qat.quant.moments import second_moments
 from qat.runs import Run
 from qat.stages import cache
 from qat.stages.workspace import Workspace, open_workspace
+
+WORST = 3  # layers named
 
 
 def main(config: Config, run: Run) -> None:
@@ -42,6 +44,7 @@ def make(work: Workspace, outputs: Artifact) -> Artifact:
     work.run.result["quant"] = {"preset": config.quant.name, **summary(layers)}
     work.run.result["paths"]["conversion"] = str(made.folder)
     _show(layers, made.manifest["figures"])
+    _draw(work, made.manifest["figures"])
     return made
 
 
@@ -64,6 +67,16 @@ def _convert(work: Workspace, outputs: Artifact, folder: Path) -> dict[str, Any]
     convert(exact, layers, moments, config.convert, config.kmeans, done)
     checkpoints.write_tables({layer.name: modules[layer.name] for layer in layers}, folder)
     return {**checkpoints.describe(work.teacher, config.quant, layers), "figures": figures}
+
+
+def _draw(work: Workspace, figures: dict[str, dict[str, float]]) -> None:
+    """Names the layers with the largest errors and draws all of them."""
+    errors = {name: entry["output_error"] for name, entry in figures.items()}
+    worst = sorted(errors, key=errors.__getitem__, reverse=True)[:WORST]
+    console.print(f"largest output errors: {', '.join(f'{name} {errors[name]:.3f}' for name in worst)}", soft_wrap=True)
+    picture = work.run.folder / "conversion.png"
+    plots.error_by_depth(errors, f"{work.teacher.name}, {work.config.quant.name}: before training", picture)
+    work.run.result["paths"]["conversion_errors"] = str(picture)
 
 
 def _show(layers: list[Layer], figures: dict[str, dict[str, float]]) -> None:
