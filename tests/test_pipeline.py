@@ -152,6 +152,7 @@ def test_run_folder_holds_everything(first):
         "checkpoints",
         "samples.md",
         "loss.png",
+        "conversion.png",
     }
     for name in ("best", "last"):
         assert TABLES in open_artifact(first.folder / "checkpoints" / name).manifest["files"]
