@@ -79,7 +79,8 @@ def generate(
         extras: further arguments of transformers' `generate`, such as `attention_mask` or a streamer.
     """
     # An index copies the last position; the slice that `generate` would take stays strided, for which torch
-    # multiplies every sequence by a copy of the head of its own: 3 GB and half of the time of a prefill.
+    # multiplies every sequence by a copy of the head of its own: gigabytes, and about half
+    # of the time of a prefill on a CPU.
     last = torch.tensor([-1], device=prompts_BT.device)
     written = cast(Any, model).generate(prompts_BT, generation_config=settings, logits_to_keep=last, **extras)
     return cast(torch.Tensor, written)[:, prompts_BT.shape[1] :]

@@ -48,10 +48,10 @@ def _claim(parent: Path, prefix: str, outputs: Path) -> Path:
             number += 1
 
 
-def checkpoint_name(config: Config, loss: float | None) -> str:
-    """`{arch}_{quant}_{variant}_{loss}_{dtype}`, such as `v2_q2a4_mlp_0.58_fp32`."""
+def checkpoint_name(preset: str, mode: str, loss: float | None) -> str:
+    """A name in the run log's form, `{arch}_{quant}_{variant}_{loss}_{dtype}`: `v2_q2a4_mlp_0.58_fp32`."""
     shown = "none" if loss is None or not math.isfinite(loss) else f"{loss:.2f}"
-    return f"{ARCHITECTURE}_{config.quant.name}_{config.mode.name}_{shown}_fp32"
+    return f"{ARCHITECTURE}_{preset}_{mode}_{shown}_fp32"
 
 
 class Run:
@@ -70,7 +70,7 @@ class Run:
         self.result: dict[str, Any] = {
             "schema": SCHEMA,
             "run_id": run_id,
-            "name": checkpoint_name(config, None),
+            "name": checkpoint_name(config.quant.name, config.mode.name, None),
             "stage": config.stage.name,
             "status": "interrupted",
             "goal": config.run.goal,

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import settings
 
 if TYPE_CHECKING:
+    from qat.artifacts import Artifact
     from qat.machine import Machine
     from qat.models import ModelFolder
 
@@ -65,3 +66,19 @@ def cpu() -> "Machine":
     from qat.machine import Machine
 
     return Machine(torch.device("cpu"), torch.float32, 4)
+
+
+@pytest.fixture(scope="session")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> "ModelFolder":
+    """The tiny teacher that the helpers of `tests.tiny` build on; read only."""
+    from tests import tiny
+
+    return tiny.teacher_in(tmp_path_factory.mktemp("teacher"))
+
+
+@pytest.fixture(scope="session")
+def cache(teacher: "ModelFolder", tmp_path_factory: pytest.TempPathFactory) -> "Artifact":
+    """A small cache of that teacher; read only."""
+    from tests import tiny
+
+    return tiny.cache_of(teacher, tmp_path_factory.mktemp("cache"))

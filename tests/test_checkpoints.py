@@ -20,16 +20,6 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def teacher(folder):
-    return tiny.teacher_in(folder)
-
-
-@pytest.fixture(scope="module")
-def cache(teacher, folder):
-    return tiny.cache_of(teacher, folder)
-
-
-@pytest.fixture(scope="module")
 def made(teacher, cache, folder):
     return tiny.checkpoint_in(folder / "made", teacher, cache)
 

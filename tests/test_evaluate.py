@@ -19,16 +19,6 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def teacher(folder):
-    return tiny.teacher_in(folder)
-
-
-@pytest.fixture(scope="module")
-def cache(teacher, folder):
-    return tiny.cache_of(teacher, folder)
-
-
-@pytest.fixture(scope="module")
 def rows(cache):
     reader = CacheReader(cache, "eval")
     return reader.input_ids(reader.rows)

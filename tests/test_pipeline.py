@@ -273,6 +273,11 @@ def test_training_alone_is_the_training_of_the_whole_job(first, shop, conversion
     assert open_artifact(done.folder / "checkpoints" / "best").manifest["run"] == done.folder.name
 
 
+def test_a_trained_checkpoint_is_named_by_its_own_tables(shop, conversion):
+    done = shop.tiny("stage=distill", f"checkpoint={conversion}", "quant=q4a4")
+    assert done.result["name"].startswith("v2_q2a4_mlp_")
+
+
 def test_evaluation_alone_is_the_evaluation_of_the_whole_job(first, shop):
     done = shop.tiny("stage=evaluate", "checkpoint=SR-001")
     for key in ("kl", "perplexity", "teacher_perplexity", "top1_agreement"):

@@ -106,8 +106,8 @@ def test_eight_processes_at_once_claim_different_runs(tmp_path):
         (math.inf, "v2_q2a4_mlp_none_fp32"),
     ],
 )
-def test_checkpoint_is_named_by_architecture_quant_variant_loss_and_type(config, loss, name):
-    assert checkpoint_name(config, loss) == name
+def test_checkpoint_is_named_by_architecture_quant_variant_loss_and_type(loss, name):
+    assert checkpoint_name("q2a4", "mlp", loss) == name
 
 
 def test_record_is_there_at_once_and_says_interrupted(config, folder):

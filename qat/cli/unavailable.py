@@ -39,6 +39,8 @@ def _text(config: Config) -> Iterator[str]:
         yield "cache=local is not built yet: caches are made from data and model, and reused when they are there"
     if config.data.path is None and config.data.source is DataSource.alpaca:
         yield f"data={config.data.name} from the hub is not built yet: give a local file, data.path=<file>"
+    if config.data.thinking == "both" and config.data.source is not DataSource.selfgen:
+        yield f"data.thinking=both is not built yet for data={config.data.name}: use true or false"
 
 
 def _start(config: Config) -> Iterator[str]:

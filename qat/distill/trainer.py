@@ -25,8 +25,6 @@ from qat.quant.linear import QuantLinear, baked
 
 POSITIONS = 256  # whose logits over the vocabulary exist at one time
 
-PositionLoss = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
-
 
 @dataclass
 class History:

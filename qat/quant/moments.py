@@ -24,7 +24,7 @@ def second_moments(model: PreTrainedModel, names: list[str], rows: Tensor, micro
     ]
     try:
         with (
-            torch.inference_mode(),
+            torch.no_grad(),
             exact_matmul(),
             progress("layer inputs", rows.numel(), "tokens") as advance,
         ):
@@ -37,7 +37,7 @@ def second_moments(model: PreTrainedModel, names: list[str], rows: Tensor, micro
     for name, moment in moments.items():
         if not torch.isfinite(moment).all():
             raise NumericsError(f"the input of {name} holds NaN or infinity: try instance.precision=fp32")
-    return {name: moment.clone() for name, moment in moments.items()}
+    return moments
 
 
 def _gather(moments: dict[str, Tensor], name: str, tokens: int):  # type: ignore[no-untyped-def]

@@ -66,7 +66,7 @@ def _loss(work: Workspace) -> Loss:
 
 def _record(work: Workspace, history: History, weights: int) -> None:
     result = work.run.result
-    result["name"] = checkpoint_name(work.config, history.best)
+    result["name"] = checkpoint_name(result["quant"]["preset"], work.config.mode.name, history.best)
     result["metrics"] |= {
         "kd_loss_initial": history.initial,
         "kd_loss_final": history.final,

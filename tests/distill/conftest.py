@@ -11,16 +11,6 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def teacher(folder):
-    return tiny.teacher_in(folder)
-
-
-@pytest.fixture(scope="session")
-def cache(teacher, folder):
-    return tiny.cache_of(teacher, folder)
-
-
-@pytest.fixture(scope="session")
 def readers(cache):
     return CacheReader(cache, "train"), CacheReader(cache, "eval")
 

@@ -5,11 +5,6 @@ from tests import tiny
 
 
 @pytest.fixture(scope="session")
-def teacher(tmp_path_factory):
-    return tiny.teacher_in(tmp_path_factory.mktemp("teacher"))
-
-
-@pytest.fixture(scope="session")
 def model(teacher):
     return teacher.load(torch.float32, tiny.CPU)
 
