@@ -30,11 +30,9 @@ from qat.config import (
 from qat.data import packing, sources
 from qat.data.documents import Document
 from qat.evaluate import evaluate
-from qat.models import ModelFolder, locate
-from qat.quant.convert import convert
+from qat.models import ModelFolder, linear, locate
+from qat.quant.convert import convert, install
 from qat.quant.layers import bits_per_weight, select
-from qat.quant.linear import QuantLinear
-from qat.quant.moments import second_moments
 
 CONF = Path(__file__).parent.parent / "conf"
 
@@ -47,30 +45,34 @@ def main() -> None:
     teacher = folder.load(torch.float32, machine.device)
     calibration = texts(options.calibration, folder, options.length, options.calibration_tokens)
     held_out = {path: texts([path], folder, options.length, options.evaluation_tokens) for path in options.evaluation}
-    widest = select(teacher, preset("q2a4"))
-    began = time.monotonic()
-    moments = second_moments(teacher, list(dict.fromkeys(x.source for x in widest)), calibration, machine.micro_batch)
-    print(f"calibration: {calibration.numel()} tokens, {time.monotonic() - began:.1f} s")
+    print(f"calibration: {calibration.numel()} tokens; {machine.describe()}")
     rows = []
     for name in options.presets:
-        rows += measure(name, folder, teacher, moments, held_out, options, machine)
+        rows += measure(name, folder, teacher, calibration, held_out, options, machine)
         if options.json:
             Path(options.json).write_text(json.dumps(rows, indent=1))
 
 
-def measure(name, folder, teacher, moments, held_out, options, machine) -> list[dict]:
-    """One preset: seconds, effective bits and figures on each text."""
-    quant = preset(name)
-    layers = select(teacher, quant)
-    modules: dict[str, QuantLinear] = {}
-    began = time.monotonic()
-    settings = ConvertConfig(rounds=options.rounds, sweeps=options.sweeps)
+def measure(name, folder, teacher, calibration, held_out, options, machine) -> list[dict]:
+    """One preset: seconds of the whole conversion, effective bits and figures on each text."""
+    layers = select(teacher, preset(name))
+    settings = ConvertConfig(
+        gradients=options.gradients, passes=options.passes, rounds=options.rounds, sweeps=options.sweeps
+    )
     kmeans = KMeansConfig("exact", KMeansBackend.exact)
-    convert(teacher, layers, moments, settings, kmeans, lambda layer, module, _: modules.update({layer.name: module}))
+    began = time.monotonic()
+    made = convert(
+        layers,
+        lambda: folder.load(machine.dtype, machine.device),
+        lambda layer: linear(teacher, layer).weight,
+        calibration,
+        settings,
+        kmeans,
+        machine,
+    )
     seconds = time.monotonic() - began
     student = folder.load(torch.float32, machine.device)
-    for layer in layers:
-        student.set_submodule(layer.name, modules[layer.name].requires_grad_(False))
+    install(student, {one.layer.name: one.module for one in made})
     exact = machines.Machine(machine.device, torch.float32, machine.micro_batch)
     mlp = bits_per_weight([layer for layer in layers if layer.kind == "mlp"])
     rows = []
@@ -117,7 +119,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--evaluation-tokens", type=int, default=32_768)
     parser.add_argument("--length", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=8)
-    parser.add_argument("--sweeps", type=int, default=0)
+    parser.add_argument("--sweeps", type=int, default=ConvertConfig().sweeps)
+    parser.add_argument("--passes", type=int, default=ConvertConfig().passes)
+    parser.add_argument("--gradients", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--micro-batch", type=int, default=16)
     parser.add_argument("--json")
     return parser.parse_args()

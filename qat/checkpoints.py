@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
-from qat.artifacts import open_artifact, publish
+from qat.artifacts import content_key, open_artifact, publish
 from qat.config import QuantConfig, as_plain
 from qat.errors import ArtifactError
 from qat.machine import Machine
@@ -21,6 +21,7 @@ from qat.quant.layers import Layer
 from qat.quant.linear import QuantLinear, quantized
 
 FILE = "tables.safetensors"
+LATENT = "latent.safetensors"
 PARAMETERS = ("lut", "scale_A", "scale_B", "rank_magnitude")
 
 
@@ -43,6 +44,12 @@ def describe(teacher: ModelFolder, quant: QuantConfig, layers: list[Layer]) -> d
     }
 
 
+def has_tables(manifest: dict[str, Any], quant: QuantConfig) -> bool:
+    """True where a checkpoint's tables are of these bits and ranks."""
+    wanted = as_plain(quant)
+    return all(manifest["quant"].get(kind) == wanted[kind] for kind in ("mlp", "attn"))
+
+
 def heritage(manifest: dict[str, Any]) -> dict[str, Any]:
     """What a checkpoint trained from another one says like it: teacher, preset and layers."""
     return {key: manifest[key] for key in ("kind", "model", "teacher", "quant", "layers")}
@@ -52,6 +59,16 @@ def layers_of(manifest: dict[str, Any]) -> list[Layer]:
     """The layers a manifest lists."""
     entries = manifest["layers"].items()
     return [Layer(name, e["kind"], tuple(e["shape"]), e["bits"], e["rank"]) for name, e in entries]
+
+
+def identity(folder: Path) -> str:
+    """A key of a checkpoint's content, for what is made from it."""
+    return content_key(open_artifact(folder).manifest["files"])
+
+
+def latent(folder: Path) -> dict[str, torch.Tensor]:
+    """The full-precision weights [O, I] behind a checkpoint's indices, by layer; none where it was trained without."""
+    return load_file(folder / LATENT) if (folder / LATENT).is_file() else {}
 
 
 def write_tables(modules: dict[str, QuantLinear], folder: Path) -> None:

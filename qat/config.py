@@ -172,8 +172,10 @@ class ConvertConfig:
     """How the fit of tables and scales is done."""
 
     calibration_tokens: int = 16_384  # cached training tokens whose layer inputs weigh the errors
-    rounds: int = 8  # alternations of indices, tables and scales
-    sweeps: int = 0  # of coordinate descent over the indices afterwards
+    gradients: bool = True  # errors weigh as they change the model's output, not the layer's own
+    passes: int = 2  # from the second on, layer inputs are those of the quantized model
+    rounds: int = 8  # alternations of indices, tables and scales in the first pass
+    sweeps: int = 2  # of coordinate descent over the indices in each pass
 
 
 @dataclass

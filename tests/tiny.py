@@ -26,10 +26,10 @@ from qat.config import (
 from qat.data.documents import obtain_documents
 from qat.machine import Machine
 from qat.models import ModelFolder
-from qat.quant.convert import convert
+from qat.quant.convert import install, quantize
 from qat.quant.layers import Layer, select
 from qat.quant.linear import QuantLinear, quantized
-from qat.quant.moments import second_moments
+from qat.quant.moments import gather
 
 CPU = torch.device("cpu")
 FP32 = Machine(CPU, torch.float32, 4)
@@ -56,21 +56,17 @@ def tables_of(
 ) -> dict[str, tuple[Layer, QuantLinear, dict[str, float]]]:
     """Every layer of a model with its quantized form and the errors that `convert` reports."""
     layers = select(model, QUANT)
-    moments = second_moments(model, list({layer.source: None for layer in layers}), rows, 8)
-    made = {}
-
-    def done(layer: Layer, module: QuantLinear, errors: dict[str, float]) -> None:
-        made[layer.name] = (layer, module, errors)
-
-    convert(model, layers, moments, ConvertConfig(rounds=2), KMeansConfig("", backend), done)
-    return {layer.name: made[layer.name] for layer in layers}
+    moments, settings = gather(model, layers, rows, 8), ConvertConfig(rounds=2, sweeps=0)
+    made = quantize(
+        layers, lambda name: models.linear(model, name).weight, moments, settings, KMeansConfig("", backend), CPU
+    )
+    return {one.layer.name: (one.layer, one.module, one.figures) for one in made}
 
 
 def checkpoint_in(folder: Path, teacher: ModelFolder, cache: Artifact) -> Path:
     model = teacher.load(torch.float32, CPU)
     made = tables_of(model, CacheReader(cache, "train").input_ids(16))
-    for name, (_, module, _) in made.items():
-        model.set_submodule(name, module)
+    install(model, {name: module for name, (_, module, _) in made.items()})
     description = checkpoints.describe(teacher, QUANT, [layer for layer, _, _ in made.values()])
     checkpoints.save(model, folder, description)
     return folder

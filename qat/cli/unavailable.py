@@ -2,8 +2,7 @@
 
 from collections.abc import Iterator
 
-from qat.cli.validate import check_checkpoint
-from qat.config import Config, DataSource, Stage, StoreKind, as_plain
+from qat.config import Config, DataSource, Stage, StoreKind
 from qat.errors import UnavailableError
 
 USES_CACHE = (Stage.run, Stage.cache, Stage.convert, Stage.distill, Stage.evaluate)
@@ -52,15 +51,3 @@ def _start(config: Config) -> Iterator[str]:
             f"checkpoint={checkpoint.name} is a registered archive and pulling from a store is not built yet:"
             " give the folder of a checkpoint, checkpoint=<path>"
         )
-    elif config.stage is Stage.convert or (config.stage is Stage.run and _other_quant(config)):
-        yield (
-            "converting from a checkpoint is not built yet: use checkpoint=teacher, or train the checkpoint as it is"
-            " with its own quant"
-        )
-
-
-def _other_quant(config: Config) -> bool:
-    """True where the checkpoint's tables are not of the configured bits and ranks."""
-    manifest = check_checkpoint(config)
-    wanted = as_plain(config.quant)
-    return manifest is None or any(manifest["quant"].get(kind) != wanted[kind] for kind in ("mlp", "attn"))

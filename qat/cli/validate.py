@@ -60,6 +60,7 @@ BOUNDS = {
     "cache.random": Bound(low=0),
     "cache.sequences": COUNT,
     "convert.calibration_tokens": COUNT,
+    "convert.passes": COUNT,
     "convert.rounds": COUNT,
     "convert.sweeps": Bound(low=0),
     "loss.temperature": POSITIVE,

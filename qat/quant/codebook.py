@@ -72,6 +72,12 @@ def nearest(x: Tensor, codebook_NK: Tensor) -> Tensor:
     return index
 
 
+def relative(weight: Tensor, S: Tensor) -> Tensor:
+    """`W / S` where S may touch zero: such a weight is far out on its own side."""
+    smallest = torch.finfo(S.dtype).tiny
+    return weight / torch.where(S.abs() < smallest, smallest, S)
+
+
 def _histogram(x_NM: Tensor, weight_NM: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Moments [3, N, FINE] of each bin in units of the bin width, with origin and width [N, 1] of the bins."""
     low, high = x_NM.amin(1, keepdim=True).double(), x_NM.amax(1, keepdim=True).double()

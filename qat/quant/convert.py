@@ -2,61 +2,101 @@
 
 import time
 from collections import defaultdict
-from collections.abc import Callable
-from itertools import islice
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from qat.config import ConvertConfig, KMeansBackend, KMeansConfig
 from qat.console import progress
-from qat.machine import exact_matmul
-from qat.models import linear
-from qat.quant import assign, backends, codebook, scales
-from qat.quant.fit import Cluster, Tables, fit
+from qat.machine import Machine, exact_matmul
+from qat.quant import backends, codebook
+from qat.quant.curvature import Curvature, Factor
+from qat.quant.fit import Cluster, Problem, Tables, fit, improve
 from qat.quant.layers import Layer
 from qat.quant.linear import QuantLinear
+from qat.quant.moments import Moments, gather
 
-STACK_WEIGHTS = {"cpu": 4_000_000, "cuda": 64_000_000}  # solved at once: what caches hold; what hides launches
+STACK_BYTES = {"cpu": 4e8, "cuda": 1.5e9}  # of work space: what caches still help with; what hides launches
 
-Done = Callable[[Layer, QuantLinear, dict[str, float]], None]
+Load = Callable[[], PreTrainedModel]
+Weights = Callable[[str], Tensor]
+
+
+@dataclass(frozen=True)
+class Converted:
+    """A quantized layer, in host memory, with the relative errors of its weight and output and its seconds."""
+
+    layer: Layer
+    module: QuantLinear
+    figures: dict[str, float]
 
 
 def convert(
-    model: PreTrainedModel,
     layers: list[Layer],
-    moments: dict[str, Tensor],
+    load: Load,
+    weights: Weights,
+    rows: Tensor,
     settings: ConvertConfig,
     kmeans: KMeansConfig,
-    done: Done,
-) -> None:
-    """Quantizes the given layers of a model, handing over each as it is finished.
+    machine: Machine,
+) -> list[Converted]:
+    """Quantizes layers of a model in `settings.passes` passes.
+
+    The first pass looks at the inputs that layers have in the model as it is, each further one at those
+    they have once all are quantized, and improves on the pass before.
 
     Args:
-        model: its weights are read and not changed.
         layers: what to quantize, and how.
-        moments: H [I, I] by the name of each layer's `source`.
+        load: gives the model before quantization, on the machine, new at every call.
+        weights: gives the weight [O, I] of a layer by name, any float type, any device.
+        rows: calibration text, token ids [N, L].
         settings: how the fit is done.
         kmeans: who makes the first tables.
-        done: takes a layer, its quantized form, and its relative errors.
+        machine: computes.
     """
-    cluster = BACKENDS[kmeans.backend]
-    weights = sum(layer.weights for layer in layers)
-    device = torch.device("cpu") if model.device.type == "mps" else model.device  # Apple GPUs have no float64
-    with torch.no_grad(), exact_matmul(), progress("layers quantized", weights, "weights") as advance:
-        for stack in stacks(layers, STACK_WEIGHTS[device.type]):
+    made: list[Converted] = []
+    for _ in range(settings.passes):
+        model = load()
+        install(model, {one.layer.name: one.module for one in made})
+        moments = gather(model, layers, rows, machine.micro_batch, settings.gradients)
+        del model
+        made = quantize(layers, weights, moments, settings, kmeans, machine.device, made)
+    return made
+
+
+def quantize(
+    layers: list[Layer],
+    weights: Weights,
+    moments: Moments,
+    settings: ConvertConfig,
+    kmeans: KMeansConfig,
+    device: torch.device,
+    before: list[Converted] | None = None,
+) -> list[Converted]:
+    """One pass, with the moments at hand: fits the layers from nothing, or improves on those of the pass before."""
+    cluster, start = BACKENDS[kmeans.backend], {one.layer.name: one.module for one in before or []}
+    made: dict[str, Converted] = {}
+    device = torch.device("cpu") if device.type == "mps" else device  # Apple GPUs have no float64
+    factors = _Factors(moments, device)
+    found = stacks(layers, STACK_BYTES[device.type])
+    with torch.no_grad(), exact_matmul(), progress("layers quantized", _count(layers), "weights") as advance:
+        for number, stack in enumerate(found):
             began = time.monotonic()
-            weight_NOI = torch.stack([linear(model, layer.name).weight.to(device, torch.float32) for layer in stack])
-            H_NII = torch.stack([moments[layer.source].to(device) for layer in stack])
-            first = stack[0]
-            spec = (first.bits, first.rank, cluster, settings.rounds, settings.sweeps)
-            tables = fit(weight_NOI, H_NII, assign.Factor(H_NII), *spec)
+            weight = torch.stack([weights(layer.name).to(device, torch.float32) for layer in stack])
+            problem = _problem(stack, weight, moments, factors.of(stack, found[number + 1 :]))
+            if start:
+                tables = improve(problem, _tables([start[layer.name] for layer in stack], device), settings.sweeps)
+            else:
+                tables = fit(problem, stack[0].bits, stack[0].rank, cluster, settings.rounds, settings.sweeps)
+            figures = errors(weight, tables, problem.curvature.inputs_NII)
             seconds = (time.monotonic() - began) / len(stack)
             for n, layer in enumerate(stack):
-                figures = errors(weight_NOI[n], tables, n, H_NII[n]) | {"seconds": seconds}
-                done(layer, _module(model, layer, tables, n), figures)
-            advance(weight_NOI.numel())
+                made[layer.name] = Converted(layer, module(layer, tables, n), figures[n] | {"seconds": seconds})
+            advance(weight.numel())
+    return [made[layer.name] for layer in layers]
 
 
 BACKENDS: dict[KMeansBackend, Cluster] = {
@@ -65,36 +105,84 @@ BACKENDS: dict[KMeansBackend, Cluster] = {
 }
 
 
-def stacks(layers: list[Layer], most_weights: int) -> list[list[Layer]]:
-    """Layers of one shape, bits and rank, in lists of at most `most_weights` weights (one layer at least)."""
+class _Factors:
+    """Factorised input moments, each computed once and kept until the last layer that shares the input."""
+
+    def __init__(self, moments: Moments, device: torch.device) -> None:
+        self.moments, self.device = moments, device
+        self.known: dict[str, Factor] = {}
+
+    def of(self, stack: list[Layer], later: list[list[Layer]]) -> Factor:
+        """The factors of a stack's layers, joined."""
+        for source in dict.fromkeys(layer.source for layer in stack):
+            if source not in self.known:
+                self.known[source] = Factor.of(self.moments.inputs[source][None].to(self.device))
+        joined = Factor.join([self.known[layer.source] for layer in stack])
+        wanted = {layer.source for others in later for layer in others}
+        self.known = {source: factor for source, factor in self.known.items() if source in wanted}
+        return joined
+
+
+def _problem(stack: list[Layer], weight_NOI: Tensor, moments: Moments, factor: Factor) -> Problem:
+    device = weight_NOI.device
+    H = torch.stack([moments.inputs[layer.source].to(device) for layer in stack])
+    G = torch.stack([moments.outputs[layer.name].to(device) for layer in stack]) if moments.outputs else None
+    return Problem(weight_NOI, H, factor, G)
+
+
+def stacks(layers: list[Layer], most_bytes: float) -> list[list[Layer]]:
+    """Layers of one shape, bits and rank, in lists of at most `most_bytes` of work space (one layer at least)."""
     alike: dict[tuple[object, ...], list[Layer]] = defaultdict(list)
     for layer in layers:
         alike[layer.shape, layer.bits, layer.rank].append(layer)
-    found = []
-    for members in alike.values():
-        size = max(1, most_weights // members[0].weights)
-        remaining = iter(members)
-        while stack := list(islice(remaining, size)):
-            found.append(stack)
-    return found
+    return [stack for members in alike.values() for stack in _pieces(members, int(most_bytes // workspace(members[0])))]
 
 
-def errors(weight_OI: Tensor, tables: Tables, n: int, H_II: Tensor) -> dict[str, float]:
-    """Squared error of the weight and of the layer's output, relative to their own squares."""
-    difference = weight_OI - scales.look_up(tables.table_NK, tables.index_NOI)[n] * (tables.A_NOR[n] @ tables.B_NRI[n])
-    output, whole = (scales.output_error(part[None], H_II[None]) for part in (difference, weight_OI))
-    return {
-        "weight_error": float(difference.square().sum() / weight_OI.square().sum().clamp_min(1e-30)),
-        "output_error": float(output / whole.clamp_min(1e-30)),
-    }
+def workspace(layer: Layer) -> float:
+    """Bytes that fitting one such layer takes: a dozen copies of the weight, some of either moment, all fp32."""
+    outputs, inputs = layer.shape
+    return 4.0 * (12 * outputs * inputs + 5 * inputs**2 + 4 * outputs**2)
 
 
-def _module(model: PreTrainedModel, layer: Layer, tables: Tables, n: int) -> QuantLinear:
-    bias = linear(model, layer.name).bias
-    module = QuantLinear(*layer.shape, layer.bits, layer.rank, bias).to(model.device)
-    module.indices.copy_(tables.index_NOI[n])
-    module.lut.copy_(tables.table_NK[n])
-    module.scale_A.copy_(tables.A_NOR[n])
-    module.scale_B.copy_(tables.B_NRI[n])
-    module.set_parameters(module.normalized())
-    return module
+def _pieces(members: list[Layer], size: int) -> Iterator[list[Layer]]:
+    for begin in range(0, len(members), max(1, size)):
+        yield members[begin : begin + max(1, size)]
+
+
+def _count(layers: list[Layer]) -> int:
+    return sum(layer.weights for layer in layers)
+
+
+def errors(weight_NOI: Tensor, tables: Tables, H_NII: Tensor) -> list[dict[str, float]]:
+    """Squared error of each layer's weight and of its output, relative to their own squares."""
+    difference, outputs = weight_NOI - tables.weight(), Curvature(H_NII)
+    weight_error = difference.square().sum((1, 2)) / weight_NOI.square().sum((1, 2)).clamp_min(1e-30)
+    output_error = outputs.cost(difference) / outputs.cost(weight_NOI).clamp_min(1e-30)
+    pairs = zip(weight_error.tolist(), output_error.tolist(), strict=True)
+    return [{"weight_error": weight, "output_error": output} for weight, output in pairs]
+
+
+def module(layer: Layer, tables: Tables, n: int) -> QuantLinear:
+    """Layer n of some tables as a module without bias, in host memory, with unit-norm scales."""
+    made = QuantLinear(*layer.shape, layer.bits, layer.rank).to(tables.table_NK.device)
+    made.indices.copy_(tables.index_NOI[n])
+    made.lut.copy_(tables.table_NK[n])
+    made.scale_A.copy_(tables.A_NOR[n])
+    made.scale_B.copy_(tables.B_NRI[n])
+    made.set_parameters(made.normalized())
+    return made.cpu().requires_grad_(False)
+
+
+def _tables(modules: list[QuantLinear], device: torch.device) -> Tables:
+    """Quantized layers of one shape as one set of tables."""
+    A = [layer.scale_A * layer.rank_magnitude for layer in modules]
+    index, lut, B = ([getattr(m, name) for m in modules] for name in ("indices", "lut", "scale_B"))
+    return Tables(*(torch.stack(part).to(device) for part in (index, lut, A, B)))
+
+
+def install(model: nn.Module, modules: dict[str, QuantLinear]) -> None:
+    """Puts quantized layers into a model, on its device, each with the bias of the layer it replaces."""
+    for name, made in modules.items():
+        old = model.get_submodule(name)
+        made.bias = old.bias  # type: ignore[assignment]
+        model.set_submodule(name, made.to(next(model.parameters()).device))

@@ -53,7 +53,7 @@ class QuantLinear(nn.Module):
 
     def __init__(self, outputs: int, inputs: int, bits: int, rank: int, bias: Tensor | None = None) -> None:
         super().__init__()
-        self.bits = bits
+        self.bits, self.rank = bits, rank
         self.indices: Tensor
         self.register_buffer("indices", torch.zeros(outputs, inputs, dtype=torch.uint8))
         self.lut = nn.Parameter(torch.zeros(2**bits))
@@ -99,6 +99,24 @@ class QuantLinear(nn.Module):
         """Takes over table and scales, as `normalized` gives them."""
         for name, value in values.items():
             getattr(self, name).copy_(value)
+
+
+@torch.no_grad()
+def grow(layer: QuantLinear, rank: int) -> QuantLinear:
+    """The same function with more ranks: the new ones point anywhere, with magnitude zero, and may learn."""
+    outputs, inputs = layer.indices.shape
+    grown = QuantLinear(outputs, inputs, layer.bits, rank, layer.bias).to(layer.lut.device)
+    draw = torch.Generator().manual_seed(0)
+    new_A, new_B = torch.randn(outputs, rank, generator=draw), torch.randn(rank, inputs, generator=draw)
+    grown.scale_A.copy_(new_A / new_A.norm(dim=0))
+    grown.scale_B.copy_(new_B / new_B.norm(dim=1, keepdim=True))
+    grown.rank_magnitude.zero_()
+    for name, value in {"indices": layer.indices, "lut": layer.lut}.items():
+        getattr(grown, name).copy_(value)
+    grown.scale_A[:, : layer.rank] = layer.scale_A
+    grown.scale_B[: layer.rank] = layer.scale_B
+    grown.rank_magnitude[: layer.rank] = layer.rank_magnitude
+    return grown.requires_grad_(False)
 
 
 def quantized(model: nn.Module) -> dict[str, QuantLinear]:

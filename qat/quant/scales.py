@@ -2,8 +2,7 @@
 
 With the indices and the table fixed, `W ≈ Q ⊙ (A @ B)` is linear in A and linear in B. Under a diagonal
 importance each row of A and each column of B has its own R × R weighted normal equations. Under the
-full second moment H of the layer's inputs the error is `tr(E H Eᵀ)`, the layer's output error on the
-calibration text, and conjugate gradients (Hestenes & Stiefel 1952) solve for A, B or the table without
+full curvature (see `curvature`) conjugate gradients (Hestenes & Stiefel 1952) solve for A, B or the table without
 ever forming the equations: one product with H an iteration instead of R of them.
 """
 
@@ -14,6 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from qat.quant.curvature import Curvature
+
+SOLVED = 1e-10  # of the first squared residual: as far as conjugate gradients get in fp32
 DAMPING = 1e-3  # of the mean diagonal, towards the last value: keeps unused directions where they are
 
 
@@ -56,11 +58,6 @@ def look_up(table_NK: Tensor, index_NOI: Tensor) -> Tensor:
     return table_NK.gather(1, index_NOI.flatten(1).long()).view(index_NOI.shape)
 
 
-def output_error(error_NOI: Tensor, H_NII: Tensor) -> Tensor:
-    """`tr(E H Eᵀ)` [N]: the squared output error over the inputs that H was gathered from."""
-    return ((error_NOI @ H_NII) * error_NOI).sum(dim=(1, 2))
-
-
 @dataclass(frozen=True)
 class Linear:
     """A way the quantized weight depends linearly on some unknowns.
@@ -69,7 +66,8 @@ class Linear:
         expand: unknowns to quantized weight [N, O, I].
         reduce: its adjoint, an error [N, O, I] to unknowns.
         solve: the normal equations under a diagonal importance, many small systems at once.
-        coupled: dimensions of the unknowns that a full second moment couples into one system.
+        coupled: dimensions of the unknowns that a full second moment of the inputs couples into one system;
+            a curvature of the outputs couples all.
     """
 
     expand: Callable[[Tensor], Tensor]
@@ -127,21 +125,23 @@ def refit(x: Tensor, linear: Linear, weight_NOI: Tensor, h_NI: Tensor) -> Tensor
     return x + linear.solve(linear.reduce((weight_NOI - linear.expand(x)).mul_(h_NI[:, None])))
 
 
-def conjugate_gradient(x: Tensor, linear: Linear, weight_NOI: Tensor, H_NII: Tensor, iterations: int) -> Tensor:
-    """Lowers `tr((W − expand(x)) H (W − expand(x))ᵀ)` from the given unknowns; it never rises.
+def conjugate_gradient(x: Tensor, linear: Linear, weight_NOI: Tensor, curvature: Curvature, iterations: int) -> Tensor:
+    """Lowers the cost of `W − expand(x)` from the given unknowns; it never rises.
 
     Preconditioned by the same problem under a diagonal importance, whose solution is at hand.
     """
-    residual = linear.reduce((weight_NOI - linear.expand(x)) @ H_NII)
+    coupled = linear.coupled if curvature.outputs_NOO is None else tuple(range(1, x.dim()))
+    residual = linear.reduce(curvature.slope(weight_NOI - linear.expand(x)))
     direction = step = linear.solve(residual)
-    gain = _dot(residual, step, linear.coupled)
+    gain = _dot(residual, step, coupled)
+    solved = SOLVED * gain  # below it rounding is all there is, and steps would follow it anywhere
     for _ in range(iterations):
-        curved = linear.reduce(linear.expand(direction) @ H_NII)
-        length = _ratio(gain, _dot(direction, curved, linear.coupled))
+        curved = linear.reduce(curvature.slope(linear.expand(direction)))
+        length = _ratio(gain * (gain > solved), _dot(direction, curved, coupled))
         x = x + length * direction
         residual = residual - length * curved
         step = linear.solve(residual)
-        before, gain = gain, _dot(residual, step, linear.coupled)
+        before, gain = gain, _dot(residual, step, coupled)
         direction = step + _ratio(gain, before) * direction
     return x
 

@@ -1,22 +1,26 @@
-"""Stage 2: the teacher's weights to tables and scales."""
+"""Stage 2: weights to tables and scales, from the teacher or from a checkpoint with other tables."""
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from qat import checkpoints, plots
 from qat.artifacts import Artifact, obtain
 from qat.cache.reader import CacheReader
 from qat.config import Config, as_plain
 from qat.console import console, table
-from qat.quant.convert import convert
+from qat.evaluate import Metrics, evaluate
+from qat.models import linear
+from qat.quant.convert import convert, install
 from qat.quant.layers import KINDS, Layer, bits_per_weight, select, summary
-from qat.quant.linear import QuantLinear
-from qat.quant.moments import second_moments
+from qat.quant.linear import QuantLinear, grow, quantized
 from qat.runs import Run
 from qat.stages import cache
-from qat.stages.workspace import Workspace, open_workspace
+from qat.stages.workspace import Workspace, open_workspace, start_folder
 
 WORST = 3  # layers named
 
@@ -30,43 +34,97 @@ def main(config: Config, run: Run) -> None:
 def make(work: Workspace, outputs: Artifact) -> Artifact:
     """The quantized model before any training, from `outputs/artifacts` when it is already there."""
     config = work.config
+    start = start_folder(config.checkpoint)
     inputs = {
         "teacher": work.teacher.fingerprint,
         "cache": outputs.key,
         "quant": as_plain(config.quant),
         "kmeans": config.kmeans.backend.name,
         "convert": as_plain(config.convert),
+        "checkpoint": checkpoints.identity(start) if start else None,
     }
     name = f"{work.teacher.name}_{config.quant.name}_init"
     with work.timed("convert"):
-        made = obtain(work.artifacts, "checkpoints", name, inputs, lambda folder: _convert(work, outputs, folder))
+        made = obtain(
+            work.artifacts, "checkpoints", name, inputs, lambda folder: _convert(work, outputs, start, folder)
+        )
     layers = checkpoints.layers_of(made.manifest)
     work.run.result["quant"] = {"preset": config.quant.name, **summary(layers)}
     work.run.result["paths"]["conversion"] = str(made.folder)
-    _show(layers, made.manifest["figures"])
+    work.run.result["metrics"] |= {
+        f"{key}_initial": made.manifest["metrics"]["after"][key] for key in ("kd_loss", "kl")
+    }
+    _show(layers, made.manifest)
     _draw(work, made.manifest["figures"])
     return made
 
 
-def _convert(work: Workspace, outputs: Artifact, folder: Path) -> dict[str, Any]:
+def metrics(conversion: Artifact) -> Metrics:
+    """What a conversion was worth on held-out text."""
+    return Metrics(**conversion.manifest["metrics"]["after"])
+
+
+def _convert(work: Workspace, outputs: Artifact, start: Path | None, folder: Path) -> dict[str, Any]:
     config = work.config
-    model = work.teacher.load(work.machine.dtype, work.machine.device)
-    layers = select(model, config.quant)
-    reader = CacheReader(outputs, "train")
-    rows = reader.input_ids(max(1, config.convert.calibration_tokens // config.cache.length))
-    sources = list(dict.fromkeys(layer.source for layer in layers))
-    moments = second_moments(model, sources, rows, work.machine.micro_batch)
-    figures: dict[str, dict[str, float]] = {}
-    modules: dict[str, QuantLinear] = {}
-
-    def done(layer: Layer, module: QuantLinear, errors: dict[str, float]) -> None:
-        modules[layer.name], figures[layer.name] = module, errors
-
-    del model
-    exact = work.teacher.load(torch.float32, work.machine.device)  # whatever the forward pass ran in
-    convert(exact, layers, moments, config.convert, config.kmeans, done)
+    source = Source(work, start)
+    layers = select(source.exact, config.quant)
+    kept = {layer.name: grown for layer in layers if (grown := source.kept(layer))}
+    fitted = [layer for layer in layers if layer.name not in kept]
+    rows = CacheReader(outputs, "train").input_ids(max(1, config.convert.calibration_tokens // config.cache.length))
+    made = convert(fitted, source.load, source.weight, rows, config.convert, config.kmeans, work.machine)
+    modules = kept | {one.layer.name: one.module for one in made}
     checkpoints.write_tables({layer.name: modules[layer.name] for layer in layers}, folder)
-    return {**checkpoints.describe(work.teacher, config.quant, layers), "figures": figures}
+    return {
+        **checkpoints.describe(work.teacher, config.quant, layers),
+        "figures": {one.layer.name: one.figures for one in made},
+        "metrics": _measure(work, outputs, source, modules),
+    }
+
+
+class Source:
+    """The model that is converted: the teacher, or the student of a checkpoint.
+
+    Attributes:
+        exact: the teacher in fp32, in host memory.
+    """
+
+    def __init__(self, work: Workspace, start: Path | None) -> None:
+        self._work, self._start = work, start
+        self.exact = work.teacher.load(torch.float32, torch.device("cpu"))
+        self._tables = quantized(self.load()) if start else {}
+        self._latent = checkpoints.latent(start) if start else {}
+
+    def load(self) -> PreTrainedModel:
+        """The model on the machine, new at every call."""
+        machine = self._work.machine
+        if self._start is None:
+            return self._work.teacher.load(machine.dtype, machine.device)
+        return checkpoints.load(self._start, self._work.teacher, machine)[0]
+
+    def weight(self, name: str) -> Tensor:
+        """What a layer is fitted to: its latent weight, else what its tables say, else the teacher's weight."""
+        if name in self._latent:
+            return self._latent[name]
+        return self._tables[name].weight(torch.float32) if name in self._tables else linear(self.exact, name).weight
+
+    def kept(self, layer: Layer) -> QuantLinear | None:
+        """The layer with the same indices and table, where at most its rank has to grow."""
+        table = self._tables.get(layer.name)
+        if table is None or table.bits != layer.bits or table.rank > layer.rank:
+            return None
+        return grow(table, layer.rank).cpu()
+
+
+def _measure(
+    work: Workspace, outputs: Artifact, source: Source, modules: dict[str, QuantLinear]
+) -> dict[str, dict[str, float] | None]:
+    """KL and the like on held-out text, before and after; nothing is lost before the teacher is quantized."""
+    machine, held_out = work.machine, CacheReader(outputs, "eval")
+    rows, top_k = held_out.input_ids(held_out.rows), int(held_out.meta["top_k"])
+    teacher, student = work.teacher.load(machine.dtype, machine.device), source.load()
+    before = asdict(evaluate(student, teacher, rows, top_k, machine)) if quantized(student) else None
+    install(student, modules)
+    return {"before": before, "after": asdict(evaluate(student, teacher, rows, top_k, machine))}
 
 
 def _draw(work: Workspace, figures: dict[str, dict[str, float]]) -> None:
@@ -79,26 +137,28 @@ def _draw(work: Workspace, figures: dict[str, dict[str, float]]) -> None:
     work.run.result["paths"]["conversion_errors"] = str(picture)
 
 
-def _show(layers: list[Layer], figures: dict[str, dict[str, float]]) -> None:
-    """One row a kind of layer."""
-    rows = []
+def _show(layers: list[Layer], manifest: dict[str, Any]) -> None:
+    """One row a kind of layer, then what the conversion did to the model."""
+    figures, rows, counts = manifest["figures"], [], []
     for kind in KINDS:
         members = [layer for layer in layers if layer.kind == kind]
-        if not members:
-            continue
-        mean = {key: sum(figures[m.name][key] for m in members) / len(members) for key in figures[members[0].name]}
-        bits = f"{bits_per_weight(members):.2f}"
-        seconds = f"{mean['seconds'] * len(members):.1f}"
-        rows.append(
-            [
-                kind,
-                str(len(members)),
-                bits,
-                f"{mean['weight_error']:.4f}",
-                f"{mean['output_error']:.4f}",
-                seconds,
-            ]
-        )
-    counts = " + ".join(f"{row[1]} {'MLP' if row[0] == 'mlp' else 'attention'}" for row in rows)
+        if members:
+            counts.append(f"{len(members)} {'MLP' if kind == 'mlp' else 'attention'}")
+            rows.append([kind, str(len(members)), f"{bits_per_weight(members):.2f}", *_figures(members, figures)])
     header = ["kind", "layers", "bits/weight", "weight error", "output error", "seconds"]
-    table(f"{len(layers)} layers converted ({counts})", header, rows)
+    table(f"{len(layers)} layers converted ({' + '.join(counts)})", header, rows)
+    before, after = manifest["metrics"]["before"] or {"kd_loss": 0.0, "kl": 0.0}, manifest["metrics"]["after"]
+    names = {"kd_loss": "KD loss (held-out)", "kl": "full KL (held-out)"}
+    changes = [[name, f"{before[key]:.4f}", f"{after[key]:.4f}"] for key, name in names.items()]
+    table("distance from the teacher", ["", "before conversion", "after"], changes)
+
+
+def _figures(members: list[Layer], figures: dict[str, dict[str, float]]) -> list[str]:
+    """Mean errors and all seconds of some layers; those taken over as they were have none."""
+    fitted = [figures[layer.name] for layer in members if layer.name in figures]
+    if not fitted:
+        return ["kept", "kept", "-"]
+    weight, output, seconds = (
+        sum(entry[key] for entry in fitted) for key in ("weight_error", "output_error", "seconds")
+    )
+    return [f"{weight / len(fitted):.4f}", f"{output / len(fitted):.4f}", f"{seconds:.1f}"]

@@ -40,24 +40,28 @@ def main(config: Config, run: Run) -> None:
     table(f"{start} on held-out text", ["figure", "value"], rows)
 
 
-def make(work: Workspace, outputs: Artifact, folders: dict[str, Path]) -> dict[str, Metrics]:
+def make(
+    work: Workspace, outputs: Artifact, folders: dict[str, Path], known: dict[str, Metrics] | None = None
+) -> dict[str, Metrics]:
     """Measures each checkpoint on the held-apart split and writes `samples.md`.
 
     Args:
         work: the run.
         outputs: the cache.
         folders: what a person calls each checkpoint, and where it lies.
+        known: what was measured before, on the same split.
     """
     machine, tokens = work.machine, work.config.evaluate.sample_tokens
     held_out, tokenizer = CacheReader(outputs, "eval"), work.teacher.tokenizer()
     top_k = int(held_out.meta["top_k"])
-    measured, said = {}, {}
+    measured, said = dict(known or {}), {}
     with work.timed("evaluate"):
         teacher = work.teacher.load(machine.dtype, machine.device)
         said["teacher"] = answers(teacher, tokenizer, SAMPLE_PROMPTS, tokens, machine)
         for name, folder in folders.items():
             student = _load(work, folder)
-            measured[name] = evaluate(student, teacher, held_out.input_ids(held_out.rows), top_k, machine)
+            if name not in measured:
+                measured[name] = evaluate(student, teacher, held_out.input_ids(held_out.rows), top_k, machine)
             said[name] = answers(student, tokenizer, SAMPLE_PROMPTS, tokens, machine)
         write_text(work.run.folder / SAMPLES, samples(said))
     work.run.result["paths"]["samples"] = str(work.run.folder / SAMPLES)

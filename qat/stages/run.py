@@ -3,13 +3,15 @@
 import logging
 from pathlib import Path
 
+from qat import checkpoints
+from qat.artifacts import Artifact, read_manifest
 from qat.config import Config
 from qat.console import console, duration, table
 from qat.evaluate import Metrics
 from qat.quant.layers import KINDS
 from qat.runs import Run
 from qat.stages import cache, convert, distill, evaluate
-from qat.stages.workspace import open_workspace, start_folder
+from qat.stages.workspace import Workspace, open_workspace, start_folder
 
 log = logging.getLogger(__name__)
 
@@ -21,9 +23,9 @@ def main(config: Config, run: Run) -> None:
     work = open_workspace(config, run)
     log.info("%s: %s on %s", run.result["run_id"], config.model.name, work.machine.describe())
     outputs = cache.make(work)
-    start = start_folder(config.checkpoint) or convert.make(work, outputs).folder
+    start, known = _start(work, outputs)
     best = distill.make(work, outputs, start)
-    measured = evaluate.make(work, outputs, {"converted": start, "distilled": best})
+    measured = evaluate.make(work, outputs, {"converted": start, "distilled": best}, known)
     before, after = measured["converted"], measured["distilled"]
     run.result["metrics"] |= {
         "kl_initial": before.kl,
@@ -35,6 +37,15 @@ def main(config: Config, run: Run) -> None:
     }
     run.save()
     show(run, before, after, best)
+
+
+def _start(work: Workspace, outputs: Artifact) -> tuple[Path, dict[str, Metrics]]:
+    """The checkpoint that training starts from, converted where it has other tables, and what is known of it."""
+    given = start_folder(work.config.checkpoint)
+    if given and checkpoints.has_tables(read_manifest(given), work.config.quant):
+        return given, {}
+    converted = convert.make(work, outputs)
+    return converted.folder, {"converted": convert.metrics(converted)}
 
 
 def show(run: Run, before: Metrics, after: Metrics, best: Path) -> None:

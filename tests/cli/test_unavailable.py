@@ -15,8 +15,6 @@ REFUSED = [
     ("data=text data.path={folder} data.thinking=both", "data.thinking=both is not built yet"),
     ("checkpoint=q4_fp32", "pulling from a store is not built yet"),
     ("+experiment=sr_001", "checkpoint=q4_fp32"),
-    ("stage=convert checkpoint={checkpoint}", "converting from a checkpoint is not built yet"),
-    ("quant=q4a4 checkpoint={checkpoint}", "converting from a checkpoint is not built yet"),
 ]
 
 

@@ -4,7 +4,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qat.quant import assign, scales
+from qat.quant import assign, codebook, scales
+from qat.quant.curvature import Curvature, Factor, damp
 
 
 def problem(seed=0, layers=2, outputs=32, inputs=150, entries=4):
@@ -36,13 +37,13 @@ def plain_gptq(weight, S, table, H):
 
 
 def output_error(weight, S, table, index, H):
-    return scales.output_error((weight - scales.look_up(table, index) * S).double(), H.double())
+    return Curvature(H.double()).cost((weight - scales.look_up(table, index) * S).double())
 
 
 @pytest.mark.parametrize("inputs", [1, 20, 64, 65, 150])
 def test_compensated_indices_are_those_of_plain_gptq(inputs):
     weight, S, table, H = problem(inputs=inputs)
-    found = assign.compensated(weight, S, table, assign.Factor(H))
+    found = assign.compensated(weight, S, table, Factor.of(H))
     expected = torch.stack([torch.from_numpy(plain_gptq(*layer)) for layer in zip(weight, S, table, H, strict=True)])
     assert found.dtype == torch.uint8
     same_rows = (found == expected).all(2).float().mean()
@@ -55,7 +56,7 @@ def test_compensated_indices_are_those_of_plain_gptq(inputs):
 @given(st.integers(0, 10_000))
 def test_compensation_lowers_the_output_error_of_nearest_indices(seed):
     weight, S, table, H = problem(seed, inputs=80)
-    compensated = assign.compensated(weight, S, table, assign.Factor(H))
+    compensated = assign.compensated(weight, S, table, Factor.of(H))
     before = output_error(weight, S, table, assign.nearest(weight, S, table), H)
     assert (output_error(weight, S, table, compensated, H) < 0.95 * before).all()
 
@@ -63,14 +64,14 @@ def test_compensation_lowers_the_output_error_of_nearest_indices(seed):
 def test_without_correlations_compensation_has_nothing_to_add():
     weight, S, table, _ = problem()
     H = torch.diag_embed(torch.rand(2, 150, generator=torch.Generator().manual_seed(0)) + 0.1)
-    assert torch.equal(assign.compensated(weight, S, table, assign.Factor(H)), assign.nearest(weight, S, table))
+    assert torch.equal(assign.compensated(weight, S, table, Factor.of(H)), assign.nearest(weight, S, table))
 
 
 def test_the_arguments_are_left_alone():
     arguments = problem()
     before = [t.clone() for t in arguments]
     weight, S, table, H = arguments
-    assign.compensated(weight, S, table, assign.Factor(H))
+    assign.compensated(weight, S, table, Factor.of(H))
     assert all(torch.equal(a, b) for a, b in zip(arguments, before, strict=True))
 
 
@@ -87,8 +88,8 @@ def test_nearest_is_the_least_error_of_each_weight_alone_whatever_the_sign_of_it
 def test_a_scale_of_zero_gives_an_index_and_no_nan():
     weight, S, table, H = problem(inputs=20)
     S[:, :, 3], S[:, 4], weight[:, :, 5] = 0, 0, 0
-    assert not assign.relative(weight, S).isnan().any()
-    for index in (assign.nearest(weight, S, table), assign.compensated(weight, S, table, assign.Factor(H))):
+    assert not codebook.relative(weight, S).isnan().any()
+    for index in (assign.nearest(weight, S, table), assign.compensated(weight, S, table, Factor.of(H))):
         assert index.max() <= 3
 
 
@@ -96,8 +97,8 @@ def test_a_scale_of_zero_gives_an_index_and_no_nan():
 def test_inputs_never_seen_are_assigned_all_the_same(dead):
     weight, S, table, H = problem()
     H[:, dead], H[:, :, dead] = 0, 0
-    factor = assign.Factor(H)
-    assert torch.isfinite(factor.U_NII).all()
+    factor = Factor.of(H)
+    assert torch.isfinite(factor.spread_NII).all()
     index = assign.compensated(weight, S, table, factor)
     assert torch.equal(index[:, :, dead], assign.nearest(weight, S, table)[:, :, dead])
 
@@ -120,7 +121,7 @@ def one_at_a_time(weight, S, table, H, index):
 def test_descended_indices_are_those_of_trying_every_entry(inputs):
     weight, S, table, H = problem(outputs=8, inputs=inputs)
     index = assign.nearest(weight, S, table)
-    found = assign.descended(weight, S, table, H, index)
+    found = assign.descended(weight, S, table, Curvature(H), index)
     expected = torch.stack([one_at_a_time(*layer) for layer in zip(weight, S, table, H, index, strict=True)])
     assert (found == expected).all(2).float().mean() > 0.9
     errors = output_error(weight, S, table, found, H), output_error(weight, S, table, expected, H)
@@ -131,16 +132,16 @@ def test_descended_indices_are_those_of_trying_every_entry(inputs):
 @given(st.integers(0, 10_000), st.booleans())
 def test_descent_never_raises_the_output_error(seed, anywhere):
     weight, S, table, H = problem(seed, inputs=80)
-    index = assign.compensated(weight, S, table, assign.Factor(H))
+    index = assign.compensated(weight, S, table, Factor.of(H))
     if anywhere:
         index = torch.randint(4, index.shape, generator=torch.Generator().manual_seed(seed)).to(torch.uint8)
     before = output_error(weight, S, table, index, H)
-    after = output_error(weight, S, table, assign.descended(weight, S, table, H, index), H)
+    after = output_error(weight, S, table, assign.descended(weight, S, table, Curvature(H), index), H)
     assert (after <= before * (1 + 1e-5)).all()
 
 
 def test_damping_is_a_hundredth_of_the_mean_diagonal():
     _, _, _, H = problem(inputs=20)
-    added = assign.damp(H) - H
+    added = damp(H) - H
     expected = 0.01 * H.diagonal(dim1=1, dim2=2).mean(1)
     assert torch.allclose(added, expected[:, None, None] * torch.eye(20), atol=1e-5)

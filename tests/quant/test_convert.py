@@ -3,10 +3,14 @@ import torch
 from torch import nn
 
 from qat.config import ConvertConfig, KMeansBackend, KMeansConfig
-from qat.quant.convert import convert, stacks
+from qat.evaluate import evaluate
+from qat.quant.convert import convert, install, quantize, stacks, workspace
+from qat.quant.curvature import damp
 from qat.quant.layers import Layer, select
-from qat.quant.moments import second_moments
+from qat.quant.moments import Moments, gather
 from tests import tiny
+
+EXACT = KMeansConfig("exact", KMeansBackend.exact)
 
 
 @pytest.fixture(scope="module")
@@ -28,9 +32,9 @@ def test_every_layer_is_handed_over_in_its_form(model, made):
 
 @torch.inference_mode()
 def test_the_errors_are_those_of_the_modules(model, rows, made):
-    moments = second_moments(model, list({layer.source for layer, _, _ in made.values()}), rows, 8)
+    moments = gather(model, [layer for layer, _, _ in made.values()], rows, 8)
     for layer, module, errors in made.values():
-        W, H = model.get_submodule(layer.name).weight.double(), moments[layer.source].double()
+        W, H = model.get_submodule(layer.name).weight.double(), damp(moments.inputs[layer.source].double()[None])[0]
         E = W - module.weight(torch.float32).double()
         assert errors["weight_error"] == pytest.approx(float((E**2).sum() / (W**2).sum()), rel=1e-3)
         output = float(torch.trace(E @ H @ E.T) / torch.trace(W @ H @ W.T))
@@ -51,7 +55,7 @@ def test_the_model_is_not_changed(teacher, model, rows):
 
 
 def test_tables_do_not_depend_on_how_layers_are_stacked(monkeypatch, model, rows, made):
-    monkeypatch.setattr("qat.quant.convert.STACK_WEIGHTS", {"cpu": 1})
+    monkeypatch.setattr("qat.quant.convert.STACK_BYTES", {"cpu": 1})
     for name, (_, module, errors) in tiny.tables_of(model, rows).items():
         assert errors["output_error"] == pytest.approx(made[name][2]["output_error"], rel=0.02)
         assert (module.indices == made[name][1].indices).float().mean() > 0.98
@@ -65,18 +69,13 @@ def test_the_package_backend_makes_tables_of_like_quality(model, rows, made):
 
 def test_biases_stay_with_their_layers():
     model = nn.Module()
-    model.device = tiny.CPU
     model.q_proj = nn.Linear(16, 8)
-    handed = []
-    convert(
-        model,
-        select(model, tiny.QUANT),
-        {".q_proj": torch.eye(16)},
-        ConvertConfig(rounds=1),
-        KMeansConfig("exact", KMeansBackend.exact),
-        lambda layer, module, errors: handed.append(module),
-    )
-    assert handed[0].bias is model.q_proj.bias
+    bias = model.q_proj.bias
+    moments = Moments({".q_proj": torch.eye(16)})
+    settings = ConvertConfig(rounds=1, sweeps=1)
+    (made,) = quantize(select(model, tiny.QUANT), lambda _: model.q_proj.weight, moments, settings, EXACT, tiny.CPU)
+    install(model, {made.layer.name: made.module})
+    assert model.q_proj is made.module and model.q_proj.bias is bias
 
 
 def test_stacks_hold_layers_of_one_form_up_to_a_size():
@@ -84,6 +83,54 @@ def test_stacks_hold_layers_of_one_form_up_to_a_size():
         return Layer(name, "mlp", shape, bits, rank)
 
     layers = [layer("a"), layer("b", shape=(8, 4)), layer("c"), layer("d", bits=4), layer("e", rank=2), layer("f")]
-    names = [[member.name for member in stack] for stack in stacks(layers, 64)]
+    names = [[member.name for member in stack] for stack in stacks(layers, 2 * workspace(layers[0]))]
     assert names == [["a", "c"], ["f"], ["b"], ["d"], ["e"]]
     assert [len(stack) for stack in stacks(layers, 1)] == [1] * 6
+
+
+def test_a_second_pass_starts_from_the_first_and_pays_where_inputs_are_those_of_the_quantized_model(teacher, rows):
+    first = conversion(teacher, rows, passes=1)
+    second = conversion(teacher, rows, passes=2)
+    student = teacher.load(torch.float32, tiny.CPU)
+    install(student, {one.layer.name: one.module for one in first})
+    moments = gather(student, [one.layer for one in first], rows, 8)
+    for kind in ("mlp", "attn"):
+        before, after = (
+            sum(cost(teacher, one, moments.inputs[one.layer.source]) for one in made if one.layer.kind == kind)
+            for made in (first, second)
+        )
+        assert after < before
+
+
+def conversion(teacher, rows, passes):
+    model = teacher.load(torch.float32, tiny.CPU)
+    return convert(
+        select(model, tiny.QUANT),
+        lambda: teacher.load(torch.float32, tiny.CPU),
+        lambda name: model.get_submodule(name).weight,
+        rows,
+        ConvertConfig(gradients=False, passes=passes, rounds=2, sweeps=1),
+        EXACT,
+        tiny.FP32,
+    )
+
+
+def cost(teacher, one, H):
+    weight = teacher.load(torch.float32, tiny.CPU).get_submodule(one.layer.name).weight
+    error = (weight - one.module.weight(torch.float32)).double()
+    return float(torch.trace(error @ H.double() @ error.T))
+
+
+def test_gradients_bring_the_whole_model_closer_to_the_teacher(teacher, rows):
+    held_out = torch.randint(256, (64, 24), generator=torch.Generator().manual_seed(1))
+    calibration = torch.randint(256, (64, 24), generator=torch.Generator().manual_seed(2))
+    exact, kl = teacher.load(torch.float32, tiny.CPU), {}
+    layers = select(exact, tiny.QUANT)
+    for gradients in (False, True):
+        moments = gather(exact, layers, calibration, 8, gradients)
+        settings = ConvertConfig(rounds=4, sweeps=2)
+        made = quantize(layers, lambda name: exact.get_submodule(name).weight, moments, settings, EXACT, tiny.CPU)
+        student = teacher.load(torch.float32, tiny.CPU)
+        install(student, {one.layer.name: one.module for one in made})
+        kl[gradients] = evaluate(student, exact, held_out, 8, tiny.FP32).kl
+    assert kl[True] < kl[False]

@@ -3,8 +3,9 @@ from itertools import pairwise
 import pytest
 import torch
 
-from qat.quant import assign, codebook, scales
-from qat.quant.fit import Tables, alternate, fit, importance, refine, start
+from qat.quant import assign, codebook
+from qat.quant.curvature import Curvature, Factor, damp
+from qat.quant.fit import Problem, Tables, alternate, fit, importance, refine, start
 
 
 def problem(seed=0, layers=3, outputs=48, inputs=96):
@@ -18,15 +19,16 @@ def problem(seed=0, layers=3, outputs=48, inputs=96):
 
 
 def fitted(weight, H, bits=2, rank=4, rounds=4, sweeps=0) -> Tables:
-    return fit(weight, H, assign.Factor(H), bits, rank, codebook.kmeans, rounds=rounds, sweeps=sweeps)
+    problem = Problem(weight, H, Factor.of(H))
+    return fit(problem, bits, rank, codebook.kmeans, rounds=rounds, sweeps=sweeps)
 
 
 def output_error(tables: Tables, weight, H):
-    return scales.output_error((weight - tables.weight()).double(), H.double())
+    return Curvature(H.double()).cost((weight - tables.weight()).double())
 
 
 def relative_error(tables: Tables, weight, H):
-    return output_error(tables, weight, H) / scales.output_error(weight.double(), H.double())
+    return output_error(tables, weight, H) / Curvature(H.double()).cost(weight.double())
 
 
 @pytest.mark.parametrize(("bits", "rank"), [(1, 1), (2, 4), (3, 8), (4, 2)])
@@ -75,12 +77,12 @@ def test_each_step_of_the_fit_lowers_the_output_error():
     for _ in range(4):
         later = alternate(later, weight, h)
     compensated = Tables(
-        assign.compensated(weight, later.scale(), later.table_NK, assign.Factor(H)),
+        assign.compensated(weight, later.scale(), later.table_NK, Factor.of(H)),
         later.table_NK,
         later.A_NOR,
         later.B_NRI,
     )
-    last = refine(compensated, weight, assign.damp(H))
+    last = refine(compensated, weight, Curvature(damp(H)))
     errors = [output_error(tables, weight, H) for tables in (first, later, compensated, last)]
     assert all((after < before).all() for before, after in pairwise(errors))
     assert torch.allclose(output_error(fitted(weight, H), weight, H), errors[-1], rtol=1e-2)
@@ -88,7 +90,7 @@ def test_each_step_of_the_fit_lowers_the_output_error():
 
 def test_sweeps_lower_the_output_error_and_never_raise_it():
     weight, H = problem()
-    errors = [output_error(fitted(weight, H, sweeps=sweeps), weight, assign.damp(H)) for sweeps in range(4)]
+    errors = [output_error(fitted(weight, H, sweeps=sweeps), weight, damp(H)) for sweeps in range(4)]
     assert all((after <= before * (1 + 1e-5)).all() for before, after in pairwise(errors))
     assert (errors[1] < 0.99 * errors[0]).all()
 
@@ -119,14 +121,14 @@ def test_refinement_never_raises_the_output_error(seed):
         torch.randn(3, 5, 40, generator=draw),
     )
     for tables in (anything, fitted(weight, H, rank=5, rounds=2)):
-        refined = refine(tables, weight, H)
+        refined = refine(tables, weight, Curvature(H))
         assert (output_error(refined, weight, H) <= output_error(tables, weight, H) * (1 + 1e-4)).all()
 
 
 def test_refinement_moves_both_scales_and_the_table():
     weight, H = problem()
     before = alternate(start(weight, importance(H), 4, 4, codebook.kmeans), weight, importance(H))
-    after = refine(before, weight, H)
+    after = refine(before, weight, Curvature(H))
     for name in ("A_NOR", "B_NRI", "table_NK"):
         assert not torch.allclose(getattr(after, name), getattr(before, name), rtol=1e-4), name
     assert torch.equal(after.index_NOI, before.index_NOI)
@@ -137,7 +139,7 @@ def test_refinement_puts_a_table_in_ascending_order_and_the_indices_with_it():
     index = torch.where(weight > 0, 0, 1).to(torch.uint8)
     table = torch.tensor([[1.0, -1.0], [1.0, -1.0]])
     descending = Tables(index, table, torch.ones(2, 24, 1), torch.full((2, 1, 40), 0.01))
-    refined = refine(descending, weight, H)
+    refined = refine(descending, weight, Curvature(H))
     assert (refined.table_NK.diff(dim=1) > 0).all() and torch.equal(refined.index_NOI, 1 - index)
     assert (output_error(refined, weight, H) <= output_error(descending, weight, H)).all()
 
@@ -155,7 +157,7 @@ def test_inputs_never_seen_give_finite_tables(seen):
     H[:, seen:], H[:, :, seen:] = 0, 0
     tables = fitted(weight, H, sweeps=1)
     assert torch.isfinite(tables.weight()).all()
-    assert (scales.output_error(weight - tables.weight(), torch.eye(96)[None]) < weight.square().sum((1, 2))).all()
+    assert (Curvature(torch.eye(96)[None]).cost(weight - tables.weight()) < weight.square().sum((1, 2))).all()
 
 
 @pytest.mark.parametrize("zero", ["rows", "columns", "most"])

@@ -1,65 +1,114 @@
 import pytest
 import torch
+from torch import nn
 
 from qat.errors import NumericsError
+from qat.quant.convert import install
 from qat.quant.layers import select
-from qat.quant.moments import second_moments
+from qat.quant.moments import gather
 from tests import tiny
 
 
-def sources(model) -> list[str]:
-    return list({layer.source: None for layer in select(model, tiny.QUANT)})
+@pytest.fixture
+def layers(model):
+    return select(model, tiny.QUANT)
 
 
-def exact_moments(model, names, rows):
-    """From the captured inputs of one pass over all rows, in float64."""
-    seen = {}
+def seen(model, names, rows):
+    """The inputs of each layer in one pass over all rows, in float64."""
+    found = {}
 
     def capture(name):
-        return lambda module, arguments: seen.update({name: arguments[0].detach().double().flatten(0, 1)})
+        return lambda module, arguments: found.update({name: arguments[0].detach().double().flatten(0, 1)})
 
     hooks = [model.get_submodule(name).register_forward_pre_hook(capture(name)) for name in names]
     model(rows)
     for hook in hooks:
         hook.remove()
-    return {name: torch.einsum("ti,tj->ij", x, x) / len(x) for name, x in seen.items()}
+    return found
 
 
 @pytest.mark.parametrize("micro_batch", [3, 16])
-def test_moments_are_the_mean_products_of_the_inputs(model, rows, micro_batch):
-    names = sources(model)
-    found = second_moments(model, names, rows, micro_batch)
-    expected = exact_moments(model, names, rows)
-    assert set(found) == set(names) and len(names) == 8
-    for name in names:
-        assert found[name].dtype == torch.float32
-        assert torch.allclose(found[name].double(), expected[name], rtol=1e-3, atol=1e-5 * expected[name].max()), name
+def test_moments_are_the_mean_products_of_the_inputs(model, layers, rows, micro_batch):
+    found = gather(model, layers, rows, micro_batch)
+    sources = {layer.source for layer in layers}
+    assert set(found.inputs) == sources and len(sources) == 8 and not found.outputs
+    for name, x in seen(model, sources, rows).items():
+        expected = torch.einsum("ti,tj->ij", x, x) / len(x)
+        assert found.inputs[name].dtype == torch.float32
+        assert torch.allclose(found.inputs[name].double(), expected, rtol=1e-3, atol=1e-5 * float(expected.max())), name
 
 
-def test_layers_that_share_a_source_do_see_the_same_input(model, rows):
-    layers = select(model, tiny.QUANT)
-    inputs = exact_moments(model, [layer.name for layer in layers], rows)
+def test_layers_that_share_a_source_do_see_the_same_input(model, layers, rows):
+    inputs = seen(model, [layer.name for layer in layers], rows)
     assert all(torch.equal(inputs[layer.name], inputs[layer.source]) for layer in layers)
 
 
-def test_the_model_is_left_without_hooks_and_moments_can_be_written_to(model, rows):
-    names = sources(model)
-    found = second_moments(model, names, rows, 8)
-    assert not any(model.get_submodule(name)._forward_pre_hooks for name in names)
-    found[names[0]].add_(1.0)
-
-
-def test_a_bf16_model_gives_fp32_moments(teacher, rows):
-    model = teacher.load(torch.bfloat16, tiny.CPU)
-    names = sources(model)
-    for name, moment in second_moments(model, names, rows, 8).items():
-        assert moment.dtype == torch.float32, name
-
-
-def test_inputs_that_are_not_finite_are_refused_and_the_hooks_removed(teacher, rows):
+def test_gradient_moments_are_those_of_autograd(teacher, layers, rows):
+    """The same draws, one pass over everything, float64, gradients of every layer's output by autograd."""
     model = teacher.load(torch.float32, tiny.CPU)
-    model.model.embed_tokens.weight[rows[0, 0]] = float("nan")
-    names = sources(model)
-    with pytest.raises(NumericsError, match=names[0]):
-        second_moments(model, names, rows, 8)
-    assert not model.get_submodule(names[0])._forward_pre_hooks
+    found = gather(model, layers, rows, 4, gradients=True)
+    exact = teacher.load(torch.float32, tiny.CPU).double()
+    outputs, x = {}, {}
+    for layer in layers:
+        module = exact.get_submodule(layer.name)
+        module.weight.requires_grad_()
+        module.register_forward_hook(
+            lambda m, i, o, name=layer.name: outputs.update({name: o}) or x.update({name: i[0]})
+        )
+    logits = exact(rows).logits
+    draw = torch.rand(rows.shape, generator=torch.Generator().manual_seed(0)).double()
+    tokens = torch.searchsorted(logits.softmax(-1).cumsum(-1), draw[..., None])[..., 0].clamp_max(logits.shape[-1] - 1)
+    loss = nn.functional.cross_entropy(logits.flatten(0, 1), tokens.flatten(), reduction="sum")
+    gradients = dict(zip(outputs, torch.autograd.grad(loss, list(outputs.values())), strict=True))
+    sizes = {}
+    for layer in layers:
+        g = gradients[layer.name].flatten(0, 1)
+        close(found.outputs[layer.name], g.T @ g / len(g))
+        sizes[layer.source] = sizes.get(layer.source, 0) + g.square().mean(1)
+    for layer in layers:
+        weight, inputs = sizes[layer.source].sqrt(), x[layer.name].flatten(0, 1)
+        close(found.inputs[layer.source], (inputs * weight[:, None]).T @ inputs / weight.sum())
+
+
+def close(found, expected):
+    assert float((found.double() - expected).norm() / expected.norm()) < 1e-3
+
+
+def test_gradient_moments_do_not_depend_on_the_micro_batch(model, layers, rows):
+    few, many = (gather(model, layers, rows, size, gradients=True) for size in (3, 10))
+    for layer in layers:
+        close(few.outputs[layer.name], many.outputs[layer.name].double())
+        close(few.inputs[layer.source], many.inputs[layer.source].double())
+
+
+def test_a_quantized_model_can_be_looked_at_too(teacher, model, layers, rows):
+    student = teacher.load(torch.float32, tiny.CPU)
+    install(student, {name: module for name, (_, module, _) in tiny.tables_of(model, rows).items()})
+    of_student, of_teacher = (gather(m, layers, rows, 8, gradients=True) for m in (student, model))
+    assert set(of_student.outputs) == {layer.name for layer in layers}
+    deep = layers[-1]
+    assert not torch.allclose(of_student.inputs[deep.source], of_teacher.inputs[deep.source], rtol=1e-2)
+
+
+@pytest.mark.parametrize("gradients", [False, True])
+def test_the_model_is_left_as_it_was_and_moments_can_be_written_to(model, layers, rows, gradients):
+    found = gather(model, layers, rows, 8, gradients)
+    for module in model.modules():
+        assert not module._forward_pre_hooks and not module._forward_hooks
+    assert not any(parameter.requires_grad or parameter.grad is not None for parameter in model.parameters())
+    found.inputs[layers[0].source].add_(1.0)
+
+
+@pytest.mark.parametrize("gradients", [False, True])
+def test_a_bf16_model_gives_fp32_moments(teacher, layers, rows, gradients):
+    found = gather(teacher.load(torch.bfloat16, tiny.CPU), layers, rows, 8, gradients)
+    assert {moment.dtype for moment in [*found.inputs.values(), *found.outputs.values()]} == {torch.float32}
+
+
+def test_inputs_that_are_not_finite_are_refused_and_the_hooks_removed(teacher, layers, rows):
+    model = teacher.load(torch.float32, tiny.CPU)
+    model.model.layers[1].input_layernorm.weight.data[3] = float("nan")
+    with pytest.raises(NumericsError, match=r"layers\.1\.self_attn\.q_proj .*instance\.precision=fp32"):
+        gather(model, layers, rows, 8)
+    assert not any(module._forward_pre_hooks for module in model.modules())

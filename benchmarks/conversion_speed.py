@@ -1,0 +1,110 @@
+"""How long conversion takes at the shape of Qwen3-0.6B, whose speed needs no real weights.
+
+    python benchmarks/conversion_speed.py [--layers 28]
+
+Random weights and random second moments, in host memory as after calibration. Prints seconds and peak memory
+of the first step alone (codebooks and scales: the alternating fit without assignment) and of a whole pass.
+"""
+
+import argparse
+import time
+from functools import partial
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, Qwen3Config
+
+from qat import machine as machines
+from qat.config import ConvertConfig, InstanceConfig, KMeansBackend, KMeansConfig, QuantConfig, TableConfig
+from qat.machine import exact_matmul, peak_bytes
+from qat.models import linear
+from qat.quant import codebook, convert, fit
+from qat.quant.layers import Layer, select
+from qat.quant.moments import Moments
+
+PRESETS = {"q2a4": QuantConfig("q2a4", TableConfig(2, 32), TableConfig(4, 8))}
+
+
+def main() -> None:
+    """One row a measurement."""
+    options = arguments()
+    device = machines.resolve(InstanceConfig(name="auto")).device
+    model = shape(options.layers)
+    layers = select(model, PRESETS["q2a4"])
+    moments = random_moments(layers, options.gradients, device)
+    model_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
+    print(
+        f"{len(layers)} layers, {sum(x.weights for x in layers):,} weights, {device}, model {model_bytes / 1e9:.2f} GB"
+    )
+    weights = lambda name: linear(model, name).weight  # noqa: E731
+    kmeans = KMeansConfig("exact", KMeansBackend.exact)
+    measured(device, "warm-up (one block)", partial(alternating, layers[:7], weights, moments, device, 1))
+    for rounds in options.rounds:
+        work = partial(alternating, layers, weights, moments, device, rounds)
+        measured(device, f"codebooks and scales, {rounds} rounds", work)
+    for sweeps in options.sweeps:
+        work = partial(convert.quantize, layers, weights, moments, ConvertConfig(sweeps=sweeps), kmeans, device)
+        measured(device, f"a whole pass, {sweeps} sweeps", work)
+
+
+def shape(layers: int) -> torch.nn.Module:
+    """Qwen3-0.6B with random weights, in host memory."""
+    config = Qwen3Config(
+        vocab_size=151936, hidden_size=1024, intermediate_size=3072, num_hidden_layers=layers, num_attention_heads=16,
+        num_key_value_heads=8, head_dim=128, tie_word_embeddings=True, rope_theta=1e6, rms_norm_eps=1e-6,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+
+
+def random_moments(layers: list[Layer], gradients: bool, device: torch.device) -> Moments:
+    """Second moments of correlated random vectors, the same for all layers of a shape."""
+    sizes = {size for layer in layers for size in layer.shape}
+    moment = {size: second_moment(size, device) for size in sizes}
+    inputs = {layer.source: moment[layer.shape[1]] for layer in layers}
+    return Moments(inputs, {layer.name: moment[layer.shape[0]] for layer in layers} if gradients else {})
+
+
+def second_moment(size: int, device: torch.device) -> Tensor:
+    """[size, size] fp32, in host memory."""
+    with exact_matmul():
+        mixing = torch.randn(size, size, device=device) / size**0.5 * 0.5 + torch.eye(size, device=device)
+        x = torch.randn(2 * size, size, device=device) @ mixing
+        return (x.mT @ x / len(x)).cpu()
+
+
+def alternating(layers: list[Layer], weights, moments: Moments, device: torch.device, rounds: int) -> None:
+    """Codebooks and scales of all layers, indices nearest to the grid."""
+    with torch.no_grad(), exact_matmul():
+        for stack in convert.stacks(layers, convert.STACK_BYTES[device.type]):
+            weight = torch.stack([weights(layer.name).to(device, torch.float32) for layer in stack])
+            h = fit.importance(torch.stack([moments.inputs[layer.source].to(device) for layer in stack]))
+            tables = fit.start(weight, h, 2 ** stack[0].bits, stack[0].rank, codebook.kmeans)
+            for _ in range(rounds):
+                tables = fit.alternate(tables, weight, h)
+
+
+def measured(device: torch.device, what: str, work) -> None:
+    """Runs it once and prints its time and peak memory."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+    began = time.perf_counter()
+    work()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    print(f"{what:40} {time.perf_counter() - began:8.2f} s   peak {peak_bytes(device) / 1e9:6.2f} GB", flush=True)
+
+
+def arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layers", type=int, default=28)
+    parser.add_argument("--rounds", type=int, nargs="*", default=[1, ConvertConfig().rounds])
+    parser.add_argument("--sweeps", type=int, nargs="*", default=[ConvertConfig().sweeps])
+    parser.add_argument("--gradients", action=argparse.BooleanOptionalAction, default=True)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()

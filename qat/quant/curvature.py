@@ -1,0 +1,83 @@
+"""What an error in a weight costs: the loss's second derivative, as a Kronecker product of two small matrices.
+
+Over calibration text let x be a layer's inputs and g the gradient of the loss at its outputs, for next
+tokens drawn from the model itself. Then the expected KL that an error E adds is, to second order,
+`½ E[(gᵀ E x)²]`, whose Kronecker approximation (Martens & Grosse 2015, "K-FAC"; as a rounding objective:
+Tseng et al. 2025, "YAQA", arXiv 2505.22988) is `tr(G E H Eᵀ)` with H = E[x xᵀ] and G = E[g gᵀ]. Without G
+every output counts alike and independently, and the cost is the squared error of the layer's output.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+INPUT_DAMPING = 0.01  # of the mean diagonal of H
+OUTPUT_DAMPING = 0.1  # of the mean diagonal of G, which fewer independent samples describe
+
+
+@dataclass(frozen=True)
+class Curvature:
+    """Cost of errors [N, O, I] of N layers of one shape.
+
+    Attributes:
+        inputs_NII: H, positive definite.
+        outputs_NOO: G with a unit diagonal; None is the identity.
+    """
+
+    inputs_NII: Tensor
+    outputs_NOO: Tensor | None = None
+
+    def slope(self, error_NOI: Tensor) -> Tensor:
+        """`G E H` [N, O, I], half the gradient of the cost."""
+        mixed = error_NOI if self.outputs_NOO is None else self.outputs_NOO @ error_NOI
+        return mixed @ self.inputs_NII
+
+    def cost(self, error_NOI: Tensor) -> Tensor:
+        """`tr(G E H Eᵀ)` [N]."""
+        return (self.slope(error_NOI) * error_NOI).sum(dim=(1, 2))
+
+
+def damp(moment_NXX: Tensor, share: float = INPUT_DAMPING) -> Tensor:
+    """The matrix with a share of its mean diagonal added, so that directions never seen cost something too."""
+    mean = moment_NXX.diagonal(dim1=1, dim2=2).mean(1).clamp_min(1e-10)
+    return moment_NXX + share * mean[:, None, None] * torch.eye(moment_NXX.shape[1], device=moment_NXX.device)
+
+
+def normalized(G_NOO: Tensor) -> tuple[Tensor, Tensor]:
+    """G, damped, as a matrix [N, O, O] of unit diagonal and what rows [N, O] have to be multiplied by for it."""
+    damped = damp(G_NOO, OUTPUT_DAMPING)
+    row_NO = damped.diagonal(dim1=1, dim2=2).sqrt()
+    row_NO = row_NO / row_NO.square().mean(1, keepdim=True).sqrt()
+    scale = damped.diagonal(dim1=1, dim2=2).rsqrt()
+    return damped * scale[:, :, None] * scale[:, None, :], row_NO
+
+
+class Factor:
+    """What error compensation needs of a second moment, computed once for all layers that share an input.
+
+    Attributes:
+        order_NI: columns by decreasing diagonal.
+        spread_NII: columns in that order; row j says how much of the error made in column j each later
+            column takes over: the rows of the inverse's upper Cholesky factor over its diagonal, negative.
+    """
+
+    def __init__(self, order_NI: Tensor, spread_NII: Tensor) -> None:
+        self.order_NI, self.spread_NII = order_NI, spread_NII
+
+    @staticmethod
+    def of(H_NII: Tensor) -> "Factor":
+        """Factorises H, damped, in full fp32."""
+        damped = damp(H_NII)
+        order = damped.diagonal(dim1=1, dim2=2).argsort(dim=1, descending=True)
+        by_row = damped.gather(1, order[:, :, None].expand_as(damped))
+        ordered = by_row.gather(2, order[:, None, :].expand_as(damped))
+        inverse = torch.cholesky_inverse(torch.linalg.cholesky(ordered))
+        upper = torch.linalg.cholesky(inverse, upper=True)
+        return Factor(order, upper.div_(-upper.diagonal(dim1=1, dim2=2)[:, :, None]))
+
+    @staticmethod
+    def join(factors: list["Factor"]) -> "Factor":
+        """Factors of single layers as one of several."""
+        orders, spreads = [f.order_NI for f in factors], [f.spread_NII for f in factors]
+        return Factor(torch.cat(orders), torch.cat(spreads))

@@ -1,0 +1,119 @@
+"""The innermost loop of assignment: a block of columns, one after the other, for many rows at once.
+
+Every column is a handful of operations on few numbers, so on a GPU launches would take all the time: there
+one Triton kernel walks the whole block with the rows in registers. Elsewhere the same in plain torch.
+"""
+
+import torch
+from torch import Tensor
+
+from qat.quant import codebook
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # macOS, Windows, CPU builds
+    triton = None
+
+WIDTH = 64  # columns of a block, a power of two
+ROWS_AT_ONCE = 16
+
+
+def walk_block(
+    wanted: Tensor, S: Tensor, table: Tensor, spread: Tensor, value: Tensor | None, index: Tensor, moved: Tensor
+) -> None:
+    """Fixes a block of at most 64 columns; see `assign._walk`.
+
+    Args:
+        wanted: [N, O, J] fp32; may change.
+        S: [N, O, J] fp32.
+        table: [N, K] fp32, ascending.
+        spread: [N, J, J] fp32; entries above the diagonal are used.
+        value: [N, O, J] fp32 or None.
+        index: [N, O, J] uint8, written.
+        moved: [N, O, J] fp32, written.
+    """
+    if triton is not None and wanted.is_cuda:
+        _walk_cuda(wanted, S, table, spread, value, index, moved)
+    else:
+        _walk_torch(wanted, S, table, spread, value, index, moved)
+
+
+def _walk_torch(
+    wanted: Tensor, S: Tensor, table: Tensor, spread: Tensor, value: Tensor | None, index: Tensor, moved: Tensor
+) -> None:
+    columns = wanted.mT.contiguous()  # a column's numbers side by side
+    scale = S.mT.contiguous()
+    before = columns if value is None else value.mT.contiguous()
+    change = torch.empty_like(columns)
+    for j in range(columns.shape[1]):
+        chosen = codebook.nearest(codebook.relative(columns[:, j], scale[:, j]), table)
+        index[:, :, j] = chosen
+        change[:, j] = table.gather(1, chosen.long()) * scale[:, j] - before[:, j]
+        columns[:, j + 1 :] -= spread[:, j, j + 1 :, None] * change[:, j, None]
+    moved.copy_(change.mT)
+
+
+def _walk_cuda(
+    wanted: Tensor, S: Tensor, table: Tensor, spread: Tensor, value: Tensor | None, index: Tensor, moved: Tensor
+) -> None:
+    layers, rows, columns = wanted.shape
+    before = wanted if value is None else value
+    _walk_kernel[layers, triton.cdiv(rows, ROWS_AT_ONCE)](
+        *(wanted, *wanted.stride(), S, *S.stride(), before, *before.stride(), spread, *spread.stride()),
+        *(index, *index.stride(), moved, *moved.stride(), table.contiguous(), rows, columns),
+        ENTRIES=table.shape[1],
+        FROM_WANTED=value is None,
+        ROWS=ROWS_AT_ONCE,
+        WIDTH=WIDTH,
+        SMALLEST=torch.finfo(torch.float32).tiny,
+        num_warps=1,
+    )
+
+
+if triton is not None:
+
+    @triton.jit
+    def _place(n, row, column, n_stride, o_stride, j_stride):  # type: ignore[no-untyped-def]
+        """Offsets [ROWS, WIDTH] into a tensor [N, O, J]."""
+        return n * n_stride + row[:, None] * o_stride + column[None, :] * j_stride
+
+    @triton.jit
+    def _walk_kernel(  # type: ignore[no-untyped-def]
+        wanted_p, wanted_n, wanted_o, wanted_j, S_p, S_n, S_o, S_j, before_p, before_n, before_o, before_j,
+        spread_p, spread_n, spread_j, spread_k, index_p, index_n, index_o, index_j, moved_p, moved_n, moved_o, moved_j,
+        table_p, rows, columns,
+        ENTRIES: tl.constexpr, FROM_WANTED: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
+        SMALLEST: tl.constexpr,
+    ):  # fmt: skip
+        """One layer's next `ROWS` rows, whose block of columns stays in registers from first to last."""
+        n = tl.program_id(0).to(tl.int64)
+        row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+        column = tl.arange(0, WIDTH)
+        inside = (row < rows)[:, None] & (column < columns)[None, :]
+        wanted = tl.load(wanted_p + _place(n, row, column, wanted_n, wanted_o, wanted_j), mask=inside, other=0.0)
+        scale = tl.load(S_p + _place(n, row, column, S_n, S_o, S_j), mask=inside, other=1.0)
+        before = tl.load(before_p + _place(n, row, column, before_n, before_o, before_j), mask=inside, other=0.0)
+        index = tl.zeros((ROWS, WIDTH), dtype=tl.int32)
+        moved = tl.zeros((ROWS, WIDTH), dtype=tl.float32)
+        for j in range(columns):
+            here = column[None, :] == j
+            w = tl.sum(tl.where(here, wanted, 0.0), axis=1)
+            s = tl.sum(tl.where(here, scale, 0.0), axis=1)
+            relative = w / tl.where(tl.abs(s) < SMALLEST, SMALLEST, s)
+            chosen = tl.zeros((ROWS,), dtype=tl.int32)
+            for k in tl.static_range(ENTRIES - 1):
+                middle = (tl.load(table_p + n * ENTRIES + k) + tl.load(table_p + n * ENTRIES + k + 1)) / 2
+                chosen += (relative >= middle).to(tl.int32)
+            grid = tl.load(table_p + n * ENTRIES + chosen) * s
+            change = grid - (w if FROM_WANTED else tl.sum(tl.where(here, before, 0.0), axis=1))
+            across = tl.load(
+                spread_p + n * spread_n + j * spread_j + column * spread_k,
+                mask=(column > j) & (column < columns),
+                other=0.0,
+            )
+            wanted -= change[:, None] * across[None, :]
+            index = tl.where(here, chosen[:, None], index)
+            moved = tl.where(here, change[:, None], moved)
+        tl.store(index_p + _place(n, row, column, index_n, index_o, index_j), index.to(tl.uint8), mask=inside)
+        tl.store(moved_p + _place(n, row, column, moved_n, moved_o, moved_j), moved, mask=inside)
