@@ -1,5 +1,6 @@
 """A whole model to tables: layers of one shape go through the fit together, a few at a time."""
 
+import math
 import time
 from collections import defaultdict
 from collections.abc import Callable
@@ -11,6 +12,7 @@ from transformers import PreTrainedModel
 
 from qat.config import ConvertConfig, KMeansBackend, KMeansConfig
 from qat.console import progress
+from qat.errors import NumericsError
 from qat.machine import exact_matmul
 from qat.models import linear
 from qat.quant import assign, backends, codebook, scales
@@ -40,6 +42,9 @@ def convert(
         settings: how the fit is done.
         kmeans: who makes the first tables.
         done: takes a layer, its quantized form, and its relative errors.
+
+    Raises:
+        NumericsError: a layer's weights are all zero, or hold NaN or infinity; the sentence names the layer.
     """
     cluster = BACKENDS[kmeans.backend]
     weights = sum(layer.weights for layer in layers)
@@ -48,6 +53,7 @@ def convert(
         for stack in stacks(layers, STACK_WEIGHTS[device.type]):
             began = time.monotonic()
             weight_NOI = torch.stack([linear(model, layer.name).weight.to(device, torch.float32) for layer in stack])
+            _check(stack, weight_NOI)
             H_NII = torch.stack([moments[layer.source].to(device) for layer in stack])
             first = stack[0]
             spec = (first.bits, first.rank, cluster, settings.rounds, settings.sweeps)
@@ -57,6 +63,15 @@ def convert(
                 figures = errors(weight_NOI[n], tables, n, H_NII[n]) | {"seconds": seconds}
                 done(layer, _module(model, layer, tables, n), figures)
             advance(weight_NOI.numel())
+
+
+def _check(stack: list[Layer], weight_NOI: Tensor) -> None:
+    """Names the layer that no table can stand for."""
+    largest_N = weight_NOI.abs().amax(dim=(1, 2)).tolist()  # NaN stays NaN
+    for layer, largest in zip(stack, largest_N, strict=True):
+        if not 0 < largest < math.inf:
+            what = "are all zero" if largest == 0 else "hold NaN or infinity"
+            raise NumericsError(f"{layer.name} cannot be quantized, its weights {what}: check the model's files")
 
 
 BACKENDS: dict[KMeansBackend, Cluster] = {

@@ -3,6 +3,7 @@ import torch
 from torch import nn
 
 from qat.config import ConvertConfig, KMeansBackend, KMeansConfig
+from qat.errors import NumericsError
 from qat.quant.convert import convert, stacks
 from qat.quant.layers import Layer, select
 from qat.quant.moments import second_moments
@@ -77,6 +78,20 @@ def test_biases_stay_with_their_layers():
         lambda layer, module, errors: handed.append(module),
     )
     assert handed[0].bias is model.q_proj.bias
+
+
+@pytest.mark.parametrize(
+    ("value", "said"), [(0.0, "are all zero"), (float("nan"), "NaN or infinity"), (-float("inf"), "NaN or infinity")]
+)
+def test_a_layer_that_no_table_can_stand_for_is_refused_by_name(teacher, rows, value, said):
+    model = teacher.load(torch.float32, tiny.CPU)
+    layers = select(model, tiny.QUANT)
+    moments = second_moments(model, list({layer.source: None for layer in layers}), rows, 8)
+    weight = model.get_submodule("model.layers.1.mlp.up_proj").weight
+    weight.zero_() if value == 0 else weight[3, 5].fill_(value)
+    settings, kmeans = ConvertConfig(rounds=1), KMeansConfig("exact", KMeansBackend.exact)
+    with pytest.raises(NumericsError, match=rf"^model\.layers\.1\.mlp\.up_proj cannot be quantized.*{said}"):
+        convert(model, layers, moments, settings, kmeans, lambda *_: None)
 
 
 def test_stacks_hold_layers_of_one_form_up_to_a_size():
