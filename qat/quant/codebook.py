@@ -80,7 +80,7 @@ def check(x: Tensor, weight: Tensor) -> None:
     for row, (lowest, highest, least, most) in enumerate(torch.stack(extremes, dim=1).tolist()):
         if not (math.isfinite(lowest) and math.isfinite(highest)):
             raise NumericsError(f"cannot cluster row {row}: a value is NaN or infinite")
-        if not (0 <= least and most < math.inf):
+        if not (least >= 0 and most < math.inf):
             raise NumericsError(f"cannot cluster row {row}: a weight is negative, NaN or infinite")
         if most == 0:
             raise NumericsError(f"cannot cluster row {row}: all of its weights are zero")
