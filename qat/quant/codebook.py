@@ -1,19 +1,36 @@
-"""Codebooks: weighted one-dimensional k-means, globally optimal, many layers at once.
+"""Codebooks: weighted one-dimensional k-means, globally optimal to a proven bound, many layers at once.
 
 In one dimension optimal clusters are intervals of the sorted values, so the optimum follows from
 dynamic programming over the places where intervals may end (Wang & Song 2011, "Ckmeans.1d.dp").
 Up to `EXACT` values, every value is such a place and the result is the optimum itself. For more, the
-values are first summed into `FINE` equal bins (count, first and second moment, so that nothing is
-lost but the position of a boundary inside a bin); the dynamic program lets intervals end at `COARSE`
-+ 1 of the bins' edges, chosen where boundaries lie densest (see `_candidates`), and Lloyd steps then
-move the boundaries bin by bin.
+values are first summed into `FINE` equal bins (weight and first moment, so that nothing is lost but the
+position of a boundary inside a bin); the dynamic program lets intervals end at `EDGES` of the bins' edges
+for each entry, laid where boundaries lie densest (see `_candidates`), and Lloyd steps then move the
+boundaries bin by bin.
 
-Bound: with boundaries restricted to bin edges, moving the optimum's boundary m between entries c < c'
-to the nearest edge costs at most 2·(c' − c)·δ for each unit of weight between m and that edge, where
-δ is the bin width: |(x−c)² − (x−c')²| = 2·(c'−c)·|x−m|. For the coarse edges the same bound holds with
-their distance as δ, before the Lloyd steps take it down to the bins'; the tests hold the result within
-1.0005 of the optimum on normal, heavy-tailed and outlier-ridden values.
+Bound. Let g be the distance of two neighbouring entries of the optimum, m the boundary half way between
+them, and δ and w the width and weight of the interval between candidate edges that holds m. Move m to the
+nearer edge and leave the entries where they are: a value x in between changes its entry, which costs
+(x−c')² − (x−c)² = 2·g·|x−m| ≤ g·δ for each unit of weight. The dynamic program finds the best partition
+of this kind and the Lloyd steps never raise its inertia (bins are moved whole, by their means), so
+
+    inertia ≤ optimum + Σ g·δ·w    over the K − 1 boundaries of the optimum,
+
+whatever the values. How much that is: where the density ρ is even from one entry to the next, the moved
+values cost at most 2·g·ρ·∫s ds up to s = δ/2, which is g·ρ·δ²/4, while the values between the two entries
+have an inertia of ρ·g³/12: the excess is at most 3·(δ/g)² of the optimum. The candidates lie as densely as
+the entries of a large table do, `EDGES` for each of them, so δ/g is 1/`EDGES` and the excess at most 0.00047
+of the optimum. That step is an estimate: uneven densities, and bins wider than δ because of a far outlier,
+are covered by the sum above and not by the percentage; the tests hold the result within 1.0005 of the
+exact optimum on such values too.
+
+Order plays no part: weights are rounded to whole numbers before they are summed (64-bit integers add up
+to the same in any order, which floating-point sums by atomic operations on a GPU do not), so a layer gets
+the same codebook, bit for bit, alone or in a stack and on every run. The rounding takes at most 2⁻⁶² of the
+largest weight times the number of values from a weight, and 2⁻⁴⁶ of the total from a bin.
 """
+
+import math
 
 import torch
 from torch import Tensor
@@ -22,8 +39,11 @@ from qat.errors import NumericsError
 
 EXACT = 1024  # values up to which every one of them is a candidate boundary
 FINE = 65_536  # bins of a large layer
-COARSE = 512  # intervals between boundaries that the dynamic program may choose among
+CELLS = 512  # groups of bins whose weights say where candidate boundaries should lie
+EDGES = 80  # candidate boundaries for each entry of the table: 3 / 80² < 0.0005
+MOST_EDGES = 1280  # in all, which 16 entries ask for
 LLOYD_STEPS = 64
+AT_ONCE = {"cpu": 1 << 19, "cuda": 1 << 22}  # numbers in a temporary tensor: what caches hold; what hides launches
 
 
 def kmeans(x_NM: Tensor, weight_NM: Tensor, entries: int) -> Tensor:
@@ -42,25 +62,28 @@ def kmeans(x_NM: Tensor, weight_NM: Tensor, entries: int) -> Tensor:
         NumericsError: a value or weight is NaN or infinite, a weight is negative, or a row's weights are all zero.
     """
     check(x_NM, weight_NM)
+    low, width = _grid(x_NM)
     if x_NM.shape[1] <= EXACT:
-        x, order = x_NM.double().sort(dim=1)
-        mass = torch.stack([weight_NM.double().gather(1, order)] * 3) * torch.stack([torch.ones_like(x), x, x * x])
-        ends = _best_ends(_prefix(mass), _every_place(x), entries)
-        return _fill(_means(_prefix(mass), ends)).float()
-    mass, low, width = _histogram(x_NM, weight_NM)
-    prefix = _prefix(mass)
-    ends = _best_ends(prefix, _candidates(prefix), entries)
-    return (_fill(_lloyd(prefix, ends)) * width + low).float()
+        prefix = _prefix(*_sorted(x_NM, weight_NM, low, width))
+        candidates = torch.arange(prefix.shape[2], device=x_NM.device).expand(len(x_NM), -1)
+        ends = _best_ends(prefix, candidates, entries)
+    else:
+        weight, place = _histogram(x_NM, weight_NM, low, width)
+        prefix = _prefix(weight, place)
+        ends = _lloyd(place, prefix, _best_ends(prefix, _candidates(prefix, entries), entries))
+    return (_fill(_means(prefix, ends)) * width + low).float()
 
 
 def check(x: Tensor, weight: Tensor) -> None:
     """Refuses what has no best codebook; see `kmeans`."""
-    if not torch.isfinite(x).all():
-        raise NumericsError("cannot cluster: a value is NaN or infinite")
-    if not torch.isfinite(weight).all() or (weight < 0).any():
-        raise NumericsError("cannot cluster: a weight is negative, NaN or infinite")
-    if not (weight.sum(dim=1) > 0).all():
-        raise NumericsError("cannot cluster: all weights of a layer are zero")
+    extremes = [part.double() for part in (x.amin(1), x.amax(1), weight.amin(1), weight.amax(1))]  # NaN stays NaN
+    for row, (lowest, highest, least, most) in enumerate(torch.stack(extremes, dim=1).tolist()):
+        if not (math.isfinite(lowest) and math.isfinite(highest)):
+            raise NumericsError(f"cannot cluster row {row}: a value is NaN or infinite")
+        if not (least >= 0 and most < math.inf):
+            raise NumericsError(f"cannot cluster row {row}: a weight is negative, NaN or infinite")
+        if most == 0:
+            raise NumericsError(f"cannot cluster row {row}: all of its weights are zero")
 
 
 def nearest(x: Tensor, codebook_NK: Tensor) -> Tensor:
@@ -78,71 +101,104 @@ def relative(weight: Tensor, S: Tensor) -> Tensor:
     return weight / torch.where(S.abs() < smallest, smallest, S)
 
 
-def _histogram(x_NM: Tensor, weight_NM: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Moments [3, N, FINE] of each bin in units of the bin width, with origin and width [N, 1] of the bins."""
+def _grid(x_NM: Tensor) -> tuple[Tensor, Tensor]:
+    """Origin and unit [N, 1] of places, which run from 0 to FINE − 1."""
     low, high = x_NM.amin(1, keepdim=True).double(), x_NM.amax(1, keepdim=True).double()
-    width = ((high - low) / (FINE - 1)).clamp_min(torch.finfo(torch.float32).tiny)
-    mass = torch.zeros(3, x_NM.shape[0], FINE, dtype=torch.float64, device=x_NM.device)
-    for row in range(x_NM.shape[0]):
-        place = (x_NM[row].double() - low[row]) / width[row]
-        weight = weight_NM[row].double()
-        bins = place.round().long()
-        for power, moment in enumerate((weight, weight * place, weight * place * place)):
-            mass[power, row] = torch.bincount(bins, moment, minlength=FINE)
-    return mass, low, width
+    return low, ((high - low) / (FINE - 1)).clamp_min(torch.finfo(torch.float32).tiny)
 
 
-def _prefix(mass_3NM: Tensor) -> Tensor:
-    """Sums [3, N, M+1] of everything before each place."""
-    return torch.nn.functional.pad(mass_3NM.cumsum(-1), (1, 0))
+def _unit(weight_NM: Tensor) -> Tensor:
+    """What to count weights in [N, 1], so that all of a row add up to less than 2⁶² of it."""
+    return weight_NM.amax(1, keepdim=True).double() * (weight_NM.shape[1] * 2.0**-61)
 
 
-def _every_place(x_NM: Tensor) -> Tensor:
-    """Before, between and behind all values: [N, M+1]."""
-    return torch.arange(x_NM.shape[1] + 1, device=x_NM.device).expand(x_NM.shape[0], -1)
+def _sorted(x_NM: Tensor, weight_NM: Tensor, low: Tensor, width: Tensor) -> tuple[Tensor, Tensor]:
+    """Weight and place [N, M] of each value, by place."""
+    x, order = x_NM.sort(dim=1)
+    weight = (weight_NM.gather(1, order).double() / _unit(weight_NM)).round_()
+    return weight, (x.double() - low) / width
 
 
-def _candidates(prefix_3NM: Tensor) -> Tensor:
-    """Bin edges [N, COARSE+1] as dense as the cube root of the weight around them.
+def _histogram(x_NM: Tensor, weight_NM: Tensor, low: Tensor, width: Tensor) -> tuple[Tensor, Tensor]:
+    """Weight and mean place [N, FINE] of the values in each bin, which reaches from half a place before to half behind.
+
+    A slice of all rows at a time bounds the memory.
+    """
+    unit, rows = _unit(weight_NM), len(x_NM)
+    total_NB, offset_NB = torch.zeros(2, rows, FINE, dtype=torch.long, device=x_NM.device)
+    step = max(1, AT_ONCE[x_NM.device.type] // rows)
+    for x, weight in zip(x_NM.split(step, dim=1), weight_NM.split(step, dim=1), strict=True):
+        place = (x.double() - low) / width
+        centre = place.round()
+        counted = (weight.double() / unit).round_()
+        bins = centre.long()
+        total_NB.scatter_add_(1, bins, counted.long())
+        offset_NB.scatter_add_(1, bins, place.sub_(centre).mul_(counted).round_().long())
+    total = total_NB.double()
+    return total, torch.arange(FINE, device=x_NM.device) + offset_NB.double() / total.clamp_min(1)
+
+
+def _prefix(weight_NB: Tensor, place_NB: Tensor) -> Tensor:
+    """Weight and first moment [2, N, B+1] of everything before each point: whole numbers, 2⁴⁶ the row's weight."""
+    total = weight_NB.long().sum(1, keepdim=True).double()
+    weight = (weight_NB * (2.0**46 / total)).round_()
+    whole = torch.stack([weight, (weight * place_NB).round_()]).long()
+    return torch.nn.functional.pad(whole.cumsum(-1), (1, 0)).double()
+
+
+def _candidates(prefix_2NB: Tensor, entries: int) -> Tensor:
+    """Bin edges [N, C], as dense as the cube root of the weight around them.
 
     So dense do the best boundaries of many entries lie (Panter & Dite 1951): a far outlier, which
     stretches the range, takes few of them away from the bulk.
     """
-    density = prefix_3NM[0, :, :: FINE // COARSE].diff(dim=1).clamp_min(0) ** (1 / 3)
-    share = torch.nn.functional.pad(density.repeat_interleave(FINE // COARSE, dim=1).cumsum(1), (1, 0))
-    wanted = torch.linspace(0, 1, COARSE + 1, dtype=share.dtype, device=share.device) * share[:, -1:]
+    intervals = min(EDGES * entries, MOST_EDGES)
+    density = prefix_2NB[0, :, :: FINE // CELLS].diff(dim=1) ** (1 / 3)  # at most 2^(46/3)
+    whole = (density * 2.0**16).round_().long()  # summed in any order, again
+    share = torch.nn.functional.pad(whole.repeat_interleave(FINE // CELLS, dim=1).cumsum(1), (1, 0))
+    wanted = torch.arange(intervals + 1, device=share.device) * share[:, -1:] // intervals
     edges = torch.searchsorted(share, wanted)
     edges[:, 0], edges[:, -1] = 0, FINE
     return edges
 
 
-def _best_ends(prefix_3NM: Tensor, candidates_NC: Tensor, entries: int) -> Tensor:
+def _best_ends(prefix_2NB: Tensor, candidates_NC: Tensor, entries: int) -> Tensor:
     """Interval ends [N, K+1], as places, by dynamic programming over the candidate ends."""
-    w, s, q = (moment.gather(1, candidates_NC) for moment in prefix_3NM)
-    spread_NCC = _inertia(*(moment[:, None, :] - moment[:, :, None] for moment in (w, s, q)))
-    backwards = candidates_NC[:, :, None] > candidates_NC[:, None, :]
-    spread_NCC.masked_fill_(backwards, torch.inf)
-    cost_NC, froms = spread_NCC[:, 0], []
+    rows = max(1, AT_ONCE[candidates_NC.device.type] // candidates_NC.shape[1] ** 2)
+    parts = zip(prefix_2NB.split(rows, dim=1), candidates_NC.split(rows), strict=True)
+    return torch.cat([_best_ends_of(prefix, candidates, entries) for prefix, candidates in parts])
+
+
+def _best_ends_of(prefix_2NB: Tensor, candidates_NC: Tensor, entries: int) -> Tensor:
+    cost_NCC = _costs(*(moment.gather(1, candidates_NC) for moment in prefix_2NB))
+    best_NC = [cost_NCC[:, :, 0]]
     for _ in range(entries - 1):
-        cost_NC, chosen = (cost_NC[:, :, None] + spread_NCC).min(dim=1)
-        froms.append(chosen)
-    end = torch.full_like(candidates_NC[:, :1], candidates_NC.shape[1] - 1)
-    ends = [end]
-    for chosen in reversed(froms):
-        end = chosen.gather(1, end)
-        ends.append(end)
-    ends.append(torch.zeros_like(end))
+        best_NC.append((best_NC[-1][:, None] + cost_NCC).amin(dim=2))
+    ends = [torch.full_like(candidates_NC[:, :1], candidates_NC.shape[1] - 1)]
+    for before in best_NC[-2::-1]:
+        last = cost_NCC.gather(1, ends[-1][:, :, None].expand(-1, -1, cost_NCC.shape[2]))[:, 0]
+        ends.append((before + last).argmin(dim=1, keepdim=True))
+    ends.append(torch.zeros_like(ends[0]))
     return candidates_NC.gather(1, torch.cat(ends[::-1], dim=1))
 
 
-def _inertia(weight: Tensor, first: Tensor, second: Tensor) -> Tensor:
-    """Weighted squared distance to the mean, from the moments of an interval."""
-    return (second - first * first / weight.clamp_min(torch.finfo(weight.dtype).tiny)).clamp_min(0)
+def _costs(weight_NC: Tensor, first_NC: Tensor) -> Tensor:
+    """Inertia of the interval from candidate i to j at [n, j, i], up to a constant; infinite where j < i.
+
+    The squares of the values add up to the same for every partition, so they are left out; what remains
+    of an interval is −(its first moment)² / weight. Places are taken from the row's mean, where that
+    loses least to rounding.
+    """
+    first_NC = first_NC - weight_NC * (first_NC[:, -1:] / weight_NC[:, -1:])
+    weight, cost = (moment[:, :, None] - moment[:, None, :] for moment in (weight_NC, first_NC))
+    cost.square_().div_(weight.clamp_min_(1)).neg_()
+    backwards = torch.ones(cost.shape[1:], dtype=torch.bool, device=cost.device).triu_(1)
+    return cost.masked_fill_(backwards, torch.inf)
 
 
-def _means(prefix_3NM: Tensor, ends_NE: Tensor) -> Tensor:
+def _means(prefix_2NB: Tensor, ends_NE: Tensor) -> Tensor:
     """Weighted mean [N, K] of each interval; NaN where it is empty."""
-    weight, first = (prefix_3NM[power].gather(1, ends_NE).diff(dim=1) for power in (0, 1))
+    weight, first = (moment.gather(1, ends_NE).diff(dim=1) for moment in prefix_2NB)
     return torch.where(weight > 0, first / weight, torch.nan)
 
 
@@ -152,14 +208,13 @@ def _fill(mean_NK: Tensor) -> Tensor:
     return torch.where(mean_NK.isnan(), largest, mean_NK).sort(dim=1).values
 
 
-def _lloyd(prefix_3NM: Tensor, ends_NE: Tensor) -> Tensor:
-    """Moves interval ends to the middle between neighbouring means until they rest; means in bin units."""
-    last = prefix_3NM.shape[-1] - 1
+def _lloyd(place_NB: Tensor, prefix_2NB: Tensor, ends_NE: Tensor) -> Tensor:
+    """Interval ends [N, K+1] at rest: every bin lies, by its mean, with the entry nearest to it."""
     for _ in range(LLOYD_STEPS):
-        mean = _fill(_means(prefix_3NM, ends_NE))
-        middle = ((mean[:, 1:] + mean[:, :-1]) / 2 + 0.5).round().long().clamp(0, last)
-        moved = torch.cat([ends_NE[:, :1], middle, ends_NE[:, -1:]], dim=1)
+        mean = _fill(_means(prefix_2NB, ends_NE))
+        middle = (mean[:, 1:] + mean[:, :-1]) / 2
+        moved = torch.cat([ends_NE[:, :1], torch.searchsorted(place_NB, middle), ends_NE[:, -1:]], dim=1)
         if torch.equal(moved, ends_NE):
             break
         ends_NE = moved
-    return _means(prefix_3NM, ends_NE)
+    return ends_NE

@@ -1,5 +1,6 @@
 """A whole model to tables: layers of one shape go through the fit together, a few at a time."""
 
+import math
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -11,6 +12,7 @@ from transformers import PreTrainedModel
 
 from qat.config import ConvertConfig, KMeansBackend, KMeansConfig
 from qat.console import progress
+from qat.errors import NumericsError
 from qat.machine import Machine, exact_matmul
 from qat.quant import backends, codebook
 from qat.quant.curvature import Curvature, Factor
@@ -76,7 +78,11 @@ def quantize(
     device: torch.device,
     before: list[Converted] | None = None,
 ) -> list[Converted]:
-    """One pass, with the moments at hand: fits the layers from nothing, or improves on those of the pass before."""
+    """One pass, with the moments at hand: fits the layers from nothing, or improves on those of the pass before.
+
+    Raises:
+        NumericsError: a layer's weights are all zero, or hold NaN or infinity; the sentence names the layer.
+    """
     cluster, start = BACKENDS[kmeans.backend], {one.layer.name: one.module for one in before or []}
     made: dict[str, Converted] = {}
     device = torch.device("cpu") if device.type == "mps" else device  # Apple GPUs have no float64
@@ -86,6 +92,7 @@ def quantize(
         for number, stack in enumerate(found):
             began = time.monotonic()
             weight = torch.stack([weights(layer.name).to(device, torch.float32) for layer in stack])
+            _check(stack, weight)
             problem = _problem(stack, weight, moments, factors.of(stack, found[number + 1 :]))
             if start:
                 tables = improve(problem, _tables([start[layer.name] for layer in stack], device), settings.sweeps)
@@ -97,6 +104,15 @@ def quantize(
                 made[layer.name] = Converted(layer, module(layer, tables, n), figures[n] | {"seconds": seconds})
             advance(weight.numel())
     return [made[layer.name] for layer in layers]
+
+
+def _check(stack: list[Layer], weight_NOI: Tensor) -> None:
+    """Names the layer that no table can stand for."""
+    largest_N = weight_NOI.abs().amax(dim=(1, 2)).tolist()  # NaN stays NaN
+    for layer, largest in zip(stack, largest_N, strict=True):
+        if not 0 < largest < math.inf:
+            what = "are all zero" if largest == 0 else "hold NaN or infinity"
+            raise NumericsError(f"{layer.name} cannot be quantized, its weights {what}: check the model's files")
 
 
 BACKENDS: dict[KMeansBackend, Cluster] = {

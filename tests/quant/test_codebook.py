@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qat.errors import NumericsError
-from qat.quant.codebook import kmeans, nearest
+from qat.quant.codebook import EXACT, kmeans, nearest
 
 
 def inertia(x, weight, centres) -> float:
@@ -79,6 +79,23 @@ def test_small_inputs_get_the_best_of_all_partitions(pairs, entries):
     assert inertia(x, weight, found) == pytest.approx(brute_force(x, weight, entries), rel=1e-5, abs=1e-6)
 
 
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(st.integers(0, 10_000), st.integers(1, 3000), st.integers(1, 16), st.sampled_from([0, 1, 3]), st.booleans())
+def test_the_optimum_is_that_of_kmeans1d(seed, count, entries, tail, tied):
+    package = pytest.importorskip("kmeans1d")
+    draw = np.random.default_rng(seed)
+    x = draw.standard_t(tail, size=count) if tail else draw.random(count)
+    x = (np.round(x * 4) / 4 if tied else x).astype(np.float32).clip(-1000, 1000)
+    weight = draw.integers(1, 4, size=count)  # the package knows none, so it is given copies
+    copies = np.repeat(x, weight).astype(float)
+    centres = package.cluster(copies, entries).centroids
+    best = inertia(copies, 1.0, centres)
+    found = kmeans(torch.tensor(x)[None], torch.tensor(weight)[None].float(), entries)[0]
+    allowed = 1.0005 if count > EXACT else 1 + 1e-6
+    rounding = float((weight * x.astype(float) ** 2).sum()) * 1e-13  # of a codebook in fp32
+    assert inertia(x, weight, found) <= best * allowed + rounding
+
+
 @pytest.mark.parametrize("entries", [2, 3, 4])
 def test_the_reference_for_many_values_agrees_with_brute_force(entries):
     draw = np.random.default_rng(entries)
@@ -99,13 +116,24 @@ def many(name: str):
     return x.astype(np.float32), weight.astype(np.float32)
 
 
-@pytest.mark.parametrize("entries", [4, 16])
+@pytest.mark.parametrize("entries", [4, 8, 16])
 @pytest.mark.parametrize("name", ["normal", "laplace", "student", "far outliers"])
 def test_many_values_are_clustered_within_half_a_permille_of_the_optimum(name, entries):
     x, weight = many(name)
     found = kmeans(torch.tensor(x)[None], torch.tensor(weight)[None], entries)[0]
     best = least_inertia(x.astype(float), weight.astype(float), entries)
     assert best * (1 - 1e-6) <= inertia(x, weight, found) <= best * 1.0005
+
+
+@pytest.mark.parametrize("edges", [40, 80])
+@pytest.mark.parametrize("name", ["normal", "laplace", "student", "far outliers"])
+def test_the_dynamic_program_alone_is_as_good_as_its_edges_are_dense(monkeypatch, name, edges):
+    monkeypatch.setattr("qat.quant.codebook.EDGES", edges)
+    monkeypatch.setattr("qat.quant.codebook.LLOYD_STEPS", 0)
+    x, weight = many(name)
+    found = kmeans(torch.tensor(x)[None], torch.tensor(weight)[None], 16)[0]
+    best = least_inertia(x.astype(float), weight.astype(float), 16)
+    assert inertia(x, weight, found) <= best * (1 + 3 / edges**2)
 
 
 @pytest.mark.parametrize("count", [10, 5000])
@@ -142,14 +170,48 @@ def test_values_without_weight_have_no_say(count):
     )
 
 
-@pytest.mark.parametrize("count", [50, 2000])
-def test_a_batch_gives_what_each_row_gives_alone_every_time(count):
-    draw = torch.Generator().manual_seed(2)
-    x, weight = torch.randn(3, count, generator=draw), torch.rand(3, count, generator=draw)
-    x[1] *= 100
-    together = kmeans(x, weight, 4)
-    assert torch.equal(together, kmeans(x, weight, 4))
-    assert torch.equal(together, torch.cat([kmeans(x[i : i + 1], weight[i : i + 1], 4) for i in range(3)]))
+@settings(max_examples=20, deadline=None, derandomize=True)
+@given(st.integers(0, 10_000), st.sampled_from([50, 1000, 1300, 5000]), st.integers(1, 16), st.integers(1, 6))
+def test_a_batch_gives_what_each_row_gives_alone_every_time(seed, count, entries, rows):
+    draw = torch.Generator().manual_seed(seed)
+    x = torch.randn(rows, count, generator=draw) ** 3 * 10 ** torch.randn(rows, 1, generator=draw)
+    weight = torch.rand(rows, count, generator=draw) ** 4
+    together = kmeans(x, weight, entries)
+    assert torch.equal(together, kmeans(x, weight, entries))
+    assert torch.equal(together, torch.cat([kmeans(x[i : i + 1], weight[i : i + 1], entries) for i in range(rows)]))
+
+
+def test_neither_threads_nor_the_size_of_slices_nor_the_order_of_values_changes_a_bit(monkeypatch):
+    draw = torch.Generator().manual_seed(3)
+    x, weight = torch.randn(2, 300_000, generator=draw) ** 3, torch.rand(2, 300_000, generator=draw) ** 4
+    expected = kmeans(x, weight, 8)
+    shuffled = torch.randperm(300_000, generator=draw)
+    assert torch.equal(kmeans(x[:, shuffled], weight[:, shuffled], 8), expected)
+    monkeypatch.setattr("qat.quant.codebook.AT_ONCE", {"cpu": 10_000})
+    assert torch.equal(kmeans(x, weight, 8), expected)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads + 1)
+        assert torch.equal(kmeans(x, weight, 8), expected)
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("count", [300, 3000])
+def test_weights_count_in_any_unit(count):
+    draw = torch.Generator().manual_seed(4)
+    x, weight = torch.randn(1, count, generator=draw), torch.rand(1, count, generator=draw) ** 4
+    expected = kmeans(x, weight, 4)
+    for unit in (2.0**-100, 2.0**60):
+        assert torch.equal(kmeans(x, weight * unit, 4), expected)
+
+
+def test_a_far_value_of_next_to_no_weight_neither_gets_an_entry_nor_leaves_the_range():
+    x = torch.randn(1, 5000, generator=torch.Generator().manual_seed(5))
+    weight = torch.ones_like(x)
+    x[0, 0], weight[0, 0] = 1000.0, 3e-14
+    found = kmeans(x, weight, 4)
+    assert torch.allclose(found, kmeans(x[:, 1:], weight[:, 1:], 4), atol=2e-2)
 
 
 def test_the_arguments_are_left_alone():
@@ -171,7 +233,7 @@ def test_the_arguments_are_left_alone():
 )
 def test_what_has_no_codebook_is_refused_by_name(x, weight, said):
     good = [1.0, 2.0]
-    with pytest.raises(NumericsError, match=said):
+    with pytest.raises(NumericsError, match=f"row 1: .*{said}"):
         kmeans(torch.tensor([good, x]), torch.tensor([[1.0, 1.0], weight]), 2)
 
 

@@ -3,6 +3,7 @@ import torch
 from torch import nn
 
 from qat.config import ConvertConfig, KMeansBackend, KMeansConfig
+from qat.errors import NumericsError
 from qat.evaluate import evaluate
 from qat.quant.convert import convert, install, quantize, stacks, workspace
 from qat.quant.curvature import damp
@@ -76,6 +77,19 @@ def test_biases_stay_with_their_layers():
     (made,) = quantize(select(model, tiny.QUANT), lambda _: model.q_proj.weight, moments, settings, EXACT, tiny.CPU)
     install(model, {made.layer.name: made.module})
     assert model.q_proj is made.module and model.q_proj.bias is bias
+
+
+@pytest.mark.parametrize(
+    ("value", "said"), [(0.0, "are all zero"), (float("nan"), "NaN or infinity"), (-float("inf"), "NaN or infinity")]
+)
+def test_a_layer_that_no_table_can_stand_for_is_refused_by_name(teacher, rows, value, said):
+    model = teacher.load(torch.float32, tiny.CPU)
+    layers = select(model, tiny.QUANT)
+    moments = gather(model, layers, rows, 8)
+    weight = model.get_submodule("model.layers.1.mlp.up_proj").weight
+    weight.zero_() if value == 0 else weight[3, 5].fill_(value)
+    with pytest.raises(NumericsError, match=rf"^model\.layers\.1\.mlp\.up_proj cannot be quantized.*{said}"):
+        quantize(layers, lambda name: model.get_submodule(name).weight, moments, ConvertConfig(), EXACT, tiny.CPU)
 
 
 def test_stacks_hold_layers_of_one_form_up_to_a_size():

