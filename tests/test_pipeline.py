@@ -263,6 +263,19 @@ def test_conversion_alone(first, shop):
     assert done.result["status"] == "complete"
     assert done.result["quant"] == first.result["quant"]
     assert done.result["paths"]["conversion"] == first.result["paths"]["conversion"]
+    assert done.result["metrics"]["kl"] == pytest.approx(first.result["metrics"]["kl_initial"])
+    assert "before conversion" in done.out
+
+
+def test_the_whole_job_from_a_checkpoint_with_other_tables_converts_it_first(first, shop):
+    done = shop.tiny("checkpoint=SR-001", "quant=q4a4")
+    assert done.result["paths"]["conversion"] != first.result["paths"]["conversion"]
+    assert done.result["name"].startswith("v2_q4a4_mlp_") and "(6 MLP + 8 attention)" in done.out
+
+
+def test_the_whole_job_from_a_checkpoint_with_the_same_tables_trains_it(first, shop):
+    done = shop.tiny("checkpoint=SR-001")
+    assert "conversion" not in done.result["paths"]
 
 
 def test_training_alone_is_the_training_of_the_whole_job(first, shop, conversion):

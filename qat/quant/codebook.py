@@ -88,17 +88,20 @@ def check(x: Tensor, weight: Tensor) -> None:
 
 def nearest(x: Tensor, codebook_NK: Tensor) -> Tensor:
     """Index, uint8, of the entry nearest to each value of `x` [N, …]; ties go to the larger entry."""
-    middle_NK = (codebook_NK[:, 1:] + codebook_NK[:, :-1]) / 2
-    index = torch.zeros(x.shape, dtype=torch.uint8, device=x.device)
-    for k in range(middle_NK.shape[1]):
-        index += x >= middle_NK[:, k].reshape(-1, *[1] * (x.dim() - 1))
-    return index
+    middle_NK = ((codebook_NK[:, 1:] + codebook_NK[:, :-1]) / 2).contiguous()
+    found = torch.searchsorted(middle_NK, x.flatten(1).contiguous(), right=True, out_int32=True)
+    return found.to(torch.uint8).view(x.shape)
 
 
 def relative(weight: Tensor, S: Tensor) -> Tensor:
     """`W / S` where S may touch zero: such a weight is far out on its own side."""
+    return weight / nonzero(S)
+
+
+def nonzero(S: Tensor) -> Tensor:
+    """S with the smallest normal number where it touches zero."""
     smallest = torch.finfo(S.dtype).tiny
-    return weight / torch.where(S.abs() < smallest, smallest, S)
+    return torch.where(S.abs() < smallest, smallest, S)
 
 
 def _grid(x_NM: Tensor) -> tuple[Tensor, Tensor]:

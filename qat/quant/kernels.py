@@ -44,10 +44,11 @@ def _walk_torch(
 ) -> None:
     columns = wanted.mT.contiguous()  # a column's numbers side by side
     scale = S.mT.contiguous()
+    divisor = codebook.nonzero(scale)
     before = columns if value is None else value.mT.contiguous()
     change = torch.empty_like(columns)
     for j in range(columns.shape[1]):
-        chosen = codebook.nearest(codebook.relative(columns[:, j], scale[:, j]), table)
+        chosen = codebook.nearest(columns[:, j] / divisor[:, j], table)
         index[:, :, j] = chosen
         change[:, j] = table.gather(1, chosen.long()) * scale[:, j] - before[:, j]
         columns[:, j + 1 :] -= spread[:, j, j + 1 :, None] * change[:, j, None]

@@ -28,7 +28,7 @@ WORST = 3  # layers named
 def main(config: Config, run: Run) -> None:
     """`stage=convert`."""
     work = open_workspace(config, run)
-    make(work, cache.make(work))
+    run.result["metrics"] |= asdict(metrics(make(work, cache.make(work))))
 
 
 def make(work: Workspace, outputs: Artifact) -> Artifact:
@@ -51,9 +51,6 @@ def make(work: Workspace, outputs: Artifact) -> Artifact:
     layers = checkpoints.layers_of(made.manifest)
     work.run.result["quant"] = {"preset": config.quant.name, **summary(layers)}
     work.run.result["paths"]["conversion"] = str(made.folder)
-    work.run.result["metrics"] |= {
-        f"{key}_initial": made.manifest["metrics"]["after"][key] for key in ("kd_loss", "kl")
-    }
     _show(layers, made.manifest)
     _draw(work, made.manifest["figures"])
     return made
