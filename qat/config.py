@@ -44,6 +44,20 @@ class DataSource(Enum):
     text = "plain text files"
 
 
+class Packing(Enum):
+    """How documents become rows of equal length."""
+
+    joined = "end to end, attention stopping where a document ends"
+    rows = "each in rows of its own, the last one padded"
+
+
+class Tail(Enum):
+    """How the probability outside the top-k is known where an older cache does not say."""
+
+    exact = "as recorded; a loss that needs more than an older cache holds is refused"
+    estimate = "estimated from the random sample of an older cache"
+
+
 class KMeansBackend(Enum):
     """Who computes codebooks."""
 
@@ -164,7 +178,10 @@ class CacheConfig:
     top_k: int = 64  # most likely tokens kept at a position
     random: int = 128  # uniformly drawn tokens kept at a position
     sequences: int | None = None  # at most so many training sequences; None keeps all
+    packing: Packing = Packing.joined  # documents end to end, or each in rows of its own
     path: str | None = None  # local: an existing cache
+    tail: Tail = Tail.exact  # local: what an older cache does not know is refused or estimated
+    inspect: bool = False  # stage=cache: also show counts, examples and tail mass
 
 
 @dataclass

@@ -8,7 +8,7 @@ sides.
 import hashlib
 import itertools
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -85,12 +85,14 @@ def _write(
     return {"documents": counts, "tokens": tokens}
 
 
-def read_documents(artifact: Artifact, split: str) -> list[Document]:
+def read_documents(artifact: Artifact, split: str) -> Iterator[Document]:
     """The documents of one split, in the order they were written."""
     path = artifact.folder / FILE
     try:
         with open(path, encoding="utf-8") as file:
-            rows = [json.loads(line) for line in file]
+            for line in file:
+                row = json.loads(line)
+                if row["split"] == split:
+                    yield Document(row["origin"], row["tokens"])
     except ValueError as error:
         raise ArtifactError(f"{path} cannot be read ({error}): delete {artifact.folder} and run again") from None
-    return [Document(row["origin"], row["tokens"]) for row in rows if row["split"] == split]

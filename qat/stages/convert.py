@@ -53,7 +53,7 @@ def _convert(work: Workspace, outputs: Artifact, folder: Path) -> dict[str, Any]
     model = work.teacher.load(work.machine.dtype, work.machine.device)
     layers = select(model, config.quant)
     reader = CacheReader(outputs, "train")
-    rows = reader.input_ids(max(1, config.convert.calibration_tokens // config.cache.length))
+    rows = reader.input_ids(max(1, config.convert.calibration_tokens // int(reader.meta["length"])))
     sources = list(dict.fromkeys(layer.source for layer in layers))
     moments = second_moments(model, sources, rows, work.machine.micro_batch)
     figures: dict[str, dict[str, float]] = {}

@@ -50,14 +50,13 @@ def make(work: Workspace, outputs: Artifact, folders: dict[str, Path]) -> dict[s
     """
     machine, tokens = work.machine, work.config.evaluate.sample_tokens
     held_out, tokenizer = CacheReader(outputs, "eval"), work.teacher.tokenizer()
-    top_k = int(held_out.meta["top_k"])
     measured, said = {}, {}
     with work.timed("evaluate"):
         teacher = work.teacher.load(machine.dtype, machine.device)
         said["teacher"] = answers(teacher, tokenizer, SAMPLE_PROMPTS, tokens, machine)
         for name, folder in folders.items():
             student = _load(work, folder)
-            measured[name] = evaluate(student, teacher, held_out.input_ids(held_out.rows), top_k, machine)
+            measured[name] = evaluate(student, teacher, held_out, int(held_out.meta["top_k"]), machine)
             said[name] = answers(student, tokenizer, SAMPLE_PROMPTS, tokens, machine)
         write_text(work.run.folder / SAMPLES, samples(said))
     work.run.result["paths"]["samples"] = str(work.run.folder / SAMPLES)
