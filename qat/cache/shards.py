@@ -44,11 +44,11 @@ class Shards:
 def _file(path: Path, meta: dict[str, Any], rows: int) -> RowFile:
     """A shard, once its header is what the cache says."""
     header, start = _header(path)
-    described = header.pop("__metadata__", {})
-    if (described.get("cache"), described.get("shard")) != (meta["key"], path.name):
+    itself, wanted_itself = header.pop("__metadata__", {}).get("shard"), f"{meta['key']}/{path.name}"
+    if itself != wanted_itself:
         raise ArtifactError(
-            f"{path} is {described.get('shard')} of cache {described.get('cache')}, not of this one"
-            f" ({meta['key']}): delete {path.parent} and run again"
+            f"{path} is the shard {itself} of another cache or place, not {wanted_itself}:"
+            f" delete {path.parent} and run again"
         )
     wanted = {name: (kind, [rows, *shape]) for name, (kind, shape) in layout(meta).items()}
     if {name: (entry["dtype"], entry["shape"]) for name, entry in header.items()} != wanted:

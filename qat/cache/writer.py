@@ -270,7 +270,7 @@ def _write(shard: Shard, kept: dict[str, Tensor], vocab_size: int, key: str, fol
         raise NumericsError("the teacher's logits hold NaN or infinity: try instance.precision=fp32")
     tensors |= {name: getattr(shard.rows, name).contiguous() for name in ("input_ids", "document_starts", "loss_mask")}
     scratch = folder / f".{shard.name}.tmp"
-    save_file(tensors, scratch, metadata={"cache": key, "shard": shard.name})
+    save_file(tensors, scratch, metadata={"shard": f"{key}/{shard.name}"})  # several would come in any order
     with open(scratch, "rb") as file:
         os.fsync(file.fileno())
     os.replace(scratch, folder / shard.name)

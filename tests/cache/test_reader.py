@@ -155,7 +155,7 @@ types = {"U8": torch.uint8, "U16": torch.uint16, "F16": torch.float16, "I32": to
 tensors = {n: torch.zeros([rows, *shape], dtype=types[kind]) for n, (kind, shape) in layout(meta).items()}
 for index in range(25):
     name = f"train-{index:05d}.safetensors"
-    save_file(tensors, folder / name, metadata={"cache": "k", "shard": name})
+    save_file(tensors, folder / name, metadata={"shard": f"k/{name}"})
 del tensors
 source = shards.Shards(folder, meta, "train")
 def resident():
@@ -247,20 +247,20 @@ def test_no_shard_at_all_is_named(copy, content):
 
 def test_shard_in_anothers_place_is_named(copy):
     shutil.copy(copy / "train-00001.safetensors", copy / "train-00000.safetensors")
-    refused(copy, r"train-00000\.safetensors is train-00001\.safetensors of cache")
+    refused(copy, r"train-00000\.safetensors is the shard \w+/train-00001\.safetensors of another")
 
 
 def test_shard_of_another_cache_is_named(copy, obtain):
     other = obtain(seed=8)
     shutil.copy(other.folder / "train-00000.safetensors", copy)
-    refused(copy, rf"of cache {other.key}, not of this one")
+    refused(copy, rf"is the shard {other.key}/train-00000")
 
 
 def test_shard_of_another_layout_is_named(copy, cache):
     path = copy / "train-00000.safetensors"
     tensors = load_file(path)
     tensors["topk_ids"] = tensors["topk_ids"].int()
-    save_file(tensors, path, metadata={"cache": cache.key, "shard": path.name})
+    save_file(tensors, path, metadata={"shard": f"{cache.key}/{path.name}"})
     refused(copy, r"train-00000\.safetensors does not hold what")
 
 

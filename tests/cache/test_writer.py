@@ -137,7 +137,7 @@ def test_a_large_vocabulary_is_recorded_exactly(tmp_path, documents):
 def test_every_shard_says_which_it_is(cache):
     for file in cache.folder.glob("*.safetensors"):
         with safe_open(file, "pt") as shard:
-            assert shard.metadata() == {"cache": cache.key, "shard": file.name}
+            assert shard.metadata() == {"shard": f"{cache.key}/{file.name}"}
 
 
 def test_description_is_in_the_folder_and_in_the_manifest(cache, documents, tiny):
