@@ -20,10 +20,15 @@ The high bits take 1, 2, 4 or 8 bits a token, the least that hold the vocabulary
 in byte `k // n`, n tokens a byte, from the lowest bits up; H = ⌈K / n⌉.
 """
 
+import os
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
+
+from qat.artifacts import sync_folder
 
 FORMAT_VERSION = 2
 META = "meta.json"
@@ -86,6 +91,17 @@ def bytes_a_row(meta: dict[str, Any]) -> int:
     """Bytes of one row in a shard."""
     width = {"U8": 1, "U16": 2, "F16": 2, "I32": 4}
     return sum(width[kind] * torch.Size(shape).numel() for kind, shape in layout(meta).values())
+
+
+def write_shard(folder: Path, name: str, tensors: dict[str, Tensor], key: str) -> None:
+    """Publishes one shard of the cache with this key: its file is whole and on disk, or is not there."""
+    scratch = folder / f".{name}.tmp"
+    whole = {field: tensor.contiguous() for field, tensor in tensors.items()}
+    save_file(whole, scratch, metadata={"shard": f"{key}/{name}"})  # several would come in any order
+    with open(scratch, "rb") as file:
+        os.fsync(file.fileno())
+    os.replace(scratch, folder / name)
+    sync_folder(folder)
 
 
 def random_ids(seed: int, split: str, shard: int, shape: tuple[int, int, int], vocab_size: int) -> Tensor:

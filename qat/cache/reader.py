@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from qat.artifacts import Artifact
-from qat.cache import attention, order
+from qat.cache import attention, older, order
 from qat.cache.format import FORMAT_VERSION, decode_ids
 from qat.cache.shards import Shards
 from qat.config import Packing
@@ -135,6 +135,8 @@ class CacheReader:
 
 def _open(cache: Artifact, split: str) -> Source:
     found = cache.manifest.get("format")
+    if found == older.FORMAT:
+        return older.OlderShards(cache, split)
     if found != FORMAT_VERSION:
         raise ArtifactError(
             f"{cache.folder} has cache format {found}, this version reads {FORMAT_VERSION}: delete it and run again"

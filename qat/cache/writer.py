@@ -8,7 +8,6 @@ and taken up again is the same, byte for byte.
 import hashlib
 import json
 import logging
-import os
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -16,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -29,7 +27,6 @@ from qat.artifacts import (
     partial,
     place,
     require_space,
-    sync_folder,
     write_json,
 )
 from qat.cache.attention import inputs
@@ -42,6 +39,7 @@ from qat.cache.format import (
     encode_ids,
     random_ids,
     shard_name,
+    write_shard,
 )
 from qat.cache.topk import outputs
 from qat.config import CacheConfig, Packing
@@ -260,21 +258,15 @@ def _outputs(model: PreTrainedModel, hidden_XD: Tensor, sample_XR: Tensor, top_k
 
 
 def _write(shard: Shard, kept: dict[str, Tensor], vocab_size: int, key: str, folder: Path) -> None:
-    """Publishes one shard: its file is whole and on disk, or is not there."""
-    shape = (len(shard.rows), -1)
+    """Copies what was kept of a shard from the device and publishes it."""
     stored = encode_ids(kept["ids"], vocab_size)
     stored |= {name: kept[name] for name in ("topk_logprobs", "random_logprobs")}
     positions = shard.rows.loss_mask.shape[1]
-    tensors = {name: tensor.cpu().reshape(shape[0], positions, tensor.shape[-1]) for name, tensor in stored.items()}
+    tensors = {name: tensor.cpu().reshape(len(shard.rows), positions, tensor.shape[-1]) for name, tensor in stored.items()}
     if not torch.isfinite(tensors["topk_logprobs"]).all():
         raise NumericsError("the teacher's logits hold NaN or infinity: try instance.precision=fp32")
-    tensors |= {name: getattr(shard.rows, name).contiguous() for name in ("input_ids", "document_starts", "loss_mask")}
-    scratch = folder / f".{shard.name}.tmp"
-    save_file(tensors, scratch, metadata={"shard": f"{key}/{shard.name}"})  # several would come in any order
-    with open(scratch, "rb") as file:
-        os.fsync(file.fileno())
-    os.replace(scratch, folder / shard.name)
-    sync_folder(folder)
+    tensors |= {name: getattr(shard.rows, name) for name in ("input_ids", "document_starts", "loss_mask")}
+    write_shard(folder, shard.name, tensors, key)
 
 
 def _sha256(text: str) -> str:

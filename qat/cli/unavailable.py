@@ -35,8 +35,6 @@ def missing(config: Config) -> Iterator[str]:
 
 
 def _text(config: Config) -> Iterator[str]:
-    if config.cache.path is not None:
-        yield "cache=local is not built yet: caches are made from data and model, and reused when they are there"
     if config.data.path is None and config.data.source is DataSource.alpaca:
         yield f"data={config.data.name} from the hub is not built yet: give a local file, data.path=<file>"
     if config.data.thinking == "both" and config.data.source is not DataSource.selfgen:

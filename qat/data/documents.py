@@ -35,8 +35,12 @@ class Document:
 
     def split(self, eval_fraction: float) -> str:
         """`eval` for the given share of origins, else `train`."""
-        digest = hashlib.sha256(self.origin.encode()).digest()
-        return "eval" if int.from_bytes(digest[:8]) < eval_fraction * 2**64 else "train"
+        return "eval" if held_apart(hashlib.sha256(self.origin.encode()).digest(), eval_fraction) else "train"
+
+
+def held_apart(digest: bytes, fraction: float) -> bool:
+    """True for the given share of hashes."""
+    return int.from_bytes(digest[:8]) < fraction * 2**64
 
 
 def obtain_documents(data: DataConfig, teacher: ModelFolder, seed: int, machine: Machine, artifacts: Path) -> Artifact:
