@@ -42,6 +42,14 @@ class DataSource(Enum):
     alpaca = "instruction rows, a local JSON file or a hub data set"
     chat_jsonl = "conversations, one JSON object a line"
     text = "plain text files"
+    mix = "several sources by weight, data.parts"
+
+
+class Start(Enum):
+    """What the teacher begins to write from, for selfgen."""
+
+    prompts = "answers to a list of questions"
+    tokens = "anything, after each of many first tokens: for models that are not made for chat"
 
 
 class Packing(Enum):
@@ -129,19 +137,37 @@ class ModelConfig:
 
 
 @dataclass
+class DataPart:
+    """One source of a mixture; what it does not say is as `data` has it."""
+
+    source: DataSource = MISSING
+    weight: float = 1.0  # tokens of this source, relative to the others
+    path: Any = None
+    repo: str | None = None
+    revision: str | None = None
+    thinking: str | None = None
+    documents: int | None = None
+    start: Start = Start.prompts
+
+
+@dataclass
 class DataConfig:
     """The text that is cached."""
 
     name: str = MISSING
     source: DataSource = MISSING
-    path: str | None = None  # a file for alpaca, chat_jsonl and text; a prompt list for selfgen
+    path: Any = None  # a file, a glob or a list of them; for selfgen, of prompts
+    repo: str | None = None  # a hub data set, owner/name, where there is no path
+    revision: str | None = None  # of the data set: branch, tag or commit
     thinking: str = "false"  # false, true or both: the chat template's own switch
     documents: int | None = None  # at most so many documents (prompts, for selfgen); None takes all
+    start: Start = Start.prompts  # selfgen: from prompts, or from first tokens alone
     answers: int = 1  # selfgen: answers to each prompt
     answer_tokens: int = 80  # selfgen: longest answer
     greedy_tokens: int = 4  # selfgen: first tokens chosen greedily, the rest sampled
     temperature: float = 1.0  # selfgen: of the sampled tokens
     eval_fraction: float = 0.125  # share of documents held apart for evaluation
+    parts: list[DataPart] = field(default_factory=list)  # mix: the sources, each {source, weight, path, ...}
 
 
 @dataclass
@@ -325,4 +351,6 @@ def as_plain(config: Any) -> Any:
         return config.name
     if hasattr(config, "__dataclass_fields__"):
         return {name: as_plain(getattr(config, name)) for name in config.__dataclass_fields__}
+    if isinstance(config, list):
+        return [as_plain(entry) for entry in config]
     return config

@@ -14,7 +14,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from qat.cache.reader import CacheReader
 from qat.console import progress
-from qat.data.sources import chat_tokens
+from qat.data.thinking import chat_tokens
 from qat.distill.loss import KD_TEMPERATURE, full_kl, topk_kl
 from qat.distill.trainer import position_chunks
 from qat.errors import NumericsError
