@@ -96,9 +96,7 @@ def partial(folder: Path) -> Path:
 
 
 @contextmanager
-def publish(
-    folder: Path, manifest: dict[str, Any], resumable: bool = False
-) -> Iterator[tuple[Path, dict[str, Any]]]:
+def publish(folder: Path, manifest: dict[str, Any], resumable: bool = False) -> Iterator[tuple[Path, dict[str, Any]]]:
     """Gives a folder and the manifest to fill; both appear at `folder`, at once, on success.
 
     The folder is empty, or with `resumable` as an earlier process left it. A failure leaves nothing,

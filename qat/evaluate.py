@@ -64,7 +64,9 @@ def evaluate(
         for rows in held_out.in_order(machine.micro_batch):
             batch = held_out.batch(rows).to(machine.device)
             counts = batch.loss_mask
-            theirs, ours = (m.base_model(**batch.inputs()).last_hidden_state[:, :-1][counts] for m in (teacher, student))
+            theirs, ours = (
+                m.base_model(**batch.inputs()).last_hidden_state[:, :-1][counts] for m in (teacher, student)
+            )
             for ours_XD, theirs_XD, next_X in position_chunks(ours, (theirs, batch.input_ids[:, 1:][counts])):
                 sums += _compare(student.lm_head(ours_XD).float(), teacher.lm_head(theirs_XD).float(), next_X, top_k)
             positions += int(counts.sum())

@@ -139,7 +139,9 @@ def _help(
     return open_artifact(folder)
 
 
-def _plan(cache: CacheConfig, documents: Artifact, teacher: ModelFolder, seed: int) -> tuple[dict[str, Any], list[Shard]]:
+def _plan(
+    cache: CacheConfig, documents: Artifact, teacher: ModelFolder, seed: int
+) -> tuple[dict[str, Any], list[Shard]]:
     """What the cache will say of itself, and its shards."""
     tokenizer = teacher.tokenizer()
     pad = int(tokenizer.pad_token_id)
@@ -262,7 +264,9 @@ def _write(shard: Shard, kept: dict[str, Tensor], vocab_size: int, key: str, fol
     stored = encode_ids(kept["ids"], vocab_size)
     stored |= {name: kept[name] for name in ("topk_logprobs", "random_logprobs")}
     positions = shard.rows.loss_mask.shape[1]
-    tensors = {name: tensor.cpu().reshape(len(shard.rows), positions, tensor.shape[-1]) for name, tensor in stored.items()}
+    tensors = {
+        name: tensor.cpu().reshape(len(shard.rows), positions, tensor.shape[-1]) for name, tensor in stored.items()
+    }
     if not torch.isfinite(tensors["topk_logprobs"]).all():
         raise NumericsError("the teacher's logits hold NaN or infinity: try instance.precision=fp32")
     tensors |= {name: getattr(shard.rows, name) for name in ("input_ids", "document_starts", "loss_mask")}

@@ -62,7 +62,9 @@ def _of_assistant(message: dict[str, str], content: str) -> dict[str, str]:
 
 def _template(tokenizer: PreTrainedTokenizerBase, messages: Messages, thinking: str, **how: bool) -> Any:
     if not tokenizer.chat_template:
-        raise ConfigError("this model's tokenizer has no chat template: use data=text, or data.start=tokens for selfgen")
+        raise ConfigError(
+            "this model's tokenizer has no chat template: use data=text, or data.start=tokens for selfgen"
+        )
     try:
         return tokenizer.apply_chat_template(messages, enable_thinking=thinking == "true", **how)
     except TemplateError as error:

@@ -10,19 +10,22 @@ from qat.config import Config, DataSource, LossKind, Stage
 from qat.data.documents import obtain_documents
 from qat.errors import ConfigError
 from qat.runs import Run
+from qat.stages import inspect
 from qat.stages.workspace import Workspace, open_workspace
 
 TRAINS = (Stage.run, Stage.distill)
 
 
 def main(config: Config, run: Run) -> None:
-    """`stage=cache`; an older cache is imported."""
+    """`stage=cache`; an older cache is imported, and any is shown with `cache.inspect=true`."""
     work = open_workspace(config, run)
     cache = make(work)
     if cache.manifest["format"] == older.FORMAT:
         with work.timed("cache"):
             cache = older.import_older(cache, work.artifacts)
         work.run.result["paths"]["cache"] = str(cache.folder)
+    if config.cache.inspect:
+        inspect.show(work, cache)
 
 
 def make(work: Workspace) -> Artifact:

@@ -257,7 +257,9 @@ def test_our_own_cache_by_path(cache, tiny):
 
 def test_cache_of_another_teacher_is_refused(cache, tiny):
     other = dataclasses.replace(tiny, name="other", fingerprint="f" * 12)
-    with pytest.raises(ArtifactError, match="was recorded from tiny with other weights than those of other: use model=tiny"):
+    with pytest.raises(
+        ArtifactError, match="was recorded from tiny with other weights than those of other: use model=tiny"
+    ):
         open_local(cache.folder, other, 0.5, Tail.exact)
 
 

@@ -239,7 +239,9 @@ def test_missing_shard_is_named(copy):
     refused(copy, r"train-00002\.safetensors is no safetensors shard .*No such file")
 
 
-@pytest.mark.parametrize("content", [b"", b"\x00", b"\xff" * 100, b"\x02" + bytes(7) + b"{}", b"\x04" + bytes(7) + b"null"])
+@pytest.mark.parametrize(
+    "content", [b"", b"\x00", b"\xff" * 100, b"\x02" + bytes(7) + b"{}", b"\x04" + bytes(7) + b"null"]
+)
 def test_no_shard_at_all_is_named(copy, content):
     (copy / "train-00000.safetensors").write_bytes(content)
     refused(copy, r"train-00000\.safetensors is no safetensors shard")

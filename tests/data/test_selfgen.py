@@ -5,8 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from qat.config import DataConfig, DataSource
-from qat.config import Start
+from qat.config import DataConfig, DataSource, Start
 from qat.data import selfgen
 from qat.data.selfgen import PROMPTS_AT_ONCE, Sample, answer, generate
 from qat.data.thinking import chat_tokens

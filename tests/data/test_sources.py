@@ -267,9 +267,10 @@ def test_hub_data_set_is_read_file_by_file_as_it_is_needed(hub, tokenizer):
     stream = render(data, tokenizer)
     assert next(stream)[0] == "Say hi." and hub == ["a.jsonl"]
     assert [origin for origin, _ in stream] == ["Wave."] and hub == ["a.jsonl", "b.json"]
-    assert content_hash(data) == hashlib.sha256(
-        json.dumps(["owner/there", ("c0ffee" * 7)[:40], ["a.jsonl", "b.json"]]).encode()
-    ).hexdigest()
+    assert (
+        content_hash(data)
+        == hashlib.sha256(json.dumps(["owner/there", ("c0ffee" * 7)[:40], ["a.jsonl", "b.json"]]).encode()).hexdigest()
+    )
 
 
 def test_hub_that_cannot_be_reached_says_what_to_do(hub):
