@@ -77,7 +77,7 @@ class RowFiles:
             for name in names
         }
         targets = [
-            (name, memoryview(tensor.view(torch.uint8).numpy()).cast("B"), fields[name].row_bytes)
+            (name, tensor.view(torch.uint8).numpy().data.cast("B"), fields[name].row_bytes)
             for name, tensor in found.items()
             if fields[name].row_bytes
         ]

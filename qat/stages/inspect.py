@@ -1,6 +1,5 @@
 """`stage=cache cache.inspect=true`: what is in a cache, for a person to look at."""
 
-
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase

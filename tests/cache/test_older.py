@@ -138,7 +138,7 @@ def test_estimate_makes_log_probabilities(older):
 
 
 def test_estimate_without_a_sample_is_refused(older):
-    with pytest.raises(ConfigError, match="cache.tail=estimate needs a random sample"):
+    with pytest.raises(ConfigError, match=r"cache.tail=estimate needs a random sample"):
         open_older(older(drop=("rand_idx", "rand_logits")), VOCABULARY, 0.3, Tail.estimate)
 
 
@@ -240,7 +240,7 @@ def test_tokens_that_the_model_does_not_have_are_refused(older, recorded):
 
 
 def test_an_empty_split_is_refused(older):
-    with pytest.raises(ConfigError, match="has no row for the eval split: change data.eval_fraction"):
+    with pytest.raises(ConfigError, match=r"has no row for the eval split: change data.eval_fraction"):
         open_older(older(), VOCABULARY, 1e-9, Tail.exact)
 
 
@@ -264,9 +264,9 @@ def test_cache_of_another_teacher_is_refused(cache, tiny):
 
 
 def test_a_folder_above_a_cache_says_which_was_meant(cache, tiny, tmp_path):
-    with pytest.raises(ArtifactError, match="so no teacher cache: did you mean .*text_L20"):
+    with pytest.raises(ArtifactError, match=r"so no teacher cache: did you mean .*text_L20"):
         open_local(cache.folder.parent, tiny, 0.5, Tail.exact)
-    with pytest.raises(ArtifactError, match="so no teacher cache$"):
+    with pytest.raises(ArtifactError, match=r"so no teacher cache$"):
         open_local(tmp_path, tiny, 0.5, Tail.exact)
 
 

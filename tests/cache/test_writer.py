@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import re
 
@@ -44,7 +45,7 @@ def exact(tiny):
         found = torch.full((*ids.shape, VOCABULARY), torch.nan, dtype=torch.float64)
         for row in range(len(ids)):
             begins = [*starts[row].nonzero().flatten().tolist(), ids.shape[1]]
-            for first, last in zip(begins, begins[1:], strict=False):
+            for first, last in itertools.pairwise(begins):
                 with torch.inference_mode():
                     found[row, first:last] = model(ids[row : row + 1, first:last]).logits[0].log_softmax(-1)
         return found[:, :-1]

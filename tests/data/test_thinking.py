@@ -65,12 +65,12 @@ def test_answers_without_thoughts_come_once_where_the_modes_are_the_same(shown):
 def test_a_model_without_a_template_says_what_to_use(tiny):
     tokenizer = tiny.tokenizer()
     tokenizer.chat_template = None
-    with pytest.raises(ConfigError, match="no chat template: use data=text, or data.start=tokens"):
+    with pytest.raises(ConfigError, match=r"no chat template: use data=text, or data.start=tokens"):
         chat_tokens(tokenizer, TURNS)
 
 
 def test_a_template_that_refuses_is_one_sentence(tiny):
     tokenizer = tiny.tokenizer()
     tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
-    with pytest.raises(ConfigError, match="refuses a conversation .roles must alternate"):
+    with pytest.raises(ConfigError, match=r"refuses a conversation .roles must alternate"):
         chat_tokens(tokenizer, TURNS)
