@@ -3,13 +3,14 @@
 import hashlib
 import json
 import re
+import sys
 
 import pytest
 
 from qat.config import DataConfig, DataSource
 from qat.data.sources import content_hash, prompts, render
 from qat.data.thinking import chat_tokens
-from qat.errors import ConfigError, MissingError
+from qat.errors import ConfigError, MissingError, UnavailableError
 
 
 @pytest.fixture(scope="module")
@@ -278,3 +279,21 @@ def test_hub_that_cannot_be_reached_says_what_to_do(hub):
     said = "owner/elsewhere is not in the local hub cache and cannot be reached (no route): run `hf download"
     with pytest.raises(MissingError, match=re.escape(said)):
         content_hash(data)
+
+
+def test_parquet_tables_are_read_row_by_row(tmp_path, rendered):
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    table = pyarrow.table({"text": ["One.", "", "Two."], "other": [1, 2, 3]})
+    parquet.write_table(table, tmp_path / "data.parquet")
+    data = DataConfig(name="text", source=DataSource.text, path=str(tmp_path / "data.parquet"))
+    assert [origin for origin, _ in rendered(data)] == ["One.", "Two."]
+
+
+def test_parquet_without_its_library_says_what_to_install(tmp_path, rendered, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
+    (tmp_path / "data.parquet").write_bytes(b"PAR1")
+    data = DataConfig(name="text", source=DataSource.text, path=str(tmp_path / "data.parquet"))
+    with pytest.raises(UnavailableError, match="is a Parquet table: run `pip install pyarrow`"):
+        rendered(data)
