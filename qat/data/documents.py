@@ -53,7 +53,9 @@ def obtain_documents(data: DataConfig, teacher: ModelFolder, seed: int, machine:
     chosen = mix.parts(data)
 
     def make(folder: Path) -> dict[str, Any]:
-        streams = [itertools.islice(_pairs(part, teacher, seed, machine, folder), _limit(part)) for part in chosen]
+        streams: list[mix.Pairs] = [
+            itertools.islice(_pairs(part, teacher, seed, machine, folder), _limit(part)) for part in chosen
+        ]
         weights = [part.weight for part in data.parts] or [1.0]
         pairs = itertools.islice(mix.interleave(streams, weights), data.documents if data.parts else None)
         described = _write(folder, (Document(*pair) for pair in pairs), data, teacher.tokenizer())

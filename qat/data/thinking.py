@@ -6,7 +6,7 @@ keeps them whole, also where the template would drop what an earlier turn though
 """
 
 import re
-from typing import Any
+from typing import Any, cast
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
@@ -66,6 +66,6 @@ def _template(tokenizer: PreTrainedTokenizerBase, messages: Messages, thinking: 
             "this model's tokenizer has no chat template: use data=text, or data.start=tokens for selfgen"
         )
     try:
-        return tokenizer.apply_chat_template(messages, enable_thinking=thinking == "true", **how)
+        return cast(Any, tokenizer).apply_chat_template(messages, enable_thinking=thinking == "true", **how)
     except TemplateError as error:
         raise ConfigError(f"the chat template refuses a conversation ({error}): {str(messages)[:200]}") from None
