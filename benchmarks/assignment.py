@@ -15,8 +15,9 @@ from pathlib import Path
 import torch
 from conversion import preset
 
-from qat.config import DataConfig, DataSource, ModelConfig, ModelSource
-from qat.data import packing, sources
+from qat.cache.reader import Text
+from qat.config import DataConfig, DataSource, ModelConfig, ModelSource, Packing
+from qat.data import packing, sources, thinking
 from qat.data.documents import Document
 from qat.machine import exact_matmul
 from qat.models import linear, locate
@@ -34,10 +35,10 @@ def main() -> None:
     folder = locate(ModelConfig(name="model", source=ModelSource.folder, path=options.model), Path())
     model, tokenizer = folder.load(torch.float32, torch.device("cpu")), folder.tokenizer()
     questions = sources.prompts(DataConfig(name="selfgen", source=DataSource.selfgen))
-    documents = [Document(q, sources.chat_tokens(tokenizer, [{"role": "user", "content": q}])) for q in questions]
-    rows = packing.pack(documents, 128)[: options.tokens // 128].long()
+    documents = [Document(q, thinking.chat_tokens(tokenizer, [{"role": "user", "content": q}])) for q in questions]
+    rows = packing.pack(documents, 128, Packing.joined, 0).input_ids[: options.tokens // 128].long()
     layers = select(model, preset(options.preset))
-    moments = gather(model, layers, rows, 8)
+    moments = gather(model, layers, Text(rows).batches(8))
     print(f"{options.preset}: {rows.numel()} tokens, {options.rounds} rounds, {len(layers)} layers")
     found = defaultdict(list)
     with torch.no_grad(), exact_matmul():

@@ -15,6 +15,7 @@ import torch
 import yaml
 
 from qat import machine as machines
+from qat.cache.reader import Text
 from qat.config import (
     ConvertConfig,
     DataConfig,
@@ -24,6 +25,7 @@ from qat.config import (
     KMeansConfig,
     ModelConfig,
     ModelSource,
+    Packing,
     QuantConfig,
     TableConfig,
 )
@@ -65,10 +67,10 @@ def measure(name, folder, teacher, calibration, held_out, options, machine) -> l
         layers,
         lambda: folder.load(machine.dtype, machine.device),
         lambda layer: linear(teacher, layer).weight,
-        calibration,
+        Text(calibration).batches(machine.micro_batch),
         settings,
         kmeans,
-        machine,
+        machine.device,
     )
     seconds = time.monotonic() - began
     student = folder.load(torch.float32, machine.device)
@@ -77,7 +79,7 @@ def measure(name, folder, teacher, calibration, held_out, options, machine) -> l
     mlp = bits_per_weight([layer for layer in layers if layer.kind == "mlp"])
     rows = []
     for path, ids in held_out.items():
-        figures = evaluate(student, teacher, ids, 64, exact)
+        figures = evaluate(student, teacher, Text(ids), 64, exact)
         row = {"preset": name, "bits": round(mlp, 3), "text": Path(path).stem, "seconds": round(seconds, 1)}
         row |= {"kl": figures.kl, "kd_loss": figures.kd_loss, "agreement": figures.top1_agreement}
         row |= {"perplexity": figures.perplexity, "teacher_perplexity": figures.teacher_perplexity}
@@ -97,7 +99,7 @@ def texts(paths: list[str], folder: ModelFolder, length: int, tokens: int) -> to
             found += len(ids)
             if found >= tokens // len(paths):
                 break
-        parts.append(packing.pack(documents, length)[: tokens // len(paths) // length])
+        parts.append(packing.pack(documents, length, Packing.joined, 0).input_ids[: tokens // len(paths) // length])
     return torch.cat(parts).long()
 
 

@@ -4,26 +4,33 @@ An artifact is a folder below `<outputs>/artifacts/<kind>/`, named `<name>-<key>
 hashes exactly the inputs that decide its content. It is made in a temporary folder beside its
 final place and renamed once complete, so a killed process leaves nothing that looks finished. Its
 `manifest.json` lists every file with size and SHA-256, checked whenever the artifact is opened.
+
+What takes long is made `resumable`: its temporary folder has a name of its own and outlives the
+process, and whoever asks for the artifact next goes on in it.
 """
 
 import fcntl
 import hashlib
 import json
-import logging
 import os
 import shutil
+import socket
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import time
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
-from qat.errors import ArtifactError
-
-log = logging.getLogger(__name__)
+from qat.console import size, waiting
+from qat.errors import ArtifactError, ConfigError, MissingError
 
 MANIFEST = "manifest.json"
+PARTIAL = ".partial"
+POLL_SECONDS = 0.1  # between two looks at a lock that another process holds
+SETTLED_SECONDS = 2.0  # a file younger than this may change within the resolution of its time stamp
 
 
 @dataclass(frozen=True)
@@ -46,7 +53,12 @@ def content_key(inputs: Any) -> str:
 
 
 def obtain(
-    root: Path, kind: str, name: str, inputs: dict[str, Any], make: Callable[[Path], dict[str, Any]]
+    root: Path,
+    kind: str,
+    name: str,
+    inputs: dict[str, Any],
+    make: Callable[[Path], dict[str, Any]],
+    resumable: bool = False,
 ) -> Artifact:
     """The artifact of these inputs, made if it is not there yet.
 
@@ -57,38 +69,62 @@ def obtain(
         inputs: everything that shapes the content, as JSON values.
         make: fills an empty folder and returns what the manifest says beside the inputs. Called at
             most once at a time for one key, also across processes.
+        resumable: `make` may find in its folder what a killed process left there, and uses it. It
+            writes each file under another name, flushed, and renames it: what has its name is whole.
 
     Raises:
         ArtifactError: the artifact is there and damaged.
     """
-    key = content_key(inputs)
-    folder = root / kind / f"{name}-{key}"
+    folder = place(root, kind, name, inputs)
     if not folder.exists():
         with locked(folder):
             if not folder.exists():
-                with publish(folder, {"kind": kind, "name": name, "key": key, "inputs": inputs}) as (
-                    scratch,
-                    manifest,
-                ):
+                described = {"kind": kind, "name": name, "key": content_key(inputs), "inputs": inputs}
+                with publish(folder, described, resumable) as (scratch, manifest):
                     manifest.update(make(scratch))
     return open_artifact(folder)
 
 
+def place(root: Path, kind: str, name: str, inputs: dict[str, Any]) -> Path:
+    """Where the artifact of these inputs lies once it is made."""
+    return root / kind / f"{name}-{content_key(inputs)}"
+
+
+def partial(folder: Path) -> Path:
+    """Where a resumable artifact is being made."""
+    return folder.parent / f".{folder.name}{PARTIAL}"
+
+
 @contextmanager
-def publish(folder: Path, manifest: dict[str, Any]) -> Iterator[tuple[Path, dict[str, Any]]]:
-    """Gives an empty folder and the manifest to fill; both appear at `folder`, at once, on success."""
+def publish(folder: Path, manifest: dict[str, Any], resumable: bool = False) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """Gives a folder and the manifest to fill; both appear at `folder`, at once, on success.
+
+    The folder is empty, or with `resumable` as an earlier process left it. A failure leaves nothing,
+    or with `resumable` what was made so far; a `ConfigError` leaves nothing in either case, since what
+    is asked for next has another key.
+    """
     folder.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".partial", dir=folder.parent))
+    scratch = _scratch(folder, resumable)
     try:
         scratch.chmod(0o755)
         yield scratch, manifest
-        for path in _files(scratch):
+        files = _files(scratch)
+        for path in files:
             path.chmod(0o644)  # safetensors makes its files private
-        manifest["files"] = {path.relative_to(scratch).as_posix(): _describe(path) for path in _files(scratch)}
+            _flush(path)
+        names = [path.relative_to(scratch).as_posix() for path in files]
+        manifest["files"] = {
+            name: {"bytes": (scratch / name).stat().st_size, "sha256": digest}
+            for name, digest in zip(names, hashed(files), strict=True)
+        }
         write_json(scratch / MANIFEST, manifest)
         _replace_folder(scratch, folder)
+    except ConfigError:
+        resumable = False
+        raise
     finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+        if not resumable:
+            shutil.rmtree(scratch, ignore_errors=True)
 
 
 def open_artifact(folder: Path) -> Artifact:
@@ -98,9 +134,59 @@ def open_artifact(folder: Path) -> Artifact:
         ArtifactError: no manifest, or a file that is missing, cut short or altered.
     """
     manifest = read_manifest(folder)
-    for name, expected in manifest["files"].items():
-        _check(folder, name, expected)
+    expected, remedy = manifest["files"], f"delete {folder} and run again"
+    for name, entry in expected.items():
+        path = folder / name
+        if not path.is_file():
+            raise ArtifactError(f"{path} is missing: {remedy}")
+        if path.stat().st_size != entry["bytes"]:
+            raise ArtifactError(f"{path} has {path.stat().st_size} bytes instead of {entry['bytes']}: {remedy}")
+    for name, digest in digests(folder, expected).items():
+        if digest != expected[name]["sha256"]:
+            raise ArtifactError(f"{folder / name} was altered (its SHA-256 differs from the manifest's): {remedy}")
     return Artifact(folder, manifest)
+
+
+def digests(folder: Path, names: Iterable[str]) -> dict[str, str]:
+    """SHA-256 of files below `folder`, each read once for as long as it stays the same file.
+
+    Reading tens of gigabytes before every run would cost more than some runs. What was read is noted
+    beside the folder with size, time of change and inode, and holds while those do; a file changed in
+    the last moments is never noted, and where the note cannot be written everything is read again.
+    """
+    note = folder.parent / f".{folder.name}.checked"
+    known = _noted(note)
+    states = {name: _state(folder / name) for name in names}
+    unread = [name for name, state in states.items() if known.get(name, [None])[:-1] != state]
+    read = dict(zip(unread, hashed([folder / name for name in unread]), strict=True))
+    found = {name: read[name] if name in read else known[name][-1] for name in states}
+    settled = time.time_ns() - SETTLED_SECONDS * 1e9
+    fresh = {name: [*states[name], read[name]] for name in unread if states[name][1] < settled}
+    if fresh:
+        with suppress(OSError):
+            write_json(note, known | fresh)
+    return found
+
+
+def hashed(paths: list[Path]) -> list[str]:
+    """SHA-256 of each file, several at once: hashing leaves Python alone."""
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        return list(pool.map(_sha256, paths))
+
+
+def require_space(folder: Path, needed: int, what: str) -> None:
+    """Makes sure that `needed` bytes fit on the disk of `folder`, some to spare.
+
+    Raises:
+        MissingError: they do not.
+    """
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    free = shutil.disk_usage(there).free
+    if needed > free:
+        raise MissingError(
+            f"{what} needs {size(needed)} in {folder} and {size(free)} are free there:"
+            " free some, ask for less, or name another disk with outputs=<folder>"
+        )
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -143,42 +229,86 @@ def write_text(path: Path, text: str) -> None:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Holds the lock of one artifact; a process that finds it taken says so and waits.
+    """Holds the lock of one artifact; a process that finds it taken says who has it, and waits.
 
     The lock lives as long as the process that took it, so a killed one blocks nobody. What a killed
-    one left half-made is swept away by the next holder.
+    one left half-made is swept away by the next holder, unless it is to be gone on with.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with open(folder.parent / f".{folder.name}.lock", "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            log.info("waiting: another process is making %s", folder)
-            fcntl.flock(file, fcntl.LOCK_EX)
-        for leftover in folder.parent.glob(f".{folder.name}.*.partial"):
+    with open(folder.parent / f".{folder.name}.lock", "a+", encoding="utf-8") as file:
+        if not _took(file):
+            with waiting(f"another process is making {folder} ({_holder(file)})") as still:
+                while not _took(file):
+                    still()
+                    time.sleep(POLL_SECONDS)
+        file.truncate(0)
+        file.write(json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%H:%M:%S")}))
+        file.flush()
+        for leftover in folder.parent.glob(f".{folder.name}.*{PARTIAL}"):
             shutil.rmtree(leftover, ignore_errors=True)
         yield
+
+
+def sync_folder(folder: Path) -> None:
+    """Puts the names in a folder on disk, so that a renamed file survives a loss of power."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _took(file: IO[str]) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _holder(file: IO[str]) -> str:
+    """Who holds a lock, as it wrote itself into the file."""
+    file.seek(0)
+    try:
+        said = json.loads(file.read())
+        where = "" if said["host"] == socket.gethostname() else f" on {said['host']}"
+        return f"process {said['pid']}{where}, since {said['since']}"
+    except (ValueError, KeyError, TypeError):  # it has not written yet
+        return "it has just begun"
+
+
+def _scratch(folder: Path, resumable: bool) -> Path:
+    if not resumable:
+        return Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=PARTIAL, dir=folder.parent))
+    partial(folder).mkdir(exist_ok=True)
+    return partial(folder)
 
 
 def _files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*") if path.is_file())
 
 
-def _describe(path: Path) -> dict[str, Any]:
+def _flush(path: Path) -> None:
     with open(path, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
         os.fsync(file.fileno())
-    return {"bytes": path.stat().st_size, "sha256": digest}
 
 
-def _check(folder: Path, name: str, expected: dict[str, Any]) -> None:
-    path, remedy = folder / name, f"delete {folder} and run again"
-    if not path.is_file():
-        raise ArtifactError(f"{path} is missing: {remedy}")
-    if path.stat().st_size != expected["bytes"]:
-        raise ArtifactError(f"{path} has {path.stat().st_size} bytes instead of {expected['bytes']}: {remedy}")
-    if _describe(path)["sha256"] != expected["sha256"]:
-        raise ArtifactError(f"{path} was altered (its SHA-256 differs from the manifest's): {remedy}")
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _state(path: Path) -> list[int]:
+    seen = path.stat()
+    return [seen.st_size, seen.st_mtime_ns, seen.st_ino]
+
+
+def _noted(note: Path) -> dict[str, list[Any]]:
+    try:
+        noted = json.loads(note.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return noted if isinstance(noted, dict) else {}
 
 
 def _replace_folder(scratch: Path, folder: Path) -> None:

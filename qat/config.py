@@ -42,6 +42,28 @@ class DataSource(Enum):
     alpaca = "instruction rows, a local JSON file or a hub data set"
     chat_jsonl = "conversations, one JSON object a line"
     text = "plain text files"
+    mix = "several sources by weight, data.parts"
+
+
+class Start(Enum):
+    """What the teacher begins to write from, for selfgen."""
+
+    prompts = "answers to a list of questions"
+    tokens = "anything, after each of many first tokens: for models that are not made for chat"
+
+
+class Packing(Enum):
+    """How documents become rows of equal length."""
+
+    joined = "end to end, attention stopping where a document ends"
+    rows = "each in rows of its own, the last one padded"
+
+
+class Tail(Enum):
+    """How the probability outside the top-k is known where an older cache does not say."""
+
+    exact = "as recorded; a loss that needs more than an older cache holds is refused"
+    estimate = "estimated from the random sample of an older cache"
 
 
 class KMeansBackend(Enum):
@@ -115,19 +137,37 @@ class ModelConfig:
 
 
 @dataclass
+class DataPart:
+    """One source of a mixture; what it does not say is as `data` has it."""
+
+    source: DataSource = MISSING
+    weight: float = 1.0  # tokens of this source, relative to the others
+    path: Any = None
+    repo: str | None = None
+    revision: str | None = None
+    thinking: str | None = None
+    documents: int | None = None
+    start: Start = Start.prompts
+
+
+@dataclass
 class DataConfig:
     """The text that is cached."""
 
     name: str = MISSING
     source: DataSource = MISSING
-    path: str | None = None  # a file for alpaca, chat_jsonl and text; a prompt list for selfgen
+    path: Any = None  # a file, a glob or a list of them; for selfgen, of prompts
+    repo: str | None = None  # a hub data set, owner/name, where there is no path
+    revision: str | None = None  # of the data set: branch, tag or commit
     thinking: str = "false"  # false, true or both: the chat template's own switch
     documents: int | None = None  # at most so many documents (prompts, for selfgen); None takes all
+    start: Start = Start.prompts  # selfgen: from prompts, or from first tokens alone
     answers: int = 1  # selfgen: answers to each prompt
     answer_tokens: int = 80  # selfgen: longest answer
     greedy_tokens: int = 4  # selfgen: first tokens chosen greedily, the rest sampled
     temperature: float = 1.0  # selfgen: of the sampled tokens
     eval_fraction: float = 0.125  # share of documents held apart for evaluation
+    parts: list[DataPart] = field(default_factory=list)  # mix: the sources, each {source, weight, path, ...}
 
 
 @dataclass
@@ -164,7 +204,10 @@ class CacheConfig:
     top_k: int = 64  # most likely tokens kept at a position
     random: int = 128  # uniformly drawn tokens kept at a position
     sequences: int | None = None  # at most so many training sequences; None keeps all
+    packing: Packing = Packing.joined  # documents end to end, or each in rows of its own
     path: str | None = None  # local: an existing cache
+    tail: Tail = Tail.exact  # local: what an older cache does not know is refused or estimated
+    inspect: bool = False  # stage=cache: also show counts, examples and tail mass
 
 
 @dataclass
@@ -310,4 +353,6 @@ def as_plain(config: Any) -> Any:
         return config.name
     if hasattr(config, "__dataclass_fields__"):
         return {name: as_plain(getattr(config, name)) for name in config.__dataclass_fields__}
+    if isinstance(config, list):
+        return [as_plain(entry) for entry in config]
     return config

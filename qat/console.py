@@ -2,8 +2,8 @@
 
 import logging
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Protocol
 
 from rich.console import Console
@@ -20,6 +20,7 @@ from rich.table import Table
 log = logging.getLogger(__name__)
 
 PLAIN_SECONDS = 10.0  # between two plain progress lines
+WAITING_SECONDS = 30.0  # between two lines that say what is waited for
 
 console = Console(highlight=False, markup=False)  # brackets in a path or an answer are text
 
@@ -93,6 +94,26 @@ def _lines(what: str, total: float, unit: str) -> Iterator[Advance]:
     yield advance
 
 
+@contextmanager
+def waiting(why: str) -> Iterator[Callable[[], None]]:
+    """Says what is waited for while inside; calls to what it gives keep the time current."""
+    started = said = time.monotonic()
+    log.info("waiting: %s", why)
+
+    def still() -> None:
+        nonlocal said
+        now = time.monotonic()
+        if shown:
+            shown.update(f"waiting for {duration(now - started)}: {why}")
+        elif now - said >= WAITING_SECONDS:
+            said = now
+            log.info("waiting for %s: %s", duration(now - started), why)
+
+    shown = console.status(f"waiting: {why}") if console.is_terminal else None
+    with shown or nullcontext():
+        yield still
+
+
 def table(title: str, header: list[str], rows: list[list[str]]) -> None:
     """Prints a table, first column left, the others right."""
     shown = Table(title=title, title_justify="left", title_style="bold")
@@ -113,6 +134,15 @@ def duration(seconds: float) -> str:
     if whole < 3600:
         return f"{whole // 60} min {whole % 60:02d} s"
     return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+def size(count: float) -> str:
+    """Bytes as `12 kB`, `3.4 MB`, `16 GB`."""
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if count < 1000 or unit == "GB":
+            break
+        count /= 1000
+    return f"{count:.3g} {unit}" if count < 1000 else f"{count:,.0f} {unit}"
 
 
 def _count(number: float) -> str:

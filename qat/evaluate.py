@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from qat.cache.reader import CacheReader, Text
 from qat.console import progress
-from qat.data.sources import chat_tokens
+from qat.data.thinking import chat_tokens
 from qat.distill.loss import KD_TEMPERATURE, full_kl, topk_kl
 from qat.distill.trainer import position_chunks
 from qat.errors import NumericsError
@@ -43,29 +44,33 @@ class Metrics:
 
 @torch.inference_mode()
 def evaluate(
-    student: PreTrainedModel, teacher: PreTrainedModel, rows_NL: Tensor, top_k: int, machine: Machine
+    student: PreTrainedModel, teacher: PreTrainedModel, held_out: CacheReader | Text, top_k: int, machine: Machine
 ) -> Metrics:
-    """Compares two models on token ids [N, L].
+    """Compares two models on all positions of a split that count.
 
     Args:
         student: any of its quantized weights is computed once.
         teacher: the model it imitates.
-        rows_NL: text that training never saw.
+        held_out: text that training never saw.
         top_k: tokens that `kd_loss` looks at, those the teacher finds likeliest.
         machine: compute type and micro-batch.
 
     Raises:
         NumericsError: a figure is not finite.
     """
-    sums = torch.zeros(5, dtype=torch.float64)
-    with baked(student, machine.dtype), progress("evaluation", rows_NL.numel(), "tokens") as advance:
-        for rows in rows_NL.split(machine.micro_batch):
-            ids = rows.to(machine.device)
-            theirs, ours = (m.base_model(ids).last_hidden_state[:, :-1] for m in (teacher, student))
-            for ours_XD, theirs_XD, next_X in position_chunks(ours, (theirs, ids[:, 1:])):
+    sums, positions = torch.zeros(5, dtype=torch.float64), 0
+    tokens = held_out.rows * int(held_out.meta["length"])
+    with baked(student, machine.dtype), progress("evaluation", tokens, "tokens") as advance:
+        for rows in held_out.in_order(machine.micro_batch):
+            batch = held_out.batch(rows).to(machine.device)
+            counts = batch.loss_mask
+            theirs, ours = (
+                m.base_model(**batch.inputs()).last_hidden_state[:, :-1][counts] for m in (teacher, student)
+            )
+            for ours_XD, theirs_XD, next_X in position_chunks(ours, (theirs, batch.input_ids[:, 1:][counts])):
                 sums += _compare(student.lm_head(ours_XD).float(), teacher.lm_head(theirs_XD).float(), next_X, top_k)
-            advance(rows.numel())
-    positions = rows_NL.shape[0] * (rows_NL.shape[1] - 1)
+            positions += int(counts.sum())
+            advance(batch.input_ids.numel())
     kl, kd, nll, teacher_nll, same = (sums / positions).tolist()
     if not math.isfinite(sum((kl, kd, nll, teacher_nll))):
         raise NumericsError(f"evaluation gave kl {kl}, kd_loss {kd}, loss {nll}: the checkpoint holds NaN or infinity")

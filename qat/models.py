@@ -16,6 +16,7 @@ import torch
 import transformers
 from torch import nn
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
@@ -55,10 +56,20 @@ class ModelFolder:
 
     def load(self, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
         """The model for inference, without gradients and without a key-value cache unless asked for."""
-        model = AutoModelForCausalLM.from_pretrained(self.path, dtype=dtype, local_files_only=True)
+        model = AutoModelForCausalLM.from_pretrained(
+            self.path,
+            dtype=dtype,
+            local_files_only=True,
+            attn_implementation="sdpa",  # takes the masks of `cache.attention`
+        )
         model.config.use_cache = False
         cast(nn.Module, model).to(device)
         return model.eval().requires_grad_(False)
+
+    def vocab_size(self) -> int:
+        """Tokens that the head knows, which may be more than the tokenizer has."""
+        settings = AutoConfig.from_pretrained(self.path, local_files_only=True)
+        return int(settings.get_text_config().vocab_size)
 
 
 def linear(model: nn.Module, name: str) -> nn.Linear:

@@ -52,3 +52,29 @@ def error_by_depth(errors: dict[str, float], title: str, path: Path) -> None:
     axes.grid(axis="y", alpha=0.3)
     axes.legend(frameon=False, ncols=4, fontsize="small")
     figure.savefig(path)
+
+
+def tail_mass(tails: dict[str, list[float]], title: str, path: Path) -> None:
+    """How much probability a cache's top-k leaves out, as a PNG: a histogram over its positions.
+
+    Args:
+        tails: probability outside the top-k at each position, by split.
+        title: which cache.
+        path: where the picture goes.
+    """
+    figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
+    axes = figure.subplots()
+    edges = [10 ** (exponent / 8) for exponent in range(-40, 1)]
+    for (split, values), color in zip(tails.items(), (TRAINING, HELD_OUT), strict=False):
+        shown = [max(value, edges[0]) for value in values]
+        mean = sum(values) / len(values)
+        weights = [1 / len(values)] * len(values)
+        label = f"{split}: {len(values):,} positions, mean {mean:.4f}"
+        axes.hist(shown, edges, weights=weights, histtype="step", linewidth=1.6, color=color, label=label)
+        axes.axvline(mean, color=color, linestyle=":")
+    axes.set(xscale="log", xlabel="probability outside the top-k (the leftmost bar: less)", ylabel="share of positions")
+    axes.set_title(title, fontsize="medium")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", alpha=0.3)
+    axes.legend(frameon=False)
+    figure.savefig(path)

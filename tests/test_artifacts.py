@@ -2,7 +2,9 @@
 
 import hashlib
 import json
+import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,8 +16,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qat import artifacts
-from qat.artifacts import content_key, obtain, open_artifact, publish, read_manifest, write_json, write_text
-from qat.errors import ArtifactError
+from qat.artifacts import (
+    content_key,
+    obtain,
+    open_artifact,
+    publish,
+    read_manifest,
+    require_space,
+    write_json,
+    write_text,
+)
+from qat.errors import ArtifactError, ConfigError, MissingError
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -284,3 +295,81 @@ def test_text_is_on_disk_before_it_takes_the_name(tmp_path, monkeypatch):
     write_text(tmp_path / "x", "new")
     assert happened == ["flushed", "renamed"]
     assert (tmp_path / "x").stat().st_mode & 0o777 == 0o644
+
+
+def settle(folder):
+    """Makes the files of an artifact look as if they were written an hour ago."""
+    for path in folder.iterdir():
+        os.utime(path, (time.time() - 3600,) * 2)
+
+
+def test_unchanged_files_are_hashed_once(made, monkeypatch):
+    settle(made)
+    open_artifact(made)
+    monkeypatch.setattr(artifacts, "_sha256", lambda path: pytest.fail(f"{path} was read again"))
+    open_artifact(made)
+
+
+def test_fresh_files_are_not_trusted(made):
+    open_artifact(made)
+    assert [path for path in made.parent.iterdir() if path.suffix == ".checked"] == []
+
+
+def test_a_file_altered_after_it_was_checked_is_refused(made):
+    settle(made)
+    open_artifact(made)
+    (made / "b.bin").write_bytes(bytes(500) + b"\x01" + bytes(499))
+    with pytest.raises(ArtifactError, match="altered"):
+        open_artifact(made)
+
+
+def test_a_file_put_in_anothers_place_is_refused(made, tmp_path):
+    """Of the same size and time, but another inode."""
+    settle(made)
+    open_artifact(made)
+    other = tmp_path / "other"
+    other.write_bytes(bytes(999) + b"\x01")
+    shutil.copystat(made / "b.bin", other)
+    os.replace(other, made / "b.bin")
+    with pytest.raises(ArtifactError, match="altered"):
+        open_artifact(made)
+
+
+@pytest.mark.parametrize("note", ["", "[]", "{", '{"a.txt": [1]}', '{"a.txt": []}'])
+def test_a_damaged_note_is_no_note(made, note):
+    settle(made)
+    (made.parent / f".{made.name}.checked").write_text(note)
+    assert open_artifact(made).folder == made
+
+
+def test_resumable_artifact_goes_on_where_it_was(tmp_path):
+    def fail(folder):
+        (folder / "first").write_text("1")
+        raise OSError("no space left")
+
+    def finish(folder):
+        assert (folder / "first").read_text() == "1"
+        (folder / "second").write_text("2")
+        return {}
+
+    with pytest.raises(OSError):
+        obtain(tmp_path, "kind", "name", {}, fail, resumable=True)
+    folder = obtain(tmp_path, "kind", "name", {}, finish, resumable=True).folder
+    assert set(read_manifest(folder)["files"]) == {"first", "second"}
+    assert list((tmp_path / "kind").glob(".*.partial")) == []
+
+
+def test_resumable_artifact_of_a_wrong_configuration_leaves_nothing(tmp_path):
+    def fail(folder):
+        (folder / "first").write_text("1")
+        raise ConfigError("too little")
+
+    with pytest.raises(ConfigError):
+        obtain(tmp_path, "kind", "name", {}, fail, resumable=True)
+    assert list((tmp_path / "kind").glob(".*.partial")) == []
+
+
+def test_disk_that_is_too_small_is_told_in_numbers(tmp_path):
+    require_space(tmp_path / "not" / "there", 1, "a small thing")
+    with pytest.raises(MissingError, match=r"a large thing needs 1,000,000,000 GB in .* are free there"):
+        require_space(tmp_path, 10**18, "a large thing")

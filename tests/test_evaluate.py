@@ -19,9 +19,13 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def rows(cache):
-    reader = CacheReader(cache, "eval")
-    return reader.input_ids(reader.rows)
+def held_out(cache):
+    return CacheReader(cache, "eval")
+
+
+@pytest.fixture(scope="module")
+def rows(held_out):
+    return held_out.input_ids(held_out.rows)
 
 
 @pytest.fixture
@@ -50,32 +54,32 @@ def exactly(teacher, student, rows, top_k) -> dict[str, float]:
 
 
 @pytest.mark.parametrize(("micro_batch", "top_k"), [(1, 8), (5, 3), (64, 8)])
-def test_figures_are_those_of_the_exact_distributions(teacher, student, rows, micro_batch, top_k):
+def test_figures_are_those_of_the_exact_distributions(teacher, student, held_out, rows, micro_batch, top_k):
     model = teacher.load(torch.float32, tiny.CPU)
-    found = evaluate(student, model, rows, top_k, replace(tiny.FP32, micro_batch=micro_batch))
+    found = evaluate(student, model, held_out, top_k, replace(tiny.FP32, micro_batch=micro_batch))
     expected = exactly(teacher, student, rows, top_k)
     assert vars(found) == pytest.approx(expected, rel=1e-3)
     assert found.top1_agreement == pytest.approx(expected["top1_agreement"], abs=1e-9)
     assert found.kl > 0 and 0 < found.top1_agreement < 1 and found.perplexity > 1
 
 
-def test_the_teacher_is_its_own_best_student(teacher, rows):
+def test_the_teacher_is_its_own_best_student(teacher, held_out):
     model = teacher.load(torch.float32, tiny.CPU)
-    found = evaluate(model, model, rows, 8, tiny.FP32)
+    found = evaluate(model, model, held_out, 8, tiny.FP32)
     assert found.kl == pytest.approx(0, abs=1e-6) and found.kd_loss == pytest.approx(0, abs=1e-6)
     assert found.top1_agreement == 1 and found.perplexity == found.teacher_perplexity
 
 
-def test_the_student_is_left_unbaked(teacher, student, rows):
-    evaluate(student, teacher.load(torch.float32, tiny.CPU), rows[:2], 8, tiny.FP32)
+def test_the_student_is_left_unbaked(teacher, student, held_out):
+    evaluate(student, teacher.load(torch.float32, tiny.CPU), held_out, 8, tiny.FP32)
     assert all(module.dense is None for module in quantized(student).values())
 
 
-def test_a_student_with_nan_is_refused(teacher, student, rows):
+def test_a_student_with_nan_is_refused(teacher, student, held_out):
     with torch.no_grad():
         next(iter(quantized(student).values())).lut.fill_(float("nan"))
     with pytest.raises(NumericsError, match="NaN"):
-        evaluate(student, teacher.load(torch.float32, tiny.CPU), rows[:2], 8, tiny.FP32)
+        evaluate(student, teacher.load(torch.float32, tiny.CPU), held_out, 8, tiny.FP32)
 
 
 def test_an_answer_is_the_likeliest_token_one_after_the_other(teacher):

@@ -101,9 +101,9 @@ class Shop:
         return done
 
     def artifacts(self):
-        """Every file of every artifact, with the moment it was written."""
+        """Every file of every artifact, with the moment it was written; notes of what was checked are none."""
         files = (self.outputs / "artifacts").rglob("*")
-        return {path: path.stat().st_mtime_ns for path in files if path.is_file()}
+        return {path: path.stat().st_mtime_ns for path in files if path.is_file() and path.suffix != ".checked"}
 
 
 @pytest.fixture(scope="module")
@@ -256,6 +256,38 @@ def test_cache_alone(first, shop):
     assert (done.result["status"], done.result["stage"]) == ("complete", "cache")
     assert done.result["paths"]["cache"] == first.result["paths"]["cache"]
     assert not (done.folder / "checkpoints").exists()
+
+
+def test_cache_can_be_looked_at(first, shop):
+    done = shop.tiny("stage=cache", "cache.inspect=true")
+    assert (done.folder / "tail.png").read_bytes().startswith(b"\x89PNG")
+    for part in ("the teacher expects", "share of positions that count", "bytes a position"):
+        assert part in done.out
+    shown = done.result["cache"]
+    assert shown["train"]["sequences"] > shown["eval"]["sequences"] > 0 and 0 < shown["tail_mean"] < 1
+
+
+def test_cache_by_path_is_the_cache(first, shop, conversion):
+    by_path = ["cache=local", f"cache.path={first.result['paths']['cache']}"]
+    done = shop.tiny("stage=distill", f"checkpoint={conversion}", *by_path)
+    assert done.result["metrics"]["kd_loss_final"] == pytest.approx(first.result["metrics"]["kd_loss_final"], rel=1e-4)
+
+
+def test_older_cache_trains_where_it_lies_and_can_be_imported(first, shop, conversion, tmp_path):
+    draw = torch.Generator().manual_seed(0)
+    for index in range(3):
+        ids = torch.randint(512, (8, 16), generator=draw).int()
+        logits, best = torch.randn(8, 15, 512, generator=draw).topk(8)
+        shard = {"input_ids": ids, "topk_idx": best.int(), "topk_logits": logits.half()}
+        torch.save(shard, tmp_path / f"shard_{index:05d}.pt")
+    older, start = ["cache=local", f"cache.path={tmp_path}"], f"checkpoint={conversion}"
+    done = shop.tiny("stage=distill", start, "loss=topk_kl", *older)
+    refused = shop.launch("+debug=tiny", "stage=distill", start, *older)
+    assert refused.code == 2 and "use loss=topk_kl" in refused.err
+    imported = shop.tiny("stage=cache", "cache.inspect=true", *older).result["paths"]["cache"]
+    again = shop.tiny("stage=distill", start, "loss=topk_kl", "cache=local", f"cache.path={imported}")
+    for key in ("kd_loss_initial", "kd_loss_final"):
+        assert again.result["metrics"][key] == pytest.approx(done.result["metrics"][key], rel=1e-4)
 
 
 def test_conversion_alone(first, shop):

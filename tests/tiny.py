@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from qat import checkpoints, models
 from qat.artifacts import Artifact
-from qat.cache.reader import CacheReader
+from qat.cache.reader import CacheReader, Text
 from qat.cache.writer import obtain_cache
 from qat.config import (
     CacheConfig,
@@ -41,9 +41,9 @@ def teacher_in(folder: Path) -> ModelFolder:
 
 
 def cache_of(teacher: ModelFolder, folder: Path) -> Artifact:
-    """48 training and 12 evaluation sequences of 32 tokens, top-8, in fp32."""
+    """Some rows of 32 tokens, top-8, in fp32; every document fills two, so no row holds two documents."""
     draw = random.Random(0)
-    paragraphs = [" ".join("".join(draw.choices("abcdefg", k=5)) for _ in range(10)) for _ in range(64)]
+    paragraphs = [" ".join("".join(draw.choices("abcdefg", k=5)) for _ in range(11))[:63] for _ in range(64)]
     (folder / "text.txt").write_text("\n\n".join(paragraphs))
     data = DataConfig(name="text", source=DataSource.text, path=str(folder / "text.txt"), eval_fraction=0.25)
     documents = obtain_documents(data, teacher, 0, FP32, folder)
@@ -56,7 +56,7 @@ def tables_of(
 ) -> dict[str, tuple[Layer, QuantLinear, dict[str, float]]]:
     """Every layer of a model with its quantized form and the errors that `convert` reports."""
     layers = select(model, QUANT)
-    moments, settings = gather(model, layers, rows, 8), ConvertConfig(rounds=2, sweeps=0)
+    moments, settings = gather(model, layers, Text(rows).batches(8)), ConvertConfig(rounds=2, sweeps=0)
     made = quantize(
         layers, lambda name: models.linear(model, name).weight, moments, settings, KMeansConfig("", backend), CPU
     )

@@ -1,23 +1,40 @@
 """The layout of a cache, which writer and reader agree on.
 
 A cache is an artifact folder: `meta.json` and, for each split, safetensors shards of up to
-`shard_rows` sequences (meta.json says how many) with
+`shard_rows` rows (meta.json says how many) with
 
-    input_ids        [N, L]       int32
-    topk_ids         [N, L-1, K]  int32     most likely next tokens, descending
-    topk_logprobs    [N, L-1, K]  float16   log-probabilities of the full softmax at T = 1
-    random_logprobs  [N, L-1, R]  float16   the same of R tokens drawn uniformly from the vocabulary
+    input_ids        [N, L]        int32
+    document_starts  [N, L]        uint8     1 where a document begins, also one that goes on from another row
+    loss_mask        [N, L-1]      uint8     1 where the position counts
+    topk_ids         [N, L-1, K]   uint16    low 16 bits of the most likely next tokens, descending
+    topk_ids_high    [N, L-1, H]   uint8     their other bits, where the vocabulary has more than 65,536 tokens
+    topk_logprobs    [N, L-1, K]   float16   log-probabilities of the full softmax at T = 1
+    random_logprobs  [N, L-1, R]   float16   the same of R tokens drawn uniformly from the vocabulary
 
-Position p predicts token p + 1. What the top-k leaves out is the tail, 1 - Σ exp(topk_logprobs); the
-random sample ("R" in the name) is an unbiased look into it. Its ids are not stored: `random_ids`
+Position p predicts token p + 1. It does not count where that token is padding or begins another
+document. What the top-k leaves out is the tail, 1 - Σ exp(topk_logprobs); the random sample ("R" in the
+name, "samples" in older logs) is an unbiased look into it. Its ids are not stored: `random_ids`
 draws them again from the cache's seed.
+
+The high bits take 1, 2, 4 or 8 bits a token, the least that hold the vocabulary: id k of a position is
+in byte `k // n`, n tokens a byte, from the lowest bits up; H = ⌈K / n⌉.
 """
 
-import torch
+import os
+from pathlib import Path
+from typing import Any
 
-FORMAT_VERSION = 1
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from qat.artifacts import sync_folder
+
+FORMAT_VERSION = 2
 META = "meta.json"
-SHARD_ROWS = 512
+SHARD_ROWS = 1024
+READ = ("input_ids", "document_starts", "loss_mask", "topk_ids", "topk_ids_high", "topk_logprobs")
+LOW_BITS = 16
 
 
 def shard_name(split: str, index: int) -> str:
@@ -25,15 +42,86 @@ def shard_name(split: str, index: int) -> str:
     return f"{split}-{index:05d}.safetensors"
 
 
-def random_ids(seed: int, split: str, shard: int, shape: tuple[int, int, int], vocab_size: int) -> torch.Tensor:
+def high_bits(vocab_size: int) -> int:
+    """Bits of a token id above the lowest 16, as they are stored: 0, 1, 2, 4 or 8."""
+    needed = (vocab_size - 1).bit_length() - LOW_BITS
+    return next(bits for bits in (0, 1, 2, 4, 8) if bits >= needed)
+
+
+def encode_ids(ids: Tensor, vocab_size: int) -> dict[str, Tensor]:
+    """The stored form of token ids [..., K]: `topk_ids` and, for a large vocabulary, `topk_ids_high`."""
+    ids = ids.int()
+    stored = {"topk_ids": (ids & 0xFFFF).to(torch.uint16)}
+    bits = high_bits(vocab_size)
+    if bits:
+        a_byte = 8 // bits
+        high = torch.nn.functional.pad(ids >> LOW_BITS, (0, -ids.shape[-1] % a_byte)).unflatten(-1, (-1, a_byte))
+        stored["topk_ids_high"] = (high << _shifts(bits, ids)).sum(-1).to(torch.uint8)
+    return stored
+
+
+def decode_ids(low: Tensor, high: Tensor | None, vocab_size: int) -> Tensor:
+    """Token ids [..., K] int64 of what `encode_ids` stored."""
+    ids = low.long()
+    if high is None:
+        return ids
+    bits = high_bits(vocab_size)
+    above = (high.long().unsqueeze(-1) >> _shifts(bits, high)) & ((1 << bits) - 1)
+    return ids + (above.flatten(-2)[..., : ids.shape[-1]] << LOW_BITS)
+
+
+def layout(meta: dict[str, Any]) -> dict[str, tuple[str, list[int]]]:
+    """Type, as safetensors writes it, and shape without the rows of every tensor of a cache's shards."""
+    length, top_k, random = meta["length"], meta["top_k"], meta["random"]
+    bits = high_bits(meta["vocab_size"])
+    found = {
+        "input_ids": ("I32", [length]),
+        "document_starts": ("U8", [length]),
+        "loss_mask": ("U8", [length - 1]),
+        "topk_ids": ("U16", [length - 1, top_k]),
+        "topk_logprobs": ("F16", [length - 1, top_k]),
+        "random_logprobs": ("F16", [length - 1, random]),
+    }
+    if bits:
+        found["topk_ids_high"] = ("U8", [length - 1, -(-top_k * bits // 8)])
+    return found
+
+
+def bytes_a_row(meta: dict[str, Any]) -> int:
+    """Bytes of one row in a shard."""
+    width = {"U8": 1, "U16": 2, "F16": 2, "I32": 4}
+    return sum(width[kind] * torch.Size(shape).numel() for kind, shape in layout(meta).values())
+
+
+def write_shard(folder: Path, name: str, tensors: dict[str, Tensor], key: str) -> None:
+    """Publishes one shard of the cache with this key: its file is whole and on disk, or is not there."""
+    scratch = folder / f".{name}.tmp"
+    whole = {field: tensor.contiguous() for field, tensor in tensors.items()}
+    save_file(whole, scratch, metadata={"shard": f"{key}/{name}"})  # several would come in any order
+    with open(scratch, "rb") as file:
+        os.fsync(file.fileno())
+    os.replace(scratch, folder / name)
+    sync_folder(folder)
+
+
+def random_ids(seed: int, split: str, shard: int, shape: tuple[int, int, int], vocab_size: int) -> Tensor:
     """Token ids [N, L-1, R] int64 of the random sample of one shard, the same on every machine."""
     return torch.randint(vocab_size, shape, generator=generator(seed, (shard << 1) + (split == "eval")))
 
 
 def generator(seed: int, number: int) -> torch.Generator:
-    """One generator for each number below a seed.
+    """One generator for each number below a seed."""
+    return torch.Generator().manual_seed(mixed(seed, number))
+
+
+def mixed(seed: int, number: int) -> int:
+    """A seed of 32 bits for each number below another.
 
     torch reads the low 32 bits of a seed alone, so the two are mixed there; the factor is odd, so no
-    two seeds of 32 bits share their first generator.
+    two seeds of 32 bits share their first one.
     """
-    return torch.Generator().manual_seed((seed * 0x9E3779B9 + number) % 2**32)
+    return (seed * 0x9E3779B9 + number) % 2**32
+
+
+def _shifts(bits: int, like: Tensor) -> Tensor:
+    return torch.arange(0, 8, bits, device=like.device)

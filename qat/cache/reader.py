@@ -1,31 +1,105 @@
-"""Reads a cache in batches, memory-mapped, in an order that a seed decides."""
+"""Reads a cache in batches, in an order that a seed decides, ahead of whoever trains on them."""
 
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Protocol
 
 import torch
-from safetensors import safe_open
+from torch import Tensor
 
 from qat.artifacts import Artifact
-from qat.cache.format import FORMAT_VERSION, generator, shard_name
+from qat.cache import attention, older, order
+from qat.cache.format import FORMAT_VERSION, decode_ids
+from qat.cache.shards import Shards
+from qat.config import Packing
 from qat.errors import ArtifactError
+
+AHEAD = 4  # batches read before they are asked for
+
+
+class Source(Protocol):
+    """Rows of one split, wherever they come from."""
+
+    rows: int
+
+    def read(self, rows: Tensor, pinned: bool = False) -> dict[str, Tensor]:
+        """The tensors of `format.READ` of these rows."""
+
+    def input_ids(self, rows: Tensor) -> Tensor:
+        """Token ids [B, L] alone."""
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Some sequences with what the teacher says of them; shapes as in `format`, ids int64, floats fp32."""
+    """Some rows with what the teacher says of them, held as they are stored and decoded where they are used.
 
-    input_ids: torch.Tensor
-    topk_ids: torch.Tensor
-    topk_logprobs: torch.Tensor
+    Attributes:
+        stored: the tensors of `format`, without the random sample.
+        vocab_size: tokens of the teacher.
+        joined: rows hold several documents.
+    """
+
+    stored: dict[str, Tensor]
+    vocab_size: int
+    joined: bool
+
+    @cached_property
+    def input_ids(self) -> Tensor:
+        """Token ids [B, L] int64."""
+        return self.stored["input_ids"].long()
+
+    @cached_property
+    def topk_ids(self) -> Tensor:
+        """The teacher's most likely next tokens [B, L-1, K] int64."""
+        return decode_ids(self.stored["topk_ids"], self.stored.get("topk_ids_high"), self.vocab_size)
+
+    @cached_property
+    def topk_logprobs(self) -> Tensor:
+        """Their log-probabilities [B, L-1, K] fp32."""
+        return self.stored["topk_logprobs"].float()
+
+    @cached_property
+    def loss_mask(self) -> Tensor:
+        """True [B, L-1] where the position counts."""
+        return self.stored["loss_mask"].bool()
+
+    def inputs(self) -> dict[str, Tensor]:
+        """Keyword arguments of a model's forward pass, `model.base_model(**batch.inputs())`."""
+        return attention.inputs(self.input_ids, self.stored["document_starts"] if self.joined else None)
 
     def to(self, device: torch.device) -> "Batch":
-        """The same batch on a device."""
-        return Batch(self.input_ids.to(device), self.topk_ids.to(device), self.topk_logprobs.to(device))
+        """The same batch on a device; from pinned memory the copy runs beside what the GPU does."""
+        moved = {name: tensor.to(device, non_blocking=True) for name, tensor in self.stored.items()}
+        return Batch(moved, self.vocab_size, self.joined)
 
     def split(self, rows: int) -> list["Batch"]:
         """Micro-batches of at most `rows` sequences."""
-        parts = (self.input_ids.split(rows), self.topk_ids.split(rows), self.topk_logprobs.split(rows))
-        return [Batch(*part) for part in zip(*parts, strict=True)]
+        parts = zip(*(tensor.split(rows) for tensor in self.stored.values()), strict=True)
+        return [Batch(dict(zip(self.stored, part, strict=True)), self.vocab_size, self.joined) for part in parts]
+
+
+class Text:
+    """Token ids [N, L] of which nothing is cached, read like a split: every row is a document of its own."""
+
+    def __init__(self, ids_NL: Tensor) -> None:
+        self._ids = ids_NL
+        self.rows, self.meta = len(ids_NL), {"length": ids_NL.shape[1]}
+
+    def batch(self, rows: Tensor) -> Batch:
+        """The rows with these numbers [B]."""
+        ids = self._ids[rows]
+        return Batch({"input_ids": ids, "loss_mask": torch.ones(ids[:, 1:].shape, dtype=torch.uint8)}, 0, False)
+
+    def in_order(self, size: int) -> list[Tensor]:
+        """All row numbers as batches of at most `size`."""
+        return list(torch.arange(self.rows).split(size))
+
+    def batches(self, size: int) -> list[Batch]:
+        """All rows, at most `size` at a time."""
+        return [self.batch(rows) for rows in self.in_order(size)]
 
 
 class CacheReader:
@@ -37,51 +111,55 @@ class CacheReader:
     """
 
     def __init__(self, cache: Artifact, split: str) -> None:
-        """Opens the shards without reading them.
+        """Looks at every shard's header, without reading the shards.
 
         Raises:
-            ArtifactError: the cache is of another format version.
+            ArtifactError: the cache is of another format version, or a shard is not its own.
         """
-        self.meta = cache.manifest
-        if self.meta["format"] != FORMAT_VERSION:
-            raise ArtifactError(
-                f"{cache.folder} has cache format {self.meta['format']}, this version reads {FORMAT_VERSION}: delete it"
-            )
-        self.rows = int(self.meta["sequences"][split])
-        self._shard_rows = int(self.meta["shard_rows"])
-        shards = -(-self.rows // self._shard_rows)
-        self._shards = [safe_open(cache.folder / shard_name(split, i), "pt") for i in range(shards)]
+        self.meta: dict[str, Any] = cache.manifest
+        self._source = _open(cache, split)
+        self.rows = self._source.rows
 
-    def batch(self, rows: torch.Tensor) -> Batch:
+    def batch(self, rows: Tensor, pinned: bool = False) -> Batch:
         """The sequences with these numbers [B], in this order."""
-        return Batch(
-            self._gather("input_ids", rows).long(),
-            self._gather("topk_ids", rows).long(),
-            self._gather("topk_logprobs", rows).float(),
-        )
+        stored = self._source.read(rows, pinned)
+        return Batch(stored, int(self.meta["vocab_size"]), self.meta["packing"] == Packing.joined.name)
 
-    def input_ids(self, count: int) -> torch.Tensor:
+    def stream(self, order: Iterable[Tensor], device: torch.device) -> Iterator[Batch]:
+        """The batches of these row numbers, read ahead by a thread; into pinned memory for a GPU."""
+        pinned = device.type == "cuda"
+        waiting: deque[Future[Batch]] = deque()
+        with ThreadPoolExecutor(1, thread_name_prefix="cache") as pool:
+            try:
+                for rows in order:
+                    waiting.append(pool.submit(self.batch, rows, pinned))
+                    if len(waiting) > AHEAD:
+                        yield waiting.popleft().result()
+                while waiting:
+                    yield waiting.popleft().result()
+            finally:
+                pool.shutdown(cancel_futures=True)
+
+    def input_ids(self, count: int) -> Tensor:
         """Token ids [min(count, rows), L] int64 of the first sequences."""
-        return self._gather("input_ids", torch.arange(min(count, self.rows))).long()
+        rows = torch.arange(min(count, self.rows))
+        return self._source.input_ids(rows).long()
 
-    def in_order(self, size: int) -> list[torch.Tensor]:
+    def in_order(self, size: int) -> list[Tensor]:
         """All row numbers, in file order, as batches of at most `size`."""
         return list(torch.arange(self.rows).split(size))
 
-    def training_rows(self, step: int, size: int, seed: int) -> torch.Tensor:
-        """Row numbers [size] of training step `step` (from 0).
+    def training_rows(self, step: int, size: int, seed: int) -> Tensor:
+        """Row numbers [size] of training step `step` (from 0), which depend on nothing else."""
+        return order.training_rows(self.rows, step, size, seed)
 
-        The rows of all steps, joined, are one seeded permutation of the split after another. Any step
-        can be asked for directly, so a resumed run needs to remember its step and nothing else.
-        """
-        places = torch.arange(step * size, (step + 1) * size)
-        epochs = places // self.rows
-        orders = {int(epoch): self._permutation(seed, int(epoch)) for epoch in epochs.unique()}
-        return torch.stack([orders[int(e)][int(p)] for e, p in zip(epochs, places % self.rows, strict=True)])
 
-    def _permutation(self, seed: int, epoch: int) -> torch.Tensor:
-        return torch.randperm(self.rows, generator=generator(seed, epoch))
-
-    def _gather(self, name: str, rows: torch.Tensor) -> torch.Tensor:
-        slices = [shard.get_slice(name) for shard in self._shards]
-        return torch.stack([slices[row // self._shard_rows][row % self._shard_rows] for row in rows.tolist()])
+def _open(cache: Artifact, split: str) -> Source:
+    found = cache.manifest.get("format")
+    if found == older.FORMAT:
+        return older.OlderShards(cache, split)
+    if found != FORMAT_VERSION:
+        raise ArtifactError(
+            f"{cache.folder} has cache format {found}, this version reads {FORMAT_VERSION}: delete it and run again"
+        )
+    return Shards(cache.folder, cache.manifest, split)

@@ -1,22 +1,73 @@
-"""Runs the teacher over packed sequences and records what it says."""
+"""Runs the teacher over packed rows and records what it says.
 
-from collections.abc import Iterator
+Shard by shard: while the GPU computes the next one, a thread copies the last one over and writes it.
+Nothing in a shard depends on its neighbours or on when it was made, so a cache that was interrupted
+and taken up again is the same, byte for byte.
+"""
+
+import hashlib
+import json
+import logging
+from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from torch import Tensor
 from transformers import PreTrainedModel
 
-from qat.artifacts import Artifact, obtain, write_json
-from qat.cache.format import FORMAT_VERSION, META, SHARD_ROWS, random_ids, shard_name
-from qat.config import CacheConfig
+from qat.artifacts import (
+    Artifact,
+    content_key,
+    hashed,
+    obtain,
+    open_artifact,
+    partial,
+    place,
+    require_space,
+    write_json,
+)
+from qat.cache.attention import inputs
+from qat.cache.crew import CALL, Crew
+from qat.cache.format import (
+    FORMAT_VERSION,
+    META,
+    SHARD_ROWS,
+    bytes_a_row,
+    encode_ids,
+    random_ids,
+    shard_name,
+    write_shard,
+)
+from qat.cache.topk import outputs
+from qat.config import CacheConfig, Packing
 from qat.console import Advance, progress
 from qat.data.documents import SPLITS, read_documents
-from qat.data.packing import pack
+from qat.data.packing import Rows, pack
 from qat.errors import ConfigError, NumericsError
 from qat.machine import Machine
 from qat.models import ModelFolder
+
+log = logging.getLogger(__name__)
+
+MADE_WITH = ".made_with.json"
+POSITIONS = {"cpu": 32, "cuda": 2048}  # whose fp32 log-probabilities exist at one time: few stay in a CPU's cache
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One shard to write: its file's name, what it is a part of, and its rows."""
+
+    split: str
+    index: int
+    rows: Rows
+
+    @property
+    def name(self) -> str:
+        """Its file."""
+        return shard_name(self.split, self.index)
 
 
 def obtain_cache(
@@ -31,104 +82,196 @@ def obtain_cache(
     """The teacher's outputs on these documents, as an artifact.
 
     Raises:
-        ConfigError: a split has too little text for one sequence.
+        ConfigError: a split has too little text for one row.
+        MissingError: the disk is too small.
         NumericsError: the teacher's output is not finite.
     """
-
-    def make(folder: Path) -> dict[str, Any]:
-        rows = {split: _rows(cache, documents, split) for split in SPLITS}
-        meta: dict[str, Any] = {
-            "format": FORMAT_VERSION,
-            "teacher": {"name": teacher.name, "fingerprint": teacher.fingerprint},
-            "documents": documents.key,
-            "length": cache.length,
-            "top_k": cache.top_k,
-            "random": cache.random,
-            "seed": seed,
-            "shard_rows": SHARD_ROWS,
-            "sequences": {split: len(ids) for split, ids in rows.items()},
-        }
-        model = teacher.load(machine.dtype, machine.device)
-        meta["vocab_size"] = model.config.vocab_size
-        tokens = sum(ids.numel() for ids in rows.values())
-        with progress("teacher outputs", tokens, "tokens") as advance:
-            for split, ids in rows.items():
-                for index, shard in enumerate(ids.split(SHARD_ROWS)):
-                    sample = random_ids(
-                        seed, split, index, (len(shard), cache.length - 1, cache.random), meta["vocab_size"]
-                    )
-                    save_file(
-                        _record(model, shard, sample, cache, machine, advance),
-                        folder / shard_name(split, index),
-                    )
-        write_json(folder / META, meta)
-        return meta
-
-    inputs = {
+    key = {
         "format": FORMAT_VERSION,
         "teacher": teacher.fingerprint,
         "documents": documents.key,
         "length": cache.length,
         "top_k": cache.top_k,
         "random": cache.random,
+        "packing": cache.packing.name,
         "sequences": cache.sequences,
         "seed": seed,
     }
     full_name = f"{name}_L{cache.length}_K{cache.top_k}_R{cache.random}"
-    return obtain(artifacts, "caches", full_name, inputs, make)
+    folder, crew = place(artifacts, "caches", full_name, key), Crew.here()
+
+    def make(scratch: Path) -> dict[str, Any]:
+        """What the first process, most often the only one, does with the lock in its hand."""
+        meta, shards = _plan(cache, documents, teacher, seed)
+        _prepare(scratch, meta, shards, _made_with(machine))
+        crew.call(scratch)
+        _record(meta, shards, content_key(key), teacher, machine, crew, scratch)
+        crew.wait(lambda: all((scratch / shard.name).exists() for shard in shards), "the other processes write shards")
+        for note in (MADE_WITH, CALL):
+            (scratch / note).unlink(missing_ok=True)
+        checksums = hashed([scratch / shard.name for shard in shards])
+        described = {shard.name: digest for shard, digest in zip(shards, checksums, strict=True)}
+        write_json(scratch / META, meta | {"checksums": described})
+        return meta
+
+    if crew.rank > 0:
+        return _help(folder, cache, documents, content_key(key), teacher, seed, machine, crew)
+    return obtain(artifacts, "caches", full_name, key, make, resumable=True)
 
 
-def _rows(cache: CacheConfig, documents: Artifact, split: str) -> torch.Tensor:
-    rows = pack(read_documents(documents, split), cache.length)
+def _help(
+    folder: Path,
+    cache: CacheConfig,
+    documents: Artifact,
+    key: str,
+    teacher: ModelFolder,
+    seed: int,
+    machine: Machine,
+    crew: Crew,
+) -> Artifact:
+    """Writes this process's shards into the folder that the first one prepares."""
+    scratch = partial(folder)
+    crew.wait(lambda: folder.exists() or crew.called(scratch), f"the first process prepares {folder}")
+    if not folder.exists():
+        meta, shards = _plan(cache, documents, teacher, seed)
+        _record(meta, shards, key, teacher, machine, crew, scratch, folder)
+    crew.wait(folder.exists, f"the first process publishes {folder}")
+    return open_artifact(folder)
+
+
+def _plan(
+    cache: CacheConfig, documents: Artifact, teacher: ModelFolder, seed: int
+) -> tuple[dict[str, Any], list[Shard]]:
+    """What the cache will say of itself, and its shards."""
+    tokenizer = teacher.tokenizer()
+    pad = int(tokenizer.pad_token_id)
+    rows = {split: _rows(cache, documents, split, pad) for split in SPLITS}
+    meta = {
+        "format": FORMAT_VERSION,
+        "teacher": {"name": teacher.name, "fingerprint": teacher.fingerprint},
+        "tokenizer_sha256": _sha256(tokenizer.backend_tokenizer.to_str()),
+        "template_sha256": _sha256(str(tokenizer.chat_template)),
+        "vocab_size": teacher.vocab_size(),
+        "documents": documents.key,
+        "data": documents.manifest["inputs"],
+        "length": cache.length,
+        "top_k": cache.top_k,
+        "random": cache.random,
+        "packing": cache.packing.name,
+        "tail": "exact",
+        "seed": seed,
+        "shard_rows": SHARD_ROWS,
+        "sequences": {split: len(found) for split, found in rows.items()},
+        "positions": {split: int(found.loss_mask.sum()) for split, found in rows.items()},
+        "document_starts": {split: int(found.document_starts.sum()) for split, found in rows.items()},
+    }
+    split_rows = [(split, index, part) for split in SPLITS for index, part in enumerate(rows[split].split(SHARD_ROWS))]
+    return meta, [Shard(*entry) for entry in split_rows]
+
+
+def _rows(cache: CacheConfig, documents: Artifact, split: str, pad: int) -> Rows:
+    rows = pack(read_documents(documents, split), cache.length, cache.packing, pad)
     if not len(rows):
         raise ConfigError(
             f"the {split} split has less text than one sequence of cache.length={cache.length} tokens:"
             " give more text or shorten the sequences"
         )
-    return rows[: cache.sequences] if split == "train" else rows
+    return rows.first(cache.sequences) if split == "train" else rows
+
+
+def _made_with(machine: Machine) -> dict[str, Any]:
+    """What decides the last bits of the outputs: half a cache of one kind and half of another is none."""
+    return {"machine": machine.describe(), "rows_at_once": machine.micro_batch, "torch": torch.__version__}
+
+
+def _prepare(scratch: Path, meta: dict[str, Any], shards: list[Shard], made_with: dict[str, Any]) -> None:
+    """Keeps whole shards that were made in the same way, and looks for space for the rest."""
+    note = scratch / MADE_WITH
+    kept = [shard for shard in shards if (scratch / shard.name).exists()]
+    if kept and not (note.exists() and json.loads(note.read_text(encoding="utf-8")) == made_with):
+        log.info("%s was begun on another machine or with other settings of it: starting over", scratch)
+        kept = []
+    names = {shard.name for shard in kept}
+    for path in scratch.iterdir():
+        if path.name not in names:
+            path.unlink()
+    if kept:
+        log.info("going on with %d of %d shards that are there already", len(kept), len(shards))
+    missing = sum(len(shard.rows) for shard in shards if shard.name not in names)
+    require_space(scratch, missing * bytes_a_row(meta), f"the cache of {sum(len(s.rows) for s in shards):,} rows")
+    write_json(note, made_with)
 
 
 def _record(
-    model: PreTrainedModel,
-    rows: torch.Tensor,
-    sample: torch.Tensor,
-    cache: CacheConfig,
+    meta: dict[str, Any],
+    shards: list[Shard],
+    key: str,
+    teacher: ModelFolder,
     machine: Machine,
-    advance: Advance,
-) -> dict[str, torch.Tensor]:
-    """One shard: the tensors of `format`, computed a micro-batch at a time."""
-    parts = list(_micro_batches(model, rows, sample, cache, machine, advance))
-    tensors = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
-    return {"input_ids": rows.contiguous(), **tensors}
+    crew: Crew,
+    scratch: Path,
+    published: Path | None = None,
+) -> None:
+    """Writes those of this process's shards that are missing in `scratch`, unless it was published meanwhile."""
+    mine = [shard for number, shard in enumerate(shards) if crew.takes(number)]
+    todo = [s for s in mine if not (scratch / s.name).exists() and not (published and published.exists())]
+    if not todo:
+        return
+    device = crew.device(machine.device)
+    model = teacher.load(machine.dtype, device)
+    tokens = sum(shard.rows.input_ids.numel() for shard in todo)
+    before: Future[None] | None = None
+    with (
+        progress("teacher outputs", tokens, "tokens") as advance,
+        ThreadPoolExecutor(1) as writer,
+    ):
+        for shard in todo:
+            kept = record(model, shard, meta, machine.micro_batch, advance)
+            if before is not None:
+                before.result()
+            before = writer.submit(_write, shard, kept, meta["vocab_size"], key, scratch)
+    if before is not None:
+        before.result()
 
 
-def _micro_batches(
-    model: PreTrainedModel,
-    rows: torch.Tensor,
-    sample: torch.Tensor,
-    cache: CacheConfig,
-    machine: Machine,
-    advance: Advance,
-) -> Iterator[dict[str, torch.Tensor]]:
-    for ids, drawn in zip(rows.split(machine.micro_batch), sample.split(machine.micro_batch), strict=True):
-        with torch.inference_mode():
-            logits = model(ids.to(machine.device)).logits[:, :-1]
-            yield outputs(logits, drawn.to(machine.device), cache.top_k)
+@torch.inference_mode()
+def record(
+    model: PreTrainedModel, shard: Shard, meta: dict[str, Any], micro_batch: int, advance: Advance
+) -> dict[str, Tensor]:
+    """What is kept of the teacher's outputs on one shard, on the model's device, each [N·(L-1), …]."""
+    rows, length, joined = shard.rows, meta["length"], meta["packing"] == Packing.joined.name
+    shape = (len(rows), length - 1, meta["random"])
+    drawn = random_ids(meta["seed"], shard.split, shard.index, shape, meta["vocab_size"]).int()
+    parts: list[dict[str, Tensor]] = []
+    for piece, sample in zip(rows.split(micro_batch), drawn.split(micro_batch), strict=True):
+        ids = piece.input_ids.to(model.device).long()
+        starts = piece.document_starts.to(model.device) if joined else None
+        hidden = model.base_model(**inputs(ids, starts)).last_hidden_state[:, :-1].flatten(0, 1)
+        parts += _outputs(model, hidden, sample.flatten(0, 1).to(model.device).long(), meta["top_k"])
         advance(ids.numel())
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
-def outputs(logits: torch.Tensor, sample: torch.Tensor, top_k: int) -> dict[str, torch.Tensor]:
-    """What the cache keeps of logits [B, P, V] and drawn ids [B, P, R], on the CPU.
+def _outputs(model: PreTrainedModel, hidden_XD: Tensor, sample_XR: Tensor, top_k: int) -> Iterable[dict[str, Tensor]]:
+    """The head and what is kept of it, a few positions at a time."""
+    size = POSITIONS.get(hidden_XD.device.type, POSITIONS["cpu"])
+    for hidden, sample in zip(hidden_XD.split(size), sample_XR.split(size), strict=True):
+        yield outputs(model.lm_head(hidden), sample, top_k)
 
-    Raises:
-        NumericsError: a logit is NaN or infinite.
-    """
-    top, ids = logits.topk(top_k, dim=-1)
-    log_sum = torch.logsumexp(logits.float(), dim=-1, keepdim=True)
-    if not torch.isfinite(log_sum).all():
-        raise NumericsError("the teacher's logits hold NaN or infinity: try instance.precision=fp32")
-    return {
-        "topk_ids": ids.int().cpu(),
-        "topk_logprobs": (top.float() - log_sum).half().cpu(),
-        "random_logprobs": (logits.gather(-1, sample).float() - log_sum).half().cpu(),
+
+def _write(shard: Shard, kept: dict[str, Tensor], vocab_size: int, key: str, folder: Path) -> None:
+    """Copies what was kept of a shard from the device and publishes it."""
+    stored = encode_ids(kept["ids"], vocab_size)
+    stored |= {name: kept[name] for name in ("topk_logprobs", "random_logprobs")}
+    positions = shard.rows.loss_mask.shape[1]
+    tensors = {
+        name: tensor.cpu().reshape(len(shard.rows), positions, tensor.shape[-1]) for name, tensor in stored.items()
     }
+    if not torch.isfinite(tensors["topk_logprobs"]).all():
+        raise NumericsError("the teacher's logits hold NaN or infinity: try instance.precision=fp32")
+    tensors |= {name: getattr(shard.rows, name) for name in ("input_ids", "document_starts", "loss_mask")}
+    write_shard(folder, shard.name, tensors, key)
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()

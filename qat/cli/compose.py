@@ -98,6 +98,8 @@ def typed(composed: DictConfig) -> Config:
         raise ConfigError(explain(error)) from error
     assert isinstance(config, Config)
     config.data.thinking = config.data.thinking.lower()  # YAML's and Hydra's false arrives as "False"
+    for part in config.data.parts:
+        part.thinking = part.thinking and part.thinking.lower()
     return config
 
 

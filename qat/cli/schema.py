@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields, is_dataclass
 from enum import Enum
 from functools import cache
 from types import NoneType
-from typing import Any, get_args, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
 from hydra.core.config_store import ConfigStore
 
@@ -43,6 +43,7 @@ class Key:
         if issubclass(self.type, Enum):
             return "one of " + ", ".join(choice.name for choice in self.type)
         words = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+        words |= {list: "a list", Any: "text or a list of texts"}
         return words.get(self.type, "a section of keys")
 
 
@@ -79,7 +80,9 @@ def _walk(section: type, prefix: str) -> Iterator[Key]:
 
 
 def _required(hint: Any) -> type:
-    """`int` for `int | None`."""
+    """`int` for `int | None`, `list` for a list of anything."""
+    if get_origin(hint) is list:
+        return list
     return next((part for part in get_args(hint) if part is not NoneType), hint)
 
 

@@ -2,10 +2,9 @@
 
 from collections.abc import Iterator
 
-from qat.config import Config, DataSource, Stage, StoreKind
+from qat.config import Config, Stage, StoreKind
 from qat.errors import UnavailableError
 
-USES_CACHE = (Stage.run, Stage.cache, Stage.convert, Stage.distill, Stage.evaluate)
 USES_CHECKPOINT = (Stage.run, Stage.convert, Stage.distill, Stage.evaluate, Stage.chat)
 
 
@@ -27,19 +26,8 @@ def missing(config: Config) -> Iterator[str]:
         yield "stage=report is not built yet; each run's result.json, loss.png and samples.md are in its folder"
     if config.store.kind is not StoreKind.local:
         yield f"store={config.store.name} is not built yet: use store=local and give checkpoints by path"
-    if config.stage in USES_CACHE:
-        yield from _text(config)
     if config.stage in USES_CHECKPOINT:
         yield from _start(config)
-
-
-def _text(config: Config) -> Iterator[str]:
-    if config.cache.path is not None:
-        yield "cache=local is not built yet: caches are made from data and model, and reused when they are there"
-    if config.data.path is None and config.data.source is DataSource.alpaca:
-        yield f"data={config.data.name} from the hub is not built yet: give a local file, data.path=<file>"
-    if config.data.thinking == "both" and config.data.source is not DataSource.selfgen:
-        yield f"data.thinking=both is not built yet for data={config.data.name}: use true or false"
 
 
 def _start(config: Config) -> Iterator[str]:

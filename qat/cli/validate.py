@@ -1,5 +1,6 @@
 """Values and combinations that cannot work, found before anything is created."""
 
+import glob
 import json
 import math
 import os
@@ -13,7 +14,7 @@ from qat.cli import schema
 from qat.cli.arguments import CONF
 from qat.cli.checkpoints import MANIFEST
 from qat.cli.suggest import did_you_mean
-from qat.config import Config, DataSource, LossKind, ModelSource, Stage, StoreKind
+from qat.config import Config, DataConfig, DataPart, DataSource, LossKind, ModelSource, Stage, StoreKind, Tail
 from qat.errors import ConfigError
 
 LARGEST = 2**63 - 1  # what torch and JSON readers hold in an integer
@@ -77,6 +78,7 @@ BOUNDS = {
     "chat.temperature": Bound(low=0),
 }
 
+THINKING = ("false", "true", "both")
 READS_TEXT = (Stage.run, Stage.cache)
 TRAINS = (Stage.run, Stage.distill)
 NEEDS_QUANTIZED = (Stage.distill, Stage.evaluate, Stage.export, Stage.chat)
@@ -138,14 +140,38 @@ def check_model(config: Config) -> None:
 def check_data(config: Config) -> None:
     """The text is named and there, when the stage reads it."""
     data = config.data
-    if data.thinking not in ("false", "true", "both"):
+    if data.thinking not in THINKING:
         raise ConfigError(f"data.thinking={data.thinking}: must be false, true or both")
     if config.stage not in READS_TEXT or config.cache.path:
         return
-    if data.source in (DataSource.chat_jsonl, DataSource.text) and not data.path:
-        raise ConfigError(f"data={data.name} needs a file: data.path=<file>")
-    if data.path and data.source is not DataSource.alpaca and not _exists(data.path):
-        raise ConfigError(f"data.path={data.path}: no such file")
+    if (data.source is DataSource.mix) != bool(data.parts):
+        raise ConfigError(
+            "data=mix needs its sources, and only it has any:"
+            " data.parts='[{source: alpaca, path: a.json, weight: 2}, {source: text, path: b.txt}]'"
+        )
+    for number, part in enumerate(data.parts):
+        where = f"data.parts[{number}]"
+        if part.source is DataSource.mix:
+            raise ConfigError(f"{where}: a mixture cannot be a part of another")
+        if not (math.isfinite(part.weight) and part.weight > 0):
+            raise ConfigError(f"{where}.weight={part.weight}: must be above 0")
+        if part.thinking is not None and str(part.thinking).lower() not in THINKING:
+            raise ConfigError(f"{where}.thinking={part.thinking}: must be false, true or both")
+        _check_source(part, where)
+    if not data.parts:
+        _check_source(data, "data")
+
+
+def _check_source(source: DataConfig | DataPart, where: str) -> None:
+    """A source has its files, or a hub data set to get them from."""
+    paths = [source.path] if isinstance(source.path, str) else source.path or []
+    if not (isinstance(paths, list) and all(isinstance(path, str) and path for path in paths)):
+        raise ConfigError(f"{where}.path={source.path}: must be a file, a glob or a list of them")
+    if not paths and not source.repo and source.source is not DataSource.selfgen:
+        raise ConfigError(f"{where} of source {source.source.name} needs a file: {where}.path=<file>")
+    for path in paths:
+        if not _exists(path) and not glob.glob(os.path.expanduser(path), recursive=True):
+            raise ConfigError(f"{where}.path={path}: no such file")
 
 
 def check_cache(config: Config) -> None:
@@ -155,10 +181,25 @@ def check_cache(config: Config) -> None:
         raise ConfigError("cache=local needs a cache folder: cache.path=<folder>")
     if cache.path and not _exists(cache.path):
         raise ConfigError(f"cache.path={cache.path}: no such folder")
+    if cache.path and config.stage in TRAINS and config.loss.kind is LossKind.bucket_kl and _lacks_tail(config):
+        raise ConfigError(
+            f"loss=bucket_kl needs the probability outside the top-k, which {cache.path} does not hold: use"
+            " loss=topk_kl, which is exact, or cache.tail=estimate where it has a random sample"
+        )
+    if cache.inspect and config.stage is not Stage.cache:
+        raise ConfigError("cache.inspect=true goes with stage=cache")
     vocabulary = _vocabulary(config)
     for key, tokens in (("cache.top_k", cache.top_k), ("cache.random", cache.random)):
         if vocabulary is not None and tokens > vocabulary:
             raise ConfigError(f"{key}={tokens}: model={config.model.name} has only {vocabulary} tokens")
+
+
+def _lacks_tail(config: Config) -> bool:
+    """True for a cache of the older scripts, and for one that was imported from it as it was."""
+    folder = Path(str(config.cache.path)).expanduser()
+    if (folder / MANIFEST).is_file():
+        return _read_json(str(folder / MANIFEST)).get("tail") == "missing"
+    return config.cache.tail is Tail.exact and any(folder.glob("shard_*.pt"))
 
 
 def check_store(config: Config) -> None:

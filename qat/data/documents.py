@@ -8,7 +8,7 @@ sides.
 import hashlib
 import itertools
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from qat.artifacts import Artifact, obtain
 from qat.config import DataConfig, DataSource, as_plain
-from qat.data import selfgen, sources
+from qat.data import mix, selfgen, sources
 from qat.errors import ArtifactError, ConfigError
 from qat.machine import Machine
 from qat.models import ModelFolder
@@ -35,8 +35,12 @@ class Document:
 
     def split(self, eval_fraction: float) -> str:
         """`eval` for the given share of origins, else `train`."""
-        digest = hashlib.sha256(self.origin.encode()).digest()
-        return "eval" if int.from_bytes(digest[:8]) < eval_fraction * 2**64 else "train"
+        return "eval" if held_apart(hashlib.sha256(self.origin.encode()).digest(), eval_fraction) else "train"
+
+
+def held_apart(digest: bytes, fraction: float) -> bool:
+    """True for the given share of hashes."""
+    return int.from_bytes(digest[:8]) < fraction * 2**64
 
 
 def obtain_documents(data: DataConfig, teacher: ModelFolder, seed: int, machine: Machine, artifacts: Path) -> Artifact:
@@ -46,21 +50,49 @@ def obtain_documents(data: DataConfig, teacher: ModelFolder, seed: int, machine:
         ConfigError: the source cannot be read, or one of the splits would be empty.
     """
 
-    def make(folder: Path) -> dict[str, Any]:
-        tokenizer = teacher.tokenizer()
-        if data.source is DataSource.selfgen:
-            pairs = selfgen.answer(teacher, sources.prompts(data)[: data.documents], data, seed, machine)
-        else:
-            pairs = itertools.islice(sources.render(data, tokenizer), data.documents)
-        return _write(folder, (Document(*pair) for pair in pairs), data, tokenizer)
+    chosen = mix.parts(data)
 
+    def make(folder: Path) -> dict[str, Any]:
+        streams: list[mix.Pairs] = [
+            itertools.islice(_pairs(part, teacher, seed, machine, folder), _limit(part)) for part in chosen
+        ]
+        weights = [part.weight for part in data.parts] or [1.0]
+        pairs = itertools.islice(mix.interleave(streams, weights), data.documents if data.parts else None)
+        described = _write(folder, (Document(*pair) for pair in pairs), data, teacher.tokenizer())
+        for path in folder.glob(f"{selfgen.ANSWERS}*"):
+            path.unlink()
+        return described
+
+    generated = any(part.source is DataSource.selfgen for part in chosen)
     inputs = {
-        "data": {key: value for key, value in as_plain(data).items() if key not in ("name", "path")},
-        "content": sources.content_hash(data),
+        "data": _shape(as_plain(data)),
+        "content": _content(chosen),
         "tokenizer": teacher.fingerprint,
-        "seed": seed if data.source is DataSource.selfgen else None,
+        "seed": seed if generated else None,
     }
-    return obtain(artifacts, "documents", data.name, inputs, make)
+    return obtain(artifacts, "documents", data.name, inputs, make, resumable=generated)
+
+
+def _pairs(data: DataConfig, teacher: ModelFolder, seed: int, machine: Machine, folder: Path) -> mix.Pairs:
+    if data.source is DataSource.selfgen:
+        return selfgen.answer(teacher, data, seed, machine, folder)
+    return sources.render(data, teacher.tokenizer())
+
+
+def _limit(data: DataConfig) -> int | None:
+    """Documents taken of a source; for selfgen the number of prompts is limited instead."""
+    return None if data.source is DataSource.selfgen else data.documents
+
+
+def _content(chosen: list[DataConfig]) -> Any:
+    hashes = [sources.content_hash(part) for part in chosen]
+    return hashes[0] if len(hashes) == 1 else hashes
+
+
+def _shape(plain: dict[str, Any]) -> dict[str, Any]:
+    """The settings that shape the text: its content is hashed, wherever it lies and whatever it is called."""
+    kept = {key: value for key, value in plain.items() if key not in ("name", "path")}
+    return kept | {"parts": [{key: value for key, value in part.items() if key != "path"} for part in plain["parts"]]}
 
 
 def _write(
@@ -85,12 +117,14 @@ def _write(
     return {"documents": counts, "tokens": tokens}
 
 
-def read_documents(artifact: Artifact, split: str) -> list[Document]:
+def read_documents(artifact: Artifact, split: str) -> Iterator[Document]:
     """The documents of one split, in the order they were written."""
     path = artifact.folder / FILE
     try:
         with open(path, encoding="utf-8") as file:
-            rows = [json.loads(line) for line in file]
+            for line in file:
+                row = json.loads(line)
+                if row["split"] == split:
+                    yield Document(row["origin"], row["tokens"])
     except ValueError as error:
         raise ArtifactError(f"{path} cannot be read ({error}): delete {artifact.folder} and run again") from None
-    return [Document(row["origin"], row["tokens"]) for row in rows if row["split"] == split]

@@ -1,16 +1,91 @@
-"""Documents to sequences: joined end to end and cut into rows of equal length."""
+"""Documents to rows of equal length, with the places where documents begin and the positions that count."""
+
+from array import array
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
+from qat.config import Packing
 from qat.data.documents import Document
 
 
-def pack(documents: list[Document], length: int) -> torch.Tensor:
-    """Token ids [N, length] int32; the tail that fills no row is dropped.
+@dataclass(frozen=True)
+class Rows:
+    """Sequences ready for a model.
 
-    Teacher and student see the same row, so what an earlier document leaves in the context does not
-    make the targets wrong.
+    Attributes:
+        input_ids: [N, L] int32.
+        document_starts: [N, L] uint8, 1 where a document begins or goes on from the row before.
+        loss_mask: [N, L-1] uint8, 1 where position p predicts a token of its own document.
     """
-    stream = torch.tensor([token for document in documents for token in document.tokens], dtype=torch.int32)
+
+    input_ids: Tensor
+    document_starts: Tensor
+    loss_mask: Tensor
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+    def first(self, count: int | None) -> "Rows":
+        """At most so many rows; None is all of them."""
+        return Rows(self.input_ids[:count], self.document_starts[:count], self.loss_mask[:count])
+
+    def split(self, size: int) -> list["Rows"]:
+        """Pieces of at most `size` rows."""
+        parts = (self.input_ids.split(size), self.document_starts.split(size), self.loss_mask.split(size))
+        return [Rows(*part) for part in zip(*parts, strict=True)]
+
+
+def pack(documents: Iterable[Document], length: int, packing: Packing, pad: int) -> Rows:
+    """The rows of some documents.
+
+    Args:
+        documents: read once, in order.
+        length: tokens of a row.
+        packing: `joined` cuts the stream of all documents, and drops the tail that fills no row;
+            `rows` gives every document rows of its own, the last one filled with `pad`.
+        pad: what fills rows; it never counts.
+    """
+    return _joined(documents, length) if packing is Packing.joined else _apart(documents, length, pad)
+
+
+def _joined(documents: Iterable[Document], length: int) -> Rows:
+    stream, starts = array("i"), array("q")
+    for document in documents:
+        if document.tokens:
+            starts.append(len(stream))
+            stream.extend(document.tokens)
     rows = len(stream) // length
-    return stream[: rows * length].reshape(rows, length)
+    begins = torch.zeros(len(stream), dtype=torch.uint8)
+    begins[torch.tensor(starts, dtype=torch.long)] = 1
+    begins = begins[: rows * length].reshape(rows, length)
+    begins[:, :1] = 1
+    return Rows(_tensor(stream)[: rows * length].reshape(rows, length), begins, 1 - begins[:, 1:])
+
+
+def _apart(documents: Iterable[Document], length: int, pad: int) -> Rows:
+    stream, lengths = array("i"), array("q")
+    for piece in _pieces(documents, length):
+        stream.extend(piece)
+        stream.extend([pad] * (length - len(piece)))
+        lengths.append(len(piece))
+    ids = _tensor(stream).reshape(-1, length)
+    begins = torch.zeros(ids.shape, dtype=torch.uint8)
+    begins[:, :1] = 1
+    counts = torch.arange(1, length) < torch.tensor(lengths, dtype=torch.long)[:, None]
+    return Rows(ids, begins, counts.to(torch.uint8))
+
+
+def _pieces(documents: Iterable[Document], length: int) -> Iterator[list[int]]:
+    """Documents in pieces that fit a row; a single token has nothing to predict."""
+    for document in documents:
+        for start in range(0, len(document.tokens), length):
+            piece = document.tokens[start : start + length]
+            if len(piece) > 1:
+                yield piece
+
+
+def _tensor(values: array) -> Tensor:
+    return torch.frombuffer(values, dtype=torch.int32) if values else torch.empty(0, dtype=torch.int32)

@@ -5,7 +5,9 @@ al. 2023, section 3.1) the first tokens of an answer are chosen greedily, which 
 point, and the rest is sampled, which keeps it varied.
 """
 
+import json
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 from transformers import (
@@ -19,13 +21,17 @@ from transformers import (
 )
 
 from qat import models
-from qat.config import DataConfig
+from qat.artifacts import content_key, write_json
+from qat.cache.format import mixed
+from qat.config import DataConfig, Start, as_plain
 from qat.console import Advance, progress
-from qat.data.sources import chat_tokens
+from qat.data import sources
+from qat.data.thinking import chat_tokens
 from qat.machine import Machine
 from qat.models import ModelFolder
 
 PROMPTS_AT_ONCE = 64
+ANSWERS = ".answers-"
 
 
 class Sample(LogitsProcessor):
@@ -63,28 +69,52 @@ class Ticker(StoppingCriteria):
 
 
 def answer(
-    teacher: ModelFolder, prompts: list[str], data: DataConfig, seed: int, machine: Machine
+    teacher: ModelFolder, data: DataConfig, seed: int, machine: Machine, scratch: Path
 ) -> Iterator[tuple[str, list[int]]]:
-    """Asks the teacher every prompt `data.answers` times.
+    """Lets the teacher write from every start, `data.answers` times.
+
+    Answers are kept in `scratch` batch by batch, and those that are there already are not written
+    again. Each batch has a seed of its own, so it does not matter when it is written.
 
     Yields:
         The prompt and the tokens of the whole conversation, end marker included where one came.
     """
     tokenizer = teacher.tokenizer()
-    model = teacher.load(machine.dtype, machine.device)
-    modes = ["false", "true"] if data.thinking == "both" else [data.thinking]
-    asked = [(p, chat_tokens(tokenizer, _ask(p), mode, ask=True)) for p in prompts for mode in modes] * data.answers
+    asked = _starts(tokenizer, data, seed) * data.answers
     asked.sort(key=lambda item: len(item[1]))  # equal lengths together: less padding
-    with (
-        torch.random.fork_rng(),
-        progress("teacher answers", len(asked) * data.answer_tokens, "tokens") as advance,
-    ):
-        torch.manual_seed(seed)
-        for start in range(0, len(asked), PROMPTS_AT_ONCE):
-            batch = asked[start : start + PROMPTS_AT_ONCE]
-            answers = generate(model, tokenizer, [ids for _, ids in batch], data, advance)
-            for (prompt, ids), reply in zip(batch, answers, strict=True):
-                yield prompt, ids + reply
+    batches = [asked[first : first + PROMPTS_AT_ONCE] for first in range(0, len(asked), PROMPTS_AT_ONCE)]
+    # Other machines and other starts have other names: what they left is not taken for ours.
+    who = content_key([machine.describe(), torch.__version__, PROMPTS_AT_ONCE, asked, as_plain(data)])
+    files = [scratch / f"{ANSWERS}{who}-{number:05d}.json" for number in range(len(batches))]
+    missing = [number for number, file in enumerate(files) if not file.exists()]
+    model = teacher.load(machine.dtype, machine.device) if missing else None
+    todo = sum(len(batches[number]) for number in missing) * data.answer_tokens
+    with progress("teacher answers", todo, "tokens") as advance:
+        for number, (batch, file) in enumerate(zip(batches, files, strict=True)):
+            if number in missing and model is not None:
+                with torch.random.fork_rng():
+                    torch.manual_seed(mixed(seed, number))
+                    write_json(file, generate(model, tokenizer, [ids for _, ids in batch], data, advance))
+            replies = json.loads(file.read_text(encoding="utf-8"))
+            for (origin, ids), reply in zip(batch, replies, strict=True):
+                yield origin, ids + reply
+
+
+def _starts(tokenizer: PreTrainedTokenizerBase, data: DataConfig, seed: int) -> list[tuple[str, list[int]]]:
+    """What the teacher goes on from, each with its origin."""
+    if data.start is Start.tokens:
+        return _first_tokens(tokenizer, seed)[: data.documents]
+    modes = ["false", "true"] if data.thinking == "both" else [data.thinking]
+    asked = sources.prompts(data)[: data.documents]
+    return [(prompt, chat_tokens(tokenizer, _ask(prompt), mode, ask=True)) for prompt in asked for mode in modes]
+
+
+def _first_tokens(tokenizer: PreTrainedTokenizerBase, seed: int) -> list[tuple[str, list[int]]]:
+    """Every ordinary token once, in an order that the seed decides, behind the begin marker if there is one."""
+    begin = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+    order = torch.randperm(len(tokenizer), generator=torch.Generator().manual_seed(seed)).tolist()
+    return [(f"token {token}", [*begin, token]) for token in order if token not in special]
 
 
 def generate(

@@ -1,24 +1,24 @@
-"""Text that already exists: prompt lists, Alpaca rows, conversations, plain files."""
+"""Text that already exists: prompt lists, Alpaca rows, conversations, plain files; streamed, never held whole."""
 
 import hashlib
 import importlib.resources
-import json
-import re
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from qat.config import DataConfig, DataSource
-from qat.errors import ConfigError, MissingError
+from qat.config import DataConfig, DataSource, Start
+from qat.data import files
+from qat.data.files import TextFile
+from qat.data.thinking import Messages, renderings
+from qat.errors import ConfigError
 
 ROLES = {"human": "user", "gpt": "assistant", "system": "system", "user": "user", "assistant": "assistant"}
 
 
 def prompts(data: DataConfig) -> list[str]:
     """The questions that the teacher answers: `data.path`, one a line, or the project's own list."""
-    lines = _text(data).splitlines()
+    lines = [line for file in files.find(data) for line in files.lines(file)] if data.path else _own_prompts()
     found = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
     if not found:
         raise ConfigError(f"data.path={data.path} holds no prompt: write one a line")
@@ -27,77 +27,70 @@ def prompts(data: DataConfig) -> list[str]:
 
 def content_hash(data: DataConfig) -> str:
     """SHA-256 of the source text, so that an edited file is a different data set."""
-    return hashlib.sha256(_text(data).encode()).hexdigest()
+    if data.source is DataSource.selfgen and not data.path:
+        own = "\n".join(_own_prompts()) if data.start is Start.prompts else ""
+        return hashlib.sha256(own.encode()).hexdigest()
+    return files.content_hash(data)
 
 
 def render(data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[str, list[int]]]:
     """Origin and tokens of every document of an existing text."""
     if data.source is DataSource.text:
-        for paragraph in _paragraphs(_text(data), str(data.path)):
-            ids = tokenizer(paragraph, add_special_tokens=False)["input_ids"]
-            yield paragraph[:200], [*ids, tokenizer.eos_token_id]
+        for text in (text for file in files.find(data) for text in _texts(file)):
+            ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+            yield text[:200], [*ids, tokenizer.eos_token_id]
         return
-    conversations = _alpaca(data) if data.source is DataSource.alpaca else _conversations(data)
-    for messages in conversations:
-        yield _question(messages), chat_tokens(tokenizer, messages, data.thinking)
+    conversations = _alpaca if data.source is DataSource.alpaca else _conversations
+    for messages in (messages for file in files.find(data) for messages in conversations(file)):
+        for tokens in renderings(tokenizer, messages, data.thinking):
+            yield _question(messages), tokens
 
 
-def chat_tokens(
-    tokenizer: PreTrainedTokenizerBase,
-    messages: list[dict[str, str]],
-    thinking: str = "false",
-    ask: bool = False,
-) -> list[int]:
-    """A conversation through the tokenizer's own chat template; with `ask`, up to where the answer begins."""
-    encoded: Any = tokenizer.apply_chat_template(
-        messages, add_generation_prompt=ask, enable_thinking=thinking == "true", return_dict=True
-    )
-    return list(encoded["input_ids"])
+def _own_prompts() -> list[str]:
+    return importlib.resources.files("qat.data").joinpath("prompts.txt").read_text(encoding="utf-8").splitlines()
 
 
-def _text(data: DataConfig) -> str:
-    if data.path is None:
-        if data.source is DataSource.selfgen:
-            return importlib.resources.files("qat.data").joinpath("prompts.txt").read_text(encoding="utf-8")
-        raise ConfigError(f"data={data.name} needs data.path=<file>: hub data sets are not read by this version")
-    path = Path(data.path).expanduser()
+def _texts(file: TextFile) -> Iterator[str]:
+    """Documents of a text file: the `text` of every row, or what blank lines separate."""
+    if file.name.endswith((".jsonl", ".parquet")):
+        yield from (str(row["text"]) for row in files.rows(file) if row.get("text"))
+        return
+    paragraph: list[str] = []
+    for line in files.lines(file):
+        if line.strip():
+            paragraph.append(line)
+        elif paragraph:
+            yield "".join(paragraph).strip()
+            paragraph = []
+    if paragraph:
+        yield "".join(paragraph).strip()
+
+
+def _alpaca(file: TextFile) -> Iterator[Messages]:
     try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise MissingError(f"data.path={path} cannot be read as UTF-8 text ({error})") from None
-
-
-def _paragraphs(text: str, path: str) -> list[str]:
-    """Documents of a text file: the `text` of every JSON line, or what blank lines separate."""
-    if path.endswith(".jsonl"):
-        return [str(row["text"]) for row in _json_lines(text, path) if row.get("text")]
-    return [paragraph.strip() for paragraph in re.split(r"\n\s*\n", text) if paragraph.strip()]
-
-
-def _alpaca(data: DataConfig) -> Iterator[list[dict[str, str]]]:
-    try:
-        rows = json.loads(_text(data))
-        for row in rows:
+        for row in files.rows(file):
             question = f"{row['instruction']}\n\n{row['input']}" if row.get("input") else row["instruction"]
+            if not (isinstance(question, str) and isinstance(row["output"], str)):
+                raise TypeError("a value is not text")
             yield [{"role": "user", "content": question}, {"role": "assistant", "content": row["output"]}]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, ConfigError) as error:
         raise ConfigError(
-            f"data.path={data.path} is not a JSON list of rows with instruction, input and output ({error!r})"
+            f"data.path={file.name} is not a JSON list of rows with instruction, input and output ({error!r})"
         ) from None
 
 
-def _conversations(data: DataConfig) -> Iterator[list[dict[str, str]]]:
-    for row in _json_lines(_text(data), str(data.path)):
+def _conversations(file: TextFile) -> Iterator[Messages]:
+    for row in files.rows(file):
         turns = row.get("messages") or row.get("conversations")
         if not turns:
-            raise ConfigError(f"data.path={data.path}: a line has neither messages nor conversations")
+            raise ConfigError(f"data.path={file.name}: a line has neither messages nor conversations")
         try:
             yield [_turn(turn) for turn in turns]
         except (KeyError, AttributeError, TypeError) as error:
-            raise ConfigError(f"data.path={data.path}: a turn has no usable {error} (ShareGPT or messages)") from None
+            raise ConfigError(f"data.path={file.name}: a turn has no usable {error} (ShareGPT or messages)") from None
 
 
-def _turn(turn: dict[str, str]) -> dict[str, str]:
+def _turn(turn: dict[str, Any]) -> dict[str, str]:
     """A turn of either form; its text may be empty, as system messages are at times."""
     content = turn.get("content", turn.get("value"))
     if not isinstance(content, str):
@@ -105,19 +98,6 @@ def _turn(turn: dict[str, str]) -> dict[str, str]:
     return {"role": ROLES[turn.get("role") or turn["from"]], "content": content}
 
 
-def _question(messages: list[dict[str, str]]) -> str:
+def _question(messages: Messages) -> str:
     """What the user asked first: a system message is often the same in every conversation."""
     return next((message["content"] for message in messages if message["role"] == "user"), messages[0]["content"])
-
-
-def _json_lines(text: str, path: str) -> Iterator[dict[str, Any]]:
-    for number, line in enumerate(text.split("\n"), 1):  # U+2028 and its like may stand inside JSON text
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise ConfigError(f"{path} line {number} is not JSON ({error})") from None
-        if not isinstance(row, dict):
-            raise ConfigError(f"{path} line {number} is not a JSON object")
-        yield row

@@ -113,7 +113,7 @@ class Trainer:
         """One optimizer step on the global batch; its figures."""
         rows = self.training.training_rows(step, self.train.batch_size, self.seed)
         batch = self.training.batch(rows)
-        positions = batch.topk_ids.shape[0] * batch.topk_ids.shape[1]
+        positions = int(batch.loss_mask.sum())
         parts = batch.split(self.machine.micro_batch)
         loss = sum(self._backward(part.to(self.machine.device), positions) for part in parts)
         norm = float(nn.utils.clip_grad_norm_(self.parameters, self.train.grad_clip))
@@ -133,7 +133,7 @@ class Trainer:
 
     def _backward(self, batch: Batch, positions: int) -> float:
         """Adds the gradient of this micro-batch; returns its share of the mean loss."""
-        hidden = self.student.base_model(batch.input_ids).last_hidden_state[:, :-1]
+        hidden = self.student.base_model(**batch.inputs()).last_hidden_state[:, :-1][batch.loss_mask]
         loose = hidden.detach().requires_grad_()
         total = 0.0
         targets = self.loss.targets(batch)
@@ -152,8 +152,9 @@ class Trainer:
         with baked(self.student, self.machine.dtype):
             for rows in self.held_out.in_order(self.machine.micro_batch):
                 batch = self.held_out.batch(rows).to(self.machine.device)
-                hidden = self.student.base_model(batch.input_ids).last_hidden_state[:, :-1]
-                for h, ids, logprobs in position_chunks(hidden, (batch.topk_ids, batch.topk_logprobs)):
+                hidden = self.student.base_model(**batch.inputs()).last_hidden_state[:, :-1][batch.loss_mask]
+                targets = (batch.topk_ids[batch.loss_mask], batch.topk_logprobs[batch.loss_mask])
+                for h, ids, logprobs in position_chunks(hidden, targets):
                     values = topk_kl(self.student.lm_head(h).float(), ids, logprobs, KD_TEMPERATURE)
                     total, count = total + float(values.double().sum()), count + values.numel()
         return total / count
@@ -167,11 +168,11 @@ class Loss:
         self.kind, self.temperature, self.teacher = kind, temperature, teacher
 
     def targets(self, batch: Batch) -> tuple[Tensor, ...]:
-        """What `at` takes beside the logits, each [B, L-1, …]."""
+        """What `at` takes beside the logits, each [X, …], at the X positions that count."""
         if self.teacher is None:
-            return batch.topk_ids, batch.topk_logprobs
+            return batch.topk_ids[batch.loss_mask], batch.topk_logprobs[batch.loss_mask]
         with torch.no_grad():
-            return (self.teacher.base_model(batch.input_ids).last_hidden_state[:, :-1],)
+            return (self.teacher.base_model(**batch.inputs()).last_hidden_state[:, :-1][batch.loss_mask],)
 
     def at(self, logits: Tensor, *targets: Tensor) -> Tensor:
         """The loss of each position."""
@@ -199,6 +200,5 @@ def _choose(
 
 
 def position_chunks(hidden: Tensor, targets: tuple[Tensor, ...]) -> Iterator[tuple[Tensor, ...]]:
-    """Hidden states and targets [B, P, …] as pieces of at most POSITIONS positions."""
-    flat = (tensor.flatten(0, 1).split(POSITIONS) for tensor in (hidden, *targets))
-    return zip(*flat, strict=True)
+    """Hidden states and targets [X, …] as pieces of at most POSITIONS positions."""
+    return zip(*(tensor.split(POSITIONS) for tensor in (hidden, *targets)), strict=True)

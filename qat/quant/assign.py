@@ -13,7 +13,7 @@ from torch import Tensor
 
 from qat.quant import codebook
 from qat.quant.curvature import Curvature, Factor
-from qat.quant.kernels import walk_block
+from qat.quant.walk import walk_block
 
 BLOCK = 64  # columns between two updates of everything behind them
 ROWS = 32  # moved at once where outputs are coupled: few enough for their moves to add up well

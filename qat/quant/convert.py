@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from qat.cache.reader import Batch
 from qat.config import ConvertConfig, KMeansBackend, KMeansConfig
 from qat.console import progress
 from qat.errors import NumericsError
-from qat.machine import Machine, exact_matmul
+from qat.machine import exact_matmul
 from qat.quant import backends, codebook
 from qat.quant.curvature import Curvature, Factor
 from qat.quant.fit import Cluster, Problem, Tables, fit, improve
@@ -40,10 +41,10 @@ def convert(
     layers: list[Layer],
     load: Load,
     weights: Weights,
-    rows: Tensor,
+    text: list[Batch],
     settings: ConvertConfig,
     kmeans: KMeansConfig,
-    machine: Machine,
+    device: torch.device,
 ) -> list[Converted]:
     """Quantizes layers of a model in `settings.passes` passes.
 
@@ -54,18 +55,18 @@ def convert(
         layers: what to quantize, and how.
         load: gives the model before quantization, on the machine, new at every call.
         weights: gives the weight [O, I] of a layer by name, any float type, any device.
-        rows: calibration text, token ids [N, L].
+        text: for calibration, in micro-batches.
         settings: how the fit is done.
         kmeans: who makes the first tables.
-        machine: computes.
+        device: computes.
     """
     made: list[Converted] = []
     for _ in range(settings.passes):
         model = load()
         install(model, {one.layer.name: one.module for one in made})
-        moments = gather(model, layers, rows, machine.micro_batch, settings.gradients)
+        moments = gather(model, layers, text, settings.gradients)
         del model
-        made = quantize(layers, weights, moments, settings, kmeans, machine.device, made)
+        made = quantize(layers, weights, moments, settings, kmeans, device, made)
     return made
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from qat.cache.reader import Batch
 from qat.console import progress
 from qat.errors import NumericsError
 from qat.machine import exact_matmul
@@ -38,28 +39,28 @@ class Moments:
     outputs: dict[str, Tensor] = field(default_factory=dict)
 
 
-def gather(
-    model: PreTrainedModel, layers: list[Layer], rows: Tensor, micro_batch: int, gradients: bool = False
-) -> Moments:
-    """The moments of the given layers of a model, quantized or not, over token ids `rows` [N, L].
+def gather(model: PreTrainedModel, layers: list[Layer], text: list[Batch], gradients: bool = False) -> Moments:
+    """The moments of the given layers of a model, quantized or not, over some text in micro-batches.
 
     Raises:
         NumericsError: an input or a gradient is NaN or infinite.
     """
-    observer = _Observer(model, layers, rows.numel(), gradients)
-    draw = torch.rand(rows.shape, generator=torch.Generator().manual_seed(0))  # whatever the micro-batch
+    tokens = sum(batch.input_ids.numel() for batch in text)
+    observer = _Observer(model, layers, tokens, gradients)
+    draw = torch.Generator().manual_seed(0)
     with (
         torch.set_grad_enabled(gradients),
         exact_matmul(),
         observer.watching(),
         baked(model, model.dtype),
-        progress("layer curvature" if gradients else "layer inputs", rows.numel(), "tokens") as advance,
+        progress("layer curvature" if gradients else "layer inputs", tokens, "tokens") as advance,
     ):
-        for ids, uniform in zip(rows.split(micro_batch), draw.split(micro_batch), strict=True):
-            hidden = model.base_model(ids.to(model.device)).last_hidden_state
+        for batch in text:
+            hidden = model.base_model(**batch.to(model.device).inputs()).last_hidden_state
             if gradients:
+                uniform = torch.rand(hidden.shape[:2], generator=draw)  # the same for any micro-batch
                 hidden.backward(_surprise(model, hidden.detach(), uniform.to(model.device)))
-            advance(ids.numel())
+            advance(batch.input_ids.numel())
     return observer.moments()
 
 

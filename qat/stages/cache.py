@@ -1,24 +1,56 @@
 """Stage 1: text, then the teacher's outputs on it."""
 
+from pathlib import Path
+
 from qat.artifacts import Artifact
+from qat.cache import older
+from qat.cache.local import open_local
 from qat.cache.writer import obtain_cache
-from qat.config import Config
+from qat.config import Config, DataSource, LossKind, Stage
 from qat.data.documents import obtain_documents
+from qat.errors import ConfigError
 from qat.runs import Run
+from qat.stages import inspect
 from qat.stages.workspace import Workspace, open_workspace
+
+TRAINS = (Stage.run, Stage.distill)
 
 
 def main(config: Config, run: Run) -> None:
-    """`stage=cache`."""
-    make(open_workspace(config, run))
+    """`stage=cache`; an older cache is imported, and any is shown with `cache.inspect=true`."""
+    work = open_workspace(config, run)
+    cache = make(work)
+    if cache.manifest["format"] == older.FORMAT:
+        with work.timed("cache"):
+            cache = older.import_older(cache, work.artifacts)
+        work.run.result["paths"]["cache"] = str(cache.folder)
+    if config.cache.inspect:
+        inspect.show(work, cache)
 
 
 def make(work: Workspace) -> Artifact:
-    """The configured cache, from `outputs/artifacts` when it is already there."""
+    """The configured cache, from `outputs/artifacts` or `cache.path` when it is already there."""
     config = work.config
     with work.timed("cache"):
-        documents = obtain_documents(config.data, work.teacher, config.seed, work.machine, work.artifacts)
-        name = f"{config.data.name}_chat_think_{config.data.thinking}"
-        cache = obtain_cache(config.cache, documents, name, work.teacher, config.seed, work.machine, work.artifacts)
+        cache = _local(work, Path(config.cache.path)) if config.cache.path else _recorded(work)
     work.run.result["paths"]["cache"] = str(cache.folder)
+    return cache
+
+
+def _recorded(work: Workspace) -> Artifact:
+    config = work.config
+    documents = obtain_documents(config.data, work.teacher, config.seed, work.machine, work.artifacts)
+    template = "plain" if config.data.source is DataSource.text else "chat"
+    name = f"{config.data.name}_{template}_think_{config.data.thinking}"
+    return obtain_cache(config.cache, documents, name, work.teacher, config.seed, work.machine, work.artifacts)
+
+
+def _local(work: Workspace, path: Path) -> Artifact:
+    config = work.config
+    cache = open_local(path.expanduser(), work.teacher, config.data.eval_fraction, config.cache.tail)
+    if cache.manifest["tail"] == "missing" and config.loss.kind is LossKind.bucket_kl and config.stage in TRAINS:
+        raise ConfigError(
+            f"loss=bucket_kl needs the probability outside the top-k, which {path} does not hold: use loss=topk_kl,"
+            " which is exact, or cache.tail=estimate where it has a random sample"
+        )
     return cache

@@ -8,7 +8,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from qat import checkpoints, machine, models
 from qat.config import Config
 from qat.console import console
-from qat.data.sources import chat_tokens
+from qat.data.thinking import chat_tokens
 from qat.quant.linear import baked
 from qat.stages.workspace import start_folder
 

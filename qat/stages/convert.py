@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from qat import checkpoints, plots
 from qat.artifacts import Artifact, obtain
-from qat.cache.reader import CacheReader
+from qat.cache.reader import Batch, CacheReader
 from qat.config import Config, as_plain
 from qat.console import console, table
 from qat.evaluate import Metrics, evaluate
@@ -67,8 +67,8 @@ def _convert(work: Workspace, outputs: Artifact, start: Path | None, folder: Pat
     layers = select(source.exact, config.quant)
     kept = {layer.name: grown for layer in layers if (grown := source.kept(layer))}
     fitted = [layer for layer in layers if layer.name not in kept]
-    rows = CacheReader(outputs, "train").input_ids(max(1, config.convert.calibration_tokens // config.cache.length))
-    made = convert(fitted, source.load, source.weight, rows, config.convert, config.kmeans, work.machine)
+    text = _calibration(work, outputs)
+    made = convert(fitted, source.load, source.weight, text, config.convert, config.kmeans, work.machine.device)
     modules = kept | {one.layer.name: one.module for one in made}
     checkpoints.write_tables({layer.name: modules[layer.name] for layer in layers}, folder)
     return {
@@ -76,6 +76,13 @@ def _convert(work: Workspace, outputs: Artifact, start: Path | None, folder: Pat
         "figures": {one.layer.name: one.figures for one in made},
         "metrics": _measure(work, outputs, source, modules),
     }
+
+
+def _calibration(work: Workspace, outputs: Artifact) -> list[Batch]:
+    """The first training rows of the cache, in micro-batches."""
+    reader = CacheReader(outputs, "train")
+    rows = max(1, work.config.convert.calibration_tokens // int(reader.meta["length"]))
+    return reader.batch(torch.arange(min(rows, reader.rows))).split(work.machine.micro_batch)
 
 
 class Source:
@@ -117,11 +124,11 @@ def _measure(
 ) -> dict[str, dict[str, float] | None]:
     """KL and the like on held-out text, before and after; nothing is lost before the teacher is quantized."""
     machine, held_out = work.machine, CacheReader(outputs, "eval")
-    rows, top_k = held_out.input_ids(held_out.rows), int(held_out.meta["top_k"])
+    top_k = int(held_out.meta["top_k"])
     teacher, student = work.teacher.load(machine.dtype, machine.device), source.load()
-    before = asdict(evaluate(student, teacher, rows, top_k, machine)) if quantized(student) else None
+    before = asdict(evaluate(student, teacher, held_out, top_k, machine)) if quantized(student) else None
     install(student, modules)
-    return {"before": before, "after": asdict(evaluate(student, teacher, rows, top_k, machine))}
+    return {"before": before, "after": asdict(evaluate(student, teacher, held_out, top_k, machine))}
 
 
 def _draw(work: Workspace, figures: dict[str, dict[str, float]]) -> None:

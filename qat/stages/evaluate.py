@@ -53,7 +53,6 @@ def make(
     """
     machine, tokens = work.machine, work.config.evaluate.sample_tokens
     held_out, tokenizer = CacheReader(outputs, "eval"), work.teacher.tokenizer()
-    top_k = int(held_out.meta["top_k"])
     measured, said = dict(known or {}), {}
     with work.timed("evaluate"):
         teacher = work.teacher.load(machine.dtype, machine.device)
@@ -61,7 +60,7 @@ def make(
         for name, folder in folders.items():
             student = _load(work, folder)
             if name not in measured:
-                measured[name] = evaluate(student, teacher, held_out.input_ids(held_out.rows), top_k, machine)
+                measured[name] = evaluate(student, teacher, held_out, int(held_out.meta["top_k"]), machine)
             said[name] = answers(student, tokenizer, SAMPLE_PROMPTS, tokens, machine)
         write_text(work.run.folder / SAMPLES, samples(said))
     work.run.result["paths"]["samples"] = str(work.run.folder / SAMPLES)

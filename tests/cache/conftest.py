@@ -27,9 +27,9 @@ def workplace(tmp_path_factory):
 
 @pytest.fixture(scope="package")
 def documents(workplace, tiny, cpu):
-    """52 documents, each of a letter of its own; about a quarter held apart."""
+    """52 documents, each of a letter of its own and of 9 to 33 tokens; about a quarter held apart."""
     path = workplace / "text.txt"
-    path.write_text("\n\n".join(letter * 19 for letter in LETTERS))
+    path.write_text("\n\n".join(letter * (8 + 5 * number % 25) for number, letter in enumerate(LETTERS)))
     data = DataConfig(name="text", source=DataSource.text, path=str(path), eval_fraction=0.25)
     return obtain_documents(data, tiny, 0, cpu, workplace)
 

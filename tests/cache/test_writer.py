@@ -1,21 +1,31 @@
 """What a cache holds, against the teacher's whole output distribution in float64."""
 
 import dataclasses
+import hashlib
+import itertools
 import json
+import re
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
+from safetensors import safe_open
 from safetensors.torch import load_file
 
-from qat.cache.format import random_ids, shard_name
-from qat.cache.writer import outputs
-from qat.data.documents import read_documents
-from qat.errors import ConfigError, NumericsError
+from qat import artifacts
+from qat.cache import writer
+from qat.cache.format import decode_ids, random_ids
+from qat.config import Packing
+from qat.data.documents import SPLITS, read_documents
+from qat.data.packing import pack
+from qat.errors import ConfigError, MissingError, NumericsError
 
 SEED, LENGTH, TOP_K, RANDOM, VOCABULARY, END = 9, 20, 6, 10, 512, 257
 HALF = 2.0**-11  # relative rounding of float16
+
+
+@pytest.fixture(scope="module", params=Packing)
+def cache(obtain, request):
+    return obtain(packing=request.param)
 
 
 @pytest.fixture(scope="module")
@@ -27,24 +37,32 @@ def shards(cache):
 
 @pytest.fixture(scope="module")
 def exact(tiny):
-    """Log-probabilities [N, L-1, V] in float64."""
+    """Log-probabilities [N, L-1, V] in float64, of each document alone; NaN where nothing counts."""
     model = tiny.load(torch.float64, torch.device("cpu"))
 
-    def compute(ids):
-        with torch.inference_mode():
-            return model(ids.long()).logits[:, :-1].log_softmax(-1)
+    def compute(tensors):
+        ids, starts = tensors["input_ids"].long(), tensors["document_starts"]
+        found = torch.full((*ids.shape, VOCABULARY), torch.nan, dtype=torch.float64)
+        for row in range(len(ids)):
+            begins = [*starts[row].nonzero().flatten().tolist(), ids.shape[1]]
+            for first, last in itertools.pairwise(begins):
+                with torch.inference_mode():
+                    found[row, first:last] = model(ids[row : row + 1, first:last]).logits[0].log_softmax(-1)
+        return found[:, :-1]
 
     return compute
 
 
-def test_shards_hold_the_documents_of_their_split_in_order(cache, shards, documents, small_shards):
-    for split in ("train", "eval"):
-        rows = [tensors["input_ids"] for name, _, tensors in shards if name == split]
-        assert [len(part) for part in rows[:-1]] == [small_shards] * (len(rows) - 1) and len(rows) > 1
-        stream = [token for document in read_documents(documents, split) for token in document.tokens]
-        count = cache.manifest["sequences"][split]
-        assert torch.cat(rows).flatten().tolist() == stream[: count * LENGTH]
-        assert count == len(stream) // LENGTH
+def test_shards_hold_the_rows_of_their_split_in_order(cache, shards, documents, small_shards):
+    packing = Packing[cache.manifest["packing"]]
+    for split in SPLITS:
+        mine = [tensors for name, _, tensors in shards if name == split]
+        assert [len(part["input_ids"]) for part in mine[:-1]] == [small_shards] * (len(mine) - 1) and len(mine) > 1
+        rows = pack(read_documents(documents, split), LENGTH, packing, END)
+        for name in ("input_ids", "document_starts", "loss_mask"):
+            assert torch.equal(torch.cat([part[name] for part in mine]), getattr(rows, name))
+        assert cache.manifest["sequences"][split] == len(rows)
+        assert cache.manifest["positions"][split] == rows.loss_mask.sum()
 
 
 def test_training_and_evaluation_share_no_text(shards):
@@ -54,9 +72,9 @@ def test_training_and_evaluation_share_no_text(shards):
     assert seen["train"] & seen["eval"] == {END}
 
 
-def test_top_tokens_and_log_probabilities_are_those_of_the_full_softmax(shards, exact):
+def test_top_tokens_and_log_probabilities_are_those_of_the_full_softmax_of_each_document_alone(shards, exact):
     for _, _, tensors in shards:
-        best, ids = exact(tensors["input_ids"]).topk(TOP_K)
+        best, ids = exact(tensors).topk(TOP_K)
         assert torch.equal(tensors["topk_ids"].long(), ids)
         stored = tensors["topk_logprobs"]
         assert stored.shape == (len(tensors["input_ids"]), LENGTH - 1, TOP_K)
@@ -67,7 +85,9 @@ def test_types_are_those_of_the_format(shards):
     for _, _, tensors in shards:
         assert {name: tensor.dtype for name, tensor in tensors.items()} == {
             "input_ids": torch.int32,
-            "topk_ids": torch.int32,
+            "document_starts": torch.uint8,
+            "loss_mask": torch.uint8,
+            "topk_ids": torch.uint16,
             "topk_logprobs": torch.float16,
             "random_logprobs": torch.float16,
         }
@@ -75,7 +95,7 @@ def test_types_are_those_of_the_format(shards):
 
 def test_tail_is_the_mass_outside_the_top_tokens(shards, exact):
     for _, _, tensors in shards:
-        probabilities = exact(tensors["input_ids"]).exp()
+        probabilities = exact(tensors).exp()
         tail = probabilities.scatter(-1, tensors["topk_ids"].long(), 0).sum(-1)
         stored = 1 - tensors["topk_logprobs"].double().exp().sum(-1)
         assert tail.max() > 0.1
@@ -86,7 +106,7 @@ def test_random_tokens_drawn_again_have_the_stored_log_probabilities(shards, exa
     for split, number, tensors in shards:
         stored = tensors["random_logprobs"]
         ids = random_ids(SEED, split, number, tuple(stored.shape), VOCABULARY)
-        wanted = exact(tensors["input_ids"]).gather(-1, ids)
+        wanted = exact(tensors).gather(-1, ids)
         assert stored.shape[-1] == RANDOM
         assert ((stored.double() - wanted).abs() <= HALF * wanted.abs() + 2e-5).all()
 
@@ -97,43 +117,65 @@ def test_random_sample_estimates_the_whole_mass(shards):
     assert abs(mass.mean() - 1) < 5 * mass.std() / len(mass) ** 0.5
 
 
-def test_random_tokens_differ_by_seed_split_and_shard_and_cover_the_vocabulary():
-    places = [(0, "train", 0), (1, "train", 0), (2**31, "train", 0), (0, "eval", 0), (0, "train", 1)]
-    draws = [random_ids(*place, (8, 50, 16), 40) for place in places]
-    assert all(not torch.equal(draws[i], draws[j]) for i in range(5) for j in range(i))
-    counts = draws[0].flatten().bincount(minlength=40).double()
-    assert len(counts) == 40 and ((counts - 160) ** 2 / 160).sum() < 73  # 39 degrees of freedom, one in a thousand
+def test_a_large_vocabulary_is_recorded_exactly(tmp_path, documents):
+    import transformers
+
+    torch.manual_seed(1)
+    shape = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = transformers.AutoModelForCausalLM.from_config(transformers.LlamaConfig(vocab_size=70_000, **shape)).eval()
+    with torch.no_grad():
+        model.lm_head.weight[66_000:] *= 3  # what lies beyond 65,535 is what the model says
+    meta = {"length": LENGTH, "packing": "joined", "random": 3, "top_k": 4, "seed": 1, "vocab_size": 70_000}
+    rows = pack(read_documents(documents, "eval"), LENGTH, Packing.joined, END).first(3)
+    shard = writer.Shard("eval", 0, rows)
+    kept = writer.record(model, shard, meta, 2, lambda amount=1, note="": None)
+    writer._write(shard, kept, 70_000, "key", tmp_path)
+    stored = load_file(tmp_path / shard.name)
+    ids = decode_ids(stored["topk_ids"], stored["topk_ids_high"], 70_000)
+    assert torch.equal(ids.flatten(0, 1), kept["ids"]) and ids.max() > 65_535
 
 
-@pytest.mark.parametrize("seed", [0, 2**32 - 1])
-def test_random_tokens_take_every_seed_that_the_command_line_takes(seed):
-    assert random_ids(seed, "eval", 3, (1, 2, 3), 10).shape == (1, 2, 3)
+def test_every_shard_says_which_it_is(cache):
+    for file in cache.folder.glob("*.safetensors"):
+        with safe_open(file, "pt") as shard:
+            assert shard.metadata() == {"shard": f"{cache.key}/{file.name}"}
 
 
 def test_description_is_in_the_folder_and_in_the_manifest(cache, documents, tiny):
     meta = json.loads((cache.folder / "meta.json").read_text())
+    checksums = meta.pop("checksums")
     assert meta.items() <= cache.manifest.items()
+    assert checksums == {
+        file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in cache.folder.glob("*.safetensors")
+    }
     assert meta["teacher"] == {"name": "tiny", "fingerprint": tiny.fingerprint}
-    assert (meta["documents"], meta["vocab_size"], meta["format"]) == (documents.key, VOCABULARY, 1)
+    assert (meta["documents"], meta["vocab_size"], meta["format"]) == (documents.key, VOCABULARY, 2)
+    assert meta["data"]["content"] == documents.manifest["inputs"]["content"]
+    template = tiny.tokenizer().chat_template
+    assert meta["template_sha256"] == hashlib.sha256(template.encode()).hexdigest()
     assert cache.folder.name == f"text_L20_K6_R10-{cache.key}"
+    assert {path.name for path in cache.folder.iterdir()} == {"manifest.json", "meta.json", *checksums}
 
 
-def test_limit_is_on_training_sequences_alone(obtain, cache):
+def test_limit_is_on_training_sequences_alone(obtain):
     limited = obtain(sequences=7).manifest["sequences"]
-    assert limited == {"train": 7, "eval": cache.manifest["sequences"]["eval"]}
+    assert limited == {"train": 7, "eval": obtain().manifest["sequences"]["eval"]}
 
 
-@pytest.mark.parametrize("changed", [{"length": 19}, {"top_k": 5}, {"random": 9}, {"sequences": 7}, {"seed": 8}])
-def test_what_shapes_the_content_changes_the_key(obtain, cache, changed):
-    assert obtain(**changed).key != cache.key
+@pytest.mark.parametrize(
+    "changed",
+    [{"length": 19}, {"top_k": 5}, {"random": 9}, {"sequences": 7}, {"seed": 8}, {"packing": Packing.rows}],
+)
+def test_what_shapes_the_content_changes_the_key(obtain, changed):
+    assert obtain(**changed).key != obtain().key
 
 
-def test_other_documents_change_the_key(obtain, cache, other_documents):
-    assert obtain(other_documents).key != cache.key
+def test_other_documents_change_the_key(obtain, other_documents):
+    assert obtain(other_documents).key != obtain().key
 
 
-def test_machine_changes_neither_key_nor_content(obtain, cache, cpu, tmp_path):
-    single = dataclasses.replace(cpu, micro_batch=1)
+def test_machine_changes_neither_key_nor_content(obtain, cpu, tmp_path):
+    cache, single = obtain(), dataclasses.replace(cpu, micro_batch=1)
     assert obtain(machine=single).folder == cache.folder
     again = obtain(machine=single, artifacts=tmp_path)
     assert again.key == cache.key
@@ -143,8 +185,8 @@ def test_machine_changes_neither_key_nor_content(obtain, cache, cpu, tmp_path):
         torch.testing.assert_close(one["topk_logprobs"], other["topk_logprobs"], rtol=2 * HALF, atol=1e-5)
 
 
-def test_option_name_of_the_cache_changes_nothing(obtain, cache):
-    assert obtain(name="local").folder == cache.folder
+def test_option_name_of_the_cache_changes_nothing(obtain):
+    assert obtain(name="local").folder == obtain().folder
 
 
 def test_too_little_text_is_refused_and_leaves_nothing(obtain, tmp_path):
@@ -153,27 +195,24 @@ def test_too_little_text_is_refused_and_leaves_nothing(obtain, tmp_path):
     assert [path for path in (tmp_path / "caches").iterdir() if path.suffix != ".lock"] == []
 
 
-@given(st.integers(0, 1000), st.sampled_from([torch.float32, torch.bfloat16]))
-def test_kept_outputs_are_exact_for_any_logits(seed, dtype):
-    generator = torch.Generator().manual_seed(seed)
-    logits = (10 * torch.randn(2, 3, 40, generator=generator)).to(dtype)
-    sample = torch.randint(40, (2, 3, 7), generator=generator)
-    kept = outputs(logits, sample, 5)
-    wanted = logits.double().log_softmax(-1)
-    assert torch.equal(logits.gather(-1, kept["topk_ids"].long()), logits.sort(-1, descending=True).values[..., :5])
-    for name, ids in (("topk_logprobs", kept["topk_ids"].long()), ("random_logprobs", sample)):
-        exact = wanted.gather(-1, ids)
-        assert ((kept[name].double() - exact).abs() <= HALF * exact.abs() + 1e-5).all()
+def test_a_full_disk_is_told_before_anything_is_computed(obtain, tmp_path, monkeypatch):
+    usage = type("usage", (), {"free": 2000})
+    monkeypatch.setattr(artifacts.shutil, "disk_usage", lambda path: usage)
+    monkeypatch.setattr(writer, "record", lambda *_: pytest.fail("computed"))
+    rows = sum(obtain().manifest["sequences"].values())
+    wanted = f"the cache of {rows} rows needs {rows * (20 * 5 + 19 * (1 + 6 * 4 + 10 * 2)) / 1000:.3g} kB in "
+    with pytest.raises(MissingError, match=re.escape(wanted) + ".* and 2 kB are free there"):
+        obtain(artifacts=tmp_path)
 
 
-@pytest.mark.parametrize("value", [torch.nan, torch.inf])
-def test_logits_that_are_not_finite_are_refused(value):
-    logits = torch.zeros(1, 2, 8)
-    logits[0, 1, 3] = value
+def test_a_teacher_that_is_not_finite_is_refused(obtain, tmp_path, monkeypatch):
+    def broken(*arguments):
+        kept = writer_record(*arguments)
+        kept["topk_logprobs"] = kept["topk_logprobs"].clone()
+        kept["topk_logprobs"][3, 2] = torch.nan
+        return kept
+
+    writer_record = writer.record
+    monkeypatch.setattr(writer, "record", broken)
     with pytest.raises(NumericsError, match="NaN or infinity"):
-        outputs(logits, torch.zeros(1, 2, 4, dtype=torch.long), 2)
-
-
-def test_shards_sort_by_number():
-    names = [shard_name("train", number) for number in (0, 9, 10, 99_999)]
-    assert names == sorted(names) and names[2] == "train-00010.safetensors"
+        obtain(artifacts=tmp_path)

@@ -76,6 +76,22 @@ MISTAKES = [
     ("mode=mlp mode.mlp=false", "nothing would learn"),
     ("data=text", "data.path=<file>"),
     ("data=text data.path=nowhere", "no such file"),
+    ("data=text data.path=nowhere/*.txt", "no such file"),
+    ("data=text data.path=[broken,nowhere]", "data.path=nowhere: no such file"),
+    ("data=text data.path=3", "must be a file, a glob or a list of them"),
+    ("data=mix", "needs its sources"),
+    ("data.parts=[{source:text}]", "only it has any"),
+    ("data=mix data.parts=[{source:text}]", "data.parts[0].path=<file>"),
+    ("data=mix data.parts=[{source:texts}]", "texts"),
+    ("data=mix data.parts=[{source:text,wieght:2}]", "wieght"),
+    ("data=mix data.parts=[{source:text,path:broken,weight:0}]", "data.parts[0].weight=0.0: must be above 0"),
+    ("data=mix data.parts=[{source:selfgen,thinking:perhaps}]", "data.parts[0].thinking=perhaps: must be"),
+    ("data=mix data.parts=[{source:mix}]", "cannot be a part"),
+    ("cache.packing=apart", "expected one of joined, rows"),
+    ("cache.inspect=true", "goes with stage=cache"),
+    ("stage=cache cache.tail=guess", "expected one of exact, estimate"),
+    ("cache=local cache.path=older", "use loss=topk_kl"),
+    ("stage=distill checkpoint=mlp_only cache=local cache.path=imported", "use loss=topk_kl"),
     ("cache=local", "cache.path=<folder>"),
     ("cache=local cache.path=nowhere", "no such folder"),
     ("checkpoint=local", "checkpoint=<folder>"),
@@ -142,6 +158,10 @@ def littered(here, checkpoint):
     (here / "broken").mkdir()
     (here / "broken" / "manifest.json").write_text("{")
     checkpoint("mlp_only", attn=False)
+    (here / "older").mkdir()
+    (here / "older" / "shard_00000.pt").write_text("")
+    (here / "imported").mkdir()
+    (here / "imported" / "manifest.json").write_text(json.dumps({"kind": "caches", "tail": "missing"}))
     return here
 
 

@@ -10,9 +10,6 @@ REFUSED = [
     ("stage=export export.output=x checkpoint={checkpoint}", "export=hf is not built yet"),
     ("stage=report", "stage=report is not built yet"),
     ("store=gdrive store.path=x", "store=gdrive is not built yet"),
-    ("cache=local cache.path={folder}", "cache=local is not built yet"),
-    ("data=alpaca", "data.path=<file>"),
-    ("data=text data.path={folder} data.thinking=both", "data.thinking=both is not built yet"),
     ("checkpoint=q4_fp32", "pulling from a store is not built yet"),
     ("+experiment=sr_001", "checkpoint=q4_fp32"),
 ]

@@ -55,7 +55,7 @@ def test_larger_fraction_only_adds_to_what_is_held_apart(origin, small, large):
 
 
 def test_splits_together_are_all_documents_in_order(documents, tiny):
-    train, held_out = (read_documents(documents(), split) for split in ("train", "eval"))
+    train, held_out = (list(read_documents(documents(), split)) for split in ("train", "eval"))
     tokenizer = tiny.tokenizer()
     assert {d.origin for d in train}.isdisjoint(d.origin for d in held_out)
     numbers = [[int(d.origin.split()[1]) for d in side] for side in (train, held_out)]
@@ -67,7 +67,7 @@ def test_splits_together_are_all_documents_in_order(documents, tiny):
 def test_manifest_counts_documents_and_tokens(documents):
     made = documents()
     for split in ("train", "eval"):
-        found = read_documents(made, split)
+        found = list(read_documents(made, split))
         assert made.manifest["documents"][split] == len(found) > 0
         assert made.manifest["tokens"][split] == sum(len(d.tokens) for d in found)
 

@@ -5,9 +5,10 @@ import dataclasses
 import pytest
 import torch
 
-from qat.config import DataConfig, DataSource
+from qat.config import DataConfig, DataSource, Start
+from qat.data import selfgen
 from qat.data.selfgen import PROMPTS_AT_ONCE, Sample, answer, generate
-from qat.data.sources import chat_tokens
+from qat.data.thinking import chat_tokens
 
 DATA = DataConfig(name="selfgen", source=DataSource.selfgen, answer_tokens=12, greedy_tokens=4)
 PROMPTS = ["Hi", "What is the capital of France?", "Why?", "Write a poem about the sea and the wind."]
@@ -102,28 +103,66 @@ def test_chosen_token_is_the_only_possible_one():
     ]
 
 
-def test_same_seed_same_text(tiny, cpu):
-    one, same, other = (list(answer(tiny, PROMPTS, DATA, seed, cpu)) for seed in (3, 3, 4))
+@pytest.fixture
+def written(tiny, cpu, tmp_path):
+    """What the teacher writes, in a scratch folder of its own for each name."""
+
+    def make(prompts=PROMPTS, seed=0, scratch="scratch", **settings):
+        (tmp_path / "prompts.txt").write_text("\n".join(prompts))
+        (tmp_path / scratch).mkdir(exist_ok=True)
+        data = dataclasses.replace(DATA, path=str(tmp_path / "prompts.txt"), **settings)
+        return list(answer(tiny, data, seed, cpu, tmp_path / scratch))
+
+    return make
+
+
+def test_same_seed_same_text(written):
+    one, same, other = (written(seed=seed, scratch=name) for seed, name in ((3, "a"), (3, "b"), (4, "c")))
     assert one == same != other
 
 
-def test_every_prompt_is_asked_in_every_mode_and_number(tiny, cpu, tokenizer, asked):
-    data = dataclasses.replace(DATA, thinking="both", answers=2, temperature=20.0)
-    written = list(answer(tiny, PROMPTS, data, 0, cpu))
-    assert sorted(prompt for prompt, _ in written) == sorted(PROMPTS * 4)
+def test_every_prompt_is_asked_in_every_mode_and_number(written, asked):
+    found = written(thinking="both", answers=2, temperature=20.0)
+    assert sorted(prompt for prompt, _ in found) == sorted(PROMPTS * 4)
     for prompt, ids in zip(PROMPTS, asked, strict=True):
-        conversations = [tokens for origin, tokens in written if origin == prompt]
+        conversations = [tokens for origin, tokens in found if origin == prompt]
         assert all(tokens[: len(ids)] == ids for tokens in conversations)
         assert len({tuple(tokens) for tokens in conversations}) == 4
 
 
-def test_more_prompts_than_fit_at_once_are_all_answered(tiny, cpu):
+def test_more_prompts_than_fit_at_once_are_all_answered(written):
     many = [f"Question {number}?" for number in range(PROMPTS_AT_ONCE + 3)]
-    written = list(answer(tiny, many, dataclasses.replace(DATA, answer_tokens=1), 0, cpu))
-    assert sorted(prompt for prompt, _ in written) == sorted(many)
+    assert sorted(prompt for prompt, _ in written(many, answer_tokens=1)) == sorted(many)
 
 
-def test_sampling_leaves_the_callers_randomness_alone(tiny, cpu):
+def test_sampling_leaves_the_callers_randomness_alone(written):
     before = torch.random.get_rng_state()
-    list(answer(tiny, PROMPTS[:1], DATA, 5, cpu))
+    written(PROMPTS[:1])
     assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_batches_that_are_there_are_not_written_again(written, tmp_path, monkeypatch):
+    monkeypatch.setattr(selfgen, "PROMPTS_AT_ONCE", 2)
+    whole = written()
+    first, second = sorted((tmp_path / "scratch").iterdir())
+    stamp = first.stat().st_mtime_ns
+    second.unlink()
+    assert written() == whole
+    assert first.stat().st_mtime_ns == stamp and second.exists()
+    assert written(seed=1, scratch="other") != whole
+
+
+def test_batches_of_other_settings_are_not_taken(written):
+    assert written(temperature=30.0) == written(temperature=30.0, scratch="other")
+    assert written(temperature=30.0) != written()
+
+
+def test_without_prompts_every_token_is_a_start_once(written, tiny):
+    tokenizer = tiny.tokenizer()
+    found = written(start=Start.tokens, answer_tokens=1)
+    firsts = [ids[1] for _, ids in found]
+    assert sorted(firsts) == list(range(256))  # all but the markers, behind the begin marker
+    assert firsts != sorted(firsts)
+    assert all(ids[0] == tokenizer.bos_token_id and origin == f"token {ids[1]}" for origin, ids in found)
+    few = written(start=Start.tokens, answer_tokens=5, documents=7, scratch="few")
+    assert {ids[1] for _, ids in few} == set(firsts[:7])

@@ -3,12 +3,14 @@
 import hashlib
 import json
 import re
+import sys
 
 import pytest
 
 from qat.config import DataConfig, DataSource
-from qat.data.sources import chat_tokens, content_hash, prompts, render
-from qat.errors import ConfigError, MissingError
+from qat.data.sources import content_hash, prompts, render
+from qat.data.thinking import chat_tokens
+from qat.errors import ConfigError, MissingError, UnavailableError
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +112,8 @@ def test_blank_lines_between_json_lines_are_skipped(source, rendered):
         ('{"messages": []}\n', "neither messages nor conversations"),
         ('{"text": "a"}\n', "neither messages nor conversations"),
         ('{"messages": [{"role": "user", "content": "q"}]}\nnot json\n', "line 2 is not JSON"),
-        ("[1, 2]\n", "line 1 is not a JSON object"),
+        ("[1, 2]\n", "row 1 is not a JSON object"),
+        ("3\n", "line 1 is not a JSON object"),
         ('{"messages": [{"role": "tool", "content": "q"}]}', "no usable 'tool'"),
         ('{"messages": [{"content": "q"}]}', "no usable 'from'"),
         ('{"messages": [{"role": "user"}]}', "no usable 'content'"),
@@ -170,18 +173,127 @@ def test_hash_is_that_of_the_text(source):
 
 @pytest.mark.parametrize("kind", ["text", "alpaca", "chat_jsonl"])
 def test_source_without_a_file_asks_for_one(kind):
-    with pytest.raises(ConfigError, match=f"data={kind} needs data.path=<file>"):
+    with pytest.raises(ConfigError, match=f"data={kind} needs data.path=<file> or data.repo="):
         content_hash(DataConfig(name=kind, source=DataSource[kind]))
 
 
 def test_missing_file_is_named(tmp_path):
     data = DataConfig(name="text", source=DataSource.text, path=str(tmp_path / "nowhere.txt"))
-    with pytest.raises(MissingError, match=re.escape(f"data.path={tmp_path / 'nowhere.txt'} cannot be read")):
+    with pytest.raises(MissingError, match=re.escape(f"data.path={tmp_path / 'nowhere.txt'}: no such file")):
         content_hash(data)
 
 
-def test_file_in_another_encoding_is_refused(tmp_path):
+def test_file_in_another_encoding_is_refused(tmp_path, rendered):
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
     data = DataConfig(name="text", source=DataSource.text, path=str(tmp_path / "latin.txt"))
     with pytest.raises(MissingError, match=r"latin\.txt cannot be read as UTF-8 text"):
+        rendered(data)
+
+
+def test_files_globs_and_lists_are_read_in_order_and_once(tmp_path, rendered):
+    for name in ("b.txt", "a.txt", "c.txt"):
+        (tmp_path / name).write_text(f"Text {name}.")
+    data = DataConfig(name="text", source=DataSource.text)
+    data.path = f"{tmp_path}/*.txt"
+    assert [origin for origin, _ in rendered(data)] == ["Text a.txt.", "Text b.txt.", "Text c.txt."]
+    data.path = [f"{tmp_path}/c.txt", f"{tmp_path}/[ac].txt"]
+    assert [origin for origin, _ in rendered(data)] == ["Text c.txt.", "Text a.txt."]
+
+
+def test_hash_of_several_files_sees_each_and_their_order(tmp_path):
+    hashes = set()
+    for content in ("one", "two"):
+        (tmp_path / "a.txt").write_text(content)
+        (tmp_path / "b.txt").write_text("b")
+        for names in (["a", "b"], ["b", "a"], ["a"]):
+            data = DataConfig(name="text", source=DataSource.text, path=[f"{tmp_path}/{name}.txt" for name in names])
+            hashes.add(content_hash(data))
+    assert len(hashes) == 6
+
+
+def test_text_is_streamed(tmp_path, tokenizer):
+    """The first document is there before the last line is read: the last is no text at all."""
+    (tmp_path / "long.txt").write_bytes(b"First.\n\n" + b"x" * 100_000 + b"\n\n\xff")
+    stream = render(DataConfig(name="text", source=DataSource.text, path=str(tmp_path / "long.txt")), tokenizer)
+    assert next(stream)[0] == "First."
+    with pytest.raises(MissingError):
+        list(stream)
+
+
+def test_conversations_may_be_one_json_list(source, rendered):
+    rows = [{"conversations": [{"from": "human", "value": text}]} for text in ("a", "b")]
+    assert [origin for origin, _ in rendered(source("chat_jsonl", json.dumps(rows, indent=1)))] == ["a", "b"]
+
+
+def test_alpaca_rows_may_be_json_lines(source, rendered):
+    rows = [{"instruction": "Say hi.", "output": "hi"}, {"instruction": "Wave.", "output": "~"}]
+    assert len(rendered(source("alpaca", rows, "data.jsonl"))) == 2
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A hub data set of two files that was fetched before; the hub itself cannot be reached."""
+    import huggingface_hub
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    snapshot = tmp_path / "snapshots" / ("c0ffee" * 7)[:40]
+    snapshot.mkdir(parents=True)
+    (snapshot / "b.json").write_text('[{"instruction": "Wave.", "output": "~"}]')
+    (snapshot / "a.jsonl").write_text('{"instruction": "Say hi.", "output": "hi"}')
+    (snapshot / "README.md").write_text("no data")
+    fetched = []
+
+    def snapshot_download(repo, repo_type, revision, local_files_only):
+        if repo != "owner/there":
+            raise LocalEntryNotFoundError("nothing in the cache")
+        assert (repo_type, local_files_only) == ("dataset", True)
+        return str(snapshot)
+
+    def download(repo, name, repo_type, revision):
+        assert (repo, repo_type, revision) == ("owner/there", "dataset", snapshot.name)
+        fetched.append(name)
+        return str(snapshot / name)
+
+    def unreachable(self, repo, revision=None):
+        raise ConnectionError("no route\nto the hub")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", unreachable)
+    return fetched
+
+
+def test_hub_data_set_is_read_file_by_file_as_it_is_needed(hub, tokenizer):
+    data = DataConfig(name="alpaca", source=DataSource.alpaca, repo="owner/there")
+    stream = render(data, tokenizer)
+    assert next(stream)[0] == "Say hi." and hub == ["a.jsonl"]
+    assert [origin for origin, _ in stream] == ["Wave."] and hub == ["a.jsonl", "b.json"]
+    assert (
         content_hash(data)
+        == hashlib.sha256(json.dumps(["owner/there", ("c0ffee" * 7)[:40], ["a.jsonl", "b.json"]]).encode()).hexdigest()
+    )
+
+
+def test_hub_that_cannot_be_reached_says_what_to_do(hub):
+    data = DataConfig(name="alpaca", source=DataSource.alpaca, repo="owner/elsewhere")
+    said = "owner/elsewhere is not in the local hub cache and cannot be reached (no route): run `hf download"
+    with pytest.raises(MissingError, match=re.escape(said)):
+        content_hash(data)
+
+
+def test_parquet_tables_are_read_row_by_row(tmp_path, rendered):
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    table = pyarrow.table({"text": ["One.", "", "Two."], "other": [1, 2, 3]})
+    parquet.write_table(table, tmp_path / "data.parquet")
+    data = DataConfig(name="text", source=DataSource.text, path=str(tmp_path / "data.parquet"))
+    assert [origin for origin, _ in rendered(data)] == ["One.", "Two."]
+
+
+def test_parquet_without_its_library_says_what_to_install(tmp_path, rendered, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
+    (tmp_path / "data.parquet").write_bytes(b"PAR1")
+    data = DataConfig(name="text", source=DataSource.text, path=str(tmp_path / "data.parquet"))
+    with pytest.raises(UnavailableError, match="is a Parquet table: run `pip install pyarrow`"):
+        rendered(data)

@@ -2,6 +2,7 @@ import pytest
 import torch
 from torch import nn
 
+from qat.cache.reader import Text
 from qat.config import ConvertConfig, KMeansBackend, KMeansConfig
 from qat.errors import NumericsError
 from qat.evaluate import evaluate
@@ -33,7 +34,7 @@ def test_every_layer_is_handed_over_in_its_form(model, made):
 
 @torch.inference_mode()
 def test_the_errors_are_those_of_the_modules(model, rows, made):
-    moments = gather(model, [layer for layer, _, _ in made.values()], rows, 8)
+    moments = gather(model, [layer for layer, _, _ in made.values()], Text(rows).batches(8))
     for layer, module, errors in made.values():
         W, H = model.get_submodule(layer.name).weight.double(), damp(moments.inputs[layer.source].double()[None])[0]
         E = W - module.weight(torch.float32).double()
@@ -85,7 +86,7 @@ def test_biases_stay_with_their_layers():
 def test_a_layer_that_no_table_can_stand_for_is_refused_by_name(teacher, rows, value, said):
     model = teacher.load(torch.float32, tiny.CPU)
     layers = select(model, tiny.QUANT)
-    moments = gather(model, layers, rows, 8)
+    moments = gather(model, layers, Text(rows).batches(8))
     weight = model.get_submodule("model.layers.1.mlp.up_proj").weight
     weight.zero_() if value == 0 else weight[3, 5].fill_(value)
     with pytest.raises(NumericsError, match=rf"^model\.layers\.1\.mlp\.up_proj cannot be quantized.*{said}"):
@@ -107,7 +108,7 @@ def test_a_second_pass_starts_from_the_first_and_pays_where_inputs_are_those_of_
     second = conversion(teacher, rows, passes=2)
     student = teacher.load(torch.float32, tiny.CPU)
     install(student, {one.layer.name: one.module for one in first})
-    moments = gather(student, [one.layer for one in first], rows, 8)
+    moments = gather(student, [one.layer for one in first], Text(rows).batches(8))
     for kind in ("mlp", "attn"):
         before, after = (
             sum(cost(teacher, one, moments.inputs[one.layer.source]) for one in made if one.layer.kind == kind)
@@ -122,10 +123,10 @@ def conversion(teacher, rows, passes):
         select(model, tiny.QUANT),
         lambda: teacher.load(torch.float32, tiny.CPU),
         lambda name: model.get_submodule(name).weight,
-        rows,
+        Text(rows).batches(4),
         ConvertConfig(gradients=False, passes=passes, rounds=2, sweeps=1),
         EXACT,
-        tiny.FP32,
+        tiny.CPU,
     )
 
 
@@ -141,10 +142,10 @@ def test_gradients_bring_the_whole_model_closer_to_the_teacher(teacher, rows):
     exact, kl = teacher.load(torch.float32, tiny.CPU), {}
     layers = select(exact, tiny.QUANT)
     for gradients in (False, True):
-        moments = gather(exact, layers, calibration, 8, gradients)
+        moments = gather(exact, layers, Text(calibration).batches(8), gradients)
         settings = ConvertConfig(rounds=4, sweeps=2)
         made = quantize(layers, lambda name: exact.get_submodule(name).weight, moments, settings, EXACT, tiny.CPU)
         student = teacher.load(torch.float32, tiny.CPU)
         install(student, {one.layer.name: one.module for one in made})
-        kl[gradients] = evaluate(student, exact, held_out, 8, tiny.FP32).kl
+        kl[gradients] = evaluate(student, exact, Text(held_out), 8, tiny.FP32).kl
     assert kl[True] < kl[False]

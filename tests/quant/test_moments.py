@@ -2,6 +2,7 @@ import pytest
 import torch
 from torch import nn
 
+from qat.cache.reader import Text
 from qat.errors import NumericsError
 from qat.quant.convert import install
 from qat.quant.layers import select
@@ -30,7 +31,7 @@ def seen(model, names, rows):
 
 @pytest.mark.parametrize("micro_batch", [3, 16])
 def test_moments_are_the_mean_products_of_the_inputs(model, layers, rows, micro_batch):
-    found = gather(model, layers, rows, micro_batch)
+    found = gather(model, layers, Text(rows).batches(micro_batch))
     sources = {layer.source for layer in layers}
     assert set(found.inputs) == sources and len(sources) == 8 and not found.outputs
     for name, x in seen(model, sources, rows).items():
@@ -47,7 +48,7 @@ def test_layers_that_share_a_source_do_see_the_same_input(model, layers, rows):
 def test_gradient_moments_are_those_of_autograd(teacher, layers, rows):
     """The same draws, one pass over everything, float64, gradients of every layer's output by autograd."""
     model = teacher.load(torch.float32, tiny.CPU)
-    found = gather(model, layers, rows, 4, gradients=True)
+    found = gather(model, layers, Text(rows).batches(4), gradients=True)
     exact = teacher.load(torch.float32, tiny.CPU).double()
     outputs, x = {}, {}
     for layer in layers:
@@ -76,7 +77,7 @@ def close(found, expected):
 
 
 def test_gradient_moments_do_not_depend_on_the_micro_batch(model, layers, rows):
-    few, many = (gather(model, layers, rows, size, gradients=True) for size in (3, 10))
+    few, many = (gather(model, layers, Text(rows).batches(size), gradients=True) for size in (3, 10))
     for layer in layers:
         close(few.outputs[layer.name], many.outputs[layer.name].double())
         close(few.inputs[layer.source], many.inputs[layer.source].double())
@@ -85,7 +86,7 @@ def test_gradient_moments_do_not_depend_on_the_micro_batch(model, layers, rows):
 def test_a_quantized_model_can_be_looked_at_too(teacher, model, layers, rows):
     student = teacher.load(torch.float32, tiny.CPU)
     install(student, {name: module for name, (_, module, _) in tiny.tables_of(model, rows).items()})
-    of_student, of_teacher = (gather(m, layers, rows, 8, gradients=True) for m in (student, model))
+    of_student, of_teacher = (gather(m, layers, Text(rows).batches(8), gradients=True) for m in (student, model))
     assert set(of_student.outputs) == {layer.name for layer in layers}
     deep = layers[-1]
     assert not torch.allclose(of_student.inputs[deep.source], of_teacher.inputs[deep.source], rtol=1e-2)
@@ -93,7 +94,7 @@ def test_a_quantized_model_can_be_looked_at_too(teacher, model, layers, rows):
 
 @pytest.mark.parametrize("gradients", [False, True])
 def test_the_model_is_left_as_it_was_and_moments_can_be_written_to(model, layers, rows, gradients):
-    found = gather(model, layers, rows, 8, gradients)
+    found = gather(model, layers, Text(rows).batches(8), gradients)
     for module in model.modules():
         assert not module._forward_pre_hooks and not module._forward_hooks
     assert not any(parameter.requires_grad or parameter.grad is not None for parameter in model.parameters())
@@ -102,7 +103,7 @@ def test_the_model_is_left_as_it_was_and_moments_can_be_written_to(model, layers
 
 @pytest.mark.parametrize("gradients", [False, True])
 def test_a_bf16_model_gives_fp32_moments(teacher, layers, rows, gradients):
-    found = gather(teacher.load(torch.bfloat16, tiny.CPU), layers, rows, 8, gradients)
+    found = gather(teacher.load(torch.bfloat16, tiny.CPU), layers, Text(rows).batches(8), gradients)
     assert {moment.dtype for moment in [*found.inputs.values(), *found.outputs.values()]} == {torch.float32}
 
 
@@ -110,5 +111,5 @@ def test_inputs_that_are_not_finite_are_refused_and_the_hooks_removed(teacher, l
     model = teacher.load(torch.float32, tiny.CPU)
     model.model.layers[1].input_layernorm.weight.data[3] = float("nan")
     with pytest.raises(NumericsError, match=r"layers\.1\.self_attn\.q_proj .*instance\.precision=fp32"):
-        gather(model, layers, rows, 8)
+        gather(model, layers, Text(rows).batches(8))
     assert not any(module._forward_pre_hooks for module in model.modules())

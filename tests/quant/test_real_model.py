@@ -7,8 +7,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qat import models
-from qat.config import DataConfig, DataSource, QuantConfig, TableConfig
-from qat.data import packing, sources
+from qat.cache.reader import Text
+from qat.config import DataConfig, DataSource, Packing, QuantConfig, TableConfig
+from qat.data import packing, sources, thinking
 from qat.data.documents import Document
 from qat.quant import assign, codebook, scales
 from qat.quant.convert import STACK_BYTES, stacks
@@ -34,15 +35,15 @@ def smollm2():
     model.config.use_cache = False
     model.model.layers = model.model.layers[: LAST + 1]
     questions = sources.prompts(DataConfig(name="selfgen", source=DataSource.selfgen))
-    documents = [Document(q, sources.chat_tokens(tokenizer, [{"role": "user", "content": q}])) for q in questions]
-    return model.eval().requires_grad_(False), packing.pack(documents, 128)[:8].long()
+    documents = [Document(q, thinking.chat_tokens(tokenizer, [{"role": "user", "content": q}])) for q in questions]
+    return model.eval().requires_grad_(False), packing.pack(documents, 128, Packing.joined, 0).input_ids[:8].long()
 
 
 def test_compensated_indices_beat_nearest_ones_in_output_error_on_every_layer(smollm2):
     model, rows = smollm2
     layers = [layer for layer in select(model, QUANT) if int(layer.name.split(".")[2]) % EVERY == 0]
     assert len(layers) == 6 * 7
-    moments = gather(model, layers, rows, 4)
+    moments = gather(model, layers, Text(rows).batches(4))
     for stack in stacks(layers, STACK_BYTES["cpu"]):
         weight = torch.stack([models.linear(model, layer.name).weight for layer in stack])
         H = torch.stack([moments.inputs[layer.source] for layer in stack])

@@ -1,9 +1,9 @@
 import pytest
 import torch
 
-from qat.quant import kernels
+from qat.quant import walk
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available() or kernels.triton is None, reason="needs CUDA and Triton")
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available() or walk.triton is None, reason="needs CUDA and Triton")
 
 
 @pytest.mark.parametrize("from_value", [True, False])
@@ -18,7 +18,7 @@ def test_the_gpu_walks_as_the_cpu_does(from_value, rows, columns, entries):
         index = torch.zeros(3, rows, columns, dtype=torch.uint8, device=device)
         moved = torch.zeros(3, rows, columns, device=device)
         before = value.to(device) if from_value else None
-        kernels.walk_block(wanted.to(device), S.to(device), table.to(device), spread.to(device), before, index, moved)
+        walk.walk_block(wanted.to(device), S.to(device), table.to(device), spread.to(device), before, index, moved)
         found.append((index.cpu(), moved.cpu()))
     same = (found[0][0] == found[1][0]).all(2)
     assert same.float().mean() > 0.97  # rounding may tip a weight that lies between two entries, and all behind it

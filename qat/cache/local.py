@@ -1,0 +1,42 @@
+"""`cache=local cache.path=<folder>`: a cache that is there already, of this project or of the older scripts."""
+
+from pathlib import Path
+
+from qat.artifacts import MANIFEST, Artifact, open_artifact
+from qat.cache.older import SHARDS, open_older
+from qat.config import Tail
+from qat.errors import ArtifactError
+from qat.models import ModelFolder
+
+
+def open_local(folder: Path, teacher: ModelFolder, eval_fraction: float, tail: Tail) -> Artifact:
+    """The cache in a folder, once it is this teacher's.
+
+    Raises:
+        ArtifactError: the folder holds no cache, a damaged one, or another teacher's.
+    """
+    if (folder / MANIFEST).is_file():
+        return _ours(folder, teacher)
+    if any(folder.glob(SHARDS)):
+        return open_older(folder, teacher.vocab_size(), eval_fraction, tail)
+    inside = next((path.parent for name in (MANIFEST, SHARDS) for path in folder.glob(f"*/{name}")), None)
+    hint = f": did you mean {inside}?" if inside else ""
+    raise ArtifactError(f"cache.path={folder} holds neither a {MANIFEST} nor {SHARDS}, so no teacher cache{hint}")
+
+
+def _ours(folder: Path, teacher: ModelFolder) -> Artifact:
+    cache = open_artifact(folder)
+    meta = cache.manifest
+    if meta.get("kind") != "caches":
+        raise ArtifactError(f"{folder} is not a teacher cache but of kind {meta.get('kind')}")
+    made_by = meta["teacher"]
+    if made_by["fingerprint"] not in (None, teacher.fingerprint):  # an imported one does not know
+        raise ArtifactError(
+            f"{folder} was recorded from {made_by['name']} with other weights than those of {teacher.name}:"
+            f" use model={made_by['name']} and the same revision"
+        )
+    if meta["vocab_size"] != teacher.vocab_size():
+        raise ArtifactError(
+            f"{folder} is of a vocabulary of {meta['vocab_size']} tokens, {teacher.name} has {teacher.vocab_size()}"
+        )
+    return cache

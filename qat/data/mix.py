@@ -1,0 +1,40 @@
+"""Several sources as one, in the proportions of their weights."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+from qat.config import DataConfig, DataSource
+
+Pairs = Iterator[tuple[str, list[int]]]
+
+
+def parts(data: DataConfig) -> list[DataConfig]:
+    """The sources of a mixture, each with what the mixture says for all; a plain source is its only part."""
+    if data.source is not DataSource.mix:
+        return [data]
+    own = ("source", "path", "repo", "revision", "start", "documents")
+    return [
+        replace(
+            data,
+            parts=[],
+            thinking=part.thinking or data.thinking,
+            **{name: getattr(part, name) for name in own},
+        )
+        for part in data.parts
+    ]
+
+
+def interleave(streams: list[Pairs], weights: list[float]) -> Pairs:
+    """Documents of all streams, so that their tokens so far stand in the proportion of the weights.
+
+    It ends where the first stream does: going on would leave the proportion, and repeating text is
+    training's business.
+    """
+    shares = [0.0] * len(streams)
+    while True:
+        behind = min(range(len(streams)), key=lambda number: shares[number])
+        pair = next(streams[behind], None)
+        if pair is None:
+            return
+        shares[behind] += len(pair[1]) / weights[behind]
+        yield pair

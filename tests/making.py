@@ -1,0 +1,93 @@
+"""Jobs that make one artifact of the tiny model, to be run, killed and run again in processes of their own."""
+
+import hashlib
+import logging
+import os
+import signal
+import time
+from multiprocessing import get_context
+from pathlib import Path
+
+SHARD_ROWS = 4
+
+
+def processes():
+    """Processes that have imported everything already: forked from one that has."""
+    context = get_context("forkserver")
+    context.set_forkserver_preload(["tests.making", "qat.cache.writer", "qat.data.documents", "qat.models"])
+    return context
+
+
+def make_cache(outputs: str, text: str, environment: dict[str, str] | None = None) -> None:
+    """The cache of a text file, in shards of four rows; what it says goes to `outputs`/said."""
+    import torch
+
+    from qat.cache import writer
+    from qat.config import CacheConfig, DataConfig, DataSource
+    from qat.data.documents import obtain_documents
+    from qat.machine import Machine
+    from tests import tiny
+
+    prepare(outputs, environment)
+    writer.SHARD_ROWS = SHARD_ROWS
+    machine, folder = Machine(torch.device("cpu"), torch.float32, 3), Path(outputs)
+    teacher = tiny.teacher_in(folder)
+    data = DataConfig(name="text", source=DataSource.text, path=text, eval_fraction=0.25)
+    documents = obtain_documents(data, teacher, 0, machine, folder)
+    cache = CacheConfig(name="L16", length=16, top_k=4, random=3)
+    writer.obtain_cache(cache, documents, "text", teacher, 0, machine, folder)
+
+
+def make_answers(outputs: str, prompts: str) -> None:
+    """Documents that the tiny teacher writes, four prompts at a time."""
+    import torch
+
+    from qat.config import DataConfig, DataSource
+    from qat.data import selfgen
+    from qat.data.documents import obtain_documents
+    from qat.machine import Machine
+    from tests import tiny
+
+    prepare(outputs)
+    selfgen.PROMPTS_AT_ONCE = 4
+    machine, folder = Machine(torch.device("cpu"), torch.float32, 3), Path(outputs)
+    data = DataConfig(name="selfgen", source=DataSource.selfgen, path=prompts, answer_tokens=6, eval_fraction=0.25)
+    obtain_documents(data, tiny.teacher_in(folder), 0, machine, folder)
+
+
+def prepare(outputs: str, environment: dict[str, str] | None = None) -> None:
+    """One thread, and a log of its own."""
+    import torch
+
+    os.environ.update(environment or {})
+    torch.set_num_threads(1)
+    Path(outputs).mkdir(parents=True, exist_ok=True)
+    logging.basicConfig(filename=Path(outputs) / "said", level=logging.INFO, format="%(message)s")
+
+
+def kill_when(process, there, seconds=60.0) -> bool:
+    """`kill -9` as soon as `there()`; False where the process had finished before."""
+    end = time.monotonic() + seconds
+    while process.is_alive() and not there():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.0005)
+    if not process.is_alive():
+        process.join()
+        return False
+    os.kill(process.pid, signal.SIGKILL)
+    process.join(60)
+    return True
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    """SHA-256 of every file below a folder."""
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def make_again(processes, job, outputs: Path, text: str) -> None:
+    """Runs a job to its end."""
+    process = processes.Process(target=job, args=(str(outputs), text))
+    process.start()
+    process.join(60)
+    assert process.exitcode == 0
