@@ -18,6 +18,15 @@ class Batch:
     topk_ids: torch.Tensor
     topk_logprobs: torch.Tensor
 
+    @property
+    def loss_mask(self) -> torch.Tensor:
+        """The positions [B, L-1] that count, bool."""
+        return torch.ones(self.topk_ids.shape[:2], dtype=torch.bool, device=self.topk_ids.device)
+
+    def inputs(self) -> dict[str, torch.Tensor]:
+        """Arguments for the model."""
+        return {"input_ids": self.input_ids}
+
     def to(self, device: torch.device) -> "Batch":
         """The same batch on a device."""
         return Batch(self.input_ids.to(device), self.topk_ids.to(device), self.topk_logprobs.to(device))
