@@ -92,11 +92,16 @@ def _kind(instance: InstanceConfig) -> torch.device:
 
 def _own_gpu(instance: InstanceConfig) -> torch.device:
     """The GPU of this process among those that share the batches."""
-    index, here = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    index, here = own_index(), torch.cuda.device_count()
     if max(instance.devices, index + 1) > here:
         raise MissingError(f"instance.devices={max(instance.devices, index + 1)}: this computer has {here}")
     torch.cuda.set_device(index)
     return torch.device("cuda", index)
+
+
+def own_index() -> int:
+    """The number of this process on this computer, as torchrun counts."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
 
 
 def computes_bf16(device: torch.device) -> bool:
