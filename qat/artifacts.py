@@ -13,6 +13,7 @@ import logging
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from qat.errors import ArtifactError
 log = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
+HEAD_START = 2.0  # seconds; of processes that train together the first should make things: it shows progress
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,8 @@ def obtain(
     key = content_key(inputs)
     folder = root / kind / f"{name}-{key}"
     if not folder.exists():
+        if os.environ.get("RANK", "0") != "0":
+            time.sleep(HEAD_START)
         with locked(folder):
             if not folder.exists():
                 with publish(folder, {"kind": kind, "name": name, "key": key, "inputs": inputs}) as (

@@ -1,6 +1,7 @@
 """What a person sees while work goes on: a bar on a terminal, plain lines anywhere else."""
 
 import logging
+import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,7 +22,8 @@ log = logging.getLogger(__name__)
 
 PLAIN_SECONDS = 10.0  # between two plain progress lines
 
-console = Console(highlight=False, markup=False)  # brackets in a path or an answer are text
+# Brackets in a path or an answer are text. Of processes that train together only the first speaks.
+console = Console(highlight=False, markup=False, quiet=os.environ.get("RANK", "0") != "0")
 
 
 class Advance(Protocol):

@@ -51,7 +51,8 @@ def make(work: Workspace, outputs: Artifact, start: Path) -> Path:
         _resume(work, trainer)
         history = trainer.run(run.log, lambda: save("best"), states)
         save("last")
-        _record(work, history, sum(layer.weights for layer in layers), ranks.count)
+        if ranks.first:
+            _record(work, history, sum(layer.weights for layer in layers), ranks.count)
     run.result["paths"] |= {name: str(folder) for name, folder in folders.items()}
     run.save()
     return folders["best"]

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from qat.config import Config
 from qat.console import console, duration, table
+from qat.distill.distributed import place
 from qat.evaluate import Metrics
 from qat.quant.layers import KINDS
 from qat.runs import Run
@@ -23,6 +24,8 @@ def main(config: Config, run: Run) -> None:
     outputs = cache.make(work)
     start = start_folder(config.checkpoint) or convert.make(work, outputs).folder
     best = distill.make(work, outputs, start)
+    if not place().first:
+        return  # all that is left is for one process
     measured = evaluate.make(work, outputs, {"converted": start, "distilled": best})
     before, after = measured["converted"], measured["distilled"]
     run.result["metrics"] |= {

@@ -35,7 +35,8 @@ for P, V, D, K in [(5, 9000, 70, 5), (3, 4096, 128, 64), (2, 130, 300, 1)]:
 
 
 @pytest.mark.parametrize(
-    "device", ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA"))]
+    "device",
+    ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA"))],
 )
 def test_the_kernels_compute_what_plain_torch_does(device):
     pytest.importorskip("triton")
