@@ -69,16 +69,17 @@ class Head:
         self, hidden: Tensor, ids: Tensor, logprobs: Tensor, weight: Tensor, teacher: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         logits = product(hidden, self.weight)
-        at_ids, log_sum = logits.gather(1, ids), log_sum_exp(logits)
+        softmax = Softmax(logits)
+        at_ids, log_sum = logits.gather(1, ids), softmax.log_sum
         value, d_at_ids, d_log_sum = differentiated(lambda z, s: self.loss.at(z, s, logprobs), weight, at_ids, log_sum)
         if teacher is None:
             d_at_ids += (at_ids - log_sum[:, None]).exp() * d_log_sum[:, None]
-            grad = softmax_times(logits, log_sum, d_log_sum, hidden.dtype)
+            grad = softmax.times(d_log_sum, hidden.dtype)
             grad.scatter_(1, ids, d_at_ids.to(grad.dtype))  # their sum, rounded once
             return value, grad @ self.weight
         further, grad = self._full(logits, teacher, weight)
         if self.loss.hard:
-            grad += softmax_times(logits, log_sum, d_log_sum, grad.dtype)
+            grad += softmax.times(d_log_sum, grad.dtype)
             grad.scatter_add_(1, ids, d_at_ids)
         return value + further, grad.to(hidden.dtype) @ self.weight
 
@@ -112,17 +113,25 @@ def product(hidden_PD: Tensor, weight_VD: Tensor) -> Tensor:
     return (hidden_PD @ weight_VD.mT).float()
 
 
-def log_sum_exp(logits_PV: Tensor) -> Tensor:
-    """Log-sum-exp [P] of fp32 logits."""
-    kernels = _kernels(logits_PV)
-    return logits_PV.logsumexp(-1) if kernels is None else kernels.log_sum_exp(logits_PV)
+class Softmax:
+    """The softmax of fp32 logits [P, V]: its log-sum-exp, and itself times a factor; each in one pass on CUDA."""
 
+    def __init__(self, logits_PV: Tensor) -> None:
+        """`log_sum` [P] is there at once."""
+        self._kernels, self._logits = _kernels(logits_PV), logits_PV
+        if self._kernels is not None:
+            self.log_sum = self._kernels.log_sum_exp(logits_PV)
+            return
+        # The likeliest token's share is at least 1/V, so its logarithm is exact enough to tell the sum.
+        self._softmax = logits_PV.softmax(-1)
+        top, place = logits_PV.max(-1, keepdim=True)
+        self.log_sum = (top - self._softmax.gather(1, place).log())[:, 0]
 
-def softmax_times(logits_PV: Tensor, log_sum_P: Tensor, factor_P: Tensor, dtype: torch.dtype) -> Tensor:
-    """`softmax(logits) · factor` [P, V] in the given type; the logits may be overwritten."""
-    if (kernels := _kernels(logits_PV)) is not None:
-        return kernels.softmax_times(logits_PV, log_sum_P, factor_P, dtype)
-    return logits_PV.sub_(log_sum_P[:, None]).exp_().mul_(factor_P[:, None]).to(dtype)
+    def times(self, factor_P: Tensor, dtype: torch.dtype) -> Tensor:
+        """`softmax · factor` [P, V] in the given type; to be called once."""
+        if self._kernels is not None:
+            return self._kernels.softmax_times(self._logits, self.log_sum, factor_P, dtype)
+        return self._softmax.mul_(factor_P[:, None]).to(dtype)
 
 
 def position_chunks(hidden: Tensor, targets: tuple[Tensor, ...], size: int = 256) -> Iterator[tuple[Tensor, ...]]:

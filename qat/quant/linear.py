@@ -18,7 +18,7 @@ from qat.quant.scales import entry_sums
 
 def look_up(lut: Tensor, indices: Tensor) -> Tensor:
     """`lut[indices]` for uint8 indices."""
-    return lut.index_select(0, indices.flatten().int()).view(indices.shape)
+    return torch.take(lut, indices.long())
 
 
 def gradients(grad: Tensor, indices: Tensor, lut: Tensor, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -35,7 +35,11 @@ def gradients(grad: Tensor, indices: Tensor, lut: Tensor, A: Tensor, B: Tensor) 
         B: [R, I] fp32.
     """
     grad = grad.to(lut.dtype)
-    d_lut = entry_sums((grad * (A @ B))[None], indices[None], len(lut))[0]
+    through = grad * (A @ B)
+    if grad.device.type == "cpu":  # one pass; in float64, because it adds one after the other
+        d_lut = torch.bincount(indices.flatten(), through.flatten().double(), len(lut)).to(lut.dtype)
+    else:
+        d_lut = entry_sums(through[None], indices[None], len(lut))[0]
     d_scale = grad * look_up(lut, indices)
     return d_lut, d_scale @ B.mT, A.mT @ d_scale
 
