@@ -13,8 +13,18 @@ from qat.config import Config, Stage, as_plain
 from qat.errors import ConfigError
 
 # What decides where and how fast, who is told and when states are written, but never the result.
-FREE = ("instance.", "tracker.", "store.", "run.", "export.", "chat.", "evaluate.", "outputs", "train.save_every")
-FREE += ("train.keep", "model.path", "checkpoint.path", "data.path", "cache.path")
+FREE = (
+    "instance.",
+    "tracker.",
+    "store.",
+    "run.",
+    "export.",
+    "chat.",
+    "evaluate.",
+    "outputs",
+    "train.save_every",
+    "train.keep",
+)
 
 
 def check(config: Config) -> None:
