@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from qat.cache.reader import Batch
 from qat.config import TrainConfig
 from qat.distill.distributed import Ranks
-from qat.distill.forward import prepare
+from qat.distill.forward import hidden_states, prepare
 from qat.distill.graphs import Recorder
 from qat.distill.head import Head
 from qat.distill.loss import Loss
@@ -150,10 +150,10 @@ class Step:
 
     def _backward(self, inputs: dict[str, Tensor], outputs: dict[str, Tensor]) -> None:
         """Forward, loss and backward; the head's part is taken at once and not held by autograd."""
-        hidden_PD = _hidden(self.student, inputs)
+        hidden_PD = hidden_states(self.student, inputs)
         beside = self.loss.teacher
         with torch.no_grad():
-            teacher_PD = None if beside is None else _hidden(beside, inputs)
+            teacher_PD = None if beside is None else hidden_states(beside, inputs)
         value, grad_PD = self.head.backward(
             hidden_PD.detach(),
             outputs["ids"].flatten(0, 1),
@@ -202,9 +202,3 @@ def _stream(machine: Machine) -> torch.cuda.Stream | None:
     stream.wait_stream(torch.cuda.current_stream(machine.device))
     torch.cuda.set_stream(stream)
     return stream
-
-
-def _hidden(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
-    """Last hidden states [P, D] of every position that predicts a token."""
-    states: Tensor = model.base_model(**inputs).last_hidden_state  # type: ignore[operator]
-    return states[:, :-1].flatten(0, 1)

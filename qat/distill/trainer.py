@@ -19,7 +19,7 @@ from qat.config import ModeConfig, TrainConfig
 from qat.console import progress
 from qat.distill import optim
 from qat.distill.distributed import Ranks
-from qat.distill.forward import prepare
+from qat.distill.forward import hidden_states, prepare
 from qat.distill.head import Head
 from qat.distill.loss import KD_TEMPERATURE, Loss, topk_kl
 from qat.distill.optim import Optimizer
@@ -254,7 +254,7 @@ class Trainer:
         with torch.compiler.set_stance("force_eager"):  # compiling once more takes longer than it saves
             for rows in self.held_out.in_order(self.machine.micro_batch)[self.ranks.rank :: self.ranks.count]:
                 batch = self.held_out.batch(rows).to(self.machine.device)
-                hidden = self.student.base_model(**batch.inputs()).last_hidden_state[:, :-1].flatten(0, 1)
+                hidden = hidden_states(self.student, batch.inputs())
                 logits = head.logits(hidden, batch.topk_ids.flatten(0, 1))
                 values = topk_kl(logits, batch.topk_logprobs.flatten(0, 1), KD_TEMPERATURE).cpu().double()
                 mask = batch.loss_mask.flatten().cpu()

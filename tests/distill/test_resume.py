@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import multiprocessing
 import os
 import random
 import signal
@@ -28,15 +29,31 @@ TRAINING = [
 FILES = ("tables", "latent", "norms")
 
 
-def start(outputs: Path, *words: str) -> subprocess.Popen:
-    command = [sys.executable, "launch.py", "+debug=tiny", f"outputs={outputs}", *words]
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+def job(words: list[str]) -> None:
+    """What a process does: one launch."""
+    import launch
+    from qat.cli import main
+
+    sys.exit(main.main(words, launch.launch))
 
 
-def finish(process: subprocess.Popen) -> str:
-    out, _ = process.communicate(timeout=120)
-    assert process.returncode == 0, out
-    return out
+@pytest.fixture(scope="module")
+def start():
+    """Launches in processes that have imported everything already."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["launch", "qat.stages.run", "qat.plots"])
+
+    def launched(outputs, *words):
+        process = context.Process(target=job, args=(["+debug=tiny", f"outputs={outputs}", *words],))
+        process.start()
+        return process
+
+    return launched
+
+
+def finish(process, code=0) -> None:
+    process.join(120)
+    assert process.exitcode == code
 
 
 def rows(folder: Path) -> list[dict]:
@@ -55,7 +72,7 @@ def steps(folder: Path) -> int:
 
 
 @pytest.fixture(scope="module")
-def outputs(tmp_path_factory):
+def outputs(tmp_path_factory, start):
     """A folder with a conversion to start from."""
     folder = tmp_path_factory.mktemp("resume") / "outputs"
     finish(start(folder, "stage=convert", "instance.precision=fp32"))
@@ -70,24 +87,23 @@ def training(outputs):
 
 
 @pytest.fixture(scope="module")
-def whole(outputs, training):
+def whole(outputs, training, start):
     """The folder of a run that nobody disturbed."""
     finish(start(outputs, *training))
     return outputs / "SR-002"
 
 
-def test_killed_at_any_step_a_run_goes_on_to_the_same_bits(outputs, training, whole):
+def test_killed_at_any_step_a_run_goes_on_to_the_same_bits(outputs, training, whole, start):
     draw = random.Random(1)
     process = start(outputs, *training)
     folder = outputs / "SR-003"
     for _ in range(2):
         reached = steps(folder) + draw.randint(1, 5)
         end = time.monotonic() + 60
-        while steps(folder) < reached and process.poll() is None and time.monotonic() < end:
+        while steps(folder) < reached and process.is_alive() and time.monotonic() < end:
             time.sleep(0.002)
         os.kill(process.pid, signal.SIGKILL)
-        process.wait()
-        process.stdout.close()
+        process.join(60)
         assert json.loads((folder / "result.json").read_text())["status"] != "failed"
         process = start(outputs, *training, "run.resume=SR-003")
     finish(process)
@@ -98,33 +114,30 @@ def test_killed_at_any_step_a_run_goes_on_to_the_same_bits(outputs, training, wh
     assert len(list((folder / "checkpoints").glob("state-*"))) == 2
 
 
-def test_a_signal_saves_first(outputs, training, whole):
+def test_a_signal_saves_first(outputs, training, whole, start):
+    before = set(outputs.glob("SR-*"))
     process = start(outputs, *training)
-    folder = max(outputs.glob("SR-*"))
-    while max(outputs.glob("SR-*")) == whole or not steps(folder := max(outputs.glob("SR-*"))):
+    while not (new := set(outputs.glob("SR-*")) - before) or not steps(folder := new.pop()):
         time.sleep(0.002)
-    process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=60)
-    result = json.loads((folder / "result.json").read_text())
-    if process.returncode == 130:  # it was quicker than the signal otherwise
-        assert result["status"] == "interrupted"
-        assert max(folder.glob("checkpoints/state-*")).name == f"state-{steps(folder):08d}"
+    os.kill(process.pid, signal.SIGTERM)
+    process.join(60)
+    assert process.exitcode == 130
+    assert json.loads((folder / "result.json").read_text())["status"] == "interrupted"
+    assert max(folder.glob("checkpoints/state-*")).name == f"state-{steps(folder):08d}"
     finish(start(outputs, *training, f"run.resume={folder.name}"))
     assert digests(folder) == digests(whole) and rows(folder) == rows(whole)
 
 
 @pytest.mark.parametrize("launcher", ["instance.devices=2", "torchrun"])
-def test_two_processes_train_as_one(outputs, training, whole, launcher):
+def test_two_processes_train_as_one(outputs, training, whole, start, launcher):
     plain = [word for word in training if "latent" not in word]  # an index may turn on a rounding error
     finish(start(outputs, *plain))
     one = max(outputs.glob("SR-*"))
-    if launcher == "torchrun":
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "launch.py"]
-        command += ["+debug=tiny", f"outputs={outputs}", *plain]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
-        assert done.returncode == 0, done.stderr
-    else:
-        finish(start(outputs, *plain, launcher))
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    before, after = (torchrun, []) if launcher == "torchrun" else ([], [launcher])
+    command = [sys.executable, *before, "launch.py", "+debug=tiny", f"outputs={outputs}", *plain, *after]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
     two = max(outputs.glob("SR-*"))
     assert int(two.name[3:]) == int(one.name[3:]) + 1
     for ours, theirs in zip(rows(two), rows(one), strict=True):
