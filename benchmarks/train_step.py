@@ -171,7 +171,7 @@ def attempt(
     try:
         figures = measure(row, name.startswith("rank"), options, machine, flops, ranks)
         reporter.add(name, row.batch, figures)
-    except (RuntimeError, torch.OutOfMemoryError) as error:
+    except Exception as error:  # the other rows are still worth having
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         reporter.say(f"{name:20} {row.batch:6} failed after {time.monotonic() - started:.0f} s: {first[:300]}")
         if options.raise_errors:
