@@ -31,6 +31,7 @@ MANIFEST = "manifest.json"
 PARTIAL = ".partial"
 POLL_SECONDS = 0.1  # between two looks at a lock that another process holds
 SETTLED_SECONDS = 2.0  # a file younger than this may change within the resolution of its time stamp
+HEAD_START = 2.0  # seconds; of processes that train together the first should make things: it shows progress
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,8 @@ def obtain(
     """
     folder = place(root, kind, name, inputs)
     if not folder.exists():
+        if os.environ.get("RANK", "0") != "0":
+            time.sleep(HEAD_START)
         with locked(folder):
             if not folder.exists():
                 described = {"kind": kind, "name": name, "key": content_key(inputs), "inputs": inputs}

@@ -1,7 +1,8 @@
 """Checkpoints: the quantized layers of a student, in a folder that says what it belongs to.
 
 A checkpoint holds what quantization made (packed indices, tables, scales) and names the teacher that
-everything else (embeddings, norms, head) comes from, by fingerprint.
+everything else (embeddings, norms, head) comes from, by fingerprint. Latent weights, and norms that
+learned, lie in files of their own beside the tables.
 """
 
 from pathlib import Path
@@ -16,12 +17,14 @@ from qat.config import QuantConfig, as_plain
 from qat.errors import ArtifactError
 from qat.machine import Machine
 from qat.models import ModelFolder, linear
+from qat.norms import learned, set_learned
 from qat.quant import packing
 from qat.quant.layers import Layer
 from qat.quant.linear import QuantLinear, quantized
 
 FILE = "tables.safetensors"
-LATENT = "latent.safetensors"
+LATENT = "latent.safetensors"  # `<layer>.latent`, fp32: where the training of indices goes on from
+NORMS = "norms.safetensors"  # `<layer>.weight`, fp32, in place of the teacher's
 PARAMETERS = ("lut", "scale_A", "scale_B", "rank_magnitude")
 
 
@@ -68,7 +71,8 @@ def identity(folder: Path) -> str:
 
 def latent(folder: Path) -> dict[str, torch.Tensor]:
     """The full-precision weights [O, I] behind a checkpoint's indices, by layer; none where it was trained without."""
-    return load_file(folder / LATENT) if (folder / LATENT).is_file() else {}
+    path = folder / LATENT
+    return {name.removesuffix(".latent"): w for name, w in load_file(path).items()} if path.is_file() else {}
 
 
 def write_tables(modules: dict[str, QuantLinear], folder: Path) -> None:
@@ -85,10 +89,17 @@ def save(model: PreTrainedModel, folder: Path, description: dict[str, Any]) -> N
     """Publishes a student's quantized layers as a checkpoint at `folder`, replacing an older one there."""
     with publish(folder, dict(description)) as (scratch, _):
         write_tables(quantized(model), scratch)
+        for name, tensors in ((LATENT, _latents(model)), (NORMS, learned(model))):
+            if tensors:
+                save_file({key: value.float().cpu().contiguous() for key, value in tensors.items()}, scratch / name)
 
 
-def load(folder: Path, teacher: ModelFolder, machine: Machine) -> tuple[PreTrainedModel, dict[str, Any]]:
+def load(
+    folder: Path, teacher: ModelFolder, machine: Machine, latents: bool = False
+) -> tuple[PreTrainedModel, dict[str, Any]]:
     """The student of a checkpoint, and the checkpoint's manifest.
+
+    With `latents` its layers have latent weights: the checkpoint's, else what its tables stand for.
 
     Raises:
         ArtifactError: the files are damaged or no checkpoint's, or the checkpoint belongs to another teacher.
@@ -108,4 +119,21 @@ def load(folder: Path, teacher: ModelFolder, machine: Machine) -> tuple[PreTrain
         module.indices.copy_(packing.unpack(tensors[f"{layer.name}.indices"], layer.bits, layer.shape))
         module.set_parameters({parameter: tensors[f"{layer.name}.{parameter}"] for parameter in PARAMETERS})
         model.set_submodule(layer.name, module.to(machine.device).requires_grad_(False))
+    if (folder / NORMS).exists():
+        set_learned(model, load_file(folder / NORMS))
+    if latents:
+        _add_latents(model, load_file(folder / LATENT) if (folder / LATENT).exists() else {})
     return model, manifest
+
+
+def _latents(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    layers = quantized(model).items()
+    return {f"{name}.latent": layer.latent.detach() for name, layer in layers if layer.latent is not None}
+
+
+def _add_latents(model: PreTrainedModel, known: dict[str, torch.Tensor]) -> None:
+    """Latent weights for every quantized layer: the known ones, else what its tables stand for."""
+    for name, layer in quantized(model).items():
+        value = known.get(f"{name}.latent")
+        value = layer.weight(torch.float32) if value is None else value.to(layer.indices.device)
+        layer.latent = torch.nn.Parameter(value, requires_grad=False)

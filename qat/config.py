@@ -93,8 +93,9 @@ class Device(Enum):
 class Precision(Enum):
     """The type of matrix products; parameters and reductions stay fp32."""
 
-    auto = "bf16 where the hardware computes it, else fp32"
+    auto = "bf16 where the hardware computes it, else fp16 on a GPU of NVIDIA and fp32 elsewhere"
     bf16 = "bfloat16"
+    fp16 = "float16, the loss scaled so that small gradients survive"
     fp32 = "float32"
 
 
@@ -237,6 +238,17 @@ class LossConfig:
     name: str = MISSING
     kind: LossKind = MISSING
     temperature: float = 1.0
+    hard: float = 0.0  # weight of the cross-entropy on the teacher's first choice, which is added
+
+
+@dataclass
+class LearnConfig:
+    """What learns: the rate of each kind as a multiple of `train.lr`; 0 does not learn."""
+
+    scales: float = 1.0  # A, B and magnitudes
+    codebooks: float = 1.0  # table entries
+    latent: float = 0.0  # full-precision weights whose nearest entries the indices are
+    norms: float = 0.0  # weights of the normalisation layers
 
 
 @dataclass
@@ -245,11 +257,15 @@ class TrainConfig:
 
     steps: int = 40
     batch_size: int = 16  # sequences a step
-    lr: float = 1e-3  # of scales and codebooks, relative to each tensor's root mean square
+    lr: float = 1e-3  # relative to each tensor's root mean square
+    learn: LearnConfig = field(default_factory=LearnConfig)
     warmup: float = 0.1  # share of the steps in which the rate rises
     weight_decay: float = 0.0
     grad_clip: float = 1.0  # largest gradient norm
     eval_every: int = 20  # steps between evaluations on the held-apart split
+    save_every: int = 100  # steps between states from which run.resume goes on
+    keep: int = 2  # states kept, the newest
+    snap_fp16: bool = False  # tables and scales pass through fp16, as on a Neural Engine
 
 
 @dataclass
@@ -267,7 +283,10 @@ class InstanceConfig:
     name: str = MISSING
     device: Device = Device.auto
     precision: Precision = Precision.auto
-    micro_batch: int = 16  # sequences computed at once
+    micro_batch: int = 16  # sequences computed at once; halved when memory runs out
+    devices: int = 1  # GPUs (or CPU processes) that share each batch
+    compile: str = "auto"  # torch.compile for the decoder layers: auto (on CUDA), true or false
+    checkpointing: str = "auto"  # activations computed twice: auto (when memory runs out), true or false
 
 
 @dataclass
@@ -319,6 +338,7 @@ class RunConfig:
 
     goal: str = ""
     notes: str = ""
+    resume: str | None = None  # SR-007: go on with that interrupted run, in its folder
 
 
 @dataclass

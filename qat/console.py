@@ -1,6 +1,7 @@
 """What a person sees while work goes on: a bar on a terminal, plain lines anywhere else."""
 
 import logging
+import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -22,7 +23,8 @@ log = logging.getLogger(__name__)
 PLAIN_SECONDS = 10.0  # between two plain progress lines
 WAITING_SECONDS = 30.0  # between two lines that say what is waited for
 
-console = Console(highlight=False, markup=False)  # brackets in a path or an answer are text
+# Brackets in a path or an answer are text. Of processes that train together only the first speaks.
+console = Console(highlight=False, markup=False, quiet=os.environ.get("RANK", "0") != "0")
 
 
 class Advance(Protocol):

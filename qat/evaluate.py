@@ -15,8 +15,8 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from qat.cache.reader import CacheReader, Text
 from qat.console import progress
 from qat.data.thinking import chat_tokens
+from qat.distill.head import position_chunks
 from qat.distill.loss import KD_TEMPERATURE, full_kl, topk_kl
-from qat.distill.trainer import position_chunks
 from qat.errors import NumericsError
 from qat.machine import Machine
 from qat.models import generate
@@ -82,7 +82,7 @@ def _compare(logits_XV: Tensor, teacher_XV: Tensor, next_X: Tensor, top_k: int) 
     top, ids = teacher_XV.topk(top_k, dim=-1)
     values = (
         full_kl(logits_XV, teacher_XV),
-        topk_kl(logits_XV, ids, top, KD_TEMPERATURE),
+        topk_kl(logits_XV.gather(-1, ids), top, KD_TEMPERATURE),
         torch.nn.functional.cross_entropy(logits_XV, next_X, reduction="none"),
         torch.nn.functional.cross_entropy(teacher_XV, next_X, reduction="none"),
         logits_XV.argmax(-1) == teacher_XV.argmax(-1),

@@ -4,6 +4,7 @@ Nothing here changes a result. Numerics that need full precision (second moments
 factorisations) ask for `exact_matmul`, whatever the rest of the run uses.
 """
 
+import os
 import resource
 import sys
 import time
@@ -16,16 +17,28 @@ import torch
 from qat.config import Device, InstanceConfig, Precision
 from qat.errors import MissingError
 
-DTYPES = {Precision.bf16: torch.bfloat16, Precision.fp32: torch.float32}
+DTYPES = {Precision.bf16: torch.bfloat16, Precision.fp16: torch.float16, Precision.fp32: torch.float32}
+
+SWITCH = {"auto": None, "true": True, "false": False}
 
 
 @dataclass(frozen=True)
 class Machine:
-    """The resolved instance: `dtype` is the type of matrix products, `micro_batch` counts sequences."""
+    """The resolved instance.
+
+    Attributes:
+        device: of this process.
+        dtype: of matrix products.
+        micro_batch: sequences computed at once.
+        compile: the decoder layers are compiled.
+        checkpointing: activations are computed again in the backward pass; None when memory runs out.
+    """
 
     device: torch.device
     dtype: torch.dtype
     micro_batch: int
+    compile: bool = False
+    checkpointing: bool | None = None
 
     def describe(self) -> str:
         """One phrase for logs and `result.json`."""
@@ -37,16 +50,31 @@ def resolve(instance: InstanceConfig) -> Machine:
     """The machine to use.
 
     Raises:
-        MissingError: the instance asks for a device that this computer lacks.
+        MissingError: the instance asks for a device that this computer lacks, or for more than it has.
     """
     device = _device(instance)
     precision = instance.precision
     if precision is Precision.auto:
-        precision = Precision.bf16 if computes_bf16(device) else Precision.fp32
-    return Machine(device, DTYPES[precision], instance.micro_batch)
+        precision = _precision(device)
+    compiled, checkpointing = SWITCH[instance.compile], SWITCH[instance.checkpointing]
+    if compiled is None:
+        compiled = device.type == "cuda"
+    return Machine(device, DTYPES[precision], instance.micro_batch, compiled, checkpointing)
+
+
+def _precision(device: torch.device) -> Precision:
+    if computes_bf16(device):
+        return Precision.bf16
+    return Precision.fp16 if device.type == "cuda" else Precision.fp32
 
 
 def _device(instance: InstanceConfig) -> torch.device:
+    device = _kind(instance)
+    together = instance.devices > 1 or int(os.environ.get("WORLD_SIZE", "1")) > 1
+    return _own_gpu(instance) if device.type == "cuda" and together else device
+
+
+def _kind(instance: InstanceConfig) -> torch.device:
     there = {
         Device.cuda: torch.cuda.is_available(),
         Device.mps: torch.backends.mps.is_available(),
@@ -60,6 +88,20 @@ def _device(instance: InstanceConfig) -> torch.device:
             " here: use instance=auto or instance=cpu"
         )
     return torch.device(instance.device.name)
+
+
+def _own_gpu(instance: InstanceConfig) -> torch.device:
+    """The GPU of this process among those that share the batches."""
+    index, here = own_index(), torch.cuda.device_count()
+    if max(instance.devices, index + 1) > here:
+        raise MissingError(f"instance.devices={max(instance.devices, index + 1)}: this computer has {here}")
+    torch.cuda.set_device(index)
+    return torch.device("cuda", index)
+
+
+def own_index() -> int:
+    """The number of this process on this computer, as torchrun counts."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
 
 
 def computes_bf16(device: torch.device) -> bool:

@@ -94,6 +94,13 @@ class Run:
         self._metrics.write(json.dumps(_finite(row)) + "\n")
         self._tracker.log(row)
 
+    def rewind(self, rows: int) -> list[dict[str, float]]:
+        """Forgets all figures after the first `rows`, which are returned: a resumed run logs the rest again."""
+        path = self.folder / METRICS
+        kept = path.read_text(encoding="utf-8").splitlines(keepends=True)[:rows]
+        self._metrics.truncate(sum(len(line.encode()) for line in kept))
+        return [{key: math.nan if value is None else value for key, value in json.loads(row).items()} for row in kept]
+
     def save(self) -> None:
         """Writes the record as it stands; figures that are not finite become null, never NaN."""
         self.result["timing"]["total_s"] = round(time.monotonic() - self._started, 3)

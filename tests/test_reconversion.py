@@ -86,7 +86,7 @@ def test_latent_weights_are_what_is_fitted_where_there_are_some(teacher, start, 
     student, manifest = checkpoints.load(start, teacher, tiny.FP32)
     folder = tmp_path / "with_latent"
     checkpoints.save(student, folder, checkpoints.heritage(manifest))
-    save_file({name: latent}, folder / checkpoints.LATENT)
+    save_file({f"{name}.latent": latent}, folder / checkpoints.LATENT)
     after, _ = reconvert(mlp=(4, 4), attn=(4, 2), folder=folder)
     close(quantized(after)[name].weight(torch.float32), latent, 0.2)
 

@@ -97,9 +97,12 @@ def typed(composed: DictConfig) -> Config:
     except MISTAKES as error:
         raise ConfigError(explain(error)) from error
     assert isinstance(config, Config)
-    config.data.thinking = config.data.thinking.lower()  # YAML's and Hydra's false arrives as "False"
+    # YAML's and Hydra's false arrives as "False".
+    config.data.thinking = config.data.thinking.lower()
     for part in config.data.parts:
         part.thinking = part.thinking and part.thinking.lower()
+    config.instance.compile = config.instance.compile.lower()
+    config.instance.checkpointing = config.instance.checkpointing.lower()
     return config
 
 

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from hydra.core.override_parser.types import Override
 
+from qat.cli import ranks
 from qat.cli.arguments import quote
 from qat.config import Config, Stage
 from qat.errors import ConfigError
@@ -18,6 +19,10 @@ def claim(config: Config, parsed: list[Override], multirun: bool) -> list[str]:
     Raises:
         ConfigError: the outputs folder cannot be written.
     """
+    if ranks.rank() > 0 and config.stage not in UNRECORDED:
+        return ranks.scratch()
+    if config.run.resume:
+        return [_set("hydra.run.dir", Path(config.outputs) / config.run.resume)]
     key = "hydra.sweep.dir" if multirun else "hydra.run.dir"
     if any(override.key_or_group == key for override in parsed):
         return []

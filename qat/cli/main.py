@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from hydra.core.override_parser.types import Override
 
-from qat.cli import arguments, checkpoints, overrides, unavailable, validate
+from qat.cli import arguments, checkpoints, overrides, ranks, resume, unavailable, validate
 from qat.cli.arguments import CommandLine
 from qat.cli.compose import Composer, typed
 from qat.cli.folders import claim
@@ -14,7 +14,7 @@ from qat.cli.helping import page
 from qat.cli.job import failures
 from qat.cli.suggest import one_line
 from qat.config import Config
-from qat.errors import QatError
+from qat.errors import ConfigError, QatError
 
 INTERRUPTED = 130  # what a shell reports for Ctrl-C
 
@@ -70,6 +70,9 @@ def _main(argv: list[str], launch: Callable[[], None]) -> int:
     if command.starts_jobs:
         for config in checked.configs:
             unavailable.check(config)
+        devices = checked.configs[0].instance.devices
+        if devices > 1 and not ranks.started():
+            return ranks.launch(argv, devices)
         command.overrides += claim(checked.configs[0], checked.parsed, command.multirun)
     sys.argv[1:] = command.argv()
     launch()
@@ -93,6 +96,9 @@ def _check_job(command: CommandLine, job: list[str], composer: Composer) -> Conf
     config = typed(composer.compose(job))
     if command.starts_jobs:  # a configuration may be looked at before it is complete
         validate.check(config)
+        resume.check(config)
+        if config.run.resume and command.multirun:
+            raise ConfigError(f"run.resume={config.run.resume} goes on with one run: leave out -m")
     return config
 
 

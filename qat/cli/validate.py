@@ -65,14 +65,22 @@ BOUNDS = {
     "convert.rounds": COUNT,
     "convert.sweeps": Bound(low=0),
     "loss.temperature": POSITIVE,
+    "loss.hard": Bound(low=0),
     "train.steps": COUNT,
     "train.batch_size": COUNT,
     "train.lr": POSITIVE,
+    "train.learn.scales": Bound(low=0),
+    "train.learn.codebooks": Bound(low=0),
+    "train.learn.latent": Bound(low=0),
+    "train.learn.norms": Bound(low=0),
     "train.warmup": Bound(0, 1),
     "train.weight_decay": Bound(low=0),
     "train.grad_clip": POSITIVE,
     "train.eval_every": COUNT,
+    "train.save_every": COUNT,
+    "train.keep": COUNT,
     "instance.micro_batch": COUNT,
+    "instance.devices": COUNT,
     "evaluate.sample_tokens": COUNT,
     "chat.max_tokens": COUNT,
     "chat.temperature": Bound(low=0),
@@ -98,6 +106,8 @@ def check(config: Config) -> None:
     check_store(config)
     manifest = check_checkpoint(config)
     check_mode(config, manifest)
+    check_training(config)
+    check_instance(config)
     if config.loss.kind is LossKind.bucket_kl and config.loss.temperature != 1:
         raise ConfigError(
             f"loss.temperature={config.loss.temperature}: bucket_kl works at 1, where the cache knows the tail's mass"
@@ -242,6 +252,28 @@ def check_mode(config: Config, manifest: dict[str, Any] | None) -> None:
             )
     if not any(learning.values()):
         raise ConfigError("mode.mlp and mode.attn are both false: nothing would learn")
+
+
+def check_training(config: Config) -> None:
+    """Something learns, and every device has a sequence of each batch."""
+    if config.stage not in TRAINS:
+        return
+    learn = config.train.learn
+    if not any((learn.scales, learn.codebooks, learn.latent, learn.norms)):
+        raise ConfigError("train.learn.scales, codebooks, latent and norms are all 0: nothing would learn")
+    if config.train.batch_size < config.instance.devices:
+        raise ConfigError(
+            f"train.batch_size={config.train.batch_size}: fewer sequences than instance.devices="
+            f"{config.instance.devices}, so some would have nothing to do"
+        )
+
+
+def check_instance(config: Config) -> None:
+    """Switches are one of their words."""
+    for key in ("compile", "checkpointing"):
+        value = getattr(config.instance, key)
+        if value not in ("auto", "true", "false"):
+            raise ConfigError(f"instance.{key}={value}: must be auto, true or false")
 
 
 def _numbers(config: Config) -> Iterator[tuple[str, float]]:

@@ -6,19 +6,27 @@ All take logits in fp32 and give KL(teacher‖student) in nats. V is the vocabul
   probability that the student leaks outside of them.
 - `bucket_kl` adds one bucket for all other tokens, so that leaked mass costs.
 - `full_kl` compares whole distributions and needs the teacher's logits.
+
+Losses on cached tokens see the student as its logits at these tokens and the log-sum-exp over its
+vocabulary; `qat.distill.head` turns gradients of the two into one of the hidden state.
 """
 
-from torch import Tensor
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from qat.config import LossKind
 
 KD_TEMPERATURE = 2.0  # of `kd_loss` in the run log
 
 
-def topk_kl(logits_V: Tensor, topk_ids_K: Tensor, topk_logprobs_K: Tensor, temperature: float) -> Tensor:
+def topk_kl(logits_K: Tensor, topk_logprobs_K: Tensor, temperature: float) -> Tensor:
     """KL over the top-k at `temperature`, times its square (Hinton et al. 2015, section 2).
 
     Args:
-        logits_V: [..., V] of the student.
-        topk_ids_K: [..., K] int64.
+        logits_K: [..., K] of the student, at the cached tokens.
         topk_logprobs_K: [..., K] of the teacher; only their differences matter.
         temperature: divides both sides.
 
@@ -26,16 +34,19 @@ def topk_kl(logits_V: Tensor, topk_ids_K: Tensor, topk_logprobs_K: Tensor, tempe
         [...] nats.
     """
     teacher = (topk_logprobs_K / temperature).log_softmax(-1)
-    student = (logits_V.gather(-1, topk_ids_K) / temperature).log_softmax(-1)
+    student = (logits_K / temperature).log_softmax(-1)
     return (teacher.exp() * (teacher - student)).sum(-1) * temperature**2
 
 
-def bucket_kl(logits_V: Tensor, topk_ids_K: Tensor, topk_logprobs_K: Tensor) -> Tensor:
+def bucket_kl(logits_K: Tensor, log_sum: Tensor, topk_logprobs_K: Tensor) -> Tensor:
     """KL over the top-k and one bucket for the rest, at T = 1: the cache knows the tail's mass at T = 1 only.
 
-    Shapes as in `topk_kl`; `topk_logprobs_K` are log-probabilities of the full softmax.
+    Args:
+        logits_K: [..., K] of the student, at the cached tokens.
+        log_sum: [...], log-sum-exp of all of the student's logits.
+        topk_logprobs_K: [..., K] log-probabilities of the teacher's full softmax.
     """
-    student_K = logits_V.gather(-1, topk_ids_K) - logits_V.logsumexp(-1, keepdim=True)
+    student_K = logits_K - log_sum[..., None]
     inside = (topk_logprobs_K.exp() * (topk_logprobs_K - student_K)).sum(-1)
     teacher_rest, student_rest = rest(topk_logprobs_K), rest(student_K)
     return inside + teacher_rest * (teacher_rest.log() - student_rest.log())
@@ -51,3 +62,49 @@ def full_kl(logits_V: Tensor, teacher_logits_V: Tensor, temperature: float = 1.0
     teacher = (teacher_logits_V / temperature).log_softmax(-1)
     student = (logits_V / temperature).log_softmax(-1)
     return (teacher.exp() * (teacher - student)).sum(-1) * temperature**2
+
+
+@dataclass(frozen=True)
+class Loss:
+    """A configured loss.
+
+    Attributes:
+        kind: of the divergence.
+        temperature: divides the logits of both models.
+        hard: weight of the cross-entropy on the teacher's first choice, which is added.
+        teacher: runs beside the student, for `full_kl` alone.
+    """
+
+    kind: LossKind
+    temperature: float = 1.0
+    hard: float = 0.0
+    teacher: nn.Module | None = None
+
+    @property
+    def needs_vocabulary(self) -> bool:
+        """False where the student's logits at the cached tokens are all that counts."""
+        return self.kind is not LossKind.topk_kl or self.hard > 0
+
+    def at(self, logits_K: Tensor, log_sum: Tensor, topk_logprobs_K: Tensor) -> Tensor:
+        """What the cached tokens [..., K], most likely first, say of each position; for `full_kl` the hard term."""
+        hard = self.hard * (log_sum - logits_K[..., 0])
+        if self.kind is LossKind.full_kl:
+            return hard
+        if self.kind is LossKind.bucket_kl:
+            return bucket_kl(logits_K, log_sum, topk_logprobs_K) + hard
+        return topk_kl(logits_K, topk_logprobs_K, self.temperature) + hard
+
+
+def differentiated(function: Callable[..., Tensor], weight: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
+    """The weighted sum of a loss over positions, then its gradient for each input that is a floating tensor.
+
+    Args:
+        function: gives a loss [...] of `inputs`.
+        weight: [...] of each position.
+        inputs: small tensors, differentiated alone.
+    """
+    with torch.enable_grad():
+        leaves = [x.detach().requires_grad_() for x in inputs]
+        total = (function(*leaves) * weight).sum()
+        grads = torch.autograd.grad(total, leaves, allow_unused=True)
+    return total.detach(), *(x.new_zeros(x.shape) if g is None else g for g, x in zip(grads, leaves, strict=True))

@@ -3,33 +3,74 @@
 import math
 
 import torch
-from torch import nn
+from torch import Tensor
 
 from qat.config import TrainConfig
+from qat.distill.parameters import Parameter
 
 
-def optimizer(parameters: list[nn.Parameter], train: TrainConfig) -> torch.optim.AdamW:
-    """AdamW (Loshchilov & Hutter 2019) whose rate for each tensor is `train.lr` times its root mean square.
+class Optimizer:
+    """AdamW (Loshchilov & Hutter 2019) whose rate for each tensor is relative to its root mean square.
 
     Tables are of order one and unit-norm scales of order one over the root of the layer's width: one
-    absolute rate would freeze the first or shake the second.
+    absolute rate would freeze the first or shake the second. Rates are rounded to two digits, so that
+    tensors of about one size go through one fused kernel.
+
+    Scaling, clipping and skipping happen on the device, inside that kernel: nothing waits for the host.
     """
-    groups = [{"params": [p], "lr": train.lr * _root_mean_square(p)} for p in parameters]
-    return torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=train.weight_decay)
+
+    def __init__(self, parameters: list[Parameter], train: TrainConfig, device: torch.device) -> None:
+        """Each parameter's rate is `train.lr`, times the factor of its kind, times its root mean square."""
+        sizes = torch.stack([p.value.detach().square().mean().sqrt() for p in parameters]).tolist()
+        groups: dict[float, list[Tensor]] = {}
+        for parameter, size in zip(parameters, sizes, strict=True):
+            rate = train.lr * getattr(train.learn, parameter.kind) * max(size, 1e-8)
+            groups.setdefault(float(f"{rate:.1e}"), []).append(parameter.value)
+        self._base = torch.tensor(list(groups), device=device)
+        self._rates = self._base.clone()
+        self._factor = torch.ones((), device=device)
+        self.adam = torch.optim.AdamW(
+            [{"params": tensors, "lr": rate} for tensors, rate in zip(groups.values(), self._rates, strict=True)],
+            betas=(0.9, 0.95),
+            weight_decay=train.weight_decay,
+            fused=True,
+            capturable=device.type == "cuda",
+        )
+
+    def set_factor(self, factor: float) -> None:
+        """The schedule's factor on every rate, for the next steps."""
+        self._factor.fill_(factor)
+
+    def step(self, divisor: Tensor, skip: Tensor) -> None:
+        """One update with the gradients over `divisor`; none at all where `skip` is 1. Both are fp32 scalars."""
+        torch.mul(self._base, self._factor, out=self._rates)
+        # What torch's own gradient scaler sets, and the fused kernels read.
+        self.adam.grad_scale, self.adam.found_inf = divisor, skip  # type: ignore[attr-defined]
+        self.adam.step()
+
+    def state(self, parameters: list[Parameter]) -> dict[str, Tensor]:
+        """The moments and step counts by parameter name; empty before the first step."""
+        return {
+            f"{parameter.name}.{name}": value
+            for parameter in parameters
+            for name, value in self.adam.state.get(parameter.value, {}).items()
+        }
+
+    def load(self, parameters: list[Parameter], tensors: dict[str, Tensor]) -> None:
+        """Takes over what `state` gave."""
+        for parameter in parameters:
+            for name in ("step", "exp_avg", "exp_avg_sq"):
+                value = tensors.get(f"{parameter.name}.{name}")
+                if value is not None:
+                    self.adam.state[parameter.value][name] = value.to(parameter.value.device, copy=True)
 
 
-def schedule(optimizer: torch.optim.Optimizer, train: TrainConfig) -> torch.optim.lr_scheduler.LambdaLR:
-    """Linear rise over the first `train.warmup` of the steps, cosine to zero over the rest."""
-    return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate(step, train))
+def factor(step: int, train: TrainConfig) -> float:
+    """The schedule's factor on the learning rate at `step`, counted from 0.
 
-
-def rate(step: int, train: TrainConfig) -> float:
-    """The factor on the learning rate at `step`, counted from 0."""
+    It rises by equal steps over the first `train.warmup` of them, then falls to zero as a cosine.
+    """
     rising = max(1, round(train.warmup * train.steps))
     if step < rising:
         return (step + 1) / rising
     return 0.5 * (1 + math.cos(math.pi * (step - rising) / max(1, train.steps - rising)))
-
-
-def _root_mean_square(parameter: nn.Parameter) -> float:
-    return float(parameter.detach().square().mean().sqrt().clamp_min(1e-8))

@@ -1,45 +1,64 @@
-"""The training loop: student forward, loss against the cache, one optimizer step, now and then a look.
+"""The training loop: batches in, steps made, now and then a look at held-out text and a state on disk."""
 
-Logits are never held for a whole batch: hidden states are detached, the head and the loss run over a
-few positions at a time and back-propagate at once into the hidden states, which then back-propagate
-through the student. The result is that of one backward pass.
-"""
-
+import logging
 import math
+import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields
+from types import FrameType
 
 import torch
-from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from qat.cache.reader import Batch, CacheReader
-from qat.config import LossKind, ModeConfig, TrainConfig
+from qat.config import ModeConfig, TrainConfig
 from qat.console import progress
 from qat.distill import optim
-from qat.distill.loss import KD_TEMPERATURE, bucket_kl, full_kl, topk_kl
-from qat.errors import NumericsError
+from qat.distill.distributed import Ranks
+from qat.distill.forward import hidden_states, prepare
+from qat.distill.head import Head
+from qat.distill.loss import KD_TEMPERATURE, Loss, topk_kl
+from qat.distill.optim import Optimizer
+from qat.distill.parameters import Learners
+from qat.distill.state import State, States, random_state, set_random_state
+from qat.distill.step import Figures, Step
+from qat.errors import ArtifactError, NumericsError
 from qat.machine import Machine
-from qat.quant.linear import QuantLinear, baked
+from qat.quant.linear import QuantLinear
 
-POSITIONS = 256  # whose logits over the vocabulary exist at one time
+log = logging.getLogger(__name__)
+
+MOST_SKIPS = 10  # steps in a row whose loss or gradient is not finite
 
 
 @dataclass
-class History:
-    """What training saw: rows of `metrics.jsonl`, and the best evaluation."""
+class Progress:
+    """What training has come to, beside the parameters: small enough for a manifest."""
 
-    rows: list[dict[str, float]] = field(default_factory=list)
+    step: int = 0  # steps made
     initial: float = math.nan
     best: float = math.inf
-    final: float = math.nan
+    final: float = math.nan  # the last evaluation
     tokens: int = 0
     seconds: float = 0.0  # of training steps alone
+    skipped: int = 0  # steps in all
+    skipped_in_a_row: int = 0
+    logged: int = 0  # rows reported
+
+
+@dataclass
+class History(Progress):
+    """Progress with the rows of `metrics.jsonl`."""
+
+    rows: list[dict[str, float]] = field(default_factory=list)
 
 
 class Trainer:
-    """Trains the tables and scales of a student in place."""
+    """Trains what learns of a student, in place."""
 
     def __init__(
         self,
@@ -48,9 +67,10 @@ class Trainer:
         cache: tuple[CacheReader, CacheReader],
         train: TrainConfig,
         mode: ModeConfig,
-        loss: "Loss",
+        loss: Loss,
         machine: Machine,
         seed: int,
+        ranks: Ranks = Ranks(),  # noqa: B008 - immutable
     ) -> None:
         """Chooses what learns.
 
@@ -59,146 +79,227 @@ class Trainer:
             layers: name to kind and module.
             cache: readers of the training and the evaluation split.
             train: steps, batch and rates.
-            mode: which kinds learn; the others are computed once and kept.
+            mode: which kinds of layers learn; the weights of others are computed once and kept.
             loss: the distillation loss.
             machine: micro-batch and compute type.
             seed: of the data order.
+            ranks: the processes that share each batch.
         """
-        self.student, self.train, self.loss, self.machine, self.seed = student, train, loss, machine, seed
+        self.student, self.train, self.machine, self.seed, self.ranks = student, train, machine, seed, ranks
         self.training, self.held_out = cache
-        self.parameters = list(_choose(layers, {"mlp": mode.mlp, "attn": mode.attn}, machine.dtype))
-        self.optimizer = optim.optimizer(self.parameters, train)
-        self.schedule = optim.schedule(self.optimizer, train)
+        learning = _learning(layers, {"mlp": mode.mlp, "attn": mode.attn}, machine.dtype)
+        self.learners = Learners(student, learning, train.learn, machine, train.snap_fp16)
+        self.optimizer = Optimizer(self.learners.parameters, train, machine.device)
+        self.step = Step(student, self.learners, self.optimizer, loss, train, machine, ranks)
+        self.history = History()
+        self._shown = math.nan  # the last loss
 
-    def run(self, report: Callable[[dict[str, float]], None], on_best: Callable[[], None]) -> History:
-        """All steps, with an evaluation before the first, every `eval_every` and after the last.
+    def run(
+        self,
+        report: Callable[[dict[str, float]], None],
+        on_best: Callable[[], None],
+        states: States | None = None,
+    ) -> History:
+        """All steps from where it stands, with evaluations before the first, every `eval_every` and after the last.
 
         Args:
             report: is given each step's and each evaluation's figures.
             on_best: is called when the held-out KD loss is the lowest so far, the start included.
+            states: where states go every `save_every` steps, after the last, and when asked to stop.
 
         Raises:
-            NumericsError: the loss or the gradient is not finite.
+            NumericsError: the held-out loss is not finite, or too many steps in a row were not.
+            KeyboardInterrupt: SIGINT or SIGTERM came; the state is on disk.
         """
-        history = History()
 
-        def look(step: int) -> None:
-            kd = self.kd_loss()
-            if not math.isfinite(kd):
-                raise NumericsError(f"the held-out KD loss is {kd} after {step} steps: lower train.lr")
-            history.rows.append({"step": step, "kd_loss": kd})
-            report(history.rows[-1])
-            history.final = kd
-            if step == 0:
-                history.initial = kd
-            if kd < history.best:
-                history.best = kd
-                on_best()
+        def tell(row: dict[str, float]) -> None:
+            self.history.rows.append(row)
+            self.history.logged += 1
+            report(row)
 
-        look(0)
-        with progress("distillation", self.train.steps, "steps") as advance:
-            for step in range(self.train.steps):
-                began = time.monotonic()
-                row = self.step(step)
-                history.seconds += time.monotonic() - began
-                history.tokens += int(row["tokens"])
-                history.rows.append(row)
-                report(row)
-                if (step + 1) % self.train.eval_every == 0 or step + 1 == self.train.steps:
-                    look(step + 1)
-                advance(1, f"loss {row['loss']:.3f}, held-out KD {history.final:.3f}")
-        return history
+        try:
+            with stop_signals() as stopping:
+                self._run(tell, on_best, states, stopping)
+        finally:
+            if states is not None:
+                states.wait()
+            prepare(self.student, False, False)
+        return self.history
 
-    def step(self, step: int) -> dict[str, float]:
-        """One optimizer step on the global batch; its figures."""
-        rows = self.training.training_rows(step, self.train.batch_size, self.seed)
-        batch = self.training.batch(rows)
-        positions = int(batch.loss_mask.sum())
-        parts = batch.split(self.machine.micro_batch)
-        loss = sum(self._backward(part.to(self.machine.device), positions) for part in parts)
-        norm = float(nn.utils.clip_grad_norm_(self.parameters, self.train.grad_clip))
-        if not math.isfinite(loss) or not math.isfinite(norm):
-            raise NumericsError(f"loss {loss} and gradient norm {norm} at step {step + 1}: lower train.lr")
-        lr = self.train.lr * optim.rate(step, self.train)
-        self.optimizer.step()
-        self.schedule.step()
-        self.optimizer.zero_grad()
-        return {
-            "step": step + 1,
-            "loss": loss,
-            "grad_norm": norm,
-            "lr": lr,
-            "tokens": batch.input_ids.numel(),
+    def _run(
+        self,
+        tell: Callable[[dict[str, float]], None],
+        on_best: Callable[[], None],
+        states: States | None,
+        stopping: threading.Event,
+    ) -> None:
+        history, train = self.history, self.train
+        if history.step == 0:
+            self._look(tell, on_best)
+        with progress("distillation", train.steps - history.step, "steps") as advance, self._batches() as batches:
+            for batch in batches:
+                stop = self._one(batch, tell, stopping.is_set())
+                last = history.step == train.steps
+                if history.step % train.eval_every == 0 or last:
+                    self._look(tell, on_best)
+                if states is not None and (history.step % train.save_every == 0 or last or stop):
+                    states.save(self.state())
+                if stop:
+                    raise KeyboardInterrupt
+                advance(1, self._note())
+
+    def _one(self, batch: Batch, tell: Callable[[dict[str, float]], None], stop: bool) -> bool:
+        """One step and its row; True when a process was asked to stop."""
+        history, factor = self.history, optim.factor(self.history.step, self.train)
+        began = time.monotonic()
+        figures = self.step(batch, factor, stop)
+        history.seconds += time.monotonic() - began
+        history.step += 1
+        history.tokens += self.train.batch_size * batch.input_ids.shape[1]
+        self._count(figures)
+        row = {
+            "step": history.step,
+            "loss": figures.loss,
+            "grad_norm": figures.grad_norm,
+            "lr": self.train.lr * factor,
+            "tokens": self.train.batch_size * batch.input_ids.shape[1],
+            "skipped_steps": history.skipped,
         }
+        tell(row)
+        if history.skipped_in_a_row >= MOST_SKIPS:
+            raise NumericsError(
+                f"the loss or its gradient was not finite in {MOST_SKIPS} steps in a row, up to step {history.step}:"
+                " checkpoints/best of this run is the last good one; lower train.lr"
+            )
+        return figures.stop
 
-    def _backward(self, batch: Batch, positions: int) -> float:
-        """Adds the gradient of this micro-batch; returns its share of the mean loss."""
-        hidden = self.student.base_model(**batch.inputs()).last_hidden_state[:, :-1][batch.loss_mask]
-        loose = hidden.detach().requires_grad_()
-        total = 0.0
-        targets = self.loss.targets(batch)
-        for part in position_chunks(loose, targets):
-            logits = self.student.lm_head(part[0]).float()
-            loss = self.loss.at(logits, *part[1:]).sum() / positions
-            loss.backward()
-            total += float(loss.detach())
-        hidden.backward(loose.grad)
-        return total
+    def _count(self, figures: Figures) -> None:
+        history = self.history
+        history.skipped += figures.skipped
+        history.skipped_in_a_row = history.skipped_in_a_row + 1 if figures.skipped else 0
+        self._shown = figures.loss
 
-    @torch.inference_mode()
+    def _note(self) -> str:
+        skipped = f", {self.history.skipped} steps skipped" if self.history.skipped else ""
+        return f"loss {self._shown:.3f}, held-out KD {self.history.final:.3f}{skipped}"
+
+    def _look(self, tell: Callable[[dict[str, float]], None], on_best: Callable[[], None]) -> None:
+        """One evaluation on the held-out split."""
+        history, kd = self.history, self.kd_loss()
+        if not math.isfinite(kd):
+            raise NumericsError(f"the held-out KD loss is {kd} after {history.step} steps: lower train.lr")
+        tell({"step": history.step, "kd_loss": kd})
+        history.final = kd
+        if history.step == 0:
+            history.initial = kd
+        if kd < history.best:
+            history.best = kd
+            on_best()
+
+    @contextmanager
+    def _batches(self) -> Iterator[Iterator[Batch]]:
+        """This process' rows of every remaining step, each read while the step before is computed."""
+        with ThreadPoolExecutor(1, "batches") as reader:
+
+            def read() -> Iterator[Batch]:
+                steps = range(self.history.step, self.train.steps)
+                coming = reader.submit(self._batch, steps.start) if steps else None
+                for step in steps:
+                    batch = coming.result()  # type: ignore[union-attr]
+                    if step + 1 < steps.stop:
+                        coming = reader.submit(self._batch, step + 1)
+                    yield batch
+
+            yield read()
+
+    def _batch(self, step: int) -> Batch:
+        rows = self.training.training_rows(step, self.train.batch_size, self.seed)
+        return self.training.batch(self.ranks.own(rows))
+
+    def state(self) -> State:
+        """Everything that decides how training goes on."""
+        parameters, scaler = self.learners.parameters, self.step.scaler
+        tensors = {f"parameter.{p.name}": p.value for p in parameters}
+        tensors |= {f"adam.{name}": value for name, value in self.optimizer.state(parameters).items()}
+        tensors |= {"scaler.scale": scaler.scale, "scaler.good": scaler.good, **random_state()}
+        facts = {item.name: getattr(self.history, item.name) for item in fields(Progress)}
+        return State(self.history.step, tensors, facts)
+
+    @torch.no_grad()
+    def restore(self, state: State, rows: list[dict[str, float]]) -> None:
+        """Takes over a state that `state` gave, with the rows reported until then.
+
+        Raises:
+            ArtifactError: it is of a training in which other tensors learned.
+        """
+        parameters, tensors = self.learners.parameters, state.tensors
+        for parameter in parameters:
+            value = tensors.get(f"parameter.{parameter.name}")
+            if value is None or value.shape != parameter.value.shape:
+                raise ArtifactError(f"the state after step {state.step} lacks {parameter.name}: start a new run")
+            parameter.value.copy_(value)
+        adam = {name.removeprefix("adam."): value for name, value in tensors.items() if name.startswith("adam.")}
+        self.optimizer.load(parameters, adam)
+        self.step.scaler.scale.copy_(tensors["scaler.scale"])
+        self.step.scaler.good.copy_(tensors["scaler.good"])
+        set_random_state(tensors)
+        self.history = History(**{item.name: state.facts[item.name] for item in fields(Progress)}, rows=rows)
+        self.learners.write()
+
+    @torch.no_grad()
     def kd_loss(self) -> float:
-        """The run log's measure on the held-out split: top-k KL at T = 2, times 4, over all positions."""
-        total = count = 0.0
-        with baked(self.student, self.machine.dtype):
-            for rows in self.held_out.in_order(self.machine.micro_batch):
+        """The run log's measure on the held-out split: top-k KL at T = 2, times 4, over all counted positions."""
+        self.learners.write()
+        head, sums = Head(self.student.lm_head.weight, self.step.loss), torch.zeros(2, dtype=torch.float64)
+        with torch.compiler.set_stance("force_eager"):  # compiling once more takes longer than it saves
+            for rows in self.held_out.in_order(self.machine.micro_batch)[self.ranks.rank :: self.ranks.count]:
                 batch = self.held_out.batch(rows).to(self.machine.device)
-                hidden = self.student.base_model(**batch.inputs()).last_hidden_state[:, :-1][batch.loss_mask]
-                targets = (batch.topk_ids[batch.loss_mask], batch.topk_logprobs[batch.loss_mask])
-                for h, ids, logprobs in position_chunks(hidden, targets):
-                    values = topk_kl(self.student.lm_head(h).float(), ids, logprobs, KD_TEMPERATURE)
-                    total, count = total + float(values.double().sum()), count + values.numel()
+                hidden = hidden_states(self.student, batch.inputs())
+                logits = head.logits(hidden, batch.topk_ids.flatten(0, 1))
+                values = topk_kl(logits, batch.topk_logprobs.flatten(0, 1), KD_TEMPERATURE).cpu().double()
+                mask = batch.loss_mask.flatten().cpu()
+                sums += torch.stack([values[mask].sum(), mask.sum()])
+        if self.ranks.count > 1:
+            sums = sums.to(self.machine.device)
+            self.ranks.sum_([sums])
+        total, count = sums.tolist()
         return total / count
 
 
-class Loss:
-    """A distillation loss with what it compares against: the cache, or a teacher beside the student."""
-
-    def __init__(self, kind: LossKind, temperature: float, teacher: PreTrainedModel | None = None) -> None:
-        """`teacher` is needed for `full_kl` alone."""
-        self.kind, self.temperature, self.teacher = kind, temperature, teacher
-
-    def targets(self, batch: Batch) -> tuple[Tensor, ...]:
-        """What `at` takes beside the logits, each [X, …], at the X positions that count."""
-        if self.teacher is None:
-            return batch.topk_ids[batch.loss_mask], batch.topk_logprobs[batch.loss_mask]
-        with torch.no_grad():
-            return (self.teacher.base_model(**batch.inputs()).last_hidden_state[:, :-1][batch.loss_mask],)
-
-    def at(self, logits: Tensor, *targets: Tensor) -> Tensor:
-        """The loss of each position."""
-        if self.teacher is not None:
-            with torch.no_grad():
-                teacher = self.teacher.lm_head(targets[0]).float()
-            return full_kl(logits, teacher, self.temperature)
-        ids, logprobs = targets
-        if self.kind is LossKind.topk_kl:
-            return topk_kl(logits, ids, logprobs, self.temperature)
-        return bucket_kl(logits, ids, logprobs)
-
-
-def _choose(
+def _learning(
     layers: dict[str, tuple[str, QuantLinear]], learns: dict[str, bool], dtype: torch.dtype
-) -> Iterator[nn.Parameter]:
-    """Marks the parameters that learn and yields them; the weights of other layers are computed once."""
+) -> dict[str, QuantLinear]:
+    """The layers that learn; the weights of the others are computed once."""
     for kind, layer in layers.values():
-        if learns[kind]:
-            layer.requires_grad_(True)
-            yield from (layer.lut, layer.scale_A, layer.rank_magnitude, layer.scale_B)
-        else:
-            layer.requires_grad_(False)
+        if not learns[kind]:
             layer.bake(dtype)
+    return {name: layer for name, (kind, layer) in layers.items() if learns[kind]}
 
 
-def position_chunks(hidden: Tensor, targets: tuple[Tensor, ...]) -> Iterator[tuple[Tensor, ...]]:
-    """Hidden states and targets [X, …] as pieces of at most POSITIONS positions."""
-    return zip(*(tensor.split(POSITIONS) for tensor in (hidden, *targets)), strict=True)
+@contextmanager
+def stop_signals() -> Iterator[threading.Event]:
+    """An event that SIGINT or SIGTERM sets; a second one stops at once, as ever.
+
+    Only the main thread of a process gets signals; in any other the event is never set.
+    """
+    asked = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield asked
+        return
+    before = {which: signal.getsignal(which) for which in (signal.SIGINT, signal.SIGTERM)}
+
+    def ask(which: int, frame: FrameType | None) -> None:
+        log.info("%s: saving the state after this step", signal.Signals(which).name)
+        asked.set()
+        restore()
+
+    def restore() -> None:
+        for which, handler in before.items():
+            signal.signal(which, handler)
+
+    for which in before:
+        signal.signal(which, ask)
+    try:
+        yield asked
+    finally:
+        restore()

@@ -1,42 +1,55 @@
 """The quantized linear layer: `y = x Wᵀ` with `W = LUT[indices] ⊙ (A·g) @ B`, materialised for one product.
 
-Computing it rank by rank is the same function at R times the cost. The gradient of the table is a
-masked sum for each entry: indexing under autograd would scatter millions of values into four addresses.
+Computing it rank by rank is the same function at R times the cost. Training does not differentiate
+through this module: `qat.quant.stack` writes the weights of many layers at once and turns their
+gradients into those of tables and scales.
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from qat.quant import codebook
 from qat.quant.scales import entry_sums
-
-
-class Materialize(torch.autograd.Function):
-    """`LUT[indices] ⊙ (A·g) @ B` [O, I] in the compute type; gradients of LUT, A, g and B in fp32."""
-
-    @staticmethod
-    def forward(ctx: Any, indices: Tensor, lut: Tensor, A: Tensor, g: Tensor, B: Tensor, dtype: torch.dtype) -> Tensor:
-        """`indices` [O, I] uint8, `lut` [K], `A` [O, R], `g` [R], `B` [R, I]."""
-        ctx.save_for_backward(indices, lut, A, g, B)
-        return (look_up(lut, indices) * ((A * g) @ B)).to(dtype)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        """Recomputes the scales, which is cheaper than keeping a matrix of them for each layer."""
-        indices, lut, A, g, B = ctx.saved_tensors
-        grad = grads[0].float()
-        d_lut = entry_sums((grad * ((A * g) @ B))[None], indices[None], len(lut))[0]
-        d_scale = grad * look_up(lut, indices)
-        d_Ag = d_scale @ B.mT
-        return None, d_lut, d_Ag * g, (d_Ag * A).sum(0), (A * g).mT @ d_scale, None
 
 
 def look_up(lut: Tensor, indices: Tensor) -> Tensor:
     """`lut[indices]` for uint8 indices."""
-    return lut.index_select(0, indices.flatten().int()).view(indices.shape)
+    return torch.take(lut, indices.long())
+
+
+def gradients(grad: Tensor, indices: Tensor, lut: Tensor, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of `lut` [K], `A` [O, R] and `B` [R, I] from that of `W = lut[indices] ⊙ A @ B`.
+
+    The table's is a masked sum for each entry: indexing under autograd would scatter millions of values
+    into four addresses. The scales are computed again, which is cheaper than keeping them.
+
+    Args:
+        grad: of W [O, I], any floating type; reduced in fp32.
+        indices: [O, I] uint8.
+        lut: [K] fp32.
+        A: [O, R] fp32, magnitudes included.
+        B: [R, I] fp32.
+    """
+    grad = grad.to(lut.dtype)
+    through = grad * (A @ B)
+    if grad.device.type == "cpu":  # one pass; in float64, because it adds one after the other
+        d_lut = torch.bincount(indices.flatten(), through.flatten().double(), len(lut)).to(lut.dtype)
+    else:
+        d_lut = entry_sums(through[None], indices[None], len(lut))[0]
+    d_scale = grad * look_up(lut, indices)
+    return d_lut, d_scale @ B.mT, A.mT @ d_scale
+
+
+def nearest(latent: Tensor, lut: Tensor, scale: Tensor) -> Tensor:
+    """Index [O, I] uint8 of the entry for which `lut[index] · scale` is nearest to the latent weight.
+
+    The table need not be sorted: training may let two entries pass each other.
+    """
+    ascending, order = lut.sort()
+    return order.to(torch.uint8)[codebook.nearest(codebook.relative(latent, scale)[None], ascending[None])[0].int()]
 
 
 class QuantLinear(nn.Module):
@@ -48,7 +61,9 @@ class QuantLinear(nn.Module):
         scale_A: [O, R] fp32, unit-norm columns at conversion.
         scale_B: [R, I] fp32, unit-norm rows at conversion.
         rank_magnitude: [R] fp32.
+        latent: [O, I] fp32, the weight whose nearest entry each index is, while indices learn.
         bias: [O] or None, as in the layer it replaces.
+        dense: W in a compute type while it is kept, which training and inference do.
     """
 
     def __init__(self, outputs: int, inputs: int, bits: int, rank: int, bias: Tensor | None = None) -> None:
@@ -60,13 +75,14 @@ class QuantLinear(nn.Module):
         self.scale_A = nn.Parameter(torch.zeros(outputs, rank))
         self.scale_B = nn.Parameter(torch.zeros(rank, inputs))
         self.rank_magnitude = nn.Parameter(torch.ones(rank))
+        self.latent: nn.Parameter | None = None
         self.bias = bias
         self.dense: Tensor | None = None
 
+    @torch.no_grad()
     def weight(self, dtype: torch.dtype) -> Tensor:
-        """W [O, I], differentiable."""
-        parts = (self.indices, self.lut, self.scale_A, self.rank_magnitude, self.scale_B)
-        return Materialize.apply(*parts, dtype)
+        """W [O, I], computed in fp32."""
+        return (look_up(self.lut, self.indices) * ((self.scale_A * self.rank_magnitude) @ self.scale_B)).to(dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., I] to [..., O], in the type of x."""
@@ -75,8 +91,7 @@ class QuantLinear(nn.Module):
 
     def bake(self, dtype: torch.dtype) -> None:
         """Keeps W until `unbake`: for layers that do not learn, and for inference."""
-        with torch.no_grad():
-            self.dense = self.weight(dtype)
+        self.dense = self.weight(dtype)
 
     def unbake(self) -> None:
         """Computes W anew at every call again."""

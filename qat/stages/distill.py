@@ -1,5 +1,6 @@
 """Stage 3: the student learns from the cache."""
 
+import logging
 from pathlib import Path
 
 from transformers import PreTrainedModel
@@ -8,13 +9,18 @@ from qat import checkpoints, machine, plots
 from qat.artifacts import Artifact
 from qat.cache.reader import CacheReader
 from qat.config import Config, LossKind
-from qat.distill.trainer import History, Loss, Trainer
+from qat.distill.distributed import Ranks, joined
+from qat.distill.loss import Loss
+from qat.distill.state import States
+from qat.distill.trainer import History, Trainer
 from qat.errors import MissingError
 from qat.quant.layers import Layer, summary
 from qat.quant.linear import quantized
 from qat.runs import Run, checkpoint_name
 from qat.stages import cache
 from qat.stages.workspace import Workspace, open_workspace, start_folder
+
+log = logging.getLogger(__name__)
 
 
 def main(config: Config, run: Run) -> None:
@@ -28,23 +34,46 @@ def main(config: Config, run: Run) -> None:
 
 def make(work: Workspace, outputs: Artifact, start: Path) -> Path:
     """Trains from the checkpoint at `start`; returns the folder of the best checkpoint."""
-    run = work.run
-    with work.timed("distill"):
-        student, manifest = checkpoints.load(start, work.teacher, work.machine)
+    run, config = work.run, work.config
+    with work.timed("distill"), joined(work.machine.device) as ranks:
+        student, manifest = checkpoints.load(start, work.teacher, work.machine, latents=config.train.learn.latent > 0)
         layers = checkpoints.layers_of(manifest)
         run.result["quant"] = {"preset": manifest["quant"]["name"], **summary(layers)}
         folders = {name: run.folder / "checkpoints" / name for name in ("best", "last")}
         description = checkpoints.heritage(manifest) | {"run": run.result["run_id"]}
-        trainer = _trainer(work, outputs, student, layers)
-        history = trainer.run(run.log, lambda: checkpoints.save(student, folders["best"], description))
-        checkpoints.save(student, folders["last"], description)
-        _record(work, history, sum(layer.weights for layer in layers))
+
+        def save(name: str) -> None:
+            if ranks.first:
+                checkpoints.save(student, folders[name], description)
+
+        trainer = _trainer(work, outputs, student, layers, ranks)
+        states = States(run.folder / "checkpoints", config.train.keep) if ranks.first else None
+        _resume(work, trainer)
+        history = trainer.run(run.log, lambda: save("best"), states)
+        save("last")
+        if ranks.first:
+            _record(work, history, sum(layer.weights for layer in layers), ranks.count)
     run.result["paths"] |= {name: str(folder) for name, folder in folders.items()}
     run.save()
     return folders["best"]
 
 
-def _trainer(work: Workspace, outputs: Artifact, student: PreTrainedModel, layers: list[Layer]) -> Trainer:
+def _resume(work: Workspace, trainer: Trainer) -> None:
+    """Takes over the newest state of the run that is gone on with; without one, begins at the beginning."""
+    config, run = work.config, work.run
+    if not config.run.resume:
+        return
+    states = States(Path(config.outputs) / config.run.resume / "checkpoints", config.train.keep)
+    state = states.newest()
+    rows = run.rewind(state.facts["logged"] if state else 0)
+    if state is not None:
+        trainer.restore(state, rows)
+        log.info("%s goes on after step %d of %d", config.run.resume, state.step, config.train.steps)
+
+
+def _trainer(
+    work: Workspace, outputs: Artifact, student: PreTrainedModel, layers: list[Layer], ranks: Ranks
+) -> Trainer:
     config, modules = work.config, quantized(student)
     return Trainer(
         student,
@@ -55,16 +84,17 @@ def _trainer(work: Workspace, outputs: Artifact, student: PreTrainedModel, layer
         _loss(work),
         work.machine,
         config.seed,
+        ranks,
     )
 
 
 def _loss(work: Workspace) -> Loss:
     loss = work.config.loss
     beside = work.teacher.load(work.machine.dtype, work.machine.device) if loss.kind is LossKind.full_kl else None
-    return Loss(loss.kind, loss.temperature, beside)
+    return Loss(loss.kind, loss.temperature, loss.hard, beside)
 
 
-def _record(work: Workspace, history: History, weights: int) -> None:
+def _record(work: Workspace, history: History, weights: int, devices: int) -> None:
     result = work.run.result
     result["name"] = checkpoint_name(result["quant"]["preset"], work.config.mode.name, history.best)
     result["metrics"] |= {
@@ -72,9 +102,10 @@ def _record(work: Workspace, history: History, weights: int) -> None:
         "kd_loss_final": history.final,
         "kd_loss_best": history.best,
     }
+    result["training"] = {"steps": history.step, "skipped_steps": history.skipped}
     speed = history.tokens / history.seconds
     result["throughput"] = {
         "tokens_per_second": round(speed, 1),
-        "mfu": round(6 * weights * speed / machine.matmul_flops(work.machine), 4),
+        "mfu": round(6 * weights * speed / (devices * machine.matmul_flops(work.machine)), 4),
     }
     plots.loss_curve(history.rows, f"{work.teacher.name}: {result['name']}", work.run.folder / "loss.png")

@@ -7,6 +7,7 @@ from qat import checkpoints
 from qat.artifacts import Artifact, read_manifest
 from qat.config import Config
 from qat.console import console, duration, table
+from qat.distill.distributed import place
 from qat.evaluate import Metrics
 from qat.quant.layers import KINDS
 from qat.runs import Run
@@ -25,6 +26,8 @@ def main(config: Config, run: Run) -> None:
     outputs = cache.make(work)
     start, known = _start(work, outputs)
     best = distill.make(work, outputs, start)
+    if not place().first:
+        return  # all that is left is for one process
     measured = evaluate.make(work, outputs, {"converted": start, "distilled": best}, known)
     before, after = measured["converted"], measured["distilled"]
     run.result["metrics"] |= {

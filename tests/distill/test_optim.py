@@ -2,57 +2,106 @@ import math
 
 import pytest
 import torch
-from torch import nn
 
-from qat.config import TrainConfig
-from qat.distill.optim import optimizer, rate, schedule
+from qat.config import LearnConfig, TrainConfig
+from qat.distill.optim import Optimizer, factor
+from qat.distill.parameters import Parameter
+
+CPU = torch.device("cpu")
+ONE, NO = torch.ones(()), torch.zeros(())
+
+
+def optimizer(values: list[torch.Tensor], train: TrainConfig, kind: str = "scales") -> Optimizer:
+    return Optimizer([Parameter(str(i), kind, value) for i, value in enumerate(values)], train, CPU)
+
+
+def rates(chosen: Optimizer, values: list[torch.Tensor]) -> list[float]:
+    """The rate of each tensor."""
+    groups = chosen.adam.param_groups
+    return [float(g["lr"]) for value in values for g in groups if any(value is p for p in g["params"])]
+
+
+def moved(chosen: Optimizer, value: torch.Tensor, grad: list[float], divisor=ONE, skip=NO) -> torch.Tensor:
+    before, value.grad = value.clone(), torch.tensor(grad)
+    chosen.step(divisor, skip)
+    return value - before
 
 
 def test_the_rate_rises_in_equal_steps_then_falls_as_a_cosine():
     train = TrainConfig(steps=20, warmup=0.2)
-    rates = [rate(step, train) for step in range(20)]
+    rates = [factor(step, train) for step in range(20)]
     assert rates[:4] == pytest.approx([0.25, 0.5, 0.75, 1.0])
     assert rates[4:] == pytest.approx([(1 + math.cos(math.pi * i / 16)) / 2 for i in range(16)])
-    assert rate(20, train) == pytest.approx(0)
+    assert factor(20, train) == pytest.approx(0)
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 60])
 @pytest.mark.parametrize("warmup", [0.0, 0.1, 1.0])
 def test_every_step_learns_and_none_beyond_the_full_rate(steps, warmup):
-    rates = [rate(step, TrainConfig(steps=steps, warmup=warmup)) for step in range(steps)]
+    rates = [factor(step, TrainConfig(steps=steps, warmup=warmup)) for step in range(steps)]
     assert all(0 < value <= 1 for value in rates) and max(rates) == 1
 
 
 def test_each_tensor_learns_relative_to_its_root_mean_square():
-    parameters = [nn.Parameter(torch.tensor([3.0, -4.0])), nn.Parameter(torch.full((2, 2), 0.01))]
-    groups = optimizer(parameters, TrainConfig(lr=1e-2, weight_decay=0.5)).param_groups
-    assert [group["lr"] for group in groups] == pytest.approx([1e-2 * math.sqrt(12.5), 1e-4])
-    assert [group["weight_decay"] for group in groups] == [0.5, 0.5]
+    values = [torch.tensor([3.0, -4.0]), torch.full((2, 2), 0.01)]
+    chosen = optimizer(values, TrainConfig(lr=1e-2, weight_decay=0.5))
+    assert rates(chosen, values) == pytest.approx([1e-2 * math.sqrt(12.5), 1e-4], rel=0.05)
+    assert [group["weight_decay"] for group in chosen.adam.param_groups] == [0.5, 0.5]
+
+
+def test_each_kind_learns_at_its_own_multiple():
+    train, value = TrainConfig(lr=1e-2, learn=LearnConfig(latent=0.3)), torch.ones(2)
+    assert rates(optimizer([value], train, "latent"), [value]) == pytest.approx([3e-3])
+
+
+def test_tensors_of_about_one_size_share_a_group():
+    values = [torch.full((2,), size) for size in (1.0, 1.01, 2.0)]
+    assert len(optimizer(values, TrainConfig()).adam.param_groups) == 2
 
 
 def test_the_first_step_moves_each_number_by_its_rate():
-    train = TrainConfig(lr=1e-2, steps=10, warmup=0.0)
-    parameter = nn.Parameter(torch.tensor([1.0, -2.0, 2.0]))
-    before, size = parameter.detach().clone(), math.sqrt(3)
-    chosen = optimizer([parameter], train)
-    schedule(chosen, train)
-    (parameter * torch.tensor([5.0, -0.1, 2.0])).sum().backward()
-    chosen.step()
-    expected = before - 1e-2 * size * torch.tensor([1.0, -1.0, 1.0])
-    assert torch.allclose(parameter, expected, rtol=1e-4)
+    value = torch.tensor([1.0, -2.0, 2.0])
+    chosen = optimizer([value], TrainConfig(lr=1e-2))
+    assert torch.allclose(moved(chosen, value, [5.0, 0.1, -3.0]), torch.tensor([-0.017, -0.017, 0.017]), rtol=1e-3)
 
 
-def test_the_schedule_scales_the_rate_of_every_tensor():
-    train = TrainConfig(lr=1e-2, steps=10, warmup=0.3)
-    parameters = [nn.Parameter(torch.ones(2)), nn.Parameter(torch.full((2,), 3.0))]
-    chosen = optimizer(parameters, train)
-    rates = schedule(chosen, train)
-    for step in range(10):
-        learning = [group["lr"] for group in chosen.param_groups]
-        assert learning == pytest.approx([1e-2 * rate(step, train), 3e-2 * rate(step, train)])
-        chosen.step()
-        rates.step()
+def test_the_factor_scales_every_rate():
+    values = [torch.ones(2), torch.full((2,), 3.0)]
+    chosen = optimizer(values, TrainConfig(lr=1e-2))
+    chosen.set_factor(0.5)
+    for value in values:
+        value.grad = torch.ones(2)
+    chosen.step(ONE, NO)
+    assert torch.allclose(values[0], torch.full((2,), 1 - 5e-3)) and torch.allclose(values[1], torch.full((2,), 2.985))
+    assert rates(chosen, values) == pytest.approx([5e-3, 1.5e-2])
+
+
+def test_a_skipped_step_changes_nothing_and_the_next_is_the_first():
+    value, other = torch.tensor([1.0, 2.0]), torch.tensor([1.0, 2.0])
+    chosen, plain = (optimizer([v], TrainConfig(lr=1e-2)) for v in (value, other))
+    assert torch.equal(moved(chosen, value, [math.nan, math.inf], skip=ONE), torch.zeros(2))
+    for grad in ([1.0, -2.0], [0.5, 0.5]):
+        assert torch.equal(moved(chosen, value, grad), moved(plain, other, grad))
+
+
+def test_gradients_are_divided_before_they_count():
+    value, other = torch.tensor([1.0, 2.0]), torch.tensor([1.0, 2.0])
+    chosen, plain = (optimizer([v], TrainConfig(lr=1e-2)) for v in (value, other))
+    for grad in ([1.0, -2.0], [0.5, 0.5]):
+        scaled = [4096 * g for g in grad]
+        assert torch.allclose(moved(chosen, value, scaled, torch.tensor(4096.0)), moved(plain, other, grad))
 
 
 def test_a_tensor_of_zeros_has_a_rate_above_zero():
-    assert optimizer([nn.Parameter(torch.zeros(3))], TrainConfig()).param_groups[0]["lr"] > 0
+    value = torch.zeros(3)
+    assert rates(optimizer([value], TrainConfig()), [value])[0] > 0
+
+
+def test_the_state_taken_over_goes_on_to_the_same_bits():
+    start, train = torch.tensor([1.0, 2.0]), TrainConfig(lr=1e-2)
+    first, second = (Parameter("x", "scales", start.clone()) for _ in range(2))
+    chosen, other = (Optimizer([p], train, CPU) for p in (first, second))
+    moved(chosen, first.value, [1.0, -2.0])
+    second.value.copy_(first.value)
+    other.load([second], {name: tensor.clone() for name, tensor in chosen.state([first]).items()})
+    assert torch.equal(moved(other, second.value, [0.5, 3.0]), moved(chosen, first.value, [0.5, 3.0]))

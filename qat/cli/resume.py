@@ -1,0 +1,64 @@
+"""`run.resume=SR-007`: an interrupted run goes on in its own folder, as what it was."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from qat.cli.arguments import RESOLVED
+from qat.cli.suggest import did_you_mean
+from qat.config import Config, Stage, as_plain
+from qat.errors import ConfigError
+
+# What decides where and how fast, who is told and when states are written, but never the result.
+FREE = (
+    "instance.",
+    "tracker.",
+    "store.",
+    "run.",
+    "export.",
+    "chat.",
+    "evaluate.",
+    "outputs",
+    "train.save_every",
+    "train.keep",
+)
+
+
+def check(config: Config) -> None:
+    """The run to go on with is there, and its configuration is this one.
+
+    Raises:
+        ConfigError: the run is not there, or the first key that differs.
+    """
+    name = config.run.resume
+    if name is None:
+        return
+    if config.stage not in (Stage.run, Stage.distill):
+        raise ConfigError(f"run.resume={name}: only training goes on, with stage=run or stage=distill")
+    file = Path(config.outputs) / name / f"{RESOLVED}.yaml"
+    if os.path.basename(name) != name or not file.is_file():
+        runs = sorted(path.name for path in Path(config.outputs).glob("SR-*"))
+        raise ConfigError(f"run.resume={name}: no such run in {config.outputs}{did_you_mean(name, runs)}")
+    try:
+        before = dict(_flat(yaml.safe_load(file.read_text(encoding="utf-8"))))
+    except (OSError, yaml.YAMLError) as error:
+        raise ConfigError(f"{file} cannot be read: {error}") from error
+    for key, value in _flat(as_plain(config)):
+        recorded = before.get(key, value)
+        if recorded != value and not key.startswith(FREE):
+            raise ConfigError(
+                f"run.resume={name}: {key} was {recorded} there and is {value} here;"
+                f" `python launch.py --config-path {file.parent} run.resume={name}` goes on with it as it was"
+            )
+
+
+def _flat(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every value with its dotted key; text with `${` as it was recorded."""
+    if not isinstance(tree, dict):
+        yield prefix[:-1], tree.replace(r"\${", "${") if isinstance(tree, str) else tree
+        return
+    for key, value in tree.items():
+        yield from _flat(value, f"{prefix}{key}.")

@@ -1,0 +1,45 @@
+"""CUDA graphs: work that is the same every time, recorded once and launched whole.
+
+A step of a few sequences is thousands of kernels of some microseconds, and Python cannot launch them as
+fast as the GPU runs them. A recorded function must read and write the same tensors at every call and
+never wait for the device.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Hashable
+
+import torch
+
+WARM_UP = 2  # plain calls before recording: they compile, tune and allocate what lives on
+
+
+class Recorder:
+    """Calls functions, or replays their recordings."""
+
+    def __init__(self, stream: torch.cuda.Stream | None) -> None:
+        """With a stream, which all work must run on, functions are recorded; without one only called."""
+        self.stream = stream
+        self.forget()
+
+    def forget(self) -> None:
+        """Drops all recordings: some tensor was replaced."""
+        self._calls: Counter[Hashable] = Counter()
+        self._graphs: dict[Hashable, torch.cuda.CUDAGraph] = {}
+        self._pool = None if self.stream is None else torch.cuda.graph_pool_handle()
+
+    def __call__(self, key: Hashable, function: Callable[[], None]) -> None:
+        """Runs `function`; `key` stands for it and for the shapes it works on."""
+        self._calls[key] += 1
+        if self.stream is None or self._calls[key] <= WARM_UP:
+            function()
+            return
+        if key not in self._graphs:
+            self._graphs[key] = self._record(function)
+        self._graphs[key].replay()
+
+    def _record(self, function: Callable[[], None]) -> torch.cuda.CUDAGraph:
+        graph = torch.cuda.CUDAGraph()
+        # Other threads may copy or free meanwhile: they touch nothing that is recorded.
+        with torch.cuda.graph(graph, self._pool, self.stream, capture_error_mode="thread_local"):
+            function()
+        return graph

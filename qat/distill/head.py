@@ -1,0 +1,149 @@
+"""The frozen head and the loss as one step: hidden states in, the loss and their gradient out.
+
+The head does not learn, so the gradient of the logits can be taken at once, back through the head, while
+they are there; nothing of the size of the vocabulary outlives a chunk of positions. `topk_kl` needs no
+such chunk: it looks at the rows of the head that belong to cached tokens, K of them a position instead of
+V. Other losses on cached tokens differ from it by a multiple of the student's softmax, whose factor is the
+gradient of the log-sum-exp.
+
+Shapes: P positions, D hidden, V vocabulary, K cached tokens.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qat.distill.loss import Loss, differentiated, full_kl
+
+CHUNK_BYTES = {"cuda": 2**30, "cpu": 2**26, "mps": 2**28}  # of fp32 logits that exist at one time
+
+
+class Head:
+    """The student's output matrix with a loss on top."""
+
+    def __init__(self, weight_VD: Tensor, loss: Loss) -> None:
+        """`weight_VD` is the student's; the teacher's own is used for its logits."""
+        self.weight, self.loss = weight_VD, loss
+
+    @torch.no_grad()
+    def backward(
+        self, hidden_PD: Tensor, ids_PK: Tensor, logprobs_PK: Tensor, weight_P: Tensor, teacher_PD: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """The weighted sum of the loss, and its gradient [P, D] in the type of the hidden states.
+
+        Args:
+            hidden_PD: the student's last hidden states.
+            ids_PK: cached tokens, most likely first.
+            logprobs_PK: the teacher's log-probabilities of these.
+            weight_P: of each position, fp32; any scaling of the loss included.
+            teacher_PD: the teacher's last hidden states, for `full_kl`.
+        """
+        total = weight_P.new_zeros(())
+        grad_PD = torch.empty_like(hidden_PD)
+        for part in self._chunks(len(hidden_PD)):
+            batch = (hidden_PD[part], ids_PK[part], logprobs_PK[part], weight_P[part])
+            if not self.loss.needs_vocabulary:
+                value, grad_PD[part] = self._sparse(*batch)
+            else:
+                value, grad_PD[part] = self._dense(*batch, None if teacher_PD is None else teacher_PD[part])
+            total += value
+        return total, grad_PD
+
+    @torch.no_grad()
+    def logits(self, hidden_PD: Tensor, ids_PK: Tensor) -> Tensor:
+        """The student's logits [P, K] at some tokens, fp32."""
+        parts = self._chunks(len(hidden_PD), sparse=True)
+        return torch.cat([self._gathered(hidden_PD[part], ids_PK[part]) for part in parts])
+
+    def _sparse(self, hidden: Tensor, ids: Tensor, logprobs: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        logits = self._gathered(hidden, ids)
+        none = logits.new_zeros(len(logits))
+        value, d_logits, _ = differentiated(lambda z, s: self.loss.at(z, s, logprobs), weight, logits, none)
+        if (kernels := _kernels(hidden)) is not None:
+            return value, kernels.combine_rows(self.weight, ids, d_logits, hidden.dtype)
+        return value, torch.bmm(d_logits[:, None], self.weight[ids].float())[:, 0].to(hidden.dtype)
+
+    def _dense(
+        self, hidden: Tensor, ids: Tensor, logprobs: Tensor, weight: Tensor, teacher: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        logits = product(hidden, self.weight)
+        softmax = Softmax(logits)
+        at_ids, log_sum = logits.gather(1, ids), softmax.log_sum
+        value, d_at_ids, d_log_sum = differentiated(lambda z, s: self.loss.at(z, s, logprobs), weight, at_ids, log_sum)
+        if teacher is None:
+            d_at_ids += (at_ids - log_sum[:, None]).exp() * d_log_sum[:, None]
+            grad = softmax.times(d_log_sum, hidden.dtype)
+            grad.scatter_(1, ids, d_at_ids.to(grad.dtype))  # their sum, rounded once
+            return value, grad @ self.weight
+        further, grad = self._full(logits, teacher, weight)
+        if self.loss.hard:
+            grad += softmax.times(d_log_sum, grad.dtype)
+            grad.scatter_add_(1, ids, d_at_ids)
+        return value + further, grad.to(hidden.dtype) @ self.weight
+
+    def _full(self, logits: Tensor, teacher: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """The divergence from the teacher's whole distribution, and its gradient for the logits."""
+        beside: Any = self.loss.teacher
+        theirs = product(teacher, beside.lm_head.weight)
+        T = self.loss.temperature
+        value = (full_kl(logits, theirs, T) * weight).sum()
+        return value, (weight * T)[:, None] * ((logits / T).softmax(-1) - (theirs / T).softmax(-1))
+
+    def _gathered(self, hidden: Tensor, ids: Tensor) -> Tensor:
+        if (kernels := _kernels(hidden)) is not None:
+            return kernels.dot_rows(self.weight, ids, hidden)
+        return torch.bmm(self.weight[ids].float(), hidden[..., None].float())[..., 0]
+
+    def _chunks(self, positions: int, sparse: bool = False) -> Iterator[slice]:
+        """Slices of positions, all of one length but the last."""
+        size = positions
+        if self.loss.needs_vocabulary and not sparse:
+            size = max(1, CHUNK_BYTES[self.weight.device.type] // (4 * len(self.weight)))
+        elif _kernels(self.weight) is None:
+            size = 256
+        return (slice(start, start + size) for start in range(0, positions, max(size, 1)))
+
+
+def product(hidden_PD: Tensor, weight_VD: Tensor) -> Tensor:
+    """Logits [P, V] in fp32; on CUDA they are never rounded to the compute type."""
+    if hidden_PD.is_cuda and hidden_PD.dtype != torch.float32:
+        return torch.mm(hidden_PD, weight_VD.mT, out_dtype=torch.float32)
+    return (hidden_PD @ weight_VD.mT).float()
+
+
+class Softmax:
+    """The softmax of fp32 logits [P, V]: its log-sum-exp, and itself times a factor; each in one pass on CUDA."""
+
+    def __init__(self, logits_PV: Tensor) -> None:
+        """`log_sum` [P] is there at once."""
+        self._kernels, self._logits = _kernels(logits_PV), logits_PV
+        if self._kernels is not None:
+            self.log_sum = self._kernels.log_sum_exp(logits_PV)
+            return
+        # The likeliest token's share is at least 1/V, so its logarithm is exact enough to tell the sum.
+        self._softmax = logits_PV.softmax(-1)
+        top, place = logits_PV.max(-1, keepdim=True)
+        self.log_sum = (top - self._softmax.gather(1, place).log())[:, 0]
+
+    def times(self, factor_P: Tensor, dtype: torch.dtype) -> Tensor:
+        """`softmax · factor` [P, V] in the given type; to be called once."""
+        if self._kernels is not None:
+            return self._kernels.softmax_times(self._logits, self.log_sum, factor_P, dtype)
+        return self._softmax.mul_(factor_P[:, None]).to(dtype)
+
+
+def position_chunks(hidden: Tensor, targets: tuple[Tensor, ...], size: int = 256) -> Iterator[tuple[Tensor, ...]]:
+    """Hidden states and targets [B, P, …] as pieces of at most `size` positions."""
+    flat = (tensor.flatten(0, 1).split(size) for tensor in (hidden, *targets))
+    return zip(*flat, strict=True)
+
+
+def _kernels(x: Tensor) -> Any:
+    """The fused kernels where they run, else None."""
+    if not x.is_cuda:
+        return None
+    from qat.distill import kernels
+
+    return kernels if kernels.AVAILABLE else None

@@ -1,0 +1,131 @@
+"""What learns, and at which rate: tables, scales, latent weights and norms as one list of fp32 tensors.
+
+The model itself only ever sees tensors in the compute type. `write` computes these from the fp32
+parameters once a step, autograd fills in their gradients, and `reduce` turns those into gradients of the
+parameters.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
+from functools import partial
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from qat.config import LearnConfig
+from qat.machine import Machine
+from qat.norms import learned, norms, set_learned
+from qat.quant.linear import QuantLinear
+from qat.quant.stack import Stack, stacks
+
+KINDS = {"codebooks": ("lut",), "scales": ("scale_A", "scale_B", "rank_magnitude"), "latent": ("latent",)}
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """A tensor that learns: its name, the kind whose rate it has, and itself, fp32, with its gradient."""
+
+    name: str
+    kind: str
+    value: Tensor
+
+
+class Norms:
+    """Weights of normalisation layers, which learn as fp32 copies of those in the model."""
+
+    def __init__(self, model: nn.Module) -> None:
+        """Starts from what the model's layers learned before, else from their weights."""
+        self.weights = {f"{name}.weight": cast(nn.Parameter, module.weight) for name, module in norms(model).items()}
+        start = {name: weight.detach().float().clone() for name, weight in self.weights.items()}
+        set_learned(model, start | learned(model))
+        self.masters = learned(model)
+        for name, weight in self.weights.items():
+            self.masters[name].grad = torch.zeros_like(self.masters[name])
+            weight.requires_grad_(True).register_post_accumulate_grad_hook(partial(self._take, name))
+
+    @torch.no_grad()
+    def write(self) -> None:
+        """Rounds the copies into the model."""
+        for name, weight in self.weights.items():
+            weight.copy_(self.masters[name])
+
+    def clear(self) -> None:
+        """Forgets the gradients of an earlier step."""
+        for name, weight in self.weights.items():
+            weight.grad = None
+            self._grad(name).zero_()
+
+    def _take(self, name: str, weight: Tensor) -> None:
+        if weight.grad is not None:
+            self._grad(name).add_(weight.grad)
+        weight.grad = None
+
+    def _grad(self, name: str) -> Tensor:
+        grad = self.masters[name].grad
+        if grad is None:
+            raise RuntimeError(f"{name} lost its gradient")
+        return grad
+
+
+class Learners:
+    """Everything that learns.
+
+    Attributes:
+        parameters: in a fixed order, which training states rely on.
+    """
+
+    def __init__(
+        self, student: nn.Module, layers: dict[str, QuantLinear], learn: LearnConfig, machine: Machine, snap: bool
+    ) -> None:
+        """Marks the tensors that learn.
+
+        Args:
+            student: the model; everything in it stays fixed but what is named here.
+            layers: the quantized layers that learn, by name. Those that have latent weights to learn
+                from must bring them if `learn.latent` is above 0.
+            learn: rates of the kinds relative to `train.lr`; 0 does not learn.
+            machine: compute type.
+            snap: tables and scales pass through fp16.
+        """
+        student.requires_grad_(False)
+        self._kinds = [field.name for field in fields(learn) if getattr(learn, field.name) > 0]
+        inside = any(kind in self._kinds for kind in KINDS)
+        self._stacks = stacks(list(layers.values()), machine.dtype, learn.latent > 0, snap) if inside else []
+        self._norms = Norms(student) if learn.norms > 0 else None
+        self.parameters = [p for kind in self._kinds for p in self._of(kind, layers)]
+
+    def begin(self, micro_batches: int) -> None:
+        """Prepares for a step of so many micro-batches."""
+        for stack in self._stacks:
+            stack.begin(micro_batches)
+
+    def write(self) -> None:
+        """Computes what the model sees from the parameters, and forgets earlier gradients."""
+        parts: list[Stack | Norms] = [*self._stacks]
+        if self._norms is not None:
+            parts.append(self._norms)
+        for part in parts:
+            part.clear()
+            part.write()
+
+    def reduce(self) -> None:
+        """Turns the gradients that autograd left into those of the parameters."""
+        for stack in self._stacks:
+            stack.reduce()
+
+    def grads(self) -> list[Tensor]:
+        """Gradients of all parameters, joined where they lie side by side: for norms and reductions."""
+        names = [name for kind in self._kinds for name in KINDS.get(kind, ())]
+        joint = [stack.grads[name] for stack in self._stacks for name in names]
+        return joint + [p.value.grad for p in self.parameters if p.kind == "norms" and p.value.grad is not None]
+
+    def _of(self, kind: str, layers: dict[str, QuantLinear]) -> Iterable[Parameter]:
+        if kind == "norms":
+            masters = self._norms.masters if self._norms is not None else {}
+            return [Parameter(name, kind, value) for name, value in masters.items()]
+        return [
+            Parameter(f"{layer}.{name}", kind, getattr(module, name))
+            for layer, module in layers.items()
+            for name in KINDS[kind]
+        ]

@@ -1,0 +1,204 @@
+"""One step: weights written once, gradients of all micro-batches summed, one update.
+
+The result is that of the global batch at once, whatever the micro-batch and however many processes share
+the work: each position counts as one over the number of counted positions of the global batch, and sums
+are all that is exchanged. A loss or gradient that is not finite leaves everything as it was.
+"""
+
+import logging
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from qat.cache.reader import Batch
+from qat.config import TrainConfig
+from qat.distill.distributed import Ranks
+from qat.distill.forward import hidden_states, prepare
+from qat.distill.graphs import Recorder
+from qat.distill.head import Head
+from qat.distill.loss import Loss
+from qat.distill.optim import Optimizer
+from qat.distill.parameters import Learners
+from qat.errors import MissingError
+from qat.machine import Machine
+
+log = logging.getLogger(__name__)
+
+RECORDED_TOKENS = 16_384  # in a micro-batch; above, the GPU is slower than Python anyway
+FEW_TOKENS = 4_096  # in a micro-batch; below, matrix products lose more by halving it than by checkpointing
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What a step tells: mean loss, norm of the gradient, whether it was skipped, whether a rank wants to stop."""
+
+    loss: float
+    grad_norm: float
+    skipped: bool
+    stop: bool
+
+
+class Scaler:
+    """The factor on the loss in fp16, in which most gradients would be zero (Micikevicius et al. 2018).
+
+    Halved when a gradient overflows, doubled after `PATIENCE` steps without; 1 for ever in other types.
+    """
+
+    FIRST, PATIENCE = 2.0**16, 2000
+
+    def __init__(self, machine: Machine) -> None:
+        self.active = machine.dtype == torch.float16
+        self.scale = torch.full((), self.FIRST if self.active else 1.0, device=machine.device)
+        self.good = torch.zeros((), device=machine.device)
+
+    def update(self, skipped: Tensor) -> None:
+        """After a step; `skipped` is 0 or 1."""
+        if not self.active:
+            return
+        self.good.add_(1).mul_(1 - skipped)
+        patient = (self.good >= self.PATIENCE).float()
+        self.scale.mul_((1 + patient) * (1 - 0.5 * skipped))
+        self.good.mul_(1 - patient)
+
+
+class Step:
+    """Makes steps with one student on one device."""
+
+    def __init__(
+        self,
+        student: PreTrainedModel,
+        learners: Learners,
+        optimizer: Optimizer,
+        loss: Loss,
+        train: TrainConfig,
+        machine: Machine,
+        ranks: Ranks,
+    ) -> None:
+        self.student, self.learners, self.optimizer, self.loss = student, learners, optimizer, loss
+        self.train, self.machine, self.ranks = train, machine, ranks
+        self.head = Head(student.lm_head.weight, loss)
+        self.scaler = Scaler(machine)
+        self.total, self.skip, self.stop = (torch.zeros((), device=machine.device) for _ in range(3))
+        self.figures = torch.zeros(4, device=machine.device)
+        self.recorder = Recorder(_stream(machine))
+        self._held: dict[tuple[torch.Size, ...], dict[str, Tensor]] = {}
+        prepare(student, machine.compile, bool(machine.checkpointing))
+
+    def __call__(self, batch: Batch, factor: float, stop: bool = False) -> Figures:
+        """One step.
+
+        Args:
+            batch: this process' rows of the global batch.
+            factor: the schedule's, on all learning rates.
+            stop: this process was asked to stop; all of them are told.
+
+        Raises:
+            MissingError: not even a single sequence fits into memory.
+        """
+        self.optimizer.set_factor(factor)
+        self.stop.fill_(float(stop))
+        self._accumulate(batch, self._positions(batch))
+        self.recorder("reduce", self.learners.reduce)
+        self.ranks.sum_([*self.learners.grads(), self.total, self.stop])
+        self.recorder("update", self._update)
+        loss, norm, skipped, stopping = self.figures.tolist()
+        return Figures(loss, norm, skipped > 0, stopping > 0)
+
+    def _positions(self, batch: Batch) -> Tensor:
+        """Counted positions of the global batch."""
+        count = batch.loss_mask.sum().to(self.machine.device, torch.float32)
+        self.ranks.sum_([count])
+        return count.clamp_min(1)
+
+    def _accumulate(self, batch: Batch, positions: Tensor) -> None:
+        """The gradient sums of all micro-batches, in smaller ones if memory runs out."""
+        while True:
+            try:
+                return self._attempt(batch, positions)
+            except torch.OutOfMemoryError:
+                pass  # the error holds the frames that hold the tensors: first let go of it
+            self._make_room(batch)
+
+    def _attempt(self, batch: Batch, positions: Tensor) -> None:
+        parts = max(1, -(-len(batch.input_ids) // self.machine.micro_batch))
+        size = -(-len(batch.input_ids) // parts)  # micro-batches of one size need one compiled form
+        self.learners.begin(parts)
+        self.recorder(("open", parts > 1), self._open)
+        for micro in batch.to(self.machine.device).split(size):
+            self._add(micro, micro.loss_mask / positions, parts > 1)
+
+    def _open(self) -> None:
+        self.learners.write()
+        self.total.zero_()
+
+    def _add(self, micro: Batch, weight_BP: Tensor, adding: bool) -> None:
+        """Adds a micro-batch's loss and gradients, from tensors that stay in place where it is recorded."""
+        inputs = micro.inputs()
+        outputs = {"ids": micro.topk_ids, "logprobs": micro.topk_logprobs, "weight": weight_BP}
+        if self.recorder.stream is None or micro.input_ids.numel() > RECORDED_TOKENS:
+            self._backward(inputs, outputs)
+            return
+        key = (micro.input_ids.shape, micro.topk_ids.shape)
+        tensors = {**inputs, **outputs}
+        held = self._held.setdefault(key, {name: value.clone() for name, value in tensors.items()})
+        for name, value in tensors.items():
+            held[name].copy_(value)
+        static = {name: held[name] for name in inputs}, {name: held[name] for name in outputs}
+        self.recorder(("add", adding, *key), lambda: self._backward(*static))
+
+    def _backward(self, inputs: dict[str, Tensor], outputs: dict[str, Tensor]) -> None:
+        """Forward, loss and backward; the head's part is taken at once and not held by autograd."""
+        hidden_PD = hidden_states(self.student, inputs)
+        beside = self.loss.teacher
+        with torch.no_grad():
+            teacher_PD = None if beside is None else hidden_states(beside, inputs)
+        value, grad_PD = self.head.backward(
+            hidden_PD.detach(),
+            outputs["ids"].flatten(0, 1),
+            outputs["logprobs"].flatten(0, 1),
+            outputs["weight"].flatten() * self.scaler.scale,
+            teacher_PD,
+        )
+        self.total += value / self.scaler.scale
+        hidden_PD.backward(grad_PD)
+
+    @torch.no_grad()
+    def _update(self) -> None:
+        """Unscales, clips and applies the gradients, or none of them; all on the device."""
+        norm = nn.utils.get_total_norm(self.learners.grads()) / self.scaler.scale
+        self.skip.copy_(~(norm.isfinite() & self.total.isfinite()))
+        self.optimizer.step(self.scaler.scale * (norm / self.train.grad_clip).clamp_min(1), self.skip)
+        self.scaler.update(self.skip)
+        self.figures.copy_(torch.stack([self.total, norm, self.skip, self.stop]))
+
+    def _make_room(self, batch: Batch) -> None:
+        """Less memory from here on, the result unchanged."""
+        self.recorder.forget()
+        self._held.clear()
+        if self.machine.device.type == "cuda":
+            torch.cuda.empty_cache()
+        held = min(self.machine.micro_batch, len(batch.input_ids))
+        if self.machine.checkpointing is None and held * batch.input_ids.shape[1] <= FEW_TOKENS:
+            log.info("out of memory: activations are computed twice from here on")
+            self.machine = replace(self.machine, checkpointing=True)
+            prepare(self.student, self.machine.compile, True)
+        elif held > 1:
+            log.info("out of memory: %d sequences at once from here on, the batch stays as it is", held // 2)
+            self.machine = replace(self.machine, micro_batch=held // 2)
+        else:
+            raise MissingError(
+                "one sequence does not fit into the device's memory: set instance.checkpointing=true or a shorter"
+                " cache.length, or use a larger device"
+            )
+
+
+def _stream(machine: Machine) -> torch.cuda.Stream | None:
+    """A stream on which work can be recorded; all that this thread does from here on goes there."""
+    if machine.device.type != "cuda":
+        return None
+    stream = torch.cuda.Stream(machine.device)
+    stream.wait_stream(torch.cuda.current_stream(machine.device))
+    torch.cuda.set_stream(stream)
+    return stream

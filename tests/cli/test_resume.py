@@ -1,0 +1,53 @@
+"""A run goes on in its own folder, and only as what it was."""
+
+import json
+
+import pytest
+
+
+@pytest.fixture
+def interrupted(launch, here):
+    """The folder of a run to go on with."""
+    assert launch("train.lr=0.5", "run.goal='costs ${5}'".replace("$", "\\$")).code == 0
+    return here / "outputs" / "SR-001"
+
+
+def test_the_same_command_goes_on_in_the_same_folder(launch, here, interrupted):
+    (interrupted / "result.json").unlink()
+    done = launch("train.lr=0.5", "run.resume=SR-001")
+    assert (done.code, done.err, done.heavy) == (0, "", [])
+    assert [path.name for path in (here / "outputs").glob("SR-*")] == ["SR-001"]
+    assert json.loads((interrupted / "result.json").read_text())["lr"] == 0.5
+
+
+def test_its_recorded_configuration_is_enough(launch, here, interrupted):
+    done = launch("--config-path", "outputs/SR-001", "run.resume=SR-001")
+    assert (done.code, done.err) == (0, "")
+    assert [path.name for path in (here / "outputs").glob("SR-*")] == ["SR-001"]
+
+
+@pytest.mark.parametrize("words", ["instance=cpu", "instance.micro_batch=2", "run.notes=again", "train.save_every=7"])
+def test_what_shapes_no_result_may_change(launch, here, interrupted, words):
+    assert launch("train.lr=0.5", "run.resume=SR-001", words).code == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "hint"),
+    [
+        (["train.lr=0.4"], "train.lr was 0.5 there and is 0.4 here"),
+        ([], "train.lr was 0.5 there and is 0.001 here"),
+        (["train.lr=0.5", "quant=q4a4"], "quant.name was q2a4 there and is q4a4 here"),
+        (["train.lr=0.5", "seed=3"], "seed was 0 there and is 3 here"),
+    ],
+)
+def test_another_configuration_is_refused_by_its_first_key(launch, here, interrupted, words, hint):
+    before = (interrupted / "config_resolved.yaml").read_text()
+    done = launch(*words, "run.resume=SR-001")
+    assert done.code == 2 and hint in done.err and done.err.count("\n") == 1
+    assert "--config-path outputs/SR-001" in done.err
+    assert (interrupted / "config_resolved.yaml").read_text() == before
+
+
+def test_the_nearest_run_is_named_and_a_sweep_is_refused(launch, here, interrupted):
+    assert "did you mean SR-001" in launch("run.resume=SR-010").err
+    assert "leave out -m" in launch("-m", "train.lr=0.5", "run.resume=SR-001").err

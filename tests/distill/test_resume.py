@@ -1,0 +1,144 @@
+"""Real processes: killed at any step and gone on with, and two that share each batch."""
+
+import hashlib
+import json
+import multiprocessing
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+TRAINING = [
+    "stage=distill",
+    "instance.precision=fp32",
+    "train.steps=14",
+    "train.batch_size=4",
+    "train.eval_every=5",
+    "train.save_every=3",
+    "train.lr=1e-2",
+    "mode=e2e",
+    "train.learn.latent=1",
+    "train.learn.norms=1",
+]
+FILES = ("tables", "latent", "norms")
+
+
+def job(words: list[str]) -> None:
+    """What a process does: one launch."""
+    import launch
+    from qat.cli import main
+
+    sys.exit(main.main(words, launch.launch))
+
+
+@pytest.fixture(scope="module")
+def start():
+    """Launches in processes that have imported everything already."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["launch", "qat.stages.run", "qat.plots"])
+
+    def launched(outputs, *words):
+        process = context.Process(target=job, args=(["+debug=tiny", f"outputs={outputs}", *words],))
+        process.start()
+        return process
+
+    return launched
+
+
+def finish(process, code=0) -> None:
+    process.join(120)
+    assert process.exitcode == code
+
+
+def rows(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def digests(folder: Path) -> list[str]:
+    """SHA-256 of everything that was learned."""
+    last = folder / "checkpoints" / "last"
+    return [hashlib.sha256((last / f"{name}.safetensors").read_bytes()).hexdigest() for name in FILES]
+
+
+def steps(folder: Path) -> int:
+    path = folder / "metrics.jsonl"
+    return path.read_text().count('"loss"') if path.exists() else 0
+
+
+@pytest.fixture(scope="module")
+def outputs(tmp_path_factory, start):
+    """A folder with a conversion to start from."""
+    folder = tmp_path_factory.mktemp("resume") / "outputs"
+    finish(start(folder, "stage=convert", "instance.precision=fp32"))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def training(outputs):
+    """The words of a training from that conversion."""
+    result = json.loads((outputs / "SR-001" / "result.json").read_text())
+    return [*TRAINING, f"checkpoint={result['paths']['conversion']}"]
+
+
+@pytest.fixture(scope="module")
+def whole(outputs, training, start):
+    """The folder of a run that nobody disturbed."""
+    finish(start(outputs, *training))
+    return outputs / "SR-002"
+
+
+def test_killed_at_any_step_a_run_goes_on_to_the_same_bits(outputs, training, whole, start):
+    draw = random.Random(1)
+    process = start(outputs, *training)
+    folder = outputs / "SR-003"
+    for _ in range(2):
+        reached = steps(folder) + draw.randint(1, 5)
+        end = time.monotonic() + 60
+        while steps(folder) < reached and process.is_alive() and time.monotonic() < end:
+            time.sleep(0.002)
+        os.kill(process.pid, signal.SIGKILL)
+        process.join(60)
+        assert json.loads((folder / "result.json").read_text())["status"] != "failed"
+        process = start(outputs, *training, "run.resume=SR-003")
+    finish(process)
+    assert digests(folder) == digests(whole)
+    assert rows(folder) == rows(whole)
+    result, expected = (json.loads((f / "result.json").read_text()) for f in (folder, whole))
+    assert result["metrics"] == expected["metrics"] and result["status"] == "complete"
+    assert len(list((folder / "checkpoints").glob("state-*"))) == 2
+
+
+def test_a_signal_saves_first(outputs, training, whole, start):
+    before = set(outputs.glob("SR-*"))
+    process = start(outputs, *training)
+    while not (new := set(outputs.glob("SR-*")) - before) or not steps(folder := new.pop()):
+        time.sleep(0.002)
+    os.kill(process.pid, signal.SIGTERM)
+    process.join(60)
+    assert process.exitcode == 130
+    assert json.loads((folder / "result.json").read_text())["status"] == "interrupted"
+    assert max(folder.glob("checkpoints/state-*")).name == f"state-{steps(folder):08d}"
+    finish(start(outputs, *training, f"run.resume={folder.name}"))
+    assert digests(folder) == digests(whole) and rows(folder) == rows(whole)
+
+
+@pytest.mark.parametrize("launcher", ["instance.devices=2", "torchrun"])
+def test_two_processes_train_as_one(outputs, training, whole, start, launcher):
+    plain = [word for word in training if "latent" not in word]  # an index may turn on a rounding error
+    finish(start(outputs, *plain))
+    one = max(outputs.glob("SR-*"))
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    before, after = (torchrun, []) if launcher == "torchrun" else ([], [launcher])
+    command = [sys.executable, *before, "launch.py", "+debug=tiny", f"outputs={outputs}", *plain, *after]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    two = max(outputs.glob("SR-*"))
+    assert int(two.name[3:]) == int(one.name[3:]) + 1
+    for ours, theirs in zip(rows(two), rows(one), strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-3, abs=1e-6)

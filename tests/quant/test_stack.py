@@ -1,0 +1,140 @@
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from qat.quant.linear import QuantLinear
+from qat.quant.stack import Stack, stacks
+
+PARTS = ("lut", "scale_A", "rank_magnitude", "scale_B")
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA"))]
+SHAPES = [(70, 100, 2, 5), (64, 64, 4, 20), (33, 130, 1, 1), (256, 192, 4, 8)]
+
+
+def layers(count, outputs, inputs, bits, rank, device="cpu", latent=False) -> list[QuantLinear]:
+    draw = torch.Generator().manual_seed(0)
+    made = []
+    for _ in range(count):
+        module = QuantLinear(outputs, inputs, bits, rank)
+        module.indices.copy_(torch.randint(2**bits, (outputs, inputs), generator=draw))
+        for name in PARTS:
+            parameter = getattr(module, name)
+            parameter.data.copy_(torch.randn(parameter.shape, generator=draw))
+        if latent:
+            module.latent = nn.Parameter(torch.randn(outputs, inputs, generator=draw))
+        made.append(module.to(device))
+    return made
+
+
+def exact(module: QuantLinear, snap=False) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """float64 leaves of a layer, and its weight by the plain formula."""
+    p = {name: getattr(module, name).detach().double().cpu().requires_grad_() for name in PARTS}
+    if not snap:
+        return p, p["lut"][module.indices.cpu().long()] * ((p["scale_A"] * p["rank_magnitude"]) @ p["scale_B"])
+    norm = p["scale_B"].norm(dim=1).detach()
+    A, B = p["scale_A"] * p["rank_magnitude"] * norm, p["scale_B"] / norm[:, None]
+    A, B, lut = (x + (x.detach().float().half().double() - x.detach()) for x in (A, B, p["lut"]))
+    return p, lut[module.indices.cpu().long()] * (A @ B)
+
+
+def train(stack: Stack, grads: torch.Tensor) -> None:
+    """A step's passes, the weights' gradients coming in micro-batches."""
+    stack.begin(len(grads))
+    stack.clear()
+    stack.write()
+    for grad in grads:
+        for layer, part in zip(stack.layers, grad, strict=True):
+            (layer.dense.float() * part).sum().backward()
+    stack.reduce()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("snap", [False, True])
+@pytest.mark.parametrize("parts", [1, 3])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_weights_and_gradients_are_those_of_the_plain_formula(shape, parts, snap, device):
+    stack = Stack(layers(2, *shape, device), torch.float32, latent=False, snap=snap)
+    grads = torch.randn(parts, 2, *shape[:2], generator=torch.Generator().manual_seed(1)).to(device)
+    train(stack, grads)
+    for n, layer in enumerate(stack.layers):
+        p, weight = exact(layer, snap)
+        size = float(weight.detach().abs().max())
+        assert torch.allclose(layer.dense.double().cpu(), weight, atol=1e-5 * size)
+        (weight * grads[:, n].sum(0).double().cpu()).sum().backward()
+        for name in PARTS:
+            expected, found = p[name].grad, getattr(layer, name).grad.double().cpu()
+            # fp16 rounding of A and B enters their gradients too
+            assert torch.allclose(found, expected, rtol=1e-3, atol=(2e-3 if snap else 1e-4) * expected.abs().max()), (
+                name
+            )
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_in_a_short_type_the_weight_is_rounded_once_and_gradients_stay_fp32(dtype, device):
+    stack = Stack(layers(2, 70, 100, 2, 5, device), dtype, latent=False, snap=False)
+    train(stack, torch.ones(2, 2, 70, 100, device=device))
+    for layer in stack.layers:
+        weight = exact(layer)[1]
+        away = (layer.dense.double().cpu() - weight).abs()
+        assert (away <= 1.01 * torch.finfo(dtype).eps / 2 * weight.abs() + 1e-6).all()
+        assert {getattr(layer, name).grad.dtype for name in PARTS} == {torch.float32}
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_indices_follow_latent_weights_whose_gradient_goes_straight_through(device):
+    stack = Stack(layers(2, 70, 100, 2, 5, device, latent=True), torch.bfloat16, latent=True, snap=False)
+    grads = torch.randn(2, 2, 70, 100, generator=torch.Generator().manual_seed(1)).bfloat16().float().to(device)
+    train(stack, grads)
+    for n, layer in enumerate(stack.layers):
+        scale = ((layer.scale_A * layer.rank_magnitude).double() @ layer.scale_B.double())[..., None]
+        away = (layer.latent.double()[..., None] - layer.lut.double() * scale).abs()
+        chosen = away.gather(-1, layer.indices.long()[..., None])[..., 0]
+        assert torch.allclose(chosen, away.min(-1).values, atol=1e-5)
+        assert torch.allclose(layer.latent.grad, grads[:, n].sum(0), rtol=1e-2, atol=1e-2)
+
+
+def test_layers_of_one_shape_share_a_stack_and_keep_their_own_values():
+    first, second, other = *layers(2, 8, 6, 2, 3), *layers(1, 6, 8, 2, 3)
+    second.lut.data.add_(1)
+    before = [layer.weight(torch.float32) for layer in (first, second, other)]
+    made = stacks([first, other, second], torch.float32)
+    assert [stack.layers for stack in made] == [[first, second], [other]]
+    assert all(layer.weight(torch.float32).equal(w) for layer, w in zip((first, second, other), before, strict=True))
+    made[0].lut[1].zero_()
+    assert second.lut.abs().sum() == 0 and first.lut.abs().sum() > 0
+
+
+KERNELS = """
+import os
+os.environ["TRITON_INTERPRET"] = "1"
+import torch
+from qat.quant import kernels, linear
+draw = torch.Generator().manual_seed(0)
+for N, O, I, K, R in [(2, 70, 100, 4, 5), (1, 64, 64, 16, 20), (2, 33, 130, 2, 1)]:
+    shapes = (N, K), (N, O, R), (N, R, I), (N, O, I), (N, O, I)
+    lut, A, B, latent, grad = (torch.randn(*shape, generator=draw) for shape in shapes)
+    index, weight = torch.randint(K, (N, O, I), generator=draw, dtype=torch.uint8), torch.empty(N, O, I)
+    for given in (None, latent):
+        kernels.write(index, lut, A, B, given, weight)
+        scale = A.double() @ B.double()
+        exact = torch.stack([lut[n].double()[index[n].long()] for n in range(N)]) * scale
+        assert torch.allclose(weight.double(), exact, atol=1e-4)
+    away = (latent.double()[..., None] - lut.double()[:, None, None] * scale[..., None]).abs()
+    assert torch.allclose(away.gather(-1, index.long()[..., None])[..., 0], away.min(-1).values, atol=1e-5)
+    found = torch.empty_like(lut), torch.empty_like(A), torch.empty_like(B)
+    kernels.gradients(grad, index, lut, A, B, *found)
+    for n in range(N):
+        exact = linear.gradients(grad[n].double(), index[n], lut[n].double(), A[n].double(), B[n].double())
+        assert all(torch.allclose(x[n].double(), y, atol=1e-3) for x, y in zip(found, exact))
+"""
+
+
+def test_the_kernels_compute_the_plain_formula_in_tritons_interpreter():
+    pytest.importorskip("triton")
+    done = subprocess.run([sys.executable, "-c", KERNELS], cwd=Path(__file__).parents[2], env=os.environ, text=True)
+    assert done.returncode == 0
