@@ -9,12 +9,13 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
+from qat.artifacts import MANIFEST
+from qat.checkpoint_files import find
 from qat.cli import schema
 from qat.cli.arguments import CONF
-from qat.cli.checkpoints import MANIFEST
 from qat.cli.suggest import did_you_mean
 from qat.config import Config, DataSource, LossKind, ModelSource, Stage, StoreKind
-from qat.errors import ConfigError
+from qat.errors import ArtifactError, ConfigError
 
 LARGEST = 2**63 - 1  # what torch and JSON readers hold in an integer
 
@@ -188,6 +189,8 @@ def check_mode(config: Config, manifest: dict[str, Any] | None) -> None:
     if config.stage not in TRAINS:
         return
     quant, whose = {"mlp": config.quant.mlp, "attn": config.quant.attn}, f"quant={config.quant.name}"
+    if config.stage is Stage.distill and config.checkpoint.path and manifest is None:
+        return  # a V2 state dict, whose tensors say what it is
     if manifest is not None and config.stage is Stage.distill:
         quant, whose = manifest["quant"], f"checkpoint={config.checkpoint.path}"
     learning = {"mlp": config.mode.mlp, "attn": config.mode.attn}
@@ -225,16 +228,16 @@ def _vocabulary(config: Config) -> int | None:
 
 
 def _manifest(config: Config) -> dict[str, Any] | None:
-    """The manifest of the checkpoint folder; a conversion may start from a folder without one."""
-    path = os.path.join(str(config.checkpoint.path), MANIFEST)
-    if not os.path.isfile(path):
+    """The manifest of the checkpoint folder; None for a V2 state dict, whose tensors say what it is."""
+    try:
+        found = find(Path(str(config.checkpoint.path)).expanduser())
+    except ArtifactError as error:
         if config.stage not in NEEDS_QUANTIZED:
             return None
-        raise ConfigError(
-            f"checkpoint={config.checkpoint.path}: no {MANIFEST} there, so no checkpoint of this project;"
-            " name the folder checkpoints/best of a run, or the run itself, as in checkpoint=SR-007"
-        )
-    manifest = _read_json(path)
+        raise ConfigError(f"checkpoint={error}") from error
+    if found.is_file():
+        return None
+    manifest = _read_json(str(found / MANIFEST))
     if manifest.get("kind") != "checkpoint" or not isinstance(manifest.get("quant"), dict):
         raise ConfigError(f"checkpoint={config.checkpoint.path}: its {MANIFEST} describes no checkpoint")
     return manifest

@@ -1,7 +1,9 @@
-"""Checkpoints: the quantized layers of a student, in a folder that says what it belongs to.
+"""Our own checkpoint: the quantized layers of a student, in a folder that says what it belongs to.
 
-A checkpoint holds what quantization made (packed indices, tables, scales) and names the teacher that
-everything else (embeddings, norms, head) comes from, by fingerprint.
+It holds what quantization made (packed indices, tables, scales) and names the teacher that everything
+else (embeddings, norms, head) comes from, by fingerprint. Where a student differs from its teacher in
+these too, `own.safetensors` has them; where training kept the weights that the tables stand for,
+`latent.safetensors` has those.
 """
 
 from pathlib import Path
@@ -12,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 from qat.artifacts import open_artifact, publish
+from qat.checkpoints.own import adopt, read_own, write_own
 from qat.config import QuantConfig, as_plain
 from qat.errors import ArtifactError
 from qat.machine import Machine
@@ -21,6 +24,7 @@ from qat.quant.layers import Layer
 from qat.quant.linear import QuantLinear, quantized
 
 FILE = "tables.safetensors"
+LATENT = "latent.safetensors"
 PARAMETERS = ("lut", "scale_A", "scale_B", "rank_magnitude")
 
 
@@ -68,17 +72,16 @@ def save(model: PreTrainedModel, folder: Path, description: dict[str, Any]) -> N
     """Publishes a student's quantized layers as a checkpoint at `folder`, replacing an older one there."""
     with publish(folder, dict(description)) as (scratch, _):
         write_tables(quantized(model), scratch)
+        write_own(model, scratch)
 
 
 def load(folder: Path, teacher: ModelFolder, machine: Machine) -> tuple[PreTrainedModel, dict[str, Any]]:
-    """The student of a checkpoint, and the checkpoint's manifest.
+    """The student of a checkpoint folder, and the checkpoint's manifest.
 
     Raises:
         ArtifactError: the files are damaged or no checkpoint's, or the checkpoint belongs to another teacher.
     """
-    manifest = open_artifact(folder).manifest
-    if manifest.get("kind") != "checkpoint":
-        raise ArtifactError(f"{folder} is not a checkpoint: give a folder such as checkpoints/best of a run")
+    manifest = _manifest(folder)
     if manifest.get("teacher") != teacher.fingerprint:
         raise ArtifactError(
             f"{folder} was made from {manifest.get('model')} with other weights than those of {teacher.name}:"
@@ -91,4 +94,18 @@ def load(folder: Path, teacher: ModelFolder, machine: Machine) -> tuple[PreTrain
         module.indices.copy_(packing.unpack(tensors[f"{layer.name}.indices"], layer.bits, layer.shape))
         module.set_parameters({parameter: tensors[f"{layer.name}.{parameter}"] for parameter in PARAMETERS})
         model.set_submodule(layer.name, module.to(machine.device).requires_grad_(False))
+    adopt(model, read_own(folder))
     return model, manifest
+
+
+def latent(folder: Path) -> dict[str, torch.Tensor]:
+    """The weights behind the tables as `<layer>.weight`; empty where training kept none."""
+    _manifest(folder)
+    return load_file(folder / LATENT) if (folder / LATENT).is_file() else {}
+
+
+def _manifest(folder: Path) -> dict[str, Any]:
+    manifest = open_artifact(folder).manifest
+    if manifest.get("kind") != "checkpoint":
+        raise ArtifactError(f"{folder} is not a checkpoint: give a folder such as checkpoints/best of a run")
+    return manifest
