@@ -4,7 +4,7 @@ command line can ask as well.
 
 from pathlib import Path
 
-from qat.artifacts import MANIFEST
+from qat.artifacts import MANIFEST, read_manifest
 from qat.errors import ArtifactError
 
 # What the V2 scripts call a state dict, the one to take first.
@@ -12,7 +12,7 @@ STATE_DICTS = ("best_state_dict.pt", "model_state_dict.pt", "final_state_dict.pt
 
 
 def find(path: Path) -> Path:
-    """A checkpoint folder (with a manifest) or a V2 state dict file (`.pt`).
+    """A checkpoint folder (with a manifest) or a V2 state dict file (`.pt`), our own V2 exports among them.
 
     An archive may have wrapped its files in a folder or two: a folder that holds nothing but one folder
     stands for that one.
@@ -20,8 +20,10 @@ def find(path: Path) -> Path:
     Raises:
         ArtifactError: neither is there, or several state dicts and none that says it is the one.
     """
-    while path.is_dir() and not (path / MANIFEST).is_file():
+    while path.is_dir():
         files = sorted(path.glob("*.pt"))
+        if (path / MANIFEST).is_file() and not (files and read_manifest(path).get("kind") == "export"):
+            return path
         if files:
             return _chosen(path, files)
         inside = [entry for entry in path.iterdir() if entry.is_dir() and entry.name[0] not in "._"]

@@ -101,6 +101,14 @@ class ExportFormat(Enum):
     coreml = "Core ML"
 
 
+class ExportType(Enum):
+    """The type of exported numbers."""
+
+    fp32 = "float32"
+    bf16 = "bfloat16"
+    fp16 = "float16"
+
+
 @dataclass
 class ModelConfig:
     """The teacher. `vocab_size` lets mistakes be found before any weight is read."""
@@ -249,7 +257,8 @@ class ExportConfig:
 
     name: str = MISSING
     format: ExportFormat = MISSING
-    output: str | None = None
+    dtype: ExportType = ExportType.fp32  # of dense weights; packed: of unquantized parts; anemll_v2: fp16 snaps
+    output: str | None = None  # a new folder, or an older export to replace
 
 
 @dataclass

@@ -3,11 +3,11 @@
 from collections.abc import Iterator
 
 from qat.cli.validate import check_checkpoint
-from qat.config import Config, DataSource, Stage, StoreKind, as_plain
+from qat.config import Config, DataSource, ExportFormat, Stage, StoreKind, as_plain
 from qat.errors import UnavailableError
 
 USES_CACHE = (Stage.run, Stage.cache, Stage.convert, Stage.distill, Stage.evaluate)
-USES_CHECKPOINT = (Stage.run, Stage.convert, Stage.distill, Stage.evaluate, Stage.chat)
+USES_CHECKPOINT = (Stage.run, Stage.convert, Stage.distill, Stage.evaluate, Stage.export, Stage.chat)
 
 
 def check(config: Config) -> None:
@@ -22,8 +22,8 @@ def check(config: Config) -> None:
 
 def missing(config: Config) -> Iterator[str]:
     """One sentence for each thing this run would need and not find."""
-    if config.stage is Stage.export:
-        yield f"export={config.export.name} is not built yet; a checkpoint folder holds its tables as safetensors"
+    if config.stage is Stage.export and config.export.format in (ExportFormat.packed, ExportFormat.coreml):
+        yield f"export={config.export.name} is not built yet: use export=hf"
     if config.stage is Stage.report:
         yield "stage=report is not built yet; each run's result.json, loss.png and samples.md are in its folder"
     if config.store.kind is not StoreKind.local:

@@ -14,7 +14,7 @@ from qat.checkpoint_files import find
 from qat.cli import schema
 from qat.cli.arguments import CONF
 from qat.cli.suggest import did_you_mean
-from qat.config import Config, DataSource, LossKind, ModelSource, Stage, StoreKind
+from qat.config import Config, DataSource, ExportFormat, ExportType, LossKind, ModelSource, Stage, StoreKind
 from qat.errors import ArtifactError, ConfigError
 
 LARGEST = 2**63 - 1  # what torch and JSON readers hold in an integer
@@ -79,6 +79,12 @@ BOUNDS = {
 
 READS_TEXT = (Stage.run, Stage.cache)
 TRAINS = (Stage.run, Stage.distill)
+EXPORT_TYPES = {
+    ExportFormat.hf: tuple(ExportType),
+    ExportFormat.packed: tuple(ExportType),
+    ExportFormat.anemll_v2: (ExportType.fp32, ExportType.fp16),
+    ExportFormat.coreml: (ExportType.fp16,),
+}
 NEEDS_QUANTIZED = (Stage.distill, Stage.evaluate, Stage.export, Stage.chat)
 
 
@@ -100,8 +106,8 @@ def check(config: Config) -> None:
         raise ConfigError(
             f"loss.temperature={config.loss.temperature}: bucket_kl works at 1, where the cache knows the tail's mass"
         )
-    if config.stage is Stage.export and not config.export.output:
-        raise ConfigError("stage=export needs a folder to write to: export.output=<folder>")
+    if config.stage is Stage.export:
+        check_export(config)
 
 
 def check_values(config: Config) -> None:
@@ -203,6 +209,29 @@ def check_mode(config: Config, manifest: dict[str, Any] | None) -> None:
             )
     if not any(learning.values()):
         raise ConfigError("mode.mlp and mode.attn are both false: nothing would learn")
+
+
+def check_export(config: Config) -> None:
+    """The format can hold what is exported, and the folder is free or an older export."""
+    export = config.export
+    if not export.output:
+        raise ConfigError("stage=export needs a folder to write to: export.output=<folder>")
+    if export.dtype not in EXPORT_TYPES[export.format]:
+        known = " or ".join(dtype.name for dtype in EXPORT_TYPES[export.format])
+        raise ConfigError(f"export.dtype={export.dtype.name}: export={export.name} is written in {known}")
+    if config.checkpoint.name == "teacher" and export.format is not ExportFormat.hf:
+        raise ConfigError(
+            f"export={export.name} needs a quantized model: checkpoint=<path>; the teacher takes export=hf"
+        )
+    folder = Path(export.output).expanduser()
+    check_folder("export.output", str(folder))
+    if folder.is_dir() and any(folder.iterdir()) and not _is_export(folder):
+        raise ConfigError(f"export.output={export.output}: there are other files in it: name a new or empty folder")
+
+
+def _is_export(folder: Path) -> bool:
+    path = folder / MANIFEST
+    return path.is_file() and _read_json(str(path)).get("kind") == "export"
 
 
 def _numbers(config: Config) -> Iterator[tuple[str, float]]:
