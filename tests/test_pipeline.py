@@ -293,14 +293,16 @@ def test_chat_answers_and_leaves_no_run(first, shop, checkpoint):
     assert done.out.strip()
 
 
-@pytest.mark.parametrize(("checkpoint", "name"), [("SR-001", "hf"), ("SR-001", "anemll_v2"), ("teacher", "hf")])
+@pytest.mark.parametrize(
+    ("checkpoint", "name"), [("SR-001", "hf"), ("SR-001", "packed"), ("SR-001", "anemll_v2"), ("teacher", "hf")]
+)
 def test_export_lands_where_asked_and_is_replaced_when_asked_again(first, shop, checkpoint, name):
     folder = shop.outputs.parent / f"{name}-{checkpoint}"
     words = ("stage=export", f"checkpoint={checkpoint}", f"export={name}", f"export.output={folder}")
     for _ in range(2):
         done = shop.tiny(*words)
         assert str(folder) in done.out and (folder / "README.md").is_file()
-        assert done.result["metrics"]["parity"] < 1e-5
+        assert done.result["metrics"]["parity"] < (5e-2 if name == "packed" else 1e-5)
 
 
 def test_a_v2_state_dict_is_evaluated_like_the_checkpoint_it_was_made_from(first, shop):

@@ -22,7 +22,7 @@ def check(config: Config) -> None:
 
 def missing(config: Config) -> Iterator[str]:
     """One sentence for each thing this run would need and not find."""
-    if config.stage is Stage.export and config.export.format in (ExportFormat.packed, ExportFormat.coreml):
+    if config.stage is Stage.export and config.export.format is ExportFormat.coreml:
         yield f"export={config.export.name} is not built yet: use export=hf"
     if config.stage is Stage.report:
         yield "stage=report is not built yet; each run's result.json, loss.png and samples.md are in its folder"

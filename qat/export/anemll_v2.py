@@ -15,7 +15,7 @@ from transformers import AutoConfig, PreTrainedModel
 
 from qat import checkpoints
 from qat.config import ExportConfig, ExportType
-from qat.export.source import EXACT, Source, cast, copy_tokenizer
+from qat.export.source import DTYPES, EXACT, Source, cast, copy_tokenizer
 from qat.quant.linear import QuantLinear, look_up, quantized
 
 FILE = "best_state_dict.pt"
@@ -101,6 +101,11 @@ def model_id(source: Source) -> str:
     config = AutoConfig.from_pretrained(source.teacher.path, local_files_only=True)
     origin = source.teacher.fingerprint.partition("@")[0]
     return origin if "/" in origin else str(getattr(config, "_name_or_path", "") or source.teacher.name)
+
+
+def rounding(settings: ExportConfig) -> torch.dtype:
+    """The coarsest type that a weight is rounded to."""
+    return DTYPES[settings.dtype]
 
 
 def read(source: Source, folder: Path) -> PreTrainedModel:

@@ -35,6 +35,11 @@ def dense(source: Source, dtype: torch.dtype) -> PreTrainedModel:
     return model
 
 
+def rounding(settings: ExportConfig) -> torch.dtype:
+    """The coarsest type that a weight is rounded to."""
+    return DTYPES[settings.dtype]
+
+
 def read(source: Source, folder: Path) -> PreTrainedModel:
     """The model as transformers loads it, in the type it was written in."""
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", local_files_only=True)

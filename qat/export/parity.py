@@ -38,7 +38,8 @@ def check(
     if not error <= TOLERANCE[dtype]:
         raise ArtifactError(
             f"the export's logits differ from the checkpoint's by {error:.2e} of their norm, and"
-            f" {str(dtype).removeprefix('torch.')} explains {TOLERANCE[dtype]:.0e}: nothing was published"
+            f" {str(dtype).removeprefix('torch.')} explains {TOLERANCE[dtype]:.0e}: nothing was published;"
+            " another export.dtype may hold the model's numbers"
         )
     return error
 

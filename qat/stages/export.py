@@ -9,7 +9,7 @@ from qat.artifacts import publish
 from qat.config import Config
 from qat.console import console
 from qat.export import card, parity
-from qat.export.source import DTYPES, Source, open_source
+from qat.export.source import Source, open_source
 from qat.runs import Run
 from qat.stages.workspace import Workspace, open_workspace, start_folder
 
@@ -43,7 +43,7 @@ def make(work: Workspace, writer: ModuleType, source: Source, folder: Path) -> N
     with publish(folder, described) as (scratch, manifest):
         writer.write(source, scratch, settings)
         made = writer.read(source, scratch)
-        error = parity.check(source.model, made, source.teacher.tokenizer(), DTYPES[settings.dtype])
+        error = parity.check(source.model, made, source.teacher.tokenizer(), writer.rounding(settings))
         manifest["parity"] = error
         work.run.result["metrics"]["parity"] = error
         said = f"Its logits differ from those of the checkpoint by {error:.1e} of their norm."
