@@ -109,6 +109,13 @@ class ExportType(Enum):
     fp16 = "float16"
 
 
+class ScaleForm(Enum):
+    """How Core ML is given the scales of a table."""
+
+    factored = "tables stay packed, one product for all ranks"
+    baked = "multiplied out with the table to dense weights"
+
+
 @dataclass
 class ModelConfig:
     """The teacher. `vocab_size` lets mistakes be found before any weight is read."""
@@ -258,6 +265,8 @@ class ExportConfig:
     name: str = MISSING
     format: ExportFormat = MISSING
     dtype: ExportType = ExportType.fp32  # of dense weights; packed: of unquantized parts; anemll_v2: fp16 snaps
+    scales: ScaleForm = ScaleForm.factored  # coreml
+    context: int = 512  # coreml: tokens that the key-value cache holds
     output: str | None = None  # a new folder, or an older export to replace
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from qat.cli.validate import check_checkpoint
-from qat.config import Config, DataSource, ExportFormat, Stage, StoreKind, as_plain
+from qat.config import Config, DataSource, Stage, StoreKind, as_plain
 from qat.errors import UnavailableError
 
 USES_CACHE = (Stage.run, Stage.cache, Stage.convert, Stage.distill, Stage.evaluate)
@@ -22,8 +22,6 @@ def check(config: Config) -> None:
 
 def missing(config: Config) -> Iterator[str]:
     """One sentence for each thing this run would need and not find."""
-    if config.stage is Stage.export and config.export.format is ExportFormat.coreml:
-        yield f"export={config.export.name} is not built yet: use export=hf"
     if config.stage is Stage.report:
         yield "stage=report is not built yet; each run's result.json, loss.png and samples.md are in its folder"
     if config.store.kind is not StoreKind.local:

@@ -73,6 +73,7 @@ BOUNDS = {
     "train.eval_every": COUNT,
     "instance.micro_batch": COUNT,
     "evaluate.sample_tokens": COUNT,
+    "export.context": COUNT,
     "chat.max_tokens": COUNT,
     "chat.temperature": Bound(low=0),
 }

@@ -7,7 +7,6 @@ import pytest
 from qat.cli import main
 
 REFUSED = [
-    ("stage=export export=coreml export.output=x checkpoint={checkpoint}", "export=coreml is not built yet"),
     ("stage=report", "stage=report is not built yet"),
     ("store=gdrive store.path=x", "store=gdrive is not built yet"),
     ("cache=local cache.path={folder}", "cache=local is not built yet"),
