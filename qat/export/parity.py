@@ -14,15 +14,13 @@ from qat.quant.linear import baked
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 
 
-def check(
-    source: PreTrainedModel, export: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype
-) -> float:
-    """‖export − source‖ / ‖source‖ over the logits of a few chat prompts.
+def check(source: PreTrainedModel, export: PreTrainedModel, rows: list[Tensor], dtype: torch.dtype) -> float:
+    """‖export − source‖ / ‖source‖ over all logits of a few texts.
 
     Args:
         source: in fp32.
         export: read back from what was written.
-        tokenizer: of both.
+        rows: token ids [1, T] of each text.
         dtype: the type the export rounds to.
 
     Raises:
@@ -30,7 +28,7 @@ def check(
     """
     difference = square = 0.0
     with torch.inference_mode(), baked(source, torch.float32), baked(export, export.dtype):
-        for ids in prompts(tokenizer):
+        for ids in rows:
             expected, given = source(ids).logits, export(ids).logits.float()
             difference += float((given - expected).double().square().sum())
             square += float(expected.double().square().sum())

@@ -123,16 +123,17 @@ def test_a_value_too_large_for_fp16_is_told(best, teacher, export, tmp_path):
 
 def test_parity_sees_a_single_spoiled_number(teacher, student):
     model = teacher.load(torch.float32, torch.device("cpu"))
-    assert parity.check(model, model, teacher.tokenizer(), torch.float32) == 0
+    rows = parity.prompts(teacher.tokenizer())
+    assert parity.check(model, model, rows, torch.float32) == 0
     other = teacher.load(torch.float32, torch.device("cpu"))
     with torch.no_grad():
         other.model.norm.weight[3] *= 1.01
     with pytest.raises(ArtifactError, match="of their norm"):
-        parity.check(model, other, teacher.tokenizer(), torch.float32)
+        parity.check(model, other, rows, torch.float32)
     with torch.no_grad():
         other.model.norm.weight[3] = torch.nan
     with pytest.raises(ArtifactError):
-        parity.check(model, other, teacher.tokenizer(), torch.bfloat16)
+        parity.check(model, other, rows, torch.bfloat16)
 
 
 def test_only_what_is_needed_of_the_teachers_folder_is_copied(teacher, best, export, tmp_path):

@@ -30,6 +30,7 @@ except ImportError as error:
     ) from error
 
 log = logging.getLogger(__name__)
+logging.getLogger("coremltools").setLevel(logging.ERROR)  # it tells of each variable that it reads twice
 
 PACKAGE = "model.mlpackage"
 
@@ -47,10 +48,10 @@ def write(source: Source, folder: Path, settings: ExportConfig) -> None:
     model.save(str(folder / PACKAGE))
     _record(source, folder, settings)
     operations = counts(model._mil_program)
-    report = {"scales": settings.scales.name, "context": settings.context, "operations": operations}
-    report["bytes"] = sum(file.stat().st_size for file in (folder / PACKAGE).rglob("*") if file.is_file())
+    size = sum(file.stat().st_size for file in (folder / PACKAGE).rglob("*") if file.is_file())
+    report = {"scales": settings.scales.name, "context": settings.context, "operations": operations, "bytes": size}
     (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    log.info("%d operations, %.1f MB", sum(operations.values()), report["bytes"] / 1e6)
+    log.info("%d operations, %.1f MB", sum(operations.values()), size / 1e6)
     copy_tokenizer(source.teacher, folder)
 
 

@@ -20,6 +20,7 @@ from qat.export.coreml.program import INPUTS, STATES
 
 Array = np.ndarray[Any, Any]
 LARGEST = 65504.0  # of fp16
+OVERFLOWING = ("add", "mul", "linear", "matmul", "reduce_sum")  # may make large numbers of small ones
 MASKED = -1e4  # added to the score of a token that is not there
 
 
@@ -67,12 +68,12 @@ class Interpreted(nn.Module):
             inputs = {name: value(variable) for name, variable in operation.inputs.items() if variable is not None}
             if kind == "read_state":
                 made: Any = states[inputs["input"]]
-            elif kind in ("coreml_update_state", "write_state"):
-                made = states[inputs["state"]] = inputs["value" if "value" in inputs else "data"]
+            elif kind == "coreml_update_state":
+                made = states[inputs["state"]] = inputs["value"]
             else:
                 made = OPERATIONS[kind](**inputs)
             for variable, part in zip(operation.outputs, made if isinstance(made, list) else [made], strict=True):
-                if np.asarray(part).dtype.kind == "f" and not np.abs(part).max() <= LARGEST:
+                if kind in OVERFLOWING and not np.abs(part).max() <= LARGEST:
                     raise NumericsError(f"{variable.name} ({kind}) leaves the range of fp16: export another format")
                 known[variable.name] = part
         return np.asarray(known[self.main.outputs[0].name])
@@ -105,9 +106,9 @@ def _matmul(x: Array, y: Array, transpose_x: Any = False, transpose_y: Any = Fal
 
 
 def _slice_update(x: Array, update: Array, begin: Array, end: Array, **_: Any) -> Array:
-    made = x.copy()
-    made[tuple(slice(int(low), int(high)) for low, high in zip(begin, end, strict=True))] = update
-    return made
+    """In place, as Core ML does it to a state: nothing reads the old one again."""
+    x[tuple(slice(int(low), int(high)) for low, high in zip(begin, end, strict=True))] = update
+    return x
 
 
 def _slice(x: Array, begin: Array, end: Array, **_: Any) -> Array:
