@@ -83,6 +83,8 @@ MISTAKES = [
     ("stage=export", "export.output=<folder>"),
     ("stage=export export=packed export.output=new", "needs a quantized model: checkpoint=<path>"),
     ("stage=export export=anemll_v2 export.dtype=bf16 export.output=new", "is written in fp32 or fp16"),
+    ("stage=export export=coreml export.dtype=fp32 export.output=new", "is written in fp16"),
+    ("export.context=0", "export.context=0: must be at least 1"),
     ("stage=export export.dtype=int8 export.output=new", "expected one of fp32, bf16, fp16"),
     ("stage=export export.output=folder", "there are other files in it"),
     ("stage=export export.output=taken", "is no folder that can be written to"),
