@@ -18,6 +18,8 @@ from qat.export.parity import prompts
 from qat.export.source import Source, copy_tokenizer
 from qat.quant.linear import baked
 
+logging.getLogger("coremltools").setLevel(logging.ERROR)  # it tells of every library that only a Mac has
+
 try:
     import coremltools as ct
 
@@ -30,7 +32,6 @@ except ImportError as error:
     ) from error
 
 log = logging.getLogger(__name__)
-logging.getLogger("coremltools").setLevel(logging.ERROR)  # it tells of each variable that it reads twice
 
 PACKAGE = "model.mlpackage"
 
