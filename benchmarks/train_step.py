@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
 from qat import machine as machines
+from qat.cache.format import encode_ids
 from qat.cache.reader import Batch
 from qat.config import LearnConfig, LossKind, TrainConfig
 from qat.distill.distributed import Ranks, joined
@@ -393,7 +394,13 @@ def batch(options: argparse.Namespace, rows: int, seed: int, ranks: Ranks) -> Ba
     ids = torch.randint(vocabulary, (rows, options.length), generator=draw)
     top = torch.randint(vocabulary - TOP_K, (rows, options.length - 1, 1), generator=draw) + torch.arange(TOP_K)
     logits = torch.randn(top.shape, generator=draw).mul_(3).sort(-1, descending=True).values
-    return Batch(ids, top, logits.log_softmax(-1) - 0.05)
+    stored = {
+        "input_ids": ids,
+        "loss_mask": torch.ones(rows, options.length - 1, dtype=torch.uint8),
+        "topk_logprobs": (logits.log_softmax(-1) - 0.05).half(),
+        **encode_ids(top, vocabulary),
+    }
+    return Batch(stored, vocabulary, False)
 
 
 def profile(one: Callable[[], Any], device: torch.device) -> None:

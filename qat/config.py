@@ -124,6 +124,21 @@ class ExportFormat(Enum):
     coreml = "Core ML"
 
 
+class ExportType(Enum):
+    """The type of exported numbers."""
+
+    fp32 = "float32"
+    bf16 = "bfloat16"
+    fp16 = "float16"
+
+
+class ScaleForm(Enum):
+    """How Core ML is given the scales of a table."""
+
+    factored = "tables stay packed, one product for all ranks"
+    baked = "multiplied out with the table to dense weights"
+
+
 @dataclass
 class ModelConfig:
     """The teacher. `vocab_size` lets mistakes be found before any weight is read."""
@@ -313,7 +328,10 @@ class ExportConfig:
 
     name: str = MISSING
     format: ExportFormat = MISSING
-    output: str | None = None
+    dtype: ExportType = ExportType.fp32  # of dense weights; packed: of unquantized parts; anemll_v2: fp16 snaps
+    scales: ScaleForm = ScaleForm.factored  # coreml
+    context: int = 512  # coreml: tokens that the key-value cache holds
+    output: str | None = None  # a new folder, or an older export to replace
 
 
 @dataclass

@@ -338,7 +338,29 @@ def test_chat_answers_and_leaves_no_run(first, shop, checkpoint):
     assert done.out.strip()
 
 
-@pytest.mark.parametrize("words", [["stage=report"], ["stage=export", "checkpoint=SR-001", "export.output=there"]])
+@pytest.mark.parametrize(
+    ("checkpoint", "name"), [("SR-001", "hf"), ("SR-001", "packed"), ("SR-001", "anemll_v2"), ("teacher", "hf")]
+)
+def test_export_lands_where_asked_and_is_replaced_when_asked_again(first, shop, checkpoint, name):
+    folder = shop.outputs.parent / f"{name}-{checkpoint}"
+    words = ("stage=export", f"checkpoint={checkpoint}", f"export={name}", f"export.output={folder}")
+    for _ in range(2):
+        done = shop.tiny(*words)
+        assert str(folder) in done.out and (folder / "README.md").is_file()
+        assert done.result["metrics"]["parity"] < (5e-2 if name == "packed" else 1e-5)
+
+
+def test_a_v2_state_dict_is_evaluated_like_the_checkpoint_it_was_made_from(first, shop):
+    folder = shop.outputs.parent / "v2"
+    shop.tiny("stage=export", "checkpoint=SR-001", "export=anemll_v2", f"export.output={folder}")
+    done = shop.tiny("stage=evaluate", f"checkpoint={folder}/best_state_dict.pt")
+    assert done.result["metrics"]["kl"] == pytest.approx(first.result["metrics"]["kl"], rel=1e-3)
+    assert done.result["quant"]["bits_per_weight"] == first.result["quant"]["bits_per_weight"]
+    trained = shop.tiny("stage=distill", f"checkpoint={folder}")
+    assert trained.result["quant"]["layers"] == 14
+
+
+@pytest.mark.parametrize("words", [["stage=report"]])
 def test_stages_that_are_not_built_refuse_in_one_sentence(first, shop, words):
     done = shop.launch("+debug=tiny", *words)
     assert (done.code, done.out) == (1, "")

@@ -6,6 +6,7 @@ from safetensors.torch import save_file
 
 from qat import checkpoints
 from qat.artifacts import open_artifact, read_manifest
+from qat.checkpoints import native
 from qat.config import (
     CheckpointConfig,
     Config,
@@ -17,7 +18,7 @@ from qat.config import (
     TrackerConfig,
     TrackerKind,
 )
-from qat.quant.linear import grow, quantized
+from qat.quant.linear import grow, look_up, quantized
 from qat.runs import Run
 from qat.stages import convert
 from qat.stages.workspace import Workspace
@@ -64,9 +65,10 @@ def test_growing_ranks_keep_the_function(teacher, start, reconvert):
 
 def test_new_ranks_can_learn(start, teacher):
     before, _ = checkpoints.load(start, teacher, tiny.FP32)
-    grown = grow(next(iter(quantized(before).values())), 6).requires_grad_(True)
-    grown(torch.randn(5, grown.indices.shape[1])).square().sum().backward()
-    assert (grown.rank_magnitude.grad[2:].abs() > 1e-6).all()
+    grown = grow(quantized(before)["model.layers.0.self_attn.q_proj"], 6)
+    A, g, B = grown.scale_A, grown.rank_magnitude.clone().requires_grad_(), grown.scale_B
+    (look_up(grown.lut, grown.indices) * ((A * g) @ B)).square().sum().backward()
+    assert (g.grad[2:].abs() > 1e-6).all()
 
 
 def test_other_bits_are_fitted_anew_and_the_rest_is_kept(teacher, start, reconvert):
@@ -86,7 +88,7 @@ def test_latent_weights_are_what_is_fitted_where_there_are_some(teacher, start, 
     student, manifest = checkpoints.load(start, teacher, tiny.FP32)
     folder = tmp_path / "with_latent"
     checkpoints.save(student, folder, checkpoints.heritage(manifest))
-    save_file({f"{name}.latent": latent}, folder / checkpoints.LATENT)
+    save_file({f"{name}.latent": latent}, folder / native.LATENT)
     after, _ = reconvert(mlp=(4, 4), attn=(4, 2), folder=folder)
     close(quantized(after)[name].weight(torch.float32), latent, 0.2)
 

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from qat.config import Config, Stage, StoreKind
 from qat.errors import UnavailableError
 
-USES_CHECKPOINT = (Stage.run, Stage.convert, Stage.distill, Stage.evaluate, Stage.chat)
+USES_CHECKPOINT = (Stage.run, Stage.convert, Stage.distill, Stage.evaluate, Stage.export, Stage.chat)
 
 
 def check(config: Config) -> None:
@@ -20,8 +20,6 @@ def check(config: Config) -> None:
 
 def missing(config: Config) -> Iterator[str]:
     """One sentence for each thing this run would need and not find."""
-    if config.stage is Stage.export:
-        yield f"export={config.export.name} is not built yet; a checkpoint folder holds its tables as safetensors"
     if config.stage is Stage.report:
         yield "stage=report is not built yet; each run's result.json, loss.png and samples.md are in its folder"
     if config.store.kind is not StoreKind.local:

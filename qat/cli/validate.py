@@ -10,12 +10,25 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
+from qat.artifacts import MANIFEST
+from qat.checkpoint_files import find
 from qat.cli import schema
 from qat.cli.arguments import CONF
-from qat.cli.checkpoints import MANIFEST
 from qat.cli.suggest import did_you_mean
-from qat.config import Config, DataConfig, DataPart, DataSource, LossKind, ModelSource, Stage, StoreKind, Tail
-from qat.errors import ConfigError
+from qat.config import (
+    Config,
+    DataConfig,
+    DataPart,
+    DataSource,
+    ExportFormat,
+    ExportType,
+    LossKind,
+    ModelSource,
+    Stage,
+    StoreKind,
+    Tail,
+)
+from qat.errors import ArtifactError, ConfigError
 
 LARGEST = 2**63 - 1  # what torch and JSON readers hold in an integer
 
@@ -82,6 +95,7 @@ BOUNDS = {
     "instance.micro_batch": COUNT,
     "instance.devices": COUNT,
     "evaluate.sample_tokens": COUNT,
+    "export.context": COUNT,
     "chat.max_tokens": COUNT,
     "chat.temperature": Bound(low=0),
 }
@@ -89,6 +103,12 @@ BOUNDS = {
 THINKING = ("false", "true", "both")
 READS_TEXT = (Stage.run, Stage.cache)
 TRAINS = (Stage.run, Stage.distill)
+EXPORT_TYPES = {
+    ExportFormat.hf: tuple(ExportType),
+    ExportFormat.packed: tuple(ExportType),
+    ExportFormat.anemll_v2: (ExportType.fp32, ExportType.fp16),
+    ExportFormat.coreml: (ExportType.fp16,),
+}
 NEEDS_QUANTIZED = (Stage.distill, Stage.evaluate, Stage.export, Stage.chat)
 
 
@@ -112,8 +132,8 @@ def check(config: Config) -> None:
         raise ConfigError(
             f"loss.temperature={config.loss.temperature}: bucket_kl works at 1, where the cache knows the tail's mass"
         )
-    if config.stage is Stage.export and not config.export.output:
-        raise ConfigError("stage=export needs a folder to write to: export.output=<folder>")
+    if config.stage is Stage.export:
+        check_export(config)
 
 
 def check_values(config: Config) -> None:
@@ -240,6 +260,8 @@ def check_mode(config: Config, manifest: dict[str, Any] | None) -> None:
     if config.stage not in TRAINS:
         return
     quant, whose = {"mlp": config.quant.mlp, "attn": config.quant.attn}, f"quant={config.quant.name}"
+    if config.stage is Stage.distill and config.checkpoint.path and manifest is None:
+        return  # a V2 state dict, whose tensors say what it is
     if manifest is not None and config.stage is Stage.distill:
         quant, whose = manifest["quant"], f"checkpoint={config.checkpoint.path}"
     learning = {"mlp": config.mode.mlp, "attn": config.mode.attn}
@@ -276,6 +298,29 @@ def check_instance(config: Config) -> None:
             raise ConfigError(f"instance.{key}={value}: must be auto, true or false")
 
 
+def check_export(config: Config) -> None:
+    """The format can hold what is exported, and the folder is free or an older export."""
+    export = config.export
+    if not export.output:
+        raise ConfigError("stage=export needs a folder to write to: export.output=<folder>")
+    if export.dtype not in EXPORT_TYPES[export.format]:
+        known = " or ".join(dtype.name for dtype in EXPORT_TYPES[export.format])
+        raise ConfigError(f"export.dtype={export.dtype.name}: export={export.name} is written in {known}")
+    if config.checkpoint.name == "teacher" and export.format is not ExportFormat.hf:
+        raise ConfigError(
+            f"export={export.name} needs a quantized model: checkpoint=<path>; the teacher takes export=hf"
+        )
+    folder = Path(export.output).expanduser()
+    check_folder("export.output", str(folder))
+    if folder.is_dir() and any(folder.iterdir()) and not _is_export(folder):
+        raise ConfigError(f"export.output={export.output}: there are other files in it: name a new or empty folder")
+
+
+def _is_export(folder: Path) -> bool:
+    path = folder / MANIFEST
+    return path.is_file() and _read_json(str(path)).get("kind") == "export"
+
+
 def _numbers(config: Config) -> Iterator[tuple[str, float]]:
     """Every number that is set, with its key; a section that is null has none."""
     for key in schema.keys().values():
@@ -299,16 +344,16 @@ def _vocabulary(config: Config) -> int | None:
 
 
 def _manifest(config: Config) -> dict[str, Any] | None:
-    """The manifest of the checkpoint folder; a conversion may start from a folder without one."""
-    path = os.path.join(str(config.checkpoint.path), MANIFEST)
-    if not os.path.isfile(path):
+    """The manifest of the checkpoint folder; None for a V2 state dict, whose tensors say what it is."""
+    try:
+        found = find(Path(str(config.checkpoint.path)).expanduser())
+    except ArtifactError as error:
         if config.stage not in NEEDS_QUANTIZED:
             return None
-        raise ConfigError(
-            f"checkpoint={config.checkpoint.path}: no {MANIFEST} there, so no checkpoint of this project;"
-            " name the folder checkpoints/best of a run, or the run itself, as in checkpoint=SR-007"
-        )
-    manifest = _read_json(path)
+        raise ConfigError(f"checkpoint={error}") from error
+    if found.is_file():
+        return None
+    manifest = _read_json(str(found / MANIFEST))
     if manifest.get("kind") != "checkpoint" or not isinstance(manifest.get("quant"), dict):
         raise ConfigError(f"checkpoint={config.checkpoint.path}: its {MANIFEST} describes no checkpoint")
     return manifest

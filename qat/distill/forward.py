@@ -31,17 +31,18 @@ def _predicting(states_BLD: Tensor) -> Tensor:
 
 @contextmanager
 def _plain_positions() -> Iterator[None]:
-    """Keeps transformers from looking for packed sequences in positions that simply count.
+    """Keeps transformers from making masks where positions simply count and attention is simply causal.
 
-    It would read them back from the GPU in every forward pass, and while a graph is recorded, when it
-    cannot, build masks for a packing that is not there.
+    It would read positions back from the GPU in every forward pass to look for packed sequences, and while
+    a graph is recorded, when it cannot look, build a mask for which layers would be compiled anew.
     """
-    before = masking_utils.find_packed_sequence_indices
-    masking_utils.find_packed_sequence_indices = lambda position_ids: None
+    before = masking_utils.find_packed_sequence_indices, masking_utils._ignore_causal_mask_sdpa
+    masking_utils.find_packed_sequence_indices = lambda *_, **__: None
+    masking_utils._ignore_causal_mask_sdpa = lambda *_, **__: True
     try:
         yield
     finally:
-        masking_utils.find_packed_sequence_indices = before
+        masking_utils.find_packed_sequence_indices, masking_utils._ignore_causal_mask_sdpa = before
 
 
 def prepare(student: nn.Module, compiled: bool, checkpointing: bool) -> None:

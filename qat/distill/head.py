@@ -17,6 +17,7 @@ from torch import Tensor
 
 from qat.distill.loss import Loss, differentiated, full_kl
 
+WIDENING = torch.__version__ >= "2.8"  # products of 16-bit numbers kept in fp32
 CHUNK_BYTES = {"cuda": 2**30, "cpu": 2**26, "mps": 2**28}  # of fp32 logits that exist at one time
 
 
@@ -108,7 +109,7 @@ class Head:
 
 def product(hidden_PD: Tensor, weight_VD: Tensor) -> Tensor:
     """Logits [P, V] in fp32; on CUDA they are never rounded to the compute type."""
-    if hidden_PD.is_cuda and hidden_PD.dtype != torch.float32:
+    if hidden_PD.is_cuda and hidden_PD.dtype != torch.float32 and WIDENING:
         return torch.mm(hidden_PD, weight_VD.mT, out_dtype=torch.float32)
     return (hidden_PD @ weight_VD.mT).float()
 
@@ -135,9 +136,8 @@ class Softmax:
 
 
 def position_chunks(hidden: Tensor, targets: tuple[Tensor, ...], size: int = 256) -> Iterator[tuple[Tensor, ...]]:
-    """Hidden states and targets [B, P, …] as pieces of at most `size` positions."""
-    flat = (tensor.flatten(0, 1).split(size) for tensor in (hidden, *targets))
-    return zip(*flat, strict=True)
+    """Hidden states and targets [X, …] as pieces of at most `size` positions."""
+    return zip(*(tensor.split(size) for tensor in (hidden, *targets)), strict=True)
 
 
 def _kernels(x: Tensor) -> Any:

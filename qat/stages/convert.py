@@ -71,6 +71,7 @@ def _convert(work: Workspace, outputs: Artifact, start: Path | None, folder: Pat
     made = convert(fitted, source.load, source.weight, text, config.convert, config.kmeans, work.machine.device)
     modules = kept | {one.layer.name: one.module for one in made}
     checkpoints.write_tables({layer.name: modules[layer.name] for layer in layers}, folder)
+    source.write_own(folder)
     return {
         **checkpoints.describe(work.teacher, config.quant, layers),
         "figures": {one.layer.name: one.figures for one in made},
@@ -95,7 +96,8 @@ class Source:
     def __init__(self, work: Workspace, start: Path | None) -> None:
         self._work, self._start = work, start
         self.exact = work.teacher.load(torch.float32, torch.device("cpu"))
-        self._tables = quantized(self.load()) if start else {}
+        self._given = self.load() if start else None
+        self._tables = quantized(self._given) if self._given else {}
         self._latent = checkpoints.latent(start) if start else {}
 
     def load(self) -> PreTrainedModel:
@@ -110,6 +112,11 @@ class Source:
         if name in self._latent:
             return self._latent[name]
         return self._tables[name].weight(torch.float32) if name in self._tables else linear(self.exact, name).weight
+
+    def write_own(self, folder: Path) -> None:
+        """What the model does not have from the teacher besides its tables."""
+        if self._given:
+            checkpoints.write_own(self._given, folder)
 
     def kept(self, layer: Layer) -> QuantLinear | None:
         """The layer with the same indices and table, where at most its rank has to grow."""

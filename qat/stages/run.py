@@ -4,7 +4,7 @@ import logging
 from pathlib import Path
 
 from qat import checkpoints
-from qat.artifacts import Artifact, read_manifest
+from qat.artifacts import Artifact
 from qat.config import Config
 from qat.console import console, duration, table
 from qat.distill.distributed import place
@@ -45,7 +45,7 @@ def main(config: Config, run: Run) -> None:
 def _start(work: Workspace, outputs: Artifact) -> tuple[Path, dict[str, Metrics]]:
     """The checkpoint that training starts from, converted where it has other tables, and what is known of it."""
     given = start_folder(work.config.checkpoint)
-    if given and checkpoints.has_tables(read_manifest(given), work.config.quant):
+    if given and checkpoints.has_tables(checkpoints.load(given, work.teacher, work.machine)[1], work.config.quant):
         return given, {}
     converted = convert.make(work, outputs)
     return converted.folder, {"converted": convert.metrics(converted)}

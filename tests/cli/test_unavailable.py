@@ -7,7 +7,6 @@ import pytest
 from qat.cli import main
 
 REFUSED = [
-    ("stage=export export.output=x checkpoint={checkpoint}", "export=hf is not built yet"),
     ("stage=report", "stage=report is not built yet"),
     ("store=gdrive store.path=x", "store=gdrive is not built yet"),
     ("checkpoint=q4_fp32", "pulling from a store is not built yet"),

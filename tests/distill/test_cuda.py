@@ -97,7 +97,7 @@ def test_a_step_that_is_not_finite_is_skipped_while_recorded(checkpoint, teacher
         trainer.step(trainer._batch(step), 1.0)
     before = {p.name: p.value.clone() for p in trainer.learners.parameters}
     batch = trainer._batch(4)
-    batch.topk_logprobs[0, 0] = float("nan")
+    batch.stored["topk_logprobs"][0, 0] = float("nan")
     assert trainer.step(batch, 1.0).skipped
     assert all(p.value.equal(before[p.name]) for p in trainer.learners.parameters)
     assert not trainer.step(trainer._batch(5), 1.0).skipped

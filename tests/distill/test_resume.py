@@ -26,7 +26,7 @@ TRAINING = [
     "train.learn.latent=1",
     "train.learn.norms=1",
 ]
-FILES = ("tables", "latent", "norms")
+FILES = ("tables", "latent", "own")
 
 
 def job(words: list[str]) -> None:

@@ -143,7 +143,7 @@ def test_only_the_kind_that_learns_changes(checkpoint, teacher, readers, kind):
 def test_latent_weights_learn_straight_through_and_move_indices(checkpoint, teacher, readers):
     student, _ = checkpoints.load(checkpoint, teacher, tiny.FP32, latents=True)
     before = {name: layer.indices.clone() for name, layer in quantized(student).items()}
-    learn = LearnConfig(latent=30.0)
+    learn = LearnConfig(latent=100.0)
     trainer = trainer_of(student, readers, train=replace(TRAIN, learn=learn))
     steps_of(trainer)
     trainer.learners.write()
@@ -192,7 +192,7 @@ def test_fp16_scales_the_loss_and_gives_the_same_gradients(checkpoint, teacher, 
         grads.append((figures.grad_norm, grads_of(trainer)))
     assert grads[1][0] == pytest.approx(grads[0][0], rel=1e-2)
     for name, value in grads[0][1].items():
-        assert torch.allclose(grads[1][1][name], value, rtol=0.1, atol=2e-2 * value.abs().max()), name
+        assert (grads[1][1][name] - value).norm() < 0.02 * value.norm() + 2e-3 * grads[0][0], name
 
 
 def test_an_overflow_in_fp16_skips_the_step_and_halves_the_scale(checkpoint, teacher, readers):

@@ -1,8 +1,9 @@
-"""Checkpoints: the quantized layers of a student, in a folder that says what it belongs to.
+"""Our own checkpoint: the quantized layers of a student, in a folder that says what it belongs to.
 
-A checkpoint holds what quantization made (packed indices, tables, scales) and names the teacher that
-everything else (embeddings, norms, head) comes from, by fingerprint. Latent weights, and norms that
-learned, lie in files of their own beside the tables.
+It holds what quantization made (packed indices, tables, scales) and names the teacher that everything
+else (embeddings, norms, head) comes from, by fingerprint. Where a student differs from its teacher in
+these too, `own.safetensors` has them; where training kept the weights that the tables stand for,
+`latent.safetensors` has those.
 """
 
 from pathlib import Path
@@ -12,19 +13,19 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
-from qat.artifacts import content_key, open_artifact, publish
+from qat.artifacts import open_artifact, publish
+from qat.checkpoints.own import adopt, read_own, write_own
 from qat.config import QuantConfig, as_plain
 from qat.errors import ArtifactError
 from qat.machine import Machine
 from qat.models import ModelFolder, linear
-from qat.norms import learned, set_learned
+from qat.norms import set_learned
 from qat.quant import packing
 from qat.quant.layers import Layer
 from qat.quant.linear import QuantLinear, quantized
 
 FILE = "tables.safetensors"
 LATENT = "latent.safetensors"  # `<layer>.latent`, fp32: where the training of indices goes on from
-NORMS = "norms.safetensors"  # `<layer>.weight`, fp32, in place of the teacher's
 PARAMETERS = ("lut", "scale_A", "scale_B", "rank_magnitude")
 
 
@@ -64,17 +65,6 @@ def layers_of(manifest: dict[str, Any]) -> list[Layer]:
     return [Layer(name, e["kind"], tuple(e["shape"]), e["bits"], e["rank"]) for name, e in entries]
 
 
-def identity(folder: Path) -> str:
-    """A key of a checkpoint's content, for what is made from it."""
-    return content_key(open_artifact(folder).manifest["files"])
-
-
-def latent(folder: Path) -> dict[str, torch.Tensor]:
-    """The full-precision weights [O, I] behind a checkpoint's indices, by layer; none where it was trained without."""
-    path = folder / LATENT
-    return {name.removesuffix(".latent"): w for name, w in load_file(path).items()} if path.is_file() else {}
-
-
 def write_tables(modules: dict[str, QuantLinear], folder: Path) -> None:
     """Writes the quantized layers, with unit-norm scales; the modules themselves stay as they are."""
     tensors: dict[str, torch.Tensor] = {}
@@ -89,24 +79,18 @@ def save(model: PreTrainedModel, folder: Path, description: dict[str, Any]) -> N
     """Publishes a student's quantized layers as a checkpoint at `folder`, replacing an older one there."""
     with publish(folder, dict(description)) as (scratch, _):
         write_tables(quantized(model), scratch)
-        for name, tensors in ((LATENT, _latents(model)), (NORMS, learned(model))):
-            if tensors:
-                save_file({key: value.float().cpu().contiguous() for key, value in tensors.items()}, scratch / name)
+        write_own(model, scratch)
+        if latents := _latents(model):
+            save_file({key: value.float().cpu().contiguous() for key, value in latents.items()}, scratch / LATENT)
 
 
-def load(
-    folder: Path, teacher: ModelFolder, machine: Machine, latents: bool = False
-) -> tuple[PreTrainedModel, dict[str, Any]]:
-    """The student of a checkpoint, and the checkpoint's manifest.
-
-    With `latents` its layers have latent weights: the checkpoint's, else what its tables stand for.
+def load(folder: Path, teacher: ModelFolder, machine: Machine) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """The student of a checkpoint folder, and the checkpoint's manifest.
 
     Raises:
         ArtifactError: the files are damaged or no checkpoint's, or the checkpoint belongs to another teacher.
     """
-    manifest = open_artifact(folder).manifest
-    if manifest.get("kind") != "checkpoint":
-        raise ArtifactError(f"{folder} is not a checkpoint: give a folder such as checkpoints/best of a run")
+    manifest = _manifest(folder)
     if manifest.get("teacher") != teacher.fingerprint:
         raise ArtifactError(
             f"{folder} was made from {manifest.get('model')} with other weights than those of {teacher.name}:"
@@ -119,11 +103,25 @@ def load(
         module.indices.copy_(packing.unpack(tensors[f"{layer.name}.indices"], layer.bits, layer.shape))
         module.set_parameters({parameter: tensors[f"{layer.name}.{parameter}"] for parameter in PARAMETERS})
         model.set_submodule(layer.name, module.to(machine.device).requires_grad_(False))
-    if (folder / NORMS).exists():
-        set_learned(model, load_file(folder / NORMS))
-    if latents:
-        _add_latents(model, load_file(folder / LATENT) if (folder / LATENT).exists() else {})
+    own = read_own(folder)
+    adopt(model, own)
+    set_learned(model, own)
     return model, manifest
+
+
+def latent(folder: Path) -> dict[str, torch.Tensor]:
+    """The weights [O, I] behind the tables, by layer; empty where training kept none."""
+    _manifest(folder)
+    path = folder / LATENT
+    return {name.removesuffix(".latent"): w for name, w in load_file(path).items()} if path.is_file() else {}
+
+
+def add_latents(model: PreTrainedModel, known: dict[str, torch.Tensor]) -> None:
+    """Latent weights for every quantized layer: the known ones, else what its tables stand for."""
+    for name, layer in quantized(model).items():
+        value = known.get(name)
+        value = layer.weight(torch.float32) if value is None else value.to(layer.indices.device, torch.float32)
+        layer.latent = torch.nn.Parameter(value, requires_grad=False)
 
 
 def _latents(model: PreTrainedModel) -> dict[str, torch.Tensor]:
@@ -131,9 +129,8 @@ def _latents(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     return {f"{name}.latent": layer.latent.detach() for name, layer in layers if layer.latent is not None}
 
 
-def _add_latents(model: PreTrainedModel, known: dict[str, torch.Tensor]) -> None:
-    """Latent weights for every quantized layer: the known ones, else what its tables stand for."""
-    for name, layer in quantized(model).items():
-        value = known.get(f"{name}.latent")
-        value = layer.weight(torch.float32) if value is None else value.to(layer.indices.device)
-        layer.latent = torch.nn.Parameter(value, requires_grad=False)
+def _manifest(folder: Path) -> dict[str, Any]:
+    manifest = open_artifact(folder).manifest
+    if manifest.get("kind") != "checkpoint":
+        raise ArtifactError(f"{folder} is not a checkpoint: give a folder such as checkpoints/best of a run")
+    return manifest

@@ -1,0 +1,141 @@
+"""What a packed export costs to run, side by side with the dense model.
+
+    python benchmarks/export.py generation --packed <folder> --dense <folder>   # both exports, greedy tokens/s
+    python benchmarks/export.py product                                         # one token, CUDA, shapes of Qwen3-0.6B
+    python benchmarks/export.py product --sweep                                 # the best tiling of each shape
+
+`product` walks over so many layers of one shape that no weight is still in the L2 cache when its turn
+comes again, as in a model, and measures both the bare kernels (CUDA graph) and calls from Python (eager).
+"""
+
+import argparse
+import itertools
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+import qat  # noqa: F401 - registers packed exports
+from qat.packed import kernel
+from qat.packed.kernel import Tiling
+from qat.packed.linear import PackedLinear
+
+SHAPES = {  # outputs, inputs of Qwen3-0.6B
+    "q": (2048, 1024),
+    "k, v": (1024, 1024),
+    "o": (1024, 2048),
+    "gate, up": (3072, 1024),
+    "down": (1024, 3072),
+}
+TABLES = ((2, 32), (2, 8), (3, 8), (4, 8), (4, 4))  # bits, rank
+DENSE_BYTES = 400_000_000  # of all layers walked over: several times any L2 cache
+REPEATS = 20
+SWEEP = [Tiling(*cut) for cut in itertools.product((16, 32, 64), (64, 128, 256), (2, 4, 8), (2, 3, 4))]
+
+
+def main() -> None:
+    """One of the two measurements."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["generation", "product"])
+    parser.add_argument("--packed", help="folder of a packed export")
+    parser.add_argument("--dense", help="folder of an hf export")
+    parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--threads", type=int, help="of the CPU")
+    parser.add_argument("--sweep", action="store_true", help="try every tiling")
+    options = parser.parse_args()
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    generation(options) if options.what == "generation" else product(options.sweep)
+
+
+def generation(options: argparse.Namespace) -> None:
+    """Greedy tokens a second of both models, by turns, so that a busy machine slows both."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    models = {name: load(getattr(options, name), device) for name in ("dense", "packed")}
+    tokenizer = AutoTokenizer.from_pretrained(options.dense)
+    ids = torch.tensor([tokenizer.encode("The capital of France is")], device=device)
+    settings = GenerationConfig(max_new_tokens=options.tokens, min_new_tokens=options.tokens, do_sample=False)
+    seconds: dict[str, list[float]] = {name: [] for name in models}
+    for turn in range(6):
+        for name, model in models.items():
+            began = time.perf_counter()
+            model.generate(ids, generation_config=settings)
+            if turn:  # the first one multiplies weights out and compiles kernels
+                seconds[name].append(time.perf_counter() - began)
+    for name, model in models.items():
+        speed = options.tokens / statistics.median(seconds[name])
+        print(f"{name:8} {model.dtype!s:15} {speed:7.1f} tokens/s (median of {len(seconds[name])} by turns)")
+    ratios = [dense / packed for dense, packed in zip(seconds["dense"], seconds["packed"], strict=True)]
+    print(f"packed is {statistics.median(ratios):.2f} times as fast as dense")
+
+
+def load(folder: str, device: str) -> torch.nn.Module:
+    """A model in the type it was exported in."""
+    return AutoModelForCausalLM.from_pretrained(folder, device_map=device).eval()
+
+
+def product(sweep: bool) -> None:
+    """Microseconds a layer of the dense bf16 product and of the fused packed one."""
+    print(torch.cuda.get_device_name(), torch.__version__)
+    heads = f"{'dense':>7} {'packed':>7}"
+    print(f"{'layer':10} {'bits':>4} {'rank':>4} {heads} {'ratio':>6}   eager: {heads}   microseconds")
+    for (name, shape), (bits, rank) in itertools.product(SHAPES.items(), TABLES):
+        count = max(2, DENSE_BYTES // (2 * shape[0] * shape[1]))
+        x = torch.randn(shape[1], device="cuda", dtype=torch.bfloat16)
+        weights = [torch.randn(shape, device="cuda", dtype=torch.bfloat16) for _ in range(count)]
+        layers = [layer(*shape, bits, rank) for _ in range(count)]
+        dense = [lambda w=w, x=x: torch.nn.functional.linear(x, w) for w in weights]
+        times = {cut: timed(packed_calls(layers, x, cut)) for cut in (SWEEP if sweep else [Tiling()])}
+        best = min(times, key=lambda cut: times[cut][0])
+        (ours, ours_eager), (theirs, theirs_eager) = times[best], timed(dense)
+        row = f"{name:10} {bits:4} {rank:4} {theirs:7.2f} {ours:7.2f} {theirs / ours:6.2f}          "
+        print(row + f"{theirs_eager:7.2f} {ours_eager:7.2f}   {best if sweep else ''}", flush=True)
+
+
+def layer(outputs: int, inputs: int, bits: int, rank: int) -> PackedLinear:
+    """A packed layer with random content."""
+    made = PackedLinear(outputs, inputs, bits, rank, bias=False).cuda()
+    made.indices.random_()
+    for part in (made.lut, made.scale_A, made.scale_B, made.rank_magnitude):
+        part.normal_()
+    return made
+
+
+def packed_calls(layers: list[PackedLinear], x: Tensor, cut: Tiling) -> list[Callable[[], Tensor]]:
+    """One call of the kernel for each layer."""
+    parts = [(m.indices, m.lut, m.scale_A, m.rank_magnitude, m.scale_B, m.bits) for m in layers]
+    return [lambda p=p: kernel.product(x, *p, tiling=cut) for p in parts]
+
+
+def timed(calls: list[Callable[[], Tensor]]) -> tuple[float, float]:
+    """Microseconds a call, all calls in turn: replayed as a CUDA graph, and one after the other from Python."""
+    for call in calls:
+        call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    return _microseconds(graph.replay) / len(calls), _microseconds(lambda: [call() for call in calls]) / len(calls)
+
+
+def _microseconds(work: Callable[[], object]) -> float:
+    """Median over repeats, after a warm-up."""
+    work()
+    taken = []
+    for _ in range(REPEATS):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        work()
+        end.record()
+        end.synchronize()
+        taken.append(begin.elapsed_time(end) * 1000)
+    return statistics.median(taken)
+
+
+if __name__ == "__main__":
+    with torch.inference_mode():
+        main()

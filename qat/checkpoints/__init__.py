@@ -1,0 +1,76 @@
+"""Checkpoints: quantized students on disk, read from two layouts and written in our own.
+
+`native` is our folder, `v2` the state dict of the ANEMLL training scripts; docs/FORMATS.md describes both.
+Whatever the layout, a student is the teacher with `QuantLinear` modules in it and a manifest that says
+what they are.
+"""
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from qat.artifacts import content_key, open_artifact
+from qat.checkpoint_files import find
+from qat.checkpoints import native, v2
+from qat.checkpoints.native import FILE, describe, has_tables, heritage, layers_of, save, write_tables
+from qat.checkpoints.own import own_parameters, write_own
+from qat.machine import Machine
+from qat.models import ModelFolder
+
+__all__ = [
+    "FILE",
+    "describe",
+    "has_tables",
+    "heritage",
+    "identity",
+    "latent",
+    "layers_of",
+    "load",
+    "own_parameters",
+    "save",
+    "write_own",
+    "write_tables",
+]
+
+
+def load(
+    path: Path, teacher: ModelFolder, machine: Machine, latents: bool = False
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """The student of a checkpoint folder, a V2 state dict or a V2 folder, and its manifest.
+
+    With `latents` its layers have latent weights: the checkpoint's, else what its tables stand for.
+
+    Raises:
+        ArtifactError: the files are damaged, no checkpoint's, or do not belong to this teacher.
+    """
+    found = find(path)
+    model, manifest = (native if found.is_dir() else v2).load(found, teacher, machine)
+    if latents:
+        native.add_latents(model, latent(found))
+    return model, manifest
+
+
+def latent(path: Path) -> dict[str, Tensor]:
+    """The weights [O, I] that a checkpoint's tables stand for, by layer; empty where it has none.
+
+    Raises:
+        ArtifactError: the files are damaged or no checkpoint's.
+    """
+    found = find(path)
+    return (native if found.is_dir() else v2).latent(found)
+
+
+def identity(path: Path) -> str:
+    """A key of a checkpoint's content, for what is made from it.
+
+    Raises:
+        ArtifactError: the files are damaged or no checkpoint's.
+    """
+    found = find(path)
+    if found.is_dir():
+        return content_key(open_artifact(found).manifest["files"])
+    with open(found, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

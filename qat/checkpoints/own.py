@@ -1,0 +1,42 @@
+"""Parameters besides the quantized ones in which a student differs from its teacher.
+
+A student of ours takes embeddings, norms and head from the teacher. An imported one may bring its own;
+they are kept beside the model as they were read, so that saving it again does not round them to the
+type that it happened to run in.
+"""
+
+from pathlib import Path
+from typing import cast
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from qat.norms import learned
+
+FILE = "own.safetensors"
+ATTRIBUTE = "own_parameters"
+
+
+def own_parameters(model: nn.Module) -> dict[str, Tensor]:
+    """By name, exactly as read; empty where everything is the teacher's."""
+    return cast(dict[str, Tensor], getattr(model, ATTRIBUTE, {}))
+
+
+@torch.no_grad()
+def adopt(model: nn.Module, tensors: dict[str, Tensor]) -> None:
+    """Puts a student's own parameters into a model, which remembers them."""
+    for name, value in tensors.items():
+        model.get_parameter(name).copy_(value)
+    setattr(model, ATTRIBUTE, tensors)
+
+
+def read_own(folder: Path) -> dict[str, Tensor]:
+    """Those of a checkpoint folder."""
+    return load_file(folder / FILE) if (folder / FILE).is_file() else {}
+
+
+def write_own(model: nn.Module, folder: Path) -> None:
+    """Writes those of a model, and the norms that learned, beside its tables; no file where there are none."""
+    if tensors := own_parameters(model) | learned(model):
+        save_file({name: value.cpu().contiguous() for name, value in tensors.items()}, folder / FILE)

@@ -1,0 +1,268 @@
+"""Students of the ANEMLL training scripts: a V2 state dict, with or without the `config.json` beside it.
+
+Table sizes, ranks and flags are read off the tensors; `config.json` only decides how raw scales become
+the ones that are used. What such a file may also hold and this project does not compute (LoRA, tables of
+the scales themselves) is named once. docs/FORMATS.md describes the layout.
+"""
+
+import json
+import logging
+import pickle
+import zipfile
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from qat.checkpoints.native import describe
+from qat.checkpoints.own import adopt
+from qat.config import QuantConfig, TableConfig
+from qat.errors import ArtifactError
+from qat.machine import Machine
+from qat.models import ModelFolder, linear
+from qat.quant import codebook
+from qat.quant.layers import KINDS, Layer
+from qat.quant.linear import QuantLinear, look_up
+
+log = logging.getLogger(__name__)
+
+SCALES = ("scale_A", "scale_B", "rank_magnitude")
+PARTS = (*SCALES, "lut", "weight", "_Q", "_indices", "_scales_baked_flag")
+NORM_EPS = 1e-6  # smallest norm divided by
+MAGNITUDE_EPS = 1e-6  # added to magnitudes that pass through an activation
+OFF_TABLE = 1e-2  # most that a stored `_Q` may differ from its table entry, as a share of the largest
+KIND_OF = {leaf: kind for kind, leaves in KINDS.items() for leaf in leaves}
+ORIGIN = ("model_id", "config_preset", "final_loss", "source_checkpoint")  # kept in the manifest
+
+State = dict[str, Tensor]
+
+
+def load(file: Path, teacher: ModelFolder, machine: Machine) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """The student of a V2 state dict, and a manifest as our own checkpoints have it.
+
+    Raises:
+        ArtifactError: the file cannot be read, lacks a tensor, contradicts itself or fits another model.
+    """
+    state, settings = read(file), read_settings(file)
+    model = teacher.load(torch.float32, torch.device("cpu"))
+    names = _layer_names(file, state, model, settings)
+    own, unused = _own_parameters(file, state, model, names)
+    if unused:
+        log.warning("%s: not used are %s", file, _listed(unused))
+    if (machine.dtype, machine.device.type) != (torch.float32, "cpu"):
+        model = teacher.load(machine.dtype, machine.device)
+    layers = []
+    for name in names:
+        module = _module(f"{file}: {name}", _parts(state, name), settings, linear(model, name).bias)
+        model.set_submodule(name, module.to(machine.device).requires_grad_(False))
+        layers.append(_layer(name, module))
+    adopt(model, own)
+    origin = {key: settings[key] for key in ORIGIN if key in settings}
+    return model, describe(teacher, _preset(layers), layers) | {"source": {"file": str(file)} | origin}
+
+
+def latent(file: Path) -> State:
+    """The latent weights of the quantized layers, fp32, by layer."""
+    state = read(file)
+    keys = [f"{name.removesuffix('.lut')}.weight" for name in state if name.endswith(".lut")]
+    return {key.removesuffix(".weight"): state[key].float() for key in keys if key in state}
+
+
+def read(file: Path) -> State:
+    """The tensors by name; whatever is not needed stays on disk.
+
+    Raises:
+        ArtifactError: no state dict, or one with more than tensors in it.
+    """
+    try:
+        mapped = zipfile.is_zipfile(file)
+        content = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
+    except (pickle.UnpicklingError, RuntimeError, OSError, EOFError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ArtifactError(f"{file} cannot be read as a state dict of plain tensors ({reason})") from None
+    if isinstance(content, dict) and isinstance(content.get("model_state_dict"), dict):
+        content = content["model_state_dict"]
+    if not isinstance(content, dict) or not any(str(key).endswith(".lut") for key in content):
+        raise ArtifactError(f"{file} is no V2 checkpoint: it has no tables (keys that end in .lut)")
+    return {str(key): value for key, value in content.items() if isinstance(value, Tensor)}
+
+
+def read_settings(file: Path) -> dict[str, Any]:
+    """The `config.json` beside a state dict; empty where there is none.
+
+    Raises:
+        ArtifactError: it is not JSON, or of another version.
+    """
+    path = file.parent / "config.json"
+    if not path.is_file():
+        return {}
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ArtifactError(f"{path} cannot be read: {error}") from None
+    if not isinstance(settings, dict):
+        raise ArtifactError(f"{path} does not hold a JSON object")
+    if settings.get("version", "v2") != "v2":
+        raise ArtifactError(f"{path} is of version {settings['version']}: only v2 checkpoints can be read")
+    return settings
+
+
+def _layer_names(file: Path, state: State, model: nn.Module, settings: dict[str, Any]) -> list[str]:
+    """The quantized layers in the model's order, each of the model's own shape."""
+    stored = {key.removesuffix(".lut") for key in state if key.endswith(".lut")}
+    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    origin = f" (it was made from {settings['model_id']})" if settings.get("model_id") else ""
+    foreign = f"{file} does not belong to this model{origin}"
+    for name in sorted(stored):
+        if _leaf(name) not in KIND_OF:
+            raise ArtifactError(f"{file} has a table for {name}: only {', '.join(KIND_OF)} layers can have one")
+    leaves = {_leaf(name) for name in stored}
+    for name, module in linears.items():
+        if name in stored:
+            _check_shape(foreign, name, _shape(file, name, state), tuple(module.weight.shape))
+        elif _leaf(name) in leaves and f"{name}.weight" not in state:
+            raise ArtifactError(f"{foreign}: it has nothing for {name}")
+    if missing := sorted(stored - linears.keys()):
+        raise ArtifactError(f"{foreign}: the model has no linear layer {missing[0]}")
+    return [name for name in linears if name in stored]
+
+
+def _shape(file: Path, name: str, state: State) -> tuple[int, ...]:
+    for part in ("scale_A", "scale_B"):
+        if f"{name}.{part}" not in state:
+            raise ArtifactError(f"{file} has a table for {name} but no {name}.{part}")
+    return (state[f"{name}.scale_A"].shape[0], state[f"{name}.scale_B"].shape[-1])
+
+
+def _check_shape(foreign: str, name: str, stored: tuple[int, ...], expected: tuple[int, ...]) -> None:
+    if stored != expected:
+        raise ArtifactError(f"{foreign}: {name} is {_times(stored)} in the checkpoint and {_times(expected)} here")
+
+
+def _own_parameters(file: Path, state: State, model: nn.Module, quantized: list[str]) -> tuple[State, list[str]]:
+    """Parameters that are not the teacher's, and the keys that nothing here uses."""
+    tables = {f"{name}.{part}" for name in quantized for part in PARTS}
+    theirs = dict(model.named_parameters(remove_duplicate=False))
+    own: State = {}
+    homes: dict[int, str] = {}  # a tied parameter has one home, whatever its names
+    for name, parameter in theirs.items():
+        if name in tables or name not in state:
+            continue
+        value = state[name]
+        _check_shape(f"{file} does not belong to this model", name, tuple(value.shape), tuple(parameter.shape))
+        home = homes.setdefault(id(parameter), name)
+        if home != name and not torch.equal(value, state[home]):
+            raise ArtifactError(f"{file}: {name} differs from {home}, and this model ties the two")
+        if home == name and not torch.equal(value.to(parameter.dtype), parameter):
+            own[name] = value.clone()
+    buffers = {name for name, _ in model.named_buffers()}
+    return own, [key for key in state if key not in tables and key not in theirs and key not in buffers]
+
+
+def _parts(state: State, name: str) -> State:
+    return {part: state[f"{name}.{part}"] for part in PARTS if f"{name}.{part}" in state}
+
+
+def _module(where: str, parts: State, settings: dict[str, Any], bias: Tensor | None) -> QuantLinear:
+    """One quantized layer with the very function that the file's own code computes."""
+    if "rank_magnitude" not in parts:
+        raise ArtifactError(f"{where} has a table but no rank_magnitude")
+    A, B, g = _scales(parts, settings)
+    table = parts["lut"].float().flatten()
+    if not A.shape[1] == B.shape[0] == len(g):
+        raise ArtifactError(f"{where} has scales of ranks {A.shape[1]}, {B.shape[0]} and {len(g)}: they must agree")
+    if not 2 <= len(table) <= 256:
+        raise ArtifactError(f"{where} has a table of {len(table)} entries: from 2 to 256 can be read")
+    bits = (len(table) - 1).bit_length()
+    module = QuantLinear(A.shape[0], B.shape[1], bits, len(g), bias)
+    module.indices.copy_(_indices(where, parts, table, (A * g) @ B))
+    full = torch.cat([table, table[-1:].expand(2**bits - len(table))])
+    module.set_parameters({"lut": full, "scale_A": A, "scale_B": B, "rank_magnitude": g})
+    return module
+
+
+def _scales(parts: State, settings: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
+    """A [O, R], B [R, I] and g [R] as used: as they are when baked, else made positive if asked, and normalised."""
+    A, B, g = (parts[name].float() for name in SCALES)
+    if int(parts.get("_scales_baked_flag", torch.zeros(1)).flatten()[0]):
+        return A, B, g
+    if settings.get("force_positive_scales"):
+        method = settings.get("positive_scale_method", "abs")
+        A, B = _activated(A, method), _activated(B, method)
+    activation = settings.get("magnitude_activation", "identity")
+    if activation != "identity":
+        g = _activated(g, activation) + MAGNITUDE_EPS
+    A = A / A.norm(dim=0, keepdim=True).clamp_min(NORM_EPS)
+    return A, B / B.norm(dim=1, keepdim=True).clamp_min(NORM_EPS), g
+
+
+def _activated(x: Tensor, activation: str) -> Tensor:
+    if activation == "abs":
+        return x.abs()
+    if activation == "softplus":
+        return nn.functional.softplus(x)
+    raise ArtifactError(f"config.json asks for the activation {activation} of scales: known are abs and softplus")
+
+
+def _indices(where: str, parts: State, table: Tensor, S_OI: Tensor) -> Tensor:
+    """Indices [O, I] uint8: as stored, else of the stored `_Q`, else nearest to the latent weight over its scale."""
+    for part in ("weight", "_Q", "_indices"):
+        if part in parts and parts[part].shape != S_OI.shape:
+            raise ArtifactError(f"{where} has a {part} of {_times(parts[part].shape)}, its scales {_times(S_OI.shape)}")
+    if "_indices" in parts:
+        index = _stored(where, parts["_indices"].long(), len(table))
+    elif "_Q" in parts:
+        index = nearest(parts["_Q"].float(), table)
+    elif "weight" in parts:
+        index = nearest(codebook.relative(parts["weight"].float(), S_OI), table)
+    else:
+        raise ArtifactError(f"{where} has neither _indices nor _Q nor weight: its values cannot be known")
+    if "_Q" in parts:
+        apart = float((parts["_Q"].float() - look_up(table, index)).abs().max())
+        if apart > OFF_TABLE * float(table.abs().max()):
+            raise ArtifactError(f"{where} has a _Q that is up to {apart:.3g} away from its table's entries")
+    return index
+
+
+def _stored(where: str, index: Tensor, entries: int) -> Tensor:
+    if index.min() < 0 or index.max() >= entries:
+        raise ArtifactError(f"{where} has indices from {index.min()} to {index.max()} and {entries} table entries")
+    return index.to(torch.uint8)
+
+
+def nearest(x_OI: Tensor, table: Tensor) -> Tensor:
+    """Index, uint8, of the entry nearest to each value, for a table in any order."""
+    ascending, order = table.sort()
+    return order.to(torch.uint8)[codebook.nearest(x_OI[None], ascending[None])[0].long()]
+
+
+def _layer(name: str, module: QuantLinear) -> Layer:
+    outputs, inputs = module.indices.shape
+    return Layer(name, KIND_OF[_leaf(name)], (outputs, inputs), module.bits, len(module.rank_magnitude))
+
+
+def _preset(layers: list[Layer]) -> QuantConfig:
+    """The bits and ranks that most layers of each kind have; the manifest's layers have the rest."""
+    tables: dict[str, TableConfig | None] = {kind: None for kind in KINDS}
+    for kind in KINDS:
+        if counted := Counter((layer.bits, layer.rank) for layer in layers if layer.kind == kind):
+            bits, rank = counted.most_common(1)[0][0]
+            tables[kind] = TableConfig(bits, rank)
+    bits_of = {kind: table.bits if table else 16 for kind, table in tables.items()}
+    return QuantConfig(name=f"q{bits_of['mlp']}a{bits_of['attn']}", **tables)
+
+
+def _leaf(name: str) -> str:
+    return name.rpartition(".")[2]
+
+
+def _times(shape: tuple[int, ...]) -> str:
+    return "×".join(map(str, shape))
+
+
+def _listed(keys: list[str]) -> str:
+    """The last parts of the keys, each with its count: `lora_A (196), lora_B (196)`."""
+    return ", ".join(f"{leaf} ({count})" for leaf, count in Counter(map(_leaf, keys)).items())

@@ -1,0 +1,1 @@
+"""Students in the formats of other tools; each module writes one of them and reads it back for comparison."""

@@ -1,0 +1,113 @@
+"""The V2 state dict that the ANEMLL tool chain takes on, plain in fp32 or snapped to fp16.
+
+Plain keeps unit-norm scales and magnitudes apart. Snapped multiplies the magnitudes into A, rounds
+everything to fp16 and says so with its flag: what a Core ML conversion of that tool chain starts from.
+`docs/FORMATS.md` describes both.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, PreTrainedModel
+
+from qat import checkpoints
+from qat.config import ExportConfig, ExportType
+from qat.export.source import DTYPES, EXACT, Source, cast, copy_tokenizer
+from qat.quant.linear import QuantLinear, look_up, quantized
+
+FILE = "best_state_dict.pt"
+
+
+def write(source: Source, folder: Path, settings: ExportConfig) -> None:
+    """Writes the state dict, `config.json` and the tokenizer.
+
+    Raises:
+        NumericsError: a value does not fit into fp16.
+    """
+    snapped = settings.dtype is ExportType.fp16
+    torch.save(state_dict(source, snapped), folder / FILE)
+    (folder / "config.json").write_text(json.dumps(description(source), indent=2) + "\n", encoding="utf-8")
+    copy_tokenizer(source.teacher, folder)
+
+
+@torch.no_grad()
+def state_dict(source: Source, snapped: bool) -> dict[str, Tensor]:
+    """All tensors of the model: the parts of every quantized layer, and everything else as it is."""
+    modules = quantized(source.model)
+    state: dict[str, Tensor] = {}
+    for name, module in modules.items():
+        latent = source.latent.get(name)
+        parts = _snapped(name, module) if snapped else _plain(module)
+        parts["weight"] = cast(name, module.weight(torch.float32) if latent is None else latent, parts["lut"].dtype)
+        state |= {f"{name}.{part}": value.contiguous() for part, value in parts.items()}
+        if module.bias is not None:
+            state[f"{name}.bias"] = module.bias
+    for name, value in source.model.state_dict().items():
+        if name.rpartition(".")[0] not in modules:
+            state[name] = value.detach()
+    return state
+
+
+def _plain(module: QuantLinear) -> dict[str, Tensor]:
+    return module.normalized() | _indices(module, module.lut.detach()) | {"_scales_baked_flag": _flag(0)}
+
+
+def _snapped(name: str, module: QuantLinear) -> dict[str, Tensor]:
+    parts = module.normalized()
+    magnitude = parts["rank_magnitude"]
+    parts = {
+        "scale_A": cast(name, parts["scale_A"] * magnitude, torch.float16),
+        "scale_B": cast(name, parts["scale_B"], torch.float16),
+        "rank_magnitude": torch.ones_like(magnitude, dtype=torch.float16),
+        "lut": cast(name, parts["lut"], torch.float16),
+    }
+    return parts | _indices(module, parts["lut"]) | {"_scales_baked_flag": _flag(1)}
+
+
+def _indices(module: QuantLinear, table: Tensor) -> dict[str, Tensor]:
+    # int64 and no smaller: a mask is what uint8 would be to the code that indexes with them.
+    return {"_Q": look_up(table, module.indices), "_indices": module.indices.long()}
+
+
+def _flag(value: int) -> Tensor:
+    return torch.tensor(value, dtype=torch.int8)
+
+
+def description(source: Source) -> dict[str, Any]:
+    """What `config.json` says; shapes in the state dict have the last word."""
+    quant, origin = source.manifest["quant"], source.manifest.get("source", {})
+    kinds = {kind: quant[kind] for kind in ("mlp", "attn") if quant.get(kind)}
+    first = next(iter(kinds.values()))
+    said: dict[str, Any] = {
+        "version": "v2",
+        "model_id": origin.get("model_id") or model_id(source),
+        "config_preset": quant["name"],
+        "lut_bits": first["bits"],
+        "scale_rank": first["rank"],
+        "force_positive_scales": False,
+        "magnitude_activation": "identity",
+    }
+    for kind, table in kinds.items():
+        said |= {f"{kind}_lut_bits": table["bits"], f"{kind}_scale_rank": table["rank"]}
+    loss = source.result.get("metrics", {}).get("kd_loss_best", origin.get("final_loss"))
+    return said if loss is None else said | {"final_loss": loss}
+
+
+def model_id(source: Source) -> str:
+    """The hub's name of the teacher where its folder knows it, else ours."""
+    config = AutoConfig.from_pretrained(source.teacher.path, local_files_only=True)
+    origin = source.teacher.fingerprint.partition("@")[0]
+    return origin if "/" in origin else str(getattr(config, "_name_or_path", "") or source.teacher.name)
+
+
+def rounding(settings: ExportConfig) -> torch.dtype:
+    """The coarsest type that a weight is rounded to."""
+    return DTYPES[settings.dtype]
+
+
+def read(source: Source, folder: Path) -> PreTrainedModel:
+    """The student as this project reads such a file."""
+    return checkpoints.load(folder / FILE, source.teacher, EXACT)[0]

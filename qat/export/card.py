@@ -1,0 +1,107 @@
+"""The model card of an export: what it is, how good, made how, and how to use it."""
+
+from pathlib import Path
+from typing import Any
+
+from qat.config import ExportConfig, ExportFormat
+from qat.export.source import Source
+from qat.quant.layers import KINDS
+
+FIGURES = {
+    "kl": "KL(teacher‖student), whole vocabulary",
+    "kd_loss_best": "KD loss, top-k at temperature 2",
+    "perplexity": "perplexity",
+    "teacher_perplexity": "perplexity of the teacher",
+    "top1_agreement": "same first choice as the teacher",
+}
+RECIPE = (
+    ("data", "name"),
+    ("cache", "length"),
+    ("mode", "name"),
+    ("loss", "name"),
+    ("train", "steps"),
+    ("train", "batch_size"),
+    ("train", "lr"),
+)
+USE = {
+    ExportFormat.hf: """\
+```python
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained("{folder}")
+```""",
+    ExportFormat.packed: """\
+```python
+import qat  # pip install qat-speedrun; registers the format with transformers
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained("{folder}")  # device_map="cuda" keeps it packed on the GPU
+```""",
+    ExportFormat.anemll_v2: """\
+`best_state_dict.pt` and `config.json` are what the ANEMLL V2 scripts load; `python launch.py` reads them as
+`checkpoint={folder}`.""",
+    ExportFormat.coreml: """\
+Open the `.mlpackage` with Core ML; on a Mac, `python check.py` compares it with the recorded numbers.""",
+}
+
+
+def write(source: Source, folder: Path, settings: ExportConfig, parity: str) -> None:
+    """Writes `README.md`; `folder` still is a temporary one, its name in the card is the final one."""
+    name = source.result.get("name") or (source.manifest and source.manifest["quant"]["name"]) or "full precision"
+    parts = [
+        _front_matter(source, settings),
+        f"# {source.teacher.name}, {name}",
+        f"Exported as `{settings.name}` ({settings.dtype.name}). {parity}",
+        "## Use",
+        USE[settings.format].format(folder=Path(str(settings.output)).name),
+        *_bits(source.quant),
+        *_table("Figures", "on text held apart from training", _figures(source.result)),
+        *_table("Recipe", "of the last training run", _recipe(source)),
+    ]
+    (folder / "README.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+
+
+def _front_matter(source: Source, settings: ExportConfig) -> str:
+    library = {ExportFormat.coreml: "coreml"}.get(settings.format, "transformers")
+    tags = ["text-generation", *(["quantized", "lookup-table"] if source.manifest else [])]
+    return "\n".join(["---", f"library_name: {library}", f"tags: [{', '.join(tags)}]", "---"])
+
+
+def _bits(quant: dict[str, Any]) -> list[str]:
+    if not quant:
+        return []
+    kinds = [
+        f"{quant[key]} in {quant[f'{kind}_layers']} {kind} layers" for kind in KINDS if (key := _key(kind)) in quant
+    ]
+    text = (
+        f"{quant['bits_per_weight']} bits a weight over {quant['layers']} quantized layers, scales and tables"
+        f" included ({', '.join(kinds)}). Embeddings, norms and head are in full precision."
+    )
+    return ["## Bits", text]
+
+
+def _key(kind: str) -> str:
+    return f"{kind}_bits_per_weight"
+
+
+def _figures(result: dict[str, Any]) -> dict[str, str]:
+    metrics = result.get("metrics", {})
+    return {said: f"{metrics[key]:.4g}" for key, said in FIGURES.items() if metrics.get(key) is not None}
+
+
+def _recipe(source: Source) -> dict[str, str]:
+    said = {"teacher": source.teacher.name}
+    if source.result.get("run_id"):
+        said["run"] = str(source.result["run_id"])
+    if git := source.result.get("environment", {}).get("git"):
+        said["commit"] = str(git)
+    for section, key in RECIPE:
+        if section in source.recipe:
+            said[section if key == "name" else f"{section}.{key}"] = str(source.recipe[section][key])
+    origin = source.manifest.get("source", {})
+    return said | {key: str(value) for key, value in origin.items()}
+
+
+def _table(title: str, note: str, rows: dict[str, str]) -> list[str]:
+    if not rows:
+        return []
+    lines = [f"| {title.lower()} | {note} |", "| --- | --- |", *(f"| {key} | {value} |" for key, value in rows.items())]
+    return [f"## {title}", "\n".join(lines)]

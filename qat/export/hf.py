@@ -1,0 +1,46 @@
+"""A dense Hugging Face folder: weights, tokenizer, chat template; transformers reads it without this package."""
+
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from qat.checkpoints.own import adopt, own_parameters
+from qat.config import ExportConfig
+from qat.export.source import CPU, DTYPES, Source, cast, copy_tokenizer
+from qat.models import linear
+from qat.quant.linear import quantized
+
+
+def write(source: Source, folder: Path, settings: ExportConfig) -> None:
+    """Writes the model with every quantized weight multiplied out.
+
+    Raises:
+        NumericsError: a weight does not fit into `export.dtype`.
+    """
+    dense(source, DTYPES[settings.dtype]).save_pretrained(folder)
+    copy_tokenizer(source.teacher, folder)
+
+
+@torch.no_grad()
+def dense(source: Source, dtype: torch.dtype) -> PreTrainedModel:
+    """The source as a plain model in another type."""
+    model = source.teacher.load(dtype, CPU)
+    model.config.use_cache = AutoConfig.from_pretrained(source.teacher.path, local_files_only=True).use_cache
+    adopt(model, own_parameters(source.model))
+    for name, parameter in model.named_parameters():
+        cast(name, parameter, dtype)
+    for name, module in quantized(source.model).items():
+        linear(model, name).weight.copy_(cast(name, module.weight(torch.float32), dtype))
+    return model
+
+
+def rounding(settings: ExportConfig) -> torch.dtype:
+    """The coarsest type that a weight is rounded to."""
+    return DTYPES[settings.dtype]
+
+
+def read(source: Source, folder: Path) -> PreTrainedModel:
+    """The model as transformers loads it, in the type it was written in."""
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", local_files_only=True)
+    return model.eval()

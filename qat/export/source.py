@@ -1,0 +1,115 @@
+"""What is exported: a student or the teacher itself, in fp32 on the CPU, and what is known about it."""
+
+import json
+import logging
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from qat import checkpoints
+from qat.config import ExportType
+from qat.errors import NumericsError
+from qat.machine import Machine
+from qat.models import ModelFolder
+from qat.quant.layers import Layer, summary
+
+log = logging.getLogger(__name__)
+
+CPU = torch.device("cpu")
+EXACT = Machine(CPU, torch.float32, 1)
+DTYPES = {
+    ExportType.fp32: torch.float32,
+    ExportType.bf16: torch.bfloat16,
+    ExportType.fp16: torch.float16,
+}
+TOKENIZER = (
+    *("tokenizer*", "vocab*", "merges.txt", "*.model", "special_tokens_map.json", "added_tokens.json"),
+    *("chat_template*", "generation_config.json", "LICENSE*"),
+)
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model to export.
+
+    Attributes:
+        teacher: the folder that tokenizer, template and architecture come from.
+        model: in fp32 on the CPU; quantized layers are `QuantLinear`s.
+        manifest: what its checkpoint says; empty for the teacher itself.
+        latent: the weights that the tables stand for, by layer, where the checkpoint has them.
+        result: the record of the run that made the checkpoint, where there is one.
+        recipe: that run's configuration.
+    """
+
+    teacher: ModelFolder
+    model: PreTrainedModel
+    manifest: dict[str, Any] = field(default_factory=dict)
+    latent: dict[str, Tensor] = field(default_factory=dict)
+    result: dict[str, Any] = field(default_factory=dict)
+    recipe: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def layers(self) -> list[Layer]:
+        """The quantized layers; none in the teacher."""
+        return checkpoints.layers_of(self.manifest) if self.manifest else []
+
+    @property
+    def quant(self) -> dict[str, Any]:
+        """Preset, counts and effective bits, as `result.json` has them."""
+        return {"preset": self.manifest["quant"]["name"], **summary(self.layers)} if self.manifest else {}
+
+
+def open_source(teacher: ModelFolder, checkpoint: Path | None) -> Source:
+    """The student of a checkpoint, or the teacher where there is none.
+
+    Raises:
+        ArtifactError: the checkpoint is damaged or does not belong to this teacher.
+    """
+    if checkpoint is None:
+        return Source(teacher, teacher.load(torch.float32, CPU))
+    model, manifest = checkpoints.load(checkpoint, teacher, EXACT)
+    run = checkpoint.resolve().parent.parent  # checkpoints/best lies two below the run's folder
+    return Source(teacher, model, manifest, checkpoints.latent(checkpoint), _result(run), _recipe(run))
+
+
+def copy_tokenizer(teacher: ModelFolder, folder: Path) -> None:
+    """Copies tokenizer, chat template, generation defaults and licence of a Hugging Face folder."""
+    for file in {file for pattern in TOKENIZER for file in teacher.path.glob(pattern) if file.is_file()}:
+        shutil.copyfile(file, folder / file.name)
+
+
+def cast(name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
+    """A tensor in another type.
+
+    Raises:
+        NumericsError: a value is too large for it.
+    """
+    made = value.detach().to(dtype)
+    if not torch.isfinite(made).all():
+        shown = str(dtype).removeprefix("torch.")
+        raise NumericsError(f"{name} has values that {shown} cannot hold: export with export.dtype=fp32")
+    return made
+
+
+def _result(run: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads((run / "result.json").read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        return {}
+    except ValueError as error:
+        log.warning("%s is not readable (%s): the model card goes without figures", run / "result.json", error)
+        return {}
+
+
+def _recipe(run: Path) -> dict[str, Any]:
+    path = run / "config_resolved.yaml"
+    if not path.is_file():
+        return {}
+    recipe = OmegaConf.to_container(OmegaConf.load(path))
+    return {str(key): value for key, value in recipe.items()} if isinstance(recipe, dict) else {}

@@ -1,0 +1,52 @@
+"""A checkpoint in another tool's format, compared with the checkpoint before anybody sees it."""
+
+import importlib
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from qat.artifacts import publish
+from qat.config import Config, ExportFormat
+from qat.console import console
+from qat.export import card, parity
+from qat.export.source import Source, open_source
+from qat.runs import Run
+from qat.stages.workspace import Workspace, open_workspace, start_folder
+
+KIND = "export"
+
+
+def main(config: Config, run: Run) -> None:
+    """`stage=export`."""
+    work = open_workspace(config, run)
+    writer = importlib.import_module(f"qat.export.{config.export.format.name}")
+    folder = Path(str(config.export.output)).expanduser()
+    with work.timed("export"):
+        source = open_source(work.teacher, start_folder(config.checkpoint))
+        make(work, writer, source, folder)
+    size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    run.result["quant"] = source.quant
+    run.result["paths"]["export"] = str(folder)
+    run.result["memory"]["export_bytes"] = size
+    console.print(f"{folder}: {config.export.name}, {size / 1e6:.1f} MB", soft_wrap=True)
+
+
+def make(work: Workspace, writer: ModuleType, source: Source, folder: Path) -> None:
+    """Writes, compares and publishes; whatever goes wrong leaves an older export at `folder` untouched."""
+    settings = work.config.export
+    described: dict[str, Any] = {
+        "kind": KIND,
+        "format": settings.format.name,
+        "model": source.teacher.name,
+        "quant": source.quant,
+    }
+    with publish(folder, described) as (scratch, manifest):
+        writer.write(source, scratch, settings)
+        made = writer.read(source, scratch)
+        # Core ML's is computed token by token in numpy: one prompt takes as long there as all do elsewhere.
+        rows = parity.prompts(source.teacher.tokenizer())[: 1 if settings.format is ExportFormat.coreml else None]
+        error = parity.check(source.model, made, rows, writer.rounding(settings))
+        manifest["parity"] = error
+        work.run.result["metrics"]["parity"] = error
+        said = f"Its logits differ from those of the checkpoint by {error:.1e} of their norm."
+        card.write(source, scratch, settings, said)

@@ -1,0 +1,165 @@
+import json
+import struct
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qat.export import packed
+from qat.packed.linear import PackedLinear, unpack
+from qat.quant import packing
+from qat.quant.linear import quantized
+from tests.cli.conftest import ROOT
+from tests.export.conftest import IDS
+
+LOAD = """
+import sys
+{imports}
+import torch
+folder, out = sys.argv[1:]
+model = AutoModelForCausalLM.from_pretrained(folder)
+kinds = {{type(module).__name__ for name, module in model.named_modules() if name.endswith("_proj")}}
+assert kinds == {{"PackedLinear"}}, kinds
+with torch.no_grad():
+    torch.save((str(model.dtype), model(torch.arange(60).reshape(3, 20)).logits), out)
+tokenizer = AutoTokenizer.from_pretrained(folder)
+text = tokenizer.apply_chat_template([{{"role": "user", "content": "hi"}}], return_tensors="pt")
+assert model.generate(text["input_ids"], max_new_tokens=3, do_sample=False).shape[1] == text["input_ids"].shape[1] + 3
+"""
+ORDERS = {
+    "qat first": "import qat\nfrom transformers import AutoModelForCausalLM, AutoTokenizer",
+    "transformers first": "from transformers import AutoModelForCausalLM, AutoTokenizer\nimport qat",
+    "qat after use": "from transformers import AutoModelForCausalLM, AutoTokenizer, AutoConfig\n"
+    "import transformers.quantizers.auto\nimport qat",
+}
+ALONE = """
+import sys
+{imports}
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
+try:
+    model = {cls}.from_pretrained(sys.argv[1])
+except Exception as error:
+    print("refused:", type(error).__name__, str(error)[:200])
+"""
+
+
+@pytest.fixture(scope="module")
+def header():
+    def read(folder):
+        with open(folder / packed.FILE, "rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            described = json.loads(file.read(length))
+        described.pop("__metadata__")
+        return {
+            name: entry | {"bytes": entry["data_offsets"][1] - entry["data_offsets"][0]}
+            for name, entry in described.items()
+        }
+
+    return read
+
+
+@pytest.mark.parametrize("imports", ORDERS.values(), ids=ORDERS.keys())
+def test_import_qat_makes_it_load_in_either_order(best, student, export, elsewhere, tmp_path, imports):
+    folder = export(best, "packed", "fp32")
+    code, said = elsewhere(LOAD.format(imports=imports), folder, tmp_path / "logits.pt", path=str(ROOT))
+    assert code == 0, said
+    dtype, logits = torch.load(tmp_path / "logits.pt", weights_only=True)
+    with torch.no_grad():
+        expected = student(IDS).logits
+    assert dtype == "torch.float32" and (logits - expected).norm() < 5e-3 * expected.norm()
+
+
+@pytest.mark.parametrize("cls", ["AutoModelForCausalLM", "LlamaForCausalLM", "AutoConfig"])
+def test_without_the_registration_it_fails(best, export, elsewhere, cls):
+    code, said = elsewhere(ALONE.format(imports="", cls=cls), export(best, "packed"))
+    if cls == "AutoConfig":
+        assert "refused: ValueError" in said and "qat_packed" in said
+    assert code == 0 and "refused:" in said
+
+
+def test_importing_qat_alone_loads_nothing_heavy(elsewhere):
+    code = "import sys, qat\nassert not {'torch', 'transformers', 'numpy', 'hydra'} & set(sys.modules)"
+    assert elsewhere(code, path=str(ROOT)) == (0, "")
+
+
+def test_transformers_alone_loads_nothing_of_ours(elsewhere):
+    code = "import sys, qat, transformers\nassert 'qat.packed' not in sys.modules and 'torch' in sys.modules or True\n"
+    code += "assert 'qat.packed.integration' not in sys.modules"
+    assert elsewhere(code, path=str(ROOT))[0] == 0
+
+
+def test_the_file_weighs_what_the_bits_say(best, student, export, header):
+    folder = export(best, "packed", "bf16")
+    tensors = header(folder)
+    layers = quantized(student)
+    tables = sum(entry["bytes"] for name, entry in tensors.items() if name.rpartition(".")[0] in layers)
+    config = json.loads((folder / "config.json").read_text())
+    weights = sum(module.indices.numel() for module in layers.values())
+    magnitudes = 16 * sum(len(module.rank_magnitude) for module in layers.values())  # too few to be in the figure
+    reported = config["quantization_config"]["bits_per_weight"]
+    assert (tables * 8 - magnitudes) / weights == pytest.approx(reported, abs=1e-4)
+    others = sum(entry["bytes"] for entry in tensors.values()) - tables
+    full = sum(p.numel() for name, p in student.named_parameters() if name.rpartition(".")[0] not in layers)
+    assert others == 2 * full  # bf16, and the tied head once
+    assert (folder / packed.FILE).stat().st_size < tables + others + 200 * len(tensors)
+
+
+@torch.no_grad()
+def test_every_weight_is_the_students_to_the_rounding_of_fp16(best, student, export):
+    model = packed.read(None, export(best, "packed", "fp32"))
+    for name, module in quantized(student).items():
+        made, expected = model.get_submodule(name).weight(torch.float64), module.weight(torch.float64)
+        assert (made - expected).norm() < 1e-3 * expected.norm()
+        index = unpack(model.get_submodule(name).indices, module.bits, module.indices.numel())
+        assert torch.equal(index.view(module.indices.shape), module.indices)
+
+
+def test_it_cannot_be_saved_as_what_it_is_not(best, export, tmp_path):
+    model = packed.read(None, export(best, "packed"))
+    with pytest.raises(ValueError, match="not serializable"):
+        model.save_pretrained(tmp_path / "again")
+
+
+@given(st.integers(1, 8), st.integers(1, 300), st.integers(0, 99))
+def test_unpacking_on_any_device_inverts_packing(bits, count, seed):
+    index = torch.randint(2**bits, (count,), generator=torch.Generator().manual_seed(seed)).to(torch.uint8)
+    assert torch.equal(unpack(packing.pack(index, bits), bits, count), index)
+
+
+def layer(bits, outputs=12, inputs=20, rank=3, bias=True):
+    draw = torch.Generator().manual_seed(bits)
+    made = PackedLinear(outputs, inputs, bits, rank, bias)
+    index = torch.randint(2**bits, (outputs, inputs), generator=draw).to(torch.uint8)
+    made.indices.copy_(packing.pack(index, bits))
+    for part in (made.lut, made.scale_A, made.scale_B, made.rank_magnitude):
+        part.copy_(torch.randn(part.shape, generator=draw))
+    if bias:
+        made.bias.data = torch.randn(outputs, generator=draw)
+    exact = made.lut.double()[index.long()] * (
+        made.scale_A.double() * made.rank_magnitude.double() @ made.scale_B.double()
+    )
+    return made, exact
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_a_layer_against_float64(bits):
+    made, exact = layer(bits)
+    x = torch.randn(2, 5, 20, generator=torch.Generator().manual_seed(1))
+    expected = x.double() @ exact.T + made.bias.double()
+    for _ in range(2):  # the second time from the kept weight
+        assert torch.allclose(made(x).double(), expected, rtol=1e-5, atol=1e-5)
+    made.bias.data = made.bias.data.bfloat16()
+    assert torch.allclose(made(x.bfloat16()).double(), expected, rtol=0.1, atol=0.2)
+
+
+def test_a_kept_weight_does_not_outlive_the_type_or_block_gradients():
+    made, exact = layer(2, bias=False)
+    x = torch.randn(3, 20)
+    with torch.inference_mode():
+        made(x)
+    x.requires_grad_()
+    made(x).sum().backward()
+    assert torch.allclose(x.grad.double(), exact.sum(0).expand(3, -1), rtol=1e-4, atol=1e-4)
+    made.double()
+    assert made.dense is None and made(x.double()).dtype is torch.float64
