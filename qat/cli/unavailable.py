@@ -24,8 +24,6 @@ def missing(config: Config) -> Iterator[str]:
     """One sentence for each thing this run would need and not find."""
     if config.stage is Stage.export:
         yield f"export={config.export.name} is not built yet; a checkpoint folder holds its tables as safetensors"
-    if config.stage is Stage.report:
-        yield "stage=report is not built yet; each run's result.json, loss.png and samples.md are in its folder"
     if config.store.kind is not StoreKind.local:
         yield f"store={config.store.name} is not built yet: use store=local and give checkpoints by path"
     if config.stage in USES_CACHE:

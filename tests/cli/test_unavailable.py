@@ -8,7 +8,6 @@ from qat.cli import main
 
 REFUSED = [
     ("stage=export export.output=x checkpoint={checkpoint}", "export=hf is not built yet"),
-    ("stage=report", "stage=report is not built yet"),
     ("store=gdrive store.path=x", "store=gdrive is not built yet"),
     ("cache=local cache.path={folder}", "cache=local is not built yet"),
     ("data=alpaca", "data.path=<file>"),
