@@ -86,6 +86,7 @@ class StoreKind(Enum):
     gdrive = "a mounted Google Drive"
     gcs = "a Google Cloud Storage bucket"
     hf = "a Hugging Face hub repository"
+    url = "any URL that fsspec opens, s3:// and file:// among them"
 
 
 class TrackerKind(Enum):

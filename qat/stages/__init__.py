@@ -11,12 +11,14 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from types import ModuleType
 
 from qat import faults
 from qat.config import Config
 from qat.errors import QatError
 from qat.report import log as run_log
 from qat.runs import UNRECORDED, Run
+from qat.store import transfer
 
 log = logging.getLogger(__name__)
 
@@ -44,8 +46,15 @@ def run_job(config: Config, folder: Path, command: str = "", overrides: Sequence
         stage.main(config)
         return math.nan
     run = Run(config, folder, command, overrides)
+    with transfer.mirrored(config.store, folder, run.result["run_id"]):
+        _main(stage, config, run)
+    return float(run.result["metrics"].get("kl", math.nan))
+
+
+def _main(stage: ModuleType, config: Config, run: Run) -> None:
+    """Runs a stage and closes its record, however it ends."""
     try:
-        stage.main(config, run)
+        stage.main(transfer.with_named(config), run)
         run.finish("complete")
     except BaseException as error:
         told = _close(run, error)
@@ -54,7 +63,6 @@ def run_job(config: Config, folder: Path, command: str = "", overrides: Sequence
         raise told from error
     finally:
         run_log.refresh(Path(config.outputs))
-    return float(run.result["metrics"].get("kl", math.nan))
 
 
 def _close(run: Run, error: BaseException) -> BaseException:

@@ -8,11 +8,10 @@ from qat.cli import main
 
 REFUSED = [
     ("stage=export export.output=x checkpoint={checkpoint}", "export=hf is not built yet"),
-    ("store=gdrive store.path=x", "store=gdrive is not built yet"),
     ("cache=local cache.path={folder}", "cache=local is not built yet"),
     ("data=alpaca", "data.path=<file>"),
     ("data=text data.path={folder} data.thinking=both", "data.thinking=both is not built yet"),
-    ("checkpoint=q4_fp32", "pulling from a store is not built yet"),
+    ("checkpoint=q4_fp32", "checkpoints/q4_fp32: put it there, or name the store that has it"),
     ("+experiment=sr_001", "checkpoint=q4_fp32"),
     ("stage=convert checkpoint={checkpoint}", "converting from a checkpoint is not built yet"),
     ("quant=q4a4 checkpoint={checkpoint}", "converting from a checkpoint is not built yet"),
