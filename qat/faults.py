@@ -51,7 +51,7 @@ def _number(error: BaseException) -> int | None:
     """The system's error number, also where a library in another language only says it."""
     if isinstance(error, OSError):
         return error.errno
-    if type(error).__module__.partition(".")[0] not in ("safetensors", "safetensors_rust", "builtins", "torch"):
+    if not (isinstance(error, RuntimeError) or type(error).__name__ == "SafetensorError"):
         return None
     found = _NUMBER.search(str(error))
     return int(found[1] or found[2]) if found else None

@@ -24,7 +24,7 @@ PLAN = "sweep.json"
 WAITING = "not started"
 FREE = ("instance", "store", "tracker", "sweep")  # sections that decide nothing of a result
 OBJECTIVES = {"kl": "full KL", "kd_loss_best": "KD loss", "kd_loss": "KD loss"}  # the first that jobs have is ranked by
-COLUMNS = {"kl": "full KL", "kd_loss_final": "KD loss", "perplexity": "perplexity", "top1_agreement": "same choice"}
+COLUMNS = {"kl": "full KL", "kd_loss_final": "KD loss", "perplexity": "perplexity"}
 
 
 @dataclass(frozen=True)
@@ -230,4 +230,4 @@ def _markdown(sweep: Sweep, summary: dict[str, Any]) -> str:
 
 
 def _figure(value: float | None) -> str:
-    return "–" if value is None else f"{value:.4f}"
+    return "–" if value is None else f"{value:.4f}" if abs(value) < 100 else f"{value:.1f}"

@@ -89,7 +89,7 @@ def check_resumed(command: CommandLine, sweep: Sweep) -> Checked:
     parsed = overrides.read(sweeping.changes(command), composer, multirun=True)
     sweeping.check_launcher(parsed, composer.options("hydra/launcher"))
     command.overrides = [str(override.input_line) for override in parsed]
-    changed = [text for text in command.overrides if not text.startswith(("hydra.", "hydra/"))]
+    changed = [text for text in command.overrides if not sweeping.is_hydras(text)]
     jobs = [[*planned.overrides, *changed] for planned in sweep.jobs]
     configs = [_check_job(command, job, composer) for job in jobs]
     composer.compose([*jobs[0], *command.overrides], multirun=True)

@@ -65,6 +65,11 @@ def check_launcher(parsed: list[Override], options: list[str]) -> None:
         raise ConfigError(f"hydra/launcher={name}: no such launcher{did_you_mean(name, known)}; use {', '.join(known)}")
 
 
+def is_hydras(override: str) -> bool:
+    """True for an override of Hydra's own settings, which are no part of a job."""
+    return override.lstrip("+~").startswith(("hydra.", "hydra/"))
+
+
 def changes(command: CommandLine) -> list[str]:
     """The overrides beside `sweep.resume`."""
     return [text for text in command.overrides if not text.lstrip("+").startswith(RESUME)]
@@ -108,7 +113,7 @@ def plan(command: CommandLine, typed: str, configs: list[Config], jobs: list[lis
         done = len(known.jobs) - len(known.remaining())
         print(f"{known.folder} is this sweep and goes on: {done} of {len(known.jobs)} jobs are complete")
         return known
-    own = [[text for text in job if not text.startswith(("hydra.", "hydra/", "~hydra"))] for job in jobs]
+    own = [[text for text in job if not is_hydras(text)] for job in jobs]
     try:
         return sweeps.create(folder, outputs, typed, _plain(command.flags), dict(zip(keys, own, strict=True)))
     except OSError as error:
@@ -117,7 +122,7 @@ def plan(command: CommandLine, typed: str, configs: list[Config], jobs: list[lis
 
 def for_hydra(sweep: Sweep, command: CommandLine, parallel: bool) -> list[str]:
     """The overrides with which Hydra runs what is left of a sweep."""
-    words = [text for text in command.overrides if text.startswith(("hydra.", "hydra/"))]
+    words = [text for text in command.overrides if is_hydras(text)]
     first = {text.partition("=")[0]: text for text in sweep.jobs[0].overrides}
     words += [f"hydra.sweep.dir={quote(str(sweep.folder))}", f"hydra.sweeper._target_={SWEEPER}"]
     found = len(gpus.visible())
