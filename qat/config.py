@@ -24,6 +24,9 @@ class Stage(Enum):
     export = "write a checkpoint in another tool's format"
     chat = "talk to a checkpoint"
     report = "write the run log and the report"
+    pull = "fetch a named checkpoint, cache or run from the store"
+    push = "put a checkpoint or a cache into the store"
+    store = "list what the store holds"
 
 
 class ModelSource(Enum):
@@ -106,6 +109,7 @@ class StoreKind(Enum):
     gdrive = "a mounted Google Drive"
     gcs = "a Google Cloud Storage bucket"
     hf = "a Hugging Face hub repository"
+    url = "any URL that fsspec opens, s3:// and file:// among them"
 
 
 class TrackerKind(Enum):
@@ -289,6 +293,7 @@ class CheckpointConfig:
 
     name: str = MISSING
     path: str | None = None  # a checkpoint folder; None is the teacher or a registered name
+    archive: str | None = None  # a registered name's own in a store, where the two differ
 
 
 @dataclass
@@ -310,7 +315,9 @@ class StoreConfig:
 
     name: str = MISSING
     kind: StoreKind = MISSING
-    path: str | None = None  # folder, bucket or repository
+    path: str | None = None  # folder, bucket or repository; None finds a mounted Drive
+    archive: str | None = None  # stage=pull and push: the name there; None takes the checkpoint's own
+    mirror: bool = False  # keeps a copy of the run in the store while it goes on
 
 
 @dataclass
@@ -360,6 +367,13 @@ class RunConfig:
 
 
 @dataclass
+class SweepConfig:
+    """Going on with a sweep."""
+
+    resume: str | None = None  # folder of a sweep: runs what is not complete there
+
+
+@dataclass
 class Config:
     """One run, whole."""
 
@@ -383,6 +397,7 @@ class Config:
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     chat: ChatConfig = field(default_factory=ChatConfig)
     run: RunConfig = field(default_factory=RunConfig)
+    sweep: SweepConfig = field(default_factory=SweepConfig)
 
 
 def as_plain(config: Any) -> Any:

@@ -3,8 +3,9 @@
     QatError                 one clear sentence: what is wrong, where, what to do (exit code 1)
     ├── ConfigError          the command line or a configuration value is wrong (exit code 2)
     ├── MissingError         something asked for is not there: weights, checkpoint, cache, device
-    ├── UnavailableError     the option is part of the design, its machinery is not installed or built
+    ├── UnavailableError     the option is part of the design, its machinery is not installed
     ├── ArtifactError        a file is damaged, foreign or of another format
+    ├── MachineError         memory or disk is used up, or a folder cannot be written
     └── NumericsError        a value that must be finite or positive is not
 
 Anything else that is raised is a defect of this project, and keeps its traceback.
@@ -33,6 +34,10 @@ class UnavailableError(QatError):
 
 class ArtifactError(QatError):
     """A file that is truncated, altered or of a format this version does not read."""
+
+
+class MachineError(QatError):
+    """The machine is out of memory or disk, or refuses to write where it should."""
 
 
 class NumericsError(QatError):

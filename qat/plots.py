@@ -2,6 +2,7 @@
 
 from itertools import cycle
 from pathlib import Path
+from typing import Any
 
 from matplotlib.figure import Figure
 
@@ -78,3 +79,51 @@ def tail_mass(tails: dict[str, list[float]], title: str, path: Path) -> None:
     axes.grid(axis="y", alpha=0.3)
     axes.legend(frameon=False)
     figure.savefig(path)
+
+
+def sweep(points: list[tuple[dict[str, str], float | None]], objective: str, title: str, path: Path) -> None:
+    """The figure of every job of a sweep against what was swept, as a PNG.
+
+    The key whose values are numbers, if there is one, is the horizontal axis; the other keys make a line each.
+
+    Args:
+        points: swept values, as typed, and the figure of each job; None where it has none.
+        objective: what the figure is.
+        title: of which sweep.
+        path: where the picture goes.
+    """
+    shown = [(values, figure) for values, figure in points if figure is not None]
+    keys = list(shown[0][0])
+    axis = next((key for key in keys if all(_number(values[key]) is not None for values, _ in shown)), None)
+    figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
+    axes = figure.subplots()
+    lines: dict[str, list[tuple[Any, float]]] = {}
+    for values, value in shown:
+        others = ", ".join(f"{key}={values[key]}" for key in keys if key != axis)
+        lines.setdefault(others if axis else "", []).append((_number(values[axis]) if axis else others or "one", value))
+    for (name, line), color in zip(sorted(lines.items()), cycle(LEAVES), strict=False):
+        line = sorted(line) if axis else line[::-1]
+        if axis:
+            axes.plot(*zip(*line, strict=True), marker="o", color=color, label=name)
+        else:
+            axes.barh([name for name, _ in line], [value for _, value in line], color=color, height=0.6)
+    if axis:
+        places = sorted({place for line in lines.values() for place, _ in line})
+        axes.set(xlabel=axis, ylabel=objective)
+        if places[0] > 0 and places[-1] > 10 * places[0]:
+            axes.set_xscale("log")
+        if len(lines) > 1:
+            axes.legend(frameon=False, fontsize="small")
+    else:
+        axes.set(xlabel=objective)
+    axes.set_title(title)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y" if axis else "x", alpha=0.3)
+    figure.savefig(path)
+
+
+def _number(text: str) -> float | None:
+    try:
+        return float(text)
+    except ValueError:
+        return None

@@ -6,21 +6,28 @@ is recorded as just that. `metrics.jsonl` beside it has a line for each training
 """
 
 import json
+import logging
 import math
 import platform
 import subprocess
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from qat.artifacts import write_json
-from qat.config import Config
+from qat.config import Config, Stage, as_plain
 from qat.tracking import open_tracker
+
+log = logging.getLogger(__name__)
 
 SCHEMA = 1
 ARCHITECTURE = "v2"  # table ⊙ low-rank scale, in the run log's naming convention
 RESULT = "result.json"
 METRICS = "metrics.jsonl"
+
+# Stages that are no runs: no identity, no record, no line in the log.
+UNRECORDED = (Stage.chat, Stage.report, Stage.pull, Stage.push, Stage.store)
 
 
 def claim_run(outputs: Path) -> str:
@@ -62,8 +69,15 @@ class Run:
         result: the content of `result.json` as it stands.
     """
 
-    def __init__(self, config: Config, folder: Path) -> None:
-        """Opens the record and writes it with status `interrupted`."""
+    def __init__(self, config: Config, folder: Path, command: str = "", overrides: Sequence[str] = ()) -> None:
+        """Opens the record and writes it with status `interrupted`.
+
+        Args:
+            config: the whole configuration, recorded as it is.
+            folder: the run's own, which exists; named like the run unless the user chose it.
+            command: the command line as it was typed.
+            overrides: what it sets for this job.
+        """
         self.folder = folder
         self._started = time.monotonic()
         run_id = folder.name if folder.name.startswith("SR-") else claim_run(Path(config.outputs))
@@ -75,6 +89,9 @@ class Run:
             "status": "interrupted",
             "goal": config.run.goal,
             "notes": config.run.notes,
+            "command": command,
+            "overrides": list(overrides),
+            "config": as_plain(config),
             "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
             "quant": {"preset": config.quant.name},
             "metrics": {},
@@ -110,8 +127,11 @@ class Run:
         """Closes the record as `complete`, `failed` or `interrupted`."""
         self.result["status"] = status
         self.result["error"] = error
-        self.save()
-        self._metrics.close()
+        try:
+            self.save()
+            self._metrics.close()
+        except OSError as full:  # the disk may be what ended the run; `interrupted` is already on it
+            log.warning("%s could not be brought up to date: %s", self.folder / RESULT, full.strerror)
         self._tracker.finish(_finite(self.result["metrics"]), failed=status != "complete")
 
 

@@ -6,6 +6,7 @@ Without a login wandb runs offline, writes below the run's folder, never asks an
 import logging
 import netrc
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -39,26 +40,36 @@ class WandbTracker:
 
     def __init__(self, run: Any) -> None:
         self._run = run
+        self._silent = False
 
     def log(self, row: dict[str, float]) -> None:
         """Figures under the row's own step."""
-        self._run.log({key: value for key, value in row.items() if key != "step"}, step=int(row["step"]))
+        figures = {key: value for key, value in row.items() if key != "step"}
+        self._tell(lambda: self._run.log(figures, step=int(row["step"])))
 
     def finish(self, summary: dict[str, Any], failed: bool) -> None:
         """Closes the run, so that the next one in this process is a run of its own."""
-        self._run.summary.update(summary)
-        self._run.finish(exit_code=int(failed))
+        self._tell(lambda: self._run.summary.update(summary))
+        self._tell(lambda: self._run.finish(exit_code=int(failed)))
+
+    def _tell(self, do: Callable[[], object]) -> None:
+        """Whatever wandb raises is its own trouble; it is said once and not asked again."""
+        if self._silent:
+            return
+        try:
+            do()
+        except Exception as error:
+            self._silent = True
+            log.warning("wandb is told no more of this run: %s: %s", type(error).__name__, error)
 
 
 def open_tracker(config: Config, folder: Path, run_id: str) -> Tracker:
     """The configured tracker; where wandb itself fails the run goes on without it, and says so."""
     if config.tracker.kind is TrackerKind.none:
         return NoTracker()
-    import wandb
-
     try:
         return WandbTracker(_start_wandb(config, folder, run_id))
-    except (wandb.errors.Error, OSError) as error:
+    except Exception as error:  # a service, a client process and a network stand behind this call
         log.warning("wandb is left out of this run: %s", error)
         return NoTracker()
 
@@ -70,6 +81,7 @@ def _start_wandb(config: Config, folder: Path, run_id: str) -> Any:
     return wandb.init(
         project=config.tracker.project,
         name=run_id,
+        group=folder.parent.name if folder.parent.name.startswith("sweep-") else None,
         config=as_plain(config),
         dir=str(folder),
         mode=mode,

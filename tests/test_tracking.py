@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from qat import tracking
-from qat.config import Config, ModeConfig, QuantConfig, TrackerConfig, TrackerKind
+from qat.config import Config, ModeConfig, QuantConfig, TrackerConfig, TrackerKind, as_plain
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -149,3 +149,31 @@ def test_rows_go_under_their_own_step_and_the_end_says_whether_it_failed():
     tracker.log({"step": 3, "loss": 0.5})
     tracker.finish({"kl": 0.25}, failed=True)
     assert (inner.logged, inner.summary, inner.code) == ([(3, {"loss": 0.5})], {"kl": 0.25}, 1)
+
+
+def test_wandb_that_breaks_on_the_way_fails_no_run(caplog):
+    class Broken:
+        def __init__(self):
+            self.asked = 0
+
+        def log(self, row, step):
+            self.asked += 1
+            raise RuntimeError("the service is gone")
+
+    inner = Broken()
+    tracker = tracking.WandbTracker(inner)
+    for step in range(3):
+        tracker.log({"step": step, "loss": 0.5})
+    tracker.finish({"kl": 0.25}, failed=False)
+    assert inner.asked == 1
+    assert caplog.text.count("wandb is told no more of this run: RuntimeError: the service is gone") == 1
+
+
+@pytest.mark.parametrize(("folder", "group"), [("sweep-002/SR-005", "sweep-002"), ("SR-005", None)])
+def test_run_carries_its_configuration_and_jobs_of_a_sweep_are_grouped(tmp_path, config, monkeypatch, folder, group):
+    wandb = pytest.importorskip("wandb")
+    asked = {}
+    monkeypatch.setattr(wandb, "init", lambda **settings: asked.update(settings))
+    tracking.open_tracker(config, tmp_path / folder, "SR-005")
+    assert (asked["name"], asked["group"], asked["mode"]) == ("SR-005", group, "offline")
+    assert asked["config"] == as_plain(config)

@@ -7,6 +7,7 @@
     overrides.py    keys and options that do not exist
     validate.py     values and combinations that cannot work
     folders.py      where a run or sweep lands
+    sweeping.py     -m and sweep.resume: the plan of a sweep, and its end
     job.py          what happens inside a job
     schema.py       the keys, read off `qat.config`
     suggest.py      "did you mean"

@@ -1,7 +1,9 @@
 """`checkpoint=<path>` and `checkpoint=SR-007` as the option `local` and its path."""
 
+import glob
 import os
 from collections.abc import Callable
+from pathlib import Path
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, QuotedString
@@ -80,7 +82,8 @@ def _locate(text: str, outputs: Callable[[], str]) -> str:
         return path
     if os.path.isdir(os.path.join(path, BEST)):
         return os.path.join(path, BEST)
-    if not os.path.exists(path):
-        best = os.path.join(outputs(), path, BEST)
-        return best if os.path.isdir(best) else path
-    return path
+    if os.path.exists(path) or os.path.isabs(path):
+        return path
+    base = Path(outputs())
+    runs = [base / path, *sorted(base.glob("sweep-*/" + glob.escape(path)))]  # a job of a sweep is a run too
+    return next((str(run / BEST) for run in runs if (run / BEST).is_dir()), path)

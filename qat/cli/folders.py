@@ -8,9 +8,7 @@ from qat.cli import ranks
 from qat.cli.arguments import quote
 from qat.config import Config, Stage
 from qat.errors import ConfigError
-from qat.runs import claim_run, claim_sweep
-
-UNRECORDED = (Stage.chat, Stage.report)  # stages that are no runs: no identity, no recorded configuration
+from qat.runs import UNRECORDED, claim_run, claim_sweep
 
 
 def claim(config: Config, parsed: list[Override], multirun: bool) -> list[str]:

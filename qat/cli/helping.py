@@ -25,7 +25,8 @@ Choose options of groups (quant=q2a4) and set keys (train.lr=3e-4); -m makes a,b
 
 OUTRO = """\
 Results: each run has a folder outputs/SR-001, SR-002, ... with result.json, metrics.jsonl, train.log,
-checkpoints/best, samples.md and loss.png; a sweep's runs are outputs/sweep-001/0, 1, ...
+checkpoints/best, samples.md and loss.png; a sweep's runs are outputs/sweep-001/SR-002, ...
+outputs/RUNS.md is the run log, stage=report adds report.html; sweep.resume=outputs/sweep-001 finishes a sweep.
 To repeat one: python launch.py --config-path outputs/SR-001 --config-name config_resolved
 
 Flags: -m sweep | --cfg job --resolve show the composed configuration | --info | --hydra-help | --version

@@ -1,21 +1,26 @@
 """What happens inside one job: record the configuration, run the stage, report its error."""
 
 import math
+import shlex
 from pathlib import Path
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
+from qat import gpus, sweeps
 from qat.artifacts import write_text
 from qat.cli.arguments import RESOLVED
 from qat.cli.compose import typed
-from qat.cli.folders import UNRECORDED
 from qat.cli.suggest import one_line
 from qat.config import Config, as_plain
 from qat.errors import QatError
+from qat.runs import METRICS, UNRECORDED
 
-failures: list[QatError] = []  # of this process; Hydra's own return value does not reach `main`
+# Of this process. Hydra's own return value does not reach `main`, nor do the words typed reach a job.
+failures: list[QatError] = []
+words: list[str] = []
 
 HEADER = """\
 # This run, whole. To repeat it:
@@ -31,22 +36,50 @@ defaults:
 def run(composed: DictConfig) -> float:
     """Runs one job and returns its objective, the full KL; NaN for a job that failed or has none.
 
-    A `QatError` is told here, in one line, so that the other jobs of a sweep go on.
+    A `QatError` is told here, in one line. In a sweep a defect is too, after its traceback in the log, so
+    that the other jobs go on.
     """
+    swept = HydraConfig.get().mode is RunMode.MULTIRUN
     try:
-        return _run(typed(composed), Path(HydraConfig.get().runtime.output_dir))
+        return _run(typed(composed), Path(HydraConfig.get().runtime.output_dir), swept)
     except QatError as error:
         one_line(error)
         failures.append(error)
-        return math.nan
+    except Exception as error:
+        if not swept:
+            raise
+        one_line(error)
+        failures.append(QatError(f"{type(error).__name__}: {error}"))
+    return math.nan
 
 
-def _run(config: Config, folder: Path) -> float:
+def command_line(arguments: list[str]) -> str:
+    """The words typed, as a line for a shell."""
+    return shlex.join(["python", "launch.py", *arguments])
+
+
+def _run(config: Config, folder: Path, swept: bool) -> float:
+    settings = HydraConfig.get()
+    if swept:
+        _start_over(folder)
+        if "joblib" in settings.launcher._target_:
+            gpus.take_one(settings.job.num)
     if config.stage not in UNRECORDED:
         record(config, folder)
     from qat.stages import run_job  # torch and all: only when there is a job
 
-    return run_job(config, folder)
+    typed_words = _sweep_command(Path(settings.sweep.dir)) if swept else command_line(words)
+    return run_job(config, folder, typed_words, list(settings.overrides.task))
+
+
+def _start_over(folder: Path) -> None:
+    """Forgets the figures of an earlier attempt at this job, which would stand among the new ones."""
+    (folder / METRICS).unlink(missing_ok=True)
+
+
+def _sweep_command(folder: Path) -> str:
+    """As the plan has it: the job may run in a process that was not given the command line."""
+    return sweeps.load(folder).command if (folder / sweeps.PLAN).is_file() else command_line(words)
 
 
 def record(config: Config, folder: Path) -> None:

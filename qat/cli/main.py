@@ -1,12 +1,17 @@
 """From the words typed to a running job; everything is checked before anything is created."""
 
+import signal
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import FrameType
+from typing import NoReturn
 
 from hydra.core.override_parser.types import Override
 
-from qat.cli import arguments, checkpoints, overrides, ranks, resume, unavailable, validate
+from qat.cli import arguments, checkpoints, job, overrides, ranks, registered, resume, sweeping, validate
 from qat.cli.arguments import CommandLine
 from qat.cli.compose import Composer, typed
 from qat.cli.folders import claim
@@ -15,8 +20,15 @@ from qat.cli.job import failures
 from qat.cli.suggest import one_line
 from qat.config import Config
 from qat.errors import ConfigError, QatError
+from qat.runs import UNRECORDED
+from qat.sweeps import Sweep
 
 INTERRUPTED = 130  # what a shell reports for Ctrl-C
+TERMINATED = 143  # and for SIGTERM
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, which ends a run as Ctrl-C does: recorded, with what is complete kept."""
 
 
 @dataclass
@@ -25,6 +37,8 @@ class Checked:
 
     parsed: list[Override]
     configs: list[Config]  # of each job, in order
+    jobs: list[list[str]] | None = None  # the overrides of each job of a sweep; None if its sweeper draws them
+    folder: Path | None = None  # where the user wants the sweep
 
 
 def main(argv: list[str], launch: Callable[[], None]) -> int:
@@ -34,14 +48,16 @@ def main(argv: list[str], launch: Callable[[], None]) -> int:
         argv: the words typed after `launch.py`.
         launch: the function under `hydra.main`, which reads `sys.argv`.
     """
+    job.words[:] = argv
     try:
-        return _main(argv, launch)
+        with _told_by_sigterm():
+            return _main(argv, launch)
     except QatError as error:
         one_line(error)
         return error.exit_code
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         print("interrupted", file=sys.stderr)
-        return INTERRUPTED
+        return TERMINATED if isinstance(stop, Terminated) else INTERRUPTED
 
 
 def check(command: CommandLine) -> Checked:
@@ -57,7 +73,29 @@ def check(command: CommandLine) -> Checked:
     parsed = overrides.read(command.overrides, composer, command.multirun)
     command.overrides = [str(override.input_line) for override in parsed]
     _check_folders(parsed)
-    return Checked(parsed, _check_jobs(command, parsed, composer))
+    if not command.multirun:
+        return Checked(parsed, [_check_job(command, command.overrides, composer)])
+    return _check_sweep(command, parsed, composer)
+
+
+def check_resumed(command: CommandLine, sweep: Sweep) -> Checked:
+    """The same for `sweep.resume=`: the jobs of the plan, with what is changed about how they run.
+
+    Raises:
+        ConfigError: they would not be the same jobs.
+    """
+    command.flags |= sweep.flags | {"multirun": True}
+    composer = Composer(command.flags)
+    parsed = overrides.read(sweeping.changes(command), composer, multirun=True)
+    sweeping.check_launcher(parsed, composer.options("hydra/launcher"))
+    command.overrides = [str(override.input_line) for override in parsed]
+    changed = [text for text in command.overrides if not sweeping.is_hydras(text)]
+    jobs = [[*planned.overrides, *changed] for planned in sweep.jobs]
+    configs = [_check_job(command, job, composer) for job in jobs]
+    composer.compose([*jobs[0], *command.overrides], multirun=True)
+    sweeping.check_unchanged(sweep, configs)
+    sweep.jobs[:] = [replace(planned, overrides=job) for planned, job in zip(sweep.jobs, jobs, strict=True)]
+    return Checked(parsed, configs, jobs, sweep.folder)
 
 
 def _main(argv: list[str], launch: Callable[[], None]) -> int:
@@ -65,11 +103,16 @@ def _main(argv: list[str], launch: Callable[[], None]) -> int:
     if command.flags["help"]:
         print(page())
         return 0
-    if not command.flags["shell_completion"]:
+    going_on = sweeping.resumed(command) if command.starts_jobs else None
+    if going_on:
+        checked = check_resumed(command, going_on)
+    elif not command.flags["shell_completion"]:
         checked = check(command)
     if command.starts_jobs:
         for config in checked.configs:
-            unavailable.check(config)
+            registered.check(config)
+        if checked.jobs is not None:
+            return _sweep(command, checked, going_on, launch)
         devices = checked.configs[0].instance.devices
         if devices > 1 and not ranks.started():
             return ranks.launch(argv, devices)
@@ -79,17 +122,32 @@ def _main(argv: list[str], launch: Callable[[], None]) -> int:
     return _exit_code(command.multirun)
 
 
-def _check_jobs(command: CommandLine, parsed: list[Override], composer: Composer) -> list[Config]:
-    """Checks every job the command line stands for and returns their configurations."""
-    if not command.multirun:
-        return [_check_job(command, command.overrides, composer)]
+def _sweep(command: CommandLine, checked: Checked, going_on: Sweep | None, launch: Callable[[], None]) -> int:
+    """Runs a planned sweep, or what is left of it."""
+    assert checked.jobs is not None
+    line = job.command_line(job.words)
+    sweep = going_on or sweeping.plan(command, line, checked.configs, checked.jobs, checked.folder)
+    joblib = any("launcher=joblib" in text for text in command.overrides)
+    command.overrides = sweeping.for_hydra(sweep, command, joblib)
+    sys.argv[1:] = command.argv()
+    return sweeping.run(sweep, launch)
+
+
+def _check_sweep(command: CommandLine, parsed: list[Override], composer: Composer) -> Checked:
+    """Checks every job of a sweep; a sweeper that draws values as it goes is checked on what is fixed."""
+    sweeping.check_launcher(parsed, composer.options("hydra/launcher"))
     whole = composer.compose(command.overrides, multirun=True)
-    if "basic_sweeper" not in whole.hydra.sweeper._target_:  # others draw values as they go
+    if "basic_sweeper" not in whole.hydra.sweeper._target_:
         fixed = [str(override.input_line) for override in parsed if not override.is_sweep_override()]
-        return [_check_job(command, fixed, composer)]
+        return Checked(parsed, [_check_job(command, fixed, composer)])
     swept = [f"{key}={value}" for key, value in (whole.hydra.sweeper.params or {}).items()]
-    parsed = overrides.read([*swept, *command.overrides], composer, multirun=True)
-    return [_check_job(command, job, composer) for job in overrides.jobs(parsed)]
+    listed = overrides.read([*swept, *command.overrides], composer, multirun=True)
+    jobs = list(overrides.jobs(listed))
+    configs = [_check_job(command, job, composer) for job in jobs]
+    if configs[0].stage in UNRECORDED:
+        raise ConfigError(f"stage={configs[0].stage.name} is no run and cannot be swept: leave out -m")
+    named = any(override.key_or_group == "hydra.sweep.dir" for override in parsed)
+    return Checked(parsed, configs, jobs, Path(str(whole.hydra.sweep.dir)) if named else None)
 
 
 def _check_job(command: CommandLine, job: list[str], composer: Composer) -> Config:
@@ -119,3 +177,17 @@ def _exit_code(multirun: bool) -> int:
     if not failures:
         return 0
     return 1 if multirun else failures[0].exit_code
+
+
+@contextmanager
+def _told_by_sigterm() -> Iterator[None]:
+    """SIGTERM raises `Terminated` inside, as Ctrl-C raises KeyboardInterrupt."""
+    before = signal.signal(signal.SIGTERM, _terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _terminate(number: int, frame: FrameType | None) -> NoReturn:
+    raise Terminated("stopped by SIGTERM")

@@ -102,6 +102,7 @@ BOUNDS = {
 
 THINKING = ("false", "true", "both")
 READS_TEXT = (Stage.run, Stage.cache)
+MOVES = (Stage.pull, Stage.push, Stage.store)
 TRAINS = (Stage.run, Stage.distill)
 EXPORT_TYPES = {
     ExportFormat.hf: tuple(ExportType),
@@ -235,8 +236,23 @@ def _lacks_tail(config: Config) -> bool:
 def check_store(config: Config) -> None:
     """A store elsewhere is named."""
     store = config.store
-    if store.kind is not StoreKind.local and not store.path:
+    if store.kind not in (StoreKind.local, StoreKind.gdrive) and not store.path:
         raise ConfigError(f"store={store.name} needs a place: store.path=<folder, bucket or repository>")
+    if store.kind is StoreKind.url and "://" not in str(store.path):
+        raise ConfigError(f"store.path={store.path}: not a URL, such as s3://bucket/prefix or file:///folder")
+    if store.kind is StoreKind.local and (config.stage in MOVES or store.mirror):
+        what = "store.mirror=true" if store.mirror else f"stage={config.stage.name}"
+        raise ConfigError(f"{what} needs a store: store=gdrive, gcs, hf or url")
+    if store.archive and ("/" in store.archive or store.archive.startswith(".")):
+        raise ConfigError(f"store.archive={store.archive}: a name, with no folders in it")
+    if config.stage is Stage.push and not (config.checkpoint.path or config.cache.path):
+        raise ConfigError(
+            "stage=push needs something to push: checkpoint=<path or run> or cache=local cache.path=<folder>"
+        )
+    if config.stage is Stage.pull and not (store.archive or config.checkpoint.name != "teacher"):
+        raise ConfigError(
+            "stage=pull needs a name: checkpoint=q4_fp32, or store.archive=<name> (stage=store lists them)"
+        )
 
 
 def check_checkpoint(config: Config) -> dict[str, Any] | None:

@@ -15,17 +15,30 @@ from qat.config import Config
 ROOT = Path(__file__).resolve().parents[2]
 
 DRIVER = f"""
-import json, logging, runpy, sys, types
+import json, logging, pathlib, runpy, sys, types
 sys.path.insert(0, {str(ROOT)!r})
 from qat.errors import MissingError
 
-def run_job(config, folder):
-    if config.run.goal == "fail":
+def run_job(config, folder, command="", overrides=()):
+    def leave(status, error=None):
+        result = {{"run_id": folder.name, "status": status, "error": error, "command": command,
+                  "overrides": overrides, "metrics": {{"kl": config.train.lr}},
+                  "lr": config.train.lr, "quant": config.quant.name}}
+        (folder / "result.json").write_text(json.dumps(result))
+        with open("trace.txt", "a") as trace:
+            trace.write(folder.name + "\\n")
+
+    if config.run.goal == "fail" and not pathlib.Path("mended").exists():
+        leave("failed", "nothing there")
         raise MissingError("nothing\\nthere")
-    if config.run.goal == "stop":
+    if config.run.goal == "stop" and not pathlib.Path("mended").exists():
+        leave("interrupted")
         raise KeyboardInterrupt
+    if config.run.goal == "break" and not pathlib.Path("mended").exists():
+        leave("failed", "ZeroDivisionError: division by zero")
+        1 / 0
     logging.getLogger("qat").info("at work")
-    (folder / "result.json").write_text(json.dumps({{"lr": config.train.lr, "quant": config.quant.name}}))
+    leave("complete")
     return 0.5
 
 stages = types.ModuleType("qat.stages")
@@ -48,6 +61,7 @@ class Outcome:
     out: str
     err: str
     heavy: list[str]
+    ran: list[str]  # folders of the jobs that ran, in order
 
 
 @pytest.fixture
@@ -69,10 +83,11 @@ def launch(here: Path) -> Callable[..., Outcome]:
 
     def run(*argv: str) -> Outcome:
         done = subprocess.run([sys.executable, "-c", DRIVER, *argv], capture_output=True, text=True, timeout=60)
-        trace = here / "imported.json"
-        heavy = json.loads(trace.read_text())
-        trace.unlink()
-        return Outcome(done.returncode, done.stdout, done.stderr, heavy)
+        imported, trace = here / "imported.json", here / "trace.txt"
+        heavy = json.loads(imported.read_text())
+        ran = trace.read_text().split() if trace.exists() else []
+        imported.unlink(), trace.unlink(missing_ok=True)
+        return Outcome(done.returncode, done.stdout, done.stderr, heavy, ran)
 
     return run
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from qat.cli import arguments, main, unavailable
+from qat.cli import arguments, main, registered
 from qat.errors import ConfigError
 
 
@@ -18,7 +18,7 @@ def state_dict(here):
 @pytest.mark.parametrize("path", ["old", "old/best_state_dict.pt"])
 def test_a_v2_checkpoint_passes(state_dict, compose, stage, path):
     config = compose(f"stage={stage}", f"checkpoint={path}", "mode=e2e", "quant=q2a16")
-    unavailable.check(config)
+    registered.check(config)
     assert (config.checkpoint.name, config.checkpoint.path) == ("local", path)
 
 

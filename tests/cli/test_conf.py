@@ -21,6 +21,7 @@ NEEDED = {  # what an option cannot work without
     "checkpoint/local": "checkpoint.path={folder}",
     "store/gcs": "store.path=gs://bucket",
     "store/hf": "store.path=owner/name",
+    "store/url": "store.path=file:///tmp",
 }
 
 

@@ -115,6 +115,12 @@ MISTAKES = [
     ("run.resume=SR-007", "run.resume=SR-007: no such run in outputs"),
     ("run.resume=../SR-007", "no such run"),
     ("stage=evaluate checkpoint=mlp_only run.resume=SR-007", "only training goes on"),
+    ("store=url store.path=bucket", "not a URL"),
+    ("store.mirror=true", "needs a store"),
+    ("stage=store", "stage=store needs a store"),
+    ("stage=pull store=gdrive", "stage=pull needs a name"),
+    ("stage=push store=gdrive", "something to push"),
+    ("stage=pull store=gdrive store.archive=../x", "no folders in it"),
     # sweeps
     ("-m train.lr=1e-3,0", "must be above 0"),
     ("-m quant=q2a4,q2a16 mode=mlp,e2e", "no tables"),

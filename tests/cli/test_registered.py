@@ -1,4 +1,4 @@
-"""What is not built yet is refused in one sentence, with exit code 1 and nothing created."""
+"""A registered checkpoint that is nowhere is refused in one sentence, with exit code 1 and nothing created."""
 
 import json
 
@@ -7,9 +7,7 @@ import pytest
 from qat.cli import main
 
 REFUSED = [
-    ("stage=report", "stage=report is not built yet"),
-    ("store=gdrive store.path=x", "store=gdrive is not built yet"),
-    ("checkpoint=q4_fp32", "pulling from a store is not built yet"),
+    ("checkpoint=q4_fp32", "checkpoints/q4_fp32: put it there, or name the store that has it"),
     ("+experiment=sr_001", "checkpoint=q4_fp32"),
 ]
 

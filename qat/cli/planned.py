@@ -1,0 +1,28 @@
+"""Hydra's door to `qat.sweeps`: launches the jobs of a plan that are not complete, all at once.
+
+Hydra looks for sweepers in the package `hydra_plugins` alone; `register` shows it this one.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.plugins import Plugins
+
+
+class PlannedSweeper(BasicSweeper):
+    """Runs what is left of the plan in `hydra.sweep.dir`, each job in the folder of its run."""
+
+    def sweep(self, arguments: list[str]) -> Any:
+        """Launches the remaining jobs; `arguments`, the sweep as typed, are already in the plan."""
+        from qat import sweeps
+
+        assert self.config is not None and self.launcher is not None
+        plan = sweeps.load(Path(self.config.hydra.sweep.dir))
+        jobs = [[*job.overrides, f"hydra.sweep.subdir={job.run_id}"] for job in plan.remaining()]
+        return self.launcher.launch(jobs, initial_job_idx=0) if jobs else []
+
+
+def register() -> None:
+    """Makes Hydra accept it by its name."""
+    Plugins.instance().register(PlannedSweeper)

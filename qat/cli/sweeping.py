@@ -1,0 +1,179 @@
+"""`-m` and `sweep.resume=`: from a checked command line to a planned sweep, and from its end to the table."""
+
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from hydra.core.override_parser.types import Override
+
+from qat import gpus, sweeps
+from qat.cli.arguments import CommandLine, quote
+from qat.cli.suggest import did_you_mean, one_line
+from qat.config import Config
+from qat.errors import ConfigError, QatError, UnavailableError
+from qat.sweeps import Sweep
+
+RESUME = "sweep.resume="
+SWEEPER = "qat.cli.planned.PlannedSweeper"
+ROOT = Path(__file__).resolve().parents[2]
+# Launchers beyond Hydra's own, and the extra of this project that installs each.
+EXTRAS = {"joblib": "joblib", "submitit_local": "submitit", "submitit_slurm": "submitit", "ray": "ray"}
+# What may change when a sweep goes on: where and how its jobs run, never what they are.
+MAY_CHANGE = ("hydra/launcher", "hydra.launcher.", "instance", "store", "tracker")
+
+
+def resumed(command: CommandLine) -> Sweep | None:
+    """The sweep that `sweep.resume=<folder>` names; None without these words.
+
+    Raises:
+        ConfigError: beside it stands what would make it another sweep.
+        MissingError: there is no sweep.
+    """
+    named = [text for text in command.overrides if text.lstrip("+").startswith(RESUME)]
+    if not named:
+        return None
+    folder = named[-1].partition("=")[2].strip("'\"")
+    if folder in ("", "null"):
+        return None
+    sweep = sweeps.load(Path(folder).expanduser())
+    for text in command.overrides:
+        if text not in named and not text.lstrip("+").startswith(MAY_CHANGE):
+            raise ConfigError(
+                f"{text} would change the sweep in {folder}: it goes on as planned; beside sweep.resume only"
+                " instance, store, tracker and hydra/launcher can be set"
+            )
+    return sweep
+
+
+def check_launcher(parsed: list[Override], options: list[str]) -> None:
+    """The launcher is one that Hydra finds here.
+
+    Raises:
+        UnavailableError: its plugin is not installed.
+        ConfigError: there is no such launcher.
+    """
+    for override in parsed:
+        if override.key_or_group != "hydra/launcher" or override.value() in options:
+            continue
+        name = str(override.value())
+        if name in EXTRAS:
+            raise UnavailableError(f"hydra/launcher={name} is not installed: pip install -e '.[{EXTRAS[name]}]'")
+        known = sorted({*options, *EXTRAS})
+        raise ConfigError(f"hydra/launcher={name}: no such launcher{did_you_mean(name, known)}; use {', '.join(known)}")
+
+
+def is_hydras(override: str) -> bool:
+    """True for an override of Hydra's own settings, which are no part of a job."""
+    return override.lstrip("+~").startswith(("hydra.", "hydra/"))
+
+
+def changes(command: CommandLine) -> list[str]:
+    """The overrides beside `sweep.resume`."""
+    return [text for text in command.overrides if not text.lstrip("+").startswith(RESUME)]
+
+
+def check_unchanged(sweep: Sweep, configs: list[Config]) -> None:
+    """The plan still composes to the configurations that it was made from.
+
+    Raises:
+        ConfigError: a file in `conf/` or a default has changed since.
+    """
+    for job, config in zip(sweep.jobs, configs, strict=True):
+        if sweeps.key_of(config) != job.key:
+            raise ConfigError(
+                f"{sweep.folder} was planned with another configuration than {job.run_id} has now: options in conf/"
+                " or defaults have changed since, so what is complete there would not compare; start a new sweep"
+            )
+
+
+def plan(command: CommandLine, typed: str, configs: list[Config], jobs: list[list[str]], folder: Path | None) -> Sweep:
+    """The sweep of a command line: the unfinished one of the same jobs if there is one, else a new one.
+
+    Args:
+        command: flags and overrides.
+        typed: the command as it was typed.
+        configs: of each job.
+        jobs: overrides of each job.
+        folder: where the user wants it, if he says so.
+    """
+    keys = [sweeps.key_of(config) for config in configs]
+    if len(set(keys)) < len(keys):
+        raise ConfigError("two jobs of this sweep are configured alike: a value is listed twice")
+    outputs = Path(configs[0].outputs)
+    if folder is not None and (folder / sweeps.PLAN).is_file():
+        there = sweeps.load(folder)
+        if [job.key for job in there.jobs] != keys:
+            raise ConfigError(f"{folder} holds another sweep: choose another folder, or go on with {RESUME}{folder}")
+        return there
+    known = None if folder else sweeps.find(outputs, keys)
+    if known is not None:
+        done = len(known.jobs) - len(known.remaining())
+        print(f"{known.folder} is this sweep and goes on: {done} of {len(known.jobs)} jobs are complete")
+        return known
+    own = [[text for text in job if not is_hydras(text)] for job in jobs]
+    try:
+        return sweeps.create(folder, outputs, typed, _plain(command.flags), dict(zip(keys, own, strict=True)))
+    except OSError as error:
+        raise ConfigError(f"outputs={configs[0].outputs} cannot be written: {error.strerror}") from error
+
+
+def for_hydra(sweep: Sweep, command: CommandLine, parallel: bool) -> list[str]:
+    """The overrides with which Hydra runs what is left of a sweep."""
+    words = [text for text in command.overrides if is_hydras(text)]
+    first = {text.partition("=")[0]: text for text in sweep.jobs[0].overrides}
+    words += [f"hydra.sweep.dir={quote(str(sweep.folder))}", f"hydra.sweeper._target_={SWEEPER}"]
+    found = len(gpus.visible())
+    if parallel and found and not any(word.startswith("hydra.launcher.n_jobs=") for word in words):
+        words.append(f"hydra.launcher.n_jobs={found}")
+    return [*first.values(), *words]
+
+
+@contextmanager
+def importable() -> Iterator[None]:
+    """Lets processes that a launcher starts import this checkout, whatever their current directory."""
+    before = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), before]))
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["PYTHONPATH"]
+        else:
+            os.environ["PYTHONPATH"] = before
+
+
+def run(sweep: Sweep, launch: Callable[[], None]) -> int:
+    """Runs what is left and tells what came of it; returns the exit code, 0 only when all jobs are complete."""
+    from qat.cli import planned
+
+    planned.register()
+    with sweeps.held(sweep), importable():
+        try:
+            launch()
+        finally:
+            conclude(sweep)
+    return 1 if sweep.remaining() else 0
+
+
+def conclude(sweep: Sweep) -> None:
+    """The table, best first; which jobs failed and why; how to go on with what is left."""
+    from qat.console import console, table
+
+    try:
+        summary = sweeps.summarize(sweep)
+    except (OSError, QatError) as error:
+        one_line(error)
+        return
+    table(sweep.folder.name, *sweeps.cells(summary))
+    for job, reason in sweep.failures():
+        console.print(f"{job.run_id} failed: {reason}", soft_wrap=True)
+    sys.stdout.flush()
+    print(sweeps.how_to_go_on(sweep) or f"summary.md, summary.json and sweep.png are in {sweep.folder}")
+
+
+def _plain(flags: dict[str, Any]) -> dict[str, Any]:
+    """The flags that decide what composes."""
+    return {name: flags[name] for name in ("config_path", "config_name", "config_dir") if flags.get(name)}

@@ -1,0 +1,57 @@
+"""What the machine refuses, in a sentence: no memory, no disk, no right to write.
+
+Such errors surface in a dozen types (`OSError` from Python, others from torch and safetensors, which
+report the same system error as text), anywhere in a run. Here they are told apart from defects.
+"""
+
+import errno
+import re
+
+from qat.errors import MachineError
+
+DISK = {
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "the disk quota is used up",
+    errno.EROFS: "the file system is read-only",
+    errno.EACCES: "writing is not permitted",
+    errno.EPERM: "writing is not permitted",
+    errno.EIO: "the disk reports an input/output error",
+    errno.ENOTCONN: "the mounted place is gone",
+    errno.ESTALE: "the mounted place is gone",
+}
+REMEDY = "what is complete is kept; make room or choose another outputs=<folder>, then repeat the command"
+
+_MEMORY = re.compile(r"out of memory|can't allocate memory|not enough memory|bad_alloc", re.IGNORECASE)
+_NUMBER = re.compile(r"os error (\d+)|errno (\d+)", re.IGNORECASE)
+
+
+def explain(error: BaseException) -> MachineError | None:
+    """The sentence for an error of the machine; None for anything else, which is a defect."""
+    if _is_memory(error):
+        return MachineError(
+            "out of memory: use a smaller instance.micro_batch (the result stays the same), a shorter cache.length"
+            " or a machine with more; what is complete is kept"
+        )
+    number = _number(error)
+    if number not in DISK:
+        return None
+    where = f" at {error.filename}" if isinstance(error, OSError) and error.filename else ""
+    return MachineError(f"{DISK[number]}{where}: {REMEDY}")
+
+
+def _is_memory(error: BaseException) -> bool:
+    if isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM:
+        return True
+    if type(error).__name__ == "OutOfMemoryError":  # torch's, without importing it
+        return True
+    return isinstance(error, RuntimeError) and _MEMORY.search(str(error)) is not None
+
+
+def _number(error: BaseException) -> int | None:
+    """The system's error number, also where a library in another language only says it."""
+    if isinstance(error, OSError):
+        return error.errno
+    if not (isinstance(error, RuntimeError) or type(error).__name__ == "SafetensorError"):
+        return None
+    found = _NUMBER.search(str(error))
+    return int(found[1] or found[2]) if found else None

@@ -1,0 +1,9 @@
+"""What all runs below one outputs folder come to: the run log and the report.
+
+    records.py   reads results, metrics, samples and manifests, whatever state they are in
+    log.py       RUNS.md, the run log
+    page.py      report.html, one self-contained page, put together from page.html, page.css and page.js
+
+Both files are generated from what the runs left and hold no moment of generation, so deleting and making
+them again gives the same bytes.
+"""

@@ -1,0 +1,359 @@
+"use strict";
+// Draws the page from the JSON beside it. All text goes in as text nodes; nothing is parsed as HTML.
+
+const data = JSON.parse(document.getElementById("data").textContent);
+const runs = data.runs;
+const COLORS = 8;
+const MOST = 8; // runs drawn at a time: as many as there are colours
+const SVG = "http://www.w3.org/2000/svg";
+const chosen = new Set();
+const colors = new Map(); // run to colour, kept while it is chosen
+let order = { key: "kl", down: false };
+
+const $ = id => document.getElementById(id);
+const figure = (value, digits = 4) => value == null ? "–" : value.toFixed(digits);
+const percent = value => value == null ? "–" : (100 * value).toFixed(1) + "%";
+const color = run => `var(--c${colors.get(run)})`;
+const measured = runs.filter(run => run.kl != null && run.bits != null && run.status === "complete");
+
+function time(seconds) {
+  if (seconds == null) return "–";
+  if (seconds < 60) return seconds.toFixed(seconds < 10 ? 1 : 0) + " s";
+  const minutes = Math.round(seconds / 60);
+  return minutes < 60 ? minutes + " min" : Math.floor(minutes / 60) + " h " + String(minutes % 60).padStart(2, "0") + " min";
+}
+
+function make(tag, attributes = {}, ...children) {
+  const node = document.createElement(tag);
+  return fill(node, attributes, children);
+}
+
+function draw(tag, attributes = {}, ...children) {
+  const node = document.createElementNS(SVG, tag);
+  return fill(node, attributes, children);
+}
+
+function fill(node, attributes, children) {
+  for (const [name, value] of Object.entries(attributes)) {
+    if (name.startsWith("on")) node.addEventListener(name.slice(2), value);
+    else if (name === "style") node.style.cssText = value;
+    else if (value != null && value !== false) node.setAttribute(name, value === true ? "" : value);
+  }
+  node.append(...children.filter(child => child != null).map(child => child instanceof Node ? child : String(child)));
+  return node;
+}
+
+const empty = text => make("p", { class: "empty" }, text);
+
+// ---- choosing ----
+
+function choose(run, on) {
+  if (on) {
+    if (chosen.size >= MOST) drop(chosen.values().next().value);
+    const taken = new Set(colors.values());
+    colors.set(run, [...Array(COLORS).keys()].find(index => !taken.has(index)));
+    chosen.add(run);
+  } else drop(run);
+}
+
+function drop(run) {
+  chosen.delete(run);
+  colors.delete(run);
+}
+
+function toggle(run) {
+  choose(run, !chosen.has(run));
+  refresh();
+}
+
+function chooseBest() {
+  [...chosen].forEach(drop);
+  const best = new Map(); // one a preset: four runs of one preset compare nothing but noise
+  for (const run of [...measured].sort((a, b) => a.kl - b.kl)) if (!best.has(run.preset)) best.set(run.preset, run);
+  const rest = runs.filter(run => run.held_out.length && !measured.includes(run));
+  (best.size ? [...best.values()] : rest).slice(0, 4).forEach(run => choose(run, true));
+  refresh();
+}
+
+const picked = () => [...chosen];
+
+// ---- charts ----
+
+function ticks(low, high, log, count = 5) {
+  if (log) {
+    const all = [];
+    for (let power = Math.floor(Math.log10(low)); power <= Math.ceil(Math.log10(high)); power++)
+      for (const lead of [1, 2, 5]) all.push(lead * 10 ** power);
+    const inside = all.filter(tick => tick >= low * .999 && tick <= high * 1.001);
+    if (inside.length > 7) return inside.filter(tick => Math.abs(Math.log10(tick) % 1) < 1e-9 || inside.length < 10);
+    if (inside.length >= 3) return inside;
+    count = 9;
+  }
+  const rough = (high - low) / count || 1;
+  const power = 10 ** Math.floor(Math.log10(rough));
+  const step = power * [1, 2, 5, 10].find(lead => lead * power >= rough * .999);
+  const found = [];
+  for (let tick = Math.ceil(low / step) * step; tick <= high + step * 1e-6; tick += step) found.push(tick);
+  return found;
+}
+
+const label = value => Math.abs(value) >= 1e4 ? value.toExponential(0) : String(+value.toPrecision(3));
+
+function scale(values, from, to, log, pad) {
+  let low = Math.min(...values), high = Math.max(...values);
+  if (log) { low /= 1 + pad; high *= 1 + pad; }
+  else { const more = (high - low || Math.abs(high) || 1) * pad; low -= more; high += more; }
+  const warp = log ? Math.log : x => x;
+  const at = value => from + (warp(value) - warp(low)) / ((warp(high) - warp(low)) || 1) * (to - from);
+  return { at, low, high, log };
+}
+
+function frame(width, height, margin, x, y, names) {
+  const svg = draw("svg", { viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": names.title });
+  for (const tick of ticks(y.low, y.high, y.log)) {
+    svg.append(draw("line", { class: "grid", x1: margin.left, x2: width - margin.right, y1: y.at(tick), y2: y.at(tick) }));
+    svg.append(draw("text", { x: margin.left - 8, y: y.at(tick) + 4, "text-anchor": "end" }, label(tick)));
+  }
+  for (const tick of ticks(x.low, x.high, x.log, width < 500 ? 4 : 7))
+    svg.append(draw("text", { x: x.at(tick), y: height - margin.bottom + 18, "text-anchor": "middle" }, label(tick)));
+  svg.append(draw("text", { x: width - margin.right, y: height - 4, "text-anchor": "end" }, names.x));
+  svg.append(draw("text", { x: margin.left - 8, y: 12, "text-anchor": "start", dx: -margin.left + 12 }, names.y));
+  return svg;
+}
+
+const across = node => Math.max(280, node.clientWidth - (parseFloat(getComputedStyle(node).paddingLeft) || 0) * 2);
+
+function quality() {
+  const place = $("quality");
+  if (!measured.length) return place.replaceChildren(empty("No complete run has been evaluated yet."));
+  const width = across(place), small = width < 560, height = small ? 320 : 430;
+  const margin = { left: 46, right: 20, top: 28, bottom: 42 };
+  const positive = measured.every(run => run.kl > 0);
+  const x = scale(measured.map(run => run.bits), margin.left, width - margin.right, false, .07);
+  const y = scale(measured.map(run => run.kl), height - margin.bottom, margin.top, positive, .15);
+  const svg = frame(width, height, margin, x, y, { title: "Full KL against bits a weight", x: "effective bits a weight", y: "full KL" });
+  const front = [];
+  for (const run of [...measured].sort((a, b) => a.bits - b.bits || a.kl - b.kl))
+    if (!front.length || run.kl < front[front.length - 1].kl) front.push(run);
+  svg.append(draw("polyline", { class: "front", points: front.map(run => `${x.at(run.bits)},${y.at(run.kl)}`).join(" ") }));
+  const presets = [...new Set(measured.map(run => run.preset))].sort();
+  const shade = preset => `var(--c${presets.indexOf(preset) % COLORS})`;
+  for (const run of measured) {
+    const at = { cx: x.at(run.bits), cy: y.at(run.kl) };
+    svg.append(draw("circle", {
+      ...at, r: small ? 6 : 5.5, class: "dot", style: `fill:${shade(run.preset)}`, tabindex: 0, role: "button",
+      "aria-label": `${run.id}, ${run.preset}, ${figure(run.bits, 2)} bits, KL ${figure(run.kl)}`,
+      onclick: () => toggle(run), onkeydown: event => { if (event.key === "Enter") toggle(run); },
+      onmouseenter: event => tell(event, `${run.id}  ${run.preset}\nKL ${figure(run.kl)} at ${figure(run.bits, 2)} bits\n${run.goal || run.name}`),
+      onmouseleave: hush,
+    }));
+    if (chosen.has(run)) svg.append(draw("circle", { ...at, r: small ? 10 : 9.5, class: "ring" }));
+  }
+  names(svg, front, x, y, width);
+  const legend = make("ul", { class: "legend" }, ...presets.map(preset => make("li", {}, make("i", { style: `--c:${shade(preset)}` }), preset || "unnamed")));
+  place.replaceChildren(legend, svg);
+}
+
+// Names the best runs where there is room; a name never covers another.
+function names(svg, front, x, y, width) {
+  const kept = [];
+  for (const run of front) {
+    const left = x.at(run.bits) > width - 90;
+    const at = { x: x.at(run.bits) + (left ? -12 : 12), y: y.at(run.kl) - 9 };
+    if (kept.some(other => Math.abs(other.x - at.x) < 64 && Math.abs(other.y - at.y) < 16)) continue;
+    kept.push(at);
+    svg.append(draw("text", { ...at, class: "name", "text-anchor": left ? "end" : "start" }, run.id));
+  }
+}
+
+function curves(place, key, marks) {
+  const shown = picked().filter(run => run[key].length);
+  if (!shown.length) return place.replaceChildren(empty("None of the chosen runs trained."));
+  const width = across(place), height = 320, margin = { left: 46, right: 16, top: 28, bottom: 42 };
+  const points = shown.flatMap(run => run[key]);
+  const log = points.every(point => point[1] > 0) && Math.max(...points.map(p => p[1])) > 4 * Math.min(...points.map(p => p[1]));
+  const x = scale(points.map(point => point[0]), margin.left, width - margin.right, false, .02);
+  const y = scale(points.map(point => point[1]), height - margin.bottom, margin.top, log, .08);
+  const svg = frame(width, height, margin, x, y, { title: "Loss by step", x: "step", y: "nats" });
+  for (const run of shown) {
+    const path = run[key].map(([step, value]) => `${x.at(step).toFixed(1)},${y.at(value).toFixed(1)}`).join(" ");
+    svg.append(draw("polyline", { class: marks ? "curve" : "curve thin", points: path, style: `stroke:${color(run)}` }));
+    if (!marks) continue;
+    const every = Math.max(1, Math.ceil(run[key].length / 40));
+    run[key].forEach(([step, value], index) => index % every === 0 || index === run[key].length - 1 ? svg.append(draw("circle", {
+      cx: x.at(step), cy: y.at(value), r: 4, class: "dot", style: `fill:${color(run)}`,
+      onmouseenter: event => tell(event, `${run.id}\n${figure(value)} after ${step} steps`), onmouseleave: hush,
+    })) : null);
+  }
+  place.replaceChildren(legend(shown), svg);
+}
+
+const legend = shown => make("ul", { class: "legend" }, ...shown.map(run => make("li", {}, make("i", { style: `--c:${color(run)}` }), run.id)));
+
+function depth() {
+  const place = $("depth");
+  const used = new Map(); // one line a conversion, however many of the chosen runs share it
+  for (const run of picked()) if (data.conversions[run.conversion] && !used.has(run.conversion)) used.set(run.conversion, run);
+  if (!used.size) return place.replaceChildren(empty("No chosen run shows a conversion."));
+  const leaves = [...new Set([...used.keys()].flatMap(name => Object.keys(data.conversions[name])))];
+  const all = [...used.keys()].flatMap(name => Object.values(data.conversions[name]).flat()).filter(value => value > 0);
+  const width = 280, height = 170, margin = { left: 40, right: 8, top: 10, bottom: 26 };
+  const y = scale(all.length ? all : [1], height - margin.bottom, margin.top, true, .1);
+  const parts = leaves.map(leaf => {
+    const series = [...used].map(([name, run]) => [data.conversions[name][leaf] || [], run]);
+    const x = scale([0, Math.max(1, ...series.map(([values]) => values.length - 1))], margin.left, width - margin.right, false, .02);
+    const svg = draw("svg", { viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": `Output error of ${leaf} by block` });
+    for (const tick of ticks(y.low, y.high, true)) {
+      svg.append(draw("line", { class: "grid", x1: margin.left, x2: width - margin.right, y1: y.at(tick), y2: y.at(tick) }));
+      svg.append(draw("text", { x: margin.left - 7, y: y.at(tick) + 4, "text-anchor": "end" }, label(tick)));
+    }
+    const last = Math.max(...series.map(([values]) => values.length)) - 1;
+    svg.append(draw("text", { x: x.at(0), y: height - 6, "text-anchor": "start" }, "first"));
+    svg.append(draw("text", { x: x.at(Math.max(last, 1)), y: height - 6, "text-anchor": "end" }, "last"));
+    for (const [values, run] of series) {
+      const path = values.map((value, index) => value > 0 ? `${x.at(index).toFixed(1)},${y.at(value).toFixed(1)}` : null).filter(Boolean);
+      svg.append(draw("polyline", { class: "curve", points: path.join(" "), style: `stroke:${color(run)}` }));
+    }
+    return make("figure", {}, make("figcaption", {}, leaf), svg);
+  });
+  const key = make("ul", { class: "legend" }, ...[...used].map(([name, run]) => make("li", {}, make("i", { style: `--c:${color(run)}` }), `${run.preset || name} (${run.id})`)));
+  place.replaceChildren(key, ...parts);
+}
+
+// ---- words ----
+
+function facts() {
+  const count = status => runs.filter(run => run.status === status).length;
+  const best = [...measured].sort((a, b) => a.kl - b.kl)[0];
+  const spent = runs.reduce((sum, run) => sum + (run.seconds || 0), 0);
+  const shown = [[runs.length, runs.length === 1 ? "run" : "runs"], [count("complete"), "complete"]];
+  const broken = runs.length - count("complete");
+  if (broken) shown.push([broken, "failed or interrupted"]);
+  if (best) shown.push([figure(best.kl), `lowest full KL, ${best.id}`], [figure(best.bits, 2), "bits a weight there"]);
+  shown.push([time(spent), "of runs in all"]);
+  $("facts").replaceChildren(...shown.map(([value, name]) => make("div", {}, make("dt", {}, name), make("dd", {}, value))));
+  $("title").textContent = runs.length ? `${runs.length === 1 ? "One run" : runs.length + " runs"} in ${data.outputs}` : `No runs yet in ${data.outputs}`;
+  document.title = $("title").textContent;
+}
+
+const COLUMNS = [
+  ["id", "run", run => run.id, false], ["status", "status", run => run.status, false],
+  ["kl", "full KL", run => figure(run.kl), true], ["bits", "bits", run => figure(run.bits, 2), true],
+  ["kd0", "KD before", run => figure(run.kd0), true], ["kd", "KD after", run => figure(run.kd), true], ["perplexity", "perplexity", run => figure(run.perplexity, 2), true],
+  ["agreement", "same choice", run => percent(run.agreement), true], ["speed", "tokens/s", run => run.speed == null ? "–" : Math.round(run.speed).toLocaleString("en"), true],
+  ["seconds", "time", run => time(run.seconds), true], ["name", "name", run => run.name || "–", false], ["goal", "goal", run => run.goal, false],
+];
+
+function table() {
+  const head = COLUMNS.map(([key, name, , numeric]) => make("th", {
+    class: numeric ? "num" : null, scope: "col", "aria-sort": order.key === key ? (order.down ? "descending" : "ascending") : null,
+  }, make("button", { type: "button", onclick: () => { order = { key, down: order.key === key ? !order.down : false }; table(); } }, name)));
+  $("runs").tHead.replaceChildren(make("tr", {}, make("th", { scope: "col" }, make("span", { "aria-label": "chosen" }, "")), ...head));
+  const words = $("filter").value.toLowerCase().split(/\s+/).filter(Boolean);
+  const text = run => [run.id, run.name, run.status, run.stage, run.sweep, run.goal, run.notes, run.preset, run.device].join(" ").toLowerCase();
+  const shown = runs.filter(run => words.every(word => text(run).includes(word))).sort(compare);
+  $("runs").tBodies[0].replaceChildren(...shown.map(row));
+  $("count").textContent = `${shown.length} of ${runs.length} shown, ${chosen.size} chosen` + (chosen.size === MOST ? " (the most at a time)" : "");
+}
+
+function compare(a, b) {
+  const [left, right] = [a[order.key], b[order.key]];
+  const blank = value => value == null || value === "";
+  if (blank(left) || blank(right)) return blank(left) - blank(right);
+  const sign = order.down ? -1 : 1;
+  return sign * (typeof left === "number" ? left - right : String(left).localeCompare(String(right), "en", { numeric: true }));
+}
+
+function row(run) {
+  const box = make("input", { type: "checkbox", "aria-label": `Choose ${run.id}`, onchange: () => toggle(run) });
+  box.checked = chosen.has(run);
+  const cells = COLUMNS.map(([key, , show, numeric]) => key === "status"
+    ? make("td", {}, make("span", { class: `status ${run.status}`, title: run.error || null }, run.status))
+    : make("td", { class: numeric ? "num" : key === "goal" ? "goal" : null }, show(run)));
+  return make("tr", { class: chosen.has(run) ? "on" : null, style: chosen.has(run) ? `--c:${color(run)}` : "" }, make("td", { class: "pick" }, box), ...cells);
+}
+
+function cards() {
+  const shown = picked().map(run => {
+    const figures = [["full KL", figure(run.kl, 3)], ["KD loss", run.kd0 == null ? figure(run.kd, 3) : `${figure(run.kd0, 2)} → ${figure(run.kd, 2)}`], ["bits", figure(run.bits, 2)], ["time", time(run.seconds)]];
+    return make("article", { class: "card", style: `--c:${color(run)}` },
+      make("h3", {}, `${run.id}  ${run.name}`),
+      run.goal ? make("p", {}, run.goal) : null,
+      run.error ? make("p", { class: `status ${run.status}` }, `${run.status}: ${run.error}`) : null,
+      make("dl", { class: "figures" }, ...figures.map(([name, value]) => make("div", {}, make("dt", {}, name), make("dd", {}, value)))),
+      make("p", { class: "quiet" }, [run.device, run.started.slice(0, 10), run.place].filter(Boolean).join(" · ")),
+      run.notes ? make("p", { class: "quiet" }, run.notes) : null,
+      run.command ? make("pre", {}, run.command) : null);
+  });
+  $("chosen").replaceChildren(...(shown.length ? shown : [empty("Choose runs in the table or in the chart above.")]));
+}
+
+function samples() {
+  const place = $("samples");
+  const shown = picked().filter(run => run.samples.length);
+  if (!shown.length) return place.replaceChildren(empty("No chosen run left samples."));
+  const prompts = [...new Set(shown.flatMap(run => run.samples.map(sample => sample.prompt)))];
+  place.replaceChildren(...prompts.flatMap(prompt => {
+    const cells = [];
+    const said = new Set(); // runs of one teacher share its answer and often a conversion's
+    for (const run of shown) {
+      const sample = run.samples.find(one => one.prompt === prompt);
+      for (const [model, text] of Object.entries(sample ? sample.answers : {})) {
+        const own = model !== "teacher" && model !== "converted";
+        const seen = model + "\n" + text;
+        if (!own && said.has(seen)) continue;
+        said.add(seen);
+        const who = model === "teacher" ? "teacher" : `${run.id}, ${model}`;
+        cells.push([model === "teacher" ? 0 : own ? 2 : 1, make("div", { class: "answer", style: own ? `--c:${color(run)}` : "" }, make("h3", {}, who), make("p", {}, text))]);
+      }
+    }
+    cells.sort((a, b) => a[0] - b[0]);
+    return [make("p", { class: "prompt" }, prompt), make("div", { class: "answers" }, ...cells.map(([, cell]) => cell))];
+  }));
+}
+
+function settings(run, key) {
+  if (key in run.settings) return run.settings[key];
+  return !run.known || run.unset.includes(key) ? undefined : data.common[key];
+}
+
+function differences() {
+  const shown = picked().filter(run => run.known);
+  const table = $("diff");
+  const keys = Object.keys(data.common).filter(key => new Set(shown.map(run => JSON.stringify(settings(run, key)))).size > 1);
+  const text = value => value === undefined ? "–" : value === null ? "null" : String(value) || "(empty)";
+  if (shown.length < 2 || !keys.length) {
+    table.tHead.replaceChildren();
+    const why = shown.length < 2 ? "Choose two runs or more to see where they differ." : "The chosen runs are configured alike.";
+    return table.tBodies[0].replaceChildren(make("tr", {}, make("td", { class: "quiet" }, why)));
+  }
+  table.tHead.replaceChildren(make("tr", {}, make("th", { scope: "col" }, make("span", {}, "setting")), ...shown.map(run => make("th", { scope: "col" }, make("span", {}, make("i", { class: "swatch", style: `--c:${color(run)}` }), run.id)))));
+  table.tBodies[0].replaceChildren(...keys.map(key => make("tr", {}, make("th", { scope: "row" }, key), ...shown.map(run => make("td", {}, text(settings(run, key)))))));
+}
+
+// ---- the rest ----
+
+function tell(event, text) {
+  const tip = $("tip");
+  tip.textContent = text;
+  tip.hidden = false;
+  const box = event.target.getBoundingClientRect();
+  const left = Math.min(box.right + 10, document.documentElement.clientWidth - tip.offsetWidth - 10);
+  tip.style.left = `${Math.max(10, left) + scrollX}px`;
+  tip.style.top = `${box.top + scrollY - tip.offsetHeight - 8}px`;
+}
+
+function hush() { $("tip").hidden = true; }
+
+function refresh() {
+  hush();
+  quality(); table(); cards(); curves($("held"), "held_out", true); curves($("loss"), "loss", false); depth(); samples(); differences();
+}
+
+facts();
+chooseBest();
+$("filter").addEventListener("input", table);
+$("best").addEventListener("click", chooseBest);
+$("none").addEventListener("click", () => { [...chosen].forEach(drop); refresh(); });
+let width = innerWidth;
+addEventListener("resize", () => { if (innerWidth !== width) { width = innerWidth; refresh(); } });

@@ -1,0 +1,151 @@
+"""`report.html`: every run of an outputs folder on one page that needs nothing but a browser.
+
+The page holds its data as JSON and draws it with its own script; nothing is fetched, and nothing a run
+says reaches the page except as text.
+"""
+
+import json
+from collections import Counter
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from qat.artifacts import locked, write_text
+from qat.report import records
+from qat.report.records import Record
+
+FILE = "report.html"
+POINTS = 240  # of a curve; more than a chart has pixels for
+DIGITS = 5  # significant, of figures that are only drawn
+
+# Characters that could end the script element or its line are written as JSON escapes instead.
+ESCAPES = {ord(sign): f"\\u{ord(sign):04x}" for sign in "<>&\u2028\u2029"}
+
+
+def write(outputs: Path) -> Path:
+    """Writes the page of all runs below `outputs`, atomically, one process at a time."""
+    path = outputs / FILE
+    with locked(path):
+        write_text(path, render(outputs))
+    return path
+
+
+def render(outputs: Path) -> str:
+    """The page as HTML."""
+    parts = {name: (files("qat.report") / f"page.{name}").read_text(encoding="utf-8") for name in ("html", "css", "js")}
+    page = parts["html"]
+    for mark, text in (("/*css*/", parts["css"]), ("/*js*/", parts["js"]), ("/*data*/", embedded(data(outputs)))):
+        before, _, after = page.partition(mark)
+        page = before + text + after
+    return page
+
+
+def embedded(value: Any) -> str:
+    """JSON that may stand inside a script element, whatever text it holds."""
+    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+    return text.encode("utf-8", "replace").decode("utf-8").translate(ESCAPES)
+
+
+def data(outputs: Path) -> dict[str, Any]:
+    """What the page shows, as JSON values."""
+    runs = records.runs(outputs)
+    settings = [_flat(run.section("config")) for run in runs]
+    common = _common(settings)
+    return {
+        "outputs": outputs.resolve().name,
+        "common": common,
+        "runs": [_run(run, own, common) for run, own in zip(runs, settings, strict=True)],
+        "conversions": _conversions(outputs, runs),
+    }
+
+
+def _run(run: Record, settings: dict[str, Any], common: dict[str, Any]) -> dict[str, Any]:
+    rows = records.metrics(run.folder)
+    return {
+        "id": run.run_id,
+        "name": run.text("name"),
+        "status": run.status,
+        "stage": run.text("stage"),
+        "sweep": run.sweep,
+        "place": run.place,
+        "started": run.text("started"),
+        "goal": run.text("goal"),
+        "notes": run.text("notes"),
+        "error": run.text("error"),
+        "command": run.text("command"),
+        "device": run.text("environment", "device"),
+        "preset": run.text("quant", "preset"),
+        "bits": run.number("quant", "bits_per_weight"),
+        "kd0": run.number("metrics", "kd_loss_initial"),
+        "kd": _first(run, "kd_loss_final", "kd_loss"),
+        "kl": run.number("metrics", "kl"),
+        "perplexity": run.number("metrics", "perplexity"),
+        "agreement": run.number("metrics", "top1_agreement"),
+        "speed": run.number("throughput", "tokens_per_second"),
+        "seconds": run.number("timing", "total_s"),
+        "conversion": Path(run.text("paths", "conversion")).name,
+        "settings": {key: value for key, value in settings.items() if common.get(key) != value},
+        "unset": [key for key in common if key not in settings] if settings else [],
+        "known": bool(settings),
+        "loss": _curve(rows, "loss"),
+        "held_out": _curve(rows, "kd_loss"),
+        "samples": records.samples(run.folder),
+    }
+
+
+def _first(run: Record, *keys: str) -> float | None:
+    return next((value for key in keys if (value := run.number("metrics", key)) is not None), None)
+
+
+def _curve(rows: list[dict[str, Any]], key: str) -> list[list[float]]:
+    """Steps and values, thinned to what can be seen; first and last always stay."""
+    points = [[row["step"], _short(row[key])] for row in rows if _numeric(row.get(key)) and _numeric(row.get("step"))]
+    if len(points) <= POINTS:
+        return points
+    places = {round(index * (len(points) - 1) / (POINTS - 1)) for index in range(POINTS)}
+    return [points[place] for place in sorted(places)]
+
+
+def _conversions(outputs: Path, runs: list[Record]) -> dict[str, Any]:
+    """Output errors of each conversion that a run used: for each kind of layer, from the first block to the last."""
+    used = {Path(run.text("paths", "conversion")).name for run in runs}
+    shown = {}
+    for place, manifest in records.manifests(outputs, "checkpoints"):
+        name, figures = Path(place).name, manifest.get("figures")
+        if name in used and isinstance(figures, dict):
+            shown[name] = _by_leaf(figures)
+    return shown
+
+
+def _by_leaf(figures: dict[str, Any]) -> dict[str, list[float]]:
+    leaves: dict[str, list[float]] = {}
+    for layer, entry in figures.items():
+        error = entry.get("output_error") if isinstance(entry, dict) else None
+        if error is not None and _numeric(error):
+            leaves.setdefault(layer.rpartition(".")[2], []).append(_short(error))
+    return leaves
+
+
+def _flat(section: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """`{"train": {"lr": 1}}` as `{"train.lr": 1}`; values that are no scalars as JSON."""
+    flat: dict[str, Any] = {}
+    for key, value in section.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = json.dumps(value) if isinstance(value, list) else value
+    return flat
+
+
+def _common(settings: list[dict[str, Any]]) -> dict[str, Any]:
+    """The commonest value of each key, so that a run needs to say only where it differs."""
+    keys = dict.fromkeys(key for own in settings for key in own)
+    return {key: Counter(own[key] for own in settings if key in own).most_common(1)[0][0] for key in keys}
+
+
+def _numeric(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _short(value: float) -> float:
+    return float(f"{value:.{DIGITS}g}")

@@ -1,0 +1,294 @@
+"""Archives: written plainly, read as if each were made to do harm.
+
+An archive is a compressed tar: `.tgz`, `.tar.gz`, `.tar.lz4`, `.tar.zst` or plain `.tar`. Reading one
+extracts regular files and folders into an empty folder and refuses everything else: links, devices,
+absolute and parent paths, names twice, more files or bytes than a cap, data cut short. The stream is read
+once from front to back, never more than a megabyte at a time, so a bomb costs neither memory nor, beyond
+the cap, disk.
+"""
+
+import gzip
+import importlib
+import io
+import os
+import tarfile
+import unicodedata
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, cast
+
+from qat.errors import ArtifactError, UnavailableError
+
+SUFFIXES = (".tgz", ".tar.gz", ".tar.lz4", ".tar.zst", ".tar")
+CHUNK = 1 << 20  # bytes read at once; a header that wants more is no honest header
+DEPTH = 16  # folders within folders
+RESERVED = frozenset('<>:"|?*\\')  # what some file system gives a meaning of its own
+NESTED = 3  # single folders that are stepped into: old archives nest their content under its own name
+CLUTTER = ("__MACOSX", ".DS_Store")
+
+
+@dataclass(frozen=True)
+class Caps:
+    """The most that an archive may hold."""
+
+    files: int = 100_000
+    bytes: int = 64 << 30  # unpacked; four of the largest caches seen
+
+
+CAPS = Caps()
+
+
+def is_archive(name: str) -> bool:
+    """True for a file name that this module reads."""
+    return name.endswith(SUFFIXES)
+
+
+def stem(name: str) -> str:
+    """`q4_fp32` for `q4_fp32.tar.lz4`."""
+    return next((name.removesuffix(suffix) for suffix in SUFFIXES if name.endswith(suffix)), name)
+
+
+def pack(folder: Path, path: Path, name: str) -> None:
+    """Writes the files of `folder` as the archive `path`, below the single folder `name`, the same bytes each time."""
+    with (
+        open(path, "wb") as file,
+        gzip.GzipFile("", "wb", compresslevel=1, fileobj=file, mtime=0) as stream,  # packed bits gain little from more
+        tarfile.open(fileobj=stream, mode="w", format=tarfile.PAX_FORMAT) as tar,
+    ):
+        for source in sorted(folder.rglob("*")):
+            if source.is_file() and not source.is_symlink() and not _is_scratch(source.relative_to(folder)):
+                entry = tarfile.TarInfo(f"{name}/{source.relative_to(folder).as_posix()}")
+                entry.size, entry.mode = source.stat().st_size, 0o644
+                with open(source, "rb") as content:
+                    tar.addfile(entry, content)
+
+
+def unpack(path: Path, folder: Path, caps: Caps = CAPS) -> int:
+    """Extracts an archive into the empty folder `folder`; returns the bytes written.
+
+    Raises:
+        ArtifactError: the archive is damaged, cut short, or holds what it must not; `folder` then holds a part.
+        UnavailableError: its compression needs a package that is not installed.
+    """
+    seen: dict[str, bool] = {}  # normalised name to whether it is a folder
+    written = 0
+    with _decompressed(path) as raw:
+        stream = _Stream(raw, caps.bytes, path)
+        try:
+            with tarfile.open(fileobj=cast(IO[bytes], stream), mode="r:", errorlevel=2) as tar:
+                for entry in _entries(tar):
+                    parts = _checked(entry, seen, caps, path)
+                    if entry.isdir():
+                        folder.joinpath(*parts).mkdir(parents=True, exist_ok=True)
+                    elif written + entry.size > caps.bytes:
+                        raise ArtifactError(
+                            f"{path.name} unpacks to more than {caps.bytes} bytes: nothing was taken over"
+                        )
+                    else:
+                        written += _extract(stream, entry.size, folder.joinpath(*parts), path)
+            stream.finish()
+        except (tarfile.TarError, EOFError, UnicodeError, ValueError, OverflowError) as error:
+            raise ArtifactError(f"{path.name} is damaged or cut short ({error})") from None
+    return written
+
+
+def content(folder: Path) -> Path:
+    """The folder that holds the files: one or two folders down where an archive is nested under its own name."""
+    for _ in range(NESTED):
+        inside = [path for path in folder.iterdir() if path.name not in CLUTTER and not path.name.startswith("._")]
+        if len(inside) != 1 or not inside[0].is_dir():
+            break
+        folder = inside[0]
+    return folder
+
+
+def safe_parts(name: str, source: str) -> tuple[str, ...]:
+    """The parts of a relative path that stays where it is put.
+
+    Raises:
+        ArtifactError: it is absolute, goes up, or is no name on some file system.
+    """
+    parts = [part for part in name.split("/") if part not in ("", ".")]
+    strange = any(unicodedata.category(sign) in ("Cc", "Cs") or sign in RESERVED for sign in name)
+    if name.startswith("/") or ".." in parts or strange or not parts:
+        raise ArtifactError(
+            f"{source} holds a file named {_shown(name)}: not a plain path inside, nothing was taken over"
+        )
+    if len(parts) > DEPTH or any(len(part.encode()) > 200 for part in parts):
+        raise ArtifactError(f"{source} holds a path too long or too deep, {_shown(name)}: nothing was taken over")
+    return tuple(parts)
+
+
+def _entries(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
+    """The members as they come, none of them kept: a list of millions is a bomb too."""
+    while (entry := tar.next()) is not None:
+        tar.members = []  # type: ignore[attr-defined]
+        yield entry
+
+
+def _checked(entry: tarfile.TarInfo, seen: dict[str, bool], caps: Caps, path: Path) -> tuple[str, ...]:
+    """The parts of an entry's name, once it is known to be a new plain file or a folder."""
+    if not (entry.isreg() or entry.isdir()) or entry.issparse():
+        kind = "a link" if entry.issym() or entry.islnk() else "neither a file nor a folder"
+        raise ArtifactError(f"{path.name} holds {_shown(entry.name)}, {kind}: nothing was taken over")
+    if entry.isdir() and not entry.name.strip("./"):
+        return ()
+    if entry.size < 0 or entry.size > caps.bytes:
+        raise ArtifactError(f"{path.name} holds a file of {entry.size} bytes, over the cap of {caps.bytes}")
+    parts = safe_parts(entry.name, path.name)
+    names = [_folded("/".join(parts[: depth + 1])) for depth in range(len(parts))]
+    for parent in names[:-1]:
+        if not seen.setdefault(parent, True):
+            raise ArtifactError(f"{path.name} holds {_shown(entry.name)} below a file: nothing was taken over")
+    if names[-1] in seen and not (entry.isdir() and seen[names[-1]]):
+        raise ArtifactError(f"{path.name} holds {_shown(entry.name)} twice: nothing was taken over")
+    seen[names[-1]] = entry.isdir()
+    if len(seen) > caps.files:
+        raise ArtifactError(f"{path.name} holds more than {caps.files} files: nothing was taken over")
+    return parts
+
+
+def _extract(stream: "_Stream", size: int, target: Path, path: Path) -> int:
+    """Copies the next `size` bytes to a new file."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    handle = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0), 0o644)
+    with os.fdopen(handle, "wb") as file:
+        left = size
+        while left:
+            data = stream.read(min(left, CHUNK))
+            if not data:
+                raise ArtifactError(f"{path.name} is cut short inside {_shown(target.name)}: nothing was taken over")
+            file.write(data)
+            left -= len(data)
+    return size
+
+
+class _Stream:
+    """A decompressed archive as `tarfile` reads it: forwards, in small pieces, up to a cap."""
+
+    def __init__(self, raw: IO[bytes], cap: int, path: Path) -> None:
+        self.raw, self.cap, self.path = raw, cap, path
+        self.position = 0
+        self.last = b""
+
+    def read(self, size: int = -1) -> bytes:
+        """At most `size` bytes, fewer only at the end."""
+        if not 0 <= size <= CHUNK:
+            raise ArtifactError(f"{self.path.name} has a header of {size} bytes, which no honest archive has")
+        pieces, left = [], size
+        while left and (piece := self._piece(left)):
+            pieces.append(piece)
+            left -= len(piece)
+        self.last = b"".join(pieces)
+        self.position += len(self.last)
+        # Headers and padding count too; names and sizes alone can be a bomb.
+        if self.position > self.cap + (self.cap >> 4) + CHUNK:
+            raise ArtifactError(f"{self.path.name} unpacks to more than {self.cap} bytes: nothing was taken over")
+        return self.last
+
+    def tell(self) -> int:
+        """Bytes read so far."""
+        return self.position
+
+    def seek(self, position: int, whence: int = io.SEEK_SET) -> int:
+        """Skips forwards; an archive is never read twice."""
+        if whence != io.SEEK_SET or position < self.position:
+            raise ArtifactError(f"{self.path.name} refers back inside itself, which no honest archive does")
+        while self.position < position and self.read(min(CHUNK, position - self.position)):
+            pass
+        return self.position
+
+    def finish(self) -> None:
+        """Reads to the end, where the compression's own checksum is; an archive ends with a block of zeros.
+
+        Raises:
+            ArtifactError: it does not end there.
+        """
+        ended = len(self.last) == tarfile.BLOCKSIZE and not any(self.last)
+        while self.read(CHUNK):
+            pass
+        if not ended:
+            raise ArtifactError(f"{self.path.name} is cut short: it has no end mark; nothing was taken over")
+
+    def _piece(self, size: int) -> bytes:
+        try:
+            return self.raw.read(size)
+        except MISREAD as error:
+            raise ArtifactError(f"{self.path.name} is damaged or cut short ({error})") from None
+
+
+# What decompressors raise on a damaged stream: zlib and gzip their own and EOFError, lz4 RuntimeError,
+# zstandard a type of its own that derives from Exception alone.
+MISREAD: tuple[type[Exception], ...] = (EOFError, gzip.BadGzipFile, zlib.error, RuntimeError, ValueError)
+
+
+@contextmanager
+def _decompressed(path: Path) -> Iterator[IO[bytes]]:
+    with open(path, "rb") as file:
+        if path.name.endswith((".tgz", ".tar.gz")):
+            with gzip.GzipFile(fileobj=file) as stream:
+                yield cast(IO[bytes], stream)
+        elif path.name.endswith(".tar.lz4"):
+            with _package("lz4.frame", "lz4").open(file, "rb") as stream:
+                yield stream
+        elif path.name.endswith(".tar.zst"):
+            yield _Zstandard(file)  # type: ignore[misc]
+        else:
+            yield file
+
+
+class _Zstandard:
+    """A zstandard stream that says when it is cut short: the library's own reader just ends there."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        library = _package("zstandard", "zstandard")
+        self._file, self._error = file, library.ZstdError
+        self._make = library.ZstdDecompressor().decompressobj
+        self._frame: Any = None
+        self._ready = b""
+
+    def read(self, size: int) -> bytes:
+        """At most `size` bytes."""
+        while not self._ready:
+            data = self._file.read(1 << 12)  # each turns into at most a few megabytes
+            if not data:
+                if self._frame is not None:
+                    raise EOFError("the compressed data end early")
+                return b""
+            self._feed(data)
+        piece, self._ready = self._ready[:size], self._ready[size:]
+        return piece
+
+    def _feed(self, data: bytes) -> None:
+        try:
+            while data:
+                self._frame = self._frame or self._make()
+                self._ready += self._frame.decompress(data)
+                data = self._frame.unused_data if self._frame.eof else b""
+                self._frame = None if self._frame.eof else self._frame
+        except self._error as error:
+            raise ValueError(str(error)) from None
+
+
+def _package(module: str, package: str) -> Any:
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        raise UnavailableError(f"this archive needs the package {package}: pip install -e '.[store]'") from None
+
+
+def _folded(name: str) -> str:
+    """The name as a file system sees it that ignores case and the ways to write an accent."""
+    return unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())
+
+
+def _shown(name: str) -> str:
+    return ascii(name if len(name) < 80 else f"{name[:77]}...")
+
+
+def _is_scratch(relative: Path) -> bool:
+    """Locks, half-written files and what a killed process left."""
+    return any(part.startswith(".") and part != ".hydra" for part in relative.parts)

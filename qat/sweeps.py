@@ -1,0 +1,233 @@
+"""Sweeps that finish: which jobs there are, which are done, and what they come to.
+
+A sweep's folder holds `sweep.json`, the plan: every job with its overrides, its run identity, taken before
+the first job starts, and a key over what its configuration decides. Each job has a folder named like its
+run, so the jobs that are complete can be told from the rest whatever happened to the process.
+"""
+
+import fcntl
+import json
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from qat.artifacts import content_key, write_json, write_text
+from qat.config import Config, as_plain
+from qat.errors import ArtifactError, ConfigError, MissingError
+from qat.report.records import RESULT, Record, read
+from qat.runs import claim_run, claim_sweep
+
+PLAN = "sweep.json"
+WAITING = "not started"
+FREE = ("instance", "store", "tracker", "sweep")  # sections that decide nothing of a result
+OBJECTIVES = {"kl": "full KL", "kd_loss_best": "KD loss", "kd_loss": "KD loss"}  # the first that jobs have is ranked by
+COLUMNS = {"kl": "full KL", "kd_loss_final": "KD loss", "perplexity": "perplexity"}
+
+
+@dataclass(frozen=True)
+class Job:
+    """One job: its run, the overrides that compose it, and the key of its configuration."""
+
+    run_id: str
+    overrides: list[str]
+    key: str
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A planned sweep; `flags` are the command line's own, such as `config_path`."""
+
+    folder: Path
+    command: str
+    flags: dict[str, Any]
+    jobs: list[Job]
+
+    def record(self, job: Job) -> Record | None:
+        """What the job left; None before it started."""
+        folder = self.folder / job.run_id
+        return read(folder, self.folder) if (folder / RESULT).is_file() else None
+
+    def status(self, job: Job) -> str:
+        """The status of the job's record, or that it was not started."""
+        record = self.record(job)
+        return record.status if record else WAITING
+
+    def remaining(self) -> list[Job]:
+        """Jobs that are not complete."""
+        return [job for job in self.jobs if self.status(job) != "complete"]
+
+    def failures(self) -> Iterator[tuple[Job, str]]:
+        """Jobs that failed, each with its reason."""
+        for job in self.jobs:
+            record = self.record(job)
+            if record and record.status == "failed":
+                yield job, record.text("error")
+
+    def swept(self) -> dict[str, list[str]]:
+        """Keys in which the jobs differ, each with the value of every job."""
+        table = [dict(text.split("=", 1) for text in job.overrides) for job in self.jobs]
+        keys = dict.fromkeys(key for row in table for key in row)
+        columns = {key: [row.get(key, "") for row in table] for key in keys}
+        return {key: values for key, values in columns.items() if len(set(values)) > 1}
+
+
+def key_of(config: Config) -> str:
+    """What tells jobs apart: all that is configured, save for what never changes a result."""
+    return content_key({name: value for name, value in as_plain(config).items() if name not in FREE})
+
+
+def create(
+    folder: Path | None, outputs: Path, command: str, flags: dict[str, Any], jobs: dict[str, list[str]]
+) -> Sweep:
+    """Plans a sweep in a new folder, or in one that the user names, and takes an identity for each job.
+
+    Args:
+        folder: where, if the user says so.
+        outputs: the outputs folder.
+        command: as typed.
+        flags: of the command line.
+        jobs: each job's key to its overrides, in order.
+    """
+    folder = folder or claim_sweep(outputs)
+    folder.mkdir(parents=True, exist_ok=True)
+    planned = [Job(claim_run(outputs), overrides, key) for key, overrides in jobs.items()]
+    sweep = Sweep(folder, command, flags, planned)
+    _save(sweep)
+    return sweep
+
+
+def find(outputs: Path, keys: Sequence[str]) -> Sweep | None:
+    """The newest sweep below `outputs` of exactly these jobs that is not complete."""
+    for path in sorted(outputs.glob(f"sweep-*/{PLAN}"), reverse=True):
+        try:
+            sweep = load(path.parent)
+        except ArtifactError:
+            continue  # a damaged plan is some other sweep's trouble
+        if [job.key for job in sweep.jobs] == list(keys) and sweep.remaining():
+            return sweep
+    return None
+
+
+def load(folder: Path) -> Sweep:
+    """The plan of a sweep.
+
+    Raises:
+        MissingError: there is none.
+        ArtifactError: it cannot be read.
+    """
+    path = folder / PLAN
+    try:
+        plan = json.loads(path.read_text(encoding="utf-8"))
+        jobs = [Job(str(j["run_id"]), [str(o) for o in j["overrides"]], str(j["key"])) for j in plan["jobs"]]
+        return Sweep(folder, str(plan["command"]), dict(plan["flags"]), jobs)
+    except FileNotFoundError:
+        raise MissingError(f"{folder} holds no {PLAN}: name the folder of a sweep, such as outputs/sweep-001") from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ArtifactError(f"{path} is not a readable plan of a sweep ({type(error).__name__})") from None
+
+
+@contextmanager
+def held(sweep: Sweep) -> Iterator[None]:
+    """Keeps other processes from running the same sweep; the hold ends with this process, however it ends.
+
+    Raises:
+        ConfigError: another process runs it.
+    """
+    with open(sweep.folder / ".lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(f"{sweep.folder} is this very sweep, and another process is running it") from None
+        yield
+
+
+def summarize(sweep: Sweep) -> dict[str, Any]:
+    """Writes `summary.json`, `summary.md` and `sweep.png` into the sweep's folder; returns the first."""
+    rows = _rows(sweep)
+    objective = next((key for key in OBJECTIVES if any(row["metrics"].get(key) is not None for row in rows)), "kl")
+    rows.sort(key=lambda row: _rank(row, objective))
+    summary = {
+        "schema": 1,
+        "sweep": sweep.folder.name,
+        "command": sweep.command,
+        "objective": objective,
+        "complete": sum(row["status"] == "complete" for row in rows),
+        "jobs": rows,
+    }
+    write_json(sweep.folder / "summary.json", summary)
+    write_text(sweep.folder / "summary.md", _markdown(sweep, summary))
+    if any(row["metrics"].get(objective) is not None for row in rows):
+        from qat import plots  # matplotlib takes a moment, and the command line is also asked for help
+
+        points = [(row["values"], row["metrics"].get(objective)) for row in rows]
+        plots.sweep(points, OBJECTIVES[objective], sweep.folder.name, sweep.folder / "sweep.png")
+    return summary
+
+
+def cells(summary: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of the table that a person reads, best first."""
+    jobs = summary["jobs"]
+    shown = [key for key in COLUMNS if any(job["metrics"].get(key) is not None for job in jobs)]
+    header = ["run", *jobs[0]["values"], *(COLUMNS[key] for key in shown), "status"]
+    rows = []
+    for job in jobs:
+        figures = [_figure(job["metrics"].get(key)) for key in shown]
+        rows.append([job["run_id"], *job["values"].values(), *figures, job["status"]])
+    return header, rows
+
+
+def how_to_go_on(sweep: Sweep) -> str:
+    """What is left, and the command that does it; nothing when all is complete."""
+    left = len(sweep.remaining())
+    if not left:
+        return ""
+    return f"{left} of {len(sweep.jobs)} jobs are left; to go on: python launch.py sweep.resume={sweep.folder}"
+
+
+def _save(sweep: Sweep) -> None:
+    plan = {
+        "schema": 1,
+        "command": sweep.command,
+        "flags": sweep.flags,
+        "jobs": [asdict(job) for job in sweep.jobs],
+    }
+    write_json(sweep.folder / PLAN, plan)
+
+
+def _rows(sweep: Sweep) -> list[dict[str, Any]]:
+    swept = sweep.swept()
+    rows = []
+    for index, job in enumerate(sweep.jobs):
+        record = sweep.record(job)
+        metrics = {key: record.number("metrics", key) for key in record.section("metrics")} if record else {}
+        rows.append(
+            {
+                "run_id": job.run_id,
+                "status": sweep.status(job),
+                "values": {key: values[index] for key, values in swept.items()},
+                "metrics": metrics,
+                "error": record.text("error") if record else "",
+            }
+        )
+    return rows
+
+
+def _rank(row: dict[str, Any], objective: str) -> tuple[bool, float]:
+    value = row["metrics"].get(objective)
+    return row["status"] != "complete", math.inf if value is None else value
+
+
+def _markdown(sweep: Sweep, summary: dict[str, Any]) -> str:
+    header, rows = cells(summary)
+    lines = [header, ["---"] * len(header), *rows]
+    table = "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+    failed = [f"- {job.run_id} failed: {reason}" for job, reason in sweep.failures()]
+    parts = [f"# {summary['sweep']}", f"    {sweep.command}", table, "\n".join(failed), how_to_go_on(sweep)]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _figure(value: float | None) -> str:
+    return "–" if value is None else f"{value:.4f}" if abs(value) < 100 else f"{value:.1f}"

@@ -1,0 +1,162 @@
+"""Sweeps in real processes: one failure does not stop the rest, and the same command goes on where it stopped."""
+
+import json
+import sys
+
+import pytest
+
+from qat import sweeps
+from qat.cli import main
+
+FOUR = ("-m", "train.lr=4,3", "run.goal=a,fail")
+
+
+def summary(sweep):
+    return json.loads((sweep / "summary.json").read_text())
+
+
+def statuses(sweep):
+    return {job["run_id"]: job["status"] for job in summary(sweep)["jobs"]}
+
+
+@pytest.fixture
+def sweep(here):
+    return here / "outputs" / "sweep-001"
+
+
+def test_failed_jobs_are_told_and_stop_nothing(launch, sweep):
+    done = launch(*FOUR)
+    assert (done.code, done.err) == (1, "error: nothing there\n" * 2)
+    assert done.ran == ["SR-001", "SR-002", "SR-003", "SR-004"]
+    assert statuses(sweep) == {"SR-003": "complete", "SR-001": "complete", "SR-002": "failed", "SR-004": "failed"}
+    assert list(statuses(sweep))[:2] == ["SR-003", "SR-001"]  # best first
+    for said in ("SR-002 failed: nothing there", "2 of 4 jobs are left", f"sweep.resume=outputs/{sweep.name}"):
+        assert said in done.out
+    assert done.heavy == ["numpy"]  # of the plot alone
+
+
+def test_table_and_plot_are_left(launch, sweep):
+    launch(*FOUR)
+    text = (sweep / "summary.md").read_text()
+    assert "python launch.py -m train.lr=4,3 run.goal=a,fail" in text
+    assert "| SR-003 | 3 | a | 3.0000 | complete |" in text
+    assert "- SR-002 failed: nothing there" in text
+    assert (sweep / "sweep.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("words", [FOUR, ["sweep.resume=outputs/sweep-001"], ["sweep.resume='outputs/sweep-001'"]])
+def test_sweep_goes_on_with_what_is_not_complete(launch, here, sweep, words):
+    launch(*FOUR)
+    kept = {name: (sweep / name / "result.json").stat().st_mtime_ns for name in ("SR-001", "SR-003")}
+    (here / "mended").touch()
+    again = launch(*words)
+    assert (again.code, again.err, again.ran) == (0, "", ["SR-002", "SR-004"])
+    assert set(statuses(sweep).values()) == {"complete"} and len(statuses(sweep)) == 4
+    assert {name: (sweep / name / "result.json").stat().st_mtime_ns for name in kept} == kept
+    assert [path.name for path in (here / "outputs").glob("sweep-*")] == ["sweep-001"]
+    assert not list((here / "outputs").glob("SR-*"))
+
+
+def test_complete_sweep_typed_again_is_a_new_one(launch, here):
+    launch("-m", "train.lr=1,2")
+    again = launch("-m", "train.lr=1,2")
+    assert again.ran == ["SR-003", "SR-004"]
+    assert launch("sweep.resume=outputs/sweep-001").ran == []
+
+
+@pytest.mark.parametrize("rates", ["4,2", "3,4"])
+def test_another_sweep_is_another_sweep(launch, here, rates):
+    launch(*FOUR)
+    assert len(launch("-m", f"train.lr={rates}", "run.goal=a,fail").ran) == 4
+
+
+def test_defect_is_told_and_stops_nothing(launch, sweep):
+    done = launch("-m", "run.goal=break,a")
+    assert (done.code, done.err) == (1, "error: division by zero\n")
+    assert statuses(sweep) == {"SR-001": "failed", "SR-002": "complete"}
+
+
+def test_interrupted_sweep_says_what_is_left_and_goes_on(launch, here, sweep):
+    done = launch("-m", "run.goal=a,stop,b")
+    assert (done.code, done.err, done.ran) == (130, "interrupted\n", ["SR-001", "SR-002"])
+    assert statuses(sweep) == {"SR-001": "complete", "SR-002": "interrupted", "SR-003": "not started"}
+    assert "2 of 3 jobs are left; to go on: python launch.py sweep.resume=outputs/sweep-001" in done.out
+    (here / "mended").touch()
+    assert launch("-m", "run.goal=a,stop,b").ran == ["SR-002", "SR-003"]
+
+
+def test_own_folder_goes_on_too(launch, here):
+    words = ("-m", "run.goal=a,fail", "hydra.sweep.dir=mine")
+    launch(*words)
+    (here / "mended").touch()
+    assert launch(*words).ran == ["SR-002"]
+    other = launch("-m", "train.lr=1,2", "hydra.sweep.dir=mine")
+    assert (other.code, other.ran) == (2, []) and "holds another sweep" in other.err
+
+
+def test_jobs_keep_their_own_configuration(launch, sweep):
+    launch("-m", "quant=q2a4,q4a4", "+experiment=quick")
+    for name, quant in (("SR-001", "q2a4"), ("SR-002", "q4a4")):
+        result = json.loads((sweep / name / "result.json").read_text())
+        assert result["quant"] == quant and f"quant={quant}" in result["overrides"]
+        assert "goal: quick check" in (sweep / name / "config_resolved.yaml").read_text()
+
+
+REFUSED = [
+    ("sweep.resume=nowhere", "name the folder of a sweep"),
+    ("sweep.resume=outputs/sweep-001 train.lr=7", "it goes on as planned"),
+    ("sweep.resume=outputs/sweep-001 hydra/launcher=nothing", "nothing"),
+    ("-m train.lr=1,1", "configured alike"),
+    ("-m stage=chat chat.prompt=a,b", "cannot be swept"),
+]
+
+
+@pytest.mark.parametrize(("line", "hint"), REFUSED)
+def test_refused_in_one_line(launch, here, capfd, line, hint):
+    launch(*FOUR)
+    before = sorted(here.rglob("*"))
+    assert main.main(line.split(), lambda: pytest.fail("launched")) in (1, 2)
+    told = capfd.readouterr().err
+    assert hint in told and told.count("\n") == 1
+    assert sorted(here.rglob("*")) == before
+
+
+def test_changed_options_end_a_sweep(launch, here, capfd, monkeypatch):
+    launch(*FOUR)
+    plan = here / "outputs" / "sweep-001" / "sweep.json"
+    plan.write_text(plan.read_text().replace("train.lr=4", "train.lr=5"))
+    assert main.main(["sweep.resume=outputs/sweep-001"], lambda: pytest.fail("launched")) == 2
+    assert "planned with another configuration than SR-001 has now" in capfd.readouterr().err
+
+
+def test_one_sweep_is_run_by_one_process(launch, here):
+    launch(*FOUR)
+    with sweeps.held(sweeps.load(here / "outputs" / "sweep-001")):
+        done = launch(*FOUR)
+    assert (done.code, done.ran) == (2, [])
+    assert "another process is running it" in done.err
+
+
+def test_damaged_plan_is_told_or_passed_over(launch, here, capfd):
+    launch(*FOUR)
+    (here / "outputs" / "sweep-001" / "sweep.json").write_text("{")
+    assert main.main(["sweep.resume=outputs/sweep-001"], lambda: pytest.fail("launched")) == 1
+    assert "not a readable plan" in capfd.readouterr().err
+    assert len(launch(*FOUR).ran) == 4
+
+
+def test_job_of_a_sweep_is_a_checkpoint(here, compose, checkpoint):
+    checkpoint("outputs/sweep-003/SR-012/checkpoints/best")
+    config = compose("stage=chat", "checkpoint=SR-012")
+    assert config.checkpoint.path == "outputs/sweep-003/SR-012/checkpoints/best"
+
+
+def test_sigterm_ends_like_an_interrupt(here, capfd):
+    import os
+    import signal
+
+    before = signal.getsignal(signal.SIGTERM)
+    assert main.main(["outputs=out"], lambda: os.kill(os.getpid(), signal.SIGTERM)) == 143
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert capfd.readouterr().err == "interrupted\n"
+    assert sys.argv

@@ -1,0 +1,101 @@
+"""RUNS.md: every run in the log's template, the same bytes whenever it is made again."""
+
+import json
+
+import pytest
+
+from qat.report import log, records
+from qat.stages.evaluate import samples
+from tests.report import synthetic
+
+
+@pytest.fixture
+def outputs(tmp_path):
+    folder = tmp_path / "outputs"
+    synthetic.fill(folder, 30, steps=4)
+    return folder
+
+
+def test_deleted_log_comes_back_with_the_same_bytes(outputs):
+    first = log.write(outputs).read_bytes()
+    (outputs / log.FILE).unlink()
+    assert log.write(outputs).read_bytes() == first
+    assert len(first) > 1000
+
+
+def test_every_run_is_there_in_order_whatever_became_of_it(outputs):
+    heads = [line for line in log.render(outputs).splitlines() if line.startswith("### ")]
+    assert [head.split()[1] for head in heads] == [f"SR-{number:03d}" for number in range(1, 31)]
+    assert {head.rsplit(" ", 1)[1] for head in heads} == {"complete", "failed", "interrupted"}
+
+
+def test_template_holds_what_a_run_says(outputs):
+    record = next(run for run in records.runs(outputs) if run.run_id == "SR-001")
+    text = log.render(outputs).split("### SR-001")[1].split("### SR-002")[0]
+    assert [line.split("**")[1] for line in text.splitlines() if line.startswith("- ")] == [
+        "Goal",
+        "Instance",
+        "Config",
+        "Command",
+        "Result",
+        "Conversion",
+        "Notes",
+        "Folder",
+    ]
+    initial, final = (record.number("metrics", f"kd_loss_{when}") for when in ("initial", "final"))
+    assert f"KD loss {initial:.4f} → {final:.4f}" in text
+    assert f"`{record.text('command')}`" in text
+    assert "**Conversion**: 1 min 40 s" in text and "**Instance**: auto, cpu, bfloat16, x86" in text
+    assert "checkpoint=teacher cache=L64" in text and f"train.lr={record.result['config']['train']['lr']}" in text
+
+
+def test_checkpoints_come_with_losses_and_caches_with_sizes(outputs):
+    (outputs / "artifacts" / "caches" / "L64-abc" / "train-00000.safetensors").write_bytes(b"x" * 3_000_000)
+    text = log.render(outputs)
+    best = records.runs(outputs)[0]
+    loss = best.number("metrics", "kd_loss_best")
+    assert f"| `{best.text('name')}` | {loss:.4f} |" in text
+    assert "`artifacts/checkpoints/tiny_q2a4_init-abc`" in text
+    assert "| `L64` | 340 | 3.0 MB | `artifacts/caches/L64-abc` |" in text
+
+
+def test_failure_says_why(outputs):
+    assert "**Result**: failed: no space left on the disk" in log.render(outputs).split("### SR-017")[1]
+
+
+def test_empty_outputs_have_a_log(tmp_path):
+    assert log.render(tmp_path).count("None yet.") == 2
+
+
+def test_words_stay_words(tmp_path):
+    synthetic.fill(tmp_path, 1, steps=1, goal="a | b\n# <b>c</b> `d` *e* f_g _h_", notes="x\n\n- y")
+    text = log.render(tmp_path)
+    assert r"**Goal**: a \| b \# \<b\>c\</b\> \`d\` \*e\* f_g \_h\_" in text
+    assert "**Notes**: x - y" in text
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "null", '{"metrics": 3, "run_id": ["x"], "quant": null}', "\xff"])
+def test_damaged_record_is_listed_as_such(tmp_path, content):
+    (tmp_path / "SR-004").mkdir()
+    (tmp_path / "SR-004" / "result.json").write_bytes(content.encode("latin-1"))
+    assert "· unreadable" in log.render(tmp_path)
+
+
+def test_log_that_cannot_be_written_fails_no_run(tmp_path, caplog):
+    (tmp_path / log.FILE).mkdir()
+    log.refresh(tmp_path)
+    assert "was not brought up to date" in caplog.text
+
+
+def test_samples_are_read_as_they_were_written(tmp_path):
+    said = {"teacher": ["Paris.", "Two\n\nlines"] + ["x"] * 3, "distilled": ["", "> quoted"] + ["y **z**"] * 3}
+    (tmp_path / "samples.md").write_text(samples(said))
+    read = records.samples(tmp_path)
+    assert [sample["answers"]["teacher"] for sample in read] == said["teacher"]
+    assert [sample["answers"]["distilled"] for sample in read] == ["(nothing)", "> quoted", *["y **z**"] * 3]
+    assert read[0]["prompt"] == "What is the capital of France?"
+
+
+def test_metrics_cut_short_by_a_kill_are_read_up_to_there(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2}\n{"step": 2, "lo')
+    assert records.metrics(tmp_path) == [json.loads('{"step": 1, "loss": 2}')]

@@ -1,0 +1,125 @@
+"""report.html: one page without a request, shown by a real browser, in which text is only text."""
+
+import json
+import re
+import shutil
+import subprocess
+
+import pytest
+
+from qat.report import page, records
+from tests.report import synthetic
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
+browser = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
+EVIL = "</script><script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\">&amp;\u2028`${1}"
+
+PROBE = "const root = document.documentElement; root.dataset.over = root.scrollWidth - root.clientWidth"
+
+
+def dom(path, *flags):
+    """The page after its script ran, as Chromium has it."""
+    command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=5000", *flags]
+    done = subprocess.run(
+        [*command, "--dump-dom", f"file://{path}"], capture_output=True, text=True, timeout=100, check=True
+    )
+    return done.stdout
+
+
+def body(text):
+    """What is shown: the page without its scripts and styles."""
+    return re.sub(r"<(script|style)\b.*?</\1>", "", text, flags=re.DOTALL)
+
+
+@pytest.fixture
+def outputs(tmp_path):
+    return tmp_path / "outputs"
+
+
+@browser
+def test_browser_shows_five_hundred_runs(outputs):
+    synthetic.fill(outputs, 500, steps=2000)
+    path = page.write(outputs)
+    shown = body(dom(path))
+    assert path.stat().st_size < 12e6
+    assert len(re.findall(r'<td class="pick">', shown)) == 500
+    assert "500 runs in outputs" in shown
+    drawn = {name: len(re.findall(f'class="{name}', shown)) for name in ("dot", "ring", 'card"', 'answer"', "curve")}
+    complete = [run for run in records.runs(outputs) if run.status == "complete"]
+    assert drawn["dot"] > len(complete) and drawn["ring"] == 4 and drawn['card"'] == 4
+    assert drawn['answer"'] >= 8 and drawn["curve"] == 8 + 7 * 4
+    best = min(complete, key=lambda run: run.number("metrics", "kl"))
+    assert re.search(r'<td class="pick">.*?</td><td>(SR-\d+)</td>', shown)[1] == best.run_id
+
+
+@browser
+def test_text_of_runs_stays_text(outputs):
+    synthetic.fill(outputs, 34, steps=4, goal=EVIL, notes=EVIL, name=EVIL, error=EVIL, said=EVIL)
+    shown = dom(page.write(outputs))
+    assert "<title>34 runs in outputs</title>" in shown
+    assert "<img" not in body(shown)
+    assert body(shown).count("&lt;img src=x onerror") > 34
+
+
+@browser
+def test_phone_scrolls_no_page_sideways(outputs):
+    synthetic.fill(outputs, 40, goal="a-very-long-word-without-a-space-" * 6)
+    path = page.write(outputs)
+    path.write_text(path.read_text().replace("</body>", f"<script>{PROBE}</script></body>"))
+    for width in (390, 800, 1400):
+        assert 'data-over="0"' in dom(path, f"--window-size={width},1200")
+
+
+@browser
+@pytest.mark.parametrize("count", [0, 1, 2])
+def test_few_runs_make_a_page_too(outputs, count):
+    outputs.mkdir()
+    if count:
+        synthetic.fill(outputs, count)
+    shown = body(dom(page.write(outputs)))
+    assert shown.count('<td class="pick">') == count
+    assert ("No complete run has been evaluated yet." in shown) == (count == 0)
+
+
+def test_page_asks_for_nothing(outputs):
+    synthetic.fill(outputs, 3)
+    text = page.write(outputs).read_text()
+    assert not re.findall(r"""(?:src|href)\s*=\s*["'](?!data:)|@import|url\(|\bfetch\(|XMLHttpRequest|import\(""", text)
+    assert "default-src 'none'" in text
+    assert set(re.findall(r"https?://[^\s\"']+", text)) == {"http://www.w3.org/2000/svg"}
+
+
+def test_page_is_the_same_whenever_it_is_made(outputs):
+    synthetic.fill(outputs, 20)
+    assert page.write(outputs).read_bytes() == page.write(outputs).read_bytes()
+
+
+def test_data_cannot_end_its_script():
+    text = page.embedded({"a": EVIL, "b": "\ud800"})
+    assert not set("<>&\u2028") & set(text)
+    assert json.loads(text)["a"] == EVIL
+
+
+def test_curves_are_thinned_and_keep_their_ends(tmp_path):
+    rows = [{"step": step, "loss": 1 / step} for step in range(1, 5001)]
+    curve = page._curve(rows, "loss")
+    assert len(curve) == page.POINTS and curve[0] == [1, 1.0] and curve[-1] == [5000, 0.0002]
+
+
+def test_settings_of_runs_are_said_once(outputs):
+    synthetic.fill(outputs, 50)
+    made = page.data(outputs)
+    for run, shown in zip(records.runs(outputs), made["runs"], strict=True):
+        whole = made["common"] | shown["settings"]
+        assert {key: value for key, value in whole.items() if key not in shown["unset"]} == page._flat(
+            run.section("config")
+        )
+    assert all("cache.name" not in shown["settings"] for shown in made["runs"])
+
+
+def test_errors_by_depth_are_those_of_the_manifest(outputs):
+    synthetic.fill(outputs, 20)
+    for name, leaves in page.data(outputs)["conversions"].items():
+        figures = json.loads((outputs / "artifacts" / "checkpoints" / name / "manifest.json").read_text())["figures"]
+        assert {len(errors) for errors in leaves.values()} == {30}
+        assert leaves["q_proj"][7] == pytest.approx(figures["model.layers.7.q_proj"]["output_error"], rel=1e-4)

@@ -1,0 +1,217 @@
+"""Faults of the machine, most of them in real processes: one sentence, nothing half-made, what is complete is kept."""
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from qat import faults, runs
+from qat.artifacts import open_artifact
+from qat.config import Config, ModeConfig, QuantConfig, TrackerConfig, TrackerKind
+from qat.errors import MachineError
+from qat.report import records
+
+ROOT = Path(__file__).resolve().parents[1]
+TINY = ("+debug=tiny", "quant=q2a16", "data.documents=64", "instance.precision=fp32", "evaluate.sample_tokens=1")
+LONG = (*TINY, "train.steps=100000", "train.eval_every=50000")
+
+
+def start(outputs, *words, code=None):
+    command = [sys.executable, *(["-c", code] if code else [str(ROOT / "launch.py")]), *words, f"outputs={outputs}"]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def ended(process):
+    out, err = process.communicate(timeout=100)
+    return process.returncode, out, err
+
+
+def results(outputs):
+    return [json.loads(path.read_text()) for path in sorted(outputs.glob("SR-*/result.json"))]
+
+
+def wait_for(there, process):
+    end = time.monotonic() + 60
+    while not there():
+        assert process.poll() is None and time.monotonic() < end, process.communicate()
+        time.sleep(0.01)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """An outputs folder with everything that a second tiny run needs."""
+    outputs = tmp_path_factory.mktemp("made") / "outputs"
+    code, _, err = ended(start(outputs, *TINY))
+    assert (code, err) == (0, "")
+    return outputs
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of two megabytes."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(folder)], capture_output=True).returncode:
+        pytest.skip("mounting needs root")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def test_full_disk_is_told_and_leaves_nothing_half_made(small_disk):
+    outputs = small_disk / "outputs"
+    code, _, err = ended(start(outputs, *TINY, "data.documents=128", "cache.top_k=256", "cache.random=256"))
+    assert code == 1
+    assert err.startswith("error: the disk is full") and err.count("\n") == 1
+    for folder in outputs.glob("artifacts/*/*"):
+        if folder.is_dir():
+            open_artifact(folder)
+    assert not list(outputs.rglob("*.partial"))
+    assert results(outputs)[0]["status"] in ("failed", "interrupted")
+
+
+def test_read_only_outputs_are_refused_before_anything_starts(tmp_path):
+    outputs = tmp_path / "outputs"
+    outputs.mkdir()
+    options = ["mount", "-t", "tmpfs", "-o", "size=1m,ro", "tmpfs", str(outputs)]
+    if subprocess.run(options, capture_output=True).returncode:
+        pytest.skip("mounting needs root")
+    try:
+        code, out, err = ended(start(outputs, *TINY))
+    finally:
+        subprocess.run(["umount", "-l", str(outputs)], check=True)
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert err.startswith(f"error: outputs={outputs}")
+
+
+def test_sigterm_is_recorded(made):
+    before = len(results(made))
+    process = start(made, *LONG)
+    wait_for(lambda: any(path.stat().st_size > 2000 for path in made.glob("SR-*/metrics.jsonl")), process)
+    process.send_signal(signal.SIGTERM)
+    code, _, err = ended(process)
+    assert (code, err) == (143, "interrupted\n")
+    (result,) = results(made)[before:]
+    assert result["status"] == "interrupted"
+    assert f"### {result['run_id']}" in (made / "RUNS.md").read_text()
+
+
+def test_two_processes_that_want_one_artifact_make_it_once(tmp_path):
+    outputs = tmp_path / "outputs"
+    both = [start(outputs, *TINY) for _ in range(2)]
+    said = [ended(process) for process in both]
+    assert [(code, err) for code, _, err in said] == [(0, "")] * 2
+    assert {result["run_id"]: result["status"] for result in results(outputs)} == {
+        "SR-001": "complete",
+        "SR-002": "complete",
+    }
+    for kind in ("models", "documents", "caches", "checkpoints"):
+        (folder,) = (path for path in (outputs / "artifacts" / kind).iterdir() if path.is_dir())
+        open_artifact(folder)
+    log = (outputs / "RUNS.md").read_text()
+    assert log.count("### SR-00") == 2 and log.count("· complete") == 2
+
+
+OUT_OF_MEMORY = f"""
+import runpy, sys
+import torch
+from qat.distill import trainer
+def step(*_):
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+trainer.Trainer.step = step
+sys.argv[0] = {str(ROOT / "launch.py")!r}
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def test_memory_that_runs_out_is_told_with_a_remedy(made):
+    code, _, err = ended(start(made, *TINY, "instance.micro_batch=1", code=OUT_OF_MEMORY))
+    assert code == 1
+    assert err.startswith("error: ") and "memory" in err and err.count("\n") == 1
+    assert results(made)[-1]["status"] == "failed"
+
+
+def test_allocator_of_the_cpu_is_understood():
+    with pytest.raises(RuntimeError) as raised:
+        torch.empty(1 << 60, dtype=torch.uint8)
+    assert "out of memory" in str(faults.explain(raised.value))
+
+
+@pytest.mark.parametrize("number", sorted(faults.DISK))
+def test_errors_of_the_disk_are_sentences(number):
+    told = faults.explain(OSError(number, os.strerror(number), "/there/x"))
+    assert isinstance(told, MachineError)
+    assert str(told).startswith(f"{faults.DISK[number]} at /there/x: ")
+
+
+def test_errors_of_the_disk_are_known_behind_safetensors():
+    from safetensors import SafetensorError
+
+    error = SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+    assert str(faults.explain(error)).startswith("the disk is full: ")
+
+
+@pytest.mark.parametrize(
+    "error", [ValueError("x"), KeyError("errno 28"), OSError(errno.ENOENT, "no"), RuntimeError("shape")]
+)
+def test_defects_stay_defects(error):
+    assert faults.explain(error) is None
+
+
+def test_clock_set_back_changes_no_order_and_no_time(tmp_path, monkeypatch):
+    hours = iter(["2026-11-22T12:00:00+0000", "2026-11-22T09:00:00+0000"])
+    clock = SimpleNamespace(monotonic=time.monotonic, strftime=lambda _: next(hours))
+    monkeypatch.setattr(runs, "time", clock)
+    for _ in range(2):
+        folder = tmp_path / runs.claim_run(tmp_path)
+        folder.mkdir()
+        config = Config(outputs=str(tmp_path), quant=QuantConfig("q2a4"), mode=ModeConfig("mlp", True, False))
+        config.tracker = TrackerConfig("none", TrackerKind.none)
+        runs.Run(config, folder).finish("complete")
+    found = records.runs(tmp_path)
+    assert [(run.run_id, run.text("started")[11:13]) for run in found] == [("SR-001", "12"), ("SR-002", "09")]
+    assert all(run.number("timing", "total_s") >= 0 for run in found)
+
+
+@pytest.mark.parametrize("harm", ["cut short", "bit flipped"])
+@pytest.mark.parametrize("what", ["checkpoint", "shard"])
+def test_damaged_file_is_told(made, harm, what):
+    pattern = {
+        "checkpoint": "SR-001/checkpoints/best/tables.safetensors",
+        "shard": "artifacts/caches/*/train-*.safetensors",
+    }
+    path = next(made.glob(pattern[what]))
+    whole = path.read_bytes()
+    middle = len(whole) // 2
+    flipped = whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :]
+    path.write_bytes(whole[:middle] if harm == "cut short" else flipped)
+    try:
+        code, _, err = ended(start(made, *TINY, "stage=evaluate", "checkpoint=SR-001"))
+    finally:
+        path.write_bytes(whole)
+    assert (code, err.count("\n")) == (1, 1)
+    assert str(path) in err and ("bytes instead of" if harm == "cut short" else "was altered") in err
+
+
+def test_teacher_that_is_not_there_is_told(tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "config.json").write_text('{"model_type": "llama", "vocab_size": 49152}')
+    words = ("model=local", f"model.path={tmp_path / 'empty'}", "tracker=none")
+    code, _, err = ended(start(tmp_path / "outputs", *words))
+    assert (code, err.count("\n")) == (1, 1) and err.startswith("error: ")
+    assert str(tmp_path / "empty") in err
+    assert results(tmp_path / "outputs")[0]["status"] == "failed"
+
+
+def test_store_that_vanished_is_told(tmp_path):
+    words = ("checkpoint=q4_fp32", "store=gdrive", f"store.path={tmp_path / 'gone'}")
+    code, _, err = ended(start(tmp_path / "outputs", *TINY, *words))
+    assert (code, err.count("\n")) == (1, 1)
+    assert "not there" in err and str(tmp_path / "gone") in err
