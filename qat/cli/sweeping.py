@@ -17,8 +17,9 @@ from qat.errors import ConfigError, QatError, UnavailableError
 from qat.sweeps import Sweep
 
 RESUME = "sweep.resume="
-SWEEPER = "qat.cli.planned.PlannedSweeper"
-ROOT = Path(__file__).resolve().parents[2]
+SWEEPER = "hydra_plugins.qat_sweeper.PlannedSweeper"
+PACKAGE = Path(__file__).resolve().parents[1]
+IMPORTED = [str(PACKAGE.parent), str(PACKAGE / "plugins")]  # this checkout, and what it adds to Hydra
 # Launchers beyond Hydra's own, and the extra of this project that installs each.
 EXTRAS = {"joblib": "joblib", "submitit_local": "submitit", "submitit_slurm": "submitit", "ray": "ray"}
 # What may change when a sweep goes on: where and how its jobs run, never what they are.
@@ -133,9 +134,10 @@ def for_hydra(sweep: Sweep, command: CommandLine, parallel: bool) -> list[str]:
 
 @contextmanager
 def importable() -> Iterator[None]:
-    """Lets processes that a launcher starts import this checkout, whatever their current directory."""
+    """Lets this process and those that a launcher starts import the sweeper, whatever their current directory."""
     before = os.environ.get("PYTHONPATH")
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), before]))
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [*IMPORTED, before]))
+    sys.path[:] = [*(path for path in sys.path if path not in IMPORTED), *IMPORTED]
     try:
         yield
     finally:
@@ -147,15 +149,21 @@ def importable() -> Iterator[None]:
 
 def run(sweep: Sweep, launch: Callable[[], None]) -> int:
     """Runs what is left and tells what came of it; returns the exit code, 0 only when all jobs are complete."""
-    from qat.cli import planned
-
-    planned.register()
     with sweeps.held(sweep), importable():
+        _register()
         try:
             launch()
         finally:
             conclude(sweep)
     return 1 if sweep.remaining() else 0
+
+
+def _register() -> None:
+    """Shows the sweeper to Hydra, which looked for such classes when the command line was composed."""
+    from hydra.core.plugins import Plugins
+    from hydra_plugins.qat_sweeper import PlannedSweeper
+
+    Plugins.instance().register(PlannedSweeper)
 
 
 def conclude(sweep: Sweep) -> None:

@@ -1,13 +1,13 @@
 """Hydra's door to `qat.sweeps`: launches the jobs of a plan that are not complete, all at once.
 
-Hydra looks for sweepers in the package `hydra_plugins` alone; `register` shows it this one.
+Hydra loads sweepers from the package `hydra_plugins` alone, which may lie in several folders of `sys.path`;
+`qat.cli.sweeping` adds this one.
 """
 
 from pathlib import Path
 from typing import Any
 
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
-from hydra.core.plugins import Plugins
 
 
 class PlannedSweeper(BasicSweeper):
@@ -21,8 +21,3 @@ class PlannedSweeper(BasicSweeper):
         plan = sweeps.load(Path(self.config.hydra.sweep.dir))
         jobs = [[*job.overrides, f"hydra.sweep.subdir={job.run_id}"] for job in plan.remaining()]
         return self.launcher.launch(jobs, initial_job_idx=0) if jobs else []
-
-
-def register() -> None:
-    """Makes Hydra accept it by its name."""
-    Plugins.instance().register(PlannedSweeper)
