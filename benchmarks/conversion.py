@@ -58,9 +58,8 @@ def main() -> None:
 def measure(name, folder, teacher, calibration, held_out, options, machine) -> list[dict]:
     """One preset: seconds of the whole conversion, effective bits and figures on each text."""
     layers = select(teacher, preset(name))
-    settings = ConvertConfig(
-        gradients=options.gradients, passes=options.passes, rounds=options.rounds, sweeps=options.sweeps
-    )
+    settings = convert_option(options.convert)
+    settings.sweeps = settings.sweeps if options.sweeps is None else options.sweeps
     kmeans = KMeansConfig("exact", KMeansBackend.exact)
     began = time.monotonic()
     made = convert(
@@ -103,6 +102,11 @@ def texts(paths: list[str], folder: ModelFolder, length: int, tokens: int) -> to
     return torch.cat(parts).long()
 
 
+def convert_option(name: str) -> ConvertConfig:
+    """A `convert` option as the command line would compose it."""
+    return ConvertConfig(**yaml.safe_load((CONF / "convert" / f"{name}.yaml").read_text()))
+
+
 def preset(name: str) -> QuantConfig:
     """A `quant` option as the command line would compose it."""
     option = yaml.safe_load((CONF / "quant" / f"{name}.yaml").read_text())
@@ -120,10 +124,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--calibration-tokens", type=int, default=64_000)
     parser.add_argument("--evaluation-tokens", type=int, default=32_768)
     parser.add_argument("--length", type=int, default=128)
-    parser.add_argument("--rounds", type=int, default=8)
-    parser.add_argument("--sweeps", type=int, default=ConvertConfig().sweeps)
-    parser.add_argument("--passes", type=int, default=ConvertConfig().passes)
-    parser.add_argument("--gradients", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--convert", default="thorough", help="an option of conf/convert")
+    parser.add_argument("--sweeps", type=int, help="in place of the option's own")
     parser.add_argument("--micro-batch", type=int, default=16)
     parser.add_argument("--json")
     return parser.parse_args()

@@ -101,7 +101,7 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=28)
     parser.add_argument("--rounds", type=int, nargs="*", default=[1, ConvertConfig().rounds])
-    parser.add_argument("--sweeps", type=int, nargs="*", default=[ConvertConfig().sweeps])
+    parser.add_argument("--sweeps", type=int, nargs="*", default=[0, 2])
     parser.add_argument("--gradients", action=argparse.BooleanOptionalAction, default=True)
     return parser.parse_args()
 

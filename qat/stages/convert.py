@@ -40,7 +40,7 @@ def make(work: Workspace, outputs: Artifact) -> Artifact:
         "cache": outputs.key,
         "quant": as_plain(config.quant),
         "kmeans": config.kmeans.backend.name,
-        "convert": as_plain(config.convert),
+        "convert": {key: value for key, value in as_plain(config.convert).items() if key != "name"},
         "checkpoint": checkpoints.identity(start) if start else None,
     }
     name = f"{work.teacher.name}_{config.quant.name}_init"

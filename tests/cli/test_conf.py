@@ -66,6 +66,7 @@ def test_defaults(compose):
         "data": "selfgen",
         "quant": "q2a4",
         "kmeans": "exact",
+        "convert": "fast",
         "cache": "L64",
         "mode": "mlp",
         "loss": "bucket_kl",
