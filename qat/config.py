@@ -289,6 +289,15 @@ class TrainConfig:
 
 
 @dataclass
+class FirstConfig:
+    """A student at more bits, trained first; the one that is asked for is then converted from it."""
+
+    quant: QuantConfig = field(default_factory=QuantConfig)
+    mode: ModeConfig = field(default_factory=ModeConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+
+@dataclass
 class CheckpointConfig:
     """What conversion, training, evaluation or chat starts from."""
 
@@ -395,6 +404,7 @@ class Config:
     export: ExportConfig = field(default_factory=ExportConfig)
     convert: ConvertConfig = field(default_factory=ConvertConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    first: FirstConfig | None = None  # stage=run from the teacher: what is trained before
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     chat: ChatConfig = field(default_factory=ChatConfig)
     run: RunConfig = field(default_factory=RunConfig)

@@ -311,6 +311,19 @@ def test_the_whole_job_from_a_checkpoint_with_the_same_tables_trains_it(first, s
     assert "conversion" not in done.result["paths"]
 
 
+def test_a_student_at_more_bits_is_trained_first_once_and_converted_further(first, shop):
+    words = ("+experiment=progressive", "model=tiny", "convert=fast", "convert.calibration_tokens=256")
+    short = ("first.train.steps=2", "first.train.batch_size=2", "train.steps=2", "train.batch_size=2")
+    done = shop.tiny(*words, *short)
+    before = open_artifact(Path(done.result["paths"]["first"])).manifest
+    assert before["quant"]["mlp"]["bits"] == 4 and before["kd_loss_best"] <= before["kd_loss_initial"]
+    assert {"latent.safetensors", TABLES} <= before["files"].keys()
+    after = open_artifact(Path(done.result["paths"]["conversion"])).manifest
+    assert after["quant"]["mlp"]["bits"] == 2 and {".mlp." in name for name in after["figures"]} == {True}
+    again = shop.tiny(*words, *short, "train.lr=1e-2")
+    assert again.result["paths"]["first"] == done.result["paths"]["first"]
+
+
 def test_training_alone_is_the_training_of_the_whole_job(first, shop, conversion):
     done = shop.tiny("stage=distill", f"checkpoint={conversion}")
     for key in ("kd_loss_initial", "kd_loss_final", "kd_loss_best"):

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from qat.artifacts import content_key, open_artifact
 from qat.checkpoint_files import find
 from qat.checkpoints import native, v2
-from qat.checkpoints.native import FILE, describe, has_tables, heritage, layers_of, save, write_tables
+from qat.checkpoints.native import FILE, describe, has_tables, heritage, layers_of, save, write, write_tables
 from qat.checkpoints.own import own_parameters, write_own
 from qat.machine import Machine
 from qat.models import ModelFolder
@@ -31,6 +31,7 @@ __all__ = [
     "load",
     "own_parameters",
     "save",
+    "write",
     "write_own",
     "write_tables",
 ]

@@ -78,10 +78,15 @@ def write_tables(modules: dict[str, QuantLinear], folder: Path) -> None:
 def save(model: PreTrainedModel, folder: Path, description: dict[str, Any]) -> None:
     """Publishes a student's quantized layers as a checkpoint at `folder`, replacing an older one there."""
     with publish(folder, dict(description)) as (scratch, _):
-        write_tables(quantized(model), scratch)
-        write_own(model, scratch)
-        if latents := _latents(model):
-            save_file({key: value.float().cpu().contiguous() for key, value in latents.items()}, scratch / LATENT)
+        write(model, scratch)
+
+
+def write(model: PreTrainedModel, folder: Path) -> None:
+    """Writes what a checkpoint holds of a student into a folder that is not published yet."""
+    write_tables(quantized(model), folder)
+    write_own(model, folder)
+    if latents := _latents(model):
+        save_file({key: value.float().cpu().contiguous() for key, value in latents.items()}, folder / LATENT)
 
 
 def load(folder: Path, teacher: ModelFolder, machine: Machine) -> tuple[PreTrainedModel, dict[str, Any]]:

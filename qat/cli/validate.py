@@ -100,6 +100,7 @@ BOUNDS = {
     "chat.temperature": Bound(low=0),
 }
 
+BOUNDS |= {f"first.{key}": bound for key, bound in BOUNDS.items() if key.startswith(("quant.", "train."))}
 THINKING = ("false", "true", "both")
 READS_TEXT = (Stage.run, Stage.cache)
 MOVES = (Stage.pull, Stage.push, Stage.store)

@@ -2,6 +2,7 @@
 
 import logging
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedModel
 
@@ -56,6 +57,21 @@ def make(work: Workspace, outputs: Artifact, start: Path) -> Path:
     run.result["paths"] |= {name: str(folder) for name, folder in folders.items()}
     run.save()
     return folders["best"]
+
+
+def train_into(work: Workspace, outputs: Artifact, start: Path, folder: Path) -> dict[str, Any]:
+    """Trains from the checkpoint at `start`, in this process alone, and leaves the best student in `folder`.
+
+    Returns:
+        What the manifest of a checkpoint says, with the held-out KD loss before and after.
+    """
+    latents = work.config.train.learn.latent > 0
+    student, manifest = checkpoints.load(start, work.teacher, work.machine, latents=latents)
+    trainer = _trainer(work, outputs, student, checkpoints.layers_of(manifest), Ranks())
+    history = trainer.run(lambda row: None, lambda: checkpoints.write(student, folder), None)
+    found = {"kd_loss_initial": history.initial, "kd_loss_best": history.best}
+    log.info("%s: KD loss %.4f before training, %.4f after", manifest["quant"]["name"], *found.values())
+    return checkpoints.heritage(manifest) | found
 
 
 def _resume(work: Workspace, trainer: Trainer) -> None:

@@ -11,7 +11,7 @@ from qat.distill.distributed import place
 from qat.evaluate import Metrics
 from qat.quant.layers import KINDS
 from qat.runs import Run
-from qat.stages import cache, convert, distill, evaluate
+from qat.stages import cache, convert, distill, evaluate, first
 from qat.stages.workspace import Workspace, open_workspace, start_folder
 
 log = logging.getLogger(__name__)
@@ -45,6 +45,9 @@ def main(config: Config, run: Run) -> None:
 def _start(work: Workspace, outputs: Artifact) -> tuple[Path, dict[str, Metrics]]:
     """The checkpoint that training starts from, converted where it has other tables, and what is known of it."""
     given = start_folder(work.config.checkpoint)
+    if given is None and work.config.first:
+        given = first.make(work, outputs, work.config.first)
+        work = first.converted_from(work, given)
     if given and checkpoints.has_tables(checkpoints.load(given, work.teacher, work.machine)[1], work.config.quant):
         return given, {}
     converted = convert.make(work, outputs)

@@ -1,0 +1,46 @@
+"""A student at more bits, trained before the one that is asked for is converted from it.
+
+It is an artifact: runs that differ in what follows share it, and it is trained when no such checkpoint exists.
+"""
+
+from dataclasses import replace
+from pathlib import Path
+
+from qat.artifacts import Artifact, obtain
+from qat.config import CheckpointConfig, FirstConfig, as_plain
+from qat.stages import convert, distill
+from qat.stages.workspace import Workspace
+
+SPEED = ("save_every", "keep", "eval_every")  # decide how training is watched, not what comes of it
+
+
+def make(work: Workspace, outputs: Artifact, first: FirstConfig) -> Path:
+    """The folder of the trained checkpoint."""
+    earlier = replace(
+        work.config, quant=first.quant, mode=first.mode, train=first.train, checkpoint=CheckpointConfig("teacher")
+    )
+    inner = replace(work, config=earlier)
+    start = convert.make(inner, outputs)
+    inputs = {
+        "start": start.key,
+        "cache": outputs.key,
+        "mode": as_plain(first.mode),
+        "loss": as_plain(earlier.loss),
+        "train": {key: value for key, value in as_plain(first.train).items() if key not in SPEED},
+        "seed": earlier.seed,
+    }
+    name = f"{work.teacher.name}_{first.quant.name}_{first.mode.name}"
+
+    def train(folder: Path) -> dict[str, object]:
+        return distill.train_into(inner, outputs, start.folder, folder)
+
+    with work.timed("first"):
+        made = obtain(work.artifacts, "checkpoints", name, inputs, train)
+    work.run.result["paths"]["first"] = str(made.folder)
+    work.run.result["metrics"]["first_kd_loss"] = made.manifest["kd_loss_best"]
+    return made.folder
+
+
+def converted_from(work: Workspace, folder: Path) -> Workspace:
+    """The same run, starting from that checkpoint."""
+    return replace(work, config=replace(work.config, checkpoint=CheckpointConfig("local", str(folder))))
