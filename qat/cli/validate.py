@@ -6,7 +6,6 @@ import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
-from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -344,10 +343,17 @@ def _numbers(config: Config) -> Iterator[tuple[str, float]]:
         if key.type not in (int, float):
             continue
         section, _, name = key.name.rpartition(".")
-        holder = attrgetter(section)(config) if section else config
-        value = getattr(holder, name, None)
+        value = getattr(_section(config, section), name, None)
         if value is not None:
             yield key.name, value
+
+
+def _section(config: Config, name: str) -> Any:
+    """A section by its dotted name; None where it or one around it is null."""
+    found: Any = config
+    for part in filter(None, name.split(".")):
+        found = getattr(found, part, None)
+    return found
 
 
 def _vocabulary(config: Config) -> int | None:
