@@ -145,7 +145,7 @@ class Trainer:
                 if states is not None and (history.step % train.save_every == 0 or last or stop):
                     states.save(self.state())
                 if stop:
-                    raise KeyboardInterrupt
+                    raise Stopped
                 advance(1, self._note())
 
     def _one(self, batch: Batch, tell: Callable[[dict[str, float]], None], stop: bool) -> bool:
@@ -276,6 +276,10 @@ def _learning(
     return {name: layer for name, (kind, layer) in layers.items() if learns[kind]}
 
 
+class Stopped(KeyboardInterrupt):
+    """A signal came and the state is saved."""
+
+
 @contextmanager
 def stop_signals() -> Iterator[threading.Event]:
     """An event that SIGINT or SIGTERM sets; a second one stops at once, as ever.
@@ -286,10 +290,12 @@ def stop_signals() -> Iterator[threading.Event]:
     if threading.current_thread() is not threading.main_thread():
         yield asked
         return
+    arrived: list[int] = []
     before = {which: signal.getsignal(which) for which in (signal.SIGINT, signal.SIGTERM)}
 
     def ask(which: int, frame: FrameType | None) -> None:
         log.info("%s: saving the state after this step", signal.Signals(which).name)
+        arrived.append(which)
         asked.set()
         restore()
 
@@ -301,5 +307,9 @@ def stop_signals() -> Iterator[threading.Event]:
         signal.signal(which, ask)
     try:
         yield asked
+    except Stopped:
+        if arrived:
+            signal.raise_signal(arrived[0])  # now that the state is saved: whoever handled it before does so
+        raise
     finally:
         restore()

@@ -121,7 +121,7 @@ def test_a_signal_saves_first(outputs, training, whole, start):
         time.sleep(0.002)
     os.kill(process.pid, signal.SIGTERM)
     process.join(60)
-    assert process.exitcode == 130
+    assert process.exitcode == 143
     assert json.loads((folder / "result.json").read_text())["status"] == "interrupted"
     assert max(folder.glob("checkpoints/state-*")).name == f"state-{steps(folder):08d}"
     finish(start(outputs, *training, f"run.resume={folder.name}"))
