@@ -308,7 +308,7 @@ def stop_signals() -> Iterator[threading.Event]:
     try:
         yield asked
     except Stopped:
-        if arrived:
+        if arrived and callable(before[arrived[0]]):
             signal.raise_signal(arrived[0])  # now that the state is saved: whoever handled it before does so
         raise
     finally:
