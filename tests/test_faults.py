@@ -59,7 +59,8 @@ def small_disk(tmp_path, request):
     """A file system of that size."""
     folder = tmp_path / "disk"
     folder.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={request.param}", "tmpfs", str(folder)], capture_output=True).returncode:
+    options = ["mount", "-t", "tmpfs", "-o", f"size={request.param}", "tmpfs", str(folder)]
+    if subprocess.run(options, capture_output=True).returncode:
         pytest.skip("mounting needs root")
     yield folder
     subprocess.run(["umount", "-l", str(folder)], check=True)
