@@ -290,12 +290,12 @@ def stop_signals() -> Iterator[threading.Event]:
     if threading.current_thread() is not threading.main_thread():
         yield asked
         return
-    arrived: list[int] = []
+    arrived: list[signal.Signals] = []
     before = {which: signal.getsignal(which) for which in (signal.SIGINT, signal.SIGTERM)}
 
     def ask(which: int, frame: FrameType | None) -> None:
         log.info("%s: saving the state after this step", signal.Signals(which).name)
-        arrived.append(which)
+        arrived.append(signal.Signals(which))
         asked.set()
         restore()
 
