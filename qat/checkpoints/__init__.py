@@ -29,6 +29,7 @@ __all__ = [
     "latent",
     "layers_of",
     "load",
+    "manifest",
     "own_parameters",
     "save",
     "write",
@@ -48,10 +49,20 @@ def load(
         ArtifactError: the files are damaged, no checkpoint's, or do not belong to this teacher.
     """
     found = find(path)
-    model, manifest = (native if found.is_dir() else v2).load(found, teacher, machine)
+    model, described = (native if found.is_dir() else v2).load(found, teacher, machine)
     if latents:
         native.add_latents(model, latent(found))
-    return model, manifest
+    return model, described
+
+
+def manifest(path: Path, teacher: ModelFolder, machine: Machine) -> dict[str, Any]:
+    """What a checkpoint says of itself; a V2 state dict has to be read for it.
+
+    Raises:
+        ArtifactError: as `load`.
+    """
+    found = find(path)
+    return native.opened(found) if found.is_dir() else v2.load(found, teacher, machine)[1]
 
 
 def latent(path: Path) -> dict[str, Tensor]:

@@ -95,7 +95,7 @@ def load(folder: Path, teacher: ModelFolder, machine: Machine) -> tuple[PreTrain
     Raises:
         ArtifactError: the files are damaged or no checkpoint's, or the checkpoint belongs to another teacher.
     """
-    manifest = _manifest(folder)
+    manifest = opened(folder)
     if manifest.get("teacher") != teacher.fingerprint:
         raise ArtifactError(
             f"{folder} was made from {manifest.get('model')} with other weights than those of {teacher.name}:"
@@ -116,7 +116,7 @@ def load(folder: Path, teacher: ModelFolder, machine: Machine) -> tuple[PreTrain
 
 def latent(folder: Path) -> dict[str, torch.Tensor]:
     """The weights [O, I] behind the tables, by layer; empty where training kept none."""
-    _manifest(folder)
+    opened(folder)
     path = folder / LATENT
     return {name.removesuffix(".latent"): w for name, w in load_file(path).items()} if path.is_file() else {}
 
@@ -134,8 +134,9 @@ def _latents(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     return {f"{name}.latent": layer.latent.detach() for name, layer in layers if layer.latent is not None}
 
 
-def _manifest(folder: Path) -> dict[str, Any]:
-    manifest = open_artifact(folder).manifest
-    if manifest.get("kind") != "checkpoint":
+def opened(folder: Path) -> dict[str, Any]:
+    """What a checkpoint folder says of itself, its files checked."""
+    found = open_artifact(folder).manifest
+    if found.get("kind") != "checkpoint":
         raise ArtifactError(f"{folder} is not a checkpoint: give a folder such as checkpoints/best of a run")
-    return manifest
+    return found

@@ -52,7 +52,8 @@ def make(work: Workspace, outputs: Artifact) -> Artifact:
     work.run.result["quant"] = {"preset": config.quant.name, **summary(layers)}
     work.run.result["paths"]["conversion"] = str(made.folder)
     _show(layers, made.manifest)
-    _draw(work, made.manifest["figures"])
+    if made.manifest["figures"]:  # none where every layer was kept
+        _draw(work, made.manifest["figures"])
     return made
 
 

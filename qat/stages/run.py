@@ -48,7 +48,7 @@ def _start(work: Workspace, outputs: Artifact) -> tuple[Path, dict[str, Metrics]
     if given is None and work.config.first:
         given = first.make(work, outputs, work.config.first)
         work = first.converted_from(work, given)
-    if given and checkpoints.has_tables(checkpoints.load(given, work.teacher, work.machine)[1], work.config.quant):
+    if given and checkpoints.has_tables(checkpoints.manifest(given, work.teacher, work.machine), work.config.quant):
         return given, {}
     converted = convert.make(work, outputs)
     return converted.folder, {"converted": convert.metrics(converted)}
