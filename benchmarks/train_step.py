@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
+from qat import attention
 from qat import machine as machines
 from qat.cache.format import encode_ids
 from qat.cache.reader import Batch
@@ -284,7 +285,7 @@ def rank_by_rank(
     learning = [p for p in student.parameters() if p.requires_grad]
     adam = torch.optim.AdamW(learning, lr=1e-4)
     head = Head(student.lm_head.weight, loss)
-    from qat.distill.forward import prepare
+    from qat.forward import prepare
 
     prepare(student, False, row.checkpointing)
 
@@ -350,6 +351,7 @@ def model(options: argparse.Namespace, machine: Machine) -> tuple[PreTrainedMode
         made = shape(options)
         torch.set_default_dtype(before)
     made.config.use_cache = False
+    made.set_attn_implementation(attention.NAME)
     made.eval().requires_grad_(False)
     layers: dict[str, QuantLinear] = {}
     for name, module in list(made.named_modules()):

@@ -19,6 +19,8 @@ from qat.errors import MissingError
 
 DTYPES = {Precision.bf16: torch.bfloat16, Precision.fp16: torch.float16, Precision.fp32: torch.float32}
 
+WIDENING = torch.__version__ >= "2.8"  # products of 16-bit numbers kept in fp32
+
 SWITCH = {"auto": None, "true": True, "false": False}
 
 
@@ -122,6 +124,13 @@ def exact_matmul() -> Iterator[None]:
         yield
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+def widened(hidden_PD: torch.Tensor, weight_VD: torch.Tensor) -> torch.Tensor:
+    """Logits [P, V] in fp32; on CUDA they are never rounded to the compute type."""
+    if hidden_PD.is_cuda and hidden_PD.dtype != torch.float32 and WIDENING:
+        return torch.mm(hidden_PD, weight_VD.mT, out_dtype=torch.float32)
+    return (hidden_PD @ weight_VD.mT).float()
 
 
 def peak_bytes(device: torch.device) -> int:

@@ -24,6 +24,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from qat import attention
 from qat.artifacts import obtain
 from qat.config import ModelConfig, ModelSource
 from qat.errors import MissingError
@@ -60,7 +61,7 @@ class ModelFolder:
             self.path,
             dtype=dtype,
             local_files_only=True,
-            attn_implementation="sdpa",  # takes the masks of `cache.attention`
+            attn_implementation=attention.NAME,  # takes the masks of `cache.attention`
         )
         model.config.use_cache = False
         cast(nn.Module, model).to(device)

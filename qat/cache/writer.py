@@ -47,12 +47,14 @@ from qat.console import Advance, progress
 from qat.data.documents import SPLITS, read_documents
 from qat.data.packing import Rows, pack
 from qat.errors import ConfigError, NumericsError
-from qat.machine import Machine
+from qat.forward import hidden_states, prepare
+from qat.machine import Machine, widened
 from qat.models import ModelFolder
 
 log = logging.getLogger(__name__)
 
 MADE_WITH = ".made_with.json"
+COMPILED_TOKENS = 2_000_000  # of a cache, from which on compiling the teacher pays
 # Positions that the head is multiplied with at one time, which must pay for reading all of it, and those of
 # them whose fp32 log-probabilities exist at one time: few, which stay in a CPU's cache.
 POSITIONS = {"cpu": (256, 32), "cuda": (2048, 2048)}
@@ -105,7 +107,7 @@ def obtain_cache(
     def make(scratch: Path) -> dict[str, Any]:
         """What the first process, most often the only one, does with the lock in its hand."""
         meta, shards = _plan(cache, documents, teacher, seed)
-        _prepare(scratch, meta, shards, _made_with(machine))
+        _prepare(scratch, meta, shards, _made_with(machine, shards))
         crew.call(scratch)
         _record(meta, shards, content_key(key), teacher, machine, crew, scratch)
         crew.wait(lambda: all((scratch / shard.name).exists() for shard in shards), "the other processes write shards")
@@ -181,9 +183,19 @@ def _rows(cache: CacheConfig, documents: Artifact, split: str, pad: int) -> Rows
     return rows.first(cache.sequences) if split == "train" else rows
 
 
-def _made_with(machine: Machine) -> dict[str, Any]:
+def _made_with(machine: Machine, shards: list[Shard]) -> dict[str, Any]:
     """What decides the last bits of the outputs: half a cache of one kind and half of another is none."""
-    return {"machine": machine.describe(), "rows_at_once": machine.micro_batch, "torch": torch.__version__}
+    return {
+        "machine": machine.describe(),
+        "rows_at_once": machine.micro_batch,
+        "compiled": _compiled(machine, shards),
+        "torch": torch.__version__,
+    }
+
+
+def _compiled(machine: Machine, shards: list[Shard]) -> bool:
+    """Whether compiling the teacher is worth its time."""
+    return machine.compile and sum(shard.rows.input_ids.numel() for shard in shards) >= COMPILED_TOKENS
 
 
 def _prepare(scratch: Path, meta: dict[str, Any], shards: list[Shard], made_with: dict[str, Any]) -> None:
@@ -221,6 +233,7 @@ def _record(
         return
     device = crew.device(machine.device)
     model = teacher.load(machine.dtype, device)
+    prepare(model, _compiled(machine, shards))
     tokens = sum(shard.rows.input_ids.numel() for shard in todo)
     before: Future[None] | None = None
     with (
@@ -248,7 +261,7 @@ def record(
     for piece, sample in zip(rows.split(micro_batch), drawn.split(micro_batch), strict=True):
         ids = piece.input_ids.to(model.device).long()
         starts = piece.document_starts.to(model.device) if joined else None
-        hidden = model.base_model(**inputs(ids, starts)).last_hidden_state[:, :-1].flatten(0, 1)
+        hidden = hidden_states(model, inputs(ids, starts))
         parts += _outputs(model, hidden, sample.flatten(0, 1).to(model.device).long(), meta["top_k"])
         advance(ids.numel())
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
@@ -258,8 +271,14 @@ def _outputs(model: PreTrainedModel, hidden_XD: Tensor, sample_XR: Tensor, top_k
     """The head and what is kept of it, a few positions at a time."""
     many, few = POSITIONS.get(hidden_XD.device.type, POSITIONS["cpu"])
     for hidden, drawn in zip(hidden_XD.split(many), sample_XR.split(many), strict=True):
-        for logits, sample in zip(model.lm_head(hidden).split(few), drawn.split(few), strict=True):
+        for logits, sample in zip(_logits(model, hidden).split(few), drawn.split(few), strict=True):
             yield outputs(logits, sample, top_k)
+
+
+def _logits(model: PreTrainedModel, hidden_XD: Tensor) -> Tensor:
+    """The head's product; on a GPU in fp32, where rounding it would cost the logits two digits."""
+    plain = hidden_XD.is_cuda and model.lm_head.bias is None
+    return widened(hidden_XD, model.lm_head.weight) if plain else model.lm_head(hidden_XD)
 
 
 def _write(shard: Shard, kept: dict[str, Tensor], vocab_size: int, key: str, folder: Path) -> None:

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from qat.distill.loss import Loss, differentiated, full_kl
+from qat.machine import widened
 
-WIDENING = torch.__version__ >= "2.8"  # products of 16-bit numbers kept in fp32
 CHUNK_BYTES = {"cuda": 2**30, "cpu": 2**26, "mps": 2**28}  # of fp32 logits that exist at one time
 
 
@@ -69,7 +69,7 @@ class Head:
     def _dense(
         self, hidden: Tensor, ids: Tensor, logprobs: Tensor, weight: Tensor, teacher: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        logits = product(hidden, self.weight)
+        logits = widened(hidden, self.weight)
         softmax = Softmax(logits)
         at_ids, log_sum = logits.gather(1, ids), softmax.log_sum
         value, d_at_ids, d_log_sum = differentiated(lambda z, s: self.loss.at(z, s, logprobs), weight, at_ids, log_sum)
@@ -87,7 +87,7 @@ class Head:
     def _full(self, logits: Tensor, teacher: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
         """The divergence from the teacher's whole distribution, and its gradient for the logits."""
         beside: Any = self.loss.teacher
-        theirs = product(teacher, beside.lm_head.weight)
+        theirs = widened(teacher, beside.lm_head.weight)
         T = self.loss.temperature
         value = (full_kl(logits, theirs, T) * weight).sum()
         return value, (weight * T)[:, None] * ((logits / T).softmax(-1) - (theirs / T).softmax(-1))
@@ -105,13 +105,6 @@ class Head:
         elif _kernels(self.weight) is None:
             size = 256
         return (slice(start, start + size) for start in range(0, positions, max(size, 1)))
-
-
-def product(hidden_PD: Tensor, weight_VD: Tensor) -> Tensor:
-    """Logits [P, V] in fp32; on CUDA they are never rounded to the compute type."""
-    if hidden_PD.is_cuda and hidden_PD.dtype != torch.float32 and WIDENING:
-        return torch.mm(hidden_PD, weight_VD.mT, out_dtype=torch.float32)
-    return (hidden_PD @ weight_VD.mT).float()
 
 
 class Softmax:

@@ -15,13 +15,13 @@ from transformers import PreTrainedModel
 from qat.cache.reader import Batch
 from qat.config import TrainConfig
 from qat.distill.distributed import Ranks
-from qat.distill.forward import hidden_states, prepare
 from qat.distill.graphs import Recorder
 from qat.distill.head import Head
 from qat.distill.loss import Loss
 from qat.distill.optim import Optimizer
 from qat.distill.parameters import Learners
 from qat.errors import MissingError
+from qat.forward import hidden_states, prepare
 from qat.machine import Machine
 
 log = logging.getLogger(__name__)

@@ -19,7 +19,6 @@ from qat.config import ModeConfig, TrainConfig
 from qat.console import progress
 from qat.distill import optim
 from qat.distill.distributed import Ranks
-from qat.distill.forward import hidden_states, prepare
 from qat.distill.head import Head
 from qat.distill.loss import KD_TEMPERATURE, Loss, topk_kl
 from qat.distill.optim import Optimizer
@@ -27,6 +26,7 @@ from qat.distill.parameters import Learners
 from qat.distill.state import State, States, random_state, set_random_state
 from qat.distill.step import Figures, Step
 from qat.errors import ArtifactError, NumericsError
+from qat.forward import hidden_states, prepare
 from qat.machine import Machine
 from qat.quant.linear import QuantLinear
 

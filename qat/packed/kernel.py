@@ -6,8 +6,10 @@ makes some rows of Z, walking along I. A step reads `bits` for each weight inste
 weight, and one column of B for a tile of rows.
 """
 
+# Triton gives the arguments of kernels its own meaning.
+# mypy: disable-error-code="no-untyped-def"
+
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -73,22 +75,22 @@ if AVAILABLE:
 
     @triton.jit
     def _product(
-        x_ptr: Any,
-        index_ptr: Any,
-        lut_ptr: Any,
-        A_ptr: Any,
-        g_ptr: Any,
-        B_ptr: Any,
-        y_ptr: Any,
-        outputs: Any,
-        inputs: Any,
-        length: Any,
+        x_ptr,
+        index_ptr,
+        lut_ptr,
+        A_ptr,
+        g_ptr,
+        B_ptr,
+        y_ptr,
+        outputs,
+        inputs,
+        length,
         BITS: tl.constexpr,
         RANK: tl.constexpr,
         RANKS: tl.constexpr,  # at least 16, the least a matrix instruction takes
         ROWS: tl.constexpr,
         COLUMNS: tl.constexpr,
-    ) -> None:
+    ):
         row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
         rank = tl.arange(0, RANKS)
         in_row, in_rank = row < outputs, rank < RANK

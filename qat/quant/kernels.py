@@ -64,7 +64,9 @@ def gradients(
     rows, columns = triton.cdiv(outputs, TILE), triton.cdiv(inputs, TILE)
     partial = torch.empty(layers, rows, lut.shape[1], device=lut.device)
     sizes = (outputs, inputs, A.shape[2])
-    constants = {"K": lut.shape[1], "RANKS": _padded(A.shape[2]), "TILE": TILE, "PRECISION": _precision(grad)}
+    # A gradient of 16 bits has no more digits than TF32.
+    precision = _precision(grad) if grad.dtype == torch.float32 else _precision(grad).removesuffix("x3")
+    constants = {"K": lut.shape[1], "RANKS": _padded(A.shape[2]), "TILE": TILE, "PRECISION": precision}
     _reduce_rows[(rows, layers)](grad, indices, lut, A, B, d_A, partial, *sizes, **constants)
     torch.sum(partial, 1, out=d_lut)
     _reduce_columns[(columns, layers)](grad, indices, lut, A, d_B, *sizes, **constants)

@@ -413,8 +413,8 @@ def test_the_head_needs_no_more_than_a_chunk_of_logits(teacher, readers, monkeyp
     batch = readers[1].batch(torch.arange(10))
     given = torch.randn(310, 64), batch.topk_ids.flatten(0, 1), batch.topk_logprobs.flatten(0, 1), torch.ones(310)
     whole = head.backward(*given, None)
-    sizes, real = [], module.product
-    monkeypatch.setattr(module, "product", lambda h, w: (sizes.append(len(h)), real(h, w))[1])
+    sizes, real = [], module.widened
+    monkeypatch.setattr(module, "widened", lambda h, w: (sizes.append(len(h)), real(h, w))[1])
     monkeypatch.setitem(module.CHUNK_BYTES, "cpu", 4 * 512 * 100)
     parts = head.backward(*given, None)
     assert sizes == [100, 100, 100, 10]

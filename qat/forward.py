@@ -1,4 +1,4 @@
-"""The student's forward pass as training runs it: compiled, computed twice to save memory, or as it is."""
+"""A forward pass over whole rows: compiled, computed twice to save memory, or as it is."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -45,15 +45,15 @@ def _plain_positions() -> Iterator[None]:
         masking_utils.find_packed_sequence_indices, masking_utils._ignore_causal_mask_sdpa = before
 
 
-def prepare(student: nn.Module, compiled: bool, checkpointing: bool) -> None:
-    """Sets how each decoder layer runs, whatever was set before; `prepare(student, False, False)` undoes it.
+def prepare(model: nn.Module, compiled: bool, checkpointing: bool = False) -> None:
+    """Sets how each decoder layer runs, whatever was set before; `prepare(model, False)` undoes it.
 
     Args:
-        student: a transformers model with `use_cache=False`, without which every layer would be compiled anew.
+        model: of transformers, with `use_cache=False`, without which every layer would be compiled anew.
         compiled: by torch.compile. The layers share their code, so that all are compiled as one.
         checkpointing: only a layer's input is kept for the backward pass, and the rest computed again.
     """
-    base: Any = student.base_model
+    base: Any = model.base_model
     for layer in base.layers:
         vars(layer).pop("forward", None)
         forward = layer.forward

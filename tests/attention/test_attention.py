@@ -1,0 +1,108 @@
+"""Short rows' attention: the kernel against float64, and through transformers' models."""
+
+import copy
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+from qat import attention
+from qat.cache import attention as masks
+from qat.forward import hidden_states, prepare
+
+CHECK = """
+import os, sys
+device = sys.argv[1]
+if device == "cpu":
+    os.environ["TRITON_INTERPRET"] = "1"
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+from qat.attention import kernels
+
+draw = torch.Generator().manual_seed(0)
+
+def tensor(*shape):
+    return torch.randn(*shape, generator=draw)
+
+def documents(rows, length):
+    starts = torch.rand(rows, length, generator=draw) < 0.2
+    number, places = starts.cumsum(1), torch.arange(length)
+    return ((number[:, :, None] == number[:, None, :]) & (places[:, None] >= places))[:, None]
+
+CASES = [(2, 4, 2, 16, 16), (2, 3, 3, 20, 24), (1, 9, 3, 7, 64), (1, 2, 1, 65, 8), (2, 4, 2, 64, 128)]
+CASES += [(1, 4, 1, 128, 64)]
+DTYPES = {"cpu": {torch.float32: 1e-5}, "cuda": {torch.bfloat16: 2e-2, torch.float16: 3e-3}}
+for rows, heads, shared, length, width in CASES:
+    for masked in (False, True):
+        for dtype, error in DTYPES[device].items():
+            # as a model makes them: heads beside each other in a token
+            parts = [tensor(rows, length, h, width).to(dtype).transpose(1, 2) for h in (heads, shared, shared)]
+            grad = tensor(rows, length, heads, width).to(dtype)
+            mask = documents(rows, length) if masked else None
+            exact = [part.double().requires_grad_() for part in parts]
+            q, k, v = exact[0], *(x.repeat_interleave(heads // shared, 1) for x in exact[1:])
+            expected = scaled_dot_product_attention(q, k, v, mask, is_causal=not masked, scale=0.3).transpose(1, 2)
+            wanted = torch.autograd.grad(expected, exact, grad.double())
+            there = [part.to(device) for part in parts]
+            mask = None if mask is None else mask.to(device)
+            found = kernels.forward(*there, mask, 0.3)
+            grads = kernels.backward(grad.to(device), *there, mask, 0.3)
+            for one, other in zip((found, *grads), (expected, *wanted)):
+                assert (one.double().cpu() - other).norm() <= error * other.norm(), (rows, heads, length, dtype, masked)
+            assert all(one.stride() == part.stride() for one, part in zip(grads, parts))
+"""
+
+
+@pytest.mark.parametrize(
+    "device",
+    ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA"))],
+)
+def test_the_kernels_compute_what_float64_does(device):
+    pytest.importorskip("triton")
+    command = [sys.executable, "-c", CHECK, device]
+    done = subprocess.run(command, cwd=Path(__file__).parents[2], env=os.environ, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+MODEL = {"vocab_size": 200, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2} | {
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+}
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("joined", [False, True])
+def test_a_model_gives_what_float64_gives(compiled, joined):
+    torch.manual_seed(0)
+    exact = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**MODEL)).double().requires_grad_(True)
+    model = copy.deepcopy(exact).to("cuda", torch.bfloat16)
+    model.set_attn_implementation(attention.NAME)
+    prepare(model, compiled)
+    ids = torch.randint(200, (3, 40))
+    starts = torch.zeros(3, 40, dtype=torch.bool)
+    starts[:, [0, 11, 12, 30]] = True
+    given = masks.inputs(ids, starts if joined else None)
+    wanted = hidden_states(exact, given)
+    found = hidden_states(model, {name: value.cuda() for name, value in given.items()})
+    grad = torch.randn_like(wanted)
+    wanted.backward(grad)
+    found.backward(grad.cuda().bfloat16())
+    assert (found.double().cpu() - wanted).norm() < 0.02 * wanted.norm()
+    for one, other in zip(model.base_model.layers.parameters(), exact.base_model.layers.parameters(), strict=True):
+        assert (one.grad.double().cpu() - other.grad).norm() < 0.05 * other.grad.norm()
+
+
+def test_on_a_cpu_it_is_what_pytorch_computes():
+    torch.manual_seed(0)
+    model = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**MODEL)).eval()
+    ids = torch.randint(200, (3, 40))
+    with torch.no_grad():
+        wanted = model(ids).logits
+        model.set_attn_implementation(attention.NAME)
+        assert torch.equal(model(ids).logits, wanted)
