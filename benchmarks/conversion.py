@@ -45,7 +45,7 @@ def main() -> None:
     machine = machines.resolve(InstanceConfig(name="auto", micro_batch=options.micro_batch))
     folder = locate(ModelConfig(name="model", source=ModelSource.folder, path=options.model), Path())
     teacher = folder.load(torch.float32, machine.device)
-    calibration = texts(options.calibration, folder, options.length, options.calibration_tokens)
+    calibration = texts(options.calibration, folder, options.length, options.calibration_tokens, options.shares)
     held_out = {path: texts([path], folder, options.length, options.evaluation_tokens) for path in options.evaluation}
     print(f"calibration: {calibration.numel()} tokens; {machine.describe()}")
     rows = []
@@ -87,18 +87,21 @@ def measure(name, folder, teacher, calibration, held_out, options, machine) -> l
     return rows
 
 
-def texts(paths: list[str], folder: ModelFolder, length: int, tokens: int) -> torch.Tensor:
-    """Token ids [N, length] from files (`.json` Alpaca rows, else text), an equal share of each."""
+def texts(
+    paths: list[str], folder: ModelFolder, length: int, tokens: int, shares: list[float] | None = None
+) -> torch.Tensor:
+    """Token ids [N, length] from files (`.json` Alpaca rows, else text), by these shares or equal ones."""
     tokenizer, parts = folder.tokenizer(), []
-    for path in paths:
+    for path, share in zip(paths, shares or [1.0] * len(paths), strict=True):
         source = DataSource.alpaca if path.endswith(".json") else DataSource.text
+        wanted = int(tokens * share / sum(shares or [1.0] * len(paths)))
         found, documents = 0, []
         for origin, ids in sources.render(DataConfig(name="file", source=source, path=path), tokenizer):
             documents.append(Document(origin, ids))
             found += len(ids)
-            if found >= tokens // len(paths):
+            if found >= wanted:
                 break
-        parts.append(packing.pack(documents, length, Packing.joined, 0).input_ids[: tokens // len(paths) // length])
+        parts.append(packing.pack(documents, length, Packing.joined, 0).input_ids[: wanted // length])
     return torch.cat(parts).long()
 
 
@@ -119,6 +122,7 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True)
     parser.add_argument("--calibration", nargs="+", required=True)
+    parser.add_argument("--shares", nargs="+", type=float, help="of the calibration files; equal if not given")
     parser.add_argument("--evaluation", nargs="+", required=True)
     parser.add_argument("--presets", nargs="+", default=["q2a4", "q2a4_r8", "q3a4_r8", "q4a4"])
     parser.add_argument("--calibration-tokens", type=int, default=64_000)

@@ -100,13 +100,13 @@ def _(
     return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
 
 
-def _keep(context: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    *tensors, context.scale = inputs
-    context.save_for_backward(*tensors)
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    *tensors, ctx.scale = inputs
+    ctx.save_for_backward(*tensors)
 
 
-def _differentiate(context: Any, grad_BLHD: Tensor) -> tuple[Tensor | None, ...]:
-    return (*short_backward(grad_BLHD, *context.saved_tensors, context.scale), None, None)
+def _differentiate(ctx: Any, grad_BLHD: Tensor) -> tuple[Tensor | None, ...]:
+    return (*short_backward(grad_BLHD, *ctx.saved_tensors, ctx.scale), None, None)
 
 
 short.register_autograd(_differentiate, setup_context=_keep)

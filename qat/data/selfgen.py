@@ -30,7 +30,7 @@ from qat.data.thinking import chat_tokens
 from qat.machine import Machine
 from qat.models import ModelFolder
 
-PROMPTS_AT_ONCE = 64
+PROMPTS_AT_ONCE = {"cpu": 64, "mps": 64, "cuda": 1024}
 ANSWERS = ".answers-"
 
 
@@ -82,9 +82,10 @@ def answer(
     tokenizer = teacher.tokenizer()
     asked = _starts(tokenizer, data, seed) * data.answers
     asked.sort(key=lambda item: len(item[1]))  # equal lengths together: less padding
-    batches = [asked[first : first + PROMPTS_AT_ONCE] for first in range(0, len(asked), PROMPTS_AT_ONCE)]
+    size = PROMPTS_AT_ONCE[machine.device.type]
+    batches = [asked[first : first + size] for first in range(0, len(asked), size)]
     # Other machines and other starts have other names: what they left is not taken for ours.
-    who = content_key([machine.describe(), torch.__version__, PROMPTS_AT_ONCE, asked, as_plain(data)])
+    who = content_key([machine.describe(), torch.__version__, size, asked, as_plain(data)])
     files = [scratch / f"{ANSWERS}{who}-{number:05d}.json" for number in range(len(batches))]
     missing = [number for number, file in enumerate(files) if not file.exists()]
     model = teacher.load(machine.dtype, machine.device) if missing else None

@@ -131,7 +131,7 @@ def test_every_prompt_is_asked_in_every_mode_and_number(written, asked):
 
 
 def test_more_prompts_than_fit_at_once_are_all_answered(written):
-    many = [f"Question {number}?" for number in range(PROMPTS_AT_ONCE + 3)]
+    many = [f"Question {number}?" for number in range(PROMPTS_AT_ONCE["cpu"] + 3)]
     assert sorted(prompt for prompt, _ in written(many, answer_tokens=1)) == sorted(many)
 
 
@@ -142,7 +142,7 @@ def test_sampling_leaves_the_callers_randomness_alone(written):
 
 
 def test_batches_that_are_there_are_not_written_again(written, tmp_path, monkeypatch):
-    monkeypatch.setattr(selfgen, "PROMPTS_AT_ONCE", 2)
+    monkeypatch.setitem(PROMPTS_AT_ONCE, "cpu", 2)
     whole = written()
     first, second = sorted((tmp_path / "scratch").iterdir())
     stamp = first.stat().st_mtime_ns
