@@ -70,6 +70,9 @@ class Head:
         self, hidden: Tensor, ids: Tensor, logprobs: Tensor, weight: Tensor, teacher: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         logits = widened(hidden, self.weight)
+        if teacher is not None and not self.loss.hard:
+            value, grad = self._full(logits, teacher, weight, hidden.dtype)
+            return value, grad @ self.weight
         softmax = Softmax(logits)
         at_ids, log_sum = logits.gather(1, ids), softmax.log_sum
         value, d_at_ids, d_log_sum = differentiated(lambda z, s: self.loss.at(z, s, logprobs), weight, at_ids, log_sum)
@@ -78,19 +81,21 @@ class Head:
             grad = softmax.times(d_log_sum, hidden.dtype)
             grad.scatter_(1, ids, d_at_ids.to(grad.dtype))  # their sum, rounded once
             return value, grad @ self.weight
-        further, grad = self._full(logits, teacher, weight)
-        if self.loss.hard:
-            grad += softmax.times(d_log_sum, grad.dtype)
-            grad.scatter_add_(1, ids, d_at_ids)
+        further, grad = self._full(logits, teacher, weight, torch.float32)
+        grad += softmax.times(d_log_sum, grad.dtype)
+        grad.scatter_add_(1, ids, d_at_ids)
         return value + further, grad.to(hidden.dtype) @ self.weight
 
-    def _full(self, logits: Tensor, teacher: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    def _full(self, logits: Tensor, teacher: Tensor, weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """The divergence from the teacher's whole distribution, and its gradient for the logits."""
         beside: Any = self.loss.teacher
         theirs = widened(teacher, beside.lm_head.weight)
         T = self.loss.temperature
+        if (kernels := _kernels(logits)) is not None:
+            kl, *sums = kernels.divergence(logits, theirs, T)
+            return (kl * weight).sum() * T**2, kernels.divergence_gradient(logits, theirs, *sums, T, weight * T, dtype)
         value = (full_kl(logits, theirs, T) * weight).sum()
-        return value, (weight * T)[:, None] * ((logits / T).softmax(-1) - (theirs / T).softmax(-1))
+        return value, ((weight * T)[:, None] * ((logits / T).softmax(-1) - (theirs / T).softmax(-1))).to(dtype)
 
     def _gathered(self, hidden: Tensor, ids: Tensor) -> Tensor:
         if (kernels := _kernels(hidden)) is not None:

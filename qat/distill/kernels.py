@@ -61,6 +61,38 @@ def softmax_times(logits_PV: Tensor, log_sum_P: Tensor, factor_P: Tensor, dtype:
     return out
 
 
+def divergence(student_PV: Tensor, teacher_PV: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
+    """KL(teacher‖student) of softmaxes at a temperature, and the log-sum-exp of either side's logits over it.
+
+    All three are fp32 [P], the KL not yet times the square of the temperature; one pass over both logits.
+    """
+    positions, vocabulary = student_PV.shape
+    kl, student_sum, teacher_sum = (torch.empty(positions, device=student_PV.device) for _ in range(3))
+    outputs = (kl, student_sum, teacher_sum)
+    _divergence[(positions,)](
+        student_PV, teacher_PV, *outputs, vocabulary, 1 / temperature, WIDTH=WIDE // 2, num_warps=8
+    )
+    return outputs
+
+
+def divergence_gradient(
+    student_PV: Tensor,
+    teacher_PV: Tensor,
+    student_sum_P: Tensor,
+    teacher_sum_P: Tensor,
+    temperature: float,
+    factor_P: Tensor,
+    dtype: torch.dtype,
+) -> Tensor:
+    """`(softmax(student / T) - softmax(teacher / T)) · factor` [P, V] in the given type."""
+    out = torch.empty_like(student_PV, dtype=dtype)
+    positions, vocabulary = student_PV.shape
+    grid = (triton.cdiv(vocabulary, WIDE), positions)
+    sums = (student_sum_P, teacher_sum_P, factor_P.contiguous())
+    _divergence_gradient[grid](student_PV, teacher_PV, *sums, out, vocabulary, 1 / temperature, WIDTH=WIDE, num_warps=8)
+    return out
+
+
 if AVAILABLE:
 
     @triton.jit
@@ -112,4 +144,56 @@ if AVAILABLE:
         place, inside = position * vocabulary + v, v < vocabulary
         x = tl.load(logits + place, mask=inside, other=float("-inf"))
         value = tl.exp(x - tl.load(log_sum + position)) * tl.load(factor + position)
+        tl.store(out + place, value.to(out.dtype.element_ty), mask=inside)
+
+    @triton.jit
+    def _divergence(
+        student, teacher, kl, student_sum, teacher_sum, vocabulary, inverse_temperature, WIDTH: tl.constexpr
+    ):
+        position = tl.program_id(0).to(tl.int64)
+        high_s = tl.full([WIDTH], float("-inf"), tl.float32)
+        high_t = tl.full([WIDTH], float("-inf"), tl.float32)
+        total_s = tl.zeros([WIDTH], tl.float32)
+        total_t = tl.zeros([WIDTH], tl.float32)
+        apart = tl.zeros([WIDTH], tl.float32)
+        for start in range(0, vocabulary, WIDTH):
+            v = start + tl.arange(0, WIDTH)
+            inside = v < vocabulary
+            place = position * vocabulary + v
+            s = tl.load(student + place, mask=inside, other=0.0).to(tl.float32) * inverse_temperature
+            t = tl.load(teacher + place, mask=inside, other=0.0).to(tl.float32) * inverse_temperature
+            higher_s = tl.where(inside, tl.maximum(high_s, s), high_s)
+            higher_t = tl.where(inside, tl.maximum(high_t, t), high_t)
+            # A lane outside the vocabulary keeps what it had; its factors are exp(-inf) and exp(0).
+            keep_s = tl.where(inside, tl.exp(high_s - higher_s), 1.0)
+            keep_t = tl.where(inside, tl.exp(high_t - higher_t), 1.0)
+            add_s = tl.where(inside, tl.exp(s - higher_s), 0.0)
+            add_t = tl.where(inside, tl.exp(t - higher_t), 0.0)
+            total_s = total_s * keep_s + add_s
+            total_t = total_t * keep_t + add_t
+            apart = apart * keep_t + add_t * (t - s)
+            high_s = higher_s
+            high_t = higher_t
+        top_s = tl.max(high_s, 0)
+        top_t = tl.max(high_t, 0)
+        share = tl.exp(high_t - top_t)
+        sum_t = tl.sum(total_t * share, 0)
+        log_s = top_s + tl.log(tl.sum(total_s * tl.exp(high_s - top_s), 0))
+        log_t = top_t + tl.log(sum_t)
+        tl.store(kl + position, tl.sum(apart * share, 0) / sum_t - log_t + log_s)
+        tl.store(student_sum + position, log_s)
+        tl.store(teacher_sum + position, log_t)
+
+    @triton.jit
+    def _divergence_gradient(
+        student, teacher, student_sum, teacher_sum, factor, out, vocabulary, inverse_temperature, WIDTH: tl.constexpr
+    ):
+        position = tl.program_id(1).to(tl.int64)
+        v = tl.program_id(0) * WIDTH + tl.arange(0, WIDTH)
+        place, inside = position * vocabulary + v, v < vocabulary
+        s = tl.load(student + place, mask=inside, other=0.0).to(tl.float32) * inverse_temperature
+        t = tl.load(teacher + place, mask=inside, other=0.0).to(tl.float32) * inverse_temperature
+        p_s = tl.exp(s - tl.load(student_sum + position))
+        p_t = tl.exp(t - tl.load(teacher_sum + position))
+        value = (p_s - p_t) * tl.load(factor + position)
         tl.store(out + place, value.to(out.dtype.element_ty), mask=inside)

@@ -85,6 +85,8 @@ class Step:
         self.recorder = Recorder(_stream(machine))
         self._held: dict[tuple[torch.Size, ...], dict[str, Tensor]] = {}
         prepare(student, machine.compile, bool(machine.checkpointing))
+        if loss.teacher is not None:
+            prepare(loss.teacher, machine.compile)
 
     def __call__(self, batch: Batch, factor: float, stop: bool = False) -> Figures:
         """One step.

@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from qat.config import DataConfig, DataSource, Start
-from qat.data import selfgen
 from qat.data.selfgen import PROMPTS_AT_ONCE, Sample, answer, generate
 from qat.data.thinking import chat_tokens
 

@@ -31,6 +31,17 @@ for P, V, D, K in [(5, 9000, 70, 5), (3, 4096, 128, 64), (2, 130, 300, 1)]:
     for dtype, error in ((torch.float32, 1e-5), (torch.bfloat16, 8e-3)):
         found = kernels.softmax_times(logits, sums, c, dtype).double()
         assert torch.allclose(found, expected, rtol=error, atol=1e-7), dtype
+    other = logits.roll(1, 1) * 0.7
+    for T in (1.0, 2.5):
+        p, q = ((x.double() / T).log_softmax(-1) for x in (other, logits))
+        kl, *both = kernels.divergence(logits, other, T)
+        assert torch.allclose(kl.double(), (p.exp() * (p - q)).sum(-1), rtol=1e-5, atol=2e-5)
+        for found, x in zip(both, (logits, other)):
+            assert torch.allclose(found.double(), (x.double() / T).logsumexp(-1), atol=2e-5)
+        expected = (q.exp() - p.exp()) * c.double()[:, None]
+        for dtype, error in ((torch.float32, 1e-4), (torch.bfloat16, 8e-3)):
+            found = kernels.divergence_gradient(logits, other, *both, T, c, dtype).double()
+            assert torch.allclose(found, expected, rtol=error, atol=1e-6), (T, dtype)
 """
 
 
