@@ -29,9 +29,8 @@ def reassign(weight_NOI: Tensor, h_NI: Tensor, table_NK: Tensor, A_NOR: Tensor, 
 
     The given table ascends. An entry that no index uses stays as it is.
     """
-    layers, _, inputs = weight_NOI.shape
     index = torch.empty(weight_NOI.shape, dtype=torch.uint8, device=weight_NOI.device)
-    sums_N2K = torch.zeros(layers, 2, table_NK.shape[1], dtype=torch.float64, device=weight_NOI.device)
+    sums_N2K = torch.zeros(len(weight_NOI), 2, table_NK.shape[1], dtype=torch.float64, device=weight_NOI.device)
     entries = torch.arange(table_NK.shape[1], dtype=weight_NOI.dtype, device=weight_NOI.device)
     for rows in blocks(weight_NOI):
         W, S = weight_NOI[:, rows], A_NOR[:, rows] @ B_NRI

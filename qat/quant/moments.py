@@ -77,7 +77,7 @@ def gather(model: PreTrainedModel, layers: list[Layer], text: list[Batch], gradi
 
 
 def _passes(layers: list[Layer], gradients: bool, most_bytes: float) -> Iterator[list[Layer]]:
-    """The layers in lists whose moments take at most so many bytes, or one input's layers; those of one stay together."""
+    """The layers in lists whose moments take at most so many bytes; those that share an input stay together."""
     together: list[Layer] = []
     for _, readers in groupby(layers, key=lambda layer: layer.source):
         more = list(readers)
