@@ -40,8 +40,8 @@ def main() -> None:
     options = arguments()
     rows = []
     with threads(options.threads):
-        for name, x, weight in layers():
-            for entries in (4, 16):
+        for name, x, weight in layers()[: options.layers]:
+            for entries in options.entries:
                 rows += compare(name, x, weight, entries, options)
                 if options.json:
                     Path(options.json).write_text(json.dumps(rows, indent=1))
@@ -269,6 +269,8 @@ def arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="cuda: GPU figures beside")
+    parser.add_argument("--layers", type=int, default=4, help="how many of the four")
+    parser.add_argument("--entries", type=int, nargs="+", default=[4, 16])
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--limit", type=float, default=60.0, help="seconds that kmeans-pytorch may take")

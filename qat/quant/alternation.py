@@ -18,7 +18,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from qat.quant.scales import DAMPING, look_up, ratio
+from qat.quant.scales import DAMPING, entry_sums, look_up, ratio
 
 AT_ONCE = {"cpu": 1 << 18, "cuda": 1 << 23}  # weights in a block: what caches hold; what hides launches
 BEYOND = 1.5
@@ -31,14 +31,12 @@ def reassign(weight_NOI: Tensor, h_NI: Tensor, table_NK: Tensor, A_NOR: Tensor, 
     """
     index = torch.empty(weight_NOI.shape, dtype=torch.uint8, device=weight_NOI.device)
     sums_N2K = torch.zeros(len(weight_NOI), 2, table_NK.shape[1], dtype=torch.float64, device=weight_NOI.device)
-    entries = torch.arange(table_NK.shape[1], dtype=weight_NOI.dtype, device=weight_NOI.device)
     for rows in blocks(weight_NOI):
         W, S = weight_NOI[:, rows], A_NOR[:, rows] @ B_NRI
         found = _reached(W / S, table_NK)
         index[:, rows] = found
         products = torch.stack([W * S, S.square_()], dim=1).mul_(h_NI[:, None, None])
-        members = torch.eq(found[:, None], entries[:, None, None], out=found.new_empty(0))
-        sums_N2K += products.flatten(2) @ members.flatten(2).mT
+        sums_N2K += _sums(products, found, table_NK.shape[1])
     above, below = sums_N2K.unbind(1)
     return index, torch.where(below > 0, above / below.clamp_min(1e-30), table_NK).to(table_NK.dtype)
 
@@ -50,6 +48,19 @@ def _reached(relative: Tensor, table_NK: Tensor) -> Tensor:
     for k in range(middle_NK.shape[1]):
         found += torch.ge(relative, middle_NK[:, k, None, None], out=reached)
     return found
+
+
+def _sums(values_N2OI: Tensor, found_NOI: Tensor, entries: int) -> Tensor:
+    """Sums [N, 2, K] of the values at each index.
+
+    On a CPU a product with the indices as zeros and ones, faster than counting them; a GPU would leave so
+    long and thin a product to one of its processors.
+    """
+    if values_N2OI.device.type != "cpu":
+        return torch.stack([entry_sums(values, found_NOI, entries) for values in values_N2OI.unbind(1)], dim=1)
+    number_K11 = torch.arange(entries, dtype=found_NOI.dtype)[:, None, None]
+    members_NKOI = torch.eq(found_NOI[:, None], number_K11, out=found_NOI.new_empty(0))
+    return values_N2OI.flatten(2) @ members_NKOI.flatten(2).mT
 
 
 def move_rows(
