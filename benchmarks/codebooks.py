@@ -4,6 +4,8 @@
     python benchmarks/codebooks.py --threads 2
     python benchmarks/codebooks.py --device cuda
 
+A package that is not installed is named and left out; without numba, inertia is relative to ours.
+
 A layer has 3072 × 1024 values, normal or heavy-tailed (Student's t with 3 degrees of freedom), alike in
 weight or not. Every solver gets the same fp32 values and as many threads; the optimum is an exact dynamic
 program over all sorted values in float64. Inertia is computed from each solver's codebook over all values.
@@ -15,19 +17,15 @@ backend of that name, which hands 2048 quantiles to the package.
 
 import argparse
 import contextlib
+import functools
+import importlib.util
 import io
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import flash1dkmeans
-import kmeans1d
-import kmeans_pytorch
-import numba
 import numpy as np
-import sklearn.cluster
-import threadpoolctl
 import torch
 
 from qat.quant import backends, codebook
@@ -40,22 +38,47 @@ Solver = Callable[[np.ndarray, np.ndarray | None, int], np.ndarray]
 def main() -> None:
     """Every layer, size and solver; prints a row each."""
     options = arguments()
-    torch.set_num_threads(options.threads)
-    numba.set_num_threads(options.threads)
     rows = []
-    with threadpoolctl.threadpool_limits(options.threads):
-        for name, x, weight in layers():
-            for entries in (4, 16):
+    with threads(options.threads):
+        for name, x, weight in layers()[: options.layers]:
+            for entries in options.entries:
                 rows += compare(name, x, weight, entries, options)
                 if options.json:
                     Path(options.json).write_text(json.dumps(rows, indent=1))
 
 
+@contextlib.contextmanager
+def threads(count: int) -> Iterator[None]:
+    """As many for every package."""
+    torch.set_num_threads(count)
+    if installed("numba"):
+        import numba
+
+        numba.set_num_threads(count)
+    if not installed("threadpoolctl"):
+        yield
+        return
+    import threadpoolctl
+
+    with threadpoolctl.threadpool_limits(count):
+        yield
+
+
+@functools.cache
+def installed(package: str) -> bool:
+    """Says so once when it is not."""
+    found = importlib.util.find_spec(package) is not None
+    if not found:
+        print(f"{package} is not installed and left out")
+    return found
+
+
 def compare(name: str, x: np.ndarray, weight: np.ndarray | None, entries: int, options: argparse.Namespace) -> list:
     """All solvers on one layer, ours first."""
-    best = optimum(x, weight, entries)
+    best = optimum(x, weight, entries) if installed("numba") else None
     print(f"\n{name}, {entries} entries")
-    print(f"{'':24}{'first, s':>10}{'best, s':>10}{'ours = 1':>10}{'inertia / optimum':>20}")
+    what = "inertia / optimum" if best else "inertia / ours"
+    print(f"{'':24}{'first, s':>10}{'best, s':>10}{'ours = 1':>10}{what:>20}")
     rows = []
     for solver, (solve, repeats) in solvers(options).items():
         seconds, found = timed(solve, x, weight, entries, repeats or options.repeats)
@@ -64,6 +87,7 @@ def compare(name: str, x: np.ndarray, weight: np.ndarray | None, entries: int, o
             continue
         row = {"layer": name, "entries": entries, "solver": solver, "first_s": seconds[0], "best_s": min(seconds)}
         row["ratio"] = row["best_s"] / rows[0]["best_s"] if rows else 1.0
+        best = best or inertia(x, weight, found)
         row["inertia"] = inertia(x, weight, found) / best
         rows.append(row)
         print(
@@ -102,19 +126,22 @@ def layers() -> list[tuple[str, np.ndarray, np.ndarray | None]]:
 
 def solvers(options: argparse.Namespace) -> dict[str, tuple[Solver, int]]:
     """By name, with how often each is run where that is not the command line's number."""
-    found: dict[str, tuple[Solver, int]] = {
-        "ours": (on("cpu", codebook.kmeans), 0),
-        "kmeans_pytorch 2048": (on("cpu", backends.kmeans_pytorch), 0),
-        "kmeans-pytorch": (lambda *a: package(*a, "cpu", options.limit), 1),
-        "flash1dkmeans": (lambda x, w, k: flash1dkmeans.kmeans_1d(x, k, sample_weights=w, random_state=0)[0], 0),
-        "kmeans1d": (exact_package, 1),
-        "scikit-learn k-means++": (lambda *a: scikit_learn(*a, "k-means++"), 0),
-        "scikit-learn quantiles": (lambda *a: scikit_learn(*a, "quantiles"), 0),
-    }
+    found: dict[str, tuple[Solver, int]] = {"ours": (on("cpu", codebook.kmeans), 0)}
+    if installed("kmeans_pytorch"):
+        found["kmeans_pytorch 2048"] = (on("cpu", backends.kmeans_pytorch), 0)
+        found["kmeans-pytorch"] = (lambda *a: package(*a, "cpu", options.limit), 1)
+    if installed("flash1dkmeans"):
+        found["flash1dkmeans"] = (flash, 0)
+    if installed("kmeans1d"):
+        found["kmeans1d"] = (exact_package, 1)
+    if installed("sklearn"):
+        found["scikit-learn k-means++"] = (lambda *a: scikit_learn(*a, "k-means++"), 0)
+        found["scikit-learn quantiles"] = (lambda *a: scikit_learn(*a, "quantiles"), 0)
     if options.device == "cuda":
         found["ours, GPU"] = (on("cuda", codebook.kmeans), 0)
         found[f"ours, GPU, {STACK} layers"] = (on("cuda", codebook.kmeans, STACK), 0)
-        found["kmeans-pytorch, GPU"] = (lambda *a: package(*a, "cuda", options.limit), 1)
+        if installed("kmeans_pytorch"):
+            found["kmeans-pytorch, GPU"] = (lambda *a: package(*a, "cuda", options.limit), 1)
     return found
 
 
@@ -149,6 +176,8 @@ def package(x: np.ndarray, weight: np.ndarray | None, entries: int, device: str,
             if time.monotonic() > ends:
                 raise TimeoutError(f"not done in {limit:.0f} s")
 
+    import kmeans_pytorch
+
     np.random.seed(0)
     bar, kmeans_pytorch.tqdm = kmeans_pytorch.tqdm, Meter
     try:
@@ -159,10 +188,19 @@ def package(x: np.ndarray, weight: np.ndarray | None, entries: int, device: str,
     return centres.double().numpy() * x.std() + x.mean()
 
 
+def flash(x: np.ndarray, weight: np.ndarray | None, entries: int) -> np.ndarray:
+    """flash1dkmeans."""
+    import flash1dkmeans
+
+    return flash1dkmeans.kmeans_1d(x, entries, sample_weights=weight, random_state=0)[0]
+
+
 def exact_package(x: np.ndarray, weight: np.ndarray | None, entries: int) -> np.ndarray:
     """kmeans1d."""
     if weight is not None:
         raise NotImplementedError("knows no weights")
+    import kmeans1d
+
     return np.array(kmeans1d.cluster(x, entries).centroids)
 
 
@@ -174,6 +212,8 @@ def scikit_learn(x: np.ndarray, weight: np.ndarray | None, entries: int, start: 
         init = np.quantile(x, places, **method)[:, None]
     else:
         init = start
+    import sklearn.cluster
+
     model = sklearn.cluster.KMeans(entries, init=init, n_init=1, random_state=0)
     return model.fit(x[:, None], sample_weight=weight).cluster_centers_
 
@@ -190,10 +230,17 @@ def optimum(x: np.ndarray, weight: np.ndarray | None, entries: int) -> float:
     order = np.argsort(x)
     x = x[order] - x.mean(dtype=np.float64)
     mass = np.ones_like(x) if weight is None else weight[order].astype(np.float64)
-    return float(dynamic_program(*(np.concatenate([[0.0], np.cumsum(mass * x**p)]) for p in range(3)), entries))
+    return float(compiled()(*(np.concatenate([[0.0], np.cumsum(mass * x**p)]) for p in range(3)), entries))
 
 
-@numba.njit
+@functools.cache
+def compiled() -> Callable:
+    """The loop as machine code."""
+    import numba
+
+    return numba.njit(dynamic_program)
+
+
 def dynamic_program(W: np.ndarray, S: np.ndarray, Q: np.ndarray, entries: int) -> float:
     """Cuts never cross as values are added, so each is sought between those of its neighbours."""
     count = len(W)
@@ -222,6 +269,8 @@ def arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="cuda: GPU figures beside")
+    parser.add_argument("--layers", type=int, default=4, help="how many of the four")
+    parser.add_argument("--entries", type=int, nargs="+", default=[4, 16])
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--limit", type=float, default=60.0, help="seconds that kmeans-pytorch may take")

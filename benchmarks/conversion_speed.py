@@ -1,9 +1,10 @@
 """How long conversion takes at the shape of Qwen3-0.6B, whose speed needs no real weights.
 
-    python benchmarks/conversion_speed.py [--layers 28]
+    python benchmarks/conversion_speed.py [--layers 28] [--gather 65536]
 
 Random weights and random second moments, in host memory as after calibration. Prints seconds and peak memory
-of the first step alone (codebooks and scales: the alternating fit without assignment) and of a whole pass.
+of the first step alone (codebooks and scales: the alternating fit without assignment) and of a whole pass. With
+`--gather`, of gathering the moments of so many random tokens as well, where the model lies on the device and counts.
 """
 
 import argparse
@@ -15,13 +16,15 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, Qwen3Config
 
 from qat import machine as machines
+from qat.cache.reader import Batch, Text
 from qat.config import ConvertConfig, InstanceConfig, KMeansBackend, KMeansConfig, QuantConfig, TableConfig
 from qat.machine import exact_matmul, peak_bytes
 from qat.models import linear
 from qat.quant import codebook, convert, fit
 from qat.quant.layers import Layer, select
-from qat.quant.moments import Moments
+from qat.quant.moments import Moments, gather
 
+VOCABULARY = 151936
 PRESETS = {"q2a4": QuantConfig("q2a4", TableConfig(2, 32), TableConfig(4, 8))}
 
 
@@ -36,6 +39,11 @@ def main() -> None:
     print(
         f"{len(layers)} layers, {sum(x.weights for x in layers):,} weights, {device}, model {model_bytes / 1e9:.2f} GB"
     )
+    if options.gather:
+        model.to(device)
+        work = partial(gather, model, layers, random_text(options.gather), options.gradients)
+        measured(device, f"moments of {options.gather} tokens", work)
+        model.cpu()
     weights = lambda name: linear(model, name).weight  # noqa: E731
     kmeans = KMeansConfig("exact", KMeansBackend.exact)
     measured(device, "warm-up (one block)", partial(alternating, layers[:7], weights, moments, device, 1))
@@ -50,8 +58,9 @@ def main() -> None:
 def shape(layers: int) -> torch.nn.Module:
     """Qwen3-0.6B with random weights, in host memory."""
     config = Qwen3Config(
-        vocab_size=151936, hidden_size=1024, intermediate_size=3072, num_hidden_layers=layers, num_attention_heads=16,
-        num_key_value_heads=8, head_dim=128, tie_word_embeddings=True, rope_theta=1e6, rms_norm_eps=1e-6,
+        vocab_size=VOCABULARY, hidden_size=1024, intermediate_size=3072, num_hidden_layers=layers,
+        num_attention_heads=16, num_key_value_heads=8, head_dim=128, tie_word_embeddings=True, rope_theta=1e6,
+        rms_norm_eps=1e-6,
     )  # fmt: skip
     torch.manual_seed(0)
     return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
@@ -63,6 +72,11 @@ def random_moments(layers: list[Layer], gradients: bool, device: torch.device) -
     moment = {size: second_moment(size, device) for size in sizes}
     inputs = {layer.source: moment[layer.shape[1]] for layer in layers}
     return Moments(inputs, {layer.name: moment[layer.shape[0]] for layer in layers} if gradients else {})
+
+
+def random_text(tokens: int) -> list[Batch]:
+    """Sequences of 128 in micro-batches of 16."""
+    return Text(torch.randint(VOCABULARY, (tokens // 128, 128))).batches(16)
 
 
 def second_moment(size: int, device: torch.device) -> Tensor:
@@ -102,6 +116,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--layers", type=int, default=28)
     parser.add_argument("--rounds", type=int, nargs="*", default=[1, ConvertConfig().rounds])
     parser.add_argument("--sweeps", type=int, nargs="*", default=[0, 2])
+    parser.add_argument("--gather", type=int, default=0, help="tokens")
     parser.add_argument("--gradients", action=argparse.BooleanOptionalAction, default=True)
     return parser.parse_args()
 

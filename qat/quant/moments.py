@@ -5,15 +5,24 @@ gradients g at its outputs, the loss being the surprise at next tokens drawn fro
 Fisher information, Martens & Grosse 2015), and inputs are weighed by the size of the gradient that meets
 them (Kim et al. 2025, "GuidedQuant", arXiv 2505.07004, which weighs by its square; the root lets fewer
 tokens decide and did better here). All in full fp32: TF32 ruins the fit that follows.
+
+A GPU needs at most 2 GB for this beside the model. The moments of Qwen3-0.6B's layers are 4.8 GB, so the
+text passes through the model several times, each time for as many layers as `MOST_BYTES` of moments hold;
+of activations only the inputs of decoder layers are kept, and one layer's are computed again at a time.
 """
 
+import math
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
+from itertools import groupby
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from qat.cache.reader import Batch
@@ -23,7 +32,9 @@ from qat.machine import exact_matmul
 from qat.quant.layers import Layer
 from qat.quant.linear import baked
 
-POSITIONS = 256  # whose logits over the vocabulary exist at one time
+LOGITS = 1 << 22  # that exist at one time
+STATES = 1 << 20  # numbers in the hidden states that pass through the model at one time
+MOST_BYTES = 1.1e9  # of moments that are summed on a GPU in one pass over the text
 
 
 @dataclass(frozen=True)
@@ -45,29 +56,64 @@ def gather(model: PreTrainedModel, layers: list[Layer], text: list[Batch], gradi
     Raises:
         NumericsError: an input or a gradient is NaN or infinite.
     """
-    tokens = sum(batch.input_ids.numel() for batch in text)
-    observer = _Observer(model, layers, tokens, gradients)
-    draw = torch.Generator().manual_seed(0)
+    passes = list(_passes(layers, gradients, MOST_BYTES if model.device.type == "cuda" else math.inf))
+    tokens, found = sum(batch.input_ids.numel() for batch in text), Moments()
+    what = "layer curvature" if gradients else "layer inputs"
     with (
         torch.set_grad_enabled(gradients),
         exact_matmul(),
-        observer.watching(),
         baked(model, model.dtype),
-        progress("layer curvature" if gradients else "layer inputs", tokens, "tokens") as advance,
+        progress(what, tokens * len(passes), "tokens") as advance,
     ):
-        for batch in text:
-            hidden = model.base_model(**batch.to(model.device).inputs()).last_hidden_state
-            if gradients:
-                uniform = torch.rand(hidden.shape[:2], generator=draw)  # the same for any micro-batch
-                hidden.backward(_surprise(model, hidden.detach(), uniform.to(model.device)))
-            advance(batch.input_ids.numel())
-    return observer.moments()
+        for some in passes:
+            observer = _Observer(model, some, tokens, gradients)
+            draw = torch.Generator().manual_seed(0)
+            with observer.watching():
+                for batch in _small(text, model):
+                    _observe(model, batch, draw if gradients else None)
+                    advance(batch.input_ids.numel())
+            observer.add_to(found)
+    return found
+
+
+def _passes(layers: list[Layer], gradients: bool, most_bytes: float) -> Iterator[list[Layer]]:
+    """The layers in lists whose moments take at most so many bytes; those that share an input stay together."""
+    together: list[Layer] = []
+    for _, readers in groupby(layers, key=lambda layer: layer.source):
+        more = list(readers)
+        if together and _bytes(together + more, gradients) > most_bytes:
+            yield together
+            together = []
+        together += more
+    yield together
+
+
+def _bytes(layers: list[Layer], gradients: bool) -> int:
+    inputs = {layer.source: layer.shape[1] ** 2 for layer in layers}
+    outputs = [layer.shape[0] ** 2 for layer in layers if gradients]
+    return 4 * (sum(inputs.values()) + sum(outputs))
+
+
+def _small(text: list[Batch], model: PreTrainedModel) -> Iterator[Batch]:
+    """The text in micro-batches that are no larger than memory for their activations asks for."""
+    for batch in text:
+        rows, length = batch.input_ids.shape
+        parts = math.ceil(rows * length * model.config.hidden_size / STATES)
+        yield from batch.split(math.ceil(rows / parts))
+
+
+def _observe(model: PreTrainedModel, batch: Batch, draw: torch.Generator | None) -> None:
+    """Forward, and backward from labels that are drawn if there is something to draw them with."""
+    hidden = model.base_model(**batch.to(model.device).inputs()).last_hidden_state
+    if draw is not None:
+        uniform = torch.rand(hidden.shape[:2], generator=draw)  # the same for any micro-batch
+        hidden.backward(_surprise(model, hidden.detach(), uniform.to(model.device)))
 
 
 def _surprise(model: PreTrainedModel, hidden: Tensor, uniform: Tensor) -> Tensor:
     """Gradient with respect to the hidden states of −log p(token), each token drawn from p by a uniform number."""
-    slopes = []
-    for states, u in zip(hidden.flatten(0, 1).split(POSITIONS), uniform.flatten().split(POSITIONS), strict=True):
+    slopes, positions = [], max(1, LOGITS // model.config.vocab_size)
+    for states, u in zip(hidden.flatten(0, 1).split(positions), uniform.flatten().split(positions), strict=True):
         states = states.requires_grad_()
         logits = model.lm_head(states).float()
         below = logits.detach().softmax(-1).cumsum(-1)
@@ -104,13 +150,15 @@ class _Observer:
         if self.gradients:  # frozen weights: a graph starts where something asks for gradients
             embeddings = model.get_input_embeddings()
             hooks.append(embeddings.register_forward_hook(lambda _, __, output: output.detach().requires_grad_()))
+            _compute_twice(model)
         try:
             yield
         finally:
             for hook in hooks:
                 hook.remove()
+            _compute_once(model)
 
-    def moments(self) -> Moments:
+    def add_to(self, found: Moments) -> None:
         """The means, in host memory."""
         inputs = {name: (self.H.pop(name) / self.weight[name].clamp_min(1e-30)).cpu() for name in list(self.H)}
         outputs = {name: (self.G.pop(name) / self.tokens).cpu() for name in list(self.G)}
@@ -118,15 +166,16 @@ class _Observer:
             if not torch.isfinite(moment).all():
                 what = "gradient at the output" if name in outputs else "input"
                 raise NumericsError(f"the {what} of {name} holds NaN or infinity: try instance.precision=fp32")
-        return Moments(inputs, outputs)
+        found.inputs.update(inputs)
+        found.outputs.update(outputs)
 
     def _input_of(self, source: str):  # type: ignore[no-untyped-def]
         def hook(_: nn.Module, arguments: tuple[Tensor, ...]) -> None:
             x = arguments[0].detach().flatten(0, -2)
-            if self.gradients:
-                self._inputs[source] = x
-            else:
+            if not self.gradients:
                 self._add_input(source, x, torch.ones(len(x), device=x.device))
+            elif torch.is_grad_enabled():
+                self._inputs[source] = x
 
         return hook
 
@@ -140,7 +189,8 @@ class _Observer:
                 self._add_input(source, self._inputs.pop(source), sizes)
 
         def hook(_: nn.Module, __: tuple[Tensor, ...], output: Tensor) -> None:
-            output.register_hook(arrived)
+            if torch.is_grad_enabled():  # not when the layer is computed for the first of two times
+                output.register_hook(arrived)
 
         return hook
 
@@ -148,6 +198,27 @@ class _Observer:
         x = x.float()
         self.H[source] = _added(self.H.get(source), x * weight[:, None], x)
         self.weight[source] = self.weight.get(source, torch.zeros((), device=x.device)) + weight.sum()
+
+
+def _compute_twice(model: PreTrainedModel) -> None:
+    """Keeps only the inputs of decoder layers for the backward pass; each is computed again, with gradients, there.
+
+    In the form that runs a whole layer again before anything flows back through it: inputs are then at hand
+    when gradients arrive.
+    """
+    base: Any = model.base_model
+    for layer in base.layers:
+        layer.forward = partial(_checkpointed, layer.forward)
+
+
+def _checkpointed(forward: Any, states_BLD: Tensor, **rest: Any) -> Any:
+    return checkpoint(partial(forward, **rest), states_BLD, use_reentrant=True, preserve_rng_state=False)
+
+
+def _compute_once(model: PreTrainedModel) -> None:
+    base: Any = model.base_model
+    for layer in base.layers:
+        vars(layer).pop("forward", None)
 
 
 def _added(total: Tensor | None, left: Tensor, right: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from torch import nn
 
 from qat.cache.reader import Text
 from qat.errors import NumericsError
+from qat.quant import moments
 from qat.quant.convert import install
 from qat.quant.layers import select
 from qat.quant.moments import gather
@@ -81,6 +82,50 @@ def test_gradient_moments_do_not_depend_on_the_micro_batch(model, layers, rows):
     for layer in layers:
         close(few.outputs[layer.name], many.outputs[layer.name].double())
         close(few.inputs[layer.source], many.inputs[layer.source].double())
+
+
+@pytest.mark.parametrize("gradients", [False, True])
+def test_several_passes_over_the_text_give_what_one_gives(monkeypatch, model, layers, rows, gradients):
+    expected = gather(model, layers, Text(rows).batches(8), gradients)
+    sizes = {layer.source: layer.shape[1] ** 2 * 4 for layer in layers}
+    if gradients:
+        for layer in layers:
+            sizes[layer.source] += layer.shape[0] ** 2 * 4
+    most = sum(sizes.values()) // 3
+    parts = list(moments._passes(layers, gradients, most))
+    assert [layer for part in parts for layer in part] == layers and 3 <= len(parts) <= 6
+    for part in parts:
+        assert sum(sizes[source] for source in {layer.source for layer in part}) <= most
+    passes = moments._passes
+    monkeypatch.setattr(moments, "_passes", lambda layers, gradients, _: passes(layers, gradients, most))
+    monkeypatch.setattr(moments, "STATES", 1000)  # of 10 × 24 × the hidden size
+    found = gather(model, layers, Text(rows).batches(8), gradients)
+    assert found.inputs.keys() == expected.inputs.keys() and found.outputs.keys() == expected.outputs.keys()
+    for name, moment in (found.inputs | found.outputs).items():
+        close(moment, (expected.inputs | expected.outputs)[name].double())
+
+
+def test_an_input_whose_moments_alone_are_too_large_gets_a_pass_of_its_own(layers):
+    parts = list(moments._passes(layers, True, 1.0))
+    assert [len({layer.source for layer in part}) for part in parts] == [1] * 8
+
+
+def test_of_activations_only_the_inputs_of_decoder_layers_are_kept(monkeypatch, teacher, layers, rows):
+    """With everything kept, what waits for the backward pass grows with what a layer computes inside."""
+    model, kept = teacher.load(torch.float32, tiny.CPU), []
+    surprise = moments._surprise
+
+    def watched(model, hidden, uniform):
+        kept.append(sum(tensor.numel() for tensor in saved))
+        return surprise(model, hidden, uniform)
+
+    saved = []
+    monkeypatch.setattr(moments, "_surprise", watched)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        gather(model, layers, Text(rows).batches(16), gradients=True)
+    states = rows.numel() * model.config.hidden_size
+    assert len(model.model.layers) * states <= kept[0] < (len(model.model.layers) + 5) * states
+    assert all("forward" not in vars(layer) for layer in model.model.layers)
 
 
 def test_a_quantized_model_can_be_looked_at_too(teacher, model, layers, rows):
