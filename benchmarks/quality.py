@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import uniform
 from conversion import convert_option, convert_preset, texts
 from matplotlib.figure import Figure
 from peers import PEERS, Peer
@@ -38,7 +39,7 @@ from transformers import PreTrainedModel
 
 from qat import checkpoints
 from qat import machine as machines
-from qat.artifacts import MANIFEST, obtain, read_manifest, write_json
+from qat.artifacts import obtain, read_manifest, write_json
 from qat.cache.reader import Text
 from qat.config import InstanceConfig, ModelConfig, ModelSource, Precision, QuantConfig, TableConfig
 from qat.errors import ArtifactError, ConfigError, QatError, UnavailableError
@@ -239,18 +240,20 @@ def checkpoint(work: Work, name: str, path: Path) -> Entry:
     def make(dtype: torch.dtype) -> tuple[PreTrainedModel, dict[str, Any]]:
         machine = Machine(work.machine.device, dtype, work.machine.micro_batch)
         student, manifest = checkpoints.load(path, teacher_of(path, work.folder), machine)
-        return student, our_bits(checkpoints.layers_of(manifest))
+        layers = checkpoints.layers_of(manifest)
+        if manifest["quant"]["name"].startswith(uniform.NAME):
+            group = {layer.name: Grid(layer.bits, layer.shape[1] // layer.rank, 0) for layer in layers}
+            return student, bits_of(layers, group)
+        return student, our_bits(layers)
 
     return Entry(f"{OURS}, trained", name, {"checkpoint": checkpoints.identity(path)}, make)
 
 
 def teacher_of(path: Path, folder: ModelFolder) -> ModelFolder:
-    """The model as the checkpoint calls it: a folder that is an artifact of ours goes by the artifact's key too."""
-    if (folder.path / MANIFEST).is_file():
-        key = str(read_manifest(folder.path)["key"])
-        if path.is_dir() and read_manifest(path).get("teacher") == key:
-            return ModelFolder(folder.name, folder.path, key)
-    return folder
+    """The model by the fingerprint that the checkpoint knows it by: of its files, or the key of its artifact."""
+    artifact = uniform.as_artifact(folder)
+    known = path.is_dir() and read_manifest(path).get("teacher") == artifact.fingerprint
+    return artifact if known else folder
 
 
 def our_bits(layers: list[Layer]) -> dict[str, float]:
