@@ -4,7 +4,7 @@
     python benchmarks/quality.py --model <folder> --calibration a.json b.txt --evaluation chat.json wiki.txt \
         --methods rtn hqq gptq autoround --bits 2:64 3:64 4:64
     python benchmarks/quality.py --model <folder> --calibration a.json b.txt --evaluation chat.json wiki.txt \
-        --ours q2a4 q2a4_r8 q3a4_r8 q4a4 --convert fast --checkpoint q2a4_trained=outputs/SR-001
+        --ours q2a4 q2a4_r8 q3a4_r8 q4a4 --convert fast --checkpoint q2a4=outputs/SR-001/checkpoints/best
     python benchmarks/quality.py --draw
 
 `--bits 2:64` quantizes the MLP to 2 bits in groups of 64 consecutive inputs; attention always gets 4 bits in
@@ -41,6 +41,7 @@ from qat import checkpoints
 from qat import machine as machines
 from qat.artifacts import obtain, read_manifest, write_json
 from qat.cache.reader import Text
+from qat.checkpoint_files import find
 from qat.config import InstanceConfig, ModelConfig, ModelSource, Precision, QuantConfig, TableConfig
 from qat.errors import ArtifactError, ConfigError, QatError, UnavailableError
 from qat.evaluate import evaluate
@@ -145,7 +146,7 @@ def entries(work: Work, options: argparse.Namespace, skipped: dict[str, str]) ->
         name, equals, path = given.partition("=")
         if not equals:
             raise ConfigError(f"--checkpoint {given} is not name=path")
-        yield checkpoint(work, name, Path(path))
+        yield checkpoint(work, name, find(Path(path)))
 
 
 def measure(entry: Entry, work: Work, results: "Results") -> None:

@@ -2,7 +2,7 @@
 
     python benchmarks/uniform.py convert --model <folder> --calibration a.json b.txt --mlp 2:64 --output <checkpoint>
     python benchmarks/uniform.py train stage=distill checkpoint=<checkpoint> model=… cache=… mode=e2e train.…
-    python benchmarks/quality.py … --checkpoint uniform_trained=outputs/SR-001
+    python benchmarks/quality.py … --checkpoint uniform=outputs/SR-001/checkpoints/best
 
 Group scales are low-rank scales whose B is fixed: row k of it is constant on the columns of group k and zero
 elsewhere, so that A holds one number a row and group. The table is fixed too, at 2^bits evenly spaced values
