@@ -19,6 +19,7 @@ given with more methods, does what is missing; a row is made anew when anything 
 
 import argparse
 import hashlib
+import importlib.util
 import json
 import logging
 import time
@@ -31,7 +32,6 @@ from typing import Any
 import torch
 import uniform
 from conversion import convert_option, convert_preset, texts
-from matplotlib.figure import Figure
 from peers import PEERS, Peer
 from peers.grid import Grid, mean_bits, parse, prove
 from safetensors.torch import load_file, save_file
@@ -54,7 +54,13 @@ ATTENTION = (4, 64)
 TOP_K = 64  # tokens that `kd_loss` looks at
 OURS = "ours"
 WEIGHTS = "weights.safetensors"
-COLORS = {"RTN": "#9aa5b1", "HQQ": "#ca8a04", "GPTQ": "#0f766e", "AutoRound": "#7c3aed"}
+COLORS = {
+    "RTN": "#9aa5b1",
+    "HQQ": "#ca8a04",
+    "GPTQ": "#0f766e",
+    "AutoRound": "#7c3aed",
+    "uniform grid, trained": "#111827",
+}
 OUR_COLORS = ("#c2410c", "#1d4ed8", "#be185d")
 
 
@@ -126,8 +132,10 @@ def main() -> None:
     except QatError as error:
         raise SystemExit(f"quality.py: {error}") from None
     print(table(rows, skipped))
-    if rows:
+    if rows and importlib.util.find_spec("matplotlib"):
         draw(rows, Path(options.picture))
+    else:
+        print("\nno picture: there is nothing to draw, or no matplotlib to draw with (--draw does it elsewhere)")
 
 
 def entries(work: Work, options: argparse.Namespace, skipped: dict[str, str]) -> Iterator[Entry]:
@@ -236,18 +244,19 @@ def preset(work: Work, name: str, convert: str) -> Entry:
 
 
 def checkpoint(work: Work, name: str, path: Path) -> Entry:
-    """A trained student of ours."""
+    """A trained student of ours, or of `uniform.py`."""
+    on_grid = path.is_dir() and str(read_manifest(path)["quant"]["name"]).startswith(uniform.NAME)
 
     def make(dtype: torch.dtype) -> tuple[PreTrainedModel, dict[str, Any]]:
         machine = Machine(work.machine.device, dtype, work.machine.micro_batch)
         student, manifest = checkpoints.load(path, teacher_of(path, work.folder), machine)
         layers = checkpoints.layers_of(manifest)
-        if manifest["quant"]["name"].startswith(uniform.NAME):
-            group = {layer.name: Grid(layer.bits, layer.shape[1] // layer.rank, 0) for layer in layers}
-            return student, bits_of(layers, group)
-        return student, our_bits(layers)
+        if not on_grid:
+            return student, our_bits(layers)
+        return student, bits_of(layers, {layer.name: uniform.grid(layer) for layer in layers})
 
-    return Entry(f"{OURS}, trained", name, {"checkpoint": checkpoints.identity(path)}, make)
+    method = "uniform grid" if on_grid else OURS
+    return Entry(f"{method}, trained", name, {"checkpoint": checkpoints.identity(path)}, make)
 
 
 def teacher_of(path: Path, folder: ModelFolder) -> ModelFolder:
@@ -330,6 +339,8 @@ def table(rows: list[dict[str, Any]], skipped: dict[str, str]) -> str:
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
     """KL against effective bits, a panel a text: our presets as lines, peers as points."""
+    from matplotlib.figure import Figure  # machines that only compute may lack it
+
     names = sorted({row["text"] for row in rows})
     figure = Figure(figsize=(5.5 * len(names), 5), dpi=120, layout="constrained")
     methods = sorted({row["method"] for row in rows}, key=lambda method: (method.startswith(OURS), method))
@@ -343,6 +354,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
             if points:
                 show(axes, points, method, colors[method])
         axes.set(xlabel="effective bits per MLP weight", title=text, yscale="log")
+        axes.margins(x=0.12)
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.3)
     panels[0].set_ylabel("KL(teacher‖student), nats")
@@ -359,7 +371,7 @@ def show(axes: Any, points: list[tuple[float, float, str]], method: str, color: 
         return
     axes.plot(bits, kl, marker="o", color=color, label=method)
     for x, y, name in zip(bits, kl, names, strict=True):
-        axes.annotate(name, (x, y), textcoords="offset points", xytext=(0, -13), ha="center", fontsize=7, color=color)
+        axes.annotate(name, (x, y), textcoords="offset points", xytext=(-6, -10), ha="right", fontsize=7, color=color)
 
 
 def arguments() -> argparse.Namespace:

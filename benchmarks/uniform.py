@@ -21,7 +21,7 @@ from unittest.mock import patch
 
 import torch
 from conversion import convert_option, texts
-from peers.grid import parse
+from peers.grid import Grid, parse
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -97,6 +97,11 @@ def preset(layers: list[Layer]) -> QuantConfig:
     first = {kind: next(layer for layer in layers if layer.kind == kind) for kind in ("mlp", "attn")}
     mlp, attention = (TableConfig(bits=layer.bits, rank=layer.rank) for layer in first.values())
     return QuantConfig(f"{NAME}_q{mlp.bits}a{attention.bits}", mlp, attention)
+
+
+def grid(layer: Layer) -> Grid:
+    """What a layer costs: indices and scales. Table and B are known, and there is no zero point."""
+    return Grid(layer.bits, layer.shape[1] // layer.rank, 0)
 
 
 def converted(

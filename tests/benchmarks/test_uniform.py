@@ -97,4 +97,6 @@ def test_its_bits_are_those_of_indices_and_scales(teacher, layers, made, tmp_pat
     student = student_of(teacher, made)
     checkpoints.save(student, tmp_path / "u", checkpoints.describe(teacher, uniform.preset(layers), layers))
     work = type("Work", (), {"folder": teacher, "machine": tiny.FP32})
-    assert quality.checkpoint(work, "u", tmp_path / "u").make(torch.float32)[1]["bits"] == 2 + 16 / GROUP
+    entry = quality.checkpoint(work, "u", tmp_path / "u")
+    assert entry.method == "uniform grid, trained"
+    assert entry.make(torch.float32)[1]["bits"] == 2 + 16 / GROUP
