@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 import yaml
+from transformers import PreTrainedModel
 
 from qat import machine as machines
 from qat.cache.reader import Text
@@ -33,7 +34,7 @@ from qat.data import packing, sources
 from qat.data.documents import Document
 from qat.evaluate import evaluate
 from qat.models import ModelFolder, linear, locate
-from qat.quant.convert import convert, install
+from qat.quant.convert import Converted, convert, install
 from qat.quant.layers import bits_per_weight, select
 
 CONF = Path(__file__).parent.parent / "conf"
@@ -57,25 +58,15 @@ def main() -> None:
 
 def measure(name, folder, teacher, calibration, held_out, options, machine) -> list[dict]:
     """One preset: seconds of the whole conversion, effective bits and figures on each text."""
-    layers = select(teacher, preset(name))
     settings = convert_option(options.convert)
     settings.sweeps = settings.sweeps if options.sweeps is None else options.sweeps
-    kmeans = KMeansConfig("exact", KMeansBackend.exact)
     began = time.monotonic()
-    made = convert(
-        layers,
-        lambda: folder.load(machine.dtype, machine.device),
-        lambda layer: linear(teacher, layer).weight,
-        Text(calibration).batches(machine.micro_batch),
-        settings,
-        kmeans,
-        machine.device,
-    )
+    made = convert_preset(name, folder, teacher, calibration, settings, machine)
     seconds = time.monotonic() - began
     student = folder.load(torch.float32, machine.device)
     install(student, {one.layer.name: one.module for one in made})
     exact = machines.Machine(machine.device, torch.float32, machine.micro_batch)
-    mlp = bits_per_weight([layer for layer in layers if layer.kind == "mlp"])
+    mlp = bits_per_weight([one.layer for one in made if one.layer.kind == "mlp"])
     rows = []
     for path, ids in held_out.items():
         figures = evaluate(student, teacher, Text(ids), 64, exact)
@@ -85,6 +76,26 @@ def measure(name, folder, teacher, calibration, held_out, options, machine) -> l
         rows.append(row)
         print(" ".join(f"{k}={v:.4f}" if isinstance(v, float) else f"{k}={v}" for k, v in row.items()), flush=True)
     return rows
+
+
+def convert_preset(
+    name: str,
+    folder: ModelFolder,
+    teacher: PreTrainedModel,
+    calibration_NL: torch.Tensor,
+    settings: ConvertConfig,
+    machine: machines.Machine,
+) -> list[Converted]:
+    """Every layer of a model as a `quant` option has it."""
+    return convert(
+        select(teacher, preset(name)),
+        lambda: folder.load(machine.dtype, machine.device),
+        lambda layer: linear(teacher, layer).weight,
+        Text(calibration_NL).batches(machine.micro_batch),
+        settings,
+        KMeansConfig("exact", KMeansBackend.exact),
+        machine.device,
+    )
 
 
 def texts(

@@ -1,0 +1,165 @@
+"""One whole comparison on the tiny model, then what a second command makes of the first one's results."""
+
+import argparse
+import json
+from pathlib import Path
+
+import peers
+import pytest
+import quality
+import torch
+from peers import rtn
+
+from qat import checkpoints
+from qat.config import ModelConfig, ModelSource
+from qat.errors import ArtifactError
+from qat.models import locate
+from qat.quant.convert import Converted
+from tests import tiny
+
+
+@pytest.fixture
+def options(teacher, tmp_path):
+    rows = [{"instruction": f"say {i}", "output": " ".join(["word"] * 40)} for i in range(20)]
+    (tmp_path / "chat.json").write_text(json.dumps(rows))
+    (tmp_path / "wiki.txt").write_text("\n\n".join(f"paragraph {i} of some text" * 3 for i in range(40)))
+    return argparse.Namespace(
+        model=str(teacher.path),
+        calibration=[str(tmp_path / "wiki.txt")],
+        evaluation=[str(tmp_path / "chat.json"), str(tmp_path / "wiki.txt")],
+        methods=["rtn"],
+        bits=["2:32", "4:32"],
+        ours=[],
+        convert="fast",
+        checkpoint=[],
+        tokens=256,
+        calibration_tokens=256,
+        length=32,
+        precision="fp32",
+        micro_batch=4,
+        outputs=str(tmp_path / "outputs"),
+        json=str(tmp_path / "quality.json"),
+        picture=str(tmp_path / "quality.png"),
+        draw=False,
+    )
+
+
+@pytest.fixture
+def attention_of_32(monkeypatch):
+    monkeypatch.setattr(quality, "ATTENTION", (4, 32))  # rows of the tiny model are 64 long
+
+
+@pytest.fixture
+def run(options, monkeypatch, attention_of_32):
+    def command(**changes):
+        asked = argparse.Namespace(**vars(options) | changes)
+        monkeypatch.setattr(quality, "arguments", lambda: asked)
+        quality.main()
+        return json.loads(Path(asked.json).read_text())
+
+    return command
+
+
+def test_a_comparison_and_its_picture(run, tmp_path, capsys):
+    rows = run()
+    assert [(row["method"], row["name"], row["text"]) for row in rows] == [
+        ("RTN", bits, text) for bits in ("2:32", "4:32") for text in ("chat", "wiki")
+    ]
+    assert [row["bits"] for row in rows[::2]] == [2 + 18 / 32, 4 + 20 / 32]
+    for coarse, fine in zip(rows[:2], rows[2:], strict=True):
+        assert coarse["levels"] == {"attn": 16, "mlp": 4}
+        assert coarse["kl"] > fine["kl"] > 0
+    assert (tmp_path / "quality.png").read_bytes().startswith(b"\x89PNG")
+    assert "| RTN | 2:32 | 2.56 |" in capsys.readouterr().out
+
+
+def test_the_measured_model_is_the_one_with_rounded_weights(run, options, teacher):
+    kl = run(bits=["2:32"])[0]["kl"]
+    student, exact = (teacher.load(torch.float32, tiny.CPU) for _ in range(2))
+    for layer in quality.layers_of(student):
+        grid = peers.PEERS["rtn"].grid(2 if layer.kind == "mlp" else 4, 32)
+        weight = student.get_submodule(layer.name).weight
+        weight.data = rtn.round_to_nearest(weight.data, grid)
+    ids = quality.texts(options.evaluation[:1], teacher, 32, 256)
+    ours, theirs = (model(ids).logits[:, :-1].double().log_softmax(-1) for model in (student, exact))
+    assert kl == pytest.approx(float((theirs.exp() * (theirs - ours)).sum(-1).mean()), rel=1e-4)
+
+
+def test_a_row_that_is_there_is_not_made_again(run, monkeypatch):
+    rows = run()
+    monkeypatch.setattr(quality.Work, "evaluate", lambda *_: pytest.fail("evaluated again"))
+    assert run() == rows
+
+
+def test_rows_are_made_anew_when_what_shapes_them_changed(run):
+    before = run()
+    after = run(bits=["2:32"], tokens=128)
+    assert len(after) == 4
+    changed = [row for row in after if row["settings"]["tokens"] == 128]
+    assert {row["name"] for row in changed} == {"2:32"}
+    assert [row for row in before if row["name"] == "4:32"] == [row for row in after if row["name"] == "4:32"]
+
+
+def test_a_command_that_was_stopped_goes_on_without_quantizing_again(run, monkeypatch):
+    measured = quality.Work.evaluate
+
+    def stop(work, student, text):
+        if text == "wiki":
+            raise KeyboardInterrupt
+        return measured(work, student, text)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(quality.Work, "evaluate", stop)
+        with pytest.raises(KeyboardInterrupt):
+            run(bits=["2:32"])
+    monkeypatch.setattr(rtn, "round_to_nearest", lambda *_: pytest.fail("quantized again"))
+    assert [row["text"] for row in run(bits=["2:32"])] == ["chat", "wiki"]
+
+
+def test_weights_that_are_not_quantized_end_the_command(run, monkeypatch):
+    monkeypatch.setattr(rtn, "round_to_nearest", lambda weight, grid: weight.clone())
+    with pytest.raises(SystemExit, match="is not quantized"):
+        run()
+
+
+def test_a_missing_package_is_told_below_the_table(run, monkeypatch, capsys):
+    absent = peers.Peer("Absent", "rtn", None, False, "no-such-package")
+    monkeypatch.setitem(peers.PEERS, "absent", absent)
+    rows = run(methods=["absent", "rtn"])
+    assert {row["method"] for row in rows} == {"RTN"}
+    assert "Absent was left out: Absent cannot run here" in capsys.readouterr().out
+
+
+def test_presets_and_checkpoints_of_ours(run, options, tmp_path, cache, monkeypatch):
+    monkeypatch.setattr(quality, "convert_preset", small_conversion)
+    known_as_folder = locate(ModelConfig(name="model", source=ModelSource.folder, path=options.model), tmp_path)
+    trained = tiny.checkpoint_in(tmp_path / "trained", known_as_folder, cache)
+    rows = run(methods=[], ours=["q2a4"], checkpoint=[f"mine={trained}"])
+    assert [(row["method"], row["name"]) for row in rows[::2]] == [
+        ("ours, convert=fast", "q2a4"),
+        ("ours, trained", "mine"),
+    ]
+    assert all(row["kl"] > 0 and "levels" not in row for row in rows)
+
+
+def test_a_checkpoint_may_call_the_model_by_its_artifact(run, tmp_path, teacher, cache):
+    trained = tiny.checkpoint_in(tmp_path / "trained", teacher, cache)
+    rows = run(methods=[], checkpoint=[f"mine={trained}"])
+    described = checkpoints.layers_of(checkpoints.manifest(trained, teacher, tiny.FP32))
+    assert rows[0]["bits"] == round(quality.bits_per_weight([x for x in described if x.kind == "mlp"]), 4)
+
+
+def test_drawing_needs_no_model(run, options, monkeypatch):
+    rows = run()
+    monkeypatch.setattr(quality, "Work", lambda _: pytest.fail("a model was wanted"))
+    assert run(draw=True, model=None) == rows
+
+
+def test_a_foreign_file_of_results_is_refused(tmp_path):
+    (tmp_path / "other.json").write_text('[{"name": "something else"}]')
+    with pytest.raises(ArtifactError, match="does not hold rows of this script"):
+        _ = quality.Results(tmp_path / "other.json").rows
+
+
+def small_conversion(name, folder, teacher, calibration, settings, machine):
+    return [Converted(*parts) for parts in tiny.tables_of(teacher, calibration[:4]).values()]
