@@ -53,7 +53,9 @@ from qat.models import ModelFolder
 log = logging.getLogger(__name__)
 
 MADE_WITH = ".made_with.json"
-POSITIONS = {"cpu": 32, "cuda": 2048}  # whose fp32 log-probabilities exist at one time: few stay in a CPU's cache
+# Positions that the head is multiplied with at one time, which must pay for reading all of it, and those of
+# them whose fp32 log-probabilities exist at one time: few, which stay in a CPU's cache.
+POSITIONS = {"cpu": (256, 32), "cuda": (2048, 2048)}
 
 
 @dataclass(frozen=True)
@@ -254,9 +256,10 @@ def record(
 
 def _outputs(model: PreTrainedModel, hidden_XD: Tensor, sample_XR: Tensor, top_k: int) -> Iterable[dict[str, Tensor]]:
     """The head and what is kept of it, a few positions at a time."""
-    size = POSITIONS.get(hidden_XD.device.type, POSITIONS["cpu"])
-    for hidden, sample in zip(hidden_XD.split(size), sample_XR.split(size), strict=True):
-        yield outputs(model.lm_head(hidden), sample, top_k)
+    many, few = POSITIONS.get(hidden_XD.device.type, POSITIONS["cpu"])
+    for hidden, drawn in zip(hidden_XD.split(many), sample_XR.split(many), strict=True):
+        for logits, sample in zip(model.lm_head(hidden).split(few), drawn.split(few), strict=True):
+            yield outputs(logits, sample, top_k)
 
 
 def _write(shard: Shard, kept: dict[str, Tensor], vocab_size: int, key: str, folder: Path) -> None:
