@@ -1,6 +1,7 @@
 import math
 import os
 import signal
+from contextlib import closing
 from dataclasses import replace
 
 import pytest
@@ -37,7 +38,8 @@ def trainer_of(student, readers, train=TRAIN, mode=BOTH, loss=TOPK, **machine) -
 
 def steps_of(trainer: Trainer, count=1):
     """The figures of some steps at the full rate."""
-    return [trainer.step(trainer._batch(step), 1.0) for step in range(count)]
+    with closing(trainer.batches(0)) as batches:
+        return [trainer.step(next(batches), 1.0) for _ in range(count)]
 
 
 def parameters_of(student) -> dict[str, torch.Tensor]:
@@ -170,7 +172,8 @@ def test_gradients_are_clipped(student, readers):
 
 def test_no_gradient_is_left_over_from_the_step_before(student, readers):
     trainer = trainer_of(student, readers)
-    first, second = (trainer.step(trainer._batch(0), 0.0) for _ in range(2))
+    batch = next(trainer.batches(0))
+    first, second = (trainer.step(batch, 0.0) for _ in range(2))
     assert second.grad_norm == pytest.approx(first.grad_norm, rel=1e-5)
 
 
