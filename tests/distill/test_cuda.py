@@ -52,6 +52,13 @@ def exact_products():
     torch.set_float32_matmul_precision(before)
 
 
+def test_batches_come_in_pinned_memory(readers):
+    """So that their copies run beside the GPU's work."""
+    for batch in readers[0].stream(readers[0].in_order(8), GPU):
+        assert all(tensor.is_pinned() for tensor in batch.stored.values())
+        assert batch.to(GPU).input_ids.is_cuda
+
+
 @pytest.mark.parametrize("kind", list(LOSSES))
 @pytest.mark.parametrize("compiled", [False, True])
 def test_a_gpu_trains_as_the_cpu_does(checkpoint, teacher, readers, kind, compiled):
