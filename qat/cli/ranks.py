@@ -53,7 +53,7 @@ def speaks(error: BaseException) -> bool:
 
 def scratch() -> list[str]:
     """Overrides that keep a process beside the first out of everything that is recorded."""
-    logging.lastResort = logging.NullHandler()  # type: ignore[assignment]  # else warnings go to stderr
+    logging.lastResort = logging.NullHandler()  # warnings of loggers with no handler
     folder = tempfile.mkdtemp(prefix="qat-rank-")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return [
