@@ -116,11 +116,14 @@ def waiting(why: str) -> Iterator[Callable[[], None]]:
         yield still
 
 
-def table(title: str, header: list[str], rows: list[list[str]]) -> None:
-    """Prints a table, first column left, the others right."""
-    shown = Table(title=title, title_justify="left", title_style="bold")
+def table(title: str, header: list[str], rows: list[list[str]], words: bool = False) -> None:
+    """Prints a table, first column left, the others right, as figures are; with `words` all left and on one line."""
+    if title:  # one of the table's own would be broken where the table is narrower
+        console.print(title, style="bold", soft_wrap=True)
+    shown = Table()
     for index, name in enumerate(header):
-        shown.add_column(name, justify="left" if index == 0 else "right", no_wrap=index == 0)
+        left = index == 0 or words
+        shown.add_column(name, justify="left" if left else "right", no_wrap=left)
     for row in rows:
         shown.add_row(*row)
     console.print(shown)

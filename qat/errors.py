@@ -6,7 +6,8 @@
     ├── UnavailableError     the option is part of the design, its machinery is not installed
     ├── ArtifactError        a file is damaged, foreign or of another format
     ├── MachineError         memory or disk is used up, or a folder cannot be written
-    └── NumericsError        a value that must be finite or positive is not
+    ├── NumericsError        a value that must be finite or positive is not
+    └── RankError            another of the processes that train together is gone
 
 Anything else that is raised is a defect of this project, and keeps its traceback.
 """
@@ -42,3 +43,7 @@ class MachineError(QatError):
 
 class NumericsError(QatError):
     """Zeros, infinities or NaN where the mathematics needs ordinary numbers."""
+
+
+class RankError(QatError):
+    """Another of the processes that train together has ended; it knows why, this one does not."""

@@ -1,7 +1,7 @@
 """Reads a cache in batches, in an order that a seed decides, ahead of whoever trains on them."""
 
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -125,8 +125,12 @@ class CacheReader:
         stored = self._source.read(rows, pinned)
         return Batch(stored, int(self.meta["vocab_size"]), self.meta["packing"] == Packing.joined.name)
 
-    def stream(self, order: Iterable[Tensor], device: torch.device) -> Iterator[Batch]:
-        """The batches of these row numbers, read ahead by a thread; into pinned memory for a GPU."""
+    def stream(self, order: Iterable[Tensor], device: torch.device) -> Generator[Batch, None, None]:
+        """The batches of these row numbers, read ahead by a thread; into pinned memory for a GPU.
+
+        They are copied to the device by whoever takes them (`Batch.to`), who knows the stream to do it on.
+        Close it where not all of them are taken: the thread ends with it.
+        """
         pinned = device.type == "cuda"
         waiting: deque[Future[Batch]] = deque()
         with ThreadPoolExecutor(1, thread_name_prefix="cache") as pool:

@@ -11,6 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from qat import gpus, sweeps
 from qat.artifacts import write_text
+from qat.cli import ranks
 from qat.cli.arguments import RESOLVED
 from qat.cli.compose import typed
 from qat.cli.suggest import one_line
@@ -43,11 +44,14 @@ def run(composed: DictConfig) -> float:
     try:
         return _run(typed(composed), Path(HydraConfig.get().runtime.output_dir), swept)
     except QatError as error:
-        one_line(error)
+        if ranks.speaks(error):
+            one_line(error)
         failures.append(error)
     except Exception as error:
         if not swept:
-            raise
+            if ranks.speaks(error):
+                raise
+            raise SystemExit(1) from None
         one_line(error)
         failures.append(QatError(f"{type(error).__name__}: {error}"))
     return math.nan

@@ -53,10 +53,12 @@ def main(argv: list[str], launch: Callable[[], None]) -> int:
         with _told_by_sigterm():
             return _main(argv, launch)
     except QatError as error:
-        one_line(error)
+        if ranks.speaks(error):
+            one_line(error)
         return error.exit_code
     except KeyboardInterrupt as stop:
-        print("interrupted", file=sys.stderr)
+        if ranks.rank() == 0:
+            print("interrupted", file=sys.stderr)
         return TERMINATED if isinstance(stop, Terminated) else INTERRUPTED
 
 

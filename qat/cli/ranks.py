@@ -1,10 +1,13 @@
 """`instance.devices=N`: the same command in N processes, one a GPU, which then find each other.
 
 `torchrun --nproc-per-node N launch.py …` does the same from outside. Only the first process speaks and
-writes into the run's folder; the others work in a scratch folder of their own.
+writes into the run's folder; the others work in a scratch folder of their own. An error is told once, by
+the process that knows most of it: whoever started the processes ends all of them when one fails, and those
+that would repeat it wait for that.
 """
 
 import atexit
+import logging
 import os
 import shutil
 import signal
@@ -17,9 +20,11 @@ from pathlib import Path
 from types import FrameType
 
 from qat.cli.arguments import quote
+from qat.errors import RankError
 
 LAUNCH = Path(__file__).resolve().parents[2] / "launch.py"
-GRACE = 10.0  # seconds in which the others may end by themselves once one has failed
+GRACE = 20.0  # seconds in which the others may save what they have once one has failed
+PATIENCE = 5.0  # seconds in which a process that knows better can tell why all of them end
 
 
 def rank() -> int:
@@ -32,8 +37,23 @@ def started() -> bool:
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
+def speaks(error: BaseException) -> bool:
+    """Whether this process should tell an error, once those that know better had their turn.
+
+    Beside the first process that is the first, which as a rule fails in the same way; where all that is known
+    is that another process is gone, it is that one.
+    """
+    if started() and (rank() > 0 or isinstance(error, RankError)):
+        try:
+            time.sleep(PATIENCE)
+        except KeyboardInterrupt:  # the error was told: all are ended
+            return rank() == 0
+    return True
+
+
 def scratch() -> list[str]:
     """Overrides that keep a process beside the first out of everything that is recorded."""
+    logging.lastResort = logging.NullHandler()  # warnings of loggers with no handler
     folder = tempfile.mkdtemp(prefix="qat-rank-")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return [
@@ -48,42 +68,44 @@ def scratch() -> list[str]:
 
 def launch(argv: list[str], count: int) -> int:
     """Runs the command in `count` processes; returns the exit code of the one that failed first, else 0."""
-    with tempfile.TemporaryDirectory() as folder:
-        files = [open(f"{folder}/{i}", "w+") for i in range(count)]  # noqa: SIM115 - closed below
-        port = str(_free_port())
-        ranks = [_start(argv, i, count, port, None if i == 0 else files[i].fileno()) for i in range(count)]
-        with _forwarded(ranks):
-            code = _wait(ranks)
-        if ranks[0].returncode in (0, -signal.SIGTERM):  # the first had nothing to say
-            for file in files:
-                file.seek(0)
-                sys.stderr.write(file.read())
-        for file in files:
-            file.close()
-        return code
+    port = str(_free_port())
+    ranks = [_start(argv, index, count, port) for index in range(count)]
+    with _forwarded(ranks):
+        first = _wait(ranks)
+    if first is None:
+        return 0
+    code = ranks[first].returncode
+    if code == -signal.SIGKILL:  # it could not say so itself
+        print(f"error: process {first} of {count} was killed", file=sys.stderr)
+    return 128 - code if code < 0 else code
 
 
-def _start(argv: list[str], index: int, count: int, port: str, stderr: int | None) -> "subprocess.Popen[bytes]":
+def _start(argv: list[str], index: int, count: int, port: str) -> "subprocess.Popen[bytes]":
     place = {"RANK": index, "LOCAL_RANK": index, "WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     environment = os.environ | {name: str(value) for name, value in place.items()}
-    return subprocess.Popen([sys.executable, str(LAUNCH), *argv], env=environment, stderr=stderr)
+    return subprocess.Popen([sys.executable, str(LAUNCH), *argv], env=environment)
 
 
-def _wait(ranks: "list[subprocess.Popen[bytes]]") -> int:
-    """Until all have ended; once one fails the others are stopped, which would wait for it for ever."""
+def _wait(ranks: "list[subprocess.Popen[bytes]]") -> int | None:
+    """Until all have ended; the first that failed. The others, which would wait for it for ever, are then ended."""
+    first: int | None = None
     end = float("inf")
-    failed = 0
     while any(process.poll() is None for process in ranks):
         time.sleep(0.05)
-        codes = [process.returncode for process in ranks if process.returncode]
-        if codes and not failed:
-            failed, end = codes[0], time.monotonic() + GRACE
+        if first is None and (first := _failed(ranks)) is not None:
+            end = time.monotonic() + GRACE
+            for process in ranks:
+                process.terminate()
         if time.monotonic() > end:
             for process in ranks:
-                process.kill() if time.monotonic() > end + GRACE else process.terminate()
-    codes = [process.returncode for process in ranks if process.returncode]
-    code = failed or (codes[0] if codes else 0)
-    return 128 - code if code < 0 else code
+                process.kill()
+    return _failed(ranks) if first is None else first
+
+
+def _failed(ranks: "list[subprocess.Popen[bytes]]") -> int | None:
+    """The number of a process that has failed: a killed one first, which is no consequence of another's end."""
+    codes = {index: process.returncode for index, process in enumerate(ranks) if process.returncode}
+    return min(codes, key=codes.__getitem__, default=None)
 
 
 class _forwarded:

@@ -293,7 +293,7 @@ def check_mode(config: Config, manifest: dict[str, Any] | None) -> None:
 
 
 def check_training(config: Config) -> None:
-    """Something learns, and every device has a sequence of each batch."""
+    """Something learns, and every process has a sequence of each batch."""
     if config.stage not in TRAINS:
         return
     learn = config.train.learn
@@ -303,6 +303,12 @@ def check_training(config: Config) -> None:
         raise ConfigError(
             f"train.batch_size={config.train.batch_size}: fewer sequences than instance.devices="
             f"{config.instance.devices}, so some would have nothing to do"
+        )
+    together = int(os.environ.get("WORLD_SIZE", "1"))  # as torchrun says
+    if config.train.batch_size < together:
+        raise ConfigError(
+            f"train.batch_size={config.train.batch_size}: fewer sequences than the {together} processes that share"
+            " each batch, so some would have nothing to do"
         )
 
 

@@ -14,6 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from qat.errors import RankError
+
 
 @dataclass(frozen=True)
 class Ranks:
@@ -32,10 +34,21 @@ class Ranks:
         return rows.tensor_split(self.count)[self.rank]
 
     def sum_(self, tensors: list[Tensor]) -> None:
-        """Replaces each tensor by its sum over the ranks."""
-        if self.count > 1:
+        """Replaces each tensor by its sum over the ranks.
+
+        Raises:
+            RankError: one of them is gone.
+        """
+        if self.count == 1:
+            return
+        try:
             for tensor in tensors:
                 dist.all_reduce(tensor)
+        except RuntimeError as error:  # of a type and in words that depend on what connects them
+            raise RankError(
+                f"another of the {self.count} processes that train together has ended:"
+                " when its own cause is mended, run.resume=<this run> goes on from the last state"
+            ) from error
 
 
 def place() -> Ranks:

@@ -5,9 +5,8 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, fields
 from types import FrameType
 
@@ -136,7 +135,10 @@ class Trainer:
         history, train = self.history, self.train
         if history.step == 0:
             self._look(tell, on_best)
-        with progress("distillation", train.steps - history.step, "steps") as advance, self._batches() as batches:
+        with (
+            progress("distillation", train.steps - history.step, "steps") as advance,
+            closing(self.batches(history.step)) as batches,
+        ):
             for batch in batches:
                 stop = self._one(batch, tell, stopping.is_set())
                 last = history.step == train.steps
@@ -196,25 +198,14 @@ class Trainer:
             history.best = kd
             on_best()
 
-    @contextmanager
-    def _batches(self) -> Iterator[Iterator[Batch]]:
-        """This process' rows of every remaining step, each read while the step before is computed."""
-        with ThreadPoolExecutor(1, "batches") as reader:
+    def batches(self, first: int) -> Generator[Batch, None, None]:
+        """This process' rows of every step from `first` (from 0) to the last, each read before it is asked for.
 
-            def read() -> Iterator[Batch]:
-                steps = range(self.history.step, self.train.steps)
-                coming = reader.submit(self._batch, steps.start) if steps else None
-                for step in steps:
-                    batch = coming.result()  # type: ignore[union-attr]
-                    if step + 1 < steps.stop:
-                        coming = reader.submit(self._batch, step + 1)
-                    yield batch
-
-            yield read()
-
-    def _batch(self, step: int) -> Batch:
-        rows = self.training.training_rows(step, self.train.batch_size, self.seed)
-        return self.training.batch(self.ranks.own(rows))
+        A step's rows depend on its number alone, so the number is all that a state must hold of the order.
+        """
+        steps = range(first, self.train.steps)
+        rows = (self.training.training_rows(step, self.train.batch_size, self.seed) for step in steps)
+        return self.training.stream(map(self.ranks.own, rows), self.machine.device)
 
     def state(self) -> State:
         """Everything that decides how training goes on."""
@@ -252,8 +243,9 @@ class Trainer:
         self.learners.write()
         head, sums = Head(self.student.lm_head.weight, self.step.loss), torch.zeros(2, dtype=torch.float64)
         with torch.compiler.set_stance("force_eager"):  # compiling once more takes longer than it saves
-            for rows in self.held_out.in_order(self.machine.micro_batch)[self.ranks.rank :: self.ranks.count]:
-                batch = self.held_out.batch(rows).to(self.machine.device)
+            own = self.held_out.in_order(self.machine.micro_batch)[self.ranks.rank :: self.ranks.count]
+            for stored in self.held_out.stream(own, self.machine.device):
+                batch = stored.to(self.machine.device)
                 hidden = hidden_states(self.student, batch.inputs())
                 logits = head.logits(hidden, batch.topk_ids.flatten(0, 1))
                 values = topk_kl(logits, batch.topk_logprobs.flatten(0, 1), KD_TEMPERATURE).cpu().double()

@@ -98,7 +98,7 @@ def _examples(reader: CacheReader, tokenizer: PreTrainedTokenizerBase) -> None:
     for row in _spread(reader.rows, EXAMPLES):
         batch = reader.batch(row[None])
         console.print(f"\nsequence {int(row)}: {tokenizer.decode(batch.input_ids[0])!r}", soft_wrap=True)
-        table("", ["after", "comes", "the teacher expects"], _choices(batch, tokenizer))
+        table("", ["after", "comes", "the teacher expects"], _choices(batch, tokenizer), words=True)
 
 
 def _choices(batch: Batch, tokenizer: PreTrainedTokenizerBase) -> list[list[str]]:
@@ -111,7 +111,11 @@ def _choices(batch: Batch, tokenizer: PreTrainedTokenizerBase) -> list[list[str]
     rows = []
     for place in range(first, min(len(counts), first + POSITIONS)):
         best = zip(batch.topk_ids[0, place, :CHOICES].tolist(), logprobs[place].exp().tolist(), strict=False)
-        said = ", ".join(f"{tokenizer.decode([token])!r} {p:.0%}" for token, p in best)
+        said = ", ".join(f"{tokenizer.decode([token])!r} {_percent(p)}" for token, p in best)
         here, following = (repr(tokenizer.decode([int(ids[at])])) for at in (place, place + 1))
         rows.append([here, following, said if counts[place] else "(does not count)"])
     return rows
+
+
+def _percent(probability: float) -> str:
+    return f"{probability:.0%}" if probability >= 0.005 else "<1%"

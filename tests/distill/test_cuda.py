@@ -28,7 +28,7 @@ def trained(checkpoint, teacher, readers, device, loss=LOSSES[LossKind.bucket_kl
     trainer = Trainer(student, layers, readers, train, ModeConfig("e2e", True, True), loss, machine, 0)
     if plain:
         trainer.step.recorder.stream = None
-    figures = [trainer.step(trainer._batch(step), 1.0) for step in range(STEPS)]
+    figures = [trainer.step(batch, 1.0) for batch in trainer.batches(0)]
     assert len(trainer.step.recorder._graphs) == (0 if plain or device.type == "cpu" else 4)
     return figures, {p.name: p.value.cpu() for p in trainer.learners.parameters}
 
@@ -50,6 +50,13 @@ def exact_products():
     torch.set_float32_matmul_precision("highest")
     yield
     torch.set_float32_matmul_precision(before)
+
+
+def test_batches_come_in_pinned_memory(readers):
+    """So that their copies run beside the GPU's work."""
+    for batch in readers[0].stream(readers[0].in_order(8), GPU):
+        assert all(tensor.is_pinned() for tensor in batch.stored.values())
+        assert batch.to(GPU).input_ids.is_cuda
 
 
 @pytest.mark.parametrize("kind", list(LOSSES))
@@ -93,11 +100,11 @@ def test_a_step_that_is_not_finite_is_skipped_while_recorded(checkpoint, teacher
     trainer = Trainer(
         student, layers, readers, TRAIN, ModeConfig("mlp", True, False), LOSSES[LossKind.bucket_kl], machine, 0
     )
-    for step in range(4):
-        trainer.step(trainer._batch(step), 1.0)
+    batches = list(trainer.batches(0))
+    for batch in batches[:4]:
+        trainer.step(batch, 1.0)
     before = {p.name: p.value.clone() for p in trainer.learners.parameters}
-    batch = trainer._batch(4)
-    batch.stored["topk_logprobs"][0, 0] = float("nan")
-    assert trainer.step(batch, 1.0).skipped
+    batches[4].stored["topk_logprobs"][0, 0] = float("nan")
+    assert trainer.step(batches[4], 1.0).skipped
     assert all(p.value.equal(before[p.name]) for p in trainer.learners.parameters)
-    assert not trainer.step(trainer._batch(5), 1.0).skipped
+    assert not trainer.step(batches[5], 1.0).skipped

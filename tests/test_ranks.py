@@ -1,0 +1,139 @@
+"""Real processes under torchrun and under `instance.devices`: one result, and one voice when something fails."""
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+TINY = ("+debug=tiny", "instance.precision=fp32", "data.documents=256", "train.batch_size=5", "mode=e2e")
+LONG = (*TINY, "train.steps=100000", "train.eval_every=50000", "train.save_every=20")
+OURS = ("error: ", "interrupted", "this is a defect", "Traceback")
+
+
+def start(outputs, *words, together="torchrun"):
+    """A launch in two processes."""
+    before, after = {"torchrun": (TORCHRUN, []), "devices": ([], ["instance.devices=2"]), "alone": ([], [])}[together]
+    command = [sys.executable, *before, str(ROOT / "launch.py"), *words, *after, f"outputs={outputs}"]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def ended(process) -> tuple[int, str, list[str]]:
+    """Exit code, standard output, and of standard error what is said before torchrun's own account of it."""
+    out, err = process.communicate(timeout=300)
+    lines = err.split("torch/distributed/elastic/multiprocessing/api.py:1002] failed")[0].splitlines()
+    return process.returncode, out, [line for line in lines if line.startswith(OURS)]
+
+
+def record(outputs, run="SR-001") -> dict:
+    return json.loads((outputs / run / "result.json").read_text())
+
+
+def rows(outputs, run="SR-001") -> list[dict]:
+    return [json.loads(line) for line in (outputs / run / "metrics.jsonl").read_text().splitlines()]
+
+
+def next_run(outputs) -> str:
+    """The identity of the run that comes next."""
+    return f"SR-{len(list(outputs.glob('SR-*'))) + 1:03d}"
+
+
+def hashes(outputs, kind) -> dict[str, str]:
+    """SHA-256 of every file of the artifacts of a kind."""
+    files = [path for path in (outputs / "artifacts" / kind).glob("[!.]*/*") if path.is_file()]
+    assert files
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def wait_for_steps(process, outputs, run="SR-001", count=25):
+    end = time.monotonic() + 120
+    path = outputs / run / "metrics.jsonl"
+    while not (path.exists() and path.read_text().count("\n") > count):
+        assert process.poll() is None and time.monotonic() < end, process.communicate()
+        time.sleep(0.02)
+
+
+def ranks_of(process) -> dict[int, int]:
+    """Process numbers by rank."""
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    found = {}
+    for child in children:
+        entries = Path(f"/proc/{child}/environ").read_bytes().split(b"\0")
+        found |= {int(entry[5:]): int(child) for entry in entries if entry.startswith(b"RANK=")}
+    return found
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """The outputs of one process."""
+    outputs = tmp_path_factory.mktemp("alone") / "outputs"
+    code, _, said = ended(start(outputs, *TINY, "train.steps=6", "train.eval_every=3", together="alone"))
+    assert (code, said) == (0, [])
+    return outputs
+
+
+def test_a_whole_job_under_torchrun_is_that_of_one_process(alone, tmp_path):
+    outputs = tmp_path / "outputs"
+    words = (*TINY, "train.steps=6", "train.eval_every=3", "tracker=wandb")
+    code, out, said = ended(start(outputs, *words))
+    assert (code, said) == (0, [])
+    assert out.count("SR-001  v2_q2a4") == 1 and "layers converted" in out  # one voice
+    for kind in ("models", "documents", "caches"):
+        assert hashes(outputs, kind) == hashes(alone, kind)
+    assert sum(name.endswith(".safetensors") for name in hashes(outputs, "caches")) == 3  # both had a shard to write
+    for ours, theirs in zip(rows(outputs), rows(alone), strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-4)
+    ours, theirs = record(outputs)["metrics"], record(alone)["metrics"]
+    assert ours == pytest.approx(theirs, rel=1e-3) and record(outputs)["status"] == "complete"
+    assert len(list(outputs.glob("SR-001/wandb/offline-run-*"))) == 1  # the first process alone tells wandb
+    assert [path.name for path in outputs.glob("SR-*")] == ["SR-001"]
+
+
+@pytest.mark.parametrize("together", ["torchrun", "devices"])
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (("train.stepz=3",), "error: unknown key train.stepz (did you mean train.steps?)"),
+        (("model=local", "model.path=nowhere", "stage=cache"), "error: model.path=nowhere"),
+        (("train.batch_size=1",), "error: train.batch_size=1: fewer sequences than"),
+    ],
+)
+def test_what_all_processes_find_wrong_is_told_once(tmp_path, together, words, says):
+    code, _, said = ended(start(tmp_path / "outputs", *TINY, *words, together=together))
+    assert code > 0 and len(said) == 1 and said[0].startswith(says)
+
+
+@pytest.mark.parametrize("together", ["torchrun", "devices"])
+def test_a_killed_process_ends_all_in_a_sentence_and_the_run_goes_on(alone, together):
+    run, words = next_run(alone), (*LONG, "train.steps=60")
+    process = start(alone, *words, together=together)
+    wait_for_steps(process, alone, run)
+    os.kill(ranks_of(process)[1], signal.SIGKILL)
+    code, _, said = ended(process)
+    assert code > 0
+    assert said[0].startswith("error: another of the 2 processes that train together has ended")
+    assert said[1:] == (["error: process 1 of 2 was killed"] if together == "devices" else [])
+    assert record(alone, run)["status"] == "failed" and "run.resume" in record(alone, run)["error"]
+    code, _, said = ended(start(alone, *words, f"run.resume={run}", together=together))
+    assert (code, said) == (0, []) and record(alone, run)["status"] == "complete"
+    assert [row["step"] for row in rows(alone, run) if "loss" in row] == list(range(1, 61))
+
+
+@pytest.mark.parametrize("together", ["torchrun", "devices"])
+def test_a_signal_to_the_one_that_started_them_saves_first(alone, together):
+    run = next_run(alone)
+    process = start(alone, *LONG, together=together)
+    wait_for_steps(process, alone, run)
+    process.send_signal(signal.SIGTERM)
+    code, _, said = ended(process)
+    assert code > 0 and said[:1] == ["interrupted"]
+    assert record(alone, run)["status"] == "interrupted"
+    last = max(row["step"] for row in rows(alone, run))
+    assert (alone / run / "checkpoints" / f"state-{last:08d}").exists()
