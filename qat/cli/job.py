@@ -60,9 +60,8 @@ def command_line(arguments: list[str]) -> str:
 
 def _run(config: Config, folder: Path, swept: bool) -> float:
     settings = HydraConfig.get()
-    if swept:
-        if "joblib" in settings.launcher._target_:
-            gpus.take_one(settings.job.num)
+    if swept and "joblib" in settings.launcher._target_:
+        gpus.take_one(settings.job.num)
     if config.stage not in UNRECORDED:
         record(config, folder)
     from qat.stages import run_job  # torch and all: only when there is a job

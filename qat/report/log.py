@@ -5,9 +5,8 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from qat.artifacts import locked, write_text
 from qat.console import duration
-from qat.report import records
+from qat.report import generate, records
 from qat.report.records import Record
 
 log = logging.getLogger(__name__)
@@ -24,10 +23,7 @@ NOTHING = "–"
 
 def write(outputs: Path) -> Path:
     """Writes the log of all runs below `outputs`, atomically, one process at a time."""
-    path = outputs / FILE
-    with locked(path):
-        write_text(path, render(outputs))
-    return path
+    return generate(outputs / FILE, lambda: render(outputs))
 
 
 def refresh(outputs: Path) -> None:
