@@ -210,6 +210,23 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object that others left in a file; empty where there is no file.
+
+    Raises:
+        ArtifactError: it cannot be read, or holds something else.
+    """
+    if not path.is_file():
+        return {}
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ArtifactError(f"{path} cannot be read ({error}): delete or mend it") from None
+    if not isinstance(value, dict):
+        raise ArtifactError(f"{path} does not hold a JSON object: delete or mend it")
+    return value
+
+
 def write_json(path: Path, value: Any) -> None:
     """Writes JSON that is either the old file or the whole new one, never a part."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")

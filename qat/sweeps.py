@@ -144,6 +144,13 @@ def held(sweep: Sweep) -> Iterator[None]:
         yield
 
 
+def has_job(folder: Path) -> bool:
+    """True for the folder of a planned job: what an earlier attempt left in it is of this very configuration."""
+    if not (folder.parent / PLAN).is_file():
+        return False
+    return folder.name in [job.run_id for job in load(folder.parent).jobs]
+
+
 def summarize(sweep: Sweep) -> dict[str, Any]:
     """Writes `summary.json`, `summary.md` and `sweep.png` into the sweep's folder; returns the first."""
     rows = _rows(sweep)

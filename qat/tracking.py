@@ -77,9 +77,12 @@ def open_tracker(config: Config, folder: Path, run_id: str) -> Tracker:
 def _start_wandb(config: Config, folder: Path, run_id: str) -> Any:
     import wandb
 
+    earlier = _earlier_id(folder)
     mode: Any = os.environ.get("WANDB_MODE") or ("online" if _logged_in() else "offline")
     return wandb.init(
         project=config.tracker.project,
+        id=earlier,
+        resume="allow" if earlier else None,
         name=run_id,
         group=folder.parent.name if folder.parent.name.startswith("sweep-") else None,
         config=as_plain(config),
@@ -88,6 +91,12 @@ def _start_wandb(config: Config, folder: Path, run_id: str) -> Any:
         reinit="finish_previous",
         settings=wandb.Settings(silent=True, console="off", init_timeout=30),
     )
+
+
+def _earlier_id(folder: Path) -> str | None:
+    """What wandb called this run when it was interrupted, so that it stays one run."""
+    folders = sorted((folder / "wandb").glob("*run-*-*"))  # offline-run-20260131_120000-x1y2z3a4
+    return folders[-1].name.rpartition("-")[2] if folders else None
 
 
 def _logged_in() -> bool:

@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import random
+import re
 import signal
 import sys
 import time
@@ -20,9 +21,14 @@ SWEEP = [
     f"train.lr={RATES}",
     "quant=q2a16",
     "data.documents=64",
+    "train.steps=10",
+    "train.save_every=2",
     "evaluate.sample_tokens=1",
     "instance.precision=fp32",
 ]
+
+
+STOPPED_AFTER = 3  # rows of the second job's figures
 
 
 @pytest.fixture(scope="module")
@@ -74,12 +80,20 @@ def figures(outputs):
     }
 
 
-def test_sweep_killed_three_times_at_random_ends_with_every_job_complete_and_equal_to_its_twin(processes, tmp_path):
-    dice = random.Random(3)
-    killed, twin = tmp_path / "killed", tmp_path / "twin"
-    plain = start(processes, twin, *SWEEP)
-    plain.join(100)
+@pytest.fixture(scope="module")
+def twin(processes, tmp_path_factory):
+    """The outputs of the same sweep, uninterrupted."""
+    outputs = tmp_path_factory.mktemp("twin") / "outputs"
+    plain = start(processes, outputs, *SWEEP)
+    plain.join(200)
     assert plain.exitcode == 0
+    return outputs
+
+
+def test_sweep_killed_three_times_at_random_ends_with_every_job_complete_and_equal_to_its_twin(
+    processes, twin, tmp_path
+):
+    dice, killed = random.Random(3), tmp_path / "killed"
     done: set[str] = set()
     for _ in range(3):
         process = start(processes, killed, *SWEEP)
@@ -104,11 +118,11 @@ def test_sweep_killed_three_times_at_random_ends_with_every_job_complete_and_equ
     assert len(json.loads(summary.read_text())["jobs"]) == 12
 
 
-def test_ctrl_c_saves_the_running_job_and_prints_what_is_left(processes, tmp_path):
+def test_ctrl_c_saves_the_running_job_which_later_goes_on_from_there(processes, twin, tmp_path):
     outputs = tmp_path / "outputs"
     process = start(processes, outputs, *SWEEP)
-    end = time.monotonic() + 60
-    while len(results(outputs)) < 2:
+    second, end = outputs / "sweep-001" / "SR-002" / "metrics.jsonl", time.monotonic() + 60
+    while not second.is_file() or len(second.read_text().splitlines()) < STOPPED_AFTER:
         assert process.is_alive() and time.monotonic() < end
         time.sleep(0.01)
     os.kill(process.pid, signal.SIGINT)
@@ -120,3 +134,9 @@ def test_ctrl_c_saves_the_running_job_and_prints_what_is_left(processes, tmp_pat
     statuses = [result["status"] for result in results(outputs).values()]
     assert statuses.count("interrupted") == 1 and "failed" not in statuses
     assert "· interrupted" in (outputs / "RUNS.md").read_text()
+    last = start(processes, outputs, *SWEEP)
+    last.join(200)
+    assert last.exitcode == 0
+    (step,) = re.findall(r"SR-002 goes on after step (\d+) of 10", (tmp_path / "said").read_text())
+    assert int(step) > 0
+    assert figures(outputs) == figures(twin)

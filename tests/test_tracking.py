@@ -21,7 +21,7 @@ from qat.runs import Run
 home = pathlib.Path(sys.argv[1])
 
 def run(kind, name):
-    (home / name).mkdir()
+    (home / name).mkdir(exist_ok=True)
     config = Config(outputs=str(home), quant=QuantConfig("q2a4"), mode=ModeConfig("mlp", True, False),
                     tracker=TrackerConfig(kind, TrackerKind[kind]))
     return Run(config, home / name)
@@ -43,6 +43,17 @@ for name in ("SR-001", "SR-002"):
     record.result["metrics"] = {"kl": 0.28125}
     record.finish("complete")
     said.append([inner.id, inner.name, inner.settings._offline])
+print(json.dumps(said))
+"""
+
+
+AGAIN = """
+said = []
+for step in (1, 2):
+    record = run("wandb", "SR-001")
+    said.append(record._tracker._run.id)
+    record.log({"step": step, "loss": 0.5})
+    record.finish("interrupted" if step == 1 else "complete")
 print(json.dumps(said))
 """
 
@@ -86,6 +97,12 @@ def test_without_login_two_runs_are_two_offline_wandb_runs_that_ask_nothing(tmp_
         assert offline.name.endswith(run[0])
         (written,) = offline.glob("*.wandb")
         assert b"0.28125" in written.read_bytes()
+
+
+def test_run_that_goes_on_stays_one_wandb_run(tmp_path):
+    first, second = process(tmp_path, AGAIN)
+    assert first == second
+    assert {path.name.rpartition("-")[2] for path in (tmp_path / "SR-001" / "wandb").glob("offline-run-*")} == {first}
 
 
 def test_wandb_that_fails_is_left_out_and_the_run_told(tmp_path, config, monkeypatch, caplog):

@@ -9,7 +9,6 @@ fake tensors), which says where in the file each tensor begins. What they lack:
 """
 
 import hashlib
-import json
 import logging
 import pickle
 import re
@@ -20,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qat.artifacts import Artifact, content_key, digests, obtain, require_space, write_json
+from qat.artifacts import Artifact, content_key, digests, obtain, read_json, require_space, write_json
 from qat.cache.format import FORMAT_VERSION, META, SHARD_ROWS, bytes_a_row, encode_ids, shard_name, write_shard
 from qat.cache.rows import Field, RowFile, RowFiles
 from qat.config import Tail
@@ -201,15 +200,9 @@ def import_older(older: Artifact, artifacts: Path) -> Artifact:
 
 def _described(folder: Path) -> dict[str, Any]:
     """Its meta.json, which may be missing; where it names another format it is none of these caches."""
-    path = folder / META
-    if not path.is_file():
-        return {}
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ArtifactError(f"{path} cannot be read ({error}): delete or mend it") from None
-    if not isinstance(found, dict) or found.get("format", "qwen_kd_topk_cache_v1") != "qwen_kd_topk_cache_v1":
-        raise ArtifactError(f"{path} describes no cache of the older scripts (qwen_kd_topk_cache_v1)")
+    found = read_json(folder / META)
+    if found.get("format", "qwen_kd_topk_cache_v1") != "qwen_kd_topk_cache_v1":
+        raise ArtifactError(f"{folder / META} describes no cache of the older scripts (qwen_kd_topk_cache_v1)")
     return found
 
 

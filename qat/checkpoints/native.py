@@ -21,7 +21,7 @@ from qat.machine import Machine
 from qat.models import ModelFolder, linear
 from qat.norms import set_learned
 from qat.quant import packing
-from qat.quant.layers import Layer
+from qat.quant.layers import Layer, bits_per_weight
 from qat.quant.linear import QuantLinear, quantized
 
 FILE = "tables.safetensors"
@@ -36,6 +36,7 @@ def describe(teacher: ModelFolder, quant: QuantConfig, layers: list[Layer]) -> d
         "model": teacher.name,
         "teacher": teacher.fingerprint,
         "quant": as_plain(quant),
+        "bits_per_weight": round(bits_per_weight(layers), 4),
         "layers": {
             layer.name: {
                 "kind": layer.kind,
@@ -55,8 +56,9 @@ def has_tables(manifest: dict[str, Any], quant: QuantConfig) -> bool:
 
 
 def heritage(manifest: dict[str, Any]) -> dict[str, Any]:
-    """What a checkpoint trained from another one says like it: teacher, preset and layers."""
-    return {key: manifest[key] for key in ("kind", "model", "teacher", "quant", "layers")}
+    """What a checkpoint trained from another one says like it: teacher, preset, bits and layers."""
+    shared = ("kind", "model", "teacher", "quant", "bits_per_weight", "layers")
+    return {key: manifest[key] for key in shared if key in manifest}
 
 
 def layers_of(manifest: dict[str, Any]) -> list[Layer]:

@@ -5,7 +5,6 @@ the ones that are used. What such a file may also hold and this project does not
 the scales themselves) is named once. docs/FORMATS.md describes the layout.
 """
 
-import json
 import logging
 import pickle
 import zipfile
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from qat.artifacts import read_json
 from qat.checkpoints.native import describe
 from qat.checkpoints.own import adopt
 from qat.config import QuantConfig, TableConfig
@@ -97,14 +97,7 @@ def read_settings(file: Path) -> dict[str, Any]:
         ArtifactError: it is not JSON, or of another version.
     """
     path = file.parent / "config.json"
-    if not path.is_file():
-        return {}
-    try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ArtifactError(f"{path} cannot be read: {error}") from None
-    if not isinstance(settings, dict):
-        raise ArtifactError(f"{path} does not hold a JSON object")
+    settings = read_json(path)
     if settings.get("version", "v2") != "v2":
         raise ArtifactError(f"{path} is of version {settings['version']}: only v2 checkpoints can be read")
     return settings

@@ -17,7 +17,7 @@ from qat.cli.compose import typed
 from qat.cli.suggest import one_line
 from qat.config import Config, as_plain
 from qat.errors import QatError
-from qat.runs import METRICS, UNRECORDED
+from qat.runs import UNRECORDED
 
 # Of this process. Hydra's own return value does not reach `main`, nor do the words typed reach a job.
 failures: list[QatError] = []
@@ -64,21 +64,14 @@ def command_line(arguments: list[str]) -> str:
 
 def _run(config: Config, folder: Path, swept: bool) -> float:
     settings = HydraConfig.get()
-    if swept:
-        _start_over(folder)
-        if "joblib" in settings.launcher._target_:
-            gpus.take_one(settings.job.num)
+    if swept and "joblib" in settings.launcher._target_:
+        gpus.take_one(settings.job.num)
     if config.stage not in UNRECORDED:
         record(config, folder)
     from qat.stages import run_job  # torch and all: only when there is a job
 
     typed_words = _sweep_command(Path(settings.sweep.dir)) if swept else command_line(words)
     return run_job(config, folder, typed_words, list(settings.overrides.task))
-
-
-def _start_over(folder: Path) -> None:
-    """Forgets the figures of an earlier attempt at this job, which would stand among the new ones."""
-    (folder / METRICS).unlink(missing_ok=True)
 
 
 def _sweep_command(folder: Path) -> str:

@@ -4,13 +4,17 @@ import glob
 import hashlib
 import itertools
 import json
+import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from qat.config import DataConfig
 from qat.errors import ConfigError, MissingError, UnavailableError
+
+log = logging.getLogger(__name__)
 
 READABLE = (".json", ".jsonl", ".txt", ".parquet")  # of a hub data set; a path may have any name
 
@@ -122,22 +126,10 @@ def _on_hub(data: DataConfig) -> tuple[str, list[TextFile]]:
     """The commit and the files of a hub data set, each fetched when it is its turn."""
     if not data.repo:
         raise ConfigError(f"data={data.name} needs data.path=<file> or data.repo=<owner/name of a hub data set>")
-    from huggingface_hub import HfApi, hf_hub_download, snapshot_download
+    from huggingface_hub import hf_hub_download
 
     repo = data.repo
-    try:
-        info = HfApi().dataset_info(repo, revision=data.revision)
-        commit, names = str(info.sha), [entry.rfilename for entry in info.siblings or []]
-    except Exception as reached:  # any of a dozen kinds of network trouble: what was fetched before will do
-        try:
-            there = Path(snapshot_download(repo, repo_type="dataset", revision=data.revision, local_files_only=True))
-        except Exception:
-            reason = str(reached).strip().splitlines()[0]
-            raise MissingError(
-                f"the data set {repo} is not in the local hub cache and cannot be reached ({reason}): run"
-                f" `hf download --repo-type dataset {repo}` where there is a network, or use data.path=<file>"
-            ) from None
-        commit, names = there.name, [p.relative_to(there).as_posix() for p in there.rglob("*") if p.is_file()]
+    commit, names = _listing(repo, data.revision)
 
     def fetch(name: str) -> Callable[[], Path]:
         return lambda: Path(hf_hub_download(repo, name, repo_type="dataset", revision=commit))
@@ -146,6 +138,27 @@ def _on_hub(data: DataConfig) -> tuple[str, list[TextFile]]:
     if not chosen:
         raise MissingError(f"the data set {repo} has no {', '.join(READABLE)} file")
     return commit, [TextFile(name, fetch(name)) for name in chosen]
+
+
+@cache  # what was hashed is what is read, also when the data set changes meanwhile
+def _listing(repo: str, revision: str | None) -> tuple[str, list[str]]:
+    """The commit of a hub data set and the names of its files; of the local copy where the hub cannot be reached."""
+    from huggingface_hub import HfApi, snapshot_download
+
+    try:
+        info = HfApi().dataset_info(repo, revision=revision)
+        return str(info.sha), [entry.rfilename for entry in info.siblings or []]
+    except Exception as reached:  # any of a dozen kinds of network trouble: what was fetched before will do
+        reason = str(reached).strip().partition("\n")[0] or type(reached).__name__
+    try:
+        there = Path(snapshot_download(repo, repo_type="dataset", revision=revision, local_files_only=True))
+    except Exception:
+        raise MissingError(
+            f"the data set {repo} is not in the local hub cache and cannot be reached ({reason}): run"
+            f" `hf download --repo-type dataset {repo}` where there is a network, or use data.path=<file>"
+        ) from None
+    log.warning("the hub cannot be asked for the data set %s (%s): using its copy of %s", repo, reason, there.name[:12])
+    return there.name, [path.relative_to(there).as_posix() for path in there.rglob("*") if path.is_file()]
 
 
 def _hash(content: bytes) -> str:

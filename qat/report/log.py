@@ -5,9 +5,8 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from qat.artifacts import locked, write_text
 from qat.console import duration
-from qat.report import records
+from qat.report import generate, records
 from qat.report.records import Record
 
 log = logging.getLogger(__name__)
@@ -24,10 +23,7 @@ NOTHING = "–"
 
 def write(outputs: Path) -> Path:
     """Writes the log of all runs below `outputs`, atomically, one process at a time."""
-    path = outputs / FILE
-    with locked(path):
-        write_text(path, render(outputs))
-    return path
+    return generate(outputs / FILE, lambda: render(outputs))
 
 
 def refresh(outputs: Path) -> None:
@@ -52,15 +48,22 @@ def _checkpoints(outputs: Path, runs: list[Record]) -> Iterator[str]:
 
 
 def _converted(outputs: Path, runs: list[Record]) -> Iterator[list[str]]:
-    """Conversions and pulled archives; a run that started from one knows its losses."""
+    """Conversions, students trained first, and pulled archives: what they say of themselves, else what a run found."""
     for place, manifest in records.manifests(outputs, "checkpoints"):
-        name = Path(place).name
+        name, own = Path(place).name, Record(outputs / place, manifest, place)
         users = [run for run in runs if Path(run.text("paths", "conversion")).name == name]
-        user = next((run for run in users if run.number("metrics", "kl_initial") is not None), None)
-        user = user or next(iter(users), Record(Path(), {}, ""))
-        figures = [user.number("metrics", "kd_loss_initial"), user.number("metrics", "kl_initial")]
-        bits = user.number("quant", "bits_per_weight")
-        yield [_code(str(manifest.get("name") or name)), *map(_figure, figures), _figure(bits), f"`{place}`"]
+        figures = [
+            _known(own, users, ("metrics", "after", "kd_loss"), ("kd_loss_best",), ("metrics", "kd_loss_initial")),
+            _known(own, users, ("metrics", "after", "kl"), ("metrics", "kl_initial")),
+            _known(own, users, ("bits_per_weight",), ("quant", "bits_per_weight")),
+        ]
+        yield [_code(str(manifest.get("name") or name)), *map(_figure, figures), f"`{place}`"]
+
+
+def _known(own: Record, users: list[Record], *keys: tuple[str, ...]) -> float | None:
+    """The first of these figures that a manifest has, or one of the runs that used it."""
+    found = (record.number(*key) for record in (own, *users) for key in keys)
+    return next((figure for figure in found if figure is not None), None)
 
 
 def _trained(runs: list[Record]) -> Iterator[list[str]]:

@@ -79,13 +79,15 @@ const picked = () => [...chosen];
 
 // ---- charts ----
 
-function ticks(low, high, log, count = 5) {
+// On a logarithmic scale at most `most`, as far as that leaves powers of ten to read it by.
+function ticks(low, high, log, count = 5, most = 9) {
   if (log) {
     const all = [];
     for (let power = Math.floor(Math.log10(low)); power <= Math.ceil(Math.log10(high)); power++)
       for (const lead of [1, 2, 5]) all.push(lead * 10 ** power);
     const inside = all.filter(tick => tick >= low * .999 && tick <= high * 1.001);
-    if (inside.length > 7) return inside.filter(tick => Math.abs(Math.log10(tick) % 1) < 1e-9 || inside.length < 10);
+    const powers = inside.filter(tick => Math.abs(Math.log10(tick) - Math.round(Math.log10(tick))) < 1e-9);
+    if (inside.length > most && powers.length > 1) return powers;
     if (inside.length >= 3) return inside;
     count = 9;
   }
@@ -138,7 +140,7 @@ function quality() {
   svg.append(draw("polyline", { class: "front", points: front.map(run => `${x.at(run.bits)},${y.at(run.kl)}`).join(" ") }));
   const presets = [...new Set(measured.map(run => run.preset))].sort();
   const shade = preset => `var(--c${presets.indexOf(preset) % COLORS})`;
-  for (const run of measured) {
+  for (const run of [...measured].sort((a, b) => chosen.has(a) - chosen.has(b))) { // the chosen on top
     const at = { cx: x.at(run.bits), cy: y.at(run.kl) };
     svg.append(draw("circle", {
       ...at, r: small ? 6 : 5.5, class: "dot", style: `fill:${shade(run.preset)}`, tabindex: 0, role: "button",
@@ -149,20 +151,20 @@ function quality() {
     }));
     if (chosen.has(run)) svg.append(draw("circle", { ...at, r: small ? 10 : 9.5, class: "ring" }));
   }
-  names(svg, front, x, y, width);
+  names(svg, front, x, y, margin.left);
   const legend = make("ul", { class: "legend" }, ...presets.map(preset => make("li", {}, make("i", { style: `--c:${shade(preset)}` }), preset || "unnamed")));
   place.replaceChildren(legend, svg);
 }
 
-// Names the best runs where there is room; a name never covers another.
-function names(svg, front, x, y, width) {
+// Names the best runs on the side where no other can be; a name never covers another.
+function names(svg, front, x, y, edge) {
   const kept = [];
   for (const run of front) {
-    const left = x.at(run.bits) > width - 90;
-    const at = { x: x.at(run.bits) + (left ? -12 : 12), y: y.at(run.kl) - 9 };
+    const left = x.at(run.bits) > edge + 70;
+    const at = { x: x.at(run.bits) - (left ? 10 : 0), y: y.at(run.kl) + (left ? 18 : 24) };
     if (kept.some(other => Math.abs(other.x - at.x) < 64 && Math.abs(other.y - at.y) < 16)) continue;
     kept.push(at);
-    svg.append(draw("text", { ...at, class: "name", "text-anchor": left ? "end" : "start" }, run.id));
+    svg.append(draw("text", { ...at, class: "name", "text-anchor": left ? "end" : "middle" }, run.id));
   }
 }
 
@@ -179,7 +181,7 @@ function curves(place, key, marks) {
     const path = run[key].map(([step, value]) => `${x.at(step).toFixed(1)},${y.at(value).toFixed(1)}`).join(" ");
     svg.append(draw("polyline", { class: marks ? "curve" : "curve thin", points: path, style: `stroke:${color(run)}` }));
     if (!marks) continue;
-    const every = Math.max(1, Math.ceil(run[key].length / 40));
+    const every = Math.max(1, Math.ceil(run[key].length * 26 / width)); // dots that hide no line
     run[key].forEach(([step, value], index) => index % every === 0 || index === run[key].length - 1 ? svg.append(draw("circle", {
       cx: x.at(step), cy: y.at(value), r: 4, class: "dot", style: `fill:${color(run)}`,
       onmouseenter: event => tell(event, `${run.id}\n${figure(value)} after ${step} steps`), onmouseleave: hush,
@@ -203,7 +205,7 @@ function depth() {
     const series = [...used].map(([name, run]) => [data.conversions[name][leaf] || [], run]);
     const x = scale([0, Math.max(1, ...series.map(([values]) => values.length - 1))], margin.left, width - margin.right, false, .02);
     const svg = draw("svg", { viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": `Output error of ${leaf} by block` });
-    for (const tick of ticks(y.low, y.high, true)) {
+    for (const tick of ticks(y.low, y.high, true, 4, 4)) {
       svg.append(draw("line", { class: "grid", x1: margin.left, x2: width - margin.right, y1: y.at(tick), y2: y.at(tick) }));
       svg.append(draw("text", { x: margin.left - 7, y: y.at(tick) + 4, "text-anchor": "end" }, label(tick)));
     }
@@ -240,7 +242,7 @@ const COLUMNS = [
   ["id", "run", run => run.id, false], ["status", "status", run => run.status, false],
   ["kl", "full KL", run => figure(run.kl), true], ["bits", "bits", run => figure(run.bits, 2), true],
   ["kd0", "KD before", run => figure(run.kd0), true], ["kd", "KD after", run => figure(run.kd), true], ["perplexity", "perplexity", run => figure(run.perplexity, 2), true],
-  ["agreement", "same choice", run => percent(run.agreement), true], ["speed", "tokens/s", run => run.speed == null ? "–" : Math.round(run.speed).toLocaleString("en"), true],
+  ["agreement", "agreement", run => percent(run.agreement), true], ["speed", "tokens/s", run => run.speed == null ? "–" : Math.round(run.speed).toLocaleString("en"), true],
   ["seconds", "time", run => time(run.seconds), true], ["name", "name", run => run.name || "–", false], ["goal", "goal", run => run.goal, false],
 ];
 
@@ -269,19 +271,19 @@ function row(run) {
   box.checked = chosen.has(run);
   const cells = COLUMNS.map(([key, , show, numeric]) => key === "status"
     ? make("td", {}, make("span", { class: `status ${run.status}`, title: run.error || null }, run.status))
-    : make("td", { class: numeric ? "num" : key === "goal" ? "goal" : null }, show(run)));
+    : make("td", { class: numeric ? "num" : key === "goal" ? "goal" : null, title: key === "goal" ? run.goal || null : null }, show(run)));
   return make("tr", { class: chosen.has(run) ? "on" : null, style: chosen.has(run) ? `--c:${color(run)}` : "" }, make("td", { class: "pick" }, box), ...cells);
 }
 
 function cards() {
   const shown = picked().map(run => {
-    const figures = [["full KL", figure(run.kl, 3)], ["KD loss", run.kd0 == null ? figure(run.kd, 3) : `${figure(run.kd0, 2)} → ${figure(run.kd, 2)}`], ["bits", figure(run.bits, 2)], ["time", time(run.seconds)]];
+    const figures = [["full KL", figure(run.kl, 3)], ["KD loss", run.kd0 == null ? figure(run.kd, 3) : `${figure(run.kd0, 3)} → ${figure(run.kd, 3)}`], ["bits", figure(run.bits, 2)], ["time", time(run.seconds)]];
     return make("article", { class: "card", style: `--c:${color(run)}` },
       make("h3", {}, `${run.id}  ${run.name}`),
       run.goal ? make("p", {}, run.goal) : null,
       run.error ? make("p", { class: `status ${run.status}` }, `${run.status}: ${run.error}`) : null,
       make("dl", { class: "figures" }, ...figures.map(([name, value]) => make("div", {}, make("dt", {}, name), make("dd", {}, value)))),
-      make("p", { class: "quiet" }, [run.device, run.started.slice(0, 10), run.place].filter(Boolean).join(" · ")),
+      make("p", { class: "quiet" }, [run.device, run.started.slice(0, 10), run.sweep].filter(Boolean).join(" · ")),
       run.notes ? make("p", { class: "quiet" }, run.notes) : null,
       run.command ? make("pre", {}, run.command) : null);
   });

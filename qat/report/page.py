@@ -10,8 +10,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from qat.artifacts import locked, write_text
-from qat.report import records
+from qat.report import generate, records
 from qat.report.records import Record
 
 FILE = "report.html"
@@ -24,10 +23,7 @@ ESCAPES = {ord(sign): f"\\u{ord(sign):04x}" for sign in "<>&\u2028\u2029"}
 
 def write(outputs: Path) -> Path:
     """Writes the page of all runs below `outputs`, atomically, one process at a time."""
-    path = outputs / FILE
-    with locked(path):
-        write_text(path, render(outputs))
-    return path
+    return generate(outputs / FILE, lambda: render(outputs))
 
 
 def render(outputs: Path) -> str:

@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from qat import checkpoints, machine, plots
+from qat import checkpoints, machine, plots, sweeps
 from qat.artifacts import Artifact
 from qat.cache.reader import CacheReader
 from qat.config import Config, LossKind
@@ -76,15 +76,20 @@ def train_into(work: Workspace, outputs: Artifact, start: Path, folder: Path) ->
 
 def _resume(work: Workspace, trainer: Trainer) -> None:
     """Takes over the newest state of the run that is gone on with; without one, begins at the beginning."""
-    config, run = work.config, work.run
-    if not config.run.resume:
-        return
-    states = States(Path(config.outputs) / config.run.resume / "checkpoints", config.train.keep)
-    state = states.newest()
+    run, earlier = work.run, _earlier(work)
+    state = States(earlier / "checkpoints", work.config.train.keep).newest() if earlier else None
     rows = run.rewind(state.facts["logged"] if state else 0)
     if state is not None:
         trainer.restore(state, rows)
-        log.info("%s goes on after step %d of %d", config.run.resume, state.step, config.train.steps)
+        log.info("%s goes on after step %d of %d", run.result["run_id"], state.step, work.config.train.steps)
+
+
+def _earlier(work: Workspace) -> Path | None:
+    """Where an earlier attempt at this run left its states: what `run.resume` names, or a sweep's job itself."""
+    config, folder = work.config, work.run.folder
+    if config.run.resume:
+        return Path(config.outputs) / config.run.resume
+    return folder if sweeps.has_job(folder) else None
 
 
 def _trainer(

@@ -57,6 +57,14 @@ def test_sweep_goes_on_with_what_is_not_complete(launch, here, sweep, words):
     assert not list((here / "outputs").glob("SR-*"))
 
 
+def test_only_the_folder_of_a_planned_job_holds_what_is_gone_on_with(launch, here, sweep):
+    launch("-m", "train.lr=1,2")
+    (sweep / "SR-009").mkdir()
+    launch("train.lr=1")
+    folders = [sweep / "SR-001", sweep / "SR-002", sweep / "SR-009", here / "outputs" / "SR-003"]
+    assert [sweeps.has_job(folder) for folder in folders] == [True, True, False, False]
+
+
 def test_complete_sweep_typed_again_is_a_new_one(launch, here):
     launch("-m", "train.lr=1,2")
     again = launch("-m", "train.lr=1,2")

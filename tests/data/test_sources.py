@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from qat.config import DataConfig, DataSource
+from qat.data import files
 from qat.data.sources import content_hash, prompts, render
 from qat.data.thinking import chat_tokens
 from qat.errors import ConfigError, MissingError, UnavailableError
@@ -257,6 +258,7 @@ def hub(tmp_path, monkeypatch):
     def unreachable(self, repo, revision=None):
         raise ConnectionError("no route\nto the hub")
 
+    files._listing.cache_clear()
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
     monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", unreachable)
@@ -272,6 +274,13 @@ def test_hub_data_set_is_read_file_by_file_as_it_is_needed(hub, tokenizer):
         content_hash(data)
         == hashlib.sha256(json.dumps(["owner/there", ("c0ffee" * 7)[:40], ["a.jsonl", "b.json"]]).encode()).hexdigest()
     )
+
+
+def test_copy_that_stands_in_for_the_hub_is_told(hub, caplog):
+    data = DataConfig("alpaca", DataSource.alpaca, repo="owner/there")
+    content_hash(data), files.find(data)
+    said = "the hub cannot be asked for the data set owner/there (no route): using its copy of c0ffeec0ffee"
+    assert caplog.messages == [said]
 
 
 def test_hub_that_cannot_be_reached_says_what_to_do(hub):

@@ -59,6 +59,22 @@ def test_checkpoints_come_with_losses_and_caches_with_sizes(outputs):
     assert "| `L64` | 340 | 3.0 MB | `artifacts/caches/L64-abc` |" in text
 
 
+def test_conversions_say_their_own_losses_whether_a_run_used_them_or_not(outputs):
+    measured = {"before": {"kd_loss": 0.1, "kl": 0.2}, "after": {"kd_loss": 1.25, "kl": 0.75}}
+    converted = {"name": "tiny_q4a4_init", "bits_per_weight": 4.5, "metrics": measured}
+    trained = {"name": "tiny_q4a4_e2e", "bits_per_weight": 4.5, "kd_loss_initial": 1.25, "kd_loss_best": 0.5}
+    for folder, manifest in (("q4_init", converted), ("q4_e2e", trained), ("older", {"name": "older"})):
+        synthetic.write(outputs / "artifacts" / "checkpoints" / folder / "manifest.json", manifest)
+    text = log.render(outputs)
+    assert "| `tiny_q4a4_init` | 1.2500 | 0.7500 | 4.5000 | `artifacts/checkpoints/q4_init` |" in text
+    assert "| `tiny_q4a4_e2e` | 0.5000 | – | 4.5000 | `artifacts/checkpoints/q4_e2e` |" in text
+    assert "| `older` | – | – | – | `artifacts/checkpoints/older` |" in text
+    done = [run for run in records.runs(outputs) if run.status == "complete"]
+    used = next(run for run in done if run.text("quant", "preset") == "q2a4")
+    before = [used.number("metrics", key) for key in ("kd_loss_initial", "kl_initial")]
+    assert "| `tiny_q2a4_init` | {:.4f} | {:.4f} | 3.5600 |".format(*before) in text
+
+
 def test_failure_says_why(outputs):
     assert "**Result**: failed: no space left on the disk" in log.render(outputs).split("### SR-017")[1]
 

@@ -1,5 +1,6 @@
 """report.html: one page without a request, shown by a real browser, in which text is only text."""
 
+import html
 import json
 import re
 import shutil
@@ -15,6 +16,33 @@ browser = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machi
 EVIL = "</script><script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\">&amp;\u2028`${1}"
 
 PROBE = "const root = document.documentElement; root.dataset.over = root.scrollWidth - root.clientWidth"
+CLICKS = """
+const all = (name) => [...document.querySelectorAll(name)];
+const head = (name) => all("#runs th button").find((button) => button.textContent === name);
+const column = (name) => all("#runs th").indexOf(head(name).parentElement);
+const shown = (name) => all("#runs tbody tr").map((row) => row.cells[column(name)].textContent);
+const sorted = (name) => head(name).parentElement.getAttribute("aria-sort");
+const said = {};
+const press = (name) => {
+  head(name).click();
+  (said[name] ??= []).push([sorted(name), shown(name), all("th[aria-sort]").length]);
+};
+["perplexity", "perplexity", "run", "goal", "tokens/s", "KD after", "KD after"].forEach(press);
+const find = document.querySelector("#filter");
+find.value = "failed";
+find.dispatchEvent(new Event("input"));
+said.found = shown("status");
+find.value = "";
+find.dispatchEvent(new Event("input"));
+all("#none")[0].click();
+all("#runs tbody input")[5].click();
+all("#runs tbody input")[7].click();
+said.chosen = [5, 7].map((index) => shown("run")[index]);
+said.cards = all(".card h3").map((node) => node.textContent);
+const told = document.body.appendChild(document.createElement("textarea"));
+told.id = "said";
+told.textContent = JSON.stringify(said);
+"""
 
 
 def dom(path, *flags):
@@ -61,11 +89,38 @@ def test_text_of_runs_stays_text(outputs):
     assert body(shown).count("&lt;img src=x onerror") > 34
 
 
+def with_script(path, script):
+    path.write_text(path.read_text().replace("</body>", f"<script>{script}</script></body>"))
+
+
+@browser
+def test_clicks_sort_the_table_and_choose_runs(outputs):
+    synthetic.fill(outputs, 60)
+    path = page.write(outputs)
+    with_script(path, f"{{ {CLICKS} }}")
+    said = json.loads(html.unescape(re.search(r'<textarea id="said">(.*?)</textarea>', dom(path), re.DOTALL)[1]))
+    runs = {run.run_id: run for run in records.runs(outputs)}
+    missing = sum(run.status != "complete" for run in runs.values())
+    perplexities = sorted(run.number("metrics", "perplexity") for run in runs.values() if run.status == "complete")
+    told = [f"{value:.2f}" for value in perplexities]
+    assert said["perplexity"] == [
+        ["ascending", told + ["–"] * missing, 1],
+        ["descending", told[::-1] + ["–"] * missing, 1],
+    ]
+    assert said["run"] == [["ascending", list(runs), 1]]
+    goals = [text for text in said["goal"][0][1] if text]
+    assert goals == sorted(goals) and said["goal"][0][1][len(goals) :] == [""] * (60 - len(goals))
+    down = [float(text) for text in said["KD after"][1][1][:-missing]]
+    assert down == sorted(down, reverse=True) and said["KD after"][1][0] == "descending"
+    assert said["found"] == ["failed"] * sum(run.status == "failed" for run in runs.values())
+    assert [text.split()[0] for text in said["cards"]] == said["chosen"]
+
+
 @browser
 def test_phone_scrolls_no_page_sideways(outputs):
     synthetic.fill(outputs, 40, goal="a-very-long-word-without-a-space-" * 6)
     path = page.write(outputs)
-    path.write_text(path.read_text().replace("</body>", f"<script>{PROBE}</script></body>"))
+    with_script(path, PROBE)
     for width in (390, 800, 1400):
         assert 'data-over="0"' in dom(path, f"--window-size={width},1200")
 
