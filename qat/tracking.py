@@ -77,7 +77,7 @@ def open_tracker(config: Config, folder: Path, run_id: str) -> Tracker:
 def _start_wandb(config: Config, folder: Path, run_id: str) -> Any:
     import wandb
 
-    mode: Any = os.environ.get("WANDB_MODE") or ("online" if _logged_in() else "offline")
+    mode: Any = os.environ.get("WANDB_MODE") or ("online" if logged_in() else "offline")
     return wandb.init(
         project=config.tracker.project,
         name=run_id,
@@ -90,7 +90,8 @@ def _start_wandb(config: Config, folder: Path, run_id: str) -> Any:
     )
 
 
-def _logged_in() -> bool:
+def logged_in() -> bool:
+    """True where wandb has a key, which is looked for and never read out."""
     if os.environ.get("WANDB_API_KEY"):
         return True
     try:

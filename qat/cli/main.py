@@ -1,5 +1,6 @@
 """From the words typed to a running job; everything is checked before anything is created."""
 
+import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -11,7 +12,7 @@ from typing import NoReturn
 
 from hydra.core.override_parser.types import Override
 
-from qat.cli import arguments, checkpoints, job, overrides, ranks, registered, resume, sweeping, validate
+from qat.cli import arguments, checkpoints, completion, job, overrides, ranks, registered, resume, sweeping, validate
 from qat.cli.arguments import CommandLine
 from qat.cli.compose import Composer, typed
 from qat.cli.folders import claim
@@ -101,7 +102,10 @@ def check_resumed(command: CommandLine, sweep: Sweep) -> Checked:
 def _main(argv: list[str], launch: Callable[[], None]) -> int:
     command = arguments.parse(argv)
     if command.flags["help"]:
-        print(page())
+        print(page(command.overrides))
+        return 0
+    if command.flags["shell_completion"] and command.overrides[0].startswith("query="):
+        print(completion.answer(command.overrides[0].removeprefix("query="), os.environ.get("COMP_LINE", "")))
         return 0
     going_on = sweeping.resumed(command) if command.starts_jobs else None
     if going_on:
@@ -113,10 +117,11 @@ def _main(argv: list[str], launch: Callable[[], None]) -> int:
             registered.check(config)
         if checked.jobs is not None:
             return _sweep(command, checked, going_on, launch)
-        devices = checked.configs[0].instance.devices
+        first = checked.configs[0]
+        devices = 1 if first.stage in UNRECORDED else first.instance.devices
         if devices > 1 and not ranks.started():
             return ranks.launch(argv, devices)
-        command.overrides += claim(checked.configs[0], checked.parsed, command.multirun)
+        command.overrides += claim(first, checked.parsed, command.multirun)
     sys.argv[1:] = command.argv()
     launch()
     return _exit_code(command.multirun)

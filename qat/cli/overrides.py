@@ -6,9 +6,10 @@ from itertools import islice, product
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 
-from qat.cli import schema
+from qat.cli import helping, schema
 from qat.cli.compose import MISTAKES, Composer
-from qat.cli.suggest import did_you_mean
+from qat.cli.suggest import did_you_mean, hint, named, nearest
+from qat.config import Stage
 from qat.errors import ConfigError
 
 MOST_JOBS = 256  # each is composed and checked before the first starts
@@ -62,7 +63,7 @@ def _parse(text: str, composer: Composer) -> Override:
     if key.startswith("~"):
         raise ConfigError(f"{text} would delete what every run needs: set it instead, {bare}=<value>")
     if not bare.startswith(("hydra.", "hydra/")):
-        _check_key(bare, equals)
+        _check_key(bare) if equals else _check_word(bare)
     try:
         override = OverridesParser.create(composer.loader).parse_override(text)
     except MISTAKES as error:
@@ -73,14 +74,29 @@ def _parse(text: str, composer: Composer) -> Override:
     return override
 
 
-def _check_key(key: str, equals: str) -> None:
+def _check_word(word: str) -> None:
+    """A word without `=` is no setting; the error names the one that it may stand for."""
+    stage = named(word, {stage.name: stage.value for stage in Stage})
+    if word in schema.keys() and not stage:
+        raise ConfigError(f"{word} has no value: write {word}=<value>")
+    meant = f"stage={stage}" if stage else _choice(word)
+    raise ConfigError(f"{word} is no setting{hint(meant)}; settings are written key=value")
+
+
+def _choice(word: str) -> str | None:
+    """The nearest option with its group, or `--help`."""
+    groups = (*schema.groups(), *schema.EXTRAS)
+    choices = {option.stem: f"{group}={option.stem}" for group in groups for option in helping.options(group)}
+    choices["help"] = "--help"
+    found = nearest(word, choices)
+    return choices[found] if found else None
+
+
+def _check_key(key: str) -> None:
     known = [*schema.keys(), *schema.EXTRAS]
     resets = [f"schema@{group}" for group in schema.groups()]
     if key not in resets and key not in known:
-        rule = "" if equals else "; settings are written key=value"
-        raise ConfigError(f"unknown key {key}{did_you_mean(key, known)}{rule}")
-    if not equals:
-        raise ConfigError(f"{key} has no value: write {key}=<value>")
+        raise ConfigError(f"unknown key {key}{did_you_mean(key, known)}")
 
 
 def _check(override: Override, composer: Composer, multirun: bool) -> None:

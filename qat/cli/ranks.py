@@ -33,7 +33,7 @@ def started() -> bool:
 
 
 def scratch() -> list[str]:
-    """Overrides that keep a process beside the first out of everything that is recorded."""
+    """Overrides that keep a process out of everything that is recorded: one beside the first, or a diagnosis."""
     folder = tempfile.mkdtemp(prefix="qat-rank-")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return [
