@@ -76,8 +76,8 @@ def _parse(text: str, composer: Composer) -> Override:
 
 def _check_word(word: str) -> None:
     """A word without `=` is no setting; the error names the one that it may stand for."""
-    stage = named(word, {stage.name: stage.value for stage in Stage})
-    if word in schema.keys() and not stage:
+    stage, keys = named(word, {stage.name: stage.value for stage in Stage}), schema.keys()
+    if word in keys and not stage:
         raise ConfigError(f"{word} has no value: write {word}=<value>")
     meant = f"stage={stage}" if stage else _choice(word)
     raise ConfigError(f"{word} is no setting{hint(meant)}; settings are written key=value")
