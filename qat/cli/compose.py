@@ -98,6 +98,7 @@ def typed(composed: DictConfig) -> Config:
     except MISTAKES as error:
         raise ConfigError(explain(error)) from error
     assert isinstance(config, Config)
+    config.outputs = os.path.expanduser(config.outputs)
     # YAML's and Hydra's false arrives as "False".
     config.data.thinking = config.data.thinking.lower()
     for part in config.data.parts:

@@ -175,7 +175,7 @@ def _check_folders(parsed: list[Override]) -> None:
 def _outputs(command: CommandLine, composer: Composer) -> str:
     """The outputs folder, before anything else is settled."""
     plain = [text for text in command.overrides if text.startswith("outputs=")]
-    return str(composer.compose(plain).outputs)
+    return os.path.expanduser(str(composer.compose(plain).outputs))
 
 
 def _exit_code(multirun: bool) -> int:
