@@ -63,10 +63,14 @@ def test_a_gpu_that_torch_cannot_use(examined, monkeypatch):
     assert "has 2 of NVIDIA's" in examined()["gpu"].warning
 
 
-@pytest.mark.parametrize(
-    ("name", "made"),
-    [("Tesla T4", "t4"), ("NVIDIA A100-SXM4-40GB", "a100"), ("NVIDIA H200", "h200"), ("NVIDIA L4", None)],
-)
+GPUS = [("Tesla T4", "t4"), ("NVIDIA A100-SXM4-40GB", "a100"), ("NVIDIA H200", "h200"), ("NVIDIA L4", None)]
+
+
+def test_what_a_gpu_is_advised_is_an_option():
+    assert set(doctor.MADE) <= {path.stem for path in (ROOT / "conf" / "instance").glob("*.yaml")}
+
+
+@pytest.mark.parametrize(("name", "made"), GPUS)
 def test_a_gpu_by_name(monkeypatch, name, made):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: name)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda index: (15e9, 16e9))

@@ -20,7 +20,6 @@ from packaging.requirements import Requirement
 from rich.table import Table
 
 from qat import gpus, machine, models, tracking
-from qat.cli import helping
 from qat.config import Config, InstanceConfig, StoreConfig, StoreKind
 from qat.console import console, size
 from qat.errors import MissingError, QatError
@@ -30,6 +29,7 @@ from qat.store.places import open_place
 ROOT = Path(__file__).resolve().parents[2]
 CONTAINER = Path("/sys/fs/cgroup/memory.max")  # a number of bytes, or `max`
 SHOWN = ("torch", "transformers", "tokenizers", "safetensors", "hydra-core", "wandb")
+MADE = ("t4", "a100", "h100", "h200")  # options of `instance` for one GPU, by what is in its name
 ROOMY = 5e9  # bytes of memory, and of disk, that the default run stays below
 
 
@@ -106,7 +106,7 @@ def _gpus() -> Iterator[Finding]:
 def _gpu(index: int) -> Finding:
     """A GPU by name, with the option of `instance` that is made for it."""
     name = torch.cuda.get_device_name(index)
-    made = [option.stem for option in helping.options("instance") if option.stem in re.split(r"\W+", name.lower())]
+    made = [option for option in MADE if option in re.split(r"\W+", name.lower())]
     advice = f"; instance={made[0]} is made for it" if made else ""
     try:
         free, whole = torch.cuda.mem_get_info(index)
