@@ -102,11 +102,10 @@ def check_resumed(command: CommandLine, sweep: Sweep) -> Checked:
 def _main(argv: list[str], launch: Callable[[], None]) -> int:
     command = arguments.parse(argv)
     if command.flags["help"]:
-        print(page(command.overrides))
-        return 0
+        return _print(page(command.overrides))
     if command.flags["shell_completion"] and command.overrides[0].startswith("query="):
-        print(completion.answer(command.overrides[0].removeprefix("query="), os.environ.get("COMP_LINE", "")))
-        return 0
+        shell = command.overrides[0].removeprefix("query=")
+        return _print(completion.answer(shell, os.environ.get("COMP_LINE", "")))
     going_on = sweeping.resumed(command) if command.starts_jobs else None
     if going_on:
         checked = check_resumed(command, going_on)
@@ -125,6 +124,15 @@ def _main(argv: list[str], launch: Callable[[], None]) -> int:
     sys.argv[1:] = command.argv()
     launch()
     return _exit_code(command.multirun)
+
+
+def _print(text: str) -> int:
+    """Prints a page, of which a reader such as `head` may want the beginning alone."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:  # what is left goes nowhere, or Python would complain on its way out
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
 
 
 def _sweep(command: CommandLine, checked: Checked, going_on: Sweep | None, launch: Callable[[], None]) -> int:

@@ -266,7 +266,7 @@ def check_checkpoint(config: Config) -> dict[str, Any] | None:
     if not _exists(checkpoint.path):
         registered = sorted({path.stem for path in (CONF / "checkpoint").glob("*.yaml")} - {"local"})
         raise ConfigError(
-            f"checkpoint={checkpoint.path}: no such folder, file or run, and no registered name"
+            f"checkpoint={checkpoint.path}: no such folder or file, no run in {config.outputs}, and no registered name"
             f"{did_you_mean(checkpoint.path, registered)}; registered are {', '.join(registered)}"
         )
     return _manifest(config)

@@ -112,7 +112,7 @@ MISTAKES = [
     ("cache=local", "cache.path=<folder>"),
     ("cache=local cache.path=nowhere", "no such folder"),
     ("checkpoint=local", "checkpoint=<folder>"),
-    ("checkpoint=SR-999", "no such folder, file or run, and no registered name"),
+    ("checkpoint=SR-999", "no such folder or file, no run in outputs, and no registered name"),
     ("checkpoint=foo", "registered are q2_0_5341"),
     ("stage=export", "export.output=<folder>"),
     ("stage=export export=packed export.output=new", "needs a quantized model: checkpoint=<path>"),

@@ -1,5 +1,9 @@
 """What --help says of a group, a section or a key."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 
 from qat.cli import helping, schema
@@ -54,3 +58,12 @@ def test_a_topic_in_a_process_imports_no_torch_and_claims_nothing(launch, here):
     assert (done.code, done.err, done.heavy) == (0, "", [])
     assert "q3a4_r8" in done.out and "train.lr=0.001" in done.out
     assert list(here.iterdir()) == []
+
+
+def test_a_reader_may_stop_early():
+    launch = Path(__file__).resolve().parents[2] / "launch.py"
+    helped = subprocess.Popen([sys.executable, str(launch), "--help"], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert helped.stdout and helped.stderr
+    helped.stdout.close()
+    assert helped.stderr.read() == b""
+    assert helped.wait(timeout=60) == 0
