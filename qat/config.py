@@ -27,6 +27,7 @@ class Stage(Enum):
     pull = "fetch a named checkpoint, cache or run from the store"
     push = "put a checkpoint or a cache into the store"
     store = "list what the store holds"
+    doctor = "show what this machine has, what a run would use, and what is amiss"
 
 
 class ModelSource(Enum):
@@ -247,8 +248,8 @@ class ModeConfig:
     """Which layers learn."""
 
     name: str = MISSING
-    mlp: bool = MISSING
-    attn: bool = MISSING
+    mlp: bool = MISSING  # gate, up and down learn
+    attn: bool = MISSING  # q, k, v and o learn
 
 
 @dataclass
@@ -257,7 +258,7 @@ class LossConfig:
 
     name: str = MISSING
     kind: LossKind = MISSING
-    temperature: float = 1.0
+    temperature: float = 1.0  # of both models; KL is multiplied by its square
     hard: float = 0.0  # weight of the cross-entropy on the teacher's first choice, which is added
 
 
@@ -275,12 +276,12 @@ class LearnConfig:
 class TrainConfig:
     """Distillation. The result never depends on the machine: `batch_size` is global."""
 
-    steps: int = 40
+    steps: int = 40  # updates
     batch_size: int = 16  # sequences a step
     lr: float = 1e-3  # relative to each tensor's root mean square
     learn: LearnConfig = field(default_factory=LearnConfig)
     warmup: float = 0.1  # share of the steps in which the rate rises
-    weight_decay: float = 0.0
+    weight_decay: float = 0.0  # decoupled, times the learning rate
     grad_clip: float = 1.0  # largest gradient norm
     eval_every: int = 20  # steps between evaluations on the held-apart split
     save_every: int = 100  # steps between states from which run.resume goes on
@@ -336,7 +337,7 @@ class TrackerConfig:
 
     name: str = MISSING
     kind: TrackerKind = MISSING
-    project: str = "qat-speedrun"
+    project: str = "qat-speedrun"  # of Weights & Biases
 
 
 @dataclass
@@ -363,7 +364,7 @@ class ChatConfig:
     """`stage=chat`."""
 
     prompt: str | None = None  # one question, answered at once; None opens a conversation
-    max_tokens: int = 256
+    max_tokens: int = 256  # longest answer
     temperature: float = 0.0  # 0 always takes the most likely token
 
 
@@ -371,8 +372,8 @@ class ChatConfig:
 class RunConfig:
     """What the run log says about a run in the user's own words."""
 
-    goal: str = ""
-    notes: str = ""
+    goal: str = ""  # what it is for
+    notes: str = ""  # anything else
     resume: str | None = None  # SR-007: go on with that interrupted run, in its folder
 
 
@@ -388,7 +389,7 @@ class Config:
     """One run, whole."""
 
     stage: Stage = Stage.run
-    seed: int = 0
+    seed: int = 0  # of every random draw
     outputs: str = "outputs"  # runs, sweeps and artifacts all land below it
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)

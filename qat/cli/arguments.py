@@ -1,6 +1,5 @@
 """The words typed, as flags and overrides that Hydra reads the way the user meant them."""
 
-import argparse
 import os
 import re
 from dataclasses import dataclass
@@ -11,7 +10,7 @@ from typing import Any, NoReturn
 from hydra._internal.utils import get_args_parser
 
 from qat.cli import schema
-from qat.cli.suggest import did_you_mean
+from qat.cli.suggest import hint, nearest
 from qat.errors import ConfigError
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
@@ -58,7 +57,7 @@ def parse(argv: list[str]) -> CommandLine:
     parser = get_args_parser()
     parser.allow_abbrev = False
     # argparse would print its usage on two lines more and exit.
-    parser.error = lambda message: _refuse(parser, message)  # type: ignore[method-assign]
+    parser.error = _refuse  # type: ignore[method-assign]
     flags = vars(parser.parse_intermixed_args(argv))
     overrides = flags.pop("overrides")
     _check_flags(flags)
@@ -75,13 +74,22 @@ def quote(text: str) -> str:
     return f"'{text}{tail[0] if tail else ''}'"
 
 
-def _refuse(parser: argparse.ArgumentParser, message: str) -> NoReturn:
+def flag_names() -> list[str]:
+    """Every flag by its long name."""
+    actions = get_args_parser()._actions
+    return [name for action in actions for name in action.option_strings if name.startswith("--")]
+
+
+def _refuse(message: str) -> NoReturn:
     unknown = re.search(r"unrecognized arguments: (-\S+)", message)
     if unknown is None:
         raise ConfigError(message)
-    known = [name for action in parser._actions for name in action.option_strings]
+    known = {name[2:]: name for name in flag_names()} | {
+        key: f"{key}=<value>" for key in (*schema.keys(), *schema.EXTRAS)
+    }
     flag = unknown[1].split("=")[0]
-    raise ConfigError(f"unknown flag {flag}{did_you_mean(flag, known)}; settings are written key=value")
+    found = nearest(flag.lstrip("-").replace("-", "_"), known)
+    raise ConfigError(f"unknown flag {flag}{hint(found and known[found])}; settings are written key=value")
 
 
 def _check_flags(flags: dict[str, Any]) -> None:

@@ -3,6 +3,7 @@
 import copy
 import os
 import re
+from enum import Enum
 from typing import Any
 
 from hydra import version
@@ -24,7 +25,7 @@ from yaml import YAMLError
 
 from qat.cli import schema
 from qat.cli.arguments import CONF
-from qat.cli.suggest import did_you_mean
+from qat.cli.suggest import did_you_mean, hint, named
 from qat.config import Config
 from qat.errors import ConfigError
 
@@ -97,6 +98,7 @@ def typed(composed: DictConfig) -> Config:
     except MISTAKES as error:
         raise ConfigError(explain(error)) from error
     assert isinstance(config, Config)
+    config.outputs = os.path.expanduser(config.outputs)
     # YAML's and Hydra's false arrives as "False".
     config.data.thinking = config.data.thinking.lower()
     for part in config.data.parts:
@@ -141,8 +143,8 @@ def _wrong_type(key: str, reason: str) -> str:
     quoted = re.search(r"[Vv]alue '(.*?)'", reason)
     if known is None or quoted is None:
         return f"{key}: {reason[:1].lower()}{reason[1:]}"
-    names = getattr(known.type, "__members__", ())
-    return f"{key}={quoted[1]}: expected {known.kind()}{did_you_mean(quoted[1], names)}"
+    names = {choice.name: choice.value for choice in known.type} if issubclass(known.type, Enum) else {}
+    return f"{key}={quoted[1]}: expected {known.kind()}{hint(named(quoted[1], names))}"
 
 
 def _search_path(flags: dict[str, Any]) -> ConfigSearchPath:

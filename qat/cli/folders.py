@@ -17,7 +17,7 @@ def claim(config: Config, parsed: list[Override], multirun: bool) -> list[str]:
     Raises:
         ConfigError: the outputs folder cannot be written.
     """
-    if ranks.rank() > 0 and config.stage not in UNRECORDED:
+    if config.stage is Stage.doctor or (ranks.rank() > 0 and config.stage not in UNRECORDED):
         return ranks.scratch()
     if config.run.resume:
         return [_set("hydra.run.dir", Path(config.outputs) / config.run.resume)]

@@ -1,4 +1,4 @@
-"""The --help page, put together from `conf/` and the comments in `qat/config.py`."""
+"""The --help pages, put together from `conf/` and the comments in `qat/config.py`."""
 
 from collections.abc import Iterator
 from enum import Enum
@@ -9,7 +9,10 @@ from omegaconf import MISSING, OmegaConf
 from qat.cli import schema
 from qat.cli.arguments import CONF
 from qat.cli.schema import Key
+from qat.cli.suggest import did_you_mean
+from qat.cli.validate import BOUNDS
 from qat.config import Stage
+from qat.errors import ConfigError
 
 INTRO = """\
 Quantize a small chat model to lookup tables and train it to imitate the original.
@@ -19,6 +22,8 @@ Quantize a small chat model to lookup tables and train it to imitate the origina
   python launch.py stage=chat checkpoint=SR-001      talk to the result of a run
   python launch.py -m train.lr=1e-4,3e-4,1e-3        a sweep, one run a value
   python launch.py +experiment=quick                 a preset: the whole job in small
+  python launch.py stage=doctor                      what this machine has, and what is amiss
+  python launch.py --help quant train.lr             more on a group, a section or a key
 
 Choose options of groups (quant=q2a4) and set keys (train.lr=3e-4); -m makes a,b,c a sweep.
 """
@@ -33,8 +38,14 @@ Flags: -m sweep | --cfg job --resolve show the composed configuration | --info |
 """
 
 
-def page() -> str:
-    """The whole page."""
+def page(topics: list[str]) -> str:
+    """The whole page, or what is known of each topic: a group, a section or a key.
+
+    Raises:
+        ConfigError: there is no such topic.
+    """
+    if topics:
+        return "\n\n".join("\n".join(_about(topic)) for topic in topics)
     groups, keys = "Groups (* is the default)", "Keys, with defaults where no option sets them"
     return "\n".join([INTRO, "Stages", *_stages(), "", groups, *_groups(), "", keys, *_keys(), "", OUTRO])
 
@@ -46,19 +57,50 @@ def describe(option: Path) -> str:
     return next((comment for comment in comments if not comment.startswith("@")), "")
 
 
+def options(group: str) -> list[Path]:
+    """The files of a group's options, by name."""
+    return sorted((CONF / group).glob("*.yaml"))
+
+
+def defaults() -> dict[str, str]:
+    """The option of each group that is taken when none is named."""
+    listed = OmegaConf.load(CONF / "config.yaml").defaults
+    return {name: option for entry in listed if not isinstance(entry, str) for name, option in entry.items()}
+
+
+def summary(group: str) -> str:
+    """What a group decides."""
+    return f"presets, as in +{group}=<name>" if group in schema.EXTRAS else schema.keys()[group].comment
+
+
+def below(section: str) -> list[Key]:
+    """The keys of a section that hold a value, but for the name of its option."""
+    found = [key for key in schema.keys().values() if key.name.startswith(f"{section}.") and not key.is_section]
+    return [key for key in found if key.name != f"{section}.name"]
+
+
+def takes(key: Key) -> str:
+    """What values a key takes: `a number, above 0`."""
+    bound = BOUNDS.get(key.name)
+    return f"{key.kind()}, {bound}" if bound else key.kind()
+
+
 def _stages() -> Iterator[str]:
     for stage in Stage:
         yield f"  stage={stage.name:<12} {stage.value}"
 
 
 def _groups() -> Iterator[str]:
-    chosen = _defaults()
     for group in (*schema.groups(), *schema.EXTRAS):
-        about = f"presets, as in +{group}=<name>" if group in schema.EXTRAS else schema.keys()[group].comment
-        yield f"\n  {group}: {about}"
-        for option in sorted((CONF / group).glob("*.yaml")):
-            mark = "*" if chosen.get(group) == option.stem else " "
-            yield f"   {mark} {option.stem:<16} {describe(option)}"
+        yield f"\n  {group}: {summary(group)}"
+        yield from _options(group)
+
+
+def _options(group: str) -> Iterator[str]:
+    chosen = defaults().get(group)
+    for option in options(group):
+        mark = "*" if chosen == option.stem else " "
+        yield f"   {mark} {option.stem:<16} {describe(option)}"
 
 
 def _keys() -> Iterator[str]:
@@ -66,17 +108,44 @@ def _keys() -> Iterator[str]:
         # What an option decides by being chosen, a backend or its name, nobody sets by hand.
         decided = key.default == MISSING and key.type is not int
         if not key.is_section and not decided:
-            yield f"  {_set(key):<38} {key.comment}".rstrip()
+            yield _line(key)
+
+
+def _line(key: Key) -> str:
+    return f"  {_set(key):<38} {key.comment}".rstrip()
 
 
 def _set(key: Key) -> str:
-    if isinstance(key.default, Enum):
-        return f"{key.name}={key.default.name}"
     if key.default == MISSING:
         return f"{key.name}=<{key.type.__name__}>"
-    return f"{key.name}={'null' if key.default is None else key.default}"
+    return f"{key.name}={schema.written(key.default)}"
 
 
-def _defaults() -> dict[str, str]:
-    listed = OmegaConf.load(CONF / "config.yaml").defaults
-    return {name: option for entry in listed if not isinstance(entry, str) for name, option in entry.items()}
+def _about(topic: str) -> Iterator[str]:
+    """The lines on one topic; a value typed after it is passed over."""
+    name = topic.partition("=")[0].lstrip("+")
+    known = [*schema.keys(), *schema.EXTRAS]
+    if name not in known:
+        raise ConfigError(f"--help {topic}: no such group or key{did_you_mean(name, known)}")
+    key = schema.keys().get(name)
+    if key is not None and not key.is_section:
+        yield from _value(key)
+        return
+    yield f"{name}: {summary(name)}"
+    if name in (*schema.groups(), *schema.EXTRAS):
+        yield from (f"\nOptions, as in {name}=<option> (* is the default)", *_options(name))
+    if key is not None:
+        yield "\nKeys, with defaults where no option sets them"
+        for one in below(name):
+            yield from _value(one)
+
+
+def _value(key: Key) -> Iterator[str]:
+    """A key with what it takes: in brackets after its comment, or one line for each of its words."""
+    if issubclass(key.type, Enum):
+        yield f"  {key.name}: {key.comment}"
+        for choice in key.type:
+            mark = "*" if key.default is choice else " "
+            yield f"   {mark} {choice.name:<16} {choice.value}"
+    else:
+        yield f"{_line(key)} ({takes(key)})"

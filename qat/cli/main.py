@@ -1,5 +1,6 @@
 """From the words typed to a running job; everything is checked before anything is created."""
 
+import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -11,7 +12,7 @@ from typing import NoReturn
 
 from hydra.core.override_parser.types import Override
 
-from qat.cli import arguments, checkpoints, job, overrides, ranks, registered, resume, sweeping, validate
+from qat.cli import arguments, checkpoints, completion, job, overrides, ranks, registered, resume, sweeping, validate
 from qat.cli.arguments import CommandLine
 from qat.cli.compose import Composer, typed
 from qat.cli.folders import claim
@@ -103,8 +104,10 @@ def check_resumed(command: CommandLine, sweep: Sweep) -> Checked:
 def _main(argv: list[str], launch: Callable[[], None]) -> int:
     command = arguments.parse(argv)
     if command.flags["help"]:
-        print(page())
-        return 0
+        return _print(page(command.overrides))
+    if command.flags["shell_completion"] and command.overrides[0].startswith("query="):
+        shell = command.overrides[0].removeprefix("query=")
+        return _print(completion.answer(shell, os.environ.get("COMP_LINE", "")))
     going_on = sweeping.resumed(command) if command.starts_jobs else None
     if going_on:
         checked = check_resumed(command, going_on)
@@ -115,13 +118,23 @@ def _main(argv: list[str], launch: Callable[[], None]) -> int:
             registered.check(config)
         if checked.jobs is not None:
             return _sweep(command, checked, going_on, launch)
-        devices = checked.configs[0].instance.devices
+        first = checked.configs[0]
+        devices = 1 if first.stage in UNRECORDED else first.instance.devices
         if devices > 1 and not ranks.started():
             return ranks.launch(argv, devices)
-        command.overrides += claim(checked.configs[0], checked.parsed, command.multirun)
+        command.overrides += claim(first, checked.parsed, command.multirun)
     sys.argv[1:] = command.argv()
     launch()
     return _exit_code(command.multirun)
+
+
+def _print(text: str) -> int:
+    """Prints a page, of which a reader such as `head` may want the beginning alone."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:  # what is left goes nowhere, or Python would complain on its way out
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
 
 
 def _sweep(command: CommandLine, checked: Checked, going_on: Sweep | None, launch: Callable[[], None]) -> int:
@@ -172,7 +185,7 @@ def _check_folders(parsed: list[Override]) -> None:
 def _outputs(command: CommandLine, composer: Composer) -> str:
     """The outputs folder, before anything else is settled."""
     plain = [text for text in command.overrides if text.startswith("outputs=")]
-    return str(composer.compose(plain).outputs)
+    return os.path.expanduser(str(composer.compose(plain).outputs))
 
 
 def _exit_code(multirun: bool) -> int:

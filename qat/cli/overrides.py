@@ -2,15 +2,19 @@
 
 from collections.abc import Iterable, Iterator
 from itertools import islice, product
+from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 
-from qat.cli import schema
+from qat.cli import helping, schema
+from qat.cli.arguments import quote
 from qat.cli.compose import MISTAKES, Composer
-from qat.cli.suggest import did_you_mean
+from qat.cli.suggest import did_you_mean, hint, named, nearest
+from qat.config import Stage
 from qat.errors import ConfigError
 
+PROSE = ("chat.prompt", "run.goal", "run.notes")  # sentences, in which a comma separates no values
 MOST_JOBS = 256  # each is composed and checked before the first starts
 
 
@@ -24,7 +28,7 @@ def read(overrides: list[str], composer: Composer, multirun: bool) -> list[Overr
         ConfigError: the first override that cannot be meant.
     """
     chosen = composer.chosen()
-    parsed = [_parse(text, composer) for typed in overrides for text in _for_hydra(typed, chosen)]
+    parsed = [_parse(text, composer, multirun) for typed in overrides for text in _for_hydra(typed, chosen)]
     for override in parsed:
         _check(override, composer, multirun)
     return parsed
@@ -56,31 +60,57 @@ def _for_hydra(text: str, chosen: set[str]) -> list[str]:
     return [f"{bare}{equals}{value}"] if bare in known else [text]
 
 
-def _parse(text: str, composer: Composer) -> Override:
-    key, equals, _ = text.partition("=")
+def _parse(text: str, composer: Composer, multirun: bool) -> Override:
+    key, equals, value = text.partition("=")
     bare = key.lstrip("+~")
     if key.startswith("~"):
         raise ConfigError(f"{text} would delete what every run needs: set it instead, {bare}=<value>")
     if not bare.startswith(("hydra.", "hydra/")):
-        _check_key(bare, equals)
+        _check_key(bare) if equals else _check_word(bare)
+    parser = OverridesParser.create(composer.loader)
     try:
-        override = OverridesParser.create(composer.loader).parse_override(text)
+        override = parser.parse_override(text)
+        if bare in PROSE and override.is_sweep_override() and not multirun:
+            override = parser.parse_override(f"{key}={quote(value)}")
     except MISTAKES as error:
-        raise ConfigError(
-            f"cannot read {text}: quote a value with special characters, as in \"{bare}='a, b'\""
-        ) from error
+        if not _takes_text(bare) or (multirun and "," in value):
+            raise ConfigError(
+                f"cannot read {text}: quote a value with special characters, as in \"{bare}='a, b'\""
+            ) from error
+        override = parser.parse_override(f"{key}={quote(value)}")
     override.config_loader = composer.loader
     return override
 
 
-def _check_key(key: str, equals: str) -> None:
+def _takes_text(name: str) -> bool:
+    """True for a key whose value needs none of Hydra's grammar: `model.path=~/my-model` is a path as it stands."""
+    key = schema.keys().get(name)
+    return key is not None and key.type in (str, Any)
+
+
+def _check_word(word: str) -> None:
+    """A word without `=` is no setting; the error names the one that it may stand for."""
+    stage, keys = named(word, {stage.name: stage.value for stage in Stage}), schema.keys()
+    if word in keys and not stage:
+        raise ConfigError(f"{word} has no value: write {word}=<value>")
+    meant = f"stage={stage}" if stage else _choice(word)
+    raise ConfigError(f"{word} is no setting{hint(meant)}; settings are written key=value")
+
+
+def _choice(word: str) -> str | None:
+    """The nearest option with its group, or `--help`."""
+    groups = (*schema.groups(), *schema.EXTRAS)
+    choices = {option.stem: f"{group}={option.stem}" for group in groups for option in helping.options(group)}
+    choices["help"] = "--help"
+    found = nearest(word, choices)
+    return choices[found] if found else None
+
+
+def _check_key(key: str) -> None:
     known = [*schema.keys(), *schema.EXTRAS]
     resets = [f"schema@{group}" for group in schema.groups()]
     if key not in resets and key not in known:
-        rule = "" if equals else "; settings are written key=value"
-        raise ConfigError(f"unknown key {key}{did_you_mean(key, known)}{rule}")
-    if not equals:
-        raise ConfigError(f"{key} has no value: write {key}=<value>")
+        raise ConfigError(f"unknown key {key}{did_you_mean(key, known)}")
 
 
 def _check(override: Override, composer: Composer, multirun: bool) -> None:

@@ -52,8 +52,9 @@ def speaks(error: BaseException) -> bool:
 
 
 def scratch() -> list[str]:
-    """Overrides that keep a process beside the first out of everything that is recorded."""
-    logging.lastResort = logging.NullHandler()  # warnings of loggers with no handler
+    """Overrides that keep a process out of everything that is recorded: one beside the first, or a diagnosis."""
+    if rank():
+        logging.lastResort = logging.NullHandler()  # warnings of loggers with no handler
     folder = tempfile.mkdtemp(prefix="qat-rank-")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return [

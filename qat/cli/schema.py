@@ -18,6 +18,8 @@ EXTRAS = ("experiment", "debug")  # groups without a default: presets over sever
 
 _COMMENT = re.compile(r"^    (\w+): .*?  # (.+)$", re.MULTILINE)
 
+_NONE = re.compile(r"\bNone\b")  # as Python writes what is typed as null
+
 
 @dataclass(frozen=True)
 class Key:
@@ -59,6 +61,15 @@ def groups() -> tuple[str, ...]:
     return tuple(key.name for key in keys().values() if key.is_group)
 
 
+def written(value: Any) -> str:
+    """A value as it is typed on the command line."""
+    if isinstance(value, Enum):
+        return value.name
+    if value is None:
+        return "null"
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
 def register() -> None:
     """Makes the schemas known to Hydra: `schema` for a whole run, `schema/<group>` for one group."""
     store = ConfigStore.instance()
@@ -74,7 +85,7 @@ def _walk(section: type, prefix: str) -> Iterator[Key]:
         kind = _required(hints[field.name])
         default = None if field.default is NO_DEFAULT else field.default
         comment = comments.get(field.name) or _summary(kind)
-        yield Key(prefix + field.name, kind, default, comment)
+        yield Key(prefix + field.name, kind, default, _NONE.sub("null", comment))
         if is_dataclass(kind):
             yield from _walk(kind, f"{prefix}{field.name}.")
 

@@ -2,9 +2,10 @@
 
 import difflib
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 SIMILAR = 0.6  # share of letters in common, from which a suggestion helps more than it distracts
+BEGINNING = 3  # letters, from which the beginning of a word stands for it
 
 
 def nearest(word: str, known: Iterable[str]) -> str | None:
@@ -17,17 +18,32 @@ def nearest(word: str, known: Iterable[str]) -> str | None:
     return name if likeness >= SIMILAR else None
 
 
+def named(word: str, described: Mapping[str, str]) -> str | None:
+    """The nearest of some described words, or else the one whose description opens with `word`.
+
+    So `train` finds `distill`, which is "train a quantized student".
+    """
+    opening = (name for name, about in described.items() if about.split()[0] == word.lower())
+    return nearest(word, described) or next(opening, None)
+
+
 def _likeness(word: str, name: str) -> float:
     """Share of letters in common, from 0 to 1."""
     if sorted(word) == sorted(name):  # letters in the wrong order, the commonest slip
         return 1.0
     forms = {name} if "." in word else {name, name.rpartition(".")[2]}
+    if len(word) >= BEGINNING and any(form.startswith(word) for form in forms):
+        return max(SIMILAR, difflib.SequenceMatcher(None, word, name).ratio())
     return max(difflib.SequenceMatcher(None, word, form).ratio() for form in forms)
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """` (did you mean train.lr?)`, or nothing."""
-    found = nearest(word, known)
+    return hint(nearest(word, known))
+
+
+def hint(found: str | None) -> str:
+    """The same for what is found already."""
     return f" (did you mean {found}?)" if found else ""
 
 

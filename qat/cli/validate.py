@@ -120,7 +120,8 @@ def check(config: Config) -> None:
         ConfigError: the first that cannot work.
     """
     check_values(config)
-    check_folder("outputs", config.outputs)
+    if config.stage is not Stage.doctor:  # which tells of it
+        check_folder("outputs", config.outputs)
     check_model(config)
     check_data(config)
     check_cache(config)
@@ -263,9 +264,9 @@ def check_checkpoint(config: Config) -> dict[str, Any] | None:
             raise ConfigError("checkpoint=local needs a checkpoint folder: checkpoint=<folder>")
         return None
     if not _exists(checkpoint.path):
-        registered = sorted(path.stem for path in (CONF / "checkpoint").glob("*.yaml"))
+        registered = sorted({path.stem for path in (CONF / "checkpoint").glob("*.yaml")} - {"local"})
         raise ConfigError(
-            f"checkpoint={checkpoint.path}: neither a folder nor a registered name"
+            f"checkpoint={checkpoint.path}: no such folder or file, no run in {config.outputs}, and no registered name"
             f"{did_you_mean(checkpoint.path, registered)}; registered are {', '.join(registered)}"
         )
     return _manifest(config)

@@ -17,10 +17,10 @@ MARKS = {  # what lies in the folder of each kind, ours or older
 
 
 def checkpoint_names(checkpoint: CheckpointConfig) -> list[str]:
-    """What a registered checkpoint may be called in a store, the likeliest first; none for the teacher or a path."""
+    """What a registered checkpoint may be called in a store, its own name first; none for the teacher or a path."""
     if checkpoint.path or checkpoint.name in ("teacher", "local"):
         return []
-    return list(dict.fromkeys(filter(None, (checkpoint.archive, checkpoint.name))))
+    return list(dict.fromkeys(filter(None, (checkpoint.name, checkpoint.archive))))
 
 
 def cache_name(config: Config) -> str | None:

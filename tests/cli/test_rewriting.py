@@ -98,3 +98,22 @@ def test_nearest(word, found):
 
 def test_options_are_those_of_conf(here):
     assert "schema" not in Composer({}).options("quant")
+
+
+@pytest.mark.parametrize("text", ["~/my-model", "it's", "a==1.0", "[a", "x (1)", "a)b", "${"])
+def test_text_needs_no_grammar(text, compose):
+    assert compose(f"model.package={text}").model.package == text
+
+
+@pytest.mark.parametrize("text", ["Hello, who are you?", "a,b", "it's (not), is it", "choice(1, 2)"])
+def test_sentences_may_have_commas(text, compose):
+    config = compose(f"chat.prompt={text}", f"run.goal={text}")
+    assert (config.chat.prompt, config.run.goal) == (text, text)
+
+
+def test_sentences_of_a_sweep_are_values(here):
+    assert swept("run.goal=a,b") == [["run.goal=a"], ["run.goal=b"]]
+
+
+def test_home_of_outputs(compose, sealed):
+    assert compose("outputs=~/results").outputs == f"{sealed}/results"
