@@ -5,9 +5,11 @@ their data from the hub; a file may name data on disk.
 """
 
 import difflib
+import io
 import logging
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, redirect_stderr
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -90,13 +92,15 @@ def _first_line(error: Exception) -> str:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """The harness and its data library say much about what they do anyway."""
+    """The harness and its data library say much about what they do anyway, and draw bars into any log."""
     loggers = [logging.getLogger(name) for name in ("lm_eval", "datasets")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.ERROR)
+    bars = nullcontext() if sys.stderr.isatty() else redirect_stderr(io.StringIO())
     try:
-        yield
+        with bars:
+            yield
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
