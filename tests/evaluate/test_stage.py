@@ -1,11 +1,15 @@
 """`stage=evaluate` in processes of its own: teacher and checkpoints side by side."""
 
+import json
 import random
+import shutil
 
 import pytest
 import torch
 
-from qat import checkpoints
+from qat import checkpoints, stages
+from qat.cli import arguments, main
+from qat.errors import ArtifactError, ConfigError
 from qat.evaluate import compare
 from qat.evaluate.windows import Windows, read
 from tests import tiny
@@ -45,13 +49,42 @@ def test_a_text_is_measured_side_by_side(launch, outputs, text, teacher):
     assert all(f"**{name}**" in samples for name in found["models"])
 
 
-def test_the_teacher_alone_has_its_perplexity(launch, text):
-    _, result = launch("stage=evaluate", f"evaluate.text={text}", "evaluate.context=64", "evaluate.stride=64")
+@pytest.fixture
+def run(command, outputs, tmp_path):
+    """The stage within this process, in a folder of its own; returns its record."""
+
+    def measure(*words):
+        config = main.check(arguments.parse(command("stage=evaluate", *words)[2:])).configs[0]
+        stages.run_job(config, tmp_path)
+        return json.loads((tmp_path / "result.json").read_text())
+
+    return measure
+
+
+def test_the_teacher_alone_has_its_perplexity(run, text):
+    result = run(f"evaluate.text={text}", "evaluate.context=64", "evaluate.stride=64")
     assert list(result["evaluation"]["models"]) == ["teacher"]
     assert result["metrics"]["perplexity"] == result["metrics"]["teacher_perplexity"]
     assert result["quant"] == {"preset": None}
 
 
-def test_windows_longer_than_the_model_was_made_for_are_refused(launch, text):
-    done, _ = launch("stage=evaluate", f"evaluate.text={text}", "evaluate.context=2048", code=2)
-    assert done.stderr == "error: evaluate.context=2048: tiny is made for at most 1024 tokens\n"
+def test_a_cache_is_measured_with_intervals_too(run, cache, teacher, outputs):
+    result = run("checkpoint=SR-001", "cache=local", f"cache.path={cache.folder}")
+    found = result["evaluation"]["models"]
+    assert list(found) == ["SR-001", "teacher"]
+    for name, (low, high) in found["SR-001"]["intervals"].items():
+        assert low <= result["metrics"][name] <= high and low < high
+
+
+def test_windows_longer_than_the_model_was_made_for_are_refused(run, text):
+    with pytest.raises(ConfigError, match=r"^evaluate\.context=2048: tiny is made for at most 1024 tokens$"):
+        run(f"evaluate.text={text}", "evaluate.context=2048")
+
+
+def test_a_checkpoint_of_another_teacher_is_refused_before_anything_is_measured(run, outputs, text, monkeypatch):
+    shutil.copytree(outputs / "other", outputs / "foreign")
+    manifest = outputs / "foreign" / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"teacher": "', '"teacher": "x'))
+    monkeypatch.setattr("qat.stages.evaluate.compare", lambda *_: pytest.fail("measured"))
+    with pytest.raises(ArtifactError, match="other weights than those of tiny"):
+        run("checkpoint=SR-001", f"evaluate.against=[{outputs}/foreign]", f"evaluate.text={text}")
