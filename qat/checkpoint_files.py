@@ -2,6 +2,9 @@
 command line can ask as well.
 """
 
+import glob
+import os
+from collections.abc import Callable
 from pathlib import Path
 
 from qat.artifacts import MANIFEST, read_manifest
@@ -9,6 +12,29 @@ from qat.errors import ArtifactError
 
 # What the V2 scripts call a state dict, the one to take first.
 STATE_DICTS = ("best_state_dict.pt", "model_state_dict.pt", "final_state_dict.pt", "last_state_dict.pt")
+
+BEST = os.path.join("checkpoints", "best")
+
+
+def locate(text: str, outputs: Callable[[], str]) -> str:
+    """The checkpoint folder meant by a path, a run's folder, a run's name or the name of what was pulled.
+
+    Args:
+        text: as the user wrote it; returned as it is where nothing is found.
+        outputs: finds the outputs folder; called only when `text` is no path.
+    """
+    path = os.path.expanduser(text)
+    if os.path.isfile(os.path.join(path, MANIFEST)):
+        return path
+    if os.path.isdir(os.path.join(path, BEST)):
+        return os.path.join(path, BEST)
+    if os.path.exists(path) or os.path.isabs(path):
+        return path
+    base = Path(outputs())
+    # A job of a sweep is a run too.
+    runs = [run / BEST for run in (base / path, *sorted(base.glob("sweep-*/" + glob.escape(path))))]
+    places = [*runs, base / "checkpoints" / path]
+    return next((str(place) for place in places if place.is_dir()), path)
 
 
 def find(path: Path) -> Path:

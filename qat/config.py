@@ -354,9 +354,16 @@ class ExportConfig:
 
 @dataclass
 class EvaluateConfig:
-    """What evaluation writes beside its figures."""
+    """What is measured, of which models, and on what; all but `sample_tokens` go with stage=evaluate."""
 
     sample_tokens: int = 48  # longest sample answer
+    against: list[str] = field(default_factory=list)  # further models: teacher, runs (SR-001), paths
+    text: str | None = None  # a text file that is measured on, in sliding windows; None takes the cache
+    context: int = 1024  # text: tokens of a window
+    stride: int = 512  # text: tokens between the beginnings of two windows
+    tokens: int | None = None  # text: at most so many tokens of the file; None takes all
+    tasks: list[str] = field(default_factory=list)  # of lm-eval, by name or YAML file, instead of the cache
+    examples: int | None = None  # tasks: at most so many examples of each; None takes all
 
 
 @dataclass
@@ -366,6 +373,8 @@ class ChatConfig:
     prompt: str | None = None  # one question, answered at once; None opens a conversation
     max_tokens: int = 256  # longest answer
     temperature: float = 0.0  # 0 always takes the most likely token
+    thinking: bool = False  # the chat template's own switch
+    teacher: bool = False  # the teacher answers as well, before the checkpoint
 
 
 @dataclass

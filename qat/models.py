@@ -72,6 +72,11 @@ class ModelFolder:
         settings = AutoConfig.from_pretrained(self.path, local_files_only=True)
         return int(settings.get_text_config().vocab_size)
 
+    def context(self) -> int:
+        """Tokens that the model was made to see at once."""
+        settings = AutoConfig.from_pretrained(self.path, local_files_only=True)
+        return int(settings.get_text_config().max_position_embeddings)
+
 
 def linear(model: nn.Module, name: str) -> nn.Linear:
     """A linear layer by its name."""

@@ -22,6 +22,7 @@ from qat.models import ModelFolder
 
 __all__ = [
     "FILE",
+    "check",
     "describe",
     "has_tables",
     "heritage",
@@ -63,6 +64,17 @@ def manifest(path: Path, teacher: ModelFolder, machine: Machine) -> dict[str, An
     """
     found = find(path)
     return native.opened(found) if found.is_dir() else v2.load(found, teacher, machine)[1]
+
+
+def check(path: Path, teacher: ModelFolder) -> None:
+    """Looks whether a checkpoint is there and of this teacher; a V2 state dict tells the latter only when loaded.
+
+    Raises:
+        ArtifactError: the files are damaged or no checkpoint's, or it belongs to another teacher.
+    """
+    found = find(path)
+    if found.is_dir():
+        native.check(found, teacher)
 
 
 def latent(path: Path) -> dict[str, Tensor]:

@@ -97,12 +97,7 @@ def load(folder: Path, teacher: ModelFolder, machine: Machine) -> tuple[PreTrain
     Raises:
         ArtifactError: the files are damaged or no checkpoint's, or the checkpoint belongs to another teacher.
     """
-    manifest = opened(folder)
-    if manifest.get("teacher") != teacher.fingerprint:
-        raise ArtifactError(
-            f"{folder} was made from {manifest.get('model')} with other weights than those of {teacher.name}:"
-            f" use model={manifest.get('model')} and the same revision"
-        )
+    manifest = check(folder, teacher)
     model = teacher.load(machine.dtype, machine.device)
     tensors = load_file(folder / FILE)
     for layer in layers_of(manifest):
@@ -114,6 +109,21 @@ def load(folder: Path, teacher: ModelFolder, machine: Machine) -> tuple[PreTrain
     adopt(model, own)
     set_learned(model, own)
     return model, manifest
+
+
+def check(folder: Path, teacher: ModelFolder) -> dict[str, Any]:
+    """What a checkpoint of this teacher says of itself.
+
+    Raises:
+        ArtifactError: as `load`.
+    """
+    manifest = opened(folder)
+    if manifest.get("teacher") != teacher.fingerprint:
+        raise ArtifactError(
+            f"{folder} was made from {manifest.get('model')} with other weights than those of {teacher.name}:"
+            f" use model={manifest.get('model')} and the same revision"
+        )
+    return manifest
 
 
 def latent(folder: Path) -> dict[str, torch.Tensor]:

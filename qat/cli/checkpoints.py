@@ -1,19 +1,15 @@
 """`checkpoint=<path>` and `checkpoint=SR-007` as the option `local` and its path."""
 
-import glob
 import os
 from collections.abc import Callable
-from pathlib import Path
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, QuotedString
 from hydra.errors import HydraException
 
+from qat.checkpoint_files import locate
 from qat.cli.arguments import quote
 from qat.errors import ConfigError
-
-MANIFEST = "manifest.json"
-BEST = os.path.join("checkpoints", "best")
 
 
 def rewrite(overrides: list[str], options: list[str], outputs: Callable[[], str]) -> list[str]:
@@ -47,7 +43,7 @@ def _rewrite(value: str, options: list[str], outputs: Callable[[], str]) -> list
             f"checkpoint={value} mixes registered names ({', '.join(named)}) with paths:"
             " sweep over the one or the other"
         )
-    located = ",".join(quote(_locate(path, outputs)) for path in paths)
+    located = ",".join(quote(locate(path, outputs)) for path in paths)
     return ["checkpoint=local", f"checkpoint.path={located}"]
 
 
@@ -73,17 +69,3 @@ def _listed(override: Override) -> list[str]:
     sweep = override.value()
     elements = getattr(sweep, "list", [])  # a glob sweep ranges over options and has no list
     return [one.text if isinstance(one, QuotedString) else str(one) for one in elements]
-
-
-def _locate(text: str, outputs: Callable[[], str]) -> str:
-    """The checkpoint folder meant by a path, a run's folder or a run's name."""
-    path = os.path.expanduser(text)
-    if os.path.isfile(os.path.join(path, MANIFEST)):
-        return path
-    if os.path.isdir(os.path.join(path, BEST)):
-        return os.path.join(path, BEST)
-    if os.path.exists(path) or os.path.isabs(path):
-        return path
-    base = Path(outputs())
-    runs = [base / path, *sorted(base.glob("sweep-*/" + glob.escape(path)))]  # a job of a sweep is a run too
-    return next((str(run / BEST) for run in runs if (run / BEST).is_dir()), path)

@@ -140,6 +140,8 @@ def _wrong_type(key: str, reason: str) -> str:
     if known is not None and known.is_section:
         below = ", ".join(name for name in list(schema.keys()) if name.startswith(f"{key}."))
         return f"{key} is a section and takes no single value: set one of {below}"
+    if known is not None and known.type is list:
+        return f"{key} takes a list: write it in brackets, {key}=[one,two]"
     quoted = re.search(r"[Vv]alue '(.*?)'", reason)
     if known is None or quoted is None:
         return f"{key}: {reason[:1].lower()}{reason[1:]}"

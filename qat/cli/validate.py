@@ -1,6 +1,7 @@
 """Values and combinations that cannot work, found before anything is created."""
 
 import glob
+import importlib.util
 import json
 import math
 import os
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from qat.artifacts import MANIFEST
-from qat.checkpoint_files import find
+from qat.checkpoint_files import BEST, find, locate
 from qat.cli import schema
 from qat.cli.arguments import CONF
 from qat.cli.suggest import did_you_mean
@@ -27,7 +28,7 @@ from qat.config import (
     StoreKind,
     Tail,
 )
-from qat.errors import ArtifactError, ConfigError
+from qat.errors import ArtifactError, ConfigError, UnavailableError
 
 LARGEST = 2**63 - 1  # what torch and JSON readers hold in an integer
 
@@ -94,6 +95,10 @@ BOUNDS = {
     "instance.micro_batch": COUNT,
     "instance.devices": COUNT,
     "evaluate.sample_tokens": COUNT,
+    "evaluate.context": Bound(low=2),
+    "evaluate.stride": COUNT,
+    "evaluate.tokens": Bound(low=2),
+    "evaluate.examples": COUNT,
     "export.context": COUNT,
     "chat.max_tokens": COUNT,
     "chat.temperature": Bound(low=0),
@@ -134,6 +139,7 @@ def check(config: Config) -> None:
         raise ConfigError(
             f"loss.temperature={config.loss.temperature}: bucket_kl works at 1, where the cache knows the tail's mass"
         )
+    check_evaluate(config)
     if config.stage is Stage.export:
         check_export(config)
 
@@ -319,6 +325,51 @@ def check_instance(config: Config) -> None:
         value = getattr(config.instance, key)
         if value not in ("auto", "true", "false"):
             raise ConfigError(f"instance.{key}={value}: must be auto, true or false")
+
+
+def check_evaluate(config: Config) -> None:
+    """What is measured is there, and so is everything it is compared with."""
+    evaluate = config.evaluate
+    for key in ("against", "text", "tasks"):
+        if getattr(evaluate, key) and config.stage is not Stage.evaluate:
+            raise ConfigError(f"evaluate.{key} goes with stage=evaluate")
+    if evaluate.text and not os.path.isfile(os.path.expanduser(evaluate.text)):
+        raise ConfigError(f"evaluate.text={evaluate.text}: no such file")
+    if evaluate.stride > evaluate.context:
+        raise ConfigError(
+            f"evaluate.stride={evaluate.stride} is longer than evaluate.context={evaluate.context}: tokens between"
+            " two windows would not be scored"
+        )
+    for name in evaluate.against:
+        _check_model(name, config)
+    _check_tasks(evaluate.tasks)
+
+
+def _check_model(name: str, config: Config) -> None:
+    """A model to compare with: the teacher, or a checkpoint that is there."""
+    path, outputs = Path(locate(name, lambda: config.outputs)), Path(config.outputs)
+    if name == "teacher":
+        return
+    if not path.exists():
+        folders = [*outputs.glob(f"SR-*/{BEST}"), *outputs.glob(f"sweep-*/SR-*/{BEST}")]
+        known = ["teacher", *(folder.parent.parent.name for folder in folders)]
+        raise ConfigError(
+            f"evaluate.against={name}: no such run or folder{did_you_mean(name, known)}; name the teacher, a run such"
+            " as SR-001 or a checkpoint folder; stage=pull fetches a registered one"
+        )
+    try:
+        find(path)
+    except ArtifactError as error:
+        raise ConfigError(f"evaluate.against={error}") from error
+
+
+def _check_tasks(tasks: list[str]) -> None:
+    """lm-eval is installed, and tasks that are files are there."""
+    if tasks and importlib.util.find_spec("lm_eval") is None:
+        raise UnavailableError("evaluate.tasks needs lm-eval: run `pip install 'qat-speedrun[lm_eval]'`")
+    for task in tasks:
+        if task.endswith((".yaml", ".yml")) and not os.path.isfile(os.path.expanduser(task)):
+            raise ConfigError(f"evaluate.tasks={task}: no such file")
 
 
 def check_export(config: Config) -> None:

@@ -1,40 +1,71 @@
-"""Talking to a student, or to the teacher."""
+"""Talking to a student, to the teacher, or to both side by side."""
 
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qat import checkpoints, machine, models
 from qat.config import Config
 from qat.console import console
-from qat.data.thinking import chat_tokens
+from qat.data.thinking import Messages, chat_tokens
+from qat.errors import ConfigError
+from qat.evaluate.answers import settings_of, stream
+from qat.machine import Machine
+from qat.models import ModelFolder
 from qat.quant.linear import baked
 from qat.stages.workspace import start_folder
+from qat.store import transfer
 
-Messages = list[dict[str, str]]
+
+@dataclass
+class Speaker:
+    """A model with its own side of the conversation; `name` is empty where only one speaks."""
+
+    name: str
+    model: PreTrainedModel
+    messages: Messages = field(default_factory=list)
 
 
 def main(config: Config) -> None:
     """`stage=chat`: answers `chat.prompt`, or holds a conversation until an empty line."""
+    config = transfer.with_named(config)
     resolved = machine.resolve(config.instance)
-    folder = models.locate(config.model, Path(config.outputs) / "artifacts")
+    teacher = models.locate(config.model, Path(config.outputs) / "artifacts")
+    tokenizer = teacher.tokenizer()
+    _check_thinking(tokenizer, config, teacher)
+    torch.manual_seed(config.seed)
+    with ExitStack() as kept:
+        speakers = _speakers(config, teacher, resolved)
+        for speaker in speakers:
+            kept.enter_context(baked(speaker.model, resolved.dtype))
+        for said in _said(config):
+            for speaker in speakers:
+                _answer(speaker, said, tokenizer, config)
+
+
+def _speakers(config: Config, teacher: ModelFolder, resolved: Machine) -> list[Speaker]:
     start = start_folder(config.checkpoint)
-    if start is None:
-        model = folder.load(resolved.dtype, resolved.device)
-    else:
-        model, _ = checkpoints.load(start, folder, resolved)
-    tokenizer = folder.tokenizer()
-    with baked(model, resolved.dtype):
-        if config.chat.prompt is not None:
-            reply(model, tokenizer, [{"role": "user", "content": config.chat.prompt}], config)
-        else:
-            _converse(model, tokenizer, config)
+    alone = start is None or not config.chat.teacher
+    speakers = []
+    if start is None or config.chat.teacher:
+        speakers.append(Speaker("" if alone else "teacher", teacher.load(resolved.dtype, resolved.device)))
+    if start is not None:
+        student, _ = checkpoints.load(start, teacher, resolved)
+        speakers.append(Speaker("" if alone else "student", student))
+    return speakers
 
 
-def _converse(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: Config) -> None:
+def _said(config: Config) -> Iterator[str]:
+    """What the user says: one prompt, or line after line."""
+    if config.chat.prompt is not None:
+        yield config.chat.prompt
+        return
     console.print("An empty line ends the conversation.")
-    messages: Messages = []
     while True:
         try:
             said = input("you: ").strip()
@@ -42,23 +73,27 @@ def _converse(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config
             return
         if not said:
             return
-        messages.append({"role": "user", "content": said})
-        messages.append({"role": "assistant", "content": reply(model, tokenizer, messages, config)})
+        yield said
 
 
-def reply(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, messages: Messages, config: Config) -> str:
-    """Prints the answer as it comes, and returns it."""
-    asked = torch.tensor([chat_tokens(tokenizer, messages, config.data.thinking, ask=True)], device=model.device)
-    sampling = {"temperature": config.chat.temperature} if config.chat.temperature > 0 else {}
-    settings = GenerationConfig(
-        max_new_tokens=config.chat.max_tokens,
-        do_sample=bool(sampling),
-        use_cache=True,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        **sampling,
-    )
-    streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-    mask = torch.ones_like(asked)
-    written = models.generate(model, asked, settings, attention_mask=mask, streamer=streamer)
-    return str(tokenizer.decode(written[0], skip_special_tokens=True))
+def _answer(speaker: Speaker, said: str, tokenizer: PreTrainedTokenizerBase, config: Config) -> None:
+    """Writes a speaker's answer as it comes, and adds both to its conversation."""
+    if speaker.name:
+        console.print(f"{speaker.name}:")
+    speaker.messages.append({"role": "user", "content": said})
+    asked = chat_tokens(tokenizer, speaker.messages, _mode(config.chat.thinking), ask=True)
+    settings = settings_of(tokenizer, config.chat.max_tokens, config.chat.temperature)
+    answer = stream(speaker.model, tokenizer, asked, settings, sys.stdout)
+    speaker.messages.append({"role": "assistant", "content": answer})
+
+
+def _check_thinking(tokenizer: PreTrainedTokenizerBase, config: Config, teacher: ModelFolder) -> None:
+    """Refuses a switch that the chat template does not have."""
+    asked: Messages = [{"role": "user", "content": "?"}]
+    plain, thinking = (chat_tokens(tokenizer, asked, _mode(switch), ask=True) for switch in (False, True))
+    if config.chat.thinking and plain == thinking:
+        raise ConfigError(f"chat.thinking=true: the chat template of {teacher.name} has no thinking mode")
+
+
+def _mode(thinking: bool) -> str:
+    return "true" if thinking else "false"

@@ -1,43 +1,78 @@
-"""Stage 4: what the student is worth, in figures and in its own words."""
+"""Stage 4: what students are worth, in figures and in their own words, side by side."""
 
-from dataclasses import asdict
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedModel
 
 from qat import checkpoints
 from qat.artifacts import Artifact, write_text
 from qat.cache.reader import CacheReader
-from qat.config import Config
-from qat.console import table
-from qat.errors import MissingError
-from qat.evaluate import SAMPLE_PROMPTS, Metrics, answers, evaluate
+from qat.checkpoint_files import locate
+from qat.config import CheckpointConfig, Config
+from qat.console import console, table
+from qat.errors import ConfigError
+from qat.evaluate import SAMPLE_PROMPTS, Comparison, Metrics, answers, compare
+from qat.evaluate.figures import METHOD, Rows
+from qat.evaluate.tasks import STDERR, Harness, Scores
+from qat.evaluate.windows import Windows, read
 from qat.quant.layers import summary
 from qat.runs import Run
 from qat.stages import cache
 from qat.stages.workspace import Workspace, open_workspace, start_folder
+from qat.store.names import RUN
 
 SAMPLES = "samples.md"
+TEACHER = "teacher"
+FIGURES: dict[str, tuple[str, Callable[[float], str]]] = {
+    "kl": ("full KL", "{:.4f}".format),
+    "kd_loss": ("KD loss", "{:.4f}".format),
+    "perplexity": ("perplexity", "{:.2f}".format),
+    "top1_agreement": ("same first choice", "{:.1%}".format),
+}
+
+Models = dict[str, Path | None]  # what a person calls each, and its folder; None is the teacher
+
+
+@dataclass
+class Ground:
+    """What models are measured on: rows of text, tasks or both."""
+
+    rows: Rows | None = None
+    top_k: int = 0
+    harness: Harness | None = None
+
+
+@dataclass
+class Found:
+    """What was found of one model; `intervals` of its figures, `scores` of tasks."""
+
+    metrics: Metrics | None = None
+    intervals: dict[str, tuple[float, float]] = field(default_factory=dict)
+    scores: Scores = field(default_factory=dict)
+    quant: dict[str, Any] | None = None
 
 
 def main(config: Config, run: Run) -> None:
-    """`stage=evaluate`: measures a given checkpoint."""
+    """`stage=evaluate`: the checkpoint, and those of `evaluate.against`, on the cache, a text or tasks."""
     work = open_workspace(config, run)
-    start = start_folder(config.checkpoint)
-    if start is None:
-        raise MissingError("stage=evaluate needs a quantized model: checkpoint=<path>")
-    measured = make(work, cache.make(work), {"student": start})
-    metrics = measured["student"]
-    run.result["metrics"] |= asdict(metrics)
-    rows = [
-        ["full KL", f"{metrics.kl:.4f}"],
-        ["KD loss", f"{metrics.kd_loss:.4f}"],
-        ["perplexity", f"{metrics.perplexity:.2f}"],
-        ["perplexity of the teacher", f"{metrics.teacher_perplexity:.2f}"],
-        ["same first choice", f"{metrics.top1_agreement:.1%}"],
-        ["bits per quantized weight", f"{run.result['quant']['bits_per_weight']:.2f}"],
-    ]
-    table(f"{start} on held-out text", ["figure", "value"], rows)
+    models = _models(config)
+    for folder in filter(None, models.values()):
+        checkpoints.check(folder, work.teacher)
+    ground, on = _ground(work)
+    found = _measure(work, ground, models)
+    first = next((name for name, folder in models.items() if folder), TEACHER)
+    if (metrics := found[first].metrics) is not None:
+        run.result["metrics"] |= asdict(metrics)
+    run.result["quant"] = found[first].quant or {"preset": None}
+    run.result["evaluation"]["on"] = on
+    table(f"on {on}", ["", *found], _rows(found))
+    if ground.rows is not None:
+        console.print(f"± is half of the interval: {METHOD}", soft_wrap=True)
+    if ground.harness is not None:
+        console.print("± of a task is the harness's standard error times 1.96", soft_wrap=True)
 
 
 def make(
@@ -51,29 +86,145 @@ def make(
         folders: what a person calls each checkpoint, and where it lies.
         known: what was measured before, on the same split.
     """
-    machine, tokens = work.machine, work.config.evaluate.sample_tokens
-    held_out, tokenizer = CacheReader(outputs, "eval"), work.teacher.tokenizer()
-    measured, said = dict(known or {}), {}
+    found = _measure(work, _held_out(outputs), dict(folders), known)
+    work.run.result["quant"] = found[list(folders)[-1]].quant
+    return {name: metrics for name in folders if (metrics := found[name].metrics) is not None}
+
+
+def _models(config: Config) -> Models:
+    """The configured checkpoint, then what it is compared with, each once; the teacher last unless it is named."""
+    given = start_folder(config.checkpoint)
+    named = [_called(given, config.checkpoint)] if given else [] if config.evaluate.against else [TEACHER]
+    models: Models = dict.fromkeys(named, given)
+    for name in config.evaluate.against:
+        folder = None if name == TEACHER else Path(locate(name, lambda: config.outputs))
+        models.setdefault(_called(folder), folder)
+    return models
+
+
+def _called(folder: Path | None, checkpoint: CheckpointConfig | None = None) -> str:
+    """`SR-001` for the best checkpoint of a run, a registered name, else the path."""
+    if folder is None:
+        return TEACHER
+    if checkpoint and checkpoint.name != "local":
+        return checkpoint.name
+    run = folder.absolute().parent.parent.name
+    if folder.parent.name == "checkpoints" and RUN.fullmatch(run):
+        return run if folder.name == "best" else f"{run}/{folder.name}"
+    return str(folder)
+
+
+def _ground(work: Workspace) -> tuple[Ground, str]:
+    """What is measured on, with a phrase for it: a text or tasks where they are asked for, else the cache."""
+    settings, said = work.config.evaluate, []
+    ground = Ground(top_k=work.config.cache.top_k)
+    if not (settings.text or settings.tasks):
+        outputs = cache.make(work)
+        return _held_out(outputs), f"held-out text of {outputs.folder.name}"
+    if settings.text:
+        ground.rows = _text(work, settings.text)
+        said.append(f"{settings.text}, windows of {ground.rows.meta['length']} tokens, stride {settings.stride}")
+    if settings.tasks:
+        ground.harness = Harness(settings.tasks, settings.examples)
+        said.append(f"tasks of lm-eval: {', '.join(settings.tasks)}")
+    return ground, "; ".join(said)
+
+
+def _held_out(outputs: Artifact) -> Ground:
+    held_out = CacheReader(outputs, "eval")
+    return Ground(held_out, int(held_out.meta["top_k"]))
+
+
+def _text(work: Workspace, path: str) -> Windows:
+    settings, longest = work.config.evaluate, work.teacher.context()
+    if settings.context > longest:
+        raise ConfigError(
+            f"evaluate.context={settings.context}: {work.teacher.name} is made for at most {longest} tokens"
+        )
+    return Windows(read(path, work.teacher.tokenizer(), settings.tokens), settings.context, settings.stride)
+
+
+def _measure(
+    work: Workspace, ground: Ground, models: Models, known: dict[str, Metrics] | None = None
+) -> dict[str, Found]:
+    """Measures one model after the other, each recorded at once, and writes `samples.md`."""
+    machine, tokenizer = work.machine, work.teacher.tokenizer()
+    found: dict[str, Found] = {}
+    said: dict[str, list[str]] = {}
+    comparison: Comparison | None = None
     with work.timed("evaluate"):
         teacher = work.teacher.load(machine.dtype, machine.device)
-        said["teacher"] = answers(teacher, tokenizer, SAMPLE_PROMPTS, tokens, machine)
-        for name, folder in folders.items():
-            student = _load(work, folder)
-            if name not in measured:
-                measured[name] = evaluate(student, teacher, held_out, int(held_out.meta["top_k"]), machine)
-            said[name] = answers(student, tokenizer, SAMPLE_PROMPTS, tokens, machine)
+        said[TEACHER] = answers(teacher, tokenizer, SAMPLE_PROMPTS, work.config.evaluate.sample_tokens, machine)
+        for name, folder in models.items():
+            student, quant = _load(work, folder) if folder else (teacher, None)
+            found[name] = Found(quant=quant)
+            if known and name in known:
+                found[name].metrics = known[name]
+            elif ground.rows is not None:
+                comparison = compare(student, teacher, ground.rows, ground.top_k, machine)
+                _take(found[name], comparison)
+            if ground.harness is not None:
+                found[name].scores = ground.harness.run(student, tokenizer, machine)
+            if folder:
+                said[name] = answers(student, tokenizer, SAMPLE_PROMPTS, work.config.evaluate.sample_tokens, machine)
+            _record(work.run, found)
+        if comparison is not None and TEACHER not in found:
+            found[TEACHER] = _take(Found(), comparison.of_teacher())
+            _record(work.run, found)
         write_text(work.run.folder / SAMPLES, samples(said))
     work.run.result["paths"]["samples"] = str(work.run.folder / SAMPLES)
-    return measured
+    return found
 
 
-def _load(work: Workspace, folder: Path) -> PreTrainedModel:
+def _take(found: Found, comparison: Comparison) -> Found:
+    found.metrics, found.intervals = comparison.metrics(), comparison.intervals()
+    return found
+
+
+def _load(work: Workspace, folder: Path) -> tuple[PreTrainedModel, dict[str, Any]]:
     student, manifest = checkpoints.load(folder, work.teacher, work.machine)
-    work.run.result["quant"] = {
-        "preset": manifest["quant"]["name"],
-        **summary(checkpoints.layers_of(manifest)),
-    }
-    return student
+    return student, {"preset": manifest["quant"]["name"], **summary(checkpoints.layers_of(manifest))}
+
+
+def _record(run: Run, found: dict[str, Found]) -> None:
+    run.result["evaluation"] = {"interval": METHOD, "models": {name: asdict(one) for name, one in found.items()}}
+    run.save()
+
+
+def _rows(found: dict[str, Found]) -> list[list[str]]:
+    """Table rows: figures with half their interval, scores of tasks, bits."""
+    models, rows = list(found.values()), []
+    if any(one.metrics for one in models):
+        rows += [[title, *(_figure(one, key) for one in models)] for key, (title, _) in FIGURES.items()]
+    names = {(task, metric): None for one in models for task, scores in one.scores.items() for metric in scores}
+    shown = [(task, metric) for task, metric in names if STDERR not in metric]
+    rows += [[f"{task} {metric}", *(_score(one, task, metric) for one in models)] for task, metric in shown]
+    return [*rows, ["bits per quantized weight", *(_bits(one) for one in models)]]
+
+
+def _figure(one: Found, key: str) -> str:
+    if one.metrics is None:
+        return "-"
+    shown, interval = FIGURES[key][1], one.intervals.get(key)
+    value = shown(getattr(one.metrics, key))
+    return (
+        value
+        if interval is None or interval[0] == interval[1]
+        else f"{value} ± {shown((interval[1] - interval[0]) / 2)}"
+    )
+
+
+def _score(one: Found, task: str, metric: str) -> str:
+    scores = one.scores.get(task, {})
+    if metric not in scores:
+        return "-"
+    name, comma, kind = metric.partition(",")
+    error = scores.get(f"{name}{STDERR}{comma}{kind}")
+    return f"{scores[metric]:.4f}" + ("" if error is None else f" ± {1.96 * error:.4f}")
+
+
+def _bits(one: Found) -> str:
+    return "-" if one.quant is None else f"{one.quant['bits_per_weight']:.2f}"
 
 
 def samples(said: dict[str, list[str]]) -> str:

@@ -8,7 +8,7 @@ from operator import attrgetter
 import pytest
 
 from qat.cli import arguments, main, validate
-from qat.errors import ConfigError
+from qat.errors import ConfigError, QatError
 
 MISTAKES = [
     # flags
@@ -125,6 +125,17 @@ MISTAKES = [
     ("stage=distill checkpoint=folder", "no manifest.json"),
     ("stage=evaluate checkpoint=broken", "cannot be read"),
     ("stage=distill checkpoint=mlp_only mode=e2e", "use mode=mlp"),
+    ("evaluate.against=[teacher]", "goes with stage=evaluate"),
+    ("evaluate.text=taken", "goes with stage=evaluate"),
+    ("evaluate.tasks=[taken]", "goes with stage=evaluate"),
+    ("stage=evaluate evaluate.against=teacher", "write it in brackets, evaluate.against=[one,two]"),
+    ("stage=evaluate evaluate.against=[taecher]", "did you mean teacher?); name the teacher, a run such"),
+    ("stage=evaluate evaluate.against=[teacher,folder]", "evaluate.against=folder: no manifest.json"),
+    ("stage=evaluate evaluate.against=[taken]", "is no checkpoint"),
+    ("stage=evaluate evaluate.text=nowhere", "evaluate.text=nowhere: no such file"),
+    ("stage=evaluate evaluate.text=folder", "evaluate.text=folder: no such file"),
+    ("evaluate.stride=2000", "longer than evaluate.context=1024"),
+    ("evaluate.tokens=1", "at least 2"),
     ("store=gcs", "store.path"),
     ("instance.compile=maybe", "auto, true or false"),
     ("instance.checkpointing=1", "auto, true or false"),
@@ -228,3 +239,26 @@ def test_mistake_in_a_process(line, launch, here):
     assert done.err.startswith("error: ") and done.err.count("\n") == 1
     assert done.heavy == []
     assert list(here.iterdir()) == []
+
+
+def test_a_run_to_compare_with_is_guessed_from_those_there(checkpoint, here):
+    checkpoint("outputs/SR-001/checkpoints/best")
+    checkpoint("outputs/sweep-001/SR-002/checkpoints/best")
+    with pytest.raises(
+        ConfigError, match=re.escape("evaluate.against=SR-02: no such run or folder (did you mean SR-002")
+    ):
+        main.check(arguments.parse(["stage=evaluate", "evaluate.against=[SR-001,SR-02]"]))
+    main.check(arguments.parse(["stage=evaluate", "evaluate.against=[SR-001,SR-002,teacher]"]))
+
+
+@pytest.mark.parametrize(
+    ("there", "line", "says"),
+    [
+        (False, "evaluate.tasks=[arc_easy]", "run `pip install 'qat-speedrun[lm_eval]'`"),
+        (True, "evaluate.tasks=[arc_easy,mine.yaml]", "evaluate.tasks=mine.yaml: no such file"),
+    ],
+)
+def test_tasks_need_their_package_and_their_files(there, line, says, here, monkeypatch):
+    monkeypatch.setattr(validate.importlib.util, "find_spec", lambda name: object() if there else None)
+    with pytest.raises(QatError, match=re.escape(says)):
+        main.check(arguments.parse(["stage=evaluate", line]))

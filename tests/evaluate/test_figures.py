@@ -6,7 +6,7 @@ import torch
 from qat import checkpoints
 from qat.cache.reader import CacheReader
 from qat.errors import NumericsError
-from qat.evaluate import answers, evaluate
+from qat.evaluate import Comparison, answers, compare, evaluate
 from qat.quant.linear import quantized
 from tests import tiny
 
@@ -68,6 +68,53 @@ def test_the_teacher_is_its_own_best_student(teacher, held_out):
     found = evaluate(model, model, held_out, 8, tiny.FP32)
     assert found.kl == pytest.approx(0, abs=1e-6) and found.kd_loss == pytest.approx(0, abs=1e-6)
     assert found.top1_agreement == 1 and found.perplexity == found.teacher_perplexity
+
+
+def test_sums_are_those_of_each_row(teacher, student, held_out, rows):
+    model = teacher.load(torch.float32, tiny.CPU)
+    found = compare(student, model, held_out, 8, replace(tiny.FP32, micro_batch=3))
+    assert found.counts_N.tolist() == [rows.shape[1] - 1] * held_out.rows
+    for row in (0, 4, held_out.rows - 1):
+        expected = exactly(teacher, student, rows[row : row + 1], 8)
+        alone = Comparison(found.sums_NF[row : row + 1], found.counts_N[row : row + 1])
+        assert vars(alone.metrics()) == pytest.approx(expected, rel=1e-3)
+
+
+def test_the_teacher_is_seen_beside_any_student(teacher, student, held_out):
+    model = teacher.load(torch.float32, tiny.CPU)
+    derived = compare(student, model, held_out, 8, tiny.FP32).of_teacher()
+    direct = compare(model, model, held_out, 8, tiny.FP32)
+    assert vars(derived.metrics()) == pytest.approx(vars(direct.metrics()), abs=1e-6)
+    assert derived.intervals()["perplexity"] == pytest.approx(direct.intervals()["perplexity"])
+
+
+def made(rows, seed):
+    """Rows of different lengths whose figures scatter about 1 from row to row."""
+    draw = torch.Generator().manual_seed(seed)
+    counts = torch.randint(10, 40, (rows,), generator=draw)
+    means = 1 + 0.3 * torch.randn(rows, 5, generator=draw, dtype=torch.float64)
+    return Comparison(means * counts[:, None], counts)
+
+
+def test_intervals_are_as_wide_as_the_standard_error_of_a_ratio_says():
+    found = made(400, 0)
+    ratio = found.sums_NF.sum(0) / found.counts_N.sum()
+    residual = found.sums_NF - ratio * found.counts_N[:, None]
+    error = residual.pow(2).sum(0).sqrt() / found.counts_N.sum()
+    low, high = found.intervals()["kl"]
+    assert high - low == pytest.approx(2 * 1.96 * error[0].item(), rel=0.1)
+    low, high = (torch.tensor(end).log() for end in found.intervals()["perplexity"])
+    assert (high - low).item() == pytest.approx(2 * 1.96 * error[2].item(), rel=0.1)
+
+
+def test_intervals_hold_the_truth_as_often_as_they_say():
+    ends = [made(40, seed).intervals()["kl"] for seed in range(100)]
+    assert 88 <= sum(low < 1 < high for low, high in ends) <= 99
+
+
+def test_rows_that_are_alike_leave_no_doubt():
+    found = Comparison(torch.full((20, 5), 3.0).double(), torch.full((20,), 6))
+    assert found.intervals()["kl"] == pytest.approx((0.5, 0.5))
 
 
 def test_the_student_is_left_unbaked(teacher, student, held_out):

@@ -1,0 +1,12 @@
+"""What a student is worth.
+
+figures.py    KL, KD loss, perplexity and agreement on rows of tokens, with intervals
+windows.py    a long text as windows in which each token is scored once
+answers.py    what models say: sample prompts, and streams for a conversation
+tasks.py      the tasks of lm-eval, which is an extra
+"""
+
+from qat.evaluate.answers import SAMPLE_PROMPTS, answers
+from qat.evaluate.figures import Comparison, Metrics, compare, evaluate
+
+__all__ = ["SAMPLE_PROMPTS", "Comparison", "Metrics", "answers", "compare", "evaluate"]

@@ -1,0 +1,105 @@
+"""What models say: the same prompts answered by each, and answers that appear while they are written."""
+
+from typing import TextIO
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.generation.streamers import BaseStreamer
+
+from qat.data.thinking import chat_tokens
+from qat.machine import Machine
+from qat.models import generate
+from qat.quant.linear import baked
+
+SAMPLE_PROMPTS = (
+    "What is the capital of France?",
+    "Explain in two sentences why the sky is blue.",
+    "Write a short poem about the sea.",
+    "Give me three tips for sleeping better.",
+    "What is 12 plus 30?",
+)
+
+UNFINISHED = "�"  # what bytes decode to that are no whole character
+CHARACTER = 4  # most bytes, so most tokens, of one
+
+
+def answers(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: tuple[str, ...],
+    tokens: int,
+    machine: Machine,
+) -> list[str]:
+    """The model's most likely answer to each prompt, up to `tokens` long."""
+    asked = [chat_tokens(tokenizer, [{"role": "user", "content": prompt}], ask=True) for prompt in prompts]
+    inputs = tokenizer.pad({"input_ids": asked}, return_tensors="pt").to(machine.device)
+    with baked(model, machine.dtype):
+        settings = settings_of(tokenizer, tokens)
+        written = generate(model, inputs["input_ids"], settings, attention_mask=inputs["attention_mask"])
+    return [text.strip() for text in tokenizer.batch_decode(written, skip_special_tokens=True)]
+
+
+def settings_of(tokenizer: PreTrainedTokenizerBase, tokens: int, temperature: float = 0.0) -> GenerationConfig:
+    """Generation of at most so many tokens; the likeliest ones, unless there is a temperature."""
+    sampling = {"temperature": temperature, "top_k": 0} if temperature > 0 else {}
+    return GenerationConfig(
+        max_new_tokens=tokens,
+        do_sample=bool(sampling),
+        use_cache=True,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        **sampling,
+    )
+
+
+class Stream(BaseStreamer):
+    """Writes an answer token by token; transformers' own streamer waits for the end of each word."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, file: TextIO) -> None:
+        self._tokenizer, self._file = tokenizer, file
+        self._ids: list[int] = []
+        self._before, self._shown = 0, 0  # tokens of the last piece, and all that were written
+        self._prompt = True
+
+    def put(self, value: Tensor) -> None:
+        """Takes the next token; the first call gives the prompt."""
+        if self._prompt:
+            self._prompt = False
+            return
+        self._ids += value.flatten().tolist()
+        self._write(final=False)
+
+    def end(self) -> None:
+        """Writes what is left, and ends the line."""
+        self._write(final=True)
+        self._file.write("\n")
+        self._file.flush()
+
+    def _write(self, final: bool) -> None:
+        # The piece before is decoded again: a tokenizer may join what follows to it without a space.
+        known = self._decode(self._ids[self._before : self._shown])
+        text = self._decode(self._ids[self._before :])
+        if not final and text.endswith(UNFINISHED) and len(self._ids) - self._shown < CHARACTER:
+            return
+        self._file.write(text[len(known) :])
+        self._file.flush()
+        self._before, self._shown = self._shown, len(self._ids)
+
+    def _decode(self, ids: list[int]) -> str:
+        return str(self._tokenizer.decode(ids, skip_special_tokens=True))
+
+
+def stream(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    asked: list[int],
+    settings: GenerationConfig,
+    file: TextIO,
+) -> str:
+    """Writes the answer to a prompt's tokens as it comes, and returns it."""
+    asked_BT = torch.tensor([asked], device=model.device)
+    written = generate(
+        model, asked_BT, settings, attention_mask=torch.ones_like(asked_BT), streamer=Stream(tokenizer, file)
+    )
+    return str(tokenizer.decode(written[0], skip_special_tokens=True))

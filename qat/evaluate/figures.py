@@ -1,0 +1,173 @@
+"""How far a student is from its teacher, on text that training never saw.
+
+`kl` is KL(teacher‖student) over the whole vocabulary at T = 1, the teacher running beside the student;
+`kd_loss` is the run log's measure, over the teacher's top-k at T = 2, times 4; `perplexity` is of the text
+itself; `top1_agreement` is the share of positions where both prefer the same token.
+
+Shapes: N rows, F figures, X positions that count, V vocabulary, D hidden.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from qat.cache.reader import Batch
+from qat.console import progress
+from qat.distill.head import position_chunks
+from qat.distill.loss import KD_TEMPERATURE, full_kl, topk_kl
+from qat.errors import NumericsError
+from qat.machine import Machine
+from qat.quant.linear import baked
+
+RESAMPLES = 1000
+CONFIDENCE = 0.95
+METHOD = f"{CONFIDENCE:.0%}, percentile bootstrap over sequences, {RESAMPLES} resamples"
+
+
+class Rows(Protocol):
+    """Rows of tokens that are read in batches: a split of a cache, plain text, windows of a long one."""
+
+    rows: int
+    meta: dict[str, Any]
+
+    def batch(self, rows: Tensor) -> Batch:
+        """The rows with these numbers."""
+
+    def in_order(self, size: int) -> list[Tensor]:
+        """All row numbers, at most `size` at a time."""
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """Means over all positions that count."""
+
+    kl: float
+    kd_loss: float
+    perplexity: float
+    teacher_perplexity: float
+    top1_agreement: float
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What was found at the positions of each row.
+
+    Attributes:
+        sums_NF: float64 sums over a row's positions in the order of `Metrics`, negative log-likelihoods
+            for perplexities.
+        counts_N: positions of each row that count.
+    """
+
+    sums_NF: Tensor
+    counts_N: Tensor
+
+    def metrics(self) -> Metrics:
+        """The figures of all rows together."""
+        return _metrics(self.sums_NF.sum(0) / self.counts_N.sum())
+
+    def intervals(self) -> dict[str, tuple[float, float]]:
+        """Lowest and highest value of each figure that resampled rows make plausible.
+
+        The percentile bootstrap (Efron and Tibshirani 1993, chapter 13), rows being drawn whole because
+        positions of one row depend on each other. The draws are always the same, so that models which are
+        measured on the same rows are moved by the same chance.
+        """
+        draw = torch.Generator().manual_seed(0)
+        rows = len(self.counts_N)
+        drawn = torch.stack(
+            [torch.randint(rows, (rows,), generator=draw).bincount(minlength=rows) for _ in range(RESAMPLES)]
+        ).double()
+        means = (drawn @ self.sums_NF) / (drawn @ self.counts_N.double())[:, None]
+        ends = means.quantile(torch.tensor([(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2]).double(), dim=0)
+        low, high = (asdict(_metrics(end)) for end in ends)
+        return {name: (low[name], high[name]) for name in low}
+
+    def of_teacher(self) -> "Comparison":
+        """The teacher beside itself on the same rows."""
+        sums = self.sums_NF.clone()
+        sums[:, :2], sums[:, 2], sums[:, 4] = 0, sums[:, 3], self.counts_N
+        return Comparison(sums, self.counts_N)
+
+
+def _metrics(means_F: Tensor) -> Metrics:
+    kl, kd, nll, teacher_nll, same = means_F.tolist()
+    return Metrics(kl, kd, _exp(nll), _exp(teacher_nll), same)
+
+
+def _exp(nll: float) -> float:
+    return math.exp(min(nll, 700.0))  # beyond, a float ends
+
+
+def evaluate(
+    student: PreTrainedModel, teacher: PreTrainedModel, held_out: Rows, top_k: int, machine: Machine
+) -> Metrics:
+    """The figures of `compare` over all rows together."""
+    return compare(student, teacher, held_out, top_k, machine).metrics()
+
+
+@torch.inference_mode()
+def compare(
+    student: PreTrainedModel, teacher: PreTrainedModel, held_out: Rows, top_k: int, machine: Machine
+) -> Comparison:
+    """Compares two models at all positions that count.
+
+    Args:
+        student: any of its quantized weights is computed once; may be the teacher itself.
+        teacher: the model it imitates.
+        held_out: text that training never saw.
+        top_k: tokens that `kd_loss` looks at, those the teacher finds likeliest.
+        machine: compute type and micro-batch.
+
+    Raises:
+        NumericsError: a figure is not finite.
+    """
+    found = Comparison(torch.zeros(held_out.rows, 5, dtype=torch.float64), torch.zeros(held_out.rows, dtype=torch.long))
+    tokens = held_out.rows * int(held_out.meta["length"])
+    with baked(student, machine.dtype), progress("evaluation", tokens, "tokens") as advance:
+        for rows in held_out.in_order(machine.micro_batch):
+            batch = held_out.batch(rows).to(machine.device)
+            for row_X, values_FX in _positions(student, teacher, batch, top_k):
+                found.sums_NF.index_add_(0, rows[row_X], values_FX.mT)
+            found.counts_N[rows] = batch.loss_mask.sum(1).cpu()
+            advance(batch.input_ids.numel())
+    metrics = found.metrics()
+    if not found.sums_NF.isfinite().all():
+        raise NumericsError(
+            f"evaluation gave kl {metrics.kl}, kd_loss {metrics.kd_loss}, perplexity {metrics.perplexity}:"
+            " the checkpoint holds NaN or infinity"
+        )
+    return found
+
+
+def _positions(
+    student: PreTrainedModel, teacher: PreTrainedModel, batch: Batch, top_k: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Row numbers in the batch [X] and figures [F, X], float64 on the CPU, of some positions at a time."""
+    counts = batch.loss_mask
+    theirs, ours = (_hidden(model, batch)[:, :-1][counts] for model in (teacher, student))
+    targets = (theirs, batch.input_ids[:, 1:][counts], counts.nonzero()[:, 0])
+    for ours_XD, theirs_XD, next_X, row_X in position_chunks(ours, targets):
+        logits_XV, teacher_XV = student.lm_head(ours_XD).float(), teacher.lm_head(theirs_XD).float()
+        yield row_X.cpu(), _values(logits_XV, teacher_XV, next_X, top_k).cpu().double()
+
+
+def _hidden(model: PreTrainedModel, batch: Batch) -> Tensor:
+    return model.base_model(**batch.inputs()).last_hidden_state
+
+
+def _values(logits_XV: Tensor, teacher_XV: Tensor, next_X: Tensor, top_k: int) -> Tensor:
+    """Figures [F, X] in the order of `Metrics`, negative log-likelihoods for perplexities."""
+    top, ids = teacher_XV.topk(top_k, dim=-1)
+    values = (
+        full_kl(logits_XV, teacher_XV),
+        topk_kl(logits_XV.gather(-1, ids), top, KD_TEMPERATURE),
+        torch.nn.functional.cross_entropy(logits_XV, next_X, reduction="none"),
+        torch.nn.functional.cross_entropy(teacher_XV, next_X, reduction="none"),
+        (logits_XV.argmax(-1) == teacher_XV.argmax(-1)).float(),
+    )
+    return torch.stack(values)
