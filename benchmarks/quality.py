@@ -36,6 +36,7 @@ from peers import PEERS, Peer
 from peers.grid import Grid, mean_bits, parse, prove
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutput
 
 from qat import checkpoints
 from qat import machine as machines
@@ -103,9 +104,9 @@ class Work:
         return self.folder.load(torch.float32, torch.device("cpu"))
 
     @cached_property
-    def teacher(self) -> PreTrainedModel:
+    def teacher(self) -> "Remembered":
         """The teacher that students are measured against."""
-        return self.folder.load(self.precision, self.machine.device)
+        return Remembered(self.folder.load(self.precision, self.machine.device))
 
     def evaluate(self, student: PreTrainedModel, text: str) -> dict[str, float]:
         """Figures of a student on one text."""
@@ -118,6 +119,21 @@ class Work:
             "perplexity": figures.perplexity,
             "teacher_perplexity": figures.teacher_perplexity,
         }
+
+
+class Remembered:
+    """A teacher that computes the hidden states of each batch once, however many students meet it."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.lm_head, self._model = model.lm_head, model
+        self._known: dict[str, torch.Tensor] = {}
+
+    def base_model(self, input_ids: torch.Tensor, **inputs: torch.Tensor) -> BaseModelOutput:
+        """The model without its head; states are kept in host memory."""
+        key = digest(input_ids.cpu())
+        if key not in self._known:
+            self._known[key] = self._model.base_model(input_ids=input_ids, **inputs).last_hidden_state.cpu()
+        return BaseModelOutput(self._known[key].to(input_ids.device))
 
 
 def main() -> None:
@@ -198,27 +214,28 @@ def peer(work: Work, peer: Peer, bits: str, quantize: Callable, settings: dict[s
     def make(dtype: torch.dtype) -> tuple[PreTrainedModel, dict[str, Any]]:
         kept = obtain(work.outputs / "artifacts", "peers", f"{peer.label}-{bits.replace(':', 'g')}", inputs, fill)
         weights = load_file(kept.folder / WEIGHTS)
+        levels = proved(work.exact, weights, layers, grids)
         student = work.folder.load(dtype, work.machine.device)
-        levels = put(student, weights, layers, grids)
+        with torch.no_grad():
+            for name, weight in weights.items():
+                linear(student, name).weight.copy_(weight)
         return student, {**bits_of(layers, grids), "levels": levels, "seconds": kept.manifest["seconds"]}
 
     return Entry(peer.label, bits, shaping, make)
 
 
-@torch.no_grad()
-def put(
-    student: PreTrainedModel, weights: dict[str, torch.Tensor], layers: list[Layer], grids: dict[str, Grid]
+def proved(
+    exact: PreTrainedModel, weights: dict[str, torch.Tensor], layers: list[Layer], grids: dict[str, Grid]
 ) -> dict[str, int]:
-    """Replaces every layer's weight by its quantized one; the most values found in a group, by kind of layer.
+    """The most values found in a group, by kind of layer.
 
     Raises:
-        NumericsError: a weight is not quantized.
+        NumericsError: a layer's weight is not a quantized one, or not that layer's.
     """
     found: dict[str, int] = {}
     for layer in layers:
-        levels = prove(layer.name, weights[layer.name], layer.shape, grids[layer.name])
+        levels = prove(layer.name, weights[layer.name], linear(exact, layer.name).weight, grids[layer.name])
         found[layer.kind] = max(found.get(layer.kind, 0), levels)
-        linear(student, layer.name).weight.copy_(weights[layer.name])
     return found
 
 

@@ -18,7 +18,8 @@ from torch import Tensor
 from peers.grid import Grid
 from qat.models import ModelFolder
 
-SETTINGS = {"grid": "asymmetric", "act_group_aware": True}
+# The older format `gptq` stores zero points less one, and nothing here would add it again.
+SETTINGS = {"grid": "asymmetric", "act_group_aware": True, "format": "gptq_v2"}
 ROWS = 8  # forwarded at once
 
 
@@ -33,6 +34,7 @@ def quantize(folder: ModelFolder, grids: dict[str, Grid], calibration_NL: Tensor
         desc_act=False,
         act_group_aware=SETTINGS["act_group_aware"],
         dynamic=others or None,
+        format=SETTINGS["format"],
         offload_to_disk=False,
         device="cuda" if torch.cuda.is_available() else "cpu",
     )

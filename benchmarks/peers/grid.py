@@ -3,7 +3,6 @@
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from qat.errors import ConfigError, NumericsError
@@ -55,18 +54,22 @@ def levels(weight_OI: Tensor, group: int) -> int:
     return 1 + int((ascending.diff(dim=1) != 0).sum(1).max())
 
 
-def prove(name: str, weight_OI: Tensor, shape: tuple[int, ...], grid: Grid) -> int:
-    """Makes sure that a weight is really quantized; its `levels`.
+def prove(name: str, weight_OI: Tensor, original_OI: Tensor, grid: Grid) -> int:
+    """Makes sure that a weight is quantized, and from the original; its `levels`.
 
     Raises:
-        NumericsError: another shape, values that are not finite, or a group with more values than its bits can tell.
+        NumericsError: another shape, a group with more values than its bits can tell apart, or an error as large as
+            the weight itself, which no method makes and a mistaken zero point does.
     """
-    if tuple(weight_OI.shape) != tuple(shape) or not torch.isfinite(weight_OI).all():
-        raise NumericsError(f"{name} came back as {tuple(weight_OI.shape)} of {tuple(shape)}, or not finite")
+    if weight_OI.shape != original_OI.shape:
+        raise NumericsError(f"{name} came back as {tuple(weight_OI.shape)}, not as {tuple(original_OI.shape)}")
     found = levels(weight_OI, grid.group)
     if found > 2**grid.bits:
         raise NumericsError(
             f"{name} is not quantized: a group of {grid.group} holds {found} values where {grid.bits} bits tell"
             f" {2**grid.bits} apart"
         )
+    error = float((weight_OI - original_OI).square().sum() / original_OI.square().sum())
+    if not error < 1:
+        raise NumericsError(f"{name} is another weight: its squared error is {error:.2f} of the weight's square")
     return found

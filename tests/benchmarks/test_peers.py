@@ -46,22 +46,27 @@ def test_levels_are_counted_in_the_worst_group():
     assert grid.levels(weight[2:], 4) == 1
 
 
-def test_a_weight_that_is_not_quantized_is_found_in_its_one_bad_group():
-    good = rtn.round_to_nearest(torch.randn(8, 128, generator=torch.Generator().manual_seed(0)), Grid(2, 64, 2))
-    assert grid.prove("layer", good, (8, 128), Grid(2, 64, 2)) == 4
-    bad = good.clone()
-    bad[5, 70] += 1e-4
+@pytest.fixture
+def weight():
+    return torch.randn(8, 128, generator=torch.Generator().manual_seed(0))
+
+
+def test_a_weight_that_is_not_quantized_is_found_in_its_one_bad_group(weight):
+    rounded = rtn.round_to_nearest(weight, Grid(2, 64, 2))
+    assert grid.prove("layer", rounded, weight, Grid(2, 64, 2)) == 4
+    rounded[5, 70] += 1e-4
     with pytest.raises(NumericsError, match="layer is not quantized: a group of 64 holds 5 values where 2 bits tell 4"):
-        grid.prove("layer", bad, (8, 128), Grid(2, 64, 2))
+        grid.prove("layer", rounded, weight, Grid(2, 64, 2))
 
 
-def test_a_weight_of_another_shape_or_not_finite_is_refused():
-    zeros = torch.zeros(4, 64)
-    with pytest.raises(NumericsError, match="came back"):
-        grid.prove("layer", zeros.T, (4, 64), Grid(2, 64, 2))
-    zeros[0, 0] = torch.nan
-    with pytest.raises(NumericsError, match="came back"):
-        grid.prove("layer", zeros, (4, 64), Grid(2, 64, 2))
+def test_a_weight_of_another_layer_or_with_shifted_zero_points_is_refused(weight):
+    rounded = rtn.round_to_nearest(weight, Grid(2, 64, 2))
+    step = rounded.view(-1, 64).sort(dim=1).values.diff(dim=1).amax(1).repeat_interleave(64).view_as(rounded)
+    for wrong in (rounded + step, rounded.flip(0), rounded * torch.nan):
+        with pytest.raises(NumericsError, match="layer is "):
+            grid.prove("layer", wrong, weight, Grid(2, 64, 2))
+    with pytest.raises(NumericsError, match="came back as"):
+        grid.prove("layer", rounded.T, weight, Grid(2, 64, 2))
 
 
 @given(bits=st.integers(1, 4), group=st.sampled_from([8, 32]), seed=st.integers(0, 2**16))
