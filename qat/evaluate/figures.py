@@ -149,7 +149,8 @@ def _positions(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Row numbers in the batch [X] and figures [F, X], float64 on the CPU, of some positions at a time."""
     counts = batch.loss_mask
-    theirs, ours = (_hidden(model, batch)[:, :-1][counts] for model in (teacher, student))
+    theirs = _hidden(teacher, batch)[:, :-1][counts]
+    ours = theirs if student is teacher else _hidden(student, batch)[:, :-1][counts]
     targets = (theirs, batch.input_ids[:, 1:][counts], counts.nonzero()[:, 0])
     for ours_XD, theirs_XD, next_X, row_X in position_chunks(ours, targets):
         logits_XV, teacher_XV = student.lm_head(ours_XD).float(), teacher.lm_head(theirs_XD).float()

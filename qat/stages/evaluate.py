@@ -160,6 +160,8 @@ def _measure(
             found[name] = Found(quant=quant)
             if known and name in known:
                 found[name].metrics = known[name]
+            elif comparison is not None and folder is None:
+                _take(found[name], comparison.of_teacher())
             elif ground.rows is not None:
                 comparison = compare(student, teacher, ground.rows, ground.top_k, machine)
                 _take(found[name], comparison)
