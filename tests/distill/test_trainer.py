@@ -388,7 +388,7 @@ def exact_targets(teacher, reader):
 
 @pytest.mark.parametrize("kind", [LossKind.topk_kl, LossKind.bucket_kl])
 def test_targets_stored_in_16_bits_train_as_exact_ones(checkpoint, teacher, readers, kind):
-    """Without measurable loss: less than a hundredth of what another order of the same rows makes."""
+    """Without measurable loss: held-out losses within a hundredth of a percent; two orders of the rows are further apart."""
     loss = Loss(kind, 2.0 if kind is LossKind.topk_kl else 1.0)
     train = TrainConfig(steps=30, batch_size=8, lr=5e-3, eval_every=30)
 
@@ -401,7 +401,7 @@ def test_targets_stored_in_16_bits_train_as_exact_ones(checkpoint, teacher, read
     as_stored, exact = trained(readers[0]), trained(exact_targets(teacher, readers[0]))
     reordered = trained(readers[0], seed=1)
     assert exact.final < 0.9 * exact.initial
-    assert abs(as_stored.final - exact.final) < 0.01 * abs(reordered.final - exact.final)
+    assert abs(as_stored.final - exact.final) < 1e-4 * exact.final < abs(reordered.final - exact.final)
 
 
 def test_a_damaged_state_is_passed_over(student, readers, tmp_path, caplog):
