@@ -92,7 +92,7 @@ def product(sweep: bool) -> None:
         weights = [torch.randn(shape, device="cuda", dtype=torch.bfloat16) for _ in range(count)]
         layers = [layer(*shape, bits, rank) for _ in range(count)]
         dense = [lambda w=w, x=x: torch.nn.functional.linear(x, w) for w in weights]
-        cuts = [cut for cut in SWEEP if cut.columns < 2 * shape[1]] if sweep else [kernel.tiling(shape[1])]
+        cuts = [cut for cut in SWEEP if cut.columns < 2 * shape[1]] if sweep else [kernel.tiling(*shape)]
         times = {cut: timed(packed_calls(layers, x, cut)) for cut in cuts}
         best = min(times, key=lambda cut: times[cut][0])
         (ours, ours_eager), (theirs, theirs_eager) = times[best], timed(dense)
@@ -120,7 +120,7 @@ def layer(outputs: int, inputs: int, bits: int, rank: int) -> PackedLinear:
 def packed_calls(layers: list[PackedLinear], x: Tensor, cut: Tiling) -> list[Callable[[], Tensor]]:
     """One call of the kernel for each layer."""
     parts = [(m.indices, m.lut, m.scale_A, m.rank_magnitude, m.scale_B, m.bits) for m in layers]
-    return [lambda p=p: kernel.product(x, *p, cut) for p in parts]
+    return [lambda p=p: kernel.product(x, *p, cut=cut) for p in parts]
 
 
 def timed(calls: list[Callable[[], Tensor]]) -> tuple[float, float]:

@@ -30,14 +30,19 @@ except ImportError:  # no CUDA build of torch, or a platform without Triton
 class Tiling:
     """How the work is cut: rows and columns of a program (powers of two, at least 16), and its warps."""
 
-    rows: int = 16
-    columns: int = 1024
-    warps: int = 8
+    rows: int
+    columns: int
+    warps: int
 
 
-def tiling(inputs: int) -> Tiling:
-    """The cut for a layer: whole rows up to 1024 columns, because meeting other programs costs a microsecond."""
-    return Tiling(columns=min(Tiling.columns, max(16, triton.next_power_of_2(inputs))))
+def tiling(outputs: int, inputs: int) -> Tiling:
+    """The cut for a layer: rows whole up to 1024 columns, as meeting other programs takes time, and one wave.
+
+    Where small programs would be more than a large GPU has multiprocessors, they are twice as large.
+    """
+    columns = min(1024, max(16, triton.next_power_of_2(inputs)))
+    programs = triton.cdiv(outputs, 16) * triton.cdiv(inputs, columns)
+    return Tiling(16, columns, 8) if programs <= 132 else Tiling(32, columns, 16)
 
 
 class Arrivals:
@@ -87,7 +92,7 @@ def product(
         cut: another tiling than the default.
     """
     (outputs, rank), inputs = A_OR.shape, x_I.shape[0]
-    cut = cut or tiling(inputs)
+    cut = cut or tiling(outputs, inputs)
     group = bits // math.gcd(bits, 8)
     each = 8 * group // bits
     tiles, splits = triton.cdiv(outputs, cut.rows), triton.cdiv(inputs, cut.columns)
