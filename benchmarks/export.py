@@ -2,7 +2,7 @@
 
     python benchmarks/export.py generation --packed <folder> --dense <folder>   # both exports, greedy tokens/s
     python benchmarks/export.py product                                         # one token, CUDA, shapes of Qwen3-0.6B
-    python benchmarks/export.py product --sweep                                 # the best tiling of each shape
+    python benchmarks/export.py product --sweep                                 # every tiling of each shape, best first
 
 `product` walks over so many layers of one shape that no weight is still in the L2 cache when its turn
 comes again, as in a model, and measures both the bare kernels (CUDA graph) and calls from Python (eager).
@@ -33,7 +33,11 @@ SHAPES = {  # outputs, inputs of Qwen3-0.6B
 TABLES = ((2, 32), (2, 8), (3, 8), (4, 8), (4, 4))  # bits, rank
 DENSE_BYTES = 400_000_000  # of all layers walked over: several times any L2 cache
 REPEATS = 20
-SWEEP = [Tiling(*cut) for cut in itertools.product((16, 32, 64), (64, 128, 256), (2, 4, 8), (2, 3, 4))]
+SWEPT_TABLES = ((2, 32), (2, 8), (4, 8))
+SWEEP = [  # rows, columns, warps
+    *(Tiling(16, 2048, 16), Tiling(16, 1024, 8), Tiling(16, 1024, 16), Tiling(32, 1024, 16)),
+    *(Tiling(16, 512, 4), Tiling(16, 512, 8), Tiling(32, 512, 8), Tiling(32, 256, 4), Tiling(64, 256, 8)),
+]
 
 
 def main() -> None:
@@ -82,17 +86,26 @@ def product(sweep: bool) -> None:
     print(torch.cuda.get_device_name(), torch.__version__)
     heads = f"{'dense':>7} {'packed':>7}"
     print(f"{'layer':10} {'bits':>4} {'rank':>4} {heads} {'ratio':>6}   eager: {heads}   microseconds")
-    for (name, shape), (bits, rank) in itertools.product(SHAPES.items(), TABLES):
+    for (name, shape), (bits, rank) in itertools.product(SHAPES.items(), SWEPT_TABLES if sweep else TABLES):
         count = max(2, DENSE_BYTES // (2 * shape[0] * shape[1]))
         x = torch.randn(shape[1], device="cuda", dtype=torch.bfloat16)
         weights = [torch.randn(shape, device="cuda", dtype=torch.bfloat16) for _ in range(count)]
         layers = [layer(*shape, bits, rank) for _ in range(count)]
         dense = [lambda w=w, x=x: torch.nn.functional.linear(x, w) for w in weights]
-        times = {cut: timed(packed_calls(layers, x, cut)) for cut in (SWEEP if sweep else [Tiling()])}
+        cuts = [cut for cut in SWEEP if cut.columns < 2 * shape[1]] if sweep else [kernel.tiling(*shape)]
+        times = {cut: timed(packed_calls(layers, x, cut)) for cut in cuts}
         best = min(times, key=lambda cut: times[cut][0])
         (ours, ours_eager), (theirs, theirs_eager) = times[best], timed(dense)
         row = f"{name:10} {bits:4} {rank:4} {theirs:7.2f} {ours:7.2f} {theirs / ours:6.2f}          "
-        print(row + f"{theirs_eager:7.2f} {ours_eager:7.2f}   {best if sweep else ''}", flush=True)
+        print(row + f"{theirs_eager:7.2f} {ours_eager:7.2f}", flush=True)
+        if sweep:
+            print("    rows x columns x warps: " + ranking({cut: time for cut, (time, _) in times.items()}), flush=True)
+
+
+def ranking(times: dict[Tiling, float]) -> str:
+    """Every tiling with its microseconds, the fastest first."""
+    ranked = sorted(times.items(), key=lambda item: item[1])
+    return ", ".join(f"{cut.rows}x{cut.columns}x{cut.warps} {time:.2f}" for cut, time in ranked)
 
 
 def layer(outputs: int, inputs: int, bits: int, rank: int) -> PackedLinear:
@@ -107,7 +120,7 @@ def layer(outputs: int, inputs: int, bits: int, rank: int) -> PackedLinear:
 def packed_calls(layers: list[PackedLinear], x: Tensor, cut: Tiling) -> list[Callable[[], Tensor]]:
     """One call of the kernel for each layer."""
     parts = [(m.indices, m.lut, m.scale_A, m.rank_magnitude, m.scale_B, m.bits) for m in layers]
-    return [lambda p=p: kernel.product(x, *p, tiling=cut) for p in parts]
+    return [lambda p=p: kernel.product(x, *p, cut=cut) for p in parts]
 
 
 def timed(calls: list[Callable[[], Tensor]]) -> tuple[float, float]:

@@ -17,10 +17,13 @@ CASES = [
     (2, 48, 256, 32),
     (2, 40, 200, 5),
     (3, 33, 100, 8),
+    (3, 24, 200, 8),
+    (6, 16, 72, 4),
     (4, 64, 128, 8),
     (5, 17, 70, 3),
     (8, 20, 96, 16),
 ]
+SPLIT = [Tiling(32, 64, 4), Tiling(16, 32, 4)]  # rows cut into up to four, or seven, tiles
 
 
 def relative_error(bits, outputs, inputs, rank, dtype, device, tiling=None):
@@ -32,8 +35,10 @@ def relative_error(bits, outputs, inputs, rank, dtype, device, tiling=None):
     )
     x = torch.randn(inputs, generator=draw).to(dtype)
     exact = (lut.double()[index.long()] * ((A.double() * g.double()) @ B.double())) @ x.double()
-    parts = (part.to(device) for part in (x, packing.pack(index, bits), lut, A, g, B))
+    parts = [part.to(device) for part in (x, packing.pack(index, bits), lut, A, g, B)]
     made = kernel.product(*parts, bits, tiling)
+    assert kernel.product(*parts, bits, tiling).equal(made)
+    assert not kernel.arrivals(made.device).counters.any()
     assert made.dtype is dtype
     return float((made.double().cpu() - exact).norm() / exact.norm())
 
@@ -41,7 +46,7 @@ def relative_error(bits, outputs, inputs, rank, dtype, device, tiling=None):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 @pytest.mark.parametrize("case", [*CASES, (2, 3072, 1024, 32), (4, 1024, 2048, 8)])
 @pytest.mark.parametrize(("dtype", "most"), [(torch.float32, 1e-3), (torch.float16, 2e-3), (torch.bfloat16, 5e-3)])
-@pytest.mark.parametrize("tiling", [None, Tiling(32, 64, 8, 2)])
+@pytest.mark.parametrize("tiling", [None, *SPLIT])
 def test_on_cuda(case, dtype, most, tiling):
     assert relative_error(*case, dtype, "cuda", tiling) < most
 
@@ -51,11 +56,11 @@ def test_on_cuda(case, dtype, most, tiling):
 def test_in_the_interpreter():
     code = """
 import torch
-from tests.export.test_kernel import CASES, Tiling, relative_error
+from tests.export.test_kernel import CASES, SPLIT, relative_error
 for case in CASES:
-    for tiling in (None, Tiling(32, 64, 8, 2)):
+    for tiling in (None, *SPLIT):
         error = relative_error(*case, torch.float32, "cpu", tiling)
-        assert error < 1e-5, (case, error)
+        assert error < 5e-4, (case, tiling, error)
 """
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=300)
