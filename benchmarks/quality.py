@@ -1,6 +1,7 @@
 """Our presets against other quantizers at equal effective bits: KL to the teacher, as a table and a picture.
 
-    pip install hqq gptqmodel auto-round
+    pip install hqq auto-round datasets
+    pip install --no-deps gptqmodel pypcre tokenicer logbar device-smi defuser torchao threadpoolctl
     python benchmarks/quality.py --model <folder> --calibration a.json b.txt --evaluation chat.json wiki.txt \
         --methods rtn hqq gptq autoround --bits 2:64 3:64 4:64
     python benchmarks/quality.py --model <folder> --calibration a.json b.txt --evaluation chat.json wiki.txt \
@@ -11,7 +12,11 @@
 groups of 64. Bits per weight are those of the MLP, with scales (16 bits), zero points (as each format stores
 them) and, for ours, tables and low-rank scales. Everything that calibrates sees the same tokens; everything
 is measured by one function on the same rows. No weight of a peer counts before every group of every layer was
-found to hold no more values than its bits can tell apart.
+found to hold no more values than its bits can tell apart, and to resemble the layer's own.
+
+GPTQModel 7.7 asks for a newer torch than the one pinned here and works with it, so pip must not have its way.
+Evaluation costs most on a CPU: `--precision bf16` is much faster there and reads slightly lower (docs/LOG.md). Four
+bits in groups of 32 say nothing about SmolLM2 from the wheel, whose own weights lie on such a grid.
 
 What is made is kept: weights under `--outputs`, figures in `--json`. A command that was stopped, or that is
 given with more methods, does what is missing; a row is made anew when anything that shaped it has changed.
