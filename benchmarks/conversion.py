@@ -60,6 +60,7 @@ def measure(name, folder, teacher, calibration, held_out, options, machine) -> l
     """One preset: seconds of the whole conversion, effective bits and figures on each text."""
     settings = convert_option(options.convert)
     settings.sweeps = settings.sweeps if options.sweeps is None else options.sweeps
+    settings.rounds = settings.rounds if options.rounds is None else options.rounds
     began = time.monotonic()
     made = convert_preset(name, folder, teacher, calibration, settings, machine)
     seconds = time.monotonic() - began
@@ -140,6 +141,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--evaluation-tokens", type=int, default=32_768)
     parser.add_argument("--length", type=int, default=128)
     parser.add_argument("--convert", default="thorough", help="an option of conf/convert")
+    parser.add_argument("--rounds", type=int, help="in place of the option's own")
     parser.add_argument("--sweeps", type=int, help="in place of the option's own")
     parser.add_argument("--micro-batch", type=int, default=16)
     parser.add_argument("--json")

@@ -131,8 +131,9 @@ def fit(problem: Problem, bits: int, rank: int, cluster: Cluster, rounds: int, s
     tables = start(weight, bits, rank)
     for _ in range(rounds):
         index = assign.nearest(weight, tables.scale(), tables.table_NK)
-        rows = scales.rows(scales.look_up(tables.table_NK, index), tables.B_NRI, h)
-        tables = replace(tables, index_NOI=index, A_NOR=scales.refit(tables.A_NOR, rows, weight, h))
+        Q, groups = scales.look_up(tables.table_NK, index), tables.B_NRI.mT
+        A = ((weight * Q * h[:, None]) @ groups) / ((Q.square() * h[:, None]) @ groups)  # no value is zero
+        tables = replace(tables, index_NOI=index, A_NOR=A)
     return improve(problem, problem.leave(tables), sweeps)
 
 

@@ -6,6 +6,7 @@ Without a login wandb runs offline, writes below the run's folder, never asks an
 import logging
 import netrc
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
@@ -74,6 +75,10 @@ def open_tracker(config: Config, folder: Path, run_id: str) -> Tracker:
         return NoTracker()
 
 
+# offline-run-20260131_120000-x1y2z3a4, and a number behind it for another one in the same second
+RUN_FOLDER = re.compile(r"(offline-)?run-\d+_\d+-(?P<id>[^-]+)(-\d+)?")
+
+
 def _start_wandb(config: Config, folder: Path, run_id: str) -> Any:
     import wandb
 
@@ -95,8 +100,9 @@ def _start_wandb(config: Config, folder: Path, run_id: str) -> Any:
 
 def _earlier_id(folder: Path) -> str | None:
     """What wandb called this run when it was interrupted, so that it stays one run."""
-    folders = sorted((folder / "wandb").glob("*run-*-*"))  # offline-run-20260131_120000-x1y2z3a4
-    return folders[-1].name.rpartition("-")[2] if folders else None
+    names = sorted(path.name for path in (folder / "wandb").glob("*run-*-*"))
+    found = [match for name in names if (match := RUN_FOLDER.fullmatch(name))]
+    return found[-1]["id"] if found else None
 
 
 def logged_in() -> bool:

@@ -102,7 +102,8 @@ def test_without_login_two_runs_are_two_offline_wandb_runs_that_ask_nothing(tmp_
 def test_run_that_goes_on_stays_one_wandb_run(tmp_path):
     first, second = process(tmp_path, AGAIN)
     assert first == second
-    assert {path.name.rpartition("-")[2] for path in (tmp_path / "SR-001" / "wandb").glob("offline-run-*")} == {first}
+    names = {path.name for path in (tmp_path / "SR-001" / "wandb").glob("offline-run-*")}
+    assert {name.split("-")[3] for name in names} == {first}
 
 
 def test_wandb_that_fails_is_left_out_and_the_run_told(tmp_path, config, monkeypatch, caplog):

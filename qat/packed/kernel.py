@@ -36,13 +36,15 @@ class Tiling:
 
 
 def tiling(outputs: int, inputs: int) -> Tiling:
-    """The cut for a layer: rows whole up to 1024 columns, as meeting other programs takes time, and one wave.
+    """The cut for a layer, by what was fastest on an H200 (`benchmarks/export.py product --sweep`).
 
-    Where small programs would be more than a large GPU has multiprocessors, they are twice as large.
+    Rows that one program can take whole are, as meeting other programs takes time, as long as all programs
+    find a multiprocessor of a large GPU; else small tiles, several of which share one.
     """
-    columns = min(1024, max(16, triton.next_power_of_2(inputs)))
-    programs = triton.cdiv(outputs, 16) * triton.cdiv(inputs, columns)
-    return Tiling(16, columns, 8) if programs <= 132 else Tiling(32, columns, 16)
+    columns = max(16, triton.next_power_of_2(inputs))
+    if columns <= 1024 and triton.cdiv(outputs, 16) <= 132:
+        return Tiling(16, columns, 8)
+    return Tiling(32, min(columns, 256), 4)
 
 
 class Arrivals:

@@ -34,6 +34,7 @@ def options(teacher, tmp_path):
         checkpoint=[],
         tokens=256,
         calibration_tokens=256,
+        shares=None,
         length=32,
         precision="fp32",
         micro_batch=4,

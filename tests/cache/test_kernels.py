@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+INTERPRETED = pytest.param("cpu", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA is tested itself"))
 CHECK = """
 import os, sys
 device = sys.argv[1]
@@ -34,7 +35,7 @@ for positions, vocabulary, top_k in [(3, 9000, 5), (2, 64, 1), (2, 4096, 20), (1
 
 @pytest.mark.parametrize(
     "device",
-    ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA"))],
+    [INTERPRETED, pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA"))],
 )
 def test_the_kernel_sums_and_finds_what_plain_torch_does(device):
     pytest.importorskip("triton")
