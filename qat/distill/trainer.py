@@ -1,5 +1,6 @@
 """The training loop: batches in, steps made, now and then a look at held-out text and a state on disk."""
 
+import hashlib
 import logging
 import math
 import signal
@@ -90,6 +91,7 @@ class Trainer:
         self.learners = Learners(student, learning, train.learn, machine, train.snap_fp16)
         self.optimizer = Optimizer(self.learners.parameters, train, machine.device)
         self.step = Step(student, self.learners, self.optimizer, loss, train, machine, ranks)
+        self.unlearned = _fingerprint(layers, {p.name for p in self.learners.parameters})
         self.history = History()
         self._shown = math.nan  # the last loss
 
@@ -214,15 +216,20 @@ class Trainer:
         tensors |= {f"adam.{name}": value for name, value in self.optimizer.state(parameters).items()}
         tensors |= {"scaler.scale": scaler.scale, "scaler.good": scaler.good, **random_state()}
         facts = {item.name: getattr(self.history, item.name) for item in fields(Progress)}
-        return State(self.history.step, tensors, facts)
+        return State(self.history.step, tensors, facts | {"unlearned": self.unlearned})
 
     @torch.no_grad()
     def restore(self, state: State, rows: list[dict[str, float]]) -> None:
         """Takes over a state that `state` gave, with the rows reported until then.
 
         Raises:
-            ArtifactError: it is of a training in which other tensors learned.
+            ArtifactError: it is of a training in which other tensors learned, or of another student.
         """
+        if state.facts["unlearned"] != self.unlearned:
+            raise ArtifactError(
+                f"the state after step {state.step} belongs to a student with other indices or fixed tables: give the"
+                " checkpoint that the run began with, or start a new run"
+            )
         parameters, tensors = self.learners.parameters, state.tensors
         for parameter in parameters:
             value = tensors.get(f"parameter.{parameter.name}")
@@ -256,6 +263,18 @@ class Trainer:
             self.ranks.sum_([sums])
         total, count = sums.tolist()
         return total / count
+
+
+def _fingerprint(layers: dict[str, tuple[str, QuantLinear]], learned: set[str]) -> str:
+    """SHA-256 of what a state does not hold of the quantized layers: it must be the same where training goes on."""
+    found = hashlib.sha256()
+    for layer, (_, module) in sorted(layers.items()):
+        for name in ("indices", "lut", "scale_A", "scale_B", "rank_magnitude"):
+            chosen = name == "indices" and f"{layer}.latent" in learned  # from what the state does hold
+            if not chosen and f"{layer}.{name}" not in learned:
+                found.update(f"{layer}.{name}".encode())
+                found.update(getattr(module, name).detach().cpu().contiguous().numpy().tobytes())
+    return found.hexdigest()
 
 
 def _learning(

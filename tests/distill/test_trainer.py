@@ -18,7 +18,7 @@ from qat.distill.loss import Loss
 from qat.distill.state import State, States
 from qat.distill.step import Scaler
 from qat.distill.trainer import MOST_SKIPS, Trainer
-from qat.errors import MissingError, NumericsError
+from qat.errors import ArtifactError, MissingError, NumericsError
 from qat.norms import learned
 from qat.quant.linear import quantized
 from tests import tiny
@@ -402,6 +402,21 @@ def test_targets_stored_in_16_bits_train_as_exact_ones(checkpoint, teacher, read
     reordered = trained(readers[0], seed=1)
     assert exact.final < 0.9 * exact.initial
     assert abs(as_stored.final - exact.final) < 1e-4 * exact.final < abs(reordered.final - exact.final)
+
+
+@pytest.mark.parametrize("name", ["indices", "lut"])
+def test_a_state_of_another_student_is_refused(checkpoint, teacher, readers, name):
+    """Scales that learned under some indices are worth nothing under others, and no shape would tell."""
+    train = replace(TRAIN, learn=LearnConfig(codebooks=0.0))
+    student, _ = checkpoints.load(checkpoint, teacher, tiny.FP32)
+    state = trainer_of(student, readers, train=train).state()
+    state = replace(state, facts=state.facts | {"logged": 0})
+    other, _ = checkpoints.load(checkpoint, teacher, tiny.FP32)
+    module = list(quantized(other).values())[-1]
+    getattr(module, name).data.view(-1)[0] += 1
+    with pytest.raises(ArtifactError, match="belongs to a student with other indices"):
+        trainer_of(other, readers, train=train).restore(state, [])
+    trainer_of(student, readers, train=train).restore(state, [])
 
 
 def test_a_damaged_state_is_passed_over(student, readers, tmp_path, caplog):
