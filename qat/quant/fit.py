@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from qat.quant import alternation, assign, codebook, curvature, scales
+from qat.quant import assign, codebook, curvature, scales
 from qat.quant.curvature import Curvature, Factor
 
 Cluster = Callable[[Tensor, Tensor, int], Tensor]
@@ -117,28 +117,23 @@ def importance(H_NII: Tensor) -> Tensor:
 def start(weight_NOI: Tensor, h_NI: Tensor, entries: int, rank: int, cluster: Cluster) -> Tables:
     """Scales from group means, then the best table for the weights relative to them."""
     A, B = scales.initial(weight_NOI, rank)
-    x, matters = torch.empty_like(weight_NOI), torch.empty_like(weight_NOI)
-    for rows in alternation.blocks(weight_NOI):
-        S = A[:, rows] @ B
-        x[:, rows] = codebook.relative(weight_NOI[:, rows], S)
-        matters[:, rows] = S.square_().mul_(h_NI[:, None])
-    x, matters = x.flatten(1), matters.flatten(1)
-    farthest = FARTHEST * (_energy(weight_NOI, h_NI) / matters.sum(1).clamp_min_(1e-30)).sqrt_()[:, None]
-    table = cluster(x.clamp_(-farthest, farthest), matters, entries)
-    return Tables(*alternation.reassign(weight_NOI, h_NI, table, A, B), A, B)
-
-
-def _energy(weight_NOI: Tensor, h_NI: Tensor) -> Tensor:
-    """`Σ h W²` [N]."""
-    parts = (weight_NOI[:, rows].square().sum(1) for rows in alternation.blocks(weight_NOI))
-    return (sum(parts) * h_NI).sum(1)
+    S = A @ B
+    x = codebook.relative(weight_NOI, S).flatten(1)
+    matters = (S.square() * h_NI[:, None]).flatten(1)
+    spread = (matters * x.square()).sum(1, keepdim=True).div_(matters.sum(1, keepdim=True).clamp_min_(1e-30)).sqrt_()
+    table = cluster(x.clamp(-FARTHEST * spread, FARTHEST * spread), matters, entries)
+    return Tables(assign.nearest(weight_NOI, S, table), table, A, B)
 
 
 def alternate(tables: Tables, weight_NOI: Tensor, h_NI: Tensor) -> Tables:
-    """One round: indices, table, A and B in turn, each for the better under a diagonal importance."""
-    index, table = alternation.reassign(weight_NOI, h_NI, tables.table_NK, tables.A_NOR, tables.B_NRI)
-    A, slope_NRI = alternation.move_rows(weight_NOI, h_NI, table, index, tables.A_NOR, tables.B_NRI)
-    B = alternation.move_columns(table, index, A, tables.B_NRI, slope_NRI)
+    """One round: indices, table, A, B, each the best under a diagonal importance given the others."""
+    S = tables.scale()
+    index = assign.nearest(weight_NOI, S, tables.table_NK)
+    entries = tables.table_NK.shape[1]
+    table = scales.refit(tables.table_NK, scales.table(index, S, h_NI, entries), weight_NOI, h_NI)
+    Q = scales.look_up(table, index)
+    A = scales.refit(tables.A_NOR, scales.rows(Q, tables.B_NRI, h_NI), weight_NOI, h_NI)
+    B = scales.refit(tables.B_NRI, scales.columns(Q, A, h_NI), weight_NOI, h_NI)
     return Tables(*_ascending(index, table), A, B)
 
 

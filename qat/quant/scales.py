@@ -1,9 +1,9 @@
 """Low-rank scales `S = A @ B`, fitted to the error that matters rather than to the size of weights.
 
-With the indices and the table fixed, `W ≈ Q ⊙ (A @ B)` is linear in A and linear in B. Conjugate gradients
-(Hestenes & Stiefel 1952) solve for A, B or the table under the full curvature (see `curvature`) without ever
-forming the equations: one product with H an iteration instead of R of them. They are preconditioned by the same
-problem under a diagonal importance, where each row of A and each column of B has its own R × R equations.
+With the indices and the table fixed, `W ≈ Q ⊙ (A @ B)` is linear in A and linear in B. Under a diagonal
+importance each row of A and each column of B has its own R × R weighted normal equations. Under the
+full curvature (see `curvature`) conjugate gradients (Hestenes & Stiefel 1952) solve for A, B or the table without
+ever forming the equations: one product with H an iteration instead of R of them.
 """
 
 import math
@@ -120,6 +120,11 @@ def _solver(gram_NXP: Tensor) -> Callable[[Tensor], Tensor]:
     return lambda right: torch.where(healthy, torch.cholesky_solve(right[..., None], factor)[..., 0], 0.0)
 
 
+def refit(x: Tensor, linear: Linear, weight_NOI: Tensor, h_NI: Tensor) -> Tensor:
+    """The unknowns with the least `Σ h (W − expand(x))²`, damped towards the given ones."""
+    return x + linear.solve(linear.reduce((weight_NOI - linear.expand(x)).mul_(h_NI[:, None])))
+
+
 def conjugate_gradient(x: Tensor, linear: Linear, weight_NOI: Tensor, curvature: Curvature, iterations: int) -> Tensor:
     """Lowers the cost of `W − expand(x)` from the given unknowns; it never rises.
 
@@ -132,12 +137,12 @@ def conjugate_gradient(x: Tensor, linear: Linear, weight_NOI: Tensor, curvature:
     solved = SOLVED * gain  # below it rounding is all there is, and steps would follow it anywhere
     for _ in range(iterations):
         curved = linear.reduce(curvature.slope(linear.expand(direction)))
-        length = ratio(gain * (gain > solved), _dot(direction, curved, coupled))
+        length = _ratio(gain * (gain > solved), _dot(direction, curved, coupled))
         x = x + length * direction
         residual = residual - length * curved
         step = linear.solve(residual)
         before, gain = gain, _dot(residual, step, coupled)
-        direction = step + ratio(gain, before) * direction
+        direction = step + _ratio(gain, before) * direction
     return x
 
 
@@ -145,6 +150,6 @@ def _dot(x: Tensor, y: Tensor, dims: tuple[int, ...]) -> Tensor:
     return (x * y).sum(dim=dims, keepdim=True)
 
 
-def ratio(above: Tensor, below: Tensor) -> Tensor:
+def _ratio(above: Tensor, below: Tensor) -> Tensor:
     """Zero where a system is already solved."""
     return torch.where(below > 0, above / below.clamp_min(1e-30), 0.0)

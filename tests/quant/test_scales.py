@@ -67,11 +67,6 @@ def diagonal_error(p: Problem, linear: scales.Linear, x: torch.Tensor) -> torch.
     return (p.h[:, None] * (p.W - linear.expand(x)).double().square()).sum((1, 2))
 
 
-def refit(x: torch.Tensor, linear: scales.Linear, weight: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
-    """What `solve` is the solution of: the least weighted squares."""
-    return x + linear.solve(linear.reduce((weight - linear.expand(x)) * h[:, None]))
-
-
 def full_error(p: Problem, linear: scales.Linear, x: torch.Tensor) -> torch.Tensor:
     E = (p.W - linear.expand(x)).double()
     return torch.einsum("noi,nij,noj->n", E, p.H.double(), E)
@@ -94,7 +89,7 @@ def test_the_weight_depends_on_the_unknowns_as_the_design_matrix_says(kind):
 def test_refit_is_weighted_least_squares_damped_towards_the_last_value(kind):
     p = Problem()
     x, linear = p.linear(kind, p.h)
-    found = refit(x, linear, p.W, p.h)
+    found = scales.refit(x, linear, p.W, p.h)
     for n in range(len(p.W)):
         matrix, before = p.design(kind, n), x[n].double().flatten().numpy()
         weight = np.tile(p.h[n].double().numpy(), p.W.shape[1])
@@ -110,7 +105,7 @@ def test_refit_is_weighted_least_squares_damped_towards_the_last_value(kind):
 def test_refit_never_raises_the_weighted_error(seed, kind, rank):
     p = Problem(seed, rank=rank)
     x, linear = p.linear(kind, p.h)
-    before, after = diagonal_error(p, linear, x), diagonal_error(p, linear, refit(x, linear, p.W, p.h))
+    before, after = diagonal_error(p, linear, x), diagonal_error(p, linear, scales.refit(x, linear, p.W, p.h))
     assert (after <= before * (1 + 1e-5)).all()
 
 
@@ -148,7 +143,7 @@ def test_an_entry_that_no_index_uses_stays_as_it_is():
     p = Problem()
     p.index[p.index == 2] = 1
     x, linear = p.linear("table", p.h)
-    assert torch.equal(refit(x, linear, p.W, p.h)[:, 2], p.table[:, 2])
+    assert torch.equal(scales.refit(x, linear, p.W, p.h)[:, 2], p.table[:, 2])
     assert torch.equal(scales.conjugate_gradient(x, linear, p.W, Curvature(p.H), 8)[:, 2], p.table[:, 2])
 
 
@@ -157,7 +152,7 @@ def test_scales_that_multiply_nothing_stay_as_they_are():
     p.B[:, 1] = 0  # an idle rank
     p.Q[:, 3] = 0  # a row of zeros
     x, linear = p.linear("rows", p.h)
-    found = refit(x, linear, p.W, p.h)
+    found = scales.refit(x, linear, p.W, p.h)
     assert torch.isfinite(found).all()
     assert torch.equal(found[:, :, 1], p.A[:, :, 1]) and torch.equal(found[:, 3], p.A[:, 3])
 
