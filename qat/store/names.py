@@ -7,7 +7,7 @@ from qat.config import CacheConfig, CheckpointConfig, Config, DataSource
 from qat.store.archives import is_archive, stem
 from qat.store.places import Entry
 
-RUN = re.compile(r"SR-\d{3,}")
+RUN = re.compile(r"SR-\d{3,}(-\d+)?")  # the second number: of several machines' runs of one number
 KINDS = ("checkpoints", "caches", "runs")
 MARKS = {  # what lies in the folder of each kind, ours or older
     "checkpoints": ("manifest.json", "*.pt", "*.safetensors"),

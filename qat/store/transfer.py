@@ -1,6 +1,7 @@
 """Pull, push and mirror: nothing half-copied ever stands where a whole thing is looked for."""
 
 import hashlib
+import itertools
 import logging
 import re
 import shutil
@@ -11,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from qat.artifacts import locked
+from qat.artifacts import locked, write_text
 from qat.config import Config, StoreConfig, StoreKind
 from qat.errors import ArtifactError, MissingError, QatError
 from qat.store import archives, names
@@ -22,6 +23,7 @@ log = logging.getLogger(__name__)
 
 CHECKSUM = ".sha256"
 MIRROR_SECONDS = 120.0  # between two copies of a run
+MIRROR_NAME = "mirror.txt"  # in a run's folder: what it is called in the store
 
 
 def resolve(store: StoreConfig, outputs: Path, kind: str, wanted: list[str]) -> Path | None:
@@ -109,7 +111,11 @@ def push(place: Place, folder: Path, kind: str, name: str) -> str:
 
 @contextmanager
 def mirrored(store: StoreConfig, folder: Path, run_id: str, seconds: float = MIRROR_SECONDS) -> Iterator[None]:
-    """Copies a run to the store every so often while it goes on, and when it ends; never fails it."""
+    """Copies a run to the store every so often while it goes on, and when it ends; never fails it.
+
+    It never takes the place of another machine's run of the same number; under which name it is kept, the run
+    remembers in its folder, and so does a copy of it that goes on elsewhere.
+    """
     if not store.mirror or store.kind is StoreKind.local:
         yield
         return
@@ -135,10 +141,23 @@ def _mirror(store: StoreConfig, folder: Path, run_id: str, seconds: float, ended
                 place.prepare()
             now = _state(folder)
             if now != before:
-                push(place, folder, "runs", run_id)
+                push(place, folder, "runs", _mirror_name(place, folder, run_id))
                 before = now
         except (QatError, OSError) as error:  # a file replaced while it is read is copied the next time
             log.warning("%s was not mirrored: %s", run_id, error)
+
+
+def _mirror_name(place: Place, folder: Path, run_id: str) -> str:
+    """The run's identity, with a number behind it if the store had such a run before this one came."""
+    note = folder / MIRROR_NAME
+    if not note.exists():
+        taken = {archives.stem(entry.name) for entry in place.entries() if entry.path.startswith("runs/")}
+        others = (f"{run_id}-{number}" for number in itertools.count(2))
+        name = next(name for name in itertools.chain([run_id], others) if name not in taken)
+        if name != run_id:
+            log.warning("%s already has a run %s: this one is kept there as %s", place.url, run_id, name)
+        write_text(note, name)
+    return note.read_text(encoding="utf-8")
 
 
 def _state(folder: Path) -> list[tuple[str, int, int]]:

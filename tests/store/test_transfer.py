@@ -255,6 +255,25 @@ def test_run_is_mirrored_while_it_goes_on_and_when_it_ends(tmp_path, drive, outp
     assert not list(drive.rglob("*.partial"))
 
 
+def test_mirror_leaves_another_machines_run_of_the_same_number_alone(tmp_path, drive, outputs, caplog):
+    def goes_on(machine, state):
+        run = tmp_path / machine / "SR-001"
+        run.mkdir(parents=True, exist_ok=True)
+        with transfer.mirrored(store(drive, mirror=True), run, "SR-001"):
+            (run / "result.json").write_text(json.dumps([machine, state]))
+
+    goes_on("first", "begins")
+    goes_on("second", "begins")
+    assert "already has a run SR-001: this one is kept there as SR-001-2" in caplog.text
+    goes_on("second", "ends")
+    goes_on("first", "ends")
+    place = Place(str(drive))
+    entries = place.entries()
+    for name, machine in (("SR-001", "first"), ("SR-001-2", "second")):
+        pulled = transfer.pull(place, entries, names.find(entries, [name]), outputs, "runs")
+        assert json.loads((pulled / "result.json").read_text()) == [machine, "ends"]
+
+
 def test_mirror_that_fails_fails_no_run(tmp_path, caplog):
     (tmp_path / "SR-001").mkdir()
     with transfer.mirrored(store(tmp_path / "a" / "b", mirror=True), tmp_path / "SR-001", "SR-001", 0.01):
