@@ -378,6 +378,8 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
             if points:
                 show(axes, points, method, colors[method])
         axes.set(xlabel="effective bits per MLP weight", title=text, yscale="log")
+        for name in ("major", "minor"):
+            getattr(axes.yaxis, f"set_{name}_formatter")("{x:g}")
         axes.margins(x=0.12)
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.3)
