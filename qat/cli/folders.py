@@ -35,7 +35,7 @@ def _claim(stage: Stage, outputs: Path, multirun: bool) -> list[str]:
     if multirun:
         return [_set("hydra.sweep.dir", claim_sweep(outputs)), "hydra.sweep.subdir=${hydra.job.num}"]
     if stage in UNRECORDED:
-        return [_set("hydra.run.dir", outputs), "hydra.output_subdir=null"]
+        return [_set("hydra.run.dir", outputs / stage.name), "hydra.output_subdir=null"]
     return [_set("hydra.run.dir", outputs / claim_run(outputs))]
 
 
