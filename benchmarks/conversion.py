@@ -35,7 +35,7 @@ from qat.data.documents import Document
 from qat.evaluate import evaluate
 from qat.models import ModelFolder, linear, locate
 from qat.quant.convert import Converted, convert, install
-from qat.quant.layers import bits_per_weight, select
+from qat.quant.layers import Layer, bits_per_weight, select
 
 CONF = Path(__file__).parent.parent / "conf"
 
@@ -88,8 +88,20 @@ def convert_preset(
     machine: machines.Machine,
 ) -> list[Converted]:
     """Every layer of a model as a `quant` option has it."""
+    return convert_layers(select(teacher, preset(name)), folder, teacher, calibration_NL, settings, machine)
+
+
+def convert_layers(
+    layers: list[Layer],
+    folder: ModelFolder,
+    teacher: PreTrainedModel,
+    calibration_NL: torch.Tensor,
+    settings: ConvertConfig,
+    machine: machines.Machine,
+) -> list[Converted]:
+    """Some layers of a model, calibrated on rows of tokens."""
     return convert(
-        select(teacher, preset(name)),
+        layers,
         lambda: folder.load(machine.dtype, machine.device),
         lambda layer: linear(teacher, layer).weight,
         Text(calibration_NL).batches(machine.micro_batch),

@@ -20,7 +20,7 @@ from pathlib import Path
 from unittest.mock import patch
 
 import torch
-from conversion import convert_option, texts
+from conversion import convert_layers, convert_option, texts
 from peers.grid import Grid, parse
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -28,19 +28,16 @@ from transformers import PreTrainedModel
 from qat import checkpoints
 from qat import machine as machines
 from qat.artifacts import MANIFEST, read_manifest
-from qat.cache.reader import Text
 from qat.config import (
     ConvertConfig,
     InstanceConfig,
-    KMeansBackend,
-    KMeansConfig,
     ModelConfig,
     ModelSource,
     QuantConfig,
     TableConfig,
 )
 from qat.distill import parameters
-from qat.models import ModelFolder, linear, locate
+from qat.models import ModelFolder, locate
 from qat.quant import assign, convert, scales
 from qat.quant.fit import CG_ITERATIONS, Cluster, Problem, Tables
 from qat.quant.layers import Layer, select
@@ -114,15 +111,7 @@ def converted(
 ) -> list[convert.Converted]:
     """The package's conversion with another fit."""
     with patch.multiple(convert, fit=fit, improve=improve):
-        return convert.convert(
-            layers,
-            lambda: folder.load(machine.dtype, machine.device),
-            lambda name: linear(teacher, name).weight,
-            Text(calibration_NL).batches(machine.micro_batch),
-            settings,
-            KMeansConfig("exact", KMeansBackend.exact),
-            machine.device,
-        )
+        return convert_layers(layers, folder, teacher, calibration_NL, settings, machine)
 
 
 def fit(problem: Problem, bits: int, rank: int, cluster: Cluster, rounds: int, sweeps: int) -> Tables:
