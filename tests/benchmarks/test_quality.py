@@ -7,6 +7,7 @@ from pathlib import Path
 import peers
 import pytest
 import quality
+import results
 import torch
 from peers import rtn
 
@@ -15,6 +16,8 @@ from qat.config import ModelConfig, ModelSource
 from qat.errors import ArtifactError
 from qat.models import locate
 from qat.quant.convert import Converted
+from qat.quant.layers import bits_per_weight
+from qat.quant.linear import quantized
 from tests import tiny
 
 
@@ -41,6 +44,7 @@ def options(teacher, tmp_path):
         outputs=str(tmp_path / "outputs"),
         json=str(tmp_path / "quality.json"),
         picture=str(tmp_path / "quality.png"),
+        merge=[],
         draw=False,
     )
 
@@ -69,6 +73,7 @@ def test_a_comparison_and_its_picture(run, tmp_path, capsys):
     assert [row["bits"] for row in rows[::2]] == [2 + 18 / 32, 4 + 20 / 32]
     for coarse, fine in zip(rows[:2], rows[2:], strict=True):
         assert coarse["levels"] == {"attn": 16, "mlp": 4}
+        assert coarse["teacher_levels"] == {"attn": 32, "mlp": 32}
         assert coarse["kl"] > fine["kl"] > 0
     assert (tmp_path / "quality.png").read_bytes().startswith(b"\x89PNG")
     assert "| RTN | 2:32 | 2.56 |" in capsys.readouterr().out
@@ -147,7 +152,31 @@ def test_a_checkpoint_may_call_the_model_by_its_artifact(run, tmp_path, teacher,
     trained = tiny.checkpoint_in(tmp_path / "trained", teacher, cache)
     rows = run(methods=[], checkpoint=[f"mine={trained}"])
     described = checkpoints.layers_of(checkpoints.manifest(trained, teacher, tiny.FP32))
-    assert rows[0]["bits"] == round(quality.bits_per_weight([x for x in described if x.kind == "mlp"]), 4)
+    assert rows[0]["bits"] == round(bits_per_weight([x for x in described if x.kind == "mlp"]), 4)
+
+
+def test_checkpoints_of_one_name_are_one_point(run, tmp_path, teacher, cache):
+    seeds = [tiny.checkpoint_in(tmp_path / "0", teacher, cache), changed_in(tmp_path / "1", teacher, cache)]
+    alone = [run(methods=[], checkpoint=[f"x={seed}"], json=str(tmp_path / f"{seed.name}.json")) for seed in seeds]
+    together = run(methods=[], checkpoint=[f"x={seed}" for seed in seeds])
+    assert len(together) == 2
+    for row, first, second in zip(together, *alone, strict=True):
+        assert row["seeds"] == 2 and first["kl"] != second["kl"]
+        assert row["kl"] == pytest.approx((first["kl"] + second["kl"]) / 2)
+        assert row["deviation"]["kl"] == pytest.approx(abs(first["kl"] - second["kl"]) / 2**0.5)
+
+
+def test_rows_of_other_files_come_in_and_replace_older_ones(run, options, tmp_path):
+    elsewhere = str(tmp_path / "elsewhere.json")
+    other = run(bits=["2:32"], tokens=128, json=elsewhere)
+    before = run()
+    after = run(draw=True, merge=[elsewhere])
+    assert after == [row for row in before if row["name"] == "4:32"] + other
+
+
+def test_a_file_to_merge_that_is_not_there_is_said(run, tmp_path):
+    with pytest.raises(SystemExit, match=r"nowhere.json: no such file"):
+        run(draw=True, merge=[str(tmp_path / "nowhere.json")])
 
 
 def test_drawing_needs_no_model(run, options, monkeypatch):
@@ -159,7 +188,17 @@ def test_drawing_needs_no_model(run, options, monkeypatch):
 def test_a_foreign_file_of_results_is_refused(tmp_path):
     (tmp_path / "other.json").write_text('[{"name": "something else"}]')
     with pytest.raises(ArtifactError, match="does not hold rows of this script"):
-        _ = quality.Results(tmp_path / "other.json").rows
+        _ = results.Results(tmp_path / "other.json").rows
+
+
+def changed_in(folder, teacher, cache):
+    """A checkpoint like that of `tiny`, with other tables in the first layers."""
+    student, manifest = checkpoints.load(tiny.checkpoint_in(folder / "as is", teacher, cache), teacher, tiny.FP32)
+    for module in list(quantized(student).values())[:3]:
+        module.lut.data *= 1.1
+    layers = checkpoints.layers_of(manifest)
+    checkpoints.save(student, folder / "changed", checkpoints.describe(teacher, tiny.QUANT, layers))
+    return folder / "changed"
 
 
 def small_conversion(name, folder, teacher, calibration, settings, machine):

@@ -2,8 +2,8 @@
 
 from copy import deepcopy
 
+import evaluation
 import pytest
-import quality
 import torch
 import uniform
 from peers.grid import levels
@@ -97,6 +97,6 @@ def test_its_bits_are_those_of_indices_and_scales(teacher, layers, made, tmp_pat
     student = student_of(teacher, made)
     checkpoints.save(student, tmp_path / "u", checkpoints.describe(teacher, uniform.preset(layers), layers))
     work = type("Work", (), {"folder": teacher, "machine": tiny.FP32})
-    entry = quality.checkpoint(work, "u", tmp_path / "u")
+    entry = evaluation.trained(work, "u", [tmp_path / "u"])
     assert entry.method == "uniform grid, trained"
-    assert entry.make(torch.float32)[1]["bits"] == 2 + 16 / GROUP
+    assert entry.students[0](torch.float32)[1]["bits"] == 2 + 16 / GROUP

@@ -1,0 +1,184 @@
+"""Students beside their teacher on held-out texts: what every comparison of quality is measured by."""
+
+import argparse
+import hashlib
+import statistics
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+import uniform
+from conversion import texts
+from peers.grid import Grid, mean_bits
+from results import OURS, Results
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutput
+
+from qat import checkpoints
+from qat import machine as machines
+from qat.artifacts import read_manifest
+from qat.cache.reader import Text
+from qat.checkpoint_files import find
+from qat.config import InstanceConfig, ModelConfig, ModelSource, Precision
+from qat.evaluate import evaluate
+from qat.machine import DTYPES, Machine
+from qat.models import ModelFolder, locate
+from qat.quant.layers import Layer, bits_per_weight
+
+TOP_K = 64  # tokens that `kd_loss` looks at
+
+Student = tuple[PreTrainedModel, dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One point of the comparison.
+
+    Attributes:
+        method: what the picture groups by: a peer's label, or ours and how it was made.
+        name: which of the method's models: bits and group, or the preset.
+        settings: everything that shapes its weights, as JSON values.
+        students: each gives a model in a compute type, and what its row says beside its figures; several are
+            the same model from different seeds.
+    """
+
+    method: str
+    name: str
+    settings: dict[str, Any]
+    students: tuple[Callable[[torch.dtype], Student], ...]
+
+
+class Evaluation:
+    """The teacher, the texts and the machine."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        instance = InstanceConfig(name="auto", micro_batch=options.micro_batch)
+        self.machine = machines.resolve(instance)
+        self.folder = locate(ModelConfig(name="model", source=ModelSource.folder, path=options.model), Path())
+        self.precision = DTYPES[Precision[options.precision]]
+        self.held_out = {
+            Path(path).stem: texts([path], self.folder, options.length, options.tokens) for path in options.evaluation
+        }
+
+    @cached_property
+    def teacher(self) -> "Remembered":
+        """The teacher that students are measured against."""
+        return Remembered(self.folder.load(self.precision, self.machine.device))
+
+    def evaluate(self, student: PreTrainedModel, text: str) -> dict[str, float]:
+        """Figures of a student on one text."""
+        machine = Machine(self.machine.device, self.precision, self.machine.micro_batch)
+        figures = asdict(evaluate(student, self.teacher, Text(self.held_out[text]), TOP_K, machine))
+        return {"agreement" if name == "top1_agreement" else name: value for name, value in figures.items()}
+
+    def measure(self, entry: Entry, results: Results) -> None:
+        """Adds an entry's rows, one a text, where they are not there already."""
+        rows = [self._row(entry, text) for text in self.held_out]
+        missing = [row for row in rows if not results.has(row)]
+        found: dict[str, list[dict[str, float]]] = {row["text"]: [] for row in missing}
+        for number, make in enumerate(entry.students if missing else (), 1):
+            student, told = make(self.precision)
+            for row in missing:
+                found[row["text"]].append(self.evaluate(student, row["text"]))
+                if number == len(entry.students):
+                    row |= told | averaged(found[row["text"]])
+                    results.add(row | {"device": self.machine.describe(), "date": time.strftime("%Y-%m-%d")})
+                    print(f"{entry.method} {entry.name} {row['text']}: kl {row['kl']:.4f} at {row['bits']:.2f} bits")
+
+    def _row(self, entry: Entry, text: str) -> dict[str, Any]:
+        """A row without its figures."""
+        ids = self.held_out[text]
+        settings = entry.settings | {
+            "teacher": self.folder.fingerprint,
+            "evaluation": digest(ids),
+            "tokens": ids.numel(),
+            "length": ids.shape[1],
+            "precision": str(self.precision).removeprefix("torch."),
+        }
+        return {"method": entry.method, "name": entry.name, "text": text, "settings": settings}
+
+
+class Remembered:
+    """A teacher that computes the hidden states of each batch once, however many students meet it."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.lm_head, self._model = model.lm_head, model
+        self._known: dict[str, torch.Tensor] = {}
+
+    def base_model(self, input_ids: torch.Tensor, **inputs: torch.Tensor) -> BaseModelOutput:
+        """The model without its head; states are kept in host memory."""
+        key = digest(input_ids.cpu())
+        if key not in self._known:
+            self._known[key] = self._model.base_model(input_ids=input_ids, **inputs).last_hidden_state.cpu()
+        return BaseModelOutput(self._known[key].to(input_ids.device))
+
+
+def averaged(figures: list[dict[str, float]]) -> dict[str, Any]:
+    """Means; of several seeds, also how many and the sample standard deviation of each figure."""
+    columns = {name: [one[name] for one in figures] for name in figures[0]}
+    means = {name: statistics.fmean(values) for name, values in columns.items()}
+    if len(figures) == 1:
+        return means
+    return {**means, "seeds": len(figures), "deviation": {k: statistics.stdev(v) for k, v in columns.items()}}
+
+
+def trained(work: Evaluation, name: str, paths: Iterable[Path]) -> Entry:
+    """Trained students of one preset, ours or on `uniform.py`'s grid, one a seed."""
+    found = [find(path) for path in paths]
+    grids = {_on_grid(path) for path in found}
+    method = "uniform grid" if grids == {True} else OURS
+    settings = {"checkpoints": [checkpoints.identity(path) for path in found]}
+
+    def student(path: Path, dtype: torch.dtype) -> Student:
+        machine = Machine(work.machine.device, dtype, work.machine.micro_batch)
+        model, manifest = checkpoints.load(path, teacher_of(path, work.folder), machine)
+        layers = checkpoints.layers_of(manifest)
+        if not _on_grid(path):
+            return model, our_bits(layers)
+        return model, bits_of(layers, {layer.name: uniform.grid(layer) for layer in layers})
+
+    makers = tuple(lambda dtype, path=path: student(path, dtype) for path in found)
+    return Entry(f"{method}, trained", name, settings, makers)
+
+
+def _on_grid(path: Path) -> bool:
+    return path.is_dir() and str(read_manifest(path)["quant"]["name"]).startswith(uniform.NAME)
+
+
+def teacher_of(path: Path, folder: ModelFolder) -> ModelFolder:
+    """The model by the fingerprint that the checkpoint knows it by: of its files, or the key of its artifact."""
+    artifact = uniform.as_artifact(folder)
+    known = path.is_dir() and read_manifest(path).get("teacher") == artifact.fingerprint
+    return artifact if known else folder
+
+
+def bits_of(layers: list[Layer], grids: dict[str, Grid]) -> dict[str, float]:
+    """Mean bits per weight of the MLP and of all quantized layers."""
+    costs = [(layer.kind, (layer.weights, grids[layer.name].bits_per_weight)) for layer in layers]
+    mlp = mean_bits(cost for kind, cost in costs if kind == "mlp")
+    return {"bits": round(mlp, 4), "bits_all": round(mean_bits(cost for _, cost in costs), 4)}
+
+
+def our_bits(layers: list[Layer]) -> dict[str, float]:
+    """As `bits_of`, for tables with low-rank scales."""
+    mlp = [layer for layer in layers if layer.kind == "mlp"]
+    return {"bits": round(bits_per_weight(mlp), 4), "bits_all": round(bits_per_weight(layers), 4)}
+
+
+def digest(ids_NL: torch.Tensor) -> str:
+    """A short name for exactly these tokens."""
+    return hashlib.sha256(ids_NL.numpy().tobytes()).hexdigest()[:12]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What an `Evaluation` is made from."""
+    parser.add_argument("--model", help="a Hugging Face folder")
+    parser.add_argument("--evaluation", nargs="+", default=[], help="files that nothing has seen")
+    parser.add_argument("--tokens", type=int, default=32_768, help="of each evaluation file")
+    parser.add_argument("--length", type=int, default=128)
+    parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32", help="of both models' evaluation")
+    parser.add_argument("--micro-batch", type=int, default=16)

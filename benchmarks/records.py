@@ -1,0 +1,204 @@
+"""Records: the best students of an experiment over several seeds, with what they cost.
+
+    python benchmarks/records.py --model <folder> --evaluation chat.json wiki.txt \
+        --runs outputs/SR-001 outputs/SR-002 outputs/SR-003 --changed "latent weights learn"
+    python benchmarks/records.py --merge elsewhere.json
+
+The runs are `stage=run` of one `+experiment=…`, and nothing but their seed may differ. The best checkpoint of each
+is measured by what measures everything in `quality.py`, in fp32; `--json` gets the rows of that comparison, so that
+a record is a point of its picture as well. `--records` gets the record and `--page` is written anew from all of
+them. A stage costs what it did in the run where it took longest: what one run made, the others found.
+
+A machine that measures and has no checkout says `--commit`, and its `--records` are merged elsewhere.
+"""
+
+import argparse
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from evaluation import Evaluation, add_arguments, trained
+from results import Results, shown
+
+from qat.artifacts import write_json
+from qat.checkpoint_files import BEST
+from qat.errors import ArtifactError, ConfigError, QatError
+from qat.runs import RESULT
+
+STAGES = ("cache", "convert", "distill")
+FREE = ("seed", "outputs", "instance", "tracker", "store", "run")  # what the configurations may differ in
+PAGE = """# Records
+
+The best students so far: KL(teacher‖student) over the whole vocabulary at T = 1, in fp32, on text that neither
+training nor calibration saw; mean and standard deviation over the seeds. Bits are effective bits on the MLP, tables
+and scales included. Seconds are those of cache, conversion and distillation, and of the whole job, evaluation and all.
+The record that stands is a table's last line. Written by `benchmarks/records.py` from
+[records.json](records.json), which has more figures.
+"""
+
+
+def main() -> None:
+    """Measures a record if runs are given, takes in those of other files, writes the page."""
+    options = arguments()
+    try:
+        kept = read(Path(options.records)) if Path(options.records).exists() else []
+        fresh = [record for path in options.merge for record in read(Path(path))]
+        if options.runs:
+            fresh.append(measure(options))
+    except QatError as error:
+        raise SystemExit(f"records.py: {error}") from None
+    for record in fresh:
+        kept = [old for old in kept if _place(old) != _place(record)] + [record]
+    write_json(Path(options.records), kept)
+    Path(options.page).write_text(page(kept), encoding="utf-8")
+    print(*(table(kept[-1:]) if options.runs else []), sep="\n")
+
+
+def measure(options: argparse.Namespace) -> dict[str, Any]:
+    """One record: figures of the runs' best students, and what the runs say of themselves."""
+    folders = [Path(run) for run in options.runs]
+    runs = [result(folder) for folder in folders]
+    check(runs)
+    first, work, rows = runs[0], Evaluation(options), Results(Path(options.json))
+    entry = trained(work, first["quant"]["preset"], [folder / BEST for folder in folders])
+    work.measure(entry, rows)
+    found = [row for row in rows.rows if (row["method"], row["name"]) == (entry.method, entry.name)]
+    return {
+        "preset": entry.name,
+        "experiment": experiment(first),
+        "changed": options.changed,
+        "commit": options.commit or first["environment"]["git"],
+        "date": first["started"][:10],
+        "measured": time.strftime("%Y-%m-%d"),
+        "device": first["environment"]["device"],
+        "seeds": [run["config"]["seed"] for run in runs],
+        "bits": found[0]["bits"],
+        "bits_all": found[0]["bits_all"],
+        "seconds": {part: max(run["timing"].get(f"{part}_s", 0.0) for run in runs) for part in (*STAGES, "total")},
+        "texts": {row["text"]: row for row in found if row["text"] in work.held_out},
+    }
+
+
+def result(folder: Path) -> dict[str, Any]:
+    """What a finished run recorded.
+
+    Raises:
+        ConfigError: it is not a whole job that came to its end.
+    """
+    path = folder / RESULT
+    found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    if (found.get("stage"), found.get("status")) != ("run", "complete"):
+        raise ConfigError(f"{folder} is not the folder of a complete stage=run")
+    return found
+
+
+def check(runs: list[dict[str, Any]]) -> None:
+    """Makes sure that runs are one experiment and differ in their seeds.
+
+    Raises:
+        ConfigError: they do not.
+    """
+    first = runs[0]
+    if len({run["config"]["seed"] for run in runs}) < len(runs):
+        raise ConfigError("two of these runs have the same seed")
+    for run in runs[1:]:
+        names = f"{first['run_id']} and {run['run_id']}"
+        differing = sorted(_differences(_shaping(first), _shaping(run)))
+        if differing:
+            raise ConfigError(f"{names} differ in {', '.join(differing)}: a record is one configuration")
+        if run["environment"]["git"] != first["environment"]["git"]:
+            raise ConfigError(f"{names} ran at different commits")
+
+
+def experiment(run: dict[str, Any]) -> str:
+    """The option of conf/experiment that a run was started with.
+
+    Raises:
+        ConfigError: it was started without one.
+    """
+    given = [word.partition("=")[2] for word in run["overrides"] if word.lstrip("+").startswith("experiment=")]
+    if not given:
+        raise ConfigError(f"{run['run_id']} was not started with +experiment=…, so nobody could repeat it by name")
+    return given[0]
+
+
+def page(records: list[dict[str, Any]]) -> str:
+    """The whole page: a table a preset, oldest record first."""
+    presets: dict[str, list[dict[str, Any]]] = {}
+    for record in records:
+        presets.setdefault(record["preset"], []).append(record)
+    parts = [PAGE]
+    for preset, members in sorted(presets.items()):
+        parts.append("\n".join([f"## {preset}", "", *table(members)]) + "\n")
+    return "\n".join(parts)
+
+
+def table(records: list[dict[str, Any]]) -> list[str]:
+    """Markdown lines."""
+    texts = sorted({text for record in records for text in record["texts"]})
+    heads = ["date", "experiment", "bits", *(f"{text} KL" for text in texts), "seconds", "device", "seeds", "commit"]
+    lines = [[*heads, "what changed"], ["---"] * (len(heads) + 1)]
+    for record in records:
+        kl = [shown(record["texts"][text]) if text in record["texts"] else "" for text in texts]
+        seconds = " + ".join(f"{record['seconds'][stage]:.0f}" for stage in STAGES)
+        told = f"{seconds}, {record['seconds']['total']:.0f}", record["device"], str(len(record["seeds"]))
+        name = f"[{record['experiment']}](../conf/experiment/{record['experiment']}.yaml)"
+        start = [record["date"], name, f"{record['bits']:.2f}"]
+        lines.append([*start, *kl, *told, f"`{record['commit'] or 'unknown'}`", record["changed"]])
+    return [f"| {' | '.join(cells)} |" for cells in lines]
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """Records of a file.
+
+    Raises:
+        ArtifactError: there is none, or it is not what this script writes.
+    """
+    try:
+        records = json.loads(path.read_text(encoding="utf-8"))
+        for record in records:
+            _place(record)
+        return records
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise ArtifactError(f"{path} does not hold records of this script ({error!r})") from None
+
+
+def _place(record: dict[str, Any]) -> tuple[str, str, str]:
+    return record["preset"], record["experiment"], record["commit"]
+
+
+def _shaping(run: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in run["config"].items() if key not in FREE}
+
+
+def _differences(ours: dict[str, Any], theirs: dict[str, Any], above: str = "") -> Iterator[str]:
+    """Dotted names of the values that differ."""
+    for key in sorted(ours.keys() | theirs.keys()):
+        pair, name = (ours.get(key), theirs.get(key)), f"{above}{key}"
+        if all(isinstance(value, dict) for value in pair):
+            yield from _differences(*pair, f"{name}.")
+        elif pair[0] != pair[1]:
+            yield name
+
+
+def arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_arguments(parser)
+    parser.add_argument("--runs", nargs="+", default=[], help="folders of runs, one a seed")
+    parser.add_argument("--changed", default="", help="what is different from the record before")
+    parser.add_argument("--commit", help="of the code, where the runs could not tell")
+    parser.add_argument("--json", default="docs/quality.json", help="rows of the comparison")
+    parser.add_argument("--records", default="docs/records.json")
+    parser.add_argument("--merge", nargs="+", default=[], metavar="JSON", help="files whose records go there as well")
+    parser.add_argument("--page", default="docs/RECORDS.md")
+    options = parser.parse_args()
+    if options.runs and not (options.model and options.evaluation):
+        parser.error("--runs need --model and --evaluation")
+    return options
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,129 @@
+"""Rows of a comparison: kept as JSON, printed as a table, drawn as KL against effective bits."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from qat.artifacts import write_json
+from qat.errors import ArtifactError
+
+OURS = "ours"
+COLORS = {
+    "RTN": "#9aa5b1",
+    "HQQ": "#ca8a04",
+    "GPTQ": "#0f766e",
+    "AutoRound": "#7c3aed",
+    "uniform grid, trained": "#111827",
+}
+OUR_COLORS = ("#c2410c", "#1d4ed8", "#be185d")
+
+
+class Results:
+    """Rows in a JSON file, written after each; one a method, name and text. Several commands may share it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        """All rows that are there now.
+
+        Raises:
+            ArtifactError: the file is not what this script writes.
+        """
+        try:
+            rows = json.loads(self.path.read_text()) if self.path.exists() else []
+            for row in rows:
+                _place(row)
+            return rows
+        except (ValueError, TypeError, KeyError) as error:
+            raise ArtifactError(
+                f"{self.path} does not hold rows of this script ({error!r}): mend or delete it"
+            ) from None
+
+    def has(self, row: dict[str, Any]) -> bool:
+        """True where this row is there, made with the same settings."""
+        return any(_place(old) == _place(row) and old["settings"] == row["settings"] for old in self.rows)
+
+    def add(self, row: dict[str, Any]) -> None:
+        """Puts a row in, in place of an older one of the same method, name and text."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(self.path, [old for old in self.rows if _place(old) != _place(row)] + [row])
+
+    def merge(self, others: "Results") -> None:
+        """Adds all rows of another file.
+
+        Raises:
+            ArtifactError: there is no such file, or it is not what this script writes.
+        """
+        if not others.path.exists():
+            raise ArtifactError(f"{others.path}: no such file")
+        for row in others.rows:
+            self.add(row)
+
+
+def _place(row: dict[str, Any]) -> tuple[str, str, str]:
+    return row["method"], row["name"], row["text"]
+
+
+def table(rows: list[dict[str, Any]], skipped: dict[str, str]) -> str:
+    """Markdown: a line a model in order of bits, a column a text, then what could not run and why."""
+    names = sorted({row["text"] for row in rows})
+    lines = [
+        f"| method | | bits on the MLP | {' | '.join(f'{name} KL' for name in names)} | values a group | seconds |",
+        f"| --- | --- | --- |{' --- |' * len(names)} --- | --- |",
+    ]
+    models: dict[tuple[float, str, str], dict[str, dict[str, Any]]] = {}
+    for row in rows:
+        models.setdefault((row["bits"], row["method"], row["name"]), {})[row["text"]] = row
+    for (bits, method, name), by_text in sorted(models.items()):
+        told = next(iter(by_text.values()))
+        kl = " | ".join(shown(by_text[text]) if text in by_text else "" for text in names)
+        levels = ", ".join(f"{count} ({kind})" for kind, count in told.get("levels", {}).items())
+        lines.append(f"| {method} | {name} | {bits:.2f} | {kl} | {levels} | {told.get('seconds', '')} |")
+    return "\n".join([*lines, *(f"\n{label} was left out: {reason}" for label, reason in skipped.items())])
+
+
+def shown(row: dict[str, Any], figure: str = "kl") -> str:
+    """A figure; of several seeds their mean and standard deviation."""
+    spread = f" ± {row['deviation'][figure]:.3f}" if "deviation" in row else ""
+    return f"{row[figure]:.3f}{spread}"
+
+
+def draw(rows: list[dict[str, Any]], path: Path) -> None:
+    """KL against effective bits, a panel a text: our presets as lines, peers as points."""
+    from matplotlib.figure import Figure  # machines that only compute may lack it
+
+    names = sorted({row["text"] for row in rows})
+    figure = Figure(figsize=(5.5 * len(names), 5), dpi=120, layout="constrained")
+    methods = sorted({row["method"] for row in rows}, key=lambda method: (method.startswith(OURS), method))
+    ours = [method for method in methods if method.startswith(OURS)]
+    colors = COLORS | dict(zip(ours, OUR_COLORS, strict=False))
+    panels = figure.subplots(1, len(names), sharey=True, squeeze=False)[0]
+    for axes, text in zip(panels, names, strict=True):
+        for method in methods:
+            members = [row for row in rows if (row["method"], row["text"]) == (method, text)]
+            points = sorted((row["bits"], row["kl"], row["name"]) for row in members)
+            if points:
+                show(axes, points, method, colors[method])
+        axes.set(xlabel="effective bits per MLP weight", title=text, yscale="log")
+        for name in ("major", "minor"):
+            getattr(axes.yaxis, f"set_{name}_formatter")("{x:g}")
+        axes.margins(x=0.12)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(alpha=0.3)
+    panels[0].set_ylabel("KL(teacher‖student), nats")
+    panels[-1].legend(frameon=False, fontsize="small")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+
+
+def show(axes: Any, points: list[tuple[float, float, str]], method: str, color: str) -> None:
+    """One method: a line with names if it is ours, else points."""
+    bits, kl, names = zip(*points, strict=True)
+    if not method.startswith(OURS):
+        axes.plot(bits, kl, linestyle="", marker="s", markersize=6, color=color, label=method)
+        return
+    axes.plot(bits, kl, marker="o", color=color, label=method)
+    for x, y, name in zip(bits, kl, names, strict=True):
+        axes.annotate(name, (x, y), textcoords="offset points", xytext=(-6, -10), ha="right", fontsize=7, color=color)

@@ -1,0 +1,134 @@
+"""Records of made-up runs with real students of the tiny model."""
+
+import argparse
+import json
+from copy import deepcopy
+from pathlib import Path
+
+import pytest
+import records
+import torch
+from evaluation import Evaluation
+
+from qat import checkpoints
+from qat.cache.reader import Text
+from qat.checkpoint_files import BEST
+from qat.cli import arguments, main
+from qat.evaluate import evaluate
+from qat.quant.convert import install
+from qat.quant.linear import quantized
+from qat.runs import Run
+from tests import tiny
+
+
+@pytest.fixture
+def options(teacher, tmp_path):
+    (tmp_path / "wiki.txt").write_text("\n\n".join(f"paragraph {i} of some text" * 3 for i in range(40)))
+    return argparse.Namespace(
+        model=str(teacher.path),
+        evaluation=[str(tmp_path / "wiki.txt")],
+        tokens=256,
+        length=32,
+        precision="fp32",
+        micro_batch=4,
+        runs=[],
+        changed="everything",
+        commit=None,
+        json=str(tmp_path / "quality.json"),
+        records=str(tmp_path / "records.json"),
+        merge=[],
+        page=str(tmp_path / "RECORDS.md"),
+    )
+
+
+@pytest.fixture
+def command(options, monkeypatch, tmp_path):
+    def run(**changes):
+        monkeypatch.setattr(records, "arguments", lambda: argparse.Namespace(**vars(options) | changes))
+        records.main()
+        return json.loads((tmp_path / "records.json").read_text())
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def made(teacher):
+    rows = torch.randint(256, (8, 32), generator=torch.Generator().manual_seed(0))
+    return tiny.tables_of(teacher.load(torch.float32, tiny.CPU), rows)
+
+
+@pytest.fixture
+def finished(tmp_path, teacher, made):
+    """Makes the folder of a run, complete unless said otherwise."""
+
+    def make(seed, status="complete", words=("+experiment=record_q2a4",), **timing):
+        config = main.check(arguments.parse(["model=tiny", "tracker=none", f"seed={seed}", *words[1:]])).configs[0]
+        folder = tmp_path / "outputs" / f"SR-{seed:03d}"
+        folder.mkdir(parents=True)
+        run = Run(config, folder, overrides=words)
+        run.result["environment"] = {"git": "abcdef012345", "device": "cpu, float32"}
+        run.result["timing"] |= timing
+        run.finish(status)
+        student = teacher.load(torch.float32, tiny.CPU)
+        install(student, {name: deepcopy(module) for name, (_, module, _) in made.items()})
+        for module in list(quantized(student).values())[:3]:
+            module.lut.data *= 1 + seed / 10
+        layers = [layer for layer, _, _ in made.values()]
+        checkpoints.save(student, folder / BEST, checkpoints.describe(teacher, tiny.QUANT, layers))
+        return str(folder)
+
+    return make
+
+
+def test_a_record_has_means_over_seeds_and_the_cost_of_what_was_made(command, finished, options, teacher):
+    runs = [finished(1, cache_s=60.0, convert_s=3.0, distill_s=10.0), finished(2, cache_s=0.1, convert_s=4.0)]
+    (record,) = command(runs=runs)
+    assert record["seconds"]["cache"] == 60 and record["seconds"]["convert"] == 4 and record["seconds"]["distill"] == 10
+    assert (record["experiment"], record["commit"], record["seeds"]) == ("record_q2a4", "abcdef012345", [1, 2])
+    work = Evaluation(options)
+    kl = []
+    for run in runs:
+        student, _ = checkpoints.load(Path(run) / BEST, teacher, tiny.FP32)
+        exact = teacher.load(torch.float32, tiny.CPU)
+        kl.append(evaluate(student, exact, Text(work.held_out["wiki"]), 8, tiny.FP32).kl)
+    assert record["texts"]["wiki"]["kl"] == pytest.approx(sum(kl) / 2)
+    assert record["texts"]["wiki"]["deviation"]["kl"] == pytest.approx(abs(kl[0] - kl[1]) / 2**0.5)
+
+
+def test_the_rows_of_a_record_are_those_of_the_comparison(command, finished, options):
+    (record,) = command(runs=[finished(1), finished(2)])
+    assert json.loads(Path(options.json).read_text()) == list(record["texts"].values())
+
+
+def test_the_page_has_a_line_a_record_oldest_first(command, finished, options):
+    command(runs=[finished(1)], commit="older", changed="nothing yet")
+    command(runs=[finished(2), finished(3)], changed="two seeds")
+    lines = [line for line in Path(options.page).read_text().splitlines() if line.startswith("| 2")]
+    assert ["nothing yet" in lines[0], "two seeds" in lines[1]] == [True, True]
+    assert "`older`" in lines[0] and "±" not in lines[0] and " ± " in lines[1]
+    assert "[record_q2a4](../conf/experiment/record_q2a4.yaml)" in lines[0]
+
+
+def test_the_same_record_again_replaces_itself(command, finished):
+    runs = [finished(1), finished(2)]
+    assert len(command(runs=runs)) == len(command(runs=runs[:1])) == 1
+
+
+def test_records_of_another_machine_come_in_without_a_model(command, finished, tmp_path, monkeypatch):
+    there = str(tmp_path / "there.json")
+    command(runs=[finished(1)])
+    (tmp_path / "records.json").rename(there)
+    monkeypatch.setattr(records, "Evaluation", lambda _: pytest.fail("a model was wanted"))
+    assert command(merge=[there], model=None) == json.loads(Path(there).read_text())
+
+
+def test_runs_that_are_no_record_are_refused(command, finished):
+    one = finished(1)
+    with pytest.raises(SystemExit, match=r"SR-002 is not the folder of a complete stage=run"):
+        command(runs=[one, finished(2, status="interrupted")])
+    with pytest.raises(SystemExit, match=r"SR-001 and SR-003 differ in train\.lr, train\.steps"):
+        command(runs=[one, finished(3, words=("+experiment=record_q2a4", "train.lr=0.1", "train.steps=7"))])
+    with pytest.raises(SystemExit, match="the same seed"):
+        command(runs=[one, one])
+    with pytest.raises(SystemExit, match=r"SR-004 was not started with \+experiment"):
+        command(runs=[finished(4, words=())])
