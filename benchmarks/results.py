@@ -93,6 +93,7 @@ def shown(row: dict[str, Any], figure: str = "kl") -> str:
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
     """KL against effective bits, a panel a text: our presets as lines, peers as points."""
     from matplotlib.figure import Figure  # machines that only compute may lack it
+    from matplotlib.ticker import LogLocator
 
     names = sorted({row["text"] for row in rows})
     figure = Figure(figsize=(5.5 * len(names), 5), dpi=120, layout="constrained")
@@ -105,10 +106,11 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
             members = [row for row in rows if (row["method"], row["text"]) == (method, text)]
             points = sorted((row["bits"], row["kl"], row["name"]) for row in members)
             if points:
-                show(axes, points, method, colors[method])
+                show(axes, points, method, colors[method], above=method != ours[-1])
         axes.set(xlabel="effective bits per MLP weight", title=text, yscale="log")
-        for name in ("major", "minor"):
-            getattr(axes.yaxis, f"set_{name}_formatter")("{x:g}")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter("")
         axes.margins(x=0.12)
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.3)
@@ -118,12 +120,13 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     figure.savefig(path)
 
 
-def show(axes: Any, points: list[tuple[float, float, str]], method: str, color: str) -> None:
-    """One method: a line with names if it is ours, else points."""
+def show(axes: Any, points: list[tuple[float, float, str]], method: str, color: str, above: bool) -> None:
+    """One method: a line with names above or below it if it is ours, else points."""
     bits, kl, names = zip(*points, strict=True)
     if not method.startswith(OURS):
         axes.plot(bits, kl, linestyle="", marker="s", markersize=6, color=color, label=method)
         return
     axes.plot(bits, kl, marker="o", color=color, label=method)
     for x, y, name in zip(bits, kl, names, strict=True):
-        axes.annotate(name, (x, y), textcoords="offset points", xytext=(-6, -10), ha="right", fontsize=7, color=color)
+        place: dict[str, Any] = {"xytext": (5, 5)} if above else {"xytext": (-6, -10), "ha": "right"}
+        axes.annotate(name, (x, y), textcoords="offset points", fontsize=7, color=color, **place)
