@@ -53,13 +53,19 @@ class Entry:
 
 
 class Evaluation:
-    """The teacher, the texts and the machine."""
+    """The teacher, the texts and the machine.
+
+    Attributes:
+        machine: as instance=auto has it.
+        judge: the same machine, in the precision that figures are taken in.
+    """
 
     def __init__(self, options: argparse.Namespace) -> None:
         instance = InstanceConfig(name="auto", micro_batch=options.micro_batch)
         self.machine = machines.resolve(instance)
         self.folder = locate(ModelConfig(name="model", source=ModelSource.folder, path=options.model), Path())
-        self.precision = DTYPES[Precision[options.precision]]
+        precision = DTYPES[Precision[options.precision]]
+        self.judge = Machine(self.machine.device, precision, options.micro_batch)
         self.held_out = {
             Path(path).stem: texts([path], self.folder, options.length, options.tokens) for path in options.evaluation
         }
@@ -67,12 +73,11 @@ class Evaluation:
     @cached_property
     def teacher(self) -> "Remembered":
         """The teacher that students are measured against."""
-        return Remembered(self.folder.load(self.precision, self.machine.device))
+        return Remembered(self.folder.load(self.judge.dtype, self.machine.device))
 
     def evaluate(self, student: PreTrainedModel, text: str) -> dict[str, float]:
         """Figures of a student on one text."""
-        machine = Machine(self.machine.device, self.precision, self.machine.micro_batch)
-        figures = asdict(evaluate(student, self.teacher, Text(self.held_out[text]), TOP_K, machine))
+        figures = asdict(evaluate(student, self.teacher, Text(self.held_out[text]), TOP_K, self.judge))
         return {"agreement" if name == "top1_agreement" else name: value for name, value in figures.items()}
 
     def measure(self, entry: Entry, results: Results) -> None:
@@ -81,13 +86,16 @@ class Evaluation:
         missing = [row for row in rows if not results.has(row)]
         found: dict[str, list[dict[str, float]]] = {row["text"]: [] for row in missing}
         for number, make in enumerate(entry.students if missing else (), 1):
-            student, told = make(self.precision)
+            student, told = make(self.judge.dtype)
             for row in missing:
                 found[row["text"]].append(self.evaluate(student, row["text"]))
                 if number == len(entry.students):
                     row |= told | averaged(found[row["text"]])
-                    results.add(row | {"device": self.machine.describe(), "date": time.strftime("%Y-%m-%d")})
-                    print(f"{entry.method} {entry.name} {row['text']}: kl {row['kl']:.4f} at {row['bits']:.2f} bits")
+                    results.add(row | {"device": self.judge.describe(), "date": time.strftime("%Y-%m-%d")})
+                    print(
+                        f"{entry.method} {entry.name} {row['text']}: kl {row['kl']:.4f} at {row['bits']:.2f} bits",
+                        flush=True,
+                    )
 
     def _row(self, entry: Entry, text: str) -> dict[str, Any]:
         """A row without its figures."""
@@ -97,7 +105,7 @@ class Evaluation:
             "evaluation": digest(ids),
             "tokens": ids.numel(),
             "length": ids.shape[1],
-            "precision": str(self.precision).removeprefix("torch."),
+            "precision": str(self.judge.dtype).removeprefix("torch."),
         }
         return {"method": entry.method, "name": entry.name, "text": text, "settings": settings}
 

@@ -106,7 +106,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
             members = [row for row in rows if (row["method"], row["text"]) == (method, text)]
             points = sorted((row["bits"], row["kl"], row["name"]) for row in members)
             if points:
-                show(axes, points, method, colors[method], above=method != ours[-1])
+                show(axes, points, method, colors[method], above=method in ours[:-1])
         axes.set(xlabel="effective bits per MLP weight", title=text, yscale="log")
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.yaxis.set_major_formatter("{x:g}")
