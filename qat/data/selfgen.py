@@ -8,9 +8,13 @@ questions as well: behind the chat template's opening of a user turn it goes on 
 """
 
 import json
-from collections.abc import Iterator
-from functools import cached_property
+from collections.abc import Callable, Generator, Iterator
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from contextlib import closing, contextmanager
+from functools import cache, cached_property
 from pathlib import Path
+from threading import Event, Lock
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -29,11 +33,12 @@ PROMPTS_AT_ONCE = {"cpu": 64, "mps": 64, "cuda": 4096}
 SHARE = 0.25  # of a GPU's memory: the sources of a mixture write side by side
 COMPILED_TOKENS = 4_000_000  # from which on compiling the model pays
 ANSWERS = ".answers-"
+WRITING = Lock()  # sources of a mixture take turns: a GPU records for one at a time
 
 
 def answer(
     teacher: ModelFolder, data: DataConfig, seed: int, machine: Machine, scratch: Path
-) -> Iterator[tuple[str, list[int]]]:
+) -> Generator[tuple[str, list[int]], None, None]:
     """Lets the teacher write from every start, `data.answers` times.
 
     Answers are kept in `scratch` batch by batch, and those that are there already are not written
@@ -53,9 +58,9 @@ def answer(
         asked = starts.starts(tokenizer, data, seed)
     asked *= data.answers
     asked.sort(key=lambda item: len(item[1]))  # equal lengths together: less padding
-    replies = author.write("teacher answers", [ids for _, ids in asked], sampling, seed)
-    for (origin, ids), reply in zip(asked, replies, strict=True):
-        yield origin, ids + reply
+    with closing(author.write("teacher answers", [ids for _, ids in asked], sampling, seed)) as replies:
+        for (origin, ids), reply in zip(asked, replies, strict=True):
+            yield origin, ids + reply
 
 
 class _Author:
@@ -69,7 +74,9 @@ class _Author:
         """Loaded when the first batch is missing."""
         return self.teacher.load(self.machine.dtype, self.machine.device)
 
-    def write(self, what: str, prompts: list[list[int]], sampling: Sampling, seed: int) -> Iterator[list[int]]:
+    def write(
+        self, what: str, prompts: list[list[int]], sampling: Sampling, seed: int
+    ) -> Generator[list[int], None, None]:
         """What follows each prompt, in order."""
         if not prompts:
             return
@@ -77,17 +84,28 @@ class _Author:
         number = -(-len(prompts) // self._rows(longest + sampling.tokens))
         rows = -(-len(prompts) // number)  # batches of one size: what is recorded for one does for all
         batches = [prompts[first : first + rows] for first in range(0, len(prompts), rows)]
+        compiled = self.machine.compile and len(prompts) * sampling.tokens >= COMPILED_TOKENS
         # Other machines and other starts have other names: what they left is not taken for ours.
-        who = content_key([self.machine.describe(), torch.__version__, prompts, seed, rows, as_plain(self.data)])
+        machine = [self.machine.describe(), torch.__version__, compiled]
+        who = content_key([machine, prompts, seed, rows, as_plain(self.data)])
         files = [self.scratch / f"{ANSWERS}{who}-{number:05d}.json" for number in range(len(batches))]
         todo = sum(len(batch) for batch, file in zip(batches, files, strict=True) if not file.exists())
-        compiled = self.machine.compile and len(prompts) * sampling.tokens >= COMPILED_TOKENS
-        writer = None
-        with progress(what, todo * sampling.tokens, "tokens") as advance:
-            for number, (batch, file) in enumerate(zip(batches, files, strict=True)):
-                if not file.exists():
-                    writer = writer or Writer(self.model, sampling, rows, longest, compiled)
-                    write_json(file, writer(batch, mixed(seed, number), advance))
+        writer = cache(lambda: Writer(self.model, sampling, rows, longest, compiled))
+        with progress(what, todo * sampling.tokens, "tokens") as advance, _ahead() as (submit, go_on):
+
+            def report(amount: float = 1, note: str = "") -> None:
+                go_on()
+                advance(amount, note)
+
+            def make(number: int) -> None:
+                if not files[number].exists():
+                    write_json(files[number], writer()(batches[number], mixed(seed, number), report))
+
+            coming = submit(make, 0)
+            for number, file in enumerate(files):
+                coming.result()
+                if number + 1 < len(files):
+                    coming = submit(make, number + 1)
                 yield from json.loads(file.read_text(encoding="utf-8"))
 
     def _rows(self, positions: int) -> int:
@@ -98,3 +116,27 @@ class _Author:
             return most
         share = SHARE * torch.cuda.get_device_properties(device).total_memory
         return max(1, min(most, int(share / bytes_a_row(self.teacher.settings(), positions, self.machine.dtype))))
+
+
+@contextmanager
+def _ahead() -> Iterator[tuple[Callable[..., Future[None]], Callable[[], None]]]:
+    """A thread for the next batch, while the one before is taken.
+
+    Gives how to hand it work, and what the work calls now and then: that ends it where nobody takes it any more.
+    """
+    left = Event()
+
+    def go_on() -> None:
+        if left.is_set():
+            raise CancelledError
+
+    def alone(work: Callable[..., None], *arguments: Any) -> None:
+        with WRITING:
+            work(*arguments)
+
+    with ThreadPoolExecutor(1, thread_name_prefix="teacher") as pool:
+        try:
+            yield lambda *work: pool.submit(alone, *work), go_on
+        finally:
+            left.set()
+            pool.shutdown(wait=False, cancel_futures=True)

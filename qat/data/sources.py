@@ -2,7 +2,7 @@
 
 import hashlib
 import importlib.resources
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -33,7 +33,7 @@ def content_hash(data: DataConfig) -> str:
     return files.content_hash(data)
 
 
-def render(data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[str, list[int]]]:
+def render(data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Generator[tuple[str, list[int]], None, None]:
     """Origin and tokens of every document of an existing text."""
     if data.source is DataSource.text:
         yield from ((origin, [*ids, tokenizer.eos_token_id]) for origin, ids in plain(data, tokenizer))

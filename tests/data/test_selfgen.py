@@ -75,6 +75,23 @@ def test_batches_that_are_there_are_not_written_again(written, tmp_path, monkeyp
     assert written(seed=1, scratch="other") != whole
 
 
+def test_text_that_nobody_takes_any_more_is_not_written_on(tiny, cpu, tmp_path, monkeypatch):
+    monkeypatch.setitem(PROMPTS_AT_ONCE, "cpu", 8)
+    text = answer(tiny, dataclasses.replace(DATA, start=Start.tokens, answer_tokens=64), 0, cpu, tmp_path)
+    next(text)
+    text.close()
+    assert len(list(tmp_path.iterdir())) <= 2  # of 32
+
+
+def test_a_fault_while_writing_ends_the_reading(written, monkeypatch):
+    def broken(*_):
+        raise RuntimeError("out of ink")
+
+    monkeypatch.setattr(selfgen.Writer, "__call__", broken)
+    with pytest.raises(RuntimeError, match="out of ink"):
+        written()
+
+
 def test_batches_of_other_settings_are_not_taken(written):
     assert written(temperature=30.0) == written(temperature=30.0, scratch="other")
     assert written(temperature=30.0) != written()
@@ -161,7 +178,7 @@ def test_the_teacher_answers_its_own_questions(written, tokenizer, monkeypatch):
             replies = [[*reply[: 3 + number % 5], 257] for number, reply in enumerate(replies)]
             replies[0] = replies[0][:-1]
         asked[what] = prompts, replies, sampling
-        return iter(replies)
+        yield from replies
 
     monkeypatch.setattr(selfgen._Author, "write", watched)
     found = written(start=Start.questions, documents=12, answers=2)
