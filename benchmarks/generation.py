@@ -56,6 +56,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     },
 }
 NO_END = -1  # a token that never comes
+LONGEST = 40  # tokens of a prompt
 PEER_ROWS = 1024
 HEADER = f"{'':<22}{'rows':>6}{'first':>9}{'tokens/s':>12}{'ratio':>8}{'peak GB':>9}"
 
@@ -68,7 +69,7 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = teacher(arguments, device)
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
-    a_row = bytes_a_row(model.config, 40 + arguments.tokens, model.dtype) / 1e6
+    a_row = bytes_a_row(model.config, LONGEST, sampling(arguments.tokens), model.dtype) / 1e6
     print(f"{name}, torch {torch.__version__}, transformers {transformers.__version__}, {model.dtype},", end=" ")
     print(f"answers of {arguments.tokens} tokens, {a_row:.1f} MB a row\n{HEADER}", flush=True)
     peer = None
@@ -119,14 +120,19 @@ def teacher(arguments: argparse.Namespace, device: torch.device) -> PreTrainedMo
 def prompts(rows: int) -> list[list[int]]:
     """Random tokens, sorted by length as a teacher's are."""
     draw = torch.Generator().manual_seed(0)
-    lengths = torch.randint(24, 41, (rows,), generator=draw).sort().values.tolist()
+    lengths = torch.randint(24, LONGEST + 1, (rows,), generator=draw).sort().values.tolist()
     return [torch.randint(1, 500, (length,), generator=draw).tolist() for length in lengths]
+
+
+def sampling(tokens: int) -> Sampling:
+    """Every token is drawn, and none ends an answer."""
+    return Sampling(tokens, 0, 1.0, NO_END)
 
 
 def ours(model: PreTrainedModel, rows: int, tokens: int, compiled: bool) -> Batch:
     """A batch of the loop of this package, by its seed."""
     asked = prompts(rows)
-    writer = Writer(model, Sampling(tokens, 0, 1.0, NO_END), rows, max(map(len, asked)), compiled)
+    writer = Writer(model, sampling(tokens), rows, LONGEST, compiled)
     return lambda seed: writer(asked, seed, lambda amount=1, note="": None)
 
 

@@ -81,10 +81,11 @@ class _Author:
         if not prompts:
             return
         longest = max(map(len, prompts))
-        number = -(-len(prompts) // self._rows(longest + sampling.tokens))
-        rows = -(-len(prompts) // number)  # batches of one size: what is recorded for one does for all
-        batches = [prompts[first : first + rows] for first in range(0, len(prompts), rows)]
         compiled = self.machine.compile and len(prompts) * sampling.tokens >= COMPILED_TOKENS
+        rows = self._rows(longest, sampling)
+        if not compiled:  # batches of one size; what is compiled is so for the size that all sources have
+            rows = -(-len(prompts) // -(-len(prompts) // rows))
+        batches = [prompts[first : first + rows] for first in range(0, len(prompts), rows)]
         # Other machines and other starts have other names: what they left is not taken for ours.
         machine = [self.machine.describe(), torch.__version__, compiled]
         who = content_key([machine, prompts, seed, rows, as_plain(self.data)])
@@ -108,14 +109,14 @@ class _Author:
                     coming = submit(make, number + 1)
                 yield from json.loads(file.read_text(encoding="utf-8"))
 
-    def _rows(self, positions: int) -> int:
+    def _rows(self, longest: int, sampling: Sampling) -> int:
         """Rows at once, by the memory that a GPU has, not by what happens to be free: batches stay the same."""
-        device = self.machine.device
-        most = PROMPTS_AT_ONCE[device.type]
+        device, most = self.machine.device, PROMPTS_AT_ONCE[self.machine.device.type]
         if device.type != "cuda":
             return most
         share = SHARE * torch.cuda.get_device_properties(device).total_memory
-        return max(1, min(most, int(share / bytes_a_row(self.teacher.settings(), positions, self.machine.dtype))))
+        a_row = bytes_a_row(self.teacher.settings(), longest, sampling, self.machine.dtype)
+        return max(1, min(most, int(share / a_row)))
 
 
 @contextmanager

@@ -26,6 +26,7 @@ from qat.machine import widened
 
 LOOK_EVERY = 16  # tokens between two looks at whether all rows have ended
 TOKENS_AT_ONCE = 65_536  # of prompts
+ROUND = 64  # positions are reserved by; of few shapes, few are compiled
 LOGITS_HELD = 4  # rows of fp32 logits a row: those of plain calls, of the recording, and what a choice needs
 
 
@@ -46,10 +47,15 @@ class Sampling:
     end: int
 
 
-def bytes_a_row(config: PreTrainedConfig, positions: int, dtype: torch.dtype) -> int:
+def bytes_a_row(config: PreTrainedConfig, longest: int, sampling: Sampling, dtype: torch.dtype) -> int:
     """Memory that a row takes while it is written: keys and values of its positions, and logits."""
     text = config.get_text_config()
-    return elements(text) * positions * dtype.itemsize + 4 * LOGITS_HELD * int(text.vocab_size)
+    held = elements(text) * _positions(longest, sampling) * dtype.itemsize
+    return held + 4 * LOGITS_HELD * int(text.vocab_size)
+
+
+def _positions(longest: int, sampling: Sampling) -> int:
+    return -(-(longest + sampling.tokens) // ROUND) * ROUND
 
 
 class Writer:
@@ -72,7 +78,7 @@ class Writer:
         """
         self.model, self.sampling, self.compiled = model, sampling, compiled
         self.head: Tensor = model.get_output_embeddings().weight
-        self.memory = Memory(model, rows, longest + sampling.tokens)
+        self.memory = Memory(model, rows, _positions(longest, sampling))
         self.uniform_AR = torch.zeros(sampling.tokens, rows, device=model.device)
         self.written_AR = torch.zeros(sampling.tokens, rows, dtype=torch.long, device=model.device)
         self.token_R = torch.zeros(rows, dtype=torch.long, device=model.device)

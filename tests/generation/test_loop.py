@@ -10,7 +10,6 @@ from torch._dynamo.utils import counters
 from qat import attention, models
 from qat.errors import ConfigError
 from qat.generation import Sampling, Writer, bytes_a_row
-from qat.generation.memory import Memory
 
 END = 257
 COMPILE = torch.compile
@@ -119,7 +118,7 @@ def test_second_tokens_follow_the_distribution(model):
     assert chi_square < degrees + 3.5 * (2 * degrees) ** 0.5
 
 
-def test_all_layers_are_compiled_as_one_and_none_copies_its_memory(model):
+def test_all_layers_and_writers_are_compiled_as_one(model, tiny, cpu):
     torch._dynamo.reset()
     counters.clear()
     plain = write(model)
@@ -127,15 +126,16 @@ def test_all_layers_are_compiled_as_one_and_none_copies_its_memory(model):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("qat.forward.torch.compile", lambda f, dynamic: COMPILE(f, dynamic=dynamic, backend="aot_eager"))
         assert writer(PROMPTS, 0, quiet) == plain == writer(PROMPTS, 0, quiet)
+        assert write(tiny.load(cpu.dtype, cpu.device), compiled=True) == plain
     assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
 
 
 def test_bytes_of_a_row_are_those_of_its_memory(model):
-    memory = Memory(model, 3, 20)
-    held = sum(tensor.nbytes for layer in memory.layers for tensor in layer)
-    logits = bytes_a_row(model.config, 0, torch.float32)
-    assert 3 * (bytes_a_row(model.config, 20, torch.float32) - logits) == held
-    assert logits >= 4 * 512
+    short, long = (Writer(model, GREEDY, 3, longest) for longest in (20, 900))
+    held = [sum(tensor.nbytes for layer in writer.memory.layers for tensor in layer) for writer in (short, long)]
+    counted = [bytes_a_row(model.config, longest, GREEDY, torch.float32) for longest in (20, 900)]
+    assert 3 * (counted[1] - counted[0]) == held[1] - held[0] > 0
+    assert 3 * counted[0] >= held[0] + 3 * 4 * 512  # and logits
 
 
 def test_attention_that_is_not_plain_is_refused(model):
