@@ -54,6 +54,8 @@ class Start(Enum):
 
     prompts = "answers to a list of questions"
     tokens = "anything, after each of many first tokens: for models that are not made for chat"
+    openings = "how passages of a text go on, after some first tokens of each"
+    questions = "answers to questions that the teacher writes itself, as a user"
 
 
 class Packing(Enum):
@@ -169,6 +171,10 @@ class DataPart:
     thinking: str | None = None
     documents: int | None = None
     start: Start = Start.prompts
+    answers: int | None = None
+    answer_tokens: int | None = None
+    greedy_tokens: int | None = None
+    temperature: float | None = None
 
 
 @dataclass
@@ -177,14 +183,14 @@ class DataConfig:
 
     name: str = MISSING
     source: DataSource = MISSING
-    path: Any = None  # a file, a glob or a list of them; for selfgen, of prompts
+    path: Any = None  # a file, a glob or a list of them; for selfgen, of prompts or of text for openings
     repo: str | None = None  # a hub data set, owner/name, where there is no path
     revision: str | None = None  # of the data set: branch, tag or commit
     thinking: str = "false"  # false, true or both: the chat template's own switch
-    documents: int | None = None  # at most so many documents (prompts, for selfgen); None takes all
-    start: Start = Start.prompts  # selfgen: from prompts, or from first tokens alone
-    answers: int = 1  # selfgen: answers to each prompt
-    answer_tokens: int = 80  # selfgen: longest answer
+    documents: int | None = None  # at most so many documents (starts, for selfgen); None takes all
+    start: Start = Start.prompts  # selfgen: from prompts, first tokens, openings of a text, or own questions
+    answers: int = 1  # selfgen: answers to each start
+    answer_tokens: int = 80  # selfgen: longest answer; openings: tokens between two of a text
     greedy_tokens: int = 4  # selfgen: first tokens chosen greedily, the rest sampled
     temperature: float = 1.0  # selfgen: of the sampled tokens
     eval_fraction: float = 0.125  # share of documents held apart for evaluation

@@ -20,6 +20,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -69,13 +70,15 @@ class ModelFolder:
 
     def vocab_size(self) -> int:
         """Tokens that the head knows, which may be more than the tokenizer has."""
-        settings = AutoConfig.from_pretrained(self.path, local_files_only=True)
-        return int(settings.get_text_config().vocab_size)
+        return int(self.settings().get_text_config().vocab_size)
 
     def context(self) -> int:
         """Tokens that the model was made to see at once."""
-        settings = AutoConfig.from_pretrained(self.path, local_files_only=True)
-        return int(settings.get_text_config().max_position_embeddings)
+        return int(self.settings().get_text_config().max_position_embeddings)
+
+    def settings(self) -> PreTrainedConfig:
+        """Its `config.json`."""
+        return cast(PreTrainedConfig, AutoConfig.from_pretrained(self.path, local_files_only=True))
 
 
 def linear(model: nn.Module, name: str) -> nn.Linear:

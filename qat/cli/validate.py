@@ -25,6 +25,7 @@ from qat.config import (
     LossKind,
     ModelSource,
     Stage,
+    Start,
     StoreKind,
     Tail,
 )
@@ -195,6 +196,10 @@ def check_data(config: Config) -> None:
             raise ConfigError(f"{where}.weight={part.weight}: must be above 0")
         if part.thinking is not None and str(part.thinking).lower() not in THINKING:
             raise ConfigError(f"{where}.thinking={part.thinking}: must be false, true or both")
+        for name in ("answers", "answer_tokens", "greedy_tokens", "temperature"):
+            value, bound = getattr(part, name), BOUNDS[f"data.{name}"]
+            if value is not None and not (math.isfinite(value) and bound.holds(value)):
+                raise ConfigError(f"{where}.{name}={value}: must be {bound}")
         _check_source(part, where)
     if not data.parts:
         _check_source(data, "data")
@@ -205,8 +210,12 @@ def _check_source(source: DataConfig | DataPart, where: str) -> None:
     paths = [source.path] if isinstance(source.path, str) else source.path or []
     if not (isinstance(paths, list) and all(isinstance(path, str) and path for path in paths)):
         raise ConfigError(f"{where}.path={source.path}: must be a file, a glob or a list of them")
-    if not paths and not source.repo and source.source is not DataSource.selfgen:
-        raise ConfigError(f"{where} of source {source.source.name} needs a file: {where}.path=<file>")
+    generated = source.source is DataSource.selfgen
+    if not paths and not source.repo and not (generated and source.start is not Start.openings):
+        what = f"{where}.start=openings" if generated else f"{where} of source {source.source.name}"
+        raise ConfigError(f"{what} needs a file: {where}.path=<file>")
+    if generated and source.start is Start.questions and source.documents is None:
+        raise ConfigError(f"{where}.start=questions has no end of its own: say {where}.documents=<number>")
     for path in paths:
         if not _exists(path) and not glob.glob(os.path.expanduser(path), recursive=True):
             raise ConfigError(f"{where}.path={path}: no such file")

@@ -8,7 +8,8 @@ sides.
 import hashlib
 import itertools
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,12 +54,14 @@ def obtain_documents(data: DataConfig, teacher: ModelFolder, seed: int, machine:
     chosen = mix.parts(data)
 
     def make(folder: Path) -> dict[str, Any]:
-        streams: list[mix.Pairs] = [
-            itertools.islice(_pairs(part, teacher, seed, machine, folder), _limit(part)) for part in chosen
-        ]
         weights = [part.weight for part in data.parts] or [1.0]
-        pairs = itertools.islice(mix.interleave(streams, weights), data.documents if data.parts else None)
-        described = _write(folder, (Document(*pair) for pair in pairs), data, teacher.tokenizer())
+        with ExitStack() as stack:  # what is written ahead ends with the mixture
+            texts = [stack.enter_context(closing(_pairs(part, teacher, seed, machine, folder))) for part in chosen]
+            streams: list[mix.Pairs] = [
+                itertools.islice(text, _limit(part)) for text, part in zip(texts, chosen, strict=True)
+            ]
+            pairs = itertools.islice(mix.interleave(streams, weights), data.documents if data.parts else None)
+            described = _write(folder, (Document(*pair) for pair in pairs), data, teacher.tokenizer())
         for path in folder.glob(f"{selfgen.ANSWERS}*"):
             path.unlink()
         return described
@@ -73,7 +76,9 @@ def obtain_documents(data: DataConfig, teacher: ModelFolder, seed: int, machine:
     return obtain(artifacts, "documents", data.name, inputs, make, resumable=generated)
 
 
-def _pairs(data: DataConfig, teacher: ModelFolder, seed: int, machine: Machine, folder: Path) -> mix.Pairs:
+def _pairs(
+    data: DataConfig, teacher: ModelFolder, seed: int, machine: Machine, folder: Path
+) -> Generator[tuple[str, list[int]], None, None]:
     if data.source is DataSource.selfgen:
         return selfgen.answer(teacher, data, seed, machine, folder)
     return sources.render(data, teacher.tokenizer())

@@ -13,12 +13,13 @@ def parts(data: DataConfig) -> list[DataConfig]:
     if data.source is not DataSource.mix:
         return [data]
     own = ("source", "path", "repo", "revision", "start", "documents")
+    unless_said = ("thinking", "answers", "answer_tokens", "greedy_tokens", "temperature")
     return [
         replace(
             data,
             parts=[],
-            thinking=part.thinking or data.thinking,
             **{name: getattr(part, name) for name in own},
+            **{name: getattr(part, name) for name in unless_said if getattr(part, name) is not None},
         )
         for part in data.parts
     ]

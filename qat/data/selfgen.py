@@ -2,153 +2,142 @@
 
 A student that imitates its teacher learns best where the teacher itself goes. As in LLM-QAT (Liu et
 al. 2023, section 3.1) the first tokens of an answer are chosen greedily, which keeps it to the
-point, and the rest is sampled, which keeps it varied.
+point, and the rest is sampled, which keeps it varied. With `start=questions` the teacher writes the
+questions as well: behind the chat template's opening of a user turn it goes on as a user would
+(Magpie, Xu et al. 2024, arXiv 2406.08464).
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Generator, Iterator
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from contextlib import closing, contextmanager
+from functools import cache, cached_property
 from pathlib import Path
+from threading import Event, Lock
+from typing import Any
 
 import torch
-from transformers import (
-    GenerationConfig,
-    LogitsProcessor,
-    LogitsProcessorList,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    StoppingCriteria,
-    StoppingCriteriaList,
-)
+from transformers import PreTrainedModel
 
-from qat import models
 from qat.artifacts import content_key, write_json
 from qat.cache.format import mixed
 from qat.config import DataConfig, Start, as_plain
-from qat.console import Advance, progress
-from qat.data import sources
-from qat.data.thinking import chat_tokens
+from qat.console import progress
+from qat.data import starts
+from qat.data.thinking import user_turn
+from qat.generation import Sampling, Writer, bytes_a_row
 from qat.machine import Machine
 from qat.models import ModelFolder
 
-PROMPTS_AT_ONCE = {"cpu": 64, "mps": 64, "cuda": 1024}
+PROMPTS_AT_ONCE = {"cpu": 64, "mps": 64, "cuda": 4096}
+SHARE = 0.25  # of a GPU's memory: the sources of a mixture write side by side
+COMPILED_TOKENS = 4_000_000  # from which on compiling the model pays
 ANSWERS = ".answers-"
-
-
-class Sample(LogitsProcessor):
-    """Chooses each next token: the most likely one at first, then one drawn from the distribution.
-
-    It leaves the chosen token as the only possible one. Drawing by the inverse of the cumulative
-    distribution is much cheaper than `torch.multinomial`, which draws a number for every token.
-    """
-
-    def __init__(self, start: int, data: DataConfig) -> None:
-        self.sampled_from = start + data.greedy_tokens
-        self.temperature = data.temperature
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """`input_ids` [B, T] so far, `scores` [B, V] of the next token."""
-        if input_ids.shape[1] < self.sampled_from:
-            chosen = scores.argmax(1, keepdim=True)
-        else:
-            cumulative = (scores.float() / self.temperature).softmax(1).cumsum(1)
-            drawn = torch.rand(len(scores), 1, device=scores.device) * cumulative[:, -1:]
-            chosen = torch.searchsorted(cumulative, drawn).clamp_max(scores.shape[1] - 1)
-        return torch.full_like(scores, -torch.inf).scatter_(1, chosen, 0.0)
-
-
-class Ticker(StoppingCriteria):
-    """Never stops anything: it reports progress after every token."""
-
-    def __init__(self, advance: Advance) -> None:
-        self.advance = advance
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **_: object) -> torch.Tensor:
-        """`input_ids` [B, T] so far."""
-        self.advance(input_ids.shape[0])
-        return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
+WRITING = Lock()  # sources of a mixture take turns: a GPU records for one at a time
 
 
 def answer(
     teacher: ModelFolder, data: DataConfig, seed: int, machine: Machine, scratch: Path
-) -> Iterator[tuple[str, list[int]]]:
+) -> Generator[tuple[str, list[int]], None, None]:
     """Lets the teacher write from every start, `data.answers` times.
 
     Answers are kept in `scratch` batch by batch, and those that are there already are not written
     again. Each batch has a seed of its own, so it does not matter when it is written.
 
     Yields:
-        The prompt and the tokens of the whole conversation, end marker included where one came.
+        The origin and the tokens of the whole text, end marker included where one came.
     """
-    tokenizer = teacher.tokenizer()
-    asked = _starts(tokenizer, data, seed) * data.answers
+    tokenizer, author = teacher.tokenizer(), _Author(teacher, data, machine, scratch)
+    sampling = Sampling(data.answer_tokens, data.greedy_tokens, data.temperature, tokenizer.eos_token_id)
+    if data.start is Start.questions:
+        opening, end = user_turn(tokenizer)
+        as_user = Sampling(data.answer_tokens, 0, data.temperature, end)
+        turns = author.write("teacher questions", [opening] * (data.documents or 0), as_user, mixed(seed, -1))
+        asked = starts.asked(tokenizer, data, starts.questions(tokenizer, list(turns)))
+    else:
+        asked = starts.starts(tokenizer, data, seed)
+    asked *= data.answers
     asked.sort(key=lambda item: len(item[1]))  # equal lengths together: less padding
-    size = PROMPTS_AT_ONCE[machine.device.type]
-    batches = [asked[first : first + size] for first in range(0, len(asked), size)]
-    # Other machines and other starts have other names: what they left is not taken for ours.
-    who = content_key([machine.describe(), torch.__version__, size, asked, as_plain(data)])
-    files = [scratch / f"{ANSWERS}{who}-{number:05d}.json" for number in range(len(batches))]
-    missing = [number for number, file in enumerate(files) if not file.exists()]
-    model = teacher.load(machine.dtype, machine.device) if missing else None
-    todo = sum(len(batches[number]) for number in missing) * data.answer_tokens
-    with progress("teacher answers", todo, "tokens") as advance:
-        for number, (batch, file) in enumerate(zip(batches, files, strict=True)):
-            if number in missing and model is not None:
-                with torch.random.fork_rng():
-                    torch.manual_seed(mixed(seed, number))
-                    write_json(file, generate(model, tokenizer, [ids for _, ids in batch], data, advance))
-            replies = json.loads(file.read_text(encoding="utf-8"))
-            for (origin, ids), reply in zip(batch, replies, strict=True):
-                yield origin, ids + reply
+    with closing(author.write("teacher answers", [ids for _, ids in asked], sampling, seed)) as replies:
+        for (origin, ids), reply in zip(asked, replies, strict=True):
+            yield origin, ids + reply
 
 
-def _starts(tokenizer: PreTrainedTokenizerBase, data: DataConfig, seed: int) -> list[tuple[str, list[int]]]:
-    """What the teacher goes on from, each with its origin."""
-    if data.start is Start.tokens:
-        return _first_tokens(tokenizer, seed)[: data.documents]
-    modes = ["false", "true"] if data.thinking == "both" else [data.thinking]
-    asked = sources.prompts(data)[: data.documents]
-    return [(prompt, chat_tokens(tokenizer, _ask(prompt), mode, ask=True)) for prompt in asked for mode in modes]
+class _Author:
+    """The teacher at its desk: what it wrote is kept in a folder, batch by batch."""
+
+    def __init__(self, teacher: ModelFolder, data: DataConfig, machine: Machine, scratch: Path) -> None:
+        self.teacher, self.data, self.machine, self.scratch = teacher, data, machine, scratch
+
+    @cached_property
+    def model(self) -> PreTrainedModel:
+        """Loaded when the first batch is missing."""
+        return self.teacher.load(self.machine.dtype, self.machine.device)
+
+    def write(
+        self, what: str, prompts: list[list[int]], sampling: Sampling, seed: int
+    ) -> Generator[list[int], None, None]:
+        """What follows each prompt, in order."""
+        if not prompts:
+            return
+        longest = max(map(len, prompts))
+        compiled = self.machine.compile and len(prompts) * sampling.tokens >= COMPILED_TOKENS
+        rows = self._rows(longest, sampling)
+        if not compiled:  # batches of one size; what is compiled is so for the size that all sources have
+            rows = -(-len(prompts) // -(-len(prompts) // rows))
+        batches = [prompts[first : first + rows] for first in range(0, len(prompts), rows)]
+        # Other machines and other starts have other names: what they left is not taken for ours.
+        machine = [self.machine.describe(), torch.__version__, compiled]
+        who = content_key([machine, prompts, seed, rows, as_plain(self.data)])
+        files = [self.scratch / f"{ANSWERS}{who}-{number:05d}.json" for number in range(len(batches))]
+        todo = sum(len(batch) for batch, file in zip(batches, files, strict=True) if not file.exists())
+        writer = cache(lambda: Writer(self.model, sampling, rows, longest, compiled))
+        with progress(what, todo * sampling.tokens, "tokens") as advance, _ahead() as (submit, go_on):
+
+            def report(amount: float = 1, note: str = "") -> None:
+                go_on()
+                advance(amount, note)
+
+            def make(number: int) -> None:
+                if not files[number].exists():
+                    write_json(files[number], writer()(batches[number], mixed(seed, number), report))
+
+            coming = submit(make, 0)
+            for number, file in enumerate(files):
+                coming.result()
+                if number + 1 < len(files):
+                    coming = submit(make, number + 1)
+                yield from json.loads(file.read_text(encoding="utf-8"))
+
+    def _rows(self, longest: int, sampling: Sampling) -> int:
+        """Rows at once, by the memory that a GPU has, not by what happens to be free: batches stay the same."""
+        device, most = self.machine.device, PROMPTS_AT_ONCE[self.machine.device.type]
+        if device.type != "cuda":
+            return most
+        share = SHARE * torch.cuda.get_device_properties(device).total_memory
+        a_row = bytes_a_row(self.teacher.settings(), longest, sampling, self.machine.dtype)
+        return max(1, min(most, int(share / a_row)))
 
 
-def _first_tokens(tokenizer: PreTrainedTokenizerBase, seed: int) -> list[tuple[str, list[int]]]:
-    """Every ordinary token once, in an order that the seed decides, behind the begin marker if there is one."""
-    begin = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
-    order = torch.randperm(len(tokenizer), generator=torch.Generator().manual_seed(seed)).tolist()
-    return [(f"token {token}", [*begin, token]) for token in order if token not in special]
+@contextmanager
+def _ahead() -> Iterator[tuple[Callable[..., Future[None]], Callable[[], None]]]:
+    """A thread for the next batch, while the one before is taken.
 
+    Gives how to hand it work, and what the work calls now and then: that ends it where nobody takes it any more.
+    """
+    left = Event()
 
-def generate(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    asked: list[list[int]],
-    data: DataConfig,
-    advance: Advance,
-) -> list[list[int]]:
-    """Answers a batch of rendered prompts; each answer ends with the end marker or at its longest."""
-    inputs = tokenizer.pad({"input_ids": asked}, return_tensors="pt").to(model.device)
-    start = inputs["input_ids"].shape[1]
-    settings = GenerationConfig(
-        max_new_tokens=data.answer_tokens,
-        do_sample=False,  # `Sample` has already chosen
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        use_cache=True,
-    )
-    written = models.generate(
-        model,
-        inputs["input_ids"],
-        settings,
-        attention_mask=inputs["attention_mask"],
-        logits_processor=LogitsProcessorList([Sample(start, data)]),
-        stopping_criteria=StoppingCriteriaList([Ticker(advance)]),
-    )
-    return [_until_end(row, tokenizer.eos_token_id) for row in written.tolist()]
+    def go_on() -> None:
+        if left.is_set():
+            raise CancelledError
 
+    def alone(work: Callable[..., None], *arguments: Any) -> None:
+        with WRITING:
+            work(*arguments)
 
-def _ask(prompt: str) -> list[dict[str, str]]:
-    return [{"role": "user", "content": prompt}]
-
-
-def _until_end(tokens: list[int], end: int) -> list[int]:
-    return tokens[: tokens.index(end) + 1] if end in tokens else tokens
+    with ThreadPoolExecutor(1, thread_name_prefix="teacher") as pool:
+        try:
+            yield lambda *work: pool.submit(alone, *work), go_on
+        finally:
+            left.set()
+            pool.shutdown(wait=False, cancel_futures=True)

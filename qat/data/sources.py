@@ -2,7 +2,7 @@
 
 import hashlib
 import importlib.resources
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -27,18 +27,16 @@ def prompts(data: DataConfig) -> list[str]:
 
 def content_hash(data: DataConfig) -> str:
     """SHA-256 of the source text, so that an edited file is a different data set."""
-    if data.source is DataSource.selfgen and not data.path:
+    if data.source is DataSource.selfgen and data.start is not Start.openings and not data.path:
         own = "\n".join(_own_prompts()) if data.start is Start.prompts else ""
         return hashlib.sha256(own.encode()).hexdigest()
     return files.content_hash(data)
 
 
-def render(data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[str, list[int]]]:
+def render(data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Generator[tuple[str, list[int]], None, None]:
     """Origin and tokens of every document of an existing text."""
     if data.source is DataSource.text:
-        for text in (text for file in files.find(data) for text in _texts(file)):
-            ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-            yield text[:200], [*ids, tokenizer.eos_token_id]
+        yield from ((origin, [*ids, tokenizer.eos_token_id]) for origin, ids in plain(data, tokenizer))
         return
     conversations = _alpaca if data.source is DataSource.alpaca else _conversations
     for messages in (messages for file in files.find(data) for messages in conversations(file)):
@@ -46,14 +44,21 @@ def render(data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Iterator[tup
             yield _question(messages), tokens
 
 
+def plain(data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[str, list[int]]]:
+    """Origin and tokens of every document of plain text."""
+    for text in (text for file in files.find(data) for text in _texts(file)):
+        yield text[:200], list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
 def _own_prompts() -> list[str]:
     return importlib.resources.files("qat.data").joinpath("prompts.txt").read_text(encoding="utf-8").splitlines()
 
 
 def _texts(file: TextFile) -> Iterator[str]:
-    """Documents of a text file: the `text` of every row, or what blank lines separate."""
-    if file.name.endswith((".jsonl", ".parquet")):
-        yield from (str(row["text"]) for row in files.rows(file) if row.get("text"))
+    """Documents of a text file: the `text` (Alpaca: `output`) of every row, or what blank lines separate."""
+    if file.name.endswith((".json", ".jsonl", ".parquet")):
+        found = (row.get("text") or row.get("output") for row in files.rows(file))
+        yield from (str(text) for text in found if text)
         return
     paragraph: list[str] = []
     for line in files.lines(file):

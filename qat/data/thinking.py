@@ -38,6 +38,22 @@ def chat_tokens(
     return list(encoded["input_ids"])
 
 
+def user_turn(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], int]:
+    """Tokens of a conversation up to where the user begins to speak, and the token that ends what the user says.
+
+    Raises:
+        ConfigError: there is no template, or it does not show what the user says.
+    """
+    mark = "what-the-user-says"
+    opening, said, closing = _template(
+        tokenizer, [{"role": "user", "content": mark}], "false", tokenize=False
+    ).partition(mark)
+    ids, end = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in (opening, closing))
+    if not (said and ids and end):
+        raise ConfigError("data.start=questions: the chat template has no marks around what a user says")
+    return list(ids), int(end[0])
+
+
 def _plain(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> list[int]:
     answered = [_of_assistant(message, BLOCK.sub("", message["content"])) for message in messages]
     return chat_tokens(tokenizer, answered, "false")
@@ -63,7 +79,7 @@ def _of_assistant(message: dict[str, str], content: str) -> dict[str, str]:
 def _template(tokenizer: PreTrainedTokenizerBase, messages: Messages, thinking: str, **how: bool) -> Any:
     if not tokenizer.chat_template:
         raise ConfigError(
-            "this model's tokenizer has no chat template: use data=text, or data.start=tokens for selfgen"
+            "this model's tokenizer has no chat template: use data=text, or data.start=tokens or openings for selfgen"
         )
     try:
         return cast(Any, tokenizer).apply_chat_template(messages, enable_thinking=thinking == "true", **how)

@@ -15,13 +15,13 @@ from transformers import PreTrainedModel
 from qat.cache.reader import Batch
 from qat.config import TrainConfig
 from qat.distill.distributed import Ranks
-from qat.distill.graphs import Recorder
 from qat.distill.head import Head
 from qat.distill.loss import Loss
 from qat.distill.optim import Optimizer
 from qat.distill.parameters import Learners
 from qat.errors import MissingError
 from qat.forward import hidden_states, prepare
+from qat.graphs import Recorder, recording_stream
 from qat.machine import Machine
 
 log = logging.getLogger(__name__)
@@ -198,9 +198,8 @@ class Step:
 
 def _stream(machine: Machine) -> torch.cuda.Stream | None:
     """A stream on which work can be recorded; all that this thread does from here on goes there."""
-    if machine.device.type != "cuda":
-        return None
-    stream = torch.cuda.Stream(machine.device)
-    stream.wait_stream(torch.cuda.current_stream(machine.device))
-    torch.cuda.set_stream(stream)
+    stream = recording_stream(machine.device)
+    if stream is not None:
+        stream.wait_stream(torch.cuda.current_stream(machine.device))
+        torch.cuda.set_stream(stream)
     return stream

@@ -42,8 +42,11 @@ def test_parts_say_only_what_differs():
     data.parts = [
         DataPart(source=DataSource.text, path="a", thinking="true"),
         DataPart(source=DataSource.selfgen, documents=3),
+        DataPart(source=DataSource.selfgen, answers=4, answer_tokens=128, greedy_tokens=0, temperature=1.5),
     ]
-    one, two = parts(data)
+    one, two, three = parts(data)
+    assert (three.answers, three.answer_tokens, three.greedy_tokens, three.temperature) == (4, 128, 0, 1.5)
+    assert (two.answers, two.answer_tokens, two.greedy_tokens) == (1, 80, 4)
     assert (one.source, one.path, one.thinking, one.documents) == (DataSource.text, "a", "true", None)
     assert (two.source, two.path, two.thinking, two.documents) == (DataSource.selfgen, None, "both", 3)
     assert {part.temperature for part in (one, two)} == {0.5} and parts(one) == [one]

@@ -1,21 +1,19 @@
-"""The teacher writes its own training text: greedy at first, then sampled, never changed by its neighbours."""
+"""The teacher writes its own training text: from prompts, tokens, openings of a text and its own questions."""
 
 import dataclasses
+import json
 
 import pytest
 import torch
 
 from qat.config import DataConfig, DataSource, Start
-from qat.data.selfgen import PROMPTS_AT_ONCE, Sample, answer, generate
-from qat.data.thinking import chat_tokens
+from qat.data import selfgen, sources
+from qat.data.documents import Document
+from qat.data.selfgen import PROMPTS_AT_ONCE, answer
+from qat.data.thinking import chat_tokens, user_turn
 
 DATA = DataConfig(name="selfgen", source=DataSource.selfgen, answer_tokens=12, greedy_tokens=4)
 PROMPTS = ["Hi", "What is the capital of France?", "Why?", "Write a poem about the sea and the wind."]
-
-
-@pytest.fixture(scope="module")
-def model(tiny, cpu):
-    return tiny.load(cpu.dtype, cpu.device)
 
 
 @pytest.fixture(scope="module")
@@ -26,80 +24,6 @@ def tokenizer(tiny):
 @pytest.fixture(scope="module")
 def asked(tokenizer):
     return [chat_tokens(tokenizer, [{"role": "user", "content": prompt}], ask=True) for prompt in PROMPTS]
-
-
-@pytest.fixture
-def replies(model, tokenizer):
-    """The answers to rendered prompts."""
-
-    def make(asked, seed=0, **settings):
-        torch.manual_seed(seed)
-        return generate(model, tokenizer, asked, dataclasses.replace(DATA, **settings), lambda amount=1, note="": None)
-
-    return make
-
-
-def plain_argmax(model, ids, count):
-    """The most likely continuation, one whole forward pass a token."""
-    ids, said = list(ids), []
-    while len(said) < count and 257 not in said:
-        with torch.inference_mode():
-            said.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
-        ids.append(said[-1])
-    return said
-
-
-def test_first_tokens_are_the_most_likely_ones_and_later_ones_are_not(model, asked, replies):
-    greedy = [plain_argmax(model, ids, DATA.answer_tokens) for ids in asked]
-    answers = replies(asked, temperature=20.0)
-    assert [reply[:4] for reply in answers] == [said[:4] for said in greedy]
-    assert sum(reply[4] != said[4] for reply, said in zip(answers, greedy, strict=True)) >= 3
-
-
-def test_padding_does_not_change_an_answer(asked, replies):
-    assert len({len(ids) for ids in asked}) > 1
-    together = replies(asked, greedy_tokens=DATA.answer_tokens)
-    alone = [replies([ids], greedy_tokens=DATA.answer_tokens)[0] for ids in asked]
-    assert together == alone
-
-
-def test_answer_ends_with_the_end_marker_or_at_its_longest(asked, replies):
-    answers = replies(asked * 16, answer_tokens=40, greedy_tokens=0, temperature=50.0)
-    ended = [reply for reply in answers if reply[-1] == 257]
-    assert ended and min(map(len, ended)) < 40
-    assert all(257 not in reply[:-1] for reply in answers)
-    assert all(len(reply) == 40 for reply in answers if reply[-1] != 257)
-
-
-def test_draws_follow_the_distribution():
-    torch.manual_seed(0)
-    logits = torch.tensor([1.0, -0.5, 2.0, -torch.inf, 0.0, -3.0])
-    draws = 40_000
-    chosen = Sample(0, dataclasses.replace(DATA, greedy_tokens=0, temperature=0.7))(
-        torch.zeros(draws, 3, dtype=torch.long), logits.repeat(draws, 1)
-    )
-    counts = chosen.argmax(1).bincount(minlength=6).double()
-    expected = draws * torch.softmax(logits.double() / 0.7, 0)
-    assert counts[3] == 0
-    possible = expected > 0
-    chi_square = ((counts - expected)[possible] ** 2 / expected[possible]).sum()
-    assert chi_square < 18.5  # 4 degrees of freedom, one in a thousand
-
-
-def test_rows_of_a_batch_are_drawn_independently():
-    torch.manual_seed(0)
-    sample = Sample(0, dataclasses.replace(DATA, greedy_tokens=0, temperature=1.0))
-    pairs = [sample(torch.zeros(2, 1, dtype=torch.long), torch.zeros(2, 2)).argmax(1).tolist() for _ in range(400)]
-    for pair in ([0, 0], [0, 1], [1, 0], [1, 1]):
-        assert 65 < pairs.count(pair) < 135  # 100 ± 4 σ
-
-
-def test_chosen_token_is_the_only_possible_one():
-    scores = torch.tensor([[0.1, 0.9, 0.3], [5.0, 0.0, 1.0]])
-    assert Sample(7, DATA)(torch.zeros(2, 7, dtype=torch.long), scores).tolist() == [
-        [-torch.inf, 0.0, -torch.inf],
-        [0.0, -torch.inf, -torch.inf],
-    ]
 
 
 @pytest.fixture
@@ -151,6 +75,23 @@ def test_batches_that_are_there_are_not_written_again(written, tmp_path, monkeyp
     assert written(seed=1, scratch="other") != whole
 
 
+def test_text_that_nobody_takes_any_more_is_not_written_on(tiny, cpu, tmp_path, monkeypatch):
+    monkeypatch.setitem(PROMPTS_AT_ONCE, "cpu", 8)
+    text = answer(tiny, dataclasses.replace(DATA, start=Start.tokens, answer_tokens=64), 0, cpu, tmp_path)
+    next(text)
+    text.close()
+    assert len(list(tmp_path.iterdir())) <= 2  # of 32
+
+
+def test_a_fault_while_writing_ends_the_reading(written, monkeypatch):
+    def broken(*_):
+        raise RuntimeError("out of ink")
+
+    monkeypatch.setattr(selfgen.Writer, "__call__", broken)
+    with pytest.raises(RuntimeError, match="out of ink"):
+        written()
+
+
 def test_batches_of_other_settings_are_not_taken(written):
     assert written(temperature=30.0) == written(temperature=30.0, scratch="other")
     assert written(temperature=30.0) != written()
@@ -165,3 +106,88 @@ def test_without_prompts_every_token_is_a_start_once(written, tiny):
     assert all(ids[0] == tokenizer.bos_token_id and origin == f"token {ids[1]}" for origin, ids in found)
     few = written(start=Start.tokens, answer_tokens=5, documents=7, scratch="few")
     assert {ids[1] for _, ids in few} == set(firsts[:7])
+
+
+@pytest.fixture
+def texts(tmp_path):
+    """Two files: paragraphs of several lengths, and rows."""
+    paragraphs = [f"Paragraph {number}: " + "word " * (number * 3) for number in range(8)]
+    (tmp_path / "text.txt").write_text("\n\n".join(paragraphs))
+    (tmp_path / "rows.json").write_text(json.dumps([{"text": "A row of text."}, {"output": "An answer, as a text."}]))
+    return [str(tmp_path / "text.txt"), str(tmp_path / "rows.json")]
+
+
+def opened(tiny, cpu, folder, texts, seed=0, **settings):
+    folder.mkdir(exist_ok=True)
+    settings = {"answer_tokens": 20, "greedy_tokens": 0, **settings}
+    data = dataclasses.replace(DATA, path=texts, start=Start.openings, **settings)
+    return data, list(answer(tiny, data, seed, cpu, folder))
+
+
+def test_passages_are_gone_on_with_from_their_first_tokens(tiny, cpu, tmp_path, texts, tokenizer):
+    data, found = opened(tiny, cpu, tmp_path / "a", texts)
+    documents = dict(sources.plain(data, tokenizer))
+    assert {origin for origin, _ in found} == set(documents) and len(documents) == 10
+    lengths = set()
+    for origin, ids in documents.items():
+        cuts = [ids[first : first + 4] for first in range(0, len(ids), 20) if len(ids) - first >= 4]
+        written = [tokens for found_in, tokens in found if found_in == origin]
+        assert sorted(tokens[:4] for tokens in written) == sorted(cuts)
+        for tokens in written:  # an opening of 4 to 32 tokens of the passage, then at most 20 of the teacher's
+            starts = [first for first in range(0, len(ids), 20) if ids[first : first + 4] == tokens[:4]]
+            shared = max(
+                next((n for n, (a, b) in enumerate(zip(tokens, ids[first:], strict=False)) if a != b), len(tokens))
+                for first in starts
+            )
+            assert shared >= min(4, len(tokens)) and len(tokens) <= 52
+            lengths.add(len(tokens))
+    assert len(lengths) > 4
+
+
+def test_passages_of_a_document_stand_on_one_side_with_its_text(tiny, cpu, tmp_path, texts, tokenizer):
+    data, found = opened(tiny, cpu, tmp_path / "a", texts)
+    as_text = dataclasses.replace(data, source=DataSource.text)
+    sides = {origin: Document(origin, ids).split(0.4) for origin, ids in sources.render(as_text, tokenizer)}
+    assert len(found) > len(sides) and set(sides.values()) == {"train", "eval"}
+    assert all(Document(origin, ids).split(0.4) == sides[origin] for origin, ids in found)
+
+
+def test_openings_are_drawn_by_the_seed_and_bounded(tiny, cpu, tmp_path, texts):
+    one, same, other = (
+        opened(tiny, cpu, tmp_path / name, texts, seed)[1] for name, seed in (("a", 0), ("b", 0), ("c", 1))
+    )
+    assert one == same != other
+    few = opened(tiny, cpu, tmp_path / "few", texts, documents=3, answers=2)[1]
+    assert len(few) == 6 and {origin for origin, _ in few} <= {origin for origin, _ in one}
+
+
+def test_user_turn_is_what_the_template_puts_around_a_question(tokenizer):
+    opening, end = user_turn(tokenizer)
+    question = tokenizer("Why?", add_special_tokens=False)["input_ids"]
+    assert [*opening, *question, end] == chat_tokens(tokenizer, [{"role": "user", "content": "Why?"}])
+
+
+def test_the_teacher_answers_its_own_questions(written, tokenizer, monkeypatch):
+    """Questions are cut to what fits; each is then an ordinary prompt, asked as often as prompts are."""
+    asked = {}
+    write = selfgen._Author.write
+
+    def watched(self, what, prompts, sampling, seed):
+        replies = list(write(self, what, prompts, sampling, seed))
+        if what == "teacher questions":  # the tiny model hardly ever ends a turn by itself
+            replies = [[*reply[: 3 + number % 5], 257] for number, reply in enumerate(replies)]
+            replies[0] = replies[0][:-1]
+        asked[what] = prompts, replies, sampling
+        yield from replies
+
+    monkeypatch.setattr(selfgen._Author, "write", watched)
+    found = written(start=Start.questions, documents=12, answers=2)
+    opening, end = user_turn(tokenizer)
+    prompts, turns, sampling = asked["teacher questions"]
+    assert prompts == [opening] * 12 and sampling.greedy == 0 and sampling.end == end
+    texts = {tokenizer.decode(turn[:-1], skip_special_tokens=True).strip() for turn in turns[1:]} - {""}
+    assert len(texts) > 6 and {origin for origin, _ in found} == texts
+    assert len(found) == 2 * len(texts)
+    for origin, ids in found:
+        prompt = chat_tokens(tokenizer, [{"role": "user", "content": origin}], ask=True)
+        assert ids[: len(prompt)] == prompt and len(ids) > len(prompt)

@@ -13,6 +13,11 @@ import torch
 WARM_UP = 2  # plain calls before recording: they compile, tune and allocate what lives on
 
 
+def recording_stream(device: torch.device) -> torch.cuda.Stream | None:
+    """A stream on which work can be recorded: it must not be the default one; None where there are no graphs."""
+    return torch.cuda.Stream(device) if device.type == "cuda" else None
+
+
 class Recorder:
     """Calls functions, or replays their recordings."""
 

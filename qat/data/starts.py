@@ -1,0 +1,64 @@
+"""What the teacher begins to write from, each start with the origin that decides its split."""
+
+import random
+from collections.abc import Iterator
+from itertools import islice
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from qat.config import DataConfig, Start
+from qat.data import sources
+from qat.data.thinking import chat_tokens, user_turn
+
+Starts = list[tuple[str, list[int]]]
+
+OPENING = (4, 32)  # tokens, fewest and most
+
+
+def starts(tokenizer: PreTrainedTokenizerBase, data: DataConfig, seed: int) -> Starts:
+    """Where text begins, for every start but `questions`, which are written first."""
+    if data.start is Start.tokens:
+        return _first_tokens(tokenizer, seed)[: data.documents]
+    if data.start is Start.openings:
+        return list(islice(_openings(tokenizer, data, seed), data.documents))
+    return asked(tokenizer, data, sources.prompts(data)[: data.documents])
+
+
+def asked(tokenizer: PreTrainedTokenizerBase, data: DataConfig, questions: list[str]) -> Starts:
+    """Questions through the chat template, up to where the answer begins, in every thinking mode asked for."""
+    modes = ["false", "true"] if data.thinking == "both" else [data.thinking]
+    return [
+        (question, chat_tokens(tokenizer, [{"role": "user", "content": question}], mode, ask=True))
+        for question in questions
+        for mode in modes
+    ]
+
+
+def questions(tokenizer: PreTrainedTokenizerBase, replies: list[list[int]]) -> list[str]:
+    """What the teacher wrote as a user, each once; what it did not bring to an end is left out."""
+    _, end = user_turn(tokenizer)
+    whole = [reply[:-1] for reply in replies if reply[-1] == end]
+    texts = [str(text).strip() for text in tokenizer.batch_decode(whole, skip_special_tokens=True)]
+    return list(dict.fromkeys(text for text in texts if text))
+
+
+def _first_tokens(tokenizer: PreTrainedTokenizerBase, seed: int) -> Starts:
+    """Every ordinary token once, in an order that the seed decides, behind the begin marker if there is one."""
+    begin = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+    order = torch.randperm(len(tokenizer), generator=torch.Generator().manual_seed(seed)).tolist()
+    return [(f"token {token}", [*begin, token]) for token in order if token not in special]
+
+
+def _openings(tokenizer: PreTrainedTokenizerBase, data: DataConfig, seed: int) -> Iterator[tuple[str, list[int]]]:
+    """The first tokens of passages: a document is cut every `answer_tokens` tokens.
+
+    Passages have their document's origin, which is what it has as text of its own.
+    """
+    draw = random.Random(seed)
+    for origin, ids in sources.plain(data, tokenizer):
+        for first in range(0, len(ids), data.answer_tokens):
+            opening = ids[first : first + draw.randint(*OPENING)]
+            if len(opening) >= OPENING[0]:
+                yield origin, opening

@@ -1,0 +1,158 @@
+"""The decoding loop: greedy as transformers, drawn from the distribution, never changed by its neighbours."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+import transformers
+from torch._dynamo.utils import counters
+
+from qat import attention, models
+from qat.errors import ConfigError
+from qat.generation import Sampling, Writer, bytes_a_row
+
+END = 257
+COMPILE = torch.compile
+GREEDY = Sampling(tokens=12, greedy=12, temperature=1.0, end=END)
+PROMPTS = [[256, 72, 105], [256, *range(65, 95)], [70], [256, 87, 104, 121, 63]]
+
+
+@pytest.fixture(scope="module")
+def model(tiny, cpu):
+    return tiny.load(cpu.dtype, cpu.device)
+
+
+def quiet(amount=1, note=""):
+    pass
+
+
+def write(model, prompts=PROMPTS, seed=0, rows=None, compiled=False, **sampling):
+    longest = max(map(len, prompts))
+    writer = Writer(model, replace(GREEDY, **sampling), rows or len(prompts), longest, compiled)
+    return writer(prompts, seed, quiet)
+
+
+def transformers_say(model, prompts, tokens):
+    """The same by transformers' own loop: padded on the left, a cache that grows."""
+    width = max(map(len, prompts))
+    ids = torch.tensor([[END] * (width - len(prompt)) + prompt for prompt in prompts])
+    seen = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+    settings = transformers.GenerationConfig(
+        max_new_tokens=tokens, do_sample=False, eos_token_id=END, pad_token_id=END, use_cache=True
+    )
+    said = models.generate(model, ids, settings, attention_mask=seen).tolist()
+    return [row[: row.index(END) + 1] if END in row else row for row in said]
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3"])
+def test_greedy_is_what_transformers_says(model, kind):
+    if kind == "qwen3":
+        shape = {"hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 6}
+        config = transformers.Qwen3Config(
+            **shape, vocab_size=300, num_key_value_heads=2, head_dim=24, initializer_range=0.3
+        )
+        torch.manual_seed(0)
+        model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation=attention.NAME).eval()
+    assert write(model) == transformers_say(model, PROMPTS, GREEDY.tokens)
+
+
+def test_the_model_is_left_as_it_was(model):
+    ids = torch.tensor([[256, 72, 105]])
+    before = model(ids).logits
+    write(model)
+    assert torch.equal(model(ids).logits, before)
+    assert model.config._attn_implementation == attention.NAME
+    assert not any("memory" in vars(module) for module in model.modules())
+
+
+def test_neighbours_and_empty_rows_change_nothing(model):
+    together = write(model, rows=7)
+    assert together == [write(model, [prompt])[0] for prompt in PROMPTS] == write(model)
+
+
+def test_first_tokens_are_the_most_likely_ones_and_later_ones_are_not(model):
+    greedy, drawn = write(model), write(model, greedy=4, temperature=20.0)
+    assert [reply[:4] for reply in drawn] == [said[:4] for said in greedy]
+    assert sum(reply[4:] != said[4:] for reply, said in zip(drawn, greedy, strict=True)) >= 3
+
+
+def test_answer_ends_with_the_end_token_or_at_its_longest(model):
+    answers = write(model, PROMPTS * 16, tokens=40, greedy=0, temperature=50.0)
+    ended = [reply for reply in answers if reply[-1] == END]
+    assert ended and min(map(len, ended)) < 40
+    assert all(END not in reply[:-1] for reply in answers)
+    assert all(len(reply) == 40 for reply in answers if reply[-1] != END)
+
+
+def test_a_writer_can_be_used_again_and_the_seed_decides(model):
+    writer = Writer(model, replace(GREEDY, greedy=0), 4, 31)
+    one, short, same, other = (
+        writer(*call, quiet) for call in ((PROMPTS, 1), (PROMPTS[2:3], 5), (PROMPTS, 1), (PROMPTS, 2))
+    )
+    assert one == same != other and len(short) == 1
+
+
+def test_all_tokens_are_reported_once(model):
+    counted = []
+    Writer(model, replace(GREEDY, tokens=40), 4, 31)(PROMPTS[:3], 0, lambda amount=1, note="": counted.append(amount))
+    assert sum(counted) == 3 * 40
+    counted.clear()
+    every = replace(GREEDY, greedy=0, temperature=1e5, tokens=200)  # all have ended before the longest
+    Writer(model, every, 2, 31)(PROMPTS[:2], 0, lambda amount=1, note="": counted.append(amount))
+    assert sum(counted) == 2 * 200
+
+
+def test_second_tokens_follow_the_distribution(model):
+    """Through the whole loop: 4,000 rows of one prompt."""
+    logits = model(torch.tensor([PROMPTS[1]])).logits[0, -1].double()
+    first = int(logits.argmax())
+    p = (model(torch.tensor([[*PROMPTS[1], first]])).logits[0, -1].double() / 0.8).softmax(0)
+    rows = 4000
+    found = write(model, [PROMPTS[1]] * rows, tokens=2, greedy=1, temperature=0.8)
+    counts = torch.tensor([reply[1] for reply in found]).bincount(minlength=len(p)).double()
+    common = p * rows >= 5
+    counts = torch.cat([counts[common], counts[~common].sum()[None]])
+    expected = rows * torch.cat([p[common], p[~common].sum()[None]])
+    degrees = len(counts) - 1
+    chi_square = ((counts - expected) ** 2 / expected).sum()
+    assert chi_square < degrees + 3.5 * (2 * degrees) ** 0.5
+
+
+def test_all_layers_and_writers_are_compiled_as_one(model, tiny, cpu):
+    torch._dynamo.reset()
+    counters.clear()
+    plain = write(model)
+    writer = Writer(model, GREEDY, 4, 31, compiled=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("qat.forward.torch.compile", lambda f, dynamic: COMPILE(f, dynamic=dynamic, backend="aot_eager"))
+        assert writer(PROMPTS, 0, quiet) == plain == writer(PROMPTS, 0, quiet)
+        assert write(tiny.load(cpu.dtype, cpu.device), compiled=True) == plain
+    assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
+
+
+def test_bytes_of_a_row_are_those_of_its_memory(model):
+    short, long = (Writer(model, GREEDY, 3, longest) for longest in (20, 900))
+    held = [sum(tensor.nbytes for layer in writer.memory.layers for tensor in layer) for writer in (short, long)]
+    counted = [bytes_a_row(model.config, longest, GREEDY, torch.float32) for longest in (20, 900)]
+    assert 3 * (counted[1] - counted[0]) == held[1] - held[0] > 0
+    assert 3 * counted[0] >= held[0] + 3 * 4 * 512  # and logits
+
+
+def test_attention_that_is_not_plain_is_refused(model):
+    config = transformers.MistralConfig(
+        vocab_size=300, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, sliding_window=8,
+    )  # fmt: skip
+    sliding = transformers.AutoModelForCausalLM.from_config(config, attn_implementation=attention.NAME).eval()
+    with pytest.raises(ConfigError, match="its attention is not plain"):
+        write(sliding)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_recorded_step_writes_what_single_ones_do(tiny, compiled):
+    model = tiny.load(torch.float32, torch.device("cuda"))
+    plain = write(tiny.load(torch.float32, torch.device("cpu")))
+    writer = Writer(model, GREEDY, 4, 31, compiled)
+    assert writer(PROMPTS, 0, quiet) == plain == writer(PROMPTS, 0, quiet)
+    assert len(writer.recorder._graphs) == 1
