@@ -31,7 +31,7 @@ from qat.models import ModelFolder
 
 PROMPTS_AT_ONCE = {"cpu": 64, "mps": 64, "cuda": 4096}
 SHARE = 0.25  # of a GPU's memory: the sources of a mixture write side by side
-COMPILED_TOKENS = 4_000_000  # from which on compiling the model pays
+COMPILED_TOKENS = 10_000_000  # that a writer writes, from which on compiling its step pays
 ANSWERS = ".answers-"
 WRITING = Lock()  # sources of a mixture take turns: a GPU records for one at a time
 
