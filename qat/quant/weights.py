@@ -37,7 +37,7 @@ class Weights:
         self._sums: Tensor | None = None
         self._adding = False
         for layer in layers:
-            layer.dense = self.value(layer).requires_grad_()
+            layer.home, layer.dense = self, self.value(layer).requires_grad_()
             layer.dense.register_post_accumulate_grad_hook(partial(self._take, layer))
 
     @property
