@@ -53,7 +53,7 @@ class Weights:
         dtype = torch.float32 if self._adding or self.latent else self.values.dtype
         if self._sums is None or self._sums.dtype != dtype:
             self._sums = None
-            self._sums = torch.empty_like(self.values, dtype=dtype)
+            self._sums = torch.zeros_like(self.values, dtype=dtype)  # gaps between weights stay zero
             if self.latent:
                 for layer in self.layers:
                     layer.latent.grad = self.sum(layer)  # type: ignore[union-attr]  # straight through
