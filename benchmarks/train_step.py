@@ -312,8 +312,7 @@ def parts(options: argparse.Namespace, machine: Machine, reporter: Reporter) -> 
     optimizer = Optimizer(learners.parameters, train, machine.device)
     learners.begin(1)
     learners.write()
-    for stack in learners._stacks:
-        stack.summed.normal_()  # type: ignore[union-attr]
+    learners._weights.sums.normal_()  # type: ignore[union-attr]
     positions = 126 if options.tiny else 504 * (LENGTH - 1)
     draw = batch(options, positions // (options.length - 1), 0, Ranks()).to(machine.device)
     ids, logprobs = draw.topk_ids.flatten(0, 1), draw.topk_logprobs.flatten(0, 1)

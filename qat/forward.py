@@ -1,7 +1,7 @@
-"""A forward pass over whole rows: compiled, computed twice to save memory, or as it is."""
+"""A forward pass over whole rows: fused or compiled, computed twice to save memory, or as it is."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -10,23 +10,32 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import masking_utils
 
+from qat.decoder import Decoder, decoder
+
+FUSED = "qat_decoder"  # the attribute of a base model where its fused layers are kept
+
 
 def hidden_states(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
     """Last hidden states [P, D] of every position that predicts a token.
+
+    A row's last token predicts none and nothing before it sees it, so it is left out from the start.
 
     Args:
         model: a causal language model of transformers.
         inputs: `input_ids` [B, L], and further arguments of its base model where rows are not plain text.
     """
     base: Any = model.base_model
-    if len(inputs) > 1:
-        return _predicting(base(**inputs).last_hidden_state)
-    with _plain_positions():
-        return _predicting(base(**inputs).last_hidden_state)
+    shortened = {name: _shortened(name, value) for name, value in inputs.items()}
+    fused: Decoder | None = vars(base).get(FUSED)
+    if fused is not None and fused.takes(**shortened):
+        return fused(**shortened)
+    with nullcontext() if len(inputs) > 1 else _plain_positions():
+        states_BLD: Tensor = base(**shortened).last_hidden_state
+    return states_BLD.flatten(0, 1)
 
 
-def _predicting(states_BLD: Tensor) -> Tensor:
-    return states_BLD[:, :-1].flatten(0, 1)
+def _shortened(name: str, value: Tensor) -> Tensor:
+    return value[:, :, :-1, :-1] if name == "attention_mask" else value[:, :-1]
 
 
 @contextmanager
@@ -50,10 +59,12 @@ def prepare(model: nn.Module, compiled: bool, checkpointing: bool = False) -> No
 
     Args:
         model: of transformers, with `use_cache=False`, without which every layer would be compiled anew.
-        compiled: by torch.compile. The layers share their code, so that all are compiled as one.
+        compiled: fused, where the architecture and the device allow it (`qat.decoder`), with the weights that
+            layers have now; else by torch.compile. The layers share their code, so that all are compiled as one.
         checkpointing: only a layer's input is kept for the backward pass, and the rest computed again.
     """
     base: Any = model.base_model
+    vars(base)[FUSED] = decoder(model, checkpointing) if compiled else None
     for layer in base.layers:
         vars(layer).pop("forward", None)
         forward = layer.forward

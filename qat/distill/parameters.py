@@ -17,7 +17,8 @@ from qat.config import LearnConfig
 from qat.machine import Machine
 from qat.norms import learned, norms, set_learned
 from qat.quant.linear import QuantLinear
-from qat.quant.stack import Stack, stacks
+from qat.quant.stack import stacks
+from qat.quant.weights import Weights
 
 KINDS = {"codebooks": ("lut",), "scales": ("scale_A", "scale_B", "rank_magnitude"), "latent": ("latent",)}
 
@@ -91,23 +92,25 @@ class Learners:
         student.requires_grad_(False)
         self._kinds = [field.name for field in fields(learn) if getattr(learn, field.name) > 0]
         inside = any(kind in self._kinds for kind in KINDS)
-        self._stacks = stacks(list(layers.values()), machine.dtype, learn.latent > 0, snap) if inside else []
+        self._weights = Weights(list(layers.values()), machine.dtype, learn.latent > 0) if inside and layers else None
+        self._stacks = [] if self._weights is None else stacks(self._weights, snap)
         self._norms = Norms(student) if learn.norms > 0 else None
         self.parameters = [p for kind in self._kinds for p in self._of(kind, layers)]
 
     def begin(self, micro_batches: int) -> None:
         """Prepares for a step of so many micro-batches."""
-        for stack in self._stacks:
-            stack.begin(micro_batches)
+        if self._weights is not None:
+            self._weights.begin(micro_batches)
 
     def write(self) -> None:
         """Computes what the model sees from the parameters, and forgets earlier gradients."""
-        parts: list[Stack | Norms] = [*self._stacks]
+        for gradients in (self._weights, self._norms):
+            if gradients is not None:
+                gradients.clear()
+        for stack in self._stacks:
+            stack.write()
         if self._norms is not None:
-            parts.append(self._norms)
-        for part in parts:
-            part.clear()
-            part.write()
+            self._norms.write()
 
     def reduce(self) -> None:
         """Turns the gradients that autograd left into those of the parameters."""
@@ -116,8 +119,10 @@ class Learners:
 
     def grads(self) -> list[Tensor]:
         """Gradients of all parameters, joined where they lie side by side: for norms and reductions."""
-        names = [name for kind in self._kinds for name in KINDS.get(kind, ())]
+        names = [name for kind in self._kinds if kind != "latent" for name in KINDS.get(kind, ())]
         joint = [stack.grads[name] for stack in self._stacks for name in names]
+        if self._weights is not None and self._weights.latent:
+            joint.append(self._weights.sums)
         return joint + [p.value.grad for p in self.parameters if p.kind == "norms" and p.value.grad is not None]
 
     def _of(self, kind: str, layers: dict[str, QuantLinear]) -> Iterable[Parameter]:

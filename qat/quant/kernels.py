@@ -13,6 +13,8 @@ Shapes: N layers, O outputs, I inputs, K table entries, R ranks.
 import torch
 from torch import Tensor
 
+from qat.quant.weights import ALIGNMENT
+
 try:
     import triton
     import triton.language as tl
@@ -24,7 +26,9 @@ else:
 TILE = 64  # outputs and inputs a program holds at once
 
 
-def write(indices: Tensor, lut: Tensor, A: Tensor, B: Tensor, latent: Tensor | None, weight: Tensor) -> None:
+def write(
+    indices: Tensor, lut: Tensor, A: Tensor, B: Tensor, latent: Tensor | None, weights: Tensor, starts: Tensor
+) -> None:
     """`weight = lut[indices] ⊙ A @ B`; with `latent` [N, O, I] the indices are first set to the nearest entry.
 
     Args:
@@ -33,7 +37,8 @@ def write(indices: Tensor, lut: Tensor, A: Tensor, B: Tensor, latent: Tensor | N
         A: [N, O, R] fp32, magnitudes included.
         B: [N, R, I] fp32.
         latent: [N, O, I] fp32 or None.
-        weight: [N, O, I] in any floating type, overwritten.
+        weights: flat, in any floating type: where a layer's [O, I] begins, it is overwritten.
+        starts: [N] int64, where the layers begin; see `qat.quant.weights`.
     """
     layers, outputs, inputs = indices.shape
     grid = (triton.cdiv(inputs, TILE), triton.cdiv(outputs, TILE), layers)
@@ -43,7 +48,8 @@ def write(indices: Tensor, lut: Tensor, A: Tensor, B: Tensor, latent: Tensor | N
         A.contiguous(),
         B.contiguous(),
         indices if latent is None else latent,
-        weight,
+        weights,
+        starts,
         outputs,
         inputs,
         A.shape[2],
@@ -51,25 +57,33 @@ def write(indices: Tensor, lut: Tensor, A: Tensor, B: Tensor, latent: Tensor | N
         RANKS=_padded(A.shape[2]),
         LATENT=latent is not None,
         TILE=TILE,
-        PRECISION=_precision(weight),
+        PRECISION=_precision(weights),
     )
 
 
 def gradients(
-    grad: Tensor, indices: Tensor, lut: Tensor, A: Tensor, B: Tensor, d_lut: Tensor, d_A: Tensor, d_B: Tensor
+    grads: Tensor,
+    starts: Tensor,
+    indices: Tensor,
+    lut: Tensor,
+    A: Tensor,
+    B: Tensor,
+    d_lut: Tensor,
+    d_A: Tensor,
+    d_B: Tensor,
 ) -> None:
-    """Gradients of lut, A and B from that of the weight [N, O, I]; the last three are overwritten."""
+    """Gradients of lut, A and B from the weights', which lie as in `write`; the last three are overwritten."""
     layers, outputs, inputs = indices.shape
     A, B = A.contiguous(), B.contiguous()
     rows, columns = triton.cdiv(outputs, TILE), triton.cdiv(inputs, TILE)
     partial = torch.empty(layers, rows, lut.shape[1], device=lut.device)
     sizes = (outputs, inputs, A.shape[2])
     # A gradient of 16 bits has no more digits than TF32.
-    precision = _precision(grad) if grad.dtype == torch.float32 else _precision(grad).removesuffix("x3")
+    precision = _precision(grads) if grads.dtype == torch.float32 else _precision(grads).removesuffix("x3")
     constants = {"K": lut.shape[1], "RANKS": _padded(A.shape[2]), "TILE": TILE, "PRECISION": precision}
-    _reduce_rows[(rows, layers)](grad, indices, lut, A, B, d_A, partial, *sizes, **constants)
+    _reduce_rows[(rows, layers)](grads, starts, indices, lut, A, B, d_A, partial, *sizes, **constants)
     torch.sum(partial, 1, out=d_lut)
-    _reduce_columns[(columns, layers)](grad, indices, lut, A, d_B, *sizes, **constants)
+    _reduce_columns[(columns, layers)](grads, starts, indices, lut, A, d_B, *sizes, **constants)
 
 
 def _padded(rank: int) -> int:
@@ -82,6 +96,7 @@ def _precision(x: Tensor) -> str:
 
 
 if AVAILABLE:
+    BEGIN = tl.constexpr(ALIGNMENT)
 
     @triton.jit
     def _scales(A, B, layer, o, i, r, outputs, inputs, ranks, PRECISION: tl.constexpr):
@@ -105,7 +120,8 @@ if AVAILABLE:
         A,
         B,
         latent,
-        weight,
+        weights,
+        starts,
         outputs,
         inputs,
         ranks,
@@ -133,11 +149,13 @@ if AVAILABLE:
         else:
             chosen = tl.load(indices + place, mask=inside, other=0).to(tl.int32)
         value = tl.load(lut + layer * K + chosen) * scale
-        tl.store(weight + place, value.to(weight.dtype.element_ty), mask=inside)
+        there = tl.multiple_of(tl.load(starts + layer), BEGIN) + o[:, None] * inputs + i[None, :]
+        tl.store(weights + there, value.to(weights.dtype.element_ty), mask=inside)
 
     @triton.jit
     def _reduce_rows(
-        grad,
+        grads,
+        starts,
         indices,
         lut,
         A,
@@ -154,6 +172,7 @@ if AVAILABLE:
     ):
         """Some rows of dA, and what these rows add to the gradient of the table."""
         layer = tl.program_id(1).to(tl.int64)
+        begin = tl.multiple_of(tl.load(starts + layer), BEGIN)
         o = tl.program_id(0) * TILE + tl.arange(0, TILE)
         r, entry = tl.arange(0, RANKS), tl.arange(0, K)
         sum_A = tl.zeros([TILE, RANKS], tl.float32)
@@ -162,7 +181,8 @@ if AVAILABLE:
             i = start + tl.arange(0, TILE)
             inside = (o[:, None] < outputs) & (i[None, :] < inputs)
             place = (layer * outputs + o[:, None]) * inputs + i[None, :]
-            g = tl.load(grad + place, mask=inside, other=0.0).to(tl.float32)
+            there = begin + o[:, None] * inputs + i[None, :]
+            g = tl.load(grads + there, mask=inside, other=0.0).to(tl.float32)
             index = tl.load(indices + place, mask=inside, other=0).to(tl.int32)
             b, scale = _scales(A, B, layer, o, i, r, outputs, inputs, ranks, PRECISION)
             through = g * scale
@@ -177,7 +197,8 @@ if AVAILABLE:
 
     @triton.jit
     def _reduce_columns(
-        grad,
+        grads,
+        starts,
         indices,
         lut,
         A,
@@ -192,6 +213,7 @@ if AVAILABLE:
     ):
         """Some columns of dB."""
         layer = tl.program_id(1).to(tl.int64)
+        begin = tl.multiple_of(tl.load(starts + layer), BEGIN)
         i = tl.program_id(0) * TILE + tl.arange(0, TILE)
         r = tl.arange(0, RANKS)
         sum_B = tl.zeros([RANKS, TILE], tl.float32)
@@ -199,7 +221,8 @@ if AVAILABLE:
             o = start + tl.arange(0, TILE)
             inside = (o[:, None] < outputs) & (i[None, :] < inputs)
             place = (layer * outputs + o[:, None]) * inputs + i[None, :]
-            g = tl.load(grad + place, mask=inside, other=0.0).to(tl.float32)
+            there = begin + o[:, None] * inputs + i[None, :]
+            g = tl.load(grads + there, mask=inside, other=0.0).to(tl.float32)
             index = tl.load(indices + place, mask=inside, other=0).to(tl.int32)
             d_scale = g * tl.load(lut + layer * K + index)
             a = tl.load(

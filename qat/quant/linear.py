@@ -7,12 +7,16 @@ gradients into those of tables and scales.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from qat.quant import codebook
 from qat.quant.scales import entry_sums
+
+if TYPE_CHECKING:
+    from qat.quant.weights import Weights
 
 
 def look_up(lut: Tensor, indices: Tensor) -> Tensor:
@@ -64,6 +68,7 @@ class QuantLinear(nn.Module):
         latent: [O, I] fp32, the weight whose nearest entry each index is, while indices learn.
         bias: [O] or None, as in the layer it replaces.
         dense: W in a compute type while it is kept, which training and inference do.
+        home: where W lies with others while it learns.
     """
 
     def __init__(self, outputs: int, inputs: int, bits: int, rank: int, bias: Tensor | None = None) -> None:
@@ -78,6 +83,7 @@ class QuantLinear(nn.Module):
         self.latent: nn.Parameter | None = None
         self.bias = bias
         self.dense: Tensor | None = None
+        self.home: Weights | None = None
 
     @torch.no_grad()
     def weight(self, dtype: torch.dtype) -> Tensor:
@@ -91,11 +97,11 @@ class QuantLinear(nn.Module):
 
     def bake(self, dtype: torch.dtype) -> None:
         """Keeps W until `unbake`: for layers that do not learn, and for inference."""
-        self.dense = self.weight(dtype)
+        self.dense, self.home = self.weight(dtype), None
 
     def unbake(self) -> None:
         """Computes W anew at every call again."""
-        self.dense = None
+        self.dense, self.home = None, None
 
     @torch.no_grad()
     def normalized(self) -> dict[str, Tensor]:

@@ -73,9 +73,12 @@ def test_recorded_steps_are_plain_steps(checkpoint, teacher, readers, size):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_short_types_stay_close(checkpoint, teacher, readers, dtype):
-    expected = trained(checkpoint, teacher, readers, torch.device("cpu"))
-    figures, _ = trained(checkpoint, teacher, readers, GPU, dtype=dtype)
+@pytest.mark.parametrize("setting", [{}, {"compile": True}, {"compile": True, "checkpointing": True, "micro_batch": 4}])
+@pytest.mark.parametrize("latent", [0.0, 1.0])
+def test_short_types_stay_close(checkpoint, teacher, readers, dtype, setting, latent):
+    train = replace(TRAIN, learn=LearnConfig(latent=latent))
+    expected = trained(checkpoint, teacher, readers, torch.device("cpu"), train=train)
+    figures, _ = trained(checkpoint, teacher, readers, GPU, train=train, dtype=dtype, **setting)
     for ours, theirs in zip(figures, expected[0], strict=True):
         assert ours.loss == pytest.approx(theirs.loss, rel=0.1) and not ours.skipped
 

@@ -9,6 +9,7 @@ from torch import nn
 
 from qat.quant.linear import QuantLinear
 from qat.quant.stack import Stack, stacks
+from qat.quant.weights import Weights
 
 PARTS = ("lut", "scale_A", "rank_magnitude", "scale_B")
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA"))]
@@ -41,10 +42,14 @@ def exact(module: QuantLinear, snap=False) -> tuple[dict[str, torch.Tensor], tor
     return p, lut[module.indices.cpu().long()] * (A @ B)
 
 
+def stack_of(members: list[QuantLinear], dtype=torch.float32, latent=False, snap=False) -> Stack:
+    return stacks(Weights(members, dtype, latent), snap)[0]
+
+
 def train(stack: Stack, grads: torch.Tensor) -> None:
     """A step's passes, the weights' gradients coming in micro-batches."""
-    stack.begin(len(grads))
-    stack.clear()
+    stack.weights.begin(len(grads))
+    stack.weights.clear()
     stack.write()
     for grad in grads:
         for layer, part in zip(stack.layers, grad, strict=True):
@@ -57,7 +62,7 @@ def train(stack: Stack, grads: torch.Tensor) -> None:
 @pytest.mark.parametrize("parts", [1, 3])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_weights_and_gradients_are_those_of_the_plain_formula(shape, parts, snap, device):
-    stack = Stack(layers(2, *shape, device), torch.float32, latent=False, snap=snap)
+    stack = stack_of(layers(2, *shape, device), snap=snap)
     grads = torch.randn(parts, 2, *shape[:2], generator=torch.Generator().manual_seed(1)).to(device)
     train(stack, grads)
     for n, layer in enumerate(stack.layers):
@@ -76,7 +81,7 @@ def test_weights_and_gradients_are_those_of_the_plain_formula(shape, parts, snap
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_in_a_short_type_the_weight_is_rounded_once_and_gradients_stay_fp32(dtype, device):
-    stack = Stack(layers(2, 70, 100, 2, 5, device), dtype, latent=False, snap=False)
+    stack = stack_of(layers(2, 70, 100, 2, 5, device), dtype)
     train(stack, torch.ones(2, 2, 70, 100, device=device))
     for layer in stack.layers:
         weight = exact(layer)[1]
@@ -87,7 +92,7 @@ def test_in_a_short_type_the_weight_is_rounded_once_and_gradients_stay_fp32(dtyp
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_indices_follow_latent_weights_whose_gradient_goes_straight_through(device):
-    stack = Stack(layers(2, 70, 100, 2, 5, device, latent=True), torch.bfloat16, latent=True, snap=False)
+    stack = stack_of(layers(2, 70, 100, 2, 5, device, latent=True), torch.bfloat16, latent=True)
     grads = torch.randn(2, 2, 70, 100, generator=torch.Generator().manual_seed(1)).bfloat16().float().to(device)
     train(stack, grads)
     for n, layer in enumerate(stack.layers):
@@ -102,7 +107,7 @@ def test_layers_of_one_shape_share_a_stack_and_keep_their_own_values():
     first, second, other = *layers(2, 8, 6, 2, 3), *layers(1, 6, 8, 2, 3)
     second.lut.data.add_(1)
     before = [layer.weight(torch.float32) for layer in (first, second, other)]
-    made = stacks([first, other, second], torch.float32)
+    made = stacks(Weights([first, other, second], torch.float32))
     assert [stack.layers for stack in made] == [[first, second], [other]]
     assert all(layer.weight(torch.float32).equal(w) for layer, w in zip((first, second, other), before, strict=True))
     made[0].lut[1].zero_()
@@ -118,16 +123,20 @@ draw = torch.Generator().manual_seed(0)
 for N, O, I, K, R in [(2, 70, 100, 4, 5), (1, 64, 64, 16, 20), (2, 33, 130, 2, 1)]:
     shapes = (N, K), (N, O, R), (N, R, I), (N, O, I), (N, O, I)
     lut, A, B, latent, grad = (torch.randn(*shape, generator=draw) for shape in shapes)
-    index, weight = torch.randint(K, (N, O, I), generator=draw, dtype=torch.uint8), torch.empty(N, O, I)
+    index = torch.randint(K, (N, O, I), generator=draw, dtype=torch.uint8)
+    room = -(-O * I // 16) * 16  # weights begin at multiples of 16
+    flat, starts = torch.zeros(N * room), torch.arange(N) * room
+    layers = flat.view(N, room)[:, : O * I].unflatten(1, (O, I))
     for given in (None, latent):
-        kernels.write(index, lut, A, B, given, weight)
+        kernels.write(index, lut, A, B, given, flat, starts)
         scale = A.double() @ B.double()
         exact = torch.stack([lut[n].double()[index[n].long()] for n in range(N)]) * scale
-        assert torch.allclose(weight.double(), exact, atol=1e-4)
+        assert torch.allclose(layers.double(), exact, atol=1e-4)
     away = (latent.double()[..., None] - lut.double()[:, None, None] * scale[..., None]).abs()
     assert torch.allclose(away.gather(-1, index.long()[..., None])[..., 0], away.min(-1).values, atol=1e-5)
     found = torch.empty_like(lut), torch.empty_like(A), torch.empty_like(B)
-    kernels.gradients(grad, index, lut, A, B, *found)
+    layers.copy_(grad)
+    kernels.gradients(flat, starts, index, lut, A, B, *found)
     for n in range(N):
         exact = linear.gradients(grad[n].double(), index[n], lut[n].double(), A[n].double(), B[n].double())
         assert all(torch.allclose(x[n].double(), y, atol=1e-3) for x, y in zip(found, exact))

@@ -1,0 +1,162 @@
+"""The decoder layers of Llama and Qwen3 as few products and kernels: the forward pass of training on CUDA.
+
+transformers' own layers are the definition, and run everywhere else. Here query, key and value are one
+product, gate and up another; what lies between products is one kernel each (`qat.decoder.kernels`,
+`qat.decoder.attention`), forward and backward (`qat.decoder.functions`).
+
+Shapes: B rows, L tokens, T = B · L, D hidden.
+"""
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from qat.attention.kernels import AVAILABLE, LONGEST, WIDEST
+from qat.decoder.attention import Heads, Places
+from qat.decoder.functions import AddNorm, Attend, Gate, Product
+from qat.norms import norms
+from qat.quant.linear import QuantLinear
+from qat.quant.weights import Weights
+
+ARCHITECTURES = ("llama", "qwen3")
+PROJECTIONS = ("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",)
+
+
+def decoder(model: nn.Module, checkpointing: bool = False) -> "Decoder | None":
+    """The fused form of a causal language model of transformers; None where it has none."""
+    device = next(model.parameters()).device
+    if not AVAILABLE or device.type != "cuda" or not _known(model):
+        return None
+    made = Decoder(model, checkpointing)
+    types = {product.weight.dtype for layer in made.layers for product in layer.products if product.weight is not None}
+    whole = all(product.weight is not None for layer in made.layers for product in layer.products)
+    return made if whole and types in ({torch.bfloat16}, {torch.float16}) else None
+
+
+def _known(model: nn.Module) -> bool:
+    """Whether it is one of the architectures, without what only transformers' own layers do."""
+    config: Any = model.config
+    projections = [m for name, m in model.named_modules() if name.endswith("_proj")]
+    return (
+        config.model_type in ARCHITECTURES
+        and config.hidden_act == "silu"
+        and not getattr(config, "use_sliding_window", False)
+        and all(getattr(module, "bias", None) is None for module in projections)
+        and not any(module.weight.requires_grad for module in norms(model).values())
+        and _width(config) <= WIDEST
+        and not (model.training and config.attention_dropout)
+    )
+
+
+def _width(config: Any) -> int:
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+class Joint:
+    """A product with several linear layers of one input, as one weight."""
+
+    def __init__(self, modules: list[nn.Module]) -> None:
+        """`weight` is None where the layers cannot be one: some learn and others do not, or have no weight at hand."""
+        self.layers: list[Any] = modules
+        homes = {getattr(module, "home", None) for module in modules}
+        self.sums: Weights | None = homes.pop() if len(homes) == 1 else None
+        self.weight: Tensor | None = None
+        if self.sums is not None:
+            weight = self.sums.joint(self.layers)
+            self.weight = None if weight is None else weight.requires_grad_()
+        elif not homes:
+            self.weight = self._fixed()
+
+    def __call__(self, x_TI: Tensor) -> Tensor:
+        """[T, ΣO]."""
+        product: Tensor = Product.apply(x_TI, self.weight, self.sums, self.layers)
+        return product
+
+    def _fixed(self) -> Tensor | None:
+        """Puts the weights into one piece of memory, of which the layers keep views."""
+        if any(type(layer) not in (nn.Linear, QuantLinear) for layer in self.layers):
+            return None
+        weights: list[Any] = [layer.dense if isinstance(layer, QuantLinear) else layer.weight for layer in self.layers]
+        if any(weight is None or weight.requires_grad for weight in weights):
+            return None
+        whole = torch.cat([weight.detach() for weight in weights])
+        for layer, view in zip(self.layers, whole.split([len(weight) for weight in weights]), strict=True):
+            if isinstance(layer, QuantLinear):
+                layer.dense = view
+            else:
+                layer.weight.data = view
+        return whole
+
+
+class Layer:
+    """One decoder layer."""
+
+    def __init__(self, layer: Any, heads: Heads) -> None:
+        parts = {**dict(layer.self_attn.named_children()), **dict(layer.mlp.named_children())}
+        self.products = [Joint([parts[name] for name in names]) for names in PROJECTIONS]
+        self.before, self.between, self.heads = layer.input_layernorm, layer.post_attention_layernorm, heads
+        self.norms = (parts["q_norm"].weight, parts["k_norm"].weight) if "q_norm" in parts else None
+
+    def __call__(self, stream_TD: Tensor, more_TD: Tensor | None, places: Places) -> tuple[Tensor, Tensor]:
+        """The residual stream before the MLP's outputs, and these, which the next norm adds."""
+        qkv, out, both, down = self.products
+        stream_TD, x = add_norm(stream_TD, more_TD, self.before)
+        attended = Attend.apply(qkv(x), places, self.norms, self.heads)
+        stream_TD, x = add_norm(stream_TD, out(attended), self.between)
+        return stream_TD, down(Gate.apply(both(x)))
+
+
+def add_norm(stream_TD: Tensor, more_TD: Tensor | None, norm: Any) -> tuple[Tensor, Tensor]:
+    """`stream + more` and its norm."""
+    both: tuple[Tensor, Tensor] = AddNorm.apply(stream_TD, more_TD, norm.weight, norm.variance_epsilon)
+    return both
+
+
+def _call(layer: Layer, *inputs: Any) -> Any:
+    return layer(*inputs)
+
+
+class Decoder:
+    """All layers of a model, on the weights that its modules had when it was made."""
+
+    def __init__(self, model: Any, checkpointing: bool = False) -> None:
+        """With `checkpointing`, only a layer's inputs are kept for the backward pass, and the rest computed again."""
+        self.base, config = model.base_model, model.config
+        width = _width(config)
+        query, shared = config.num_attention_heads, config.num_key_value_heads
+        heads = Heads(query, shared, width, width**-0.5, config.rms_norm_eps)
+        self.layers = [Layer(layer, heads) for layer in self.base.layers]
+        self.checkpointing = checkpointing
+
+    def __call__(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None
+    ) -> Tensor:
+        """Last hidden states [T, D].
+
+        Args:
+            input_ids: [B, L], at most `LONGEST` tokens a row.
+            attention_mask: boolean [B, 1, L, L], true where a token is seen; None for causal attention.
+            position_ids: [B, L]; None where they count from zero.
+        """
+        run = partial(checkpoint, use_reentrant=False, preserve_rng_state=False) if self.checkpointing else _call
+        if position_ids is None:
+            position_ids = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
+        stream = self.base.embed_tokens(input_ids)
+        cos, sin = (turn.contiguous() for turn in self.base.rotary_emb(stream, position_ids))
+        places = Places(cos, sin, attention_mask)
+        stream, more = stream.flatten(0, 1), None
+        for layer in self.layers:
+            stream, more = run(layer, stream, more, places)
+        return add_norm(stream, more, self.base.norm)[1]
+
+    @staticmethod
+    def takes(input_ids: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None) -> bool:
+        """Whether rows are short enough and a mask is one of their own."""
+        rows, length = input_ids.shape
+        masked = attention_mask is not None
+        return length <= LONGEST and (
+            not masked or (attention_mask.dtype == torch.bool and attention_mask.shape == (rows, 1, length, length))  # type: ignore[union-attr]
+        )

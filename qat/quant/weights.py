@@ -1,0 +1,110 @@
+"""Weights of the layers that learn, in one piece of memory, and the sums of their gradients, laid out alike.
+
+Autograd sees each weight as a leaf. What follows one another in the model lies side by side, so that a
+product with several layers of one input (query, key and value; gate and up) needs no copy: `joint`.
+"""
+
+import math
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from qat.machine import WIDENING
+from qat.quant.linear import QuantLinear
+
+ALIGNMENT = 16  # of where a weight begins, in numbers, so that kernels read and write many at once
+
+
+class Weights:
+    """The weights of some layers and their gradients, summed over the micro-batches of a step.
+
+    Attributes:
+        layers: in the order in which they lie; `dense` of each is a leaf of autograd.
+        latent: indices follow latent weights, which learn by straight-through (Bengio et al. 2013).
+        values: all weights in the compute type, [total].
+    """
+
+    def __init__(self, layers: list[QuantLinear], dtype: torch.dtype, latent: bool = False) -> None:
+        """Makes room; nothing is computed yet."""
+        self.layers, self.latent = layers, latent
+        self._starts: dict[QuantLinear, int] = {}
+        total = 0
+        for layer in layers:
+            self._starts[layer] = total
+            total += math.ceil(layer.indices.numel() / ALIGNMENT) * ALIGNMENT
+        self.values = torch.empty(total, dtype=dtype, device=layers[0].indices.device)
+        self._sums: Tensor | None = None
+        self._adding = False
+        for layer in layers:
+            layer.home, layer.dense = self, self.value(layer).requires_grad_()
+            layer.dense.register_post_accumulate_grad_hook(partial(self._take, layer))
+
+    @property
+    def sums(self) -> Tensor:
+        """The summed gradients [total]: fp32 with several micro-batches or latent weights, else as the weights."""
+        if self._sums is None:
+            raise RuntimeError("gradients before begin()")
+        return self._sums
+
+    def begin(self, micro_batches: int) -> None:
+        """Prepares for the gradients of so many micro-batches."""
+        self._adding = micro_batches > 1
+        dtype = torch.float32 if self._adding or self.latent else self.values.dtype
+        if self._sums is None or self._sums.dtype != dtype:
+            self._sums = None
+            self._sums = torch.zeros_like(self.values, dtype=dtype)  # gaps between weights stay zero
+            if self.latent:
+                for layer in self.layers:
+                    layer.latent.grad = self.sum(layer)  # type: ignore[union-attr]  # straight through
+
+    def clear(self) -> None:
+        """Forgets the gradients of an earlier step."""
+        for layer in self.layers:
+            if layer.dense is not None:
+                layer.dense.grad = None
+        if self._adding:
+            self.sums.zero_()
+
+    def value(self, layer: QuantLinear) -> Tensor:
+        """One layer's weight [O, I], a view."""
+        return self._cut(self.values, [layer]).detach()
+
+    def sum(self, layer: QuantLinear) -> Tensor:
+        """One layer's summed gradient [O, I], a view."""
+        return self._cut(self.sums, [layer])
+
+    def starts(self, layers: list[QuantLinear]) -> Tensor:
+        """Where the weights of some layers begin, int64 on their device, multiples of `ALIGNMENT`."""
+        return torch.tensor([self._starts[layer] for layer in layers], device=self.values.device)
+
+    def joint(self, layers: list[QuantLinear]) -> Tensor | None:
+        """One weight [ΣO, I] of several layers that share an input, a view; None where they do not lie together."""
+        ends = [self._starts.get(layer, -1) + layer.indices.numel() for layer in layers]
+        together = all(self._starts.get(layer) == end for layer, end in zip(layers[1:], ends, strict=False))
+        return self._cut(self.values, layers).detach() if together and layers[0] in self._starts else None
+
+    @torch.no_grad()
+    def add(self, layers: list[QuantLinear], grad_TO: Tensor, input_TI: Tensor) -> None:
+        """Adds the gradient `gradᵀ input` [ΣO, I] of a joint weight to the sums, without a copy where it is one."""
+        place = self._cut(self.sums, layers)
+        if self._adding:
+            place.add_(grad_TO.mT @ input_TI)
+        elif place.dtype == grad_TO.dtype:
+            torch.mm(grad_TO.mT, input_TI, out=place)
+        elif grad_TO.is_cuda and WIDENING:
+            torch.mm(grad_TO.mT, input_TI, out_dtype=place.dtype, out=place)
+        else:
+            place.copy_(grad_TO.mT @ input_TI)
+
+    def _cut(self, whole: Tensor, layers: list[QuantLinear]) -> Tensor:
+        start, inputs = self._starts[layers[0]], layers[0].indices.shape[1]
+        outputs = sum(layer.indices.shape[0] for layer in layers)
+        return whole[start : start + outputs * inputs].view(outputs, inputs)
+
+    def _take(self, layer: QuantLinear, weight: Tensor) -> None:
+        """Moves a weight's new gradient into the sum, so that it is gone before the next layer's comes."""
+        if weight.grad is None:
+            raise RuntimeError("a weight without its gradient")
+        (self.sum(layer).add_ if self._adding else self.sum(layer).copy_)(weight.grad)
+        weight.grad = None

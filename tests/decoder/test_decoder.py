@@ -1,0 +1,132 @@
+"""Fused decoder layers against transformers' own in float64, gradients included."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+CHECK = """
+import copy, os, sys
+device = sys.argv[1]
+if device == "cpu":
+    os.environ["TRITON_INTERPRET"] = "1"
+import torch, transformers
+from torch import nn
+from qat import attention
+from qat.cache import attention as masks
+from qat.decoder import Decoder, decoder
+from qat.forward import FUSED, hidden_states, prepare
+from qat.quant.linear import QuantLinear
+from qat.quant.weights import Weights
+
+ERROR = 1e-5 if device == "cpu" else 5e-2
+SIZES = {"vocab_size": 60, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 2, "head_dim": 16}
+SIZES |= {"num_attention_heads": 4, "num_key_value_heads": 2}
+FAMILIES = {
+    "qwen3": (transformers.Qwen3ForCausalLM, transformers.Qwen3Config),
+    "llama": (transformers.LlamaForCausalLM, transformers.LlamaConfig),
+}
+
+
+def models(family):
+    # the same model twice: exact, and in a type that the kernels take
+    made, settings = FAMILIES[family]
+    torch.manual_seed(0)
+    exact = made(settings(**SIZES)).eval()
+    for name, parameter in exact.named_parameters():
+        parameter.data.normal_(1, 0.3) if "norm" in name else parameter.data.mul_(8)
+        parameter.data = parameter.data.bfloat16().float()
+    exact.requires_grad_(False)
+    model = copy.deepcopy(exact).to(device, torch.float32 if device == "cpu" else torch.bfloat16)
+    model.set_attn_implementation(attention.NAME)
+    model.config.use_cache = False
+    return exact.double(), model
+
+
+def quantize(model, mode):
+    # Weights in place of layers that learn; transformers computes with the same ones.
+    layers = {}
+    for name, module in list(model.named_modules()):
+        if name.endswith("_proj"):
+            layer = QuantLinear(*module.weight.shape, 2, 1).to(device)
+            layer.dense = module.weight.data
+            model.set_submodule(name, layer)
+            if mode in name or mode == "e2e":
+                layers[name] = layer
+    values = {name: layer.dense for name, layer in layers.items()}
+    weights = Weights(list(layers.values()), model.lm_head.weight.dtype)
+    for name, layer in layers.items():
+        weights.value(layer).copy_(values[name])
+    return weights, layers
+
+
+def rows(joined, length=12):
+    ids = torch.randint(60, (3, length))
+    starts = torch.zeros(3, length, dtype=torch.bool)
+    starts[:, [0, 5, 6]] = True
+    return masks.inputs(ids, starts if joined else None)
+
+
+def near(one, other, what):
+    away = (one.double().cpu() - other).norm() / other.norm()
+    assert away < ERROR, (what, float(away))
+
+
+def fuse(model, checkpointing):
+    vars(model.base_model)[FUSED] = Decoder(model, checkpointing)
+    if device == "cuda":
+        assert decoder(model) is not None
+
+
+def check(family, mode, joined, checkpointing, micro_batches=1):
+    exact, model = models(family)
+    weights, layers = quantize(model, mode)
+    given = rows(joined)
+    fuse(model, checkpointing)
+    weights.begin(micro_batches)
+    weights.clear()
+    leaves = {name: exact.get_submodule(name).weight.requires_grad_() for name in layers}
+    for _ in range(micro_batches):
+        wanted = hidden_states(exact, given)
+        found = hidden_states(model, {name: value.to(device) for name, value in given.items()})
+        near(found, wanted, "hidden states")
+        grad = torch.randn_like(wanted)
+        wanted.backward(grad)
+        found.backward(grad.to(found))
+    for name, layer in layers.items():
+        near(weights.sum(layer), leaves[name].grad, name)
+        assert layer.dense.grad is None
+
+
+def check_teacher(family, joined):
+    exact, model = models(family)
+    given = rows(joined)
+    fuse(model, False)
+    with torch.inference_mode():
+        found = hidden_states(model, {name: value.to(device) for name, value in given.items()})
+    near(found, hidden_states(exact, given), "teacher")
+    vars(model.base_model)[FUSED] = None
+    near(hidden_states(model, {name: value.to(device) for name, value in given.items()}), found.double().cpu(), "views")
+
+
+check("qwen3", "e2e", False, False)
+check("qwen3", "mlp", True, True, 2)
+check("llama", "e2e", True, False, 2)
+check("llama", "attn", False, False)
+check_teacher("qwen3", True)
+check_teacher("llama", False)
+"""
+
+
+@pytest.mark.parametrize(
+    "device",
+    ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA"))],
+)
+def test_fused_layers_are_those_of_transformers(device):
+    pytest.importorskip("triton")
+    command = [sys.executable, "-c", CHECK, device]
+    done = subprocess.run(command, cwd=Path(__file__).parents[2], env=os.environ, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
