@@ -14,7 +14,7 @@ from torch import Tensor
 
 from qat.machine import WIDENING
 
-BLOCK = 256  # rows of a sum that are computed together, from the diagonal on
+BLOCK = 512  # rows of a sum that are computed together, from the diagonal on
 
 
 def add_square(total_NN: Tensor, x_TN: Tensor, weight_T: Tensor | None = None) -> None:
