@@ -54,7 +54,7 @@ class Flow:
     def _run(self, batch: Batch, instead: Callable[..., Tensor]) -> Tensor:
         with _in_place_of_layers(self.model, instead):
             inputs = batch.to(self.model.device).inputs()
-            return self.model.base_model(**inputs).last_hidden_state
+            return self.model.base_model(**inputs, use_cache=False).last_hidden_state
 
 
 def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:

@@ -124,6 +124,15 @@ def test_layers_of_packed_rows_see_their_own_documents_only(teacher, layers):
             close(moment, (expected.inputs | expected.outputs)[name].double())
 
 
+@pytest.mark.parametrize("gradients", [False, True])
+def test_a_model_that_would_cache_keys_and_values_sees_no_position_twice(teacher, model, layers, rows, gradients):
+    caching = teacher.load(torch.float32, tiny.CPU)
+    caching.config.use_cache = True
+    found, expected = (gather(m, layers, Text(rows).batches(8), gradients) for m in (caching, model))
+    for name, moment in (found.inputs | found.outputs).items():
+        close(moment, (expected.inputs | expected.outputs)[name].double())
+
+
 def test_only_the_layers_asked_for_are_looked_at(model, layers, rows):
     some = [layer for layer in layers if "layers.1" in layer.name and layer.kind == "mlp"]
     found = gather(model, some, Text(rows).batches(8), gradients=True)
