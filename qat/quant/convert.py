@@ -87,14 +87,17 @@ def quantize(
     cluster, start = BACKENDS[kmeans.backend], {one.layer.name: one.module for one in before or []}
     made: dict[str, Converted] = {}
     device = torch.device("cpu") if device.type == "mps" else device  # Apple GPUs have no float64
-    factors = _Factors(moments, device)
+    factors = _Factors()
     found = stacks(layers, STACK_BYTES[device.type])
     with torch.no_grad(), exact_matmul(), progress("layers quantized", _count(layers), "weights") as advance:
         for number, stack in enumerate(found):
             began = time.monotonic()
             weight = torch.stack([weights(layer.name).to(device, torch.float32) for layer in stack])
             _check(stack, weight)
-            problem = _problem(stack, weight, moments, factors.of(stack, found[number + 1 :]))
+            inputs = {layer.source: moments.inputs[layer.source] for layer in stack}
+            inputs = {source: H.to(device) for source, H in inputs.items()}
+            problem = _problem(stack, weight, inputs, moments.outputs, factors.of(inputs, found[number + 1 :]))
+            del inputs
             if start:
                 tables = improve(problem, _tables([start[layer.name] for layer in stack], device), settings.sweeps)
             else:
@@ -125,26 +128,27 @@ BACKENDS: dict[KMeansBackend, Cluster] = {
 class _Factors:
     """Factorised input moments, each computed once and kept until the last layer that shares the input."""
 
-    def __init__(self, moments: Moments, device: torch.device) -> None:
-        self.moments, self.device = moments, device
+    def __init__(self) -> None:
         self.known: dict[str, Factor] = {}
 
-    def of(self, stack: list[Layer], later: list[list[Layer]]) -> Factor:
-        """The factors of a stack's layers, joined."""
-        for source in dict.fromkeys(layer.source for layer in stack):
-            if source not in self.known:
-                self.known[source] = Factor.of(self.moments.inputs[source][None].to(self.device))
-        joined = Factor.join([self.known[layer.source] for layer in stack])
+    def of(self, inputs: dict[str, Tensor], later: list[list[Layer]]) -> dict[str, Factor]:
+        """The factors of a stack's input moments, by source."""
+        found = {source: self.known.get(source) or Factor.of(H[None]) for source, H in inputs.items()}
         wanted = {layer.source for others in later for layer in others}
-        self.known = {source: factor for source, factor in self.known.items() if source in wanted}
-        return joined
+        self.known = {source: factor for source, factor in (self.known | found).items() if source in wanted}
+        return found
 
 
-def _problem(stack: list[Layer], weight_NOI: Tensor, moments: Moments, factor: Factor) -> Problem:
-    device = weight_NOI.device
-    H = torch.stack([moments.inputs[layer.source].to(device) for layer in stack])
-    G = torch.stack([moments.outputs[layer.name].to(device) for layer in stack]) if moments.outputs else None
-    return Problem(weight_NOI, H, factor, G)
+def _problem(
+    stack: list[Layer],
+    weight_NOI: Tensor,
+    inputs: dict[str, Tensor],
+    outputs: dict[str, Tensor],
+    factors: dict[str, Factor],
+) -> Problem:
+    H = torch.stack([inputs[layer.source] for layer in stack])
+    G = torch.stack([outputs[layer.name].to(H.device) for layer in stack]) if outputs else None
+    return Problem(weight_NOI, H, Factor.join([factors[layer.source] for layer in stack]), G)
 
 
 def stacks(layers: list[Layer], most_bytes: float) -> list[list[Layer]]:

@@ -4,37 +4,34 @@
 gradients g at its outputs, the loss being the surprise at next tokens drawn from the model itself (the true
 Fisher information, Martens & Grosse 2015), and inputs are weighed by the size of the gradient that meets
 them (Kim et al. 2025, "GuidedQuant", arXiv 2505.07004, which weighs by its square; the root lets fewer
-tokens decide and did better here). All in full fp32: TF32 ruins the fit that follows.
+tokens decide and did better here). Sums are exact products added up in fp32 (`qat/quant/products.py`).
 
-A GPU needs at most 2 GB for this beside the model. The moments of Qwen3-0.6B's layers are 4.8 GB, so the
-text passes through the model several times, each time for as many layers as `MOST_BYTES` of moments hold;
-of activations only the inputs of decoder layers are kept, and one layer's are computed again at a time.
+One decoder layer at a time takes the whole text, so the moments of one are on the device at a time. For
+gradients the inputs of decoder layers must be kept until the backward pass: of as many as fit, from the top,
+which is a *section*; for the next one the text goes through the model up to there again. With what else is
+alive, a GPU needs at most 2 GB for this beside the model.
 """
 
-import math
-from collections import defaultdict
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from functools import partial
-from itertools import groupby
-from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from qat.cache.reader import Batch
 from qat.console import progress
 from qat.errors import NumericsError
-from qat.machine import exact_matmul
+from qat.machine import exact_matmul, widened
+from qat.quant.flow import Flow, decoder_layers, micro_batches
 from qat.quant.layers import Layer
 from qat.quant.linear import baked
+from qat.quant.observer import Mean, Observer
 
-LOGITS = 1 << 22  # that exist at one time
-STATES = 1 << 20  # numbers in the hidden states that pass through the model at one time
-MOST_BYTES = 1.1e9  # of moments that are summed on a GPU in one pass over the text
+STATES = {"cuda": 1 << 22, "cpu": 1 << 20}  # numbers in the hidden states that go through a layer at one time
+LOGITS = {"cuda": 1 << 26, "cpu": 1 << 22}  # that exist at one time
+KEPT_BYTES = 7e8  # of inputs of decoder layers
+SHORTEST_SECTION = 4  # decoder layers; a longer text is taken in parts
 
 
 @dataclass(frozen=True)
@@ -51,178 +48,165 @@ class Moments:
 
 
 def gather(model: PreTrainedModel, layers: list[Layer], text: list[Batch], gradients: bool = False) -> Moments:
-    """The moments of the given layers of a model, quantized or not, over some text in micro-batches.
+    """The moments of the given layers of a model, quantized or not, over some text, rows of one length.
 
     Raises:
         NumericsError: an input or a gradient is NaN or infinite.
     """
-    passes = list(_passes(layers, gradients, MOST_BYTES if model.device.type == "cuda" else math.inf))
-    tokens, found = sum(batch.input_ids.numel() for batch in text), Moments()
-    what = "layer curvature" if gradients else "layer inputs"
+    most = STATES.get(model.device.type, STATES["cpu"])
+    batches = micro_batches(text, most // model.config.hidden_size)
+    what, found = "layer curvature" if gradients else "layer inputs", _Means()
+    draw = torch.Generator().manual_seed(0)
     with (
-        torch.set_grad_enabled(gradients),
+        torch.no_grad(),
         exact_matmul(),
         baked(model, model.dtype),
-        progress(what, tokens * len(passes), "tokens") as advance,
+        progress(what, _tokens(batches), "tokens") as advance,
     ):
-        for some in passes:
-            observer = _Observer(model, some, tokens, gradients)
-            draw = torch.Generator().manual_seed(0)
-            with observer.watching():
-                for batch in _small(text, model):
-                    _observe(model, batch, draw if gradients else None)
-                    advance(batch.input_ids.numel())
-            observer.add_to(found)
-    return found
+        for part in _parts(batches, _room(model, gradients)):
+            observers = _backward(model, layers, part, draw) if gradients else _forward(model, layers, part)
+            arriving: Callable[[], list[Mean]] = list
+            for observer in observers:
+                means = observer.means()
+                found.add(arriving())  # of the layer before, while the device computes this one's
+                arriving = means
+                advance(_tokens(part) / len(decoder_layers(model)))
+            found.add(arriving())
+    return found.of(layers)
 
 
-def _passes(layers: list[Layer], gradients: bool, most_bytes: float) -> Iterator[list[Layer]]:
-    """The layers in lists whose moments take at most so many bytes; those that share an input stay together."""
-    together: list[Layer] = []
-    for _, readers in groupby(layers, key=lambda layer: layer.source):
-        more = list(readers)
-        if together and _bytes(together + more, gradients) > most_bytes:
+def _room(model: PreTrainedModel, gradients: bool) -> int:
+    """Tokens that are taken together.
+
+    On a GPU, moments wait in host memory: adding to them there costs more than further forward passes.
+    """
+    token_bytes, kept = model.config.hidden_size * model.dtype.itemsize, 1
+    if gradients:
+        kept = SHORTEST_SECTION if model.device.type == "cuda" else len(decoder_layers(model))
+    return int(KEPT_BYTES / (token_bytes * kept))
+
+
+def _parts(batches: list[Batch], tokens: int) -> Iterator[list[Batch]]:
+    together: list[Batch] = []
+    for batch in batches:
+        if together and _tokens([*together, batch]) > tokens:
             yield together
             together = []
-        together += more
+        together.append(batch)
     yield together
 
 
-def _bytes(layers: list[Layer], gradients: bool) -> int:
-    inputs = {layer.source: layer.shape[1] ** 2 for layer in layers}
-    outputs = [layer.shape[0] ** 2 for layer in layers if gradients]
-    return 4 * (sum(inputs.values()) + sum(outputs))
+def _tokens(batches: list[Batch]) -> int:
+    return sum(batch.input_ids.numel() for batch in batches)
 
 
-def _small(text: list[Batch], model: PreTrainedModel) -> Iterator[Batch]:
-    """The text in micro-batches that are no larger than memory for their activations asks for."""
-    for batch in text:
-        rows, length = batch.input_ids.shape
-        parts = math.ceil(rows * length * model.config.hidden_size / STATES)
-        yield from batch.split(math.ceil(rows / parts))
+def _forward(model: PreTrainedModel, layers: list[Layer], text: list[Batch]) -> Iterator[Observer]:
+    """Moments of the inputs, decoder layer by decoder layer from the lowest."""
+    flow = Flow(model, text)
+    for depth, decoder in enumerate(decoder_layers(model)):
+        observer = Observer(decoder, model, layers)
+        with observer.watching(gradients=False):
+            flow.advance(depth)
+        yield observer
 
 
-def _observe(model: PreTrainedModel, batch: Batch, draw: torch.Generator | None) -> None:
-    """Forward, and backward from labels that are drawn if there is something to draw them with."""
-    hidden = model.base_model(**batch.to(model.device).inputs()).last_hidden_state
-    if draw is not None:
-        uniform = torch.rand(hidden.shape[:2], generator=draw)  # the same for any micro-batch
-        hidden.backward(_surprise(model, hidden.detach(), uniform.to(model.device)))
+def _backward(
+    model: PreTrainedModel, layers: list[Layer], text: list[Batch], draw: torch.Generator
+) -> Iterator[Observer]:
+    """Moments of inputs and gradients, decoder layer by decoder layer from the highest."""
+    decoders = decoder_layers(model)
+    slopes: list[Tensor] = []
+    size = max(1, int(KEPT_BYTES / (_tokens(text) * model.config.hidden_size * model.dtype.itemsize)))
+    for end in range(len(decoders), 0, -size):
+        section = range(max(0, end - size), end)
+        flow = Flow(model, text)
+        kept = _inputs(flow, section)
+        if not slopes:
+            flow.advance(end - 1)
+            slopes = _slopes(flow, draw)
+        flow.states = []
+        for depth in reversed(section):
+            observer = Observer(decoders[depth], model, layers)
+            with observer.watching(gradients=True):
+                for n, states in enumerate(kept.pop()):
+                    slopes[n] = _back(flow, depth, n, states, slopes[n])
+            yield observer
+
+
+def _inputs(flow: Flow, section: range) -> list[list[Tensor]]:
+    """The states before each decoder layer of a section, lowest first."""
+    for depth in range(section.start):
+        flow.advance(depth)
+    kept = [flow.states]
+    for depth in section[:-1]:
+        flow.advance(depth)
+        kept.append(flow.states)
+    return kept
+
+
+def _back(flow: Flow, depth: int, n: int, states: Tensor, slope: Tensor) -> Tensor:
+    """The loss's gradient before a decoder layer, from the one behind it."""
+    with torch.enable_grad():
+        states = states.detach().requires_grad_()
+        return torch.autograd.grad(flow.through(depth, states, n), states, slope)[0]
+
+
+def _slopes(flow: Flow, draw: torch.Generator) -> list[Tensor]:
+    """The surprise's gradient behind the last decoder layer, by micro-batch."""
+    slopes: list[Tensor] = []
+    for n, states in enumerate(flow.states):
+        uniform = torch.rand(states.shape[:2], generator=draw)  # the same for any micro-batch
+        with torch.enable_grad():
+            states = states.detach().requires_grad_()
+            hidden = flow.last(n, states)
+        slope = _surprise(flow.model, hidden.detach(), uniform.to(states.device))
+        slopes += torch.autograd.grad(hidden, states, slope)
+    return slopes
 
 
 def _surprise(model: PreTrainedModel, hidden: Tensor, uniform: Tensor) -> Tensor:
     """Gradient with respect to the hidden states of −log p(token), each token drawn from p by a uniform number."""
-    slopes, positions = [], max(1, LOGITS // model.config.vocab_size)
+    head, slopes = model.lm_head.weight, []
+    positions = max(1, LOGITS.get(head.device.type, LOGITS["cpu"]) // len(head))
     for states, u in zip(hidden.flatten(0, 1).split(positions), uniform.flatten().split(positions), strict=True):
-        states = states.requires_grad_()
-        logits = model.lm_head(states).float()
-        below = logits.detach().softmax(-1).cumsum(-1)
-        tokens = torch.searchsorted(below, (u * below[:, -1])[:, None]).clamp_max(logits.shape[-1] - 1)
-        surprise = nn.functional.cross_entropy(logits, tokens[:, 0], reduction="sum")
-        slopes += torch.autograd.grad(surprise, states)
+        p = widened(states, head)
+        p.sub_(p.amax(-1, keepdim=True)).exp_()  # times what all of them add up to
+        below = p.cumsum(-1)
+        whole = below[:, -1:].clone()
+        token = torch.searchsorted(below, u[:, None] * whole).clamp_max_(len(head) - 1)
+        del below
+        p.div_(whole).scatter_add_(1, token, -torch.ones_like(whole))
+        slopes.append(p.to(head.dtype) @ head)
     return torch.cat(slopes).view_as(hidden)
 
 
-class _Observer:
-    """Sums products of what flows through the layers of a model."""
+class _Means:
+    """Means over all parts of a text."""
 
-    def __init__(self, model: PreTrainedModel, layers: list[Layer], tokens: int, gradients: bool) -> None:
-        self.model, self.tokens, self.gradients = model, tokens, gradients
-        self.readers: dict[str, list[str]] = defaultdict(list)  # layers by the source of their input
+    def __init__(self) -> None:
+        self._moments: dict[tuple[str, bool], Tensor] = {}
+        self._weights: dict[tuple[str, bool], float] = {}
+
+    def add(self, means: list[Mean]) -> None:
+        """Those of a further part."""
+        for mean in means:
+            key = mean.name, mean.output
+            weight = self._weights[key] = self._weights.get(key, 0.0) + mean.weight
+            if key not in self._moments:
+                self._moments[key] = mean.moment
+            elif weight > 0:
+                self._moments[key].lerp_(mean.moment, mean.weight / weight)
+
+    def of(self, layers: list[Layer]) -> Moments:
+        """What layers need, in their order."""
+        found = Moments()
         for layer in layers:
-            self.readers[layer.source].append(layer.name)
-        self.H: dict[str, Tensor] = {}
-        self.G: dict[str, Tensor] = {}
-        self.weight: dict[str, Tensor] = {}
-        self._inputs: dict[str, Tensor] = {}
-        self._squares: dict[str, list[Tensor]] = defaultdict(list)
-
-    @contextmanager
-    def watching(self) -> Iterator[None]:
-        """Hooks for as long as the block lasts."""
-        model, hooks = self.model, []
-        for source, names in self.readers.items():
-            hooks.append(model.get_submodule(source).register_forward_pre_hook(self._input_of(source)))
-            if self.gradients:
-                hooks += [
-                    model.get_submodule(name).register_forward_hook(self._output_of(source, name)) for name in names
-                ]
-        if self.gradients:  # frozen weights: a graph starts where something asks for gradients
-            embeddings = model.get_input_embeddings()
-            hooks.append(embeddings.register_forward_hook(lambda _, __, output: output.detach().requires_grad_()))
-            _compute_twice(model)
-        try:
-            yield
-        finally:
-            for hook in hooks:
-                hook.remove()
-            _compute_once(model)
-
-    def add_to(self, found: Moments) -> None:
-        """The means, in host memory."""
-        inputs = {name: (self.H.pop(name) / self.weight[name].clamp_min(1e-30)).cpu() for name in list(self.H)}
-        outputs = {name: (self.G.pop(name) / self.tokens).cpu() for name in list(self.G)}
-        for name, moment in [*inputs.items(), *outputs.items()]:
-            if not torch.isfinite(moment).all():
-                what = "gradient at the output" if name in outputs else "input"
+            found.inputs[layer.source] = self._moments[layer.source, False]
+        for layer in layers:
+            if (layer.name, True) in self._moments:
+                found.outputs[layer.name] = self._moments[layer.name, True]
+        for name, moment in [*found.inputs.items(), *found.outputs.items()]:
+            if not torch.isfinite(moment.diagonal()).all():  # which every number that flowed is part of
+                what = "gradient at the output" if moment is found.outputs.get(name) else "input"
                 raise NumericsError(f"the {what} of {name} holds NaN or infinity: try instance.precision=fp32")
-        found.inputs.update(inputs)
-        found.outputs.update(outputs)
-
-    def _input_of(self, source: str):  # type: ignore[no-untyped-def]
-        def hook(_: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-            x = arguments[0].detach().flatten(0, -2)
-            if not self.gradients:
-                self._add_input(source, x, torch.ones(len(x), device=x.device))
-            elif torch.is_grad_enabled():
-                self._inputs[source] = x
-
-        return hook
-
-    def _output_of(self, source: str, name: str):  # type: ignore[no-untyped-def]
-        def arrived(gradient: Tensor) -> None:
-            g = gradient.flatten(0, -2).float()
-            self.G[name] = _added(self.G.get(name), g, g)
-            self._squares[source].append(g.square().mean(1))
-            if len(self._squares[source]) == len(self.readers[source]):
-                sizes = torch.stack(self._squares.pop(source)).sum(0).sqrt()
-                self._add_input(source, self._inputs.pop(source), sizes)
-
-        def hook(_: nn.Module, __: tuple[Tensor, ...], output: Tensor) -> None:
-            if torch.is_grad_enabled():  # not when the layer is computed for the first of two times
-                output.register_hook(arrived)
-
-        return hook
-
-    def _add_input(self, source: str, x: Tensor, weight: Tensor) -> None:
-        x = x.float()
-        self.H[source] = _added(self.H.get(source), x * weight[:, None], x)
-        self.weight[source] = self.weight.get(source, torch.zeros((), device=x.device)) + weight.sum()
-
-
-def _compute_twice(model: PreTrainedModel) -> None:
-    """Keeps only the inputs of decoder layers for the backward pass; each is computed again, with gradients, there.
-
-    In the form that runs a whole layer again before anything flows back through it: inputs are then at hand
-    when gradients arrive.
-    """
-    base: Any = model.base_model
-    for layer in base.layers:
-        layer.forward = partial(_checkpointed, layer.forward)
-
-
-def _checkpointed(forward: Any, states_BLD: Tensor, **rest: Any) -> Any:
-    return checkpoint(partial(forward, **rest), states_BLD, use_reentrant=True, preserve_rng_state=False)
-
-
-def _compute_once(model: PreTrainedModel) -> None:
-    base: Any = model.base_model
-    for layer in base.layers:
-        vars(layer).pop("forward", None)
-
-
-def _added(total: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
-    """`total + leftᵀ right`, in place."""
-    if total is None:
-        return left.mT @ right
-    return total.addmm_(left.mT, right)
+        return found

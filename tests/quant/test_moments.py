@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from qat.cache.reader import Text
+from qat.cache.reader import Batch, Text
 from qat.errors import NumericsError
 from qat.quant import moments
 from qat.quant.convert import install
@@ -85,47 +85,59 @@ def test_gradient_moments_do_not_depend_on_the_micro_batch(model, layers, rows):
 
 
 @pytest.mark.parametrize("gradients", [False, True])
-def test_several_passes_over_the_text_give_what_one_gives(monkeypatch, model, layers, rows, gradients):
+@pytest.mark.parametrize("kept_bytes", [1, 40_000])
+def test_parts_of_the_text_and_sections_of_the_model_give_what_the_whole_gives(
+    monkeypatch, model, layers, rows, kept_bytes, gradients
+):
     expected = gather(model, layers, Text(rows).batches(8), gradients)
-    sizes = {layer.source: layer.shape[1] ** 2 * 4 for layer in layers}
-    if gradients:
-        for layer in layers:
-            sizes[layer.source] += layer.shape[0] ** 2 * 4
-    most = sum(sizes.values()) // 3
-    parts = list(moments._passes(layers, gradients, most))
-    assert [layer for part in parts for layer in part] == layers and 3 <= len(parts) <= 6
-    for part in parts:
-        assert sum(sizes[source] for source in {layer.source for layer in part}) <= most
-    passes = moments._passes
-    monkeypatch.setattr(moments, "_passes", lambda layers, gradients, _: passes(layers, gradients, most))
-    monkeypatch.setattr(moments, "STATES", 1000)  # of 10 × 24 × the hidden size
+    monkeypatch.setattr(moments, "STATES", {"cpu": 3 * rows[0].numel() * model.config.hidden_size})  # 3 rows
+    monkeypatch.setattr(moments, "KEPT_BYTES", kept_bytes)
+    monkeypatch.setattr(moments, "LOGITS", {"cpu": 1000})
     found = gather(model, layers, Text(rows).batches(8), gradients)
-    assert found.inputs.keys() == expected.inputs.keys() and found.outputs.keys() == expected.outputs.keys()
+    assert list(found.inputs) == list(expected.inputs) and list(found.outputs) == list(expected.outputs)
     for name, moment in (found.inputs | found.outputs).items():
         close(moment, (expected.inputs | expected.outputs)[name].double())
 
 
-def test_an_input_whose_moments_alone_are_too_large_gets_a_pass_of_its_own(layers):
-    parts = list(moments._passes(layers, True, 1.0))
-    assert [len({layer.source for layer in part}) for part in parts] == [1] * 8
+@pytest.mark.parametrize("layers_kept", [1, 2])
+def test_of_activations_as_many_inputs_of_decoder_layers_are_kept_as_fit(monkeypatch, model, layers, rows, layers_kept):
+    one = rows.numel() * model.config.hidden_size * 4
+    monkeypatch.setattr(moments, "KEPT_BYTES", layers_kept * one)
+    monkeypatch.setattr(moments, "_room", lambda *_: rows.numel())  # the whole text is one part
+    inputs, sections = moments._inputs, []
+    monkeypatch.setattr(moments, "_inputs", lambda *given: sections.append(kept := inputs(*given)) or list(kept))
+    gather(model, layers, Text(rows).batches(4), gradients=True)
+    assert [len(kept) for kept in sections] == [layers_kept] * (2 // layers_kept)
+    assert all(sum(t.nbytes for states in kept for t in states) == layers_kept * one for kept in sections)
+    assert len(model.model.layers) == 2 and all("forward" not in vars(layer) for layer in model.model.layers)
 
 
-def test_of_activations_only_the_inputs_of_decoder_layers_are_kept(monkeypatch, teacher, layers, rows):
-    """With everything kept, what waits for the backward pass grows with what a layer computes inside."""
-    model, kept = teacher.load(torch.float32, tiny.CPU), []
-    surprise = moments._surprise
+def test_layers_of_packed_rows_see_their_own_documents_only(teacher, layers):
+    """Rows that hold several documents give what the documents give in rows of their own."""
+    model, ids = teacher.load(torch.float32, tiny.CPU), torch.randint(200, (6, 16))
+    starts = torch.zeros(3, 32, dtype=torch.uint8)
+    starts[:, ::16] = 1
+    joined = Batch({"input_ids": ids.view(3, 32), "document_starts": starts}, 0, True)
+    for gradients in (False, True):
+        found, expected = (gather(model, layers, text, gradients) for text in ([joined], Text(ids).batches(6)))
+        for name, moment in (found.inputs | found.outputs).items():
+            close(moment, (expected.inputs | expected.outputs)[name].double())
 
-    def watched(model, hidden, uniform):
-        kept.append(sum(tensor.numel() for tensor in saved))
-        return surprise(model, hidden, uniform)
 
-    saved = []
-    monkeypatch.setattr(moments, "_surprise", watched)
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
-        gather(model, layers, Text(rows).batches(16), gradients=True)
-    states = rows.numel() * model.config.hidden_size
-    assert len(model.model.layers) * states <= kept[0] < (len(model.model.layers) + 5) * states
-    assert all("forward" not in vars(layer) for layer in model.model.layers)
+@pytest.mark.parametrize("gradients", [False, True])
+def test_a_model_that_would_cache_keys_and_values_sees_no_position_twice(teacher, model, layers, rows, gradients):
+    caching = teacher.load(torch.float32, tiny.CPU)
+    caching.config.use_cache = True
+    found, expected = (gather(m, layers, Text(rows).batches(8), gradients) for m in (caching, model))
+    for name, moment in (found.inputs | found.outputs).items():
+        close(moment, (expected.inputs | expected.outputs)[name].double())
+
+
+def test_only_the_layers_asked_for_are_looked_at(model, layers, rows):
+    some = [layer for layer in layers if "layers.1" in layer.name and layer.kind == "mlp"]
+    found = gather(model, some, Text(rows).batches(8), gradients=True)
+    assert set(found.outputs) == {layer.name for layer in some}
+    assert set(found.inputs) == {layer.source for layer in some}
 
 
 def test_a_quantized_model_can_be_looked_at_too(teacher, model, layers, rows):
