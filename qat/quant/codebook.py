@@ -87,10 +87,18 @@ def check(x: Tensor, weight: Tensor) -> None:
 
 
 def nearest(x: Tensor, codebook_NK: Tensor) -> Tensor:
-    """Index, uint8, of the entry nearest to each value of `x` [N, …]; ties go to the larger entry."""
+    """Index, uint8, of the entry nearest to each value of `x` [N, …]; ties go to the larger entry.
+
+    On a GPU one search, which is one launch. A CPU compares many values at once with each boundary instead.
+    """
     middle_NK = ((codebook_NK[:, 1:] + codebook_NK[:, :-1]) / 2).contiguous()
-    found = torch.searchsorted(middle_NK, x.flatten(1).contiguous(), right=True, out_int32=True)
-    return found.to(torch.uint8).view(x.shape)
+    if x.device.type != "cpu":
+        found = torch.searchsorted(middle_NK, x.flatten(1).contiguous(), right=True, out_int32=True)
+        return found.to(torch.uint8).view(x.shape)
+    index = torch.zeros(x.shape, dtype=torch.uint8)
+    for middle_N in middle_NK.unbind(1):
+        index += (x >= middle_N.view(-1, *[1] * (x.dim() - 1))).view(torch.uint8)
+    return index
 
 
 def relative(weight: Tensor, S: Tensor) -> Tensor:

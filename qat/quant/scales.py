@@ -120,9 +120,13 @@ def _solver(gram_NXP: Tensor) -> Callable[[Tensor], Tensor]:
     return lambda right: torch.where(healthy, torch.cholesky_solve(right[..., None], factor)[..., 0], 0.0)
 
 
-def refit(x: Tensor, linear: Linear, weight_NOI: Tensor, h_NI: Tensor) -> Tensor:
-    """The unknowns with the least `Σ h (W − expand(x))²`, damped towards the given ones."""
-    return x + linear.solve(linear.reduce((weight_NOI - linear.expand(x)).mul_(h_NI[:, None])))
+def refit(x: Tensor, linear: Linear, weight_NOI: Tensor, h_NI: Tensor, relaxation: float = 1.0) -> Tensor:
+    """The unknowns with the least `Σ h (W − expand(x))²`, damped towards the given ones.
+
+    A relaxation below 1 goes a part of that way, one above 1 beyond; up to 2 the sum does not rise.
+    """
+    step = linear.solve(linear.reduce((weight_NOI - linear.expand(x)).mul_(h_NI[:, None])))
+    return x + relaxation * step
 
 
 def conjugate_gradient(x: Tensor, linear: Linear, weight_NOI: Tensor, curvature: Curvature, iterations: int) -> Tensor:

@@ -6,7 +6,7 @@ import torch
 
 from qat.quant import assign, codebook, scales
 from qat.quant.curvature import Curvature, Factor, damp
-from qat.quant.fit import Problem, Tables, alternate, fit, importance, refine, start
+from qat.quant.fit import RELAXATION, Problem, Tables, alternate, fit, importance, refine, sample, start
 
 
 def problem(seed=0, layers=3, outputs=48, inputs=96):
@@ -115,6 +115,29 @@ def test_no_round_raises_the_weighted_error(seed):
         tables = better
 
 
+def test_over_relaxed_rounds_come_as_far_as_twice_as_many_to_the_minimum(monkeypatch):
+    weight, H = problem(outputs=128, inputs=256)
+    h = importance(H)
+
+    def error_after(rounds, relaxation):
+        monkeypatch.setattr("qat.quant.fit.RELAXATION", relaxation)
+        tables = start(weight, h, 4, 8, codebook.kmeans)
+        for _ in range(rounds):
+            tables = alternate(tables, weight, h)
+        return (h[:, None] * (weight - tables.weight()).square()).sum((1, 2))
+
+    assert (error_after(4, RELAXATION) < error_after(8, 1.0) * 1.01).all()
+
+
+def test_a_large_layer_has_its_table_fitted_to_a_sample(monkeypatch):
+    weight, H = problem(layers=2)
+    whole = fitted(weight, H)
+    monkeypatch.setattr("qat.quant.fit.SAMPLE", 96 * 12)
+    assert sample(weight) == slice(None, None, 4)
+    ratio = output_error(fitted(weight, H), weight, H) / output_error(whole, weight, H)
+    assert (ratio < 1.1).all() and not torch.equal(ratio, torch.ones(2))
+
+
 def watched(monkeypatch, module, name, objective):
     """The objective before and after each call of `name`, which changes some of the unknowns of `module`."""
     seen, original = [], getattr(module, name)
@@ -141,8 +164,8 @@ def test_in_float64_no_sub_step_of_a_round_raises_the_weighted_error(monkeypatch
     for _ in range(6):
         before = objective(weight - tables.weight())
         tables = alternate(tables, weight, h)
-        (moved, table), rows, columns = seen  # `moved`: with the new indices
-        steps = [before, moved, table, *rows, *columns, objective(weight - tables.weight())]
+        table, columns, rows = seen
+        steps = [before, *table, *columns, *rows, objective(weight - tables.weight())]
         assert all((later <= earlier * (1 + 1e-12)).all() for earlier, later in pairwise(steps))
         seen.clear()
     assert tables.A_NOR.dtype == torch.float64

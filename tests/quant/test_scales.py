@@ -100,13 +100,20 @@ def test_refit_is_weighted_least_squares_damped_towards_the_last_value(kind):
         np.testing.assert_allclose(found[n].flatten(), expected, rtol=2e-3, atol=2e-3)
 
 
-@settings(max_examples=20, deadline=None, derandomize=True)
-@given(st.integers(0, 10_000), st.sampled_from(KINDS), st.integers(1, 12))
-def test_refit_never_raises_the_weighted_error(seed, kind, rank):
+@settings(max_examples=30, deadline=None, derandomize=True)
+@given(st.integers(0, 10_000), st.sampled_from(KINDS), st.integers(1, 12), st.sampled_from([0.5, 1.0, 1.5, 2.0]))
+def test_refit_never_raises_the_weighted_error(seed, kind, rank, relaxation):
     p = Problem(seed, rank=rank)
     x, linear = p.linear(kind, p.h)
-    before, after = diagonal_error(p, linear, x), diagonal_error(p, linear, scales.refit(x, linear, p.W, p.h))
-    assert (after <= before * (1 + 1e-5)).all()
+    found = scales.refit(x, linear, p.W, p.h, relaxation)
+    assert (diagonal_error(p, linear, found) <= diagonal_error(p, linear, x) * (1 + 1e-5)).all()
+
+
+def test_relaxation_goes_a_multiple_of_the_way():
+    p = Problem()
+    x, linear = p.linear("rows", p.h)
+    minimum, beyond = (scales.refit(x, linear, p.W, p.h, relaxation) for relaxation in (1.0, 1.5))
+    assert torch.allclose(beyond - x, 1.5 * (minimum - x), rtol=1e-4, atol=1e-5)
 
 
 @settings(max_examples=30, deadline=None, derandomize=True)
