@@ -44,7 +44,7 @@ def load(
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
     """The student of a checkpoint folder, a V2 state dict or a V2 folder, and its manifest.
 
-    With `latents` its layers have latent weights: the checkpoint's, else what its tables stand for.
+    With `latents` its layers have latent weights: the checkpoint's, else some near the teacher's (`qat.quant.latent`).
 
     Raises:
         ArtifactError: the files are damaged, no checkpoint's, or do not belong to this teacher.
@@ -52,7 +52,7 @@ def load(
     found = find(path)
     model, described = (native if found.is_dir() else v2).load(found, teacher, machine)
     if latents:
-        native.add_latents(model, latent(found))
+        native.add_latents(model, latent(found), teacher)
     return model, described
 
 

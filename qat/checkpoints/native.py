@@ -7,7 +7,7 @@ these too, `own.safetensors` has them; where training kept the weights that the 
 """
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -20,6 +20,7 @@ from qat.errors import ArtifactError
 from qat.machine import Machine
 from qat.models import ModelFolder, linear
 from qat.norms import set_learned
+from qat.quant import latent as latents
 from qat.quant import packing
 from qat.quant.layers import Layer, bits_per_weight
 from qat.quant.linear import QuantLinear, quantized
@@ -133,12 +134,15 @@ def latent(folder: Path) -> dict[str, torch.Tensor]:
     return {name.removesuffix(".latent"): w for name, w in load_file(path).items()} if path.is_file() else {}
 
 
-def add_latents(model: PreTrainedModel, known: dict[str, torch.Tensor]) -> None:
-    """Latent weights for every quantized layer: the known ones, else what its tables stand for."""
-    for name, layer in quantized(model).items():
-        value = known.get(name)
-        value = layer.weight(torch.float32) if value is None else value.to(layer.indices.device, torch.float32)
-        layer.latent = torch.nn.Parameter(value, requires_grad=False)
+def add_latents(model: PreTrainedModel, known: dict[str, torch.Tensor], teacher: ModelFolder) -> None:
+    """Latent weights for every quantized layer: the known ones, else such as begin near the teacher's."""
+    layers = quantized(model)
+    original = None if known.keys() >= layers.keys() else teacher.load(torch.float32, torch.device("cpu"))
+    for name, layer in layers.items():
+        device, value = layer.indices.device, known.get(name)
+        if value is None and original is not None:
+            value = latents.between(layer, linear(original, name).weight.to(device))
+        layer.latent = torch.nn.Parameter(cast(torch.Tensor, value).to(device, torch.float32), requires_grad=False)
 
 
 def _latents(model: PreTrainedModel) -> dict[str, torch.Tensor]:

@@ -68,7 +68,7 @@ def test_the_fit_beats_nearest_values_on_fitted_scales(teacher, cache, layers, m
 def test_training_moves_scales_and_indices_and_nothing_else(teacher, cache, made):
     student = student_of(teacher, made)
     modules = quantized(student)
-    checkpoints.native.add_latents(student, {})
+    checkpoints.native.add_latents(student, {}, teacher)
     before = {
         name: [getattr(m, part).clone() for part in ("lut", "scale_B", "rank_magnitude", "scale_A", "indices")]
         for name, m in modules.items()
