@@ -22,7 +22,7 @@ from qat.quant.layers import Layer
 from qat.quant.linear import QuantLinear
 from qat.quant.moments import Moments, gather
 
-STACK_BYTES = {"cpu": 4e8, "cuda": 3e9}  # of work space: what caches still help with; what hides launches
+STACK_BYTES = {"cpu": 2e8, "cuda": 3e9}  # of work space: what caches still help with; what hides launches
 
 Load = Callable[[], PreTrainedModel]
 Weights = Callable[[str], Tensor]
