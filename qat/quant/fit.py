@@ -1,12 +1,12 @@
 """Fits one stack of layers of the same shape: table, indices and scales, from weights and curvature.
 
-Three steps. *Alternate*: table, B and A by least weighted squares, each given the others, then the indices
-nearest to the grid, the weights being the diagonal of the layer inputs' second moment. B and A go further
+Three steps. *Alternate*: table, A and B by least weighted squares, each given the others, then the indices
+nearest to the grid, the weights being the diagonal of the layer inputs' second moment. A and B go further
 than to their minimum (successive over-relaxation, Young 1954), for in a few rounds that comes as far as
 minima do in many. *Assign*: the indices again, with error compensation under the whole second moment.
 *Descend*: A, B and the table under the whole curvature, inputs and outputs, by conjugate gradients; then
-sweeps of coordinate descent over the indices, each followed by such a refinement. In this last step the cost
-never rises.
+sweeps of coordinate descent over the indices, each followed by such a refinement. In this last step the
+cost never rises.
 """
 
 from collections.abc import Callable
@@ -21,7 +21,7 @@ from qat.quant.curvature import Curvature, Factor
 Cluster = Callable[[Tensor, Tensor, int], Tensor]
 
 CG_ITERATIONS = 4
-SAMPLE = 1 << 18  # weights of a layer that its few table entries are fitted to in the first step
+SAMPLE = 1 << 18  # weights of a layer that a round fits the table to; the first comes from all, as few may decide it
 RELAXATION = 1.5  # of the way to the minimum; below 2 the error cannot rise
 FARTHEST = 8.0  # root mean squares beyond which a relative weight says more about its scale than about the table
 
@@ -119,24 +119,24 @@ def importance(H_NII: Tensor) -> Tensor:
 
 
 def start(weight_NOI: Tensor, h_NI: Tensor, entries: int, rank: int, cluster: Cluster) -> Tables:
-    """Scales from group means, then the best table for a sample of the weights relative to them."""
+    """Scales from group means, then the best table for the weights relative to them."""
     A, B = scales.initial(weight_NOI, rank)
-    S, some = A @ B, sample(weight_NOI)
-    x = codebook.relative(weight_NOI[:, some], S[:, some]).flatten(1)
-    matters = (S[:, some].square() * h_NI[:, None]).flatten(1)
+    S = A @ B
+    x = codebook.relative(weight_NOI, S).flatten(1)
+    matters = (S.square() * h_NI[:, None]).flatten(1)
     spread = (matters * x.square()).sum(1, keepdim=True).div_(matters.sum(1, keepdim=True).clamp_min_(1e-30)).sqrt_()
     table = cluster(x.clamp(-FARTHEST * spread, FARTHEST * spread), matters, entries)
     return Tables(assign.nearest(weight_NOI, S, table), table, A, B)
 
 
 def alternate(tables: Tables, weight_NOI: Tensor, h_NI: Tensor) -> Tables:
-    """One round: table, B, A, indices, each better under a diagonal importance given the others."""
+    """One round: table, A, B, indices, each better under a diagonal importance given the others."""
     some, index = sample(weight_NOI), tables.index_NOI
     linear = scales.table(index[:, some], tables.A_NOR[:, some] @ tables.B_NRI, h_NI, tables.table_NK.shape[1])
     table = scales.refit(tables.table_NK, linear, weight_NOI[:, some], h_NI)
     Q = scales.look_up(table, index)
-    B = scales.refit(tables.B_NRI, scales.columns(Q, tables.A_NOR, h_NI), weight_NOI, h_NI, RELAXATION)
-    A = scales.refit(tables.A_NOR, scales.rows(Q, B, h_NI), weight_NOI, h_NI, RELAXATION)
+    A = scales.refit(tables.A_NOR, scales.rows(Q, tables.B_NRI, h_NI), weight_NOI, h_NI, RELAXATION)
+    B = scales.refit(tables.B_NRI, scales.columns(Q, A, h_NI), weight_NOI, h_NI, RELAXATION)
     table = table.sort(dim=1).values
     return Tables(assign.nearest(weight_NOI, A @ B, table), table, A, B)
 
