@@ -245,7 +245,7 @@ class ConvertConfig:
     calibration_tokens: int = 16_384  # cached training tokens whose layer inputs weigh the errors
     gradients: bool = False  # errors weigh as they change the model's output, not the layer's own
     passes: int = 1  # from the second on, layer inputs are those of the quantized model
-    rounds: int = 4  # alternations of indices, tables and scales in the first pass
+    rounds: int = 8  # alternations of indices, tables and scales in the first pass
     sweeps: int = 0  # of coordinate descent over the indices in each pass
 
 
