@@ -122,6 +122,8 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
 
 def show(axes: Any, points: list[tuple[float, float, str]], method: str, color: str, above: bool) -> None:
     """One method: a line with names above or below it if it is ours, else points."""
+    from matplotlib.patheffects import withStroke
+
     bits, kl, names = zip(*points, strict=True)
     if not method.startswith(OURS):
         axes.plot(bits, kl, linestyle="", marker="s", markersize=6, color=color, label=method)
@@ -129,4 +131,5 @@ def show(axes: Any, points: list[tuple[float, float, str]], method: str, color: 
     axes.plot(bits, kl, marker="o", color=color, label=method)
     for x, y, name in zip(bits, kl, names, strict=True):
         place: dict[str, Any] = {"xytext": (5, 5)} if above else {"xytext": (-6, -10), "ha": "right"}
-        axes.annotate(name, (x, y), textcoords="offset points", fontsize=7, color=color, **place)
+        label = axes.annotate(name, (x, y), textcoords="offset points", fontsize=7, color=color, zorder=5, **place)
+        label.set_path_effects([withStroke(linewidth=2, foreground="white")])  # readable on other points
