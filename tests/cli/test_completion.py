@@ -17,7 +17,7 @@ CASES = [
     ("qua", ["quant.", "quant="]),
     ("quant=q3", ["quant=q3a4_r8"]),
     ("-m quant=q2a4,q3", ["quant=q2a4,q3a4_r8"]),
-    ("+experiment=q", ["+experiment=quick"]),
+    ("+experiment=qui", ["+experiment=quick"]),
     ("quant=q2a4 train.st", ["train.steps="]),
     ("train.lea", ["train.learn."]),
     ("first.train.learn.n", ["first.train.learn.norms="]),
