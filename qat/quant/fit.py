@@ -2,7 +2,7 @@
 
 Three steps. *Alternate*: table, A and B by least weighted squares, each given the others, then the indices
 nearest to the grid, the weights being the diagonal of the layer inputs' second moment. A and B go further
-than to their minimum (successive over-relaxation, Young 1954), which comes as far in half the rounds.
+than to their minimum (successive over-relaxation, Young 1954), by which the error falls faster.
 *Assign*: the indices again, with error compensation under the whole second moment. *Descend*: A, B and the
 table under the whole curvature, inputs and outputs, by conjugate gradients; then sweeps of coordinate
 descent over the indices, each followed by such a refinement. In this last step the cost never rises.
