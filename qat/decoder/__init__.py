@@ -76,12 +76,18 @@ class Joint:
         return product
 
     def _fixed(self) -> Tensor | None:
-        """Puts the weights into one piece of memory, of which the layers keep views."""
+        """The weights as one piece of memory, into which they are put unless they lie there already.
+
+        Whoever recorded a graph relies on the latter: weights that move leave it with memory that is others' now.
+        """
         if any(type(layer) not in (nn.Linear, QuantLinear) for layer in self.layers):
             return None
         weights: list[Any] = [layer.dense if isinstance(layer, QuantLinear) else layer.weight for layer in self.layers]
         if any(weight is None or weight.requires_grad for weight in weights):
             return None
+        whole = _together([weight.detach() for weight in weights])
+        if whole is not None:
+            return whole
         whole = torch.cat([weight.detach() for weight in weights])
         for layer, view in zip(self.layers, whole.split([len(weight) for weight in weights]), strict=True):
             if isinstance(layer, QuantLinear):
@@ -89,6 +95,17 @@ class Joint:
             else:
                 layer.weight.data = view
         return whole
+
+
+def _together(weights: list[Tensor]) -> Tensor | None:
+    """The weights [O, I] as one [ΣO, I], a view; None where they do not follow one another in memory."""
+    first, place = weights[0], weights[0].storage_offset()
+    for weight in weights:
+        beside = weight.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
+        if not (beside and weight.is_contiguous() and weight.storage_offset() == place):
+            return None
+        place += weight.numel()
+    return first.as_strided((sum(map(len, weights)), first.shape[1]), first.stride())
 
 
 class Layer:

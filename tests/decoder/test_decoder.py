@@ -7,6 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
+
+from qat.decoder import Joint
 
 CHECK = """
 import copy, os, sys
@@ -130,3 +133,24 @@ def test_fused_layers_are_those_of_transformers(device):
     command = [sys.executable, "-c", CHECK, device]
     done = subprocess.run(command, cwd=Path(__file__).parents[2], env=os.environ, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_weights_of_a_joint_product_move_once_and_never_again():
+    """Recorded graphs hold on to where weights lie: a second decoder of one model must not take them away."""
+    layers = [nn.Linear(6, outputs, bias=False).requires_grad_(False) for outputs in (4, 2, 3)]
+    before = [layer.weight.clone() for layer in layers]
+    joint = Joint(layers).weight
+    assert torch.equal(joint, torch.cat(before))
+    places = [layer.weight.data_ptr() for layer in layers]
+    again = Joint(layers).weight
+    assert again.data_ptr() == joint.data_ptr() == places[0] and torch.equal(again, joint)
+    assert [layer.weight.data_ptr() for layer in layers] == places
+    assert all(torch.equal(layer.weight, weight) for layer, weight in zip(layers, before, strict=True))
+
+
+def test_weights_of_one_storage_that_do_not_follow_one_another_are_joined_anew():
+    storage = torch.randn(5, 6)
+    layers = [nn.Linear(6, len(rows), bias=False).requires_grad_(False) for rows in (storage[:2], storage[3:])]
+    layers[0].weight.data, layers[1].weight.data = storage[:2], storage[3:]
+    assert torch.equal(Joint(layers).weight, storage[[0, 1, 3, 4]])
+    assert torch.equal(Joint(layers[::-1]).weight, storage[[3, 4, 0, 1]])

@@ -154,5 +154,8 @@ def test_a_recorded_step_writes_what_single_ones_do(tiny, compiled):
     model = tiny.load(torch.float32, torch.device("cuda"))
     plain = write(tiny.load(torch.float32, torch.device("cpu")))
     writer = Writer(model, GREEDY, 4, 31, compiled)
-    assert writer(PROMPTS, 0, quiet) == plain == writer(PROMPTS, 0, quiet)
+    assert writer(PROMPTS, 0, quiet) == plain
+    places = [weight.data_ptr() for weight in model.parameters()]  # which the recording reads from
+    assert writer(PROMPTS, 0, quiet) == plain
+    assert [weight.data_ptr() for weight in model.parameters()] == places
     assert len(writer.recorder._graphs) == 1
