@@ -389,7 +389,7 @@ def random_layer(outputs: int, inputs: int, bits: int, rank: int, device: torch.
 
 
 def batch(options: argparse.Namespace, rows: int, seed: int, ranks: Ranks) -> Batch:
-    """Random tokens and targets, as the cache would give them."""
+    """Random tokens and targets, as the cache would give them: for a GPU in pinned memory."""
     draw = torch.Generator().manual_seed(seed * ranks.count + ranks.rank)
     vocabulary = 640 if options.tiny else 49152 if options.model == "smollm2" else 151936
     ids = torch.randint(vocabulary, (rows, options.length), generator=draw)
@@ -401,6 +401,8 @@ def batch(options: argparse.Namespace, rows: int, seed: int, ranks: Ranks) -> Ba
         "topk_logprobs": (logits.log_softmax(-1) - 0.05).half(),
         **encode_ids(top, vocabulary),
     }
+    if options.device == "cuda":
+        stored = {name: tensor.pin_memory() for name, tensor in stored.items()}
     return Batch(stored, vocabulary, False)
 
 

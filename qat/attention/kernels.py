@@ -68,14 +68,14 @@ def _sizes(q_BHLD: Tensor, k_BKLD: Tensor, mask_B1LL: Tensor | None) -> tuple[in
 if AVAILABLE:
 
     @triton.jit
-    def _probabilities(products, mask, row, t, scale, L: tl.constexpr, MASKED: tl.constexpr):
-        """The softmax of a head's scores, which are `products · scale`; fp32."""
-        inside = (t[None, :] < L) & (t[:, None] < L)
-        seen = inside & (t[None, :] <= t[:, None])
+    def _probabilities(products, mask, row, q, k, scale, L: tl.constexpr, MASKED: tl.constexpr):
+        """The softmax of the scores `products · scale` of queries at q with keys at k; fp32."""
+        inside = (k[None, :] < L) & (q[:, None] < L)
+        seen = inside & (k[None, :] <= q[:, None])
         if MASKED:
-            seen = tl.load(mask + (row * L + t[:, None]) * L + t[None, :], mask=inside, other=0) != 0
+            seen = tl.load(mask + (row * L + q[:, None]) * L + k[None, :], mask=inside, other=0) != 0
         # Rows of padding see themselves, or their softmax would be 0 / 0.
-        seen = seen | (t[None, :] == t[:, None])
+        seen = seen | (k[None, :] == q[:, None])
         scores = tl.where(seen, products * scale, float("-inf"))
         p = tl.exp(scores - tl.max(scores, 1)[:, None])
         return p / tl.sum(p, 1)[:, None]
@@ -119,7 +119,7 @@ if AVAILABLE:
         for one in range(GROUP):
             head = shared * GROUP + one
             queries = tl.load(_tile(q, q_row, q_head, q_token, row, head, t, d), mask=inside, other=0.0)
-            p = _probabilities(tl.dot(queries, tl.trans(keys)), mask, row, t, scale, L, MASKED)
+            p = _probabilities(tl.dot(queries, tl.trans(keys)), mask, row, t, t, scale, L, MASKED)
             mixed = tl.dot(p.to(values.dtype), values)
             tl.store(
                 _tile(out, out_row, out_head, out_token, row, head, t, d), mixed.to(out.dtype.element_ty), mask=inside
@@ -175,7 +175,7 @@ if AVAILABLE:
             head = shared * GROUP + one
             queries = tl.load(_tile(q, q_row, q_head, q_token, row, head, t, d), mask=inside, other=0.0)
             g = tl.load(_tile(grad, grad_row, grad_head, grad_token, row, head, t, d), mask=inside, other=0.0)
-            p = _probabilities(tl.dot(queries, tl.trans(keys)), mask, row, t, scale, L, MASKED)
+            p = _probabilities(tl.dot(queries, tl.trans(keys)), mask, row, t, t, scale, L, MASKED)
             sum_v = tl.dot(tl.trans(p.to(g.dtype)), g, sum_v)
             d_p = tl.dot(g, tl.trans(values))
             d_scores = (p * (d_p - tl.sum(p * d_p, 1)[:, None]) * scale).to(queries.dtype)

@@ -24,7 +24,8 @@ if AVAILABLE:
     from qat.attention.kernels import _probabilities
 
 FORWARD = {"num_warps": 4}
-BACKWARD = {"num_warps": 8}
+# Registers decide: those of short rows are enough for few queries at once, and nothing is read ahead for others.
+BACKWARD = {64: {"QUERIES": 32, "num_warps": 4, "num_stages": 1}, 128: {"QUERIES": 128, "num_warps": 8}}
 
 
 @dataclass(frozen=True)
@@ -80,9 +81,15 @@ def backward(
     """The gradient of `qkv_TF` from that of the outputs."""
     d_qkv = torch.empty_like(qkv_TF)
     grid = (len(qkv_TF) // places.cos.shape[1], heads.shared)
-    arguments = _arguments(qkv_TF, places, norms, heads)
-    _backward[grid](qkv_TF, grad_TF, d_qkv, *arguments, **_constants(places, norms, heads), **BACKWARD)
+    arguments, constants = _arguments(qkv_TF, places, norms, heads), _constants(places, norms, heads)
+    _backward[grid](qkv_TF, grad_TF, d_qkv, *arguments, **constants, **_cut(constants["TOKENS"]))
     return d_qkv
+
+
+def _cut(tokens: int) -> dict[str, int]:
+    """Queries that the backward pass takes at once, and how it is launched."""
+    fitting = BACKWARD[64 if tokens <= 64 else 128]
+    return {**fitting, "QUERIES": min(fitting["QUERIES"], tokens)}
 
 
 def _arguments(
@@ -111,54 +118,89 @@ def _constants(places: Places, norms: tuple[Tensor, Tensor] | None, heads: Heads
 if AVAILABLE:
 
     @triton.jit
-    def _halves(pointer, t, d, row: tl.constexpr, L: tl.constexpr, D: tl.constexpr):
-        """The two halves of a head's numbers [TOKENS, HALF], from a pointer to the first token's."""
-        inside = (t[:, None] < L) & (d[None, :] < D // 2)
-        place = pointer + t[:, None] * row + d[None, :]
-        return tl.load(place, mask=inside, other=0.0), tl.load(place + D // 2, mask=inside, other=0.0)
+    def _inside(t, d, L: tl.constexpr, WIDTH: tl.constexpr):
+        return (t[:, None] < L) & (d[None, :] < WIDTH)
+
+    # Two loads of one thing are one to the compiler, and what they give stays in registers from the first to
+    # the second, unless they differ in how they use the caches: `HOW`.
+    FIRST, AGAIN = tl.constexpr(""), tl.constexpr(".ca")
 
     @triton.jit
-    def _set_halves(pointer, one, two, t, d, row: tl.constexpr, L: tl.constexpr, D: tl.constexpr):
-        inside = (t[:, None] < L) & (d[None, :] < D // 2)
+    def _halves(pointer, t, d, row: tl.constexpr, L: tl.constexpr, D: tl.constexpr, HOW: tl.constexpr):
+        """The two halves of a head's numbers [T, HALF], from a pointer to the first token's."""
+        inside = _inside(t, d, L, D // 2)
         place = pointer + t[:, None] * row + d[None, :]
-        tl.store(place, one.to(pointer.dtype.element_ty), mask=inside)
-        tl.store(place + D // 2, two.to(pointer.dtype.element_ty), mask=inside)
+        one = tl.load(place, mask=inside, other=0.0, cache_modifier=HOW)
+        return one, tl.load(place + D // 2, mask=inside, other=0.0, cache_modifier=HOW)
 
     @triton.jit
-    def _weights(weight, d, D: tl.constexpr, NORMS: tl.constexpr):
-        """The two halves of a norm's weight [1, HALF]; ones without norms."""
-        if NORMS:
-            one = tl.load(weight + d, mask=d < D // 2, other=0.0).to(tl.float32)
-            two = tl.load(weight + D // 2 + d, mask=d < D // 2, other=0.0).to(tl.float32)
-        else:
-            one = d * 0.0 + 1.0
-            two = one
-        return one[None, :], two[None, :]
+    def _turns(cos, sin, t, d, L: tl.constexpr, D: tl.constexpr, HOW: tl.constexpr):
+        """Cosines and sines [T, HALF] of the first half, fp32."""
+        inside = _inside(t, d, L, D // 2)
+        place = t[:, None] * D + d[None, :]
+        c = tl.load(cos + place, mask=inside, other=0.0, cache_modifier=HOW)
+        return c.to(tl.float32), tl.load(sin + place, mask=inside, other=0.0, cache_modifier=HOW).to(tl.float32)
+
+    @triton.jit
+    def _weights(weight, d, D: tl.constexpr):
+        """The two halves of a norm's weight [1, HALF]."""
+        one = tl.load(weight + d, mask=d < D // 2, other=0.0)
+        two = tl.load(weight + D // 2 + d, mask=d < D // 2, other=0.0)
+        return one.to(tl.float32)[None, :], two.to(tl.float32)[None, :]
 
     @triton.jit
     def _root(one, two, epsilon, D: tl.constexpr):
         return tl.rsqrt((tl.sum(one * one, 1) + tl.sum(two * two, 1)) / D + epsilon)[:, None]
 
     @triton.jit
-    def _turned(one, two, w_one, w_two, cos, sin, epsilon, D: tl.constexpr, NORMS: tl.constexpr):
-        """A head normed and rotated, in the type it came in."""
+    def _head(
+        pointer, norm, cos, sin, t, d, epsilon, row: tl.constexpr, L: tl.constexpr, D: tl.constexpr, NORMS: tl.constexpr
+    ):
+        """A head normed and rotated, in the type it has in memory."""
+        one, two = _halves(pointer, t, d, row, L, D, FIRST)
         a, b = one.to(tl.float32), two.to(tl.float32)
         if NORMS:
+            w, v = _weights(norm, d, D)
             root = _root(a, b, epsilon, D)
-            a, b = a * root * w_one, b * root * w_two
-        return (a * cos - b * sin).to(one.dtype), (b * cos + a * sin).to(one.dtype)
+            a, b = a * root * w, b * root * v
+        c, s = _turns(cos, sin, t, d, L, D, FIRST)
+        return (a * c - b * s).to(one.dtype), (b * c + a * s).to(one.dtype)
 
     @triton.jit
-    def _turned_back(d_one, d_two, one, two, w_one, w_two, cos, sin, epsilon, D: tl.constexpr, NORMS: tl.constexpr):
-        """The gradient of a head from that of `_turned`."""
-        g, h = d_one * cos + d_two * sin, d_two * cos - d_one * sin
+    def _set_back(
+        target,
+        source,
+        d_one,
+        d_two,
+        norm,
+        cos,
+        sin,
+        t,
+        d,
+        epsilon,
+        row: tl.constexpr,
+        L: tl.constexpr,
+        D: tl.constexpr,
+        NORMS: tl.constexpr,
+    ):
+        """Stores the gradient of a head from that of what `_head` gives.
+
+        What `_head` knew is loaded and computed again: registers are few, and memory near.
+        """
+        c, s = _turns(cos, sin, t, d, L, D, AGAIN)
+        g, h = d_one * c + d_two * s, d_two * c - d_one * s
         if NORMS:
+            w, v = _weights(norm, d, D)
+            one, two = _halves(source, t, d, row, L, D, AGAIN)
             a, b = one.to(tl.float32), two.to(tl.float32)
             root = _root(a, b, epsilon, D)
-            g, h = g * w_one, h * w_two
+            g, h = g * w, h * v
             along = (tl.sum(g * a, 1) + tl.sum(h * b, 1))[:, None] * root * root / D
             g, h = (g - a * along) * root, (h - b * along) * root
-        return g, h
+        inside = _inside(t, d, L, D // 2)
+        place = target + t[:, None] * row + d[None, :]
+        tl.store(place, g.to(target.dtype.element_ty), mask=inside)
+        tl.store(place + D // 2, h.to(target.dtype.element_ty), mask=inside)
 
     @triton.jit
     def _forward(
@@ -186,21 +228,15 @@ if AVAILABLE:
         t, d, whole = tl.arange(0, TOKENS), tl.arange(0, HALF), tl.arange(0, WIDTH)
         ROW: tl.constexpr = (H + 2 * K) * D
         inputs, outputs = qkv + row * L * ROW, out + row * L * H * D
-        turns = (t[:, None] < L) & (d[None, :] < D // 2)
-        c = tl.load(cos + row * TURNS + t[:, None] * D + d[None, :], mask=turns, other=0.0)
-        s = tl.load(sin + row * TURNS + t[:, None] * D + d[None, :], mask=turns, other=0.0)
-        q_one, q_two = _weights(q_norm, d, D, NORMS)
-        k_one, k_two = _weights(k_norm, d, D, NORMS)
-        key, further = _halves(inputs + (H + shared) * D, t, d, ROW, L, D)
-        key, further = _turned(key, further, k_one, k_two, c, s, epsilon, D, NORMS)
-        inside = (t[:, None] < L) & (whole[None, :] < D)
+        cos, sin = cos + row * TURNS, sin + row * TURNS
+        key, further = _head(inputs + (H + shared) * D, k_norm, cos, sin, t, d, epsilon, ROW, L, D, NORMS)
+        inside = _inside(t, whole, L, D)
         values = tl.load(inputs + (H + K + shared) * D + t[:, None] * ROW + whole[None, :], mask=inside, other=0.0)
         for one in range(H // K):
             head = shared * (H // K) + one
-            query, more = _halves(inputs + head * D, t, d, ROW, L, D)
-            query, more = _turned(query, more, q_one, q_two, c, s, epsilon, D, NORMS)
+            query, more = _head(inputs + head * D, q_norm, cos, sin, t, d, epsilon, ROW, L, D, NORMS)
             scores = tl.dot(more, tl.trans(further), tl.dot(query, tl.trans(key)))
-            p = _probabilities(scores, mask, row, t, scale, L, MASKED)
+            p = _probabilities(scores, mask, row, t, t, scale, L, MASKED)
             mixed = tl.dot(p.to(values.dtype), values)
             place = outputs + head * D + t[:, None] * H * D + whole[None, :]
             tl.store(place, mixed.to(out.dtype.element_ty), mask=inside)
@@ -227,40 +263,41 @@ if AVAILABLE:
         WIDTH: tl.constexpr,
         NORMS: tl.constexpr,
         MASKED: tl.constexpr,
+        QUERIES: tl.constexpr,
     ):
         row, shared = tl.program_id(0).to(tl.int64), tl.program_id(1)
         t, d, whole = tl.arange(0, TOKENS), tl.arange(0, HALF), tl.arange(0, WIDTH)
         ROW: tl.constexpr = (H + 2 * K) * D
+        PARTS: tl.constexpr = TOKENS // QUERIES
         inputs, d_inputs, grads = qkv + row * L * ROW, d_qkv + row * L * ROW, grad + row * L * H * D
-        turns = (t[:, None] < L) & (d[None, :] < D // 2)
-        c = tl.load(cos + row * TURNS + t[:, None] * D + d[None, :], mask=turns, other=0.0)
-        s = tl.load(sin + row * TURNS + t[:, None] * D + d[None, :], mask=turns, other=0.0)
-        q_one, q_two = _weights(q_norm, d, D, NORMS)
-        k_one, k_two = _weights(k_norm, d, D, NORMS)
-        key, further = _halves(inputs + (H + shared) * D, t, d, ROW, L, D)
-        key, further = _turned(key, further, k_one, k_two, c, s, epsilon, D, NORMS)
-        inside = (t[:, None] < L) & (whole[None, :] < D)
+        cos, sin = cos + row * TURNS, sin + row * TURNS
+        key_place = (H + shared) * D
+        key, further = _head(inputs + key_place, k_norm, cos, sin, t, d, epsilon, ROW, L, D, NORMS)
+        inside = _inside(t, whole, L, D)
         value_place = (H + K + shared) * D + t[:, None] * ROW + whole[None, :]
         values = tl.load(inputs + value_place, mask=inside, other=0.0)
         d_key = tl.zeros([TOKENS, HALF], tl.float32)
         d_further = tl.zeros([TOKENS, HALF], tl.float32)
         d_values = tl.zeros([TOKENS, WIDTH], tl.float32)
-        for one in range(H // K):
-            head = shared * (H // K) + one
-            raw_query, raw_more = _halves(inputs + head * D, t, d, ROW, L, D)
-            query, more = _turned(raw_query, raw_more, q_one, q_two, c, s, epsilon, D, NORMS)
-            g = tl.load(grads + head * D + t[:, None] * H * D + whole[None, :], mask=inside, other=0.0)
+        for step in range(H // K * PARTS):
+            head = shared * (H // K) + step // PARTS
+            q = step % PARTS * QUERIES + tl.arange(0, QUERIES)
+            query, more = _head(inputs + head * D, q_norm, cos, sin, q, d, epsilon, ROW, L, D, NORMS)
+            given = grads + head * D + q[:, None] * H * D + whole[None, :]
+            g = tl.load(given, mask=_inside(q, whole, L, D), other=0.0)
             scores = tl.dot(more, tl.trans(further), tl.dot(query, tl.trans(key)))
-            p = _probabilities(scores, mask, row, t, scale, L, MASKED)
+            p = _probabilities(scores, mask, row, q, t, scale, L, MASKED)
             d_values = tl.dot(tl.trans(p.to(g.dtype)), g, d_values)
             d_p = tl.dot(g, tl.trans(values))
             d_scores = (p * (d_p - tl.sum(p * d_p, 1)[:, None]) * scale).to(query.dtype)
             d_key = tl.dot(tl.trans(d_scores), query, d_key)
             d_further = tl.dot(tl.trans(d_scores), more, d_further)
             d_query, d_more = tl.dot(d_scores, key), tl.dot(d_scores, further)
-            d_query, d_more = _turned_back(d_query, d_more, raw_query, raw_more, q_one, q_two, c, s, epsilon, D, NORMS)
-            _set_halves(d_inputs + head * D, d_query, d_more, t, d, ROW, L, D)
-        key, further = _halves(inputs + (H + shared) * D, t, d, ROW, L, D)  # again: registers are few
-        d_key, d_further = _turned_back(d_key, d_further, key, further, k_one, k_two, c, s, epsilon, D, NORMS)
-        _set_halves(d_inputs + (H + shared) * D, d_key, d_further, t, d, ROW, L, D)
+            place = head * D
+            _set_back(
+                d_inputs + place, inputs + place, d_query, d_more, q_norm, cos, sin, q, d, epsilon, ROW, L, D, NORMS
+            )
+        _set_back(
+            d_inputs + key_place, inputs + key_place, d_key, d_further, k_norm, cos, sin, t, d, epsilon, ROW, L, D, NORMS
+        )
         tl.store(d_inputs + value_place, d_values.to(d_qkv.dtype.element_ty), mask=inside)

@@ -21,6 +21,8 @@ else:
 
 WIDE = 4096  # logits a program holds at once
 NARROW = 128  # hidden dimensions a program holds at once, for all of its tokens
+FEW = 16  # tokens a program adds at once, in `ACROSS` hidden dimensions
+ACROSS = 512
 
 
 def dot_rows(weight_VD: Tensor, ids_PK: Tensor, hidden_PD: Tensor) -> Tensor:
@@ -38,9 +40,10 @@ def combine_rows(weight_VD: Tensor, ids_PK: Tensor, factor_PK: Tensor, dtype: to
     """`Σ_k factor_k · weight[id_k]` [P, D], summed in fp32."""
     positions, tokens = ids_PK.shape
     out = torch.empty(positions, weight_VD.shape[1], device=weight_VD.device, dtype=dtype)
-    constants = {"K": tokens, "TOKENS": triton.next_power_of_2(tokens), "WIDTH": NARROW}
-    _combine_rows[(positions,)](
-        weight_VD, ids_PK.contiguous(), factor_PK.contiguous(), out, weight_VD.shape[1], **constants
+    width = weight_VD.shape[1]
+    constants = {"K": tokens, "FEW": FEW, "WIDTH": ACROSS, "num_warps": 1}
+    _combine_rows[(positions, triton.cdiv(width, ACROSS))](
+        weight_VD, ids_PK.contiguous(), factor_PK.contiguous(), out, width, **constants
     )
     return out
 
@@ -110,17 +113,19 @@ if AVAILABLE:
         tl.store(out + position * K + k, total, mask=k < K)
 
     @triton.jit
-    def _combine_rows(weight, ids, factor, out, width, K: tl.constexpr, TOKENS: tl.constexpr, WIDTH: tl.constexpr):
+    def _combine_rows(weight, ids, factor, out, width, K: tl.constexpr, FEW: tl.constexpr, WIDTH: tl.constexpr):
+        """One warp a program: a thread adds up its own dimensions and asks no other."""
         position = tl.program_id(0).to(tl.int64)
-        k = tl.arange(0, TOKENS)
-        token = tl.load(ids + position * K + k, mask=k < K, other=0)
-        f = tl.load(factor + position * K + k, mask=k < K, other=0.0)
-        for start in range(0, width, WIDTH):
-            d = start + tl.arange(0, WIDTH)
+        d = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
+        total = tl.zeros([WIDTH], tl.float32)
+        for start in range(0, K, FEW):
+            k = start + tl.arange(0, FEW)
+            token = tl.load(ids + position * K + k, mask=k < K, other=0)
+            f = tl.load(factor + position * K + k, mask=k < K, other=0.0)
             inside = (k[:, None] < K) & (d[None, :] < width)
             rows = tl.load(weight + token[:, None] * width + d[None, :], mask=inside, other=0.0).to(tl.float32)
-            total = tl.sum(rows * f[:, None], 0)
-            tl.store(out + position * width + d, total.to(out.dtype.element_ty), mask=d < width)
+            total += tl.sum(rows * f[:, None], 0)
+        tl.store(out + position * width + d, total.to(out.dtype.element_ty), mask=d < width)
 
     @triton.jit
     def _log_sum_exp(logits, out, vocabulary, WIDTH: tl.constexpr):
