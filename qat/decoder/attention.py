@@ -298,6 +298,19 @@ if AVAILABLE:
                 d_inputs + place, inputs + place, d_query, d_more, q_norm, cos, sin, q, d, epsilon, ROW, L, D, NORMS
             )
         _set_back(
-            d_inputs + key_place, inputs + key_place, d_key, d_further, k_norm, cos, sin, t, d, epsilon, ROW, L, D, NORMS
+            d_inputs + key_place,
+            inputs + key_place,
+            d_key,
+            d_further,
+            k_norm,
+            cos,
+            sin,
+            t,
+            d,
+            epsilon,
+            ROW,
+            L,
+            D,
+            NORMS,
         )
         tl.store(d_inputs + value_place, d_values.to(d_qkv.dtype.element_ty), mask=inside)
