@@ -21,7 +21,7 @@ ROWS = 32  # moved at once where outputs are coupled: few enough for their moves
 
 def nearest(weight_NOI: Tensor, S_NOI: Tensor, table_NK: Tensor) -> Tensor:
     """Index [N, O, I] uint8 with the least `|W − LUT[index] ⊙ S|` of each weight alone."""
-    return codebook.nearest(codebook.relative(weight_NOI, S_NOI), table_NK)
+    return codebook.nearest(weight_NOI / S_NOI, table_NK)  # under a scale of zero, 0/0 too, all entries are as near
 
 
 def compensated(weight_NOI: Tensor, S_NOI: Tensor, table_NK: Tensor, factor: Factor) -> Tensor:

@@ -78,16 +78,13 @@ class Linear:
 
 def rows(Q_NOI: Tensor, B_NRI: Tensor, h_NI: Tensor) -> Linear:
     """The quantized weight as a function of A; every row is a system of its own."""
-    i, j = torch.tril_indices(B_NRI.shape[1], B_NRI.shape[1], device=B_NRI.device)
-    gram_NOP = Q_NOI.square().mul_(h_NI[:, None]) @ (B_NRI[:, i] * B_NRI[:, j]).mT
-    return Linear(lambda A: Q_NOI * (A @ B_NRI), lambda E: (E * Q_NOI) @ B_NRI.mT, _solver(gram_NOP), (2,))
+    solve = _solver(_gram(Q_NOI.square().mul_(h_NI[:, None]), B_NRI))
+    return Linear(lambda A: Q_NOI * (A @ B_NRI), lambda E: (E * Q_NOI) @ B_NRI.mT, solve, (2,))
 
 
 def columns(Q_NOI: Tensor, A_NOR: Tensor, h_NI: Tensor) -> Linear:
     """The quantized weight as a function of B; a full second moment couples all of its columns."""
-    i, j = torch.tril_indices(A_NOR.shape[2], A_NOR.shape[2], device=A_NOR.device)
-    gram_NIP = (Q_NOI.square().mT @ (A_NOR[..., i] * A_NOR[..., j])) * h_NI[..., None]
-    solve = _solver(gram_NIP)
+    solve = _solver(_gram(Q_NOI.square().mul_(h_NI[:, None]).mT, A_NOR.mT))
     return Linear(
         lambda B: Q_NOI * (A_NOR @ B),
         lambda E: A_NOR.mT @ (E * Q_NOI),
@@ -107,15 +104,22 @@ def table(index_NOI: Tensor, S_NOI: Tensor, h_NI: Tensor, entries: int) -> Linea
     )
 
 
-def _solver(gram_NXP: Tensor) -> Callable[[Tensor], Tensor]:
-    """Solves many damped R × R systems, each given as the P = R(R+1)/2 entries of its lower triangle."""
-    rank = math.isqrt(2 * gram_NXP.shape[2])
-    gram_NXRR = gram_NXP.new_zeros(*gram_NXP.shape[:2], rank, rank)
-    i, j = torch.tril_indices(rank, rank, device=gram_NXP.device)
-    gram_NXRR[:, :, i, j] = gram_NXP
-    mean = gram_NXRR.diagonal(dim1=-2, dim2=-1).mean(-1).clamp_min(1e-20)
-    gram_NXRR.diagonal(dim1=-2, dim2=-1).add_(DAMPING * mean[..., None])
-    factor, failed = torch.linalg.cholesky_ex(gram_NXRR)  # reads the lower triangle alone
+def _gram(weight_NXY: Tensor, factor_NRY: Tensor) -> Tensor:
+    """`Σ_y weight[x, y] factor[:, y] factor[:, y]ᵀ` [N, X, R, R]: one product with all pairs r ≥ s."""
+    rank = factor_NRY.shape[1]
+    i, j = torch.tril_indices(rank, rank, device=factor_NRY.device)
+    factor_NRY = factor_NRY.contiguous()  # whose rows are multiplied in pairs
+    gram_NXP = weight_NXY @ (factor_NRY[:, i] * factor_NRY[:, j]).mT
+    pair_RR = torch.empty(rank, rank, dtype=torch.long, device=i.device)
+    pair_RR[i, j] = pair_RR[j, i] = torch.arange(len(i), device=i.device)
+    return gram_NXP.flatten(0, 1).index_select(1, pair_RR.flatten()).view(*gram_NXP.shape[:2], rank, rank)
+
+
+def _solver(gram_NXRR: Tensor) -> Callable[[Tensor], Tensor]:
+    """Solves many R × R systems, which are damped in place."""
+    diagonal_NXR = gram_NXRR.diagonal(dim1=-2, dim2=-1)
+    diagonal_NXR.add_(DAMPING * diagonal_NXR.mean(-1, keepdim=True).clamp_min(1e-20))
+    factor, failed = torch.linalg.cholesky_ex(gram_NXRR)
     healthy = (failed == 0)[..., None]
     return lambda right: torch.where(healthy, torch.cholesky_solve(right[..., None], factor)[..., 0], 0.0)
 
