@@ -6,7 +6,6 @@ full curvature (see `curvature`) conjugate gradients (Hestenes & Stiefel 1952) s
 ever forming the equations: one product with H an iteration instead of R of them.
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
