@@ -59,6 +59,8 @@ def find(path: Path) -> Path:
                 " checkpoints/best of a run, the run itself, as in checkpoint=SR-007, or a V2 state dict"
             )
         path = inside[0]
+    if not path.exists():
+        raise ArtifactError(f"there is no checkpoint {path}: name a checkpoint folder, a run or a V2 state dict (*.pt)")
     if path.is_file() and path.suffix != ".pt":
         raise ArtifactError(f"{path} is no checkpoint: name a checkpoint folder or a V2 state dict (*.pt)")
     return path

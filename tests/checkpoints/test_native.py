@@ -120,6 +120,12 @@ def test_a_folder_that_is_no_checkpoint_is_refused(tmp_path, teacher):
         load(tmp_path, teacher)
 
 
+@pytest.mark.parametrize("ask", [checkpoints.identity, checkpoints.latent])
+def test_a_checkpoint_that_is_not_there_is_said_to_be_missing(tmp_path, ask):
+    with pytest.raises(ArtifactError, match="there is no checkpoint .*gone: name"):
+        ask(tmp_path / "gone")
+
+
 def test_an_artifact_of_another_kind_is_refused_for_what_it_is(cache, teacher):
     with pytest.raises(ArtifactError, match="not a checkpoint"):
         load(cache.folder, teacher)
