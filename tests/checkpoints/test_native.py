@@ -122,7 +122,7 @@ def test_a_folder_that_is_no_checkpoint_is_refused(tmp_path, teacher):
 
 @pytest.mark.parametrize("ask", [checkpoints.identity, checkpoints.latent])
 def test_a_checkpoint_that_is_not_there_is_said_to_be_missing(tmp_path, ask):
-    with pytest.raises(ArtifactError, match="there is no checkpoint .*gone: name"):
+    with pytest.raises(ArtifactError, match=r"there is no checkpoint .*gone: name"):
         ask(tmp_path / "gone")
 
 
