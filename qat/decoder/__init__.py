@@ -85,10 +85,11 @@ class Joint:
         weights: list[Any] = [layer.dense if isinstance(layer, QuantLinear) else layer.weight for layer in self.layers]
         if any(weight is None or weight.requires_grad for weight in weights):
             return None
-        whole = _together([weight.detach() for weight in weights])
+        weights = [weight.detach() for weight in weights]
+        whole = _together(weights)
         if whole is not None:
             return whole
-        whole = torch.cat([weight.detach() for weight in weights])
+        whole = torch.cat(weights)
         for layer, view in zip(self.layers, whole.split([len(weight) for weight in weights]), strict=True):
             if isinstance(layer, QuantLinear):
                 layer.dense = view

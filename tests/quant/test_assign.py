@@ -145,3 +145,10 @@ def test_damping_is_a_hundredth_of_the_mean_diagonal():
     added = damp(H) - H
     expected = 0.01 * H.diagonal(dim1=1, dim2=2).mean(1)
     assert torch.allclose(added, expected[:, None, None] * torch.eye(20), atol=1e-5)
+
+
+@pytest.mark.parametrize("scale", [0.0, -0.0, 1e-45])
+def test_nearest_gives_an_entry_of_the_table_where_a_scale_touches_zero(scale):
+    weight, table = torch.tensor([[[-1.0, 0.0, 1.0, 3e38]]]), torch.tensor([[-1.0, 0.0, 1.0]])
+    index = assign.nearest(weight, torch.full_like(weight, scale), table)
+    assert index.dtype == torch.uint8 and (index < 3).all()
