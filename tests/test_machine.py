@@ -59,18 +59,33 @@ def test_either_instruction_set_makes_a_cpu_compute_bf16(monkeypatch, avx512, am
     assert machine.computes_bf16(CPU) == (avx512 or amx)
 
 
+@pytest.mark.parametrize("shape", [(300, 200), (700, 1000), (3, 400, 600)])
+def test_products_are_exact_inside(shape):
+    a = torch.randn(shape)
+    with exact_matmul():
+        product = (a @ a.mT).double()
+    exact = a.double() @ a.double().mT
+    assert (product - exact).norm() < 1e-6 * exact.norm()
+
+
 @pytest.mark.parametrize("before", ["highest", "high", "medium"])
-def test_products_are_exact_inside_and_as_before_outside(before):
+@pytest.mark.parametrize(("error", "inside"), [(0.0, "medium"), (1e-3, "highest")])
+def test_precision_is_full_inside_and_as_before_outside(monkeypatch, before, error, inside):
+    product = torch.Tensor.__matmul__
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.Tensor, "__matmul__", lambda a, b: product(a, b) * (1 + error * (a.dtype == torch.float)))
+    machine._medium_is_exact.cache_clear()
     usual = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision(before)
     try:
         with exact_matmul():
-            assert torch.get_float32_matmul_precision() == "highest"
+            assert torch.get_float32_matmul_precision() == inside
         assert torch.get_float32_matmul_precision() == before
         with pytest.raises(ZeroDivisionError), exact_matmul():
             raise ZeroDivisionError
         assert torch.get_float32_matmul_precision() == before
     finally:
+        machine._medium_is_exact.cache_clear()
         torch.set_float32_matmul_precision(usual)
 
 

@@ -182,9 +182,9 @@ def _best_ends(prefix_2NB: Tensor, candidates_NC: Tensor, entries: int) -> Tenso
 
 def _best_ends_of(prefix_2NB: Tensor, candidates_NC: Tensor, entries: int) -> Tensor:
     cost_NCC = _costs(*(moment.gather(1, candidates_NC) for moment in prefix_2NB))
-    best_NC = [cost_NCC[:, :, 0]]
+    best_NC, sum_NCC = [cost_NCC[:, :, 0]], torch.empty_like(cost_NCC)
     for _ in range(entries - 1):
-        best_NC.append((best_NC[-1][:, None] + cost_NCC).amin(dim=2))
+        best_NC.append(torch.add(best_NC[-1][:, None], cost_NCC, out=sum_NCC).amin(dim=2))
     ends = [torch.full_like(candidates_NC[:, :1], candidates_NC.shape[1] - 1)]
     for before in best_NC[-2::-1]:
         last = cost_NCC.gather(1, ends[-1][:, :, None].expand(-1, -1, cost_NCC.shape[2]))[:, 0]

@@ -15,6 +15,7 @@ from torch import Tensor
 from qat.quant.curvature import Curvature
 
 SOLVED = 1e-10  # of the first squared residual: as far as conjugate gradients get in fp32
+SOME = 1 << 16  # weights
 DAMPING = 1e-3  # of the mean diagonal, towards the last value: keeps unused directions where they are
 
 
@@ -53,8 +54,17 @@ def entry_sums(value_NOI: Tensor, index_NOI: Tensor, entries: int) -> Tensor:
 
 
 def look_up(table_NK: Tensor, index_NOI: Tensor) -> Tensor:
-    """`LUT[index]` [N, O, I] for each layer's own table."""
-    return table_NK.gather(1, index_NOI.flatten(1).long()).view(index_NOI.shape)
+    """`LUT[index]` [N, O, I] for each layer's own table.
+
+    PyTorch gathers by 64-bit indices, which on a CPU are made for some weights at a time: they stay in its caches.
+    """
+    if table_NK.device.type != "cpu":
+        return table_NK.gather(1, index_NOI.flatten(1).long()).view(index_NOI.shape)
+    found_NOI = torch.empty(index_NOI.shape, dtype=table_NK.dtype)
+    for table_K, index_OI, found_OI in zip(table_NK, index_NOI, found_NOI, strict=True):
+        for index, found in zip(index_OI.flatten().split(SOME), found_OI.view(-1).split(SOME), strict=True):
+            torch.gather(table_K, 0, index.long(), out=found)
+    return found_NOI
 
 
 @dataclass(frozen=True)
@@ -63,7 +73,8 @@ class Linear:
 
     Attributes:
         expand: unknowns to quantized weight [N, O, I].
-        reduce: its adjoint, an error [N, O, I] to unknowns.
+        reduce: its adjoint, an error [N, O, I], which it may write to, to unknowns. On a CPU memory that is
+            taken anew costs several times the arithmetic.
         solve: the normal equations under a diagonal importance, many small systems at once.
         coupled: dimensions of the unknowns that a full second moment of the inputs couples into one system;
             a curvature of the outputs couples all.
@@ -77,16 +88,18 @@ class Linear:
 
 def rows(Q_NOI: Tensor, B_NRI: Tensor, h_NI: Tensor) -> Linear:
     """The quantized weight as a function of A; every row is a system of its own."""
-    solve = _solver(_gram(Q_NOI.square().mul_(h_NI[:, None]), B_NRI))
-    return Linear(lambda A: Q_NOI * (A @ B_NRI), lambda E: (E * Q_NOI) @ B_NRI.mT, solve, (2,))
+    weight_NOI = Q_NOI.square().mul_(h_NI[:, None])
+    solve = _solver(_squares(weight_NOI @ _pairs(B_NRI).mT, B_NRI.shape[1]))
+    return Linear(lambda A: (A @ B_NRI).mul_(Q_NOI), lambda E: E.mul_(Q_NOI) @ B_NRI.mT, solve, (2,))
 
 
 def columns(Q_NOI: Tensor, A_NOR: Tensor, h_NI: Tensor) -> Linear:
     """The quantized weight as a function of B; a full second moment couples all of its columns."""
-    solve = _solver(_gram(Q_NOI.square().mul_(h_NI[:, None]).mT, A_NOR.mT))
+    weight_NOI = Q_NOI.square().mul_(h_NI[:, None])
+    solve = _solver(_squares((_pairs(A_NOR.mT) @ weight_NOI).mT, A_NOR.shape[2]))
     return Linear(
-        lambda B: Q_NOI * (A_NOR @ B),
-        lambda E: A_NOR.mT @ (E * Q_NOI),
+        lambda B: (A_NOR @ B).mul_(Q_NOI),
+        lambda E: A_NOR.mT @ E.mul_(Q_NOI),
         lambda r: solve(r.mT).mT.contiguous(),
         (1, 2),
     )
@@ -96,22 +109,26 @@ def table(index_NOI: Tensor, S_NOI: Tensor, h_NI: Tensor, entries: int) -> Linea
     """The quantized weight as a function of the table; an entry that no index uses stays as it is."""
     used_NK = entry_sums(S_NOI.square().mul_(h_NI[:, None]), index_NOI, entries)
     return Linear(
-        lambda t: S_NOI * look_up(t, index_NOI),
-        lambda E: entry_sums(E * S_NOI, index_NOI, entries),
+        lambda t: look_up(t, index_NOI).mul_(S_NOI),
+        lambda E: entry_sums(E.mul_(S_NOI), index_NOI, entries),
         lambda r: torch.where(used_NK > 0, r / used_NK.clamp_min(1e-30), 0.0),
         (1,),
     )
 
 
-def _gram(weight_NXY: Tensor, factor_NRY: Tensor) -> Tensor:
-    """`Σ_y weight[x, y] factor[:, y] factor[:, y]ᵀ` [N, X, R, R]: one product with all pairs r ≥ s."""
-    rank = factor_NRY.shape[1]
-    i, j = torch.tril_indices(rank, rank, device=factor_NRY.device)
-    factor_NRY = factor_NRY.contiguous()  # whose rows are multiplied in pairs
-    gram_NXP = weight_NXY @ (factor_NRY[:, i] * factor_NRY[:, j]).mT
+def _pairs(factor_NRY: Tensor) -> Tensor:
+    """Products [N, P, Y] of all rows r ≥ s: what weights are multiplied with for a sum of `factor factorᵀ`."""
+    i, j = torch.tril_indices(factor_NRY.shape[1], factor_NRY.shape[1], device=factor_NRY.device)
+    factor_NRY = factor_NRY.contiguous()
+    return factor_NRY[:, i] * factor_NRY[:, j]
+
+
+def _squares(sum_NXP: Tensor, rank: int) -> Tensor:
+    """Symmetric matrices [N, X, R, R] from their sums over pairs."""
+    i, j = torch.tril_indices(rank, rank, device=sum_NXP.device)
     pair_RR = torch.empty(rank, rank, dtype=torch.long, device=i.device)
     pair_RR[i, j] = pair_RR[j, i] = torch.arange(len(i), device=i.device)
-    return gram_NXP.flatten(0, 1).index_select(1, pair_RR.flatten()).view(*gram_NXP.shape[:2], rank, rank)
+    return sum_NXP.flatten(0, 1).index_select(1, pair_RR.flatten()).view(*sum_NXP.shape[:2], rank, rank)
 
 
 def _solver(gram_NXRR: Tensor) -> Callable[[Tensor], Tensor]:
@@ -128,8 +145,8 @@ def refit(x: Tensor, linear: Linear, weight_NOI: Tensor, h_NI: Tensor, relaxatio
 
     A relaxation below 1 goes a part of that way, one above 1 beyond; up to 2 the sum does not rise.
     """
-    step = linear.solve(linear.reduce((weight_NOI - linear.expand(x)).mul_(h_NI[:, None])))
-    return x + relaxation * step
+    error_NOI = linear.expand(x).sub_(weight_NOI).mul_(h_NI[:, None])
+    return x - relaxation * linear.solve(linear.reduce(error_NOI))
 
 
 def conjugate_gradient(x: Tensor, linear: Linear, weight_NOI: Tensor, curvature: Curvature, iterations: int) -> Tensor:
