@@ -55,7 +55,7 @@ def obtain_documents(data: DataConfig, teacher: ModelFolder, seed: int, machine:
 
     def make(folder: Path) -> dict[str, Any]:
         weights = [part.weight for part in data.parts] or [1.0]
-        with ExitStack() as stack:  # what is written ahead ends with the mixture
+        with selfgen.short_turns(), ExitStack() as stack:  # what is written ahead ends with the mixture
             texts = [stack.enter_context(closing(_pairs(part, teacher, seed, machine, folder))) for part in chosen]
             streams: list[mix.Pairs] = [
                 itertools.islice(text, _limit(part)) for text, part in zip(texts, chosen, strict=True)

@@ -8,18 +8,18 @@ questions as well: behind the chat template's opening of a user turn it goes on 
 """
 
 import json
+import sys
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from functools import cache, cached_property
 from pathlib import Path
 from threading import Event, Lock
-from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
-from qat.artifacts import content_key, write_json
+from qat.artifacts import content_key, write_text
 from qat.cache.format import mixed
 from qat.config import DataConfig, Start, as_plain
 from qat.console import progress
@@ -34,6 +34,7 @@ SHARE = 0.25  # of a GPU's memory: the sources of a mixture write side by side
 COMPILED_TOKENS = 10_000_000  # that a writer writes, from which on compiling its step pays
 ANSWERS = ".answers-"
 WRITING = Lock()  # sources of a mixture take turns: a GPU records for one at a time
+TURN = 1e-4  # seconds
 
 
 def answer(
@@ -100,7 +101,10 @@ class _Author:
 
             def make(number: int) -> None:
                 if not files[number].exists():
-                    write_json(files[number], writer()(batches[number], mixed(seed, number), report))
+                    with WRITING:
+                        go_on()
+                        replies = writer()(batches[number], mixed(seed, number), report)
+                    write_text(files[number], json.dumps(replies))
 
             coming = submit(make, 0)
             for number, file in enumerate(files):
@@ -120,6 +124,21 @@ class _Author:
 
 
 @contextmanager
+def short_turns() -> Iterator[None]:
+    """Inside, threads do not wait long for each other's Python.
+
+    PyTorch gives the interpreter away at every operation that it launches. A thread that turns tokens into text
+    beside it then keeps it for Python's usual 5 ms, and reading a batch of prompts is a thousand operations.
+    """
+    usual = sys.getswitchinterval()
+    sys.setswitchinterval(TURN)
+    try:
+        yield
+    finally:
+        sys.setswitchinterval(usual)
+
+
+@contextmanager
 def _ahead() -> Iterator[tuple[Callable[..., Future[None]], Callable[[], None]]]:
     """A thread for the next batch, while the one before is taken.
 
@@ -131,13 +150,9 @@ def _ahead() -> Iterator[tuple[Callable[..., Future[None]], Callable[[], None]]]
         if left.is_set():
             raise CancelledError
 
-    def alone(work: Callable[..., None], *arguments: Any) -> None:
-        with WRITING:
-            work(*arguments)
-
     with ThreadPoolExecutor(1, thread_name_prefix="teacher") as pool:
         try:
-            yield lambda *work: pool.submit(alone, *work), go_on
+            yield pool.submit, go_on
         finally:
             left.set()
             pool.shutdown(wait=False, cancel_futures=True)

@@ -2,13 +2,14 @@
 
 import dataclasses
 import json
+import sys
 
 import pytest
 import torch
 
 from qat.config import DataConfig, DataSource, Start
 from qat.data import selfgen, sources
-from qat.data.documents import Document
+from qat.data.documents import Document, obtain_documents
 from qat.data.selfgen import PROMPTS_AT_ONCE, answer
 from qat.data.thinking import chat_tokens, user_turn
 
@@ -51,6 +52,20 @@ def test_every_prompt_is_asked_in_every_mode_and_number(written, asked):
         conversations = [tokens for origin, tokens in found if origin == prompt]
         assert all(tokens[: len(ids)] == ids for tokens in conversations)
         assert len({tuple(tokens) for tokens in conversations}) == 4
+
+
+def test_threads_take_short_turns_while_text_is_written_and_usual_ones_after(tiny, cpu, tmp_path, monkeypatch):
+    usual, seen = sys.getswitchinterval(), []
+
+    def failing(*_):
+        seen.append(sys.getswitchinterval())
+        raise InterruptedError
+        yield
+
+    monkeypatch.setattr(selfgen, "answer", failing)
+    with pytest.raises(InterruptedError):
+        obtain_documents(DATA, tiny, 0, cpu, tmp_path)
+    assert seen == [pytest.approx(selfgen.TURN)] and selfgen.TURN < usual == sys.getswitchinterval()
 
 
 def test_more_prompts_than_fit_at_once_are_all_answered(written):
