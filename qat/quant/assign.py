@@ -13,6 +13,7 @@ from torch import Tensor
 
 from qat.quant import codebook
 from qat.quant.curvature import Curvature, Factor
+from qat.quant.scales import look_up
 from qat.quant.walk import walk_block
 
 BLOCK = 64  # columns between two updates of everything behind them
@@ -39,7 +40,7 @@ def descended(weight_NOI: Tensor, S_NOI: Tensor, table_NK: Tensor, curvature: Cu
     """
     H, G = curvature.inputs_NII, curvature.outputs_NOO
     spread = H / H.diagonal(dim1=1, dim2=2)[:, None]
-    value = table_NK.gather(1, index_NOI.flatten(1).long()).view(index_NOI.shape) * S_NOI
+    value = look_up(table_NK, index_NOI).mul_(S_NOI)
     if G is None:
         return _descend(curvature.slope(value - weight_NOI), value, S_NOI, table_NK, H, spread)[0]
     index, error = index_NOI.clone(), value - weight_NOI

@@ -15,7 +15,7 @@ from torch import Tensor
 from qat.quant.curvature import Curvature
 
 SOLVED = 1e-10  # of the first squared residual: as far as conjugate gradients get in fp32
-SOME = 1 << 16  # weights
+LOOKED_UP = 1 << 16  # weights at once on a CPU
 DAMPING = 1e-3  # of the mean diagonal, towards the last value: keeps unused directions where they are
 
 
@@ -62,7 +62,7 @@ def look_up(table_NK: Tensor, index_NOI: Tensor) -> Tensor:
         return table_NK.gather(1, index_NOI.flatten(1).long()).view(index_NOI.shape)
     found_NOI = torch.empty(index_NOI.shape, dtype=table_NK.dtype)
     for table_K, index_OI, found_OI in zip(table_NK, index_NOI, found_NOI, strict=True):
-        for index, found in zip(index_OI.flatten().split(SOME), found_OI.view(-1).split(SOME), strict=True):
+        for index, found in zip(index_OI.flatten().split(LOOKED_UP), found_OI.view(-1).split(LOOKED_UP), strict=True):
             torch.gather(table_K, 0, index.long(), out=found)
     return found_NOI
 
@@ -73,8 +73,7 @@ class Linear:
 
     Attributes:
         expand: unknowns to quantized weight [N, O, I].
-        reduce: its adjoint, an error [N, O, I], which it may write to, to unknowns. On a CPU memory that is
-            taken anew costs several times the arithmetic.
+        reduce: its adjoint, an error [N, O, I] to unknowns; it may write to the error.
         solve: the normal equations under a diagonal importance, many small systems at once.
         coupled: dimensions of the unknowns that a full second moment of the inputs couples into one system;
             a curvature of the outputs couples all.
@@ -88,15 +87,15 @@ class Linear:
 
 def rows(Q_NOI: Tensor, B_NRI: Tensor, h_NI: Tensor) -> Linear:
     """The quantized weight as a function of A; every row is a system of its own."""
-    weight_NOI = Q_NOI.square().mul_(h_NI[:, None])
-    solve = _solver(_squares(weight_NOI @ _pairs(B_NRI).mT, B_NRI.shape[1]))
+    importance_NOI = Q_NOI.square().mul_(h_NI[:, None])
+    solve = _solver(_symmetric(importance_NOI @ _pairs(B_NRI).mT, B_NRI.shape[1]))
     return Linear(lambda A: (A @ B_NRI).mul_(Q_NOI), lambda E: E.mul_(Q_NOI) @ B_NRI.mT, solve, (2,))
 
 
 def columns(Q_NOI: Tensor, A_NOR: Tensor, h_NI: Tensor) -> Linear:
     """The quantized weight as a function of B; a full second moment couples all of its columns."""
-    weight_NOI = Q_NOI.square().mul_(h_NI[:, None])
-    solve = _solver(_squares((_pairs(A_NOR.mT) @ weight_NOI).mT, A_NOR.shape[2]))
+    importance_NOI = Q_NOI.square().mul_(h_NI[:, None])
+    solve = _solver(_symmetric((_pairs(A_NOR.mT) @ importance_NOI).mT, A_NOR.shape[2]))
     return Linear(
         lambda B: (A_NOR @ B).mul_(Q_NOI),
         lambda E: A_NOR.mT @ E.mul_(Q_NOI),
@@ -123,7 +122,7 @@ def _pairs(factor_NRY: Tensor) -> Tensor:
     return factor_NRY[:, i] * factor_NRY[:, j]
 
 
-def _squares(sum_NXP: Tensor, rank: int) -> Tensor:
+def _symmetric(sum_NXP: Tensor, rank: int) -> Tensor:
     """Symmetric matrices [N, X, R, R] from their sums over pairs."""
     i, j = torch.tril_indices(rank, rank, device=sum_NXP.device)
     pair_RR = torch.empty(rank, rank, dtype=torch.long, device=i.device)
