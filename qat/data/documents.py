@@ -62,7 +62,7 @@ def obtain_documents(data: DataConfig, teacher: ModelFolder, seed: int, machine:
             ]
             pairs = itertools.islice(mix.interleave(streams, weights), data.documents if data.parts else None)
             described = _write(folder, (Document(*pair) for pair in pairs), data, teacher.tokenizer())
-        for path in folder.glob(f"{selfgen.ANSWERS}*"):
+        for path in folder.glob(f"*{selfgen.ANSWERS}*"):  # half-written ones of a killed run as well
             path.unlink()
         return described
 
