@@ -194,11 +194,10 @@ def show_profile(work: Callable[[], None], on_gpu: bool) -> None:
 def measure_reader(case: Case, vocab_size: int, gigabytes: float, device: torch.device, folder: Path) -> None:
     """Positions a second and growth of the process."""
     meta = case.meta(vocab_size, 0)
-    count = max(1, round(gigabytes * 1e9 / (bytes_a_row(meta) * SHARD_ROWS)))
+    count = max(1, round(gigabytes * 1e9 / (bytes_a_row(meta, "train") * SHARD_ROWS)))
     meta = case.meta(vocab_size, count * SHARD_ROWS)
-    whole = {
-        name: torch.zeros([SHARD_ROWS, *shape], dtype=DTYPES[kind]) for name, (kind, shape) in layout(meta).items()
-    }
+    shapes = layout(meta, "train")
+    whole = {name: torch.zeros([SHARD_ROWS, *shape], dtype=DTYPES[kind]) for name, (kind, shape) in shapes.items()}
     for index in range(count):
         name = shard_name("train", index)
         save_file(whole, folder / name, metadata={"shard": f"{meta['key']}/{name}"})

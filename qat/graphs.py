@@ -32,6 +32,10 @@ class Recorder:
         self._graphs: dict[Hashable, torch.cuda.CUDAGraph] = {}
         self._pool = None if self.stream is None else torch.cuda.graph_pool_handle()
 
+    def recorded(self, key: Hashable) -> bool:
+        """Whether further calls only replay."""
+        return key in self._graphs
+
     def __call__(self, key: Hashable, function: Callable[[], None]) -> None:
         """Runs `function`; `key` stands for it and for the shapes it works on."""
         self._calls[key] += 1

@@ -268,6 +268,19 @@ def test_cache_can_be_looked_at(first, shop):
     assert shown["train"]["sequences"] > shown["eval"]["sequences"] > 0 and 0 < shown["tail_mean"] < 1
 
 
+def test_text_alone_trains_as_a_whole_cache_does_where_the_teacher_runs_beside(first, shop, conversion):
+    start, loss = f"checkpoint={conversion}", "loss=full_kl"
+    whole = shop.tiny("stage=distill", start, loss)
+    alone = shop.tiny("stage=distill", start, loss, "cache.train_targets=false")
+    assert alone.result["metrics"] == whole.result["metrics"]
+    folder = alone.result["paths"]["cache"]
+    assert folder != whole.result["paths"]["cache"]
+    shown = shop.tiny("stage=cache", "cache.inspect=true", "cache=local", f"cache.path={folder}")
+    assert "the teacher expects" in shown.out and 0 < shown.result["cache"]["tail_mean"] < 1
+    refused = shop.launch("+debug=tiny", "stage=distill", start, "cache=local", f"cache.path={folder}")
+    assert refused.code == 2 and f"{folder} keeps their text alone" in refused.err
+
+
 def test_cache_by_path_is_the_cache(first, shop, conversion):
     by_path = ["cache=local", f"cache.path={first.result['paths']['cache']}"]
     done = shop.tiny("stage=distill", f"checkpoint={conversion}", *by_path)

@@ -11,6 +11,8 @@ A cache is an artifact folder: `meta.json` and, for each split, safetensors shar
     topk_logprobs    [N, L-1, K]   float16   log-probabilities of the full softmax at T = 1
     random_logprobs  [N, L-1, R]   float16   the same of R tokens drawn uniformly from the vocabulary
 
+K and R are 0 in training shards where meta.json says that `train_targets` is false: their rows are text alone.
+
 Position p predicts token p + 1. It does not count where that token is padding or begins another
 document. What the top-k leaves out is the tail, 1 - Σ exp(topk_logprobs); the random sample ("R" in the
 name, "samples" in older logs) is an unbiased look into it. Its ids are not stored: `random_ids`
@@ -55,7 +57,8 @@ def encode_ids(ids: Tensor, vocab_size: int) -> dict[str, Tensor]:
     bits = high_bits(vocab_size)
     if bits:
         a_byte = 8 // bits
-        high = torch.nn.functional.pad(ids >> LOW_BITS, (0, -ids.shape[-1] % a_byte)).unflatten(-1, (-1, a_byte))
+        high = torch.nn.functional.pad(ids >> LOW_BITS, (0, -ids.shape[-1] % a_byte))
+        high = high.unflatten(-1, (high.shape[-1] // a_byte, a_byte))
         stored["topk_ids_high"] = (high << _shifts(bits, ids)).sum(-1).to(torch.uint8)
     return stored
 
@@ -70,9 +73,15 @@ def decode_ids(low: Tensor, high: Tensor | None, vocab_size: int) -> Tensor:
     return ids + (above.flatten(-2)[..., : ids.shape[-1]] << LOW_BITS)
 
 
-def layout(meta: dict[str, Any]) -> dict[str, tuple[str, list[int]]]:
-    """Type, as safetensors writes it, and shape without the rows of every tensor of a cache's shards."""
-    length, top_k, random = meta["length"], meta["top_k"], meta["random"]
+def kept(meta: dict[str, Any], split: str) -> tuple[int, int]:
+    """Tokens kept at each position of a split: of the most likely ones, and of the random sample."""
+    text_alone = split == "train" and not meta.get("train_targets", True)
+    return (0, 0) if text_alone else (meta["top_k"], meta["random"])
+
+
+def layout(meta: dict[str, Any], split: str) -> dict[str, tuple[str, list[int]]]:
+    """Type, as safetensors writes it, and shape without the rows of every tensor of a split's shards."""
+    length, (top_k, random) = meta["length"], kept(meta, split)
     bits = high_bits(meta["vocab_size"])
     found = {
         "input_ids": ("I32", [length]),
@@ -87,10 +96,10 @@ def layout(meta: dict[str, Any]) -> dict[str, tuple[str, list[int]]]:
     return found
 
 
-def bytes_a_row(meta: dict[str, Any]) -> int:
-    """Bytes of one row in a shard."""
+def bytes_a_row(meta: dict[str, Any], split: str) -> int:
+    """Bytes of one row in a shard of a split."""
     width = {"U8": 1, "U16": 2, "F16": 2, "I32": 4}
-    return sum(width[kind] * torch.Size(shape).numel() for kind, shape in layout(meta).values())
+    return sum(width[kind] * torch.Size(shape).numel() for kind, shape in layout(meta, split).values())
 
 
 def write_shard(folder: Path, name: str, tensors: dict[str, Tensor], key: str) -> None:

@@ -181,7 +181,7 @@ def import_older(older: Artifact, artifacts: Path) -> Artifact:
     inputs = {"format": FORMAT_VERSION, "imported": older.key}
 
     def make(scratch: Path) -> dict[str, Any]:
-        needed = sum(meta["sequences"].values()) * bytes_a_row(described)
+        needed = sum(rows * bytes_a_row(described, split) for split, rows in meta["sequences"].items())
         require_space(scratch, needed, f"the import of {older.folder}")
         for split in SPLITS:
             source = OlderShards(older, split)

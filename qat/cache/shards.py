@@ -29,8 +29,10 @@ class Shards:
         """
         self.rows, most = int(meta["sequences"][split]), int(meta["shard_rows"])
         counts = [min(most, self.rows - first) for first in range(0, self.rows, most)]
-        self._files = RowFiles([_file(folder / shard_name(split, i), meta, rows) for i, rows in enumerate(counts)])
-        self._names = [name for name in READ if name in layout(meta)]
+        self._files = RowFiles(
+            [_file(folder / shard_name(split, i), meta, split, rows) for i, rows in enumerate(counts)]
+        )
+        self._names = [name for name in READ if name in layout(meta, split)]
 
     def read(self, rows: Tensor, pinned: bool = False) -> dict[str, Tensor]:
         """The stored tensors of these rows [B], without the random sample."""
@@ -41,7 +43,7 @@ class Shards:
         return self._files.read(rows, ["input_ids"])["input_ids"]
 
 
-def _file(path: Path, meta: dict[str, Any], rows: int) -> RowFile:
+def _file(path: Path, meta: dict[str, Any], split: str, rows: int) -> RowFile:
     """A shard, once its header is what the cache says."""
     header, start = _header(path)
     itself, wanted_itself = header.pop("__metadata__", {}).get("shard"), f"{meta['key']}/{path.name}"
@@ -50,7 +52,7 @@ def _file(path: Path, meta: dict[str, Any], rows: int) -> RowFile:
             f"{path} is the shard {itself} of another cache or place, not {wanted_itself}:"
             f" delete {path.parent} and run again"
         )
-    wanted = {name: (kind, [rows, *shape]) for name, (kind, shape) in layout(meta).items()}
+    wanted = {name: (kind, [rows, *shape]) for name, (kind, shape) in layout(meta, split).items()}
     if {name: (entry["dtype"], entry["shape"]) for name, entry in header.items()} != wanted:
         raise ArtifactError(f"{path} does not hold what {path.parent} describes: delete that folder and run again")
     fields = {

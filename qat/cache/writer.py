@@ -37,6 +37,7 @@ from qat.cache.format import (
     SHARD_ROWS,
     bytes_a_row,
     encode_ids,
+    kept,
     random_ids,
     shard_name,
     write_shard,
@@ -62,11 +63,16 @@ POSITIONS = {"cpu": (256, 32), "cuda": (2048, 2048)}
 
 @dataclass(frozen=True)
 class Shard:
-    """One shard to write: its file's name, what it is a part of, and its rows."""
+    """One shard to write: what it is a part of, its rows, and how many tokens are kept at their positions.
+
+    Without any it holds text alone, and the teacher has nothing to do.
+    """
 
     split: str
     index: int
     rows: Rows
+    top_k: int
+    random: int
 
     @property
     def name(self) -> str:
@@ -102,6 +108,8 @@ def obtain_cache(
         "seed": seed,
     }
     full_name = f"{name}_L{cache.length}_K{cache.top_k}_R{cache.random}"
+    if not cache.train_targets:
+        key, full_name = key | {"train_targets": False}, f"{full_name}_text"
     folder, crew = place(artifacts, "caches", full_name, key), Crew.here()
 
     def make(scratch: Path) -> dict[str, Any]:
@@ -161,6 +169,7 @@ def _plan(
         "length": cache.length,
         "top_k": cache.top_k,
         "random": cache.random,
+        "train_targets": cache.train_targets,
         "packing": cache.packing.name,
         "tail": "exact",
         "seed": seed,
@@ -169,8 +178,11 @@ def _plan(
         "positions": {split: int(found.loss_mask.sum()) for split, found in rows.items()},
         "document_starts": {split: int(found.document_starts.sum()) for split, found in rows.items()},
     }
-    split_rows = [(split, index, part) for split in SPLITS for index, part in enumerate(rows[split].split(SHARD_ROWS))]
-    return meta, [Shard(*entry) for entry in split_rows]
+    return meta, [
+        Shard(split, index, part, *kept(meta, split))
+        for split in SPLITS
+        for index, part in enumerate(rows[split].split(SHARD_ROWS))
+    ]
 
 
 def _rows(cache: CacheConfig, documents: Artifact, split: str, pad: int) -> Rows:
@@ -195,24 +207,30 @@ def _made_with(machine: Machine, shards: list[Shard]) -> dict[str, Any]:
 
 def _compiled(machine: Machine, shards: list[Shard]) -> bool:
     """Whether compiling the teacher is worth its time."""
-    return machine.compile and sum(shard.rows.input_ids.numel() for shard in shards) >= COMPILED_TOKENS
+    return machine.compile and _tokens(shards) >= COMPILED_TOKENS
+
+
+def _tokens(shards: list[Shard]) -> int:
+    """Tokens that the teacher reads."""
+    return sum(shard.rows.input_ids.numel() for shard in shards if shard.top_k)
 
 
 def _prepare(scratch: Path, meta: dict[str, Any], shards: list[Shard], made_with: dict[str, Any]) -> None:
     """Keeps whole shards that were made in the same way, and looks for space for the rest."""
     note = scratch / MADE_WITH
-    kept = [shard for shard in shards if (scratch / shard.name).exists()]
-    if kept and not (note.exists() and json.loads(note.read_text(encoding="utf-8")) == made_with):
+    there = [shard for shard in shards if (scratch / shard.name).exists()]
+    if there and not (note.exists() and json.loads(note.read_text(encoding="utf-8")) == made_with):
         log.info("%s was begun on another machine or with other settings of it: starting over", scratch)
-        kept = []
-    names = {shard.name for shard in kept}
+        there = []
+    names = {shard.name for shard in there}
     for path in scratch.iterdir():
         if path.name not in names:
             path.unlink()
-    if kept:
-        log.info("going on with %d of %d shards that are there already", len(kept), len(shards))
-    missing = sum(len(shard.rows) for shard in shards if shard.name not in names)
-    require_space(scratch, missing * bytes_a_row(meta), f"the cache of {sum(len(s.rows) for s in shards):,} rows")
+    if there:
+        log.info("going on with %d of %d shards that are there already", len(there), len(shards))
+    missing = [shard for shard in shards if shard.name not in names]
+    needed = sum(len(shard.rows) * bytes_a_row(meta, shard.split) for shard in missing)
+    require_space(scratch, needed, f"the cache of {sum(len(s.rows) for s in shards):,} rows")
     write_json(note, made_with)
 
 
@@ -231,20 +249,18 @@ def _record(
     todo = [s for s in mine if not (scratch / s.name).exists() and not (published and published.exists())]
     if not todo:
         return
-    device = crew.device(machine.device)
-    model = teacher.load(machine.dtype, device)
+    model = teacher.load(machine.dtype, crew.device(machine.device))
     prepare(model, _compiled(machine, shards))
-    tokens = sum(shard.rows.input_ids.numel() for shard in todo)
     before: Future[None] | None = None
     with (
-        progress("teacher outputs", tokens, "tokens") as advance,
+        progress("teacher outputs", _tokens(todo), "tokens") as advance,
         ThreadPoolExecutor(1) as writer,
     ):
         for shard in todo:
-            kept = record(model, shard, meta, machine.micro_batch, advance)
+            recorded = record(model, shard, meta, machine.micro_batch, advance) if shard.top_k else _nothing(shard)
             if before is not None:
                 before.result()
-            before = writer.submit(_write, shard, kept, meta["vocab_size"], key, scratch)
+            before = writer.submit(_write, shard, recorded, meta["vocab_size"], key, scratch)
     if before is not None:
         before.result()
 
@@ -255,16 +271,22 @@ def record(
 ) -> dict[str, Tensor]:
     """What is kept of the teacher's outputs on one shard, on the model's device, each [N·(L-1), …]."""
     rows, length, joined = shard.rows, meta["length"], meta["packing"] == Packing.joined.name
-    shape = (len(rows), length - 1, meta["random"])
+    shape = (len(rows), length - 1, shard.random)
     drawn = random_ids(meta["seed"], shard.split, shard.index, shape, meta["vocab_size"]).int()
     parts: list[dict[str, Tensor]] = []
     for piece, sample in zip(rows.split(micro_batch), drawn.split(micro_batch), strict=True):
         ids = piece.input_ids.to(model.device).long()
         starts = piece.document_starts.to(model.device) if joined else None
         hidden = hidden_states(model, inputs(ids, starts))
-        parts += _outputs(model, hidden, sample.flatten(0, 1).to(model.device).long(), meta["top_k"])
+        parts += _outputs(model, hidden, sample.flatten(0, 1).to(model.device).long(), shard.top_k)
         advance(ids.numel())
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+
+def _nothing(shard: Shard) -> dict[str, Tensor]:
+    """What `record` would keep, without any tokens."""
+    types = {"ids": torch.int64, "topk_logprobs": torch.float16, "random_logprobs": torch.float16}
+    return {name: torch.empty(shard.rows.loss_mask.numel(), 0, dtype=dtype) for name, dtype in types.items()}
 
 
 def _outputs(model: PreTrainedModel, hidden_XD: Tensor, sample_XR: Tensor, top_k: int) -> Iterable[dict[str, Tensor]]:
@@ -281,10 +303,10 @@ def _logits(model: PreTrainedModel, hidden_XD: Tensor) -> Tensor:
     return widened(hidden_XD, model.lm_head.weight) if plain else model.lm_head(hidden_XD)
 
 
-def _write(shard: Shard, kept: dict[str, Tensor], vocab_size: int, key: str, folder: Path) -> None:
-    """Copies what was kept of a shard from the device and publishes it."""
-    stored = encode_ids(kept["ids"], vocab_size)
-    stored |= {name: kept[name] for name in ("topk_logprobs", "random_logprobs")}
+def _write(shard: Shard, recorded: dict[str, Tensor], vocab_size: int, key: str, folder: Path) -> None:
+    """Copies what was recorded of a shard from the device and publishes it."""
+    stored = encode_ids(recorded["ids"], vocab_size)
+    stored |= {name: recorded[name] for name in ("topk_logprobs", "random_logprobs")}
     positions = shard.rows.loss_mask.shape[1]
     tensors = {
         name: tensor.cpu().reshape(len(shard.rows), positions, tensor.shape[-1]) for name, tensor in stored.items()

@@ -233,12 +233,33 @@ def check_cache(config: Config) -> None:
             f"loss=bucket_kl needs the probability outside the top-k, which {cache.path} does not hold: use"
             " loss=topk_kl, which is exact, or cache.tail=estimate where it has a random sample"
         )
+    if config.stage in TRAINS and _reads_targets(config) and not _has_targets(config):
+        full = config.loss.kind is LossKind.full_kl
+        which = f"loss.hard={config.loss.hard:g}" if full else f"loss={config.loss.name}"
+        raise ConfigError(
+            f"{which} learns from what the teacher says of training rows, and"
+            f" {cache.path or 'cache.train_targets=false'} keeps their text alone: use loss=full_kl loss.hard=0, or a"
+            " cache with cache.train_targets=true"
+        )
     if cache.inspect and config.stage is not Stage.cache:
         raise ConfigError("cache.inspect=true goes with stage=cache")
     vocabulary = _vocabulary(config)
     for key, tokens in (("cache.top_k", cache.top_k), ("cache.random", cache.random)):
         if vocabulary is not None and tokens > vocabulary:
             raise ConfigError(f"{key}={tokens}: model={config.model.name} has only {vocabulary} tokens")
+
+
+def _reads_targets(config: Config) -> bool:
+    """False for a loss to which the teacher beside the student says everything."""
+    return config.loss.kind is not LossKind.full_kl or config.loss.hard > 0
+
+
+def _has_targets(config: Config) -> bool:
+    """Whether the cache keeps what the teacher says of training rows."""
+    if not config.cache.path:
+        return config.cache.train_targets
+    manifest = Path(config.cache.path).expanduser() / MANIFEST
+    return not manifest.is_file() or bool(_read_json(str(manifest)).get("train_targets", True))
 
 
 def _lacks_tail(config: Config) -> bool:

@@ -7,25 +7,28 @@ questions as well: behind the chat template's opening of a user turn it goes on 
 (Magpie, Xu et al. 2024, arXiv 2406.08464).
 """
 
-import json
 import sys
+from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager
+from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
 from threading import Event, Lock
 
+import safetensors.torch
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
-from qat.artifacts import content_key, write_text
+from qat.artifacts import content_key, write_bytes
 from qat.cache.format import mixed
 from qat.config import DataConfig, Start, as_plain
 from qat.console import progress
 from qat.data import starts
 from qat.data.thinking import user_turn
-from qat.generation import Sampling, Writer, bytes_a_row
+from qat.generation import Sampling, Writer, answers, bytes_a_row
 from qat.machine import Machine
 from qat.models import ModelFolder
 
@@ -33,6 +36,7 @@ PROMPTS_AT_ONCE = {"cpu": 64, "mps": 64, "cuda": 4096}
 SHARE = 0.25  # of a GPU's memory: the sources of a mixture write side by side
 COMPILED_TOKENS = 10_000_000  # that a writer writes, from which on compiling its step pays
 ANSWERS = ".answers-"
+AHEAD = 2  # batches of a writer under way: one has the GPU while the other is prepared or stored
 WRITING = Lock()  # sources of a mixture take turns: a GPU records for one at a time
 TURN = 1e-4  # seconds
 
@@ -81,6 +85,38 @@ class _Author:
         """What follows each prompt, in order."""
         if not prompts:
             return
+        plan = self._plan(prompts, sampling, seed)
+        with progress(what, plan.missing() * sampling.tokens, "tokens") as advance, _ahead() as (submit, go_on):
+
+            @contextmanager
+            def turn() -> Iterator[None]:
+                with WRITING:
+                    go_on()
+                    yield
+
+            def report(amount: float = 1, note: str = "") -> None:
+                go_on()
+                advance(amount, note)
+
+            @cache
+            def writer() -> Writer:
+                return Writer(self.model, sampling, plan.rows, plan.longest, plan.compiled, turn)
+
+            def make(number: int) -> Tensor:
+                """The tokens of one batch [rows, A], int32."""
+                file = plan.files[number]
+                if file.exists():
+                    return safetensors.torch.load_file(file)["tokens"]
+                with turn():
+                    write = writer()
+                written_RA = write(plan.batches[number], mixed(seed, number), report)
+                write_bytes(file, safetensors.torch.save({"tokens": written_RA}))
+                return written_RA
+
+            for written_RA in _in_order(submit, make, len(plan.batches)):
+                yield from answers(written_RA, sampling.end)
+
+    def _plan(self, prompts: list[list[int]], sampling: Sampling, seed: int) -> "_Plan":
         longest = max(map(len, prompts))
         compiled = self.machine.compile and len(prompts) * sampling.tokens >= COMPILED_TOKENS
         rows = self._rows(longest, sampling)
@@ -90,28 +126,8 @@ class _Author:
         # Other machines and other starts have other names: what they left is not taken for ours.
         machine = [self.machine.describe(), torch.__version__, compiled]
         who = content_key([machine, prompts, seed, rows, as_plain(self.data)])
-        files = [self.scratch / f"{ANSWERS}{who}-{number:05d}.json" for number in range(len(batches))]
-        todo = sum(len(batch) for batch, file in zip(batches, files, strict=True) if not file.exists())
-        writer = cache(lambda: Writer(self.model, sampling, rows, longest, compiled))
-        with progress(what, todo * sampling.tokens, "tokens") as advance, _ahead() as (submit, go_on):
-
-            def report(amount: float = 1, note: str = "") -> None:
-                go_on()
-                advance(amount, note)
-
-            def make(number: int) -> None:
-                if not files[number].exists():
-                    with WRITING:
-                        go_on()
-                        replies = writer()(batches[number], mixed(seed, number), report)
-                    write_text(files[number], json.dumps(replies))
-
-            coming = submit(make, 0)
-            for number, file in enumerate(files):
-                coming.result()
-                if number + 1 < len(files):
-                    coming = submit(make, number + 1)
-                yield from json.loads(file.read_text(encoding="utf-8"))
+        files = [self.scratch / f"{ANSWERS}{who}-{number:05d}.safetensors" for number in range(len(batches))]
+        return _Plan(batches, files, rows, longest, compiled)
 
     def _rows(self, longest: int, sampling: Sampling) -> int:
         """Rows at once, by the memory that a GPU has, not by what happens to be free: batches stay the same."""
@@ -121,6 +137,21 @@ class _Author:
         share = SHARE * torch.cuda.get_device_properties(device).total_memory
         a_row = bytes_a_row(self.teacher.settings(), longest, sampling, self.machine.dtype)
         return max(1, min(most, int(share / a_row)))
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """Prompts in batches, where the answers to each are kept, and how they are written."""
+
+    batches: list[list[list[int]]]
+    files: list[Path]
+    rows: int
+    longest: int
+    compiled: bool
+
+    def missing(self) -> int:
+        """Prompts whose answers are not there."""
+        return sum(len(batch) for batch, file in zip(self.batches, self.files, strict=True) if not file.exists())
 
 
 @contextmanager
@@ -138,9 +169,22 @@ def short_turns() -> Iterator[None]:
         sys.setswitchinterval(usual)
 
 
+def _in_order(
+    submit: Callable[..., Future[Tensor]], make: Callable[[int], Tensor], count: int
+) -> Generator[Tensor, None, None]:
+    """What is made of the numbers below `count`, some of it ahead."""
+    coming: deque[Future[Tensor]] = deque()
+    for number in range(count):
+        coming.append(submit(make, number))
+        if len(coming) > AHEAD:
+            yield coming.popleft().result()
+    while coming:
+        yield coming.popleft().result()
+
+
 @contextmanager
-def _ahead() -> Iterator[tuple[Callable[..., Future[None]], Callable[[], None]]]:
-    """A thread for the next batch, while the one before is taken.
+def _ahead() -> Iterator[tuple[Callable[..., Future[Tensor]], Callable[[], None]]]:
+    """Threads for the next batches, while the one before is taken.
 
     Gives how to hand it work, and what the work calls now and then: that ends it where nobody takes it any more.
     """
@@ -150,7 +194,7 @@ def _ahead() -> Iterator[tuple[Callable[..., Future[None]], Callable[[], None]]]
         if left.is_set():
             raise CancelledError
 
-    with ThreadPoolExecutor(1, thread_name_prefix="teacher") as pool:
+    with ThreadPoolExecutor(AHEAD, thread_name_prefix="teacher") as pool:
         try:
             yield pool.submit, go_on
         finally:

@@ -8,11 +8,12 @@ drawn before the first token: a batch is the same whenever it is written.
 Shapes: R rows, A tokens of an answer, L tokens of the longest prompt, D dimensions.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -27,6 +28,8 @@ from qat.machine import widened
 LOOK_EVERY = 16  # tokens between two looks at whether all rows have ended
 TOKENS_AT_ONCE = 65_536  # of prompts
 ROUND = 64  # positions are reserved by; of few shapes, few are compiled
+STEP = "step"  # what the recorder knows it by
+PROMPT_ROUND = 16  # longer prompts are read by multiples of it, shorter ones by powers of two
 LOGITS_HELD = 4  # rows of fp32 logits a row: those of plain calls, of the recording, and what a choice needs
 
 
@@ -62,7 +65,13 @@ class Writer:
     """Goes on from up to `rows` prompts at once."""
 
     def __init__(
-        self, model: PreTrainedModel, sampling: Sampling, rows: int, longest: int, compiled: bool = False
+        self,
+        model: PreTrainedModel,
+        sampling: Sampling,
+        rows: int,
+        longest: int,
+        compiled: bool = False,
+        turn: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
         """Reserves memory for answers to prompts of up to `longest` tokens.
 
@@ -72,23 +81,25 @@ class Writer:
             rows: of a batch; a smaller batch takes as long.
             longest: tokens of a prompt.
             compiled: the decoder layers of a step are compiled.
+            turn: entered while the model works. With a lock in it several threads may call a writer, or
+                writers of one model: one has its turn while others prepare theirs or take up what they wrote.
 
         Raises:
             ConfigError: the model remembers what it read by other means than plain attention.
         """
-        self.model, self.sampling, self.compiled = model, sampling, compiled
+        self.model, self.sampling, self.compiled, self.turn = model, sampling, compiled, turn
         self.head: Tensor = model.get_output_embeddings().weight
         self.memory = Memory(model, rows, _positions(longest, sampling))
         self.uniform_AR = torch.zeros(sampling.tokens, rows, device=model.device)
-        self.written_AR = torch.zeros(sampling.tokens, rows, dtype=torch.long, device=model.device)
+        self.written_AR = torch.zeros(sampling.tokens, rows, dtype=torch.int32, device=model.device)
         self.token_R = torch.zeros(rows, dtype=torch.long, device=model.device)
         self.ended_R = torch.zeros(rows, dtype=torch.bool, device=model.device)
         self.step_1 = torch.zeros(1, dtype=torch.long, device=model.device)
         self.recorder = Recorder(recording_stream(model.device))
 
     @torch.no_grad()
-    def __call__(self, prompts: list[list[int]], seed: int, advance: Advance) -> list[list[int]]:
-        """An answer to each prompt: it ends with the end token or at its longest.
+    def __call__(self, prompts: list[list[int]], seed: int, advance: Advance) -> Tensor:
+        """Answers [len(prompts), A], int32 in host memory: each up to its end token, or whole (`answers`).
 
         Args:
             prompts: token ids, at least one each.
@@ -96,48 +107,49 @@ class Writer:
             advance: told how many tokens came, those after an end included.
         """
         rows = len(self.token_R)
-        with self._on_stream():
-            self._begin(seed)
-            self._read(prompts + prompts[-1:] * (rows - len(prompts)))
+        ids_RL, lengths_R = _together(prompts + prompts[-1:] * (rows - len(prompts)))
+        uniform_AR = self._draw(seed)
+        with self.turn(), self._on_stream():
+            self._begin(uniform_AR)
+            self._read(ids_RL, lengths_R)
             self._follow(len(prompts), advance)
-            written_RA = self.written_AR.T[: len(prompts)].tolist()
-        return [_until(self.sampling.end, row) for row in written_RA]
+            written_AR = self.written_AR.to("cpu", copy=True)  # whoever has the next turn writes over it
+        return written_AR.T[: len(prompts)].contiguous()
 
-    def _begin(self, seed: int) -> None:
-        draw = torch.Generator().manual_seed(seed)
-        self.uniform_AR.copy_(torch.rand(self.uniform_AR.shape, generator=draw))
-        self.uniform_AR[: self.sampling.greedy] = -1  # the most likely token
+    def _draw(self, seed: int) -> Tensor:
+        """Where in the cumulative distribution each token [A, R] lies; below 0 it is the most likely one."""
+        uniform_AR = torch.rand(self.uniform_AR.shape, generator=torch.Generator().manual_seed(seed))
+        uniform_AR[: self.sampling.greedy] = -1
+        return uniform_AR
+
+    def _begin(self, uniform_AR: Tensor) -> None:
+        self.uniform_AR.copy_(uniform_AR)
         for tensor in (self.step_1, self.ended_R):
             tensor.zero_()
         self.written_AR.fill_(self.sampling.end)
 
-    def _read(self, prompts: list[list[int]]) -> None:
+    def _read(self, ids_RL: Tensor, lengths_R: Tensor) -> None:
         """Fills the memory with the prompts and chooses the first tokens."""
-        lengths_R = torch.tensor([len(prompt) for prompt in prompts])
-        longest = int(lengths_R.max())
-        ids_RL = torch.tensor([prompt + prompt[-1:] * (longest - len(prompt)) for prompt in prompts])
         device, base = self.model.device, self._base()
         self.memory.position.copy_(lengths_R)
         last_RD = []
-        prepare(self.model, False)  # prompts have a new shape in every batch, for which compiling is slow
-        size = max(1, TOKENS_AT_ONCE // longest)
-        for first in range(0, len(prompts), size):
-            part = slice(first, min(first + size, len(prompts)))
+        size = max(1, TOKENS_AT_ONCE // ids_RL.shape[1])
+        for first in range(0, len(ids_RL), size):
+            part = slice(first, min(first + size, len(ids_RL)))
             with self.memory.filling(part.start, part.stop):
                 hidden_RLD = base(input_ids=ids_RL[part].to(device), use_cache=False).last_hidden_state
-            places = torch.arange(len(hidden_RLD), device=device), lengths_R[part].to(device) - 1
+            places = torch.arange(len(hidden_RLD), device=device), self.memory.position[part] - 1
             last_RD.append(hidden_RLD[places])
         self._choose(torch.cat(last_RD))
 
     def _follow(self, asked: int, advance: Advance) -> None:
         """All further tokens."""
-        prepare(self.model, self.compiled)
         done = 1
-        with self.memory.decoding():
+        with self._prepared(), self.memory.decoding():
             while done < self.sampling.tokens and not self.ended_R.all():
                 count = min(LOOK_EVERY, self.sampling.tokens - done)
                 for _ in range(count):
-                    self.recorder("step", self._step)
+                    self.recorder(STEP, self._step)
                 done += count
                 advance(count * asked)
         advance((self.sampling.tokens - done + 1) * asked)
@@ -152,12 +164,27 @@ class Writer:
     def _choose(self, hidden_RD: Tensor) -> None:
         uniform_R = self.uniform_AR.index_select(0, self.step_1)[0]
         self.token_R.copy_(choose(widened(hidden_RD, self.head), uniform_R, self.sampling.temperature))
-        self.written_AR.index_copy_(0, self.step_1, self.token_R[None])
+        self.written_AR.index_copy_(0, self.step_1, self.token_R[None].int())
         self.ended_R |= self.token_R == self.sampling.end
         self.step_1 += 1
 
     def _base(self) -> Any:
         return self.model.base_model
+
+    @contextmanager
+    def _prepared(self) -> Iterator[None]:
+        """Inside, the model is compiled where steps are to be; one that is recorded does without the model.
+
+        Prompts have too many shapes for compiling to pay.
+        """
+        needed = self.compiled and not self.recorder.recorded(STEP)
+        if needed:
+            prepare(self.model, True)
+        try:
+            yield
+        finally:
+            if needed:
+                prepare(self.model, False)
 
     @contextmanager
     def _on_stream(self) -> Iterator[None]:
@@ -171,5 +198,23 @@ class Writer:
         torch.cuda.current_stream(stream.device).wait_stream(stream)
 
 
-def _until(end: int, tokens: list[int]) -> list[int]:
-    return tokens[: tokens.index(end) + 1] if end in tokens else tokens
+def answers(written_RA: Tensor, end: int) -> list[list[int]]:
+    """The tokens of each row, up to its first `end`."""
+    ended_RA = (written_RA == end).numpy()
+    lengths_R = np.where(ended_RA.any(1), ended_RA.argmax(1) + 1, written_RA.shape[1])
+    # NumPy makes numbers of Python ten times as fast as PyTorch.
+    return [row[:length] for row, length in zip(written_RA.numpy().tolist(), lengths_R, strict=True)]
+
+
+def _together(prompts: list[list[int]]) -> tuple[Tensor, Tensor]:
+    """Prompts as one tensor [R, L], each filled up with its last token, and their lengths [R]."""
+    lengths_R = torch.tensor([len(prompt) for prompt in prompts])
+    longest = _rounded(int(lengths_R.max()))
+    return torch.from_numpy(np.array([prompt + prompt[-1:] * (longest - len(prompt)) for prompt in prompts])), lengths_R
+
+
+def _rounded(length: int) -> int:
+    """Every other length is one more shape that a kernel is compiled for."""
+    if length <= PROMPT_ROUND:
+        return 1 << (length - 1).bit_length()
+    return -(-length // PROMPT_ROUND) * PROMPT_ROUND

@@ -6,6 +6,7 @@ from transformers import PreTrainedTokenizerBase
 
 from qat import plots
 from qat.artifacts import Artifact
+from qat.cache.format import kept
 from qat.cache.reader import Batch, CacheReader
 from qat.console import console, size, table
 from qat.data.documents import SPLITS
@@ -26,12 +27,13 @@ def show(work: Workspace, cache: Artifact) -> None:
     names = list(figures["train"])
     table(cache.folder.name, ["", *SPLITS], [[name, *(f"{figures[s][name]:,}" for s in SPLITS)] for name in names])
     work.run.result["cache"] = figures | _size(cache, readers)
-    _examples(readers["train"], work.teacher.tokenizer())
+    told = {split: reader for split, reader in readers.items() if kept(meta, split)[0]}
+    _examples(next(iter(told.values())), work.teacher.tokenizer())
     if meta["tail"] == "missing":
         console.print("the probability outside the top-k is not known to this cache: no histogram")
         return
-    tails = {split: _tails(reader) for split, reader in readers.items()}
-    picture, mean = work.run.folder / PICTURE, float(tails["train"].mean())
+    tails = {split: _tails(reader) for split, reader in told.items()}
+    picture, mean = work.run.folder / PICTURE, float(next(iter(tails.values())).mean())
     plots.tail_mass(
         {s: tail.tolist() for s, tail in tails.items()}, f"{cache.folder.name}, tail {meta['tail']}", picture
     )

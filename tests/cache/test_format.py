@@ -20,6 +20,12 @@ def test_ids_come_back_whatever_the_vocabulary(vocab_size, top_k, seed):
     assert torch.equal(decode_ids(stored["topk_ids"], stored.get("topk_ids_high"), vocab_size), ids)
 
 
+@pytest.mark.parametrize("vocab_size", [512, 70_000])
+def test_no_ids_are_none(vocab_size):
+    stored = encode_ids(torch.empty(3, 0, dtype=torch.long), vocab_size)
+    assert decode_ids(stored["topk_ids"], stored.get("topk_ids_high"), vocab_size).shape == (3, 0)
+
+
 @pytest.mark.parametrize(
     ("vocab_size", "bits"), [(49_152, 0), (65_536, 0), (65_537, 1), (131_072, 1), (QWEN3, 2), (262_208, 4), (2**24, 8)]
 )
@@ -36,7 +42,7 @@ def test_high_bits_of_an_id_are_where_the_format_says():
 @pytest.mark.parametrize(("random", "most"), [(128, 600), (0, 300)])
 def test_a_position_of_the_largest_vocabulary_takes_few_bytes(random, most):
     meta = {"length": 64, "top_k": 64, "random": random, "vocab_size": QWEN3}
-    assert bytes_a_row(meta) / 63 <= most
+    assert bytes_a_row(meta, "train") / 63 <= most
 
 
 def test_random_tokens_differ_by_seed_split_and_shard_and_cover_the_vocabulary():

@@ -152,7 +152,7 @@ from qat.cache.format import layout
 folder, rows = Path(sys.argv[1]), 512
 meta = dict(key="k", length=65, top_k=64, random=256, vocab_size=512, shard_rows=rows, sequences={"train": 25 * rows})
 types = {"U8": torch.uint8, "U16": torch.uint16, "F16": torch.float16, "I32": torch.int32}
-tensors = {n: torch.zeros([rows, *shape], dtype=types[kind]) for n, (kind, shape) in layout(meta).items()}
+tensors = {n: torch.zeros([rows, *shape], dtype=types[kind]) for n, (kind, shape) in layout(meta, "train").items()}
 for index in range(25):
     name = f"train-{index:05d}.safetensors"
     save_file(tensors, folder / name, metadata={"shard": f"k/{name}"})

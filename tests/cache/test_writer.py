@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from qat import artifacts
 from qat.cache import writer
 from qat.cache.format import decode_ids, random_ids
+from qat.cache.reader import CacheReader
 from qat.config import Packing
 from qat.data.documents import SPLITS, read_documents
 from qat.data.packing import pack
@@ -127,7 +128,7 @@ def test_a_large_vocabulary_is_recorded_exactly(tmp_path, documents):
         model.lm_head.weight[66_000:] *= 3  # what lies beyond 65,535 is what the model says
     meta = {"length": LENGTH, "packing": "joined", "random": 3, "top_k": 4, "seed": 1, "vocab_size": 70_000}
     rows = pack(read_documents(documents, "eval"), LENGTH, Packing.joined, END).first(3)
-    shard = writer.Shard("eval", 0, rows)
+    shard = writer.Shard("eval", 0, rows, 5, 7)
     kept = writer.record(model, shard, meta, 2, lambda amount=1, note="": None)
     writer._write(shard, kept, 70_000, "key", tmp_path)
     stored = load_file(tmp_path / shard.name)
@@ -155,6 +156,30 @@ def test_description_is_in_the_folder_and_in_the_manifest(cache, documents, tiny
     assert meta["template_sha256"] == hashlib.sha256(template.encode()).hexdigest()
     assert cache.folder.name == f"text_L20_K6_R10-{cache.key}"
     assert {path.name for path in cache.folder.iterdir()} == {"manifest.json", "meta.json", *checksums}
+
+
+def test_text_alone_is_the_text_of_the_whole_cache_without_a_word_from_the_teacher(obtain, tmp_path, monkeypatch):
+    whole, asked = obtain(), []
+    writer_record = writer.record
+
+    def record(model, shard, *others):
+        asked.append(shard.split)
+        return writer_record(model, shard, *others)
+
+    monkeypatch.setattr(writer, "record", record)
+    alone = obtain(train_targets=False, artifacts=tmp_path)
+    assert set(asked) == {"eval"} and alone.key != whole.key
+    assert alone.folder.name == f"text_L20_K6_R10_text-{alone.key}"
+    for file in sorted(whole.folder.glob("*.safetensors")):
+        ours, theirs = load_file(alone.folder / file.name), load_file(file)
+        for name, tensor in theirs.items():
+            if file.name.startswith("train") and name in ("topk_ids", "topk_logprobs", "random_logprobs"):
+                assert ours[name].shape == (*tensor.shape[:2], 0) and ours[name].dtype == tensor.dtype
+            else:
+                assert torch.equal(ours[name], tensor)
+    batch = CacheReader(alone, "train").batch(torch.tensor([3, 0]))
+    assert torch.equal(batch.input_ids, CacheReader(whole, "train").batch(torch.tensor([3, 0])).input_ids)
+    assert batch.topk_ids.shape == batch.topk_logprobs.shape == (2, LENGTH - 1, 0)
 
 
 def test_limit_is_on_training_sequences_alone(obtain):

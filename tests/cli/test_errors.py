@@ -116,6 +116,8 @@ MISTAKES = [
     ("stage=cache cache.tail=guess", "expected one of exact, estimate"),
     ("cache=local cache.path=older", "use loss=topk_kl"),
     ("stage=distill checkpoint=mlp_only cache=local cache.path=imported", "use loss=topk_kl"),
+    ("cache.train_targets=false", "keeps their text alone: use loss=full_kl"),
+    ("cache.train_targets=false loss=full_kl loss.hard=0.1", "keeps their text alone"),
     ("cache=local", "cache.path=<folder>"),
     ("cache=local cache.path=nowhere", "no such folder"),
     ("checkpoint=local", "checkpoint=<folder>"),

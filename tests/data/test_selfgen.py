@@ -95,7 +95,7 @@ def test_text_that_nobody_takes_any_more_is_not_written_on(tiny, cpu, tmp_path, 
     text = answer(tiny, dataclasses.replace(DATA, start=Start.tokens, answer_tokens=64), 0, cpu, tmp_path)
     next(text)
     text.close()
-    assert len(list(tmp_path.iterdir())) <= 2  # of 32
+    assert len(list(tmp_path.iterdir())) <= 3  # of 32
 
 
 def test_a_fault_while_writing_ends_the_reading(written, monkeypatch):

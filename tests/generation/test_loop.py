@@ -9,7 +9,7 @@ from torch._dynamo.utils import counters
 
 from qat import attention, models
 from qat.errors import ConfigError
-from qat.generation import Sampling, Writer, bytes_a_row
+from qat.generation import Sampling, Writer, answers, bytes_a_row
 
 END = 257
 COMPILE = torch.compile
@@ -29,7 +29,11 @@ def quiet(amount=1, note=""):
 def write(model, prompts=PROMPTS, seed=0, rows=None, compiled=False, **sampling):
     longest = max(map(len, prompts))
     writer = Writer(model, replace(GREEDY, **sampling), rows or len(prompts), longest, compiled)
-    return writer(prompts, seed, quiet)
+    return said(writer, prompts, seed)
+
+
+def said(writer, prompts=PROMPTS, seed=0):
+    return answers(writer(prompts, seed, quiet), END)
 
 
 def transformers_say(model, prompts, tokens):
@@ -40,8 +44,8 @@ def transformers_say(model, prompts, tokens):
     settings = transformers.GenerationConfig(
         max_new_tokens=tokens, do_sample=False, eos_token_id=END, pad_token_id=END, use_cache=True
     )
-    said = models.generate(model, ids, settings, attention_mask=seen).tolist()
-    return [row[: row.index(END) + 1] if END in row else row for row in said]
+    written = models.generate(model, ids, settings, attention_mask=seen).tolist()
+    return [row[: row.index(END) + 1] if END in row else row for row in written]
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen3"])
@@ -72,22 +76,22 @@ def test_neighbours_and_empty_rows_change_nothing(model):
 
 def test_first_tokens_are_the_most_likely_ones_and_later_ones_are_not(model):
     greedy, drawn = write(model), write(model, greedy=4, temperature=20.0)
-    assert [reply[:4] for reply in drawn] == [said[:4] for said in greedy]
-    assert sum(reply[4:] != said[4:] for reply, said in zip(drawn, greedy, strict=True)) >= 3
+    assert [reply[:4] for reply in drawn] == [first[:4] for first in greedy]
+    assert sum(reply[4:] != first[4:] for reply, first in zip(drawn, greedy, strict=True)) >= 3
 
 
 def test_answer_ends_with_the_end_token_or_at_its_longest(model):
-    answers = write(model, PROMPTS * 16, tokens=40, greedy=0, temperature=50.0)
-    ended = [reply for reply in answers if reply[-1] == END]
+    replies = write(model, PROMPTS * 16, tokens=40, greedy=0, temperature=50.0)
+    ended = [reply for reply in replies if reply[-1] == END]
     assert ended and min(map(len, ended)) < 40
-    assert all(END not in reply[:-1] for reply in answers)
-    assert all(len(reply) == 40 for reply in answers if reply[-1] != END)
+    assert all(END not in reply[:-1] for reply in replies)
+    assert all(len(reply) == 40 for reply in replies if reply[-1] != END)
 
 
 def test_a_writer_can_be_used_again_and_the_seed_decides(model):
     writer = Writer(model, replace(GREEDY, greedy=0), 4, 31)
     one, short, same, other = (
-        writer(*call, quiet) for call in ((PROMPTS, 1), (PROMPTS[2:3], 5), (PROMPTS, 1), (PROMPTS, 2))
+        said(writer, *call) for call in ((PROMPTS, 1), (PROMPTS[2:3], 5), (PROMPTS, 1), (PROMPTS, 2))
     )
     assert one == same != other and len(short) == 1
 
@@ -125,7 +129,7 @@ def test_all_layers_and_writers_are_compiled_as_one(model, tiny, cpu):
     writer = Writer(model, GREEDY, 4, 31, compiled=True)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("qat.forward.torch.compile", lambda f, dynamic: COMPILE(f, dynamic=dynamic, backend="aot_eager"))
-        assert writer(PROMPTS, 0, quiet) == plain == writer(PROMPTS, 0, quiet)
+        assert said(writer) == plain == said(writer)
         assert write(tiny.load(cpu.dtype, cpu.device), compiled=True) == plain
     assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
 
@@ -154,8 +158,8 @@ def test_a_recorded_step_writes_what_single_ones_do(tiny, compiled):
     model = tiny.load(torch.float32, torch.device("cuda"))
     plain = write(tiny.load(torch.float32, torch.device("cpu")))
     writer = Writer(model, GREEDY, 4, 31, compiled)
-    assert writer(PROMPTS, 0, quiet) == plain
+    assert said(writer) == plain
     places = [weight.data_ptr() for weight in model.parameters()]  # which the recording reads from
-    assert writer(PROMPTS, 0, quiet) == plain
+    assert said(writer) == plain
     assert [weight.data_ptr() for weight in model.parameters()] == places
     assert len(writer.recorder._graphs) == 1
