@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from qat.packed import kernel
+from qat.quant import packing
 
 SIXTEEN = torch.float16  # tables and scales are of order one or below, where fp16 has three bits more than bf16
 
@@ -45,8 +46,8 @@ class PackedLinear(nn.Module):
 
     def weight(self, dtype: torch.dtype) -> Tensor:
         """W [O, I], multiplied out in fp32 and rounded once."""
-        index = unpack(self.indices, self.bits, self.out_features * self.in_features)
-        look_up = self.lut.float().index_select(0, index.int()).view(self.out_features, self.in_features)
+        index = packing.unpack(self.indices, self.bits, (self.out_features, self.in_features))
+        look_up = self.lut.float().index_select(0, index.flatten().int()).view(index.shape)
         return (look_up * (self.magnified() @ self.scale_B.float())).to(dtype)
 
     def magnified(self) -> Tensor:
@@ -76,16 +77,3 @@ class PackedLinear(nn.Module):
         """Shown when the model is printed."""
         rank = len(self.rank_magnitude)
         return f"in_features={self.in_features}, out_features={self.out_features}, bits={self.bits}, rank={rank}"
-
-
-def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
-    """Indices [count] uint8 of a bit stream, most significant bit first, on any device."""
-    if 8 % bits == 0:
-        shifts = torch.arange(8 - bits, -1, -bits, dtype=torch.uint8, device=packed.device)
-        return (packed[:, None] >> shifts & (2**bits - 1)).flatten()[:count]
-    shifts = torch.arange(7, -1, -1, dtype=torch.uint8, device=packed.device)
-    stream = (packed[:, None] >> shifts & 1).flatten()[: count * bits].view(count, bits)
-    index = torch.zeros(count, dtype=torch.uint8, device=packed.device)
-    for plane in stream.unbind(1):
-        index = index << 1 | plane
-    return index
