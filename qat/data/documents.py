@@ -56,7 +56,7 @@ def obtain_documents(data: DataConfig, teacher: ModelFolder, seed: int, machine:
 
     def make(folder: Path) -> dict[str, Any]:
         weights = [part.weight for part in data.parts] or [1.0]
-        with selfgen.short_turns(), ExitStack() as stack:  # what is written ahead ends with the mixture
+        with ExitStack() as stack:  # what is written ahead ends with the mixture
             texts = [stack.enter_context(closing(_pairs(part, teacher, seed, machine, folder))) for part in chosen]
             streams: list[mix.Pairs] = [
                 itertools.islice(text, _limit(part)) for text, part in zip(texts, chosen, strict=True)
@@ -123,7 +123,7 @@ def _write(
 
 
 def _decoded(documents: Iterable[Document], tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[Document, str]]:
-    """Documents with their text, many at a time: without Python, which whoever writes more of them needs."""
+    """Documents with their text, many in one call, which leaves Python to the threads that have more written."""
     remaining = iter(documents)
     while some := list(itertools.islice(remaining, DECODED)):
         decoded = tokenizer.backend_tokenizer.decode_batch([d.tokens for d in some], skip_special_tokens=False)

@@ -7,7 +7,6 @@ questions as well: behind the chat template's opening of a user turn it goes on 
 (Magpie, Xu et al. 2024, arXiv 2406.08464).
 """
 
-import sys
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
@@ -38,7 +37,6 @@ COMPILED_TOKENS = 10_000_000  # that a writer writes, from which on compiling it
 ANSWERS = ".answers-"
 AHEAD = 2  # batches of a writer under way: one has the GPU while the other is prepared or stored
 WRITING = Lock()  # sources of a mixture take turns: a GPU records for one at a time
-TURN = 1e-4  # seconds
 
 
 def answer(
@@ -154,21 +152,6 @@ class _Plan:
         return sum(len(batch) for batch, file in zip(self.batches, self.files, strict=True) if not file.exists())
 
 
-@contextmanager
-def short_turns() -> Iterator[None]:
-    """Inside, threads do not wait long for each other's Python.
-
-    PyTorch gives the interpreter away at every operation that it launches. A thread that turns tokens into text
-    beside it then keeps it for Python's usual 5 ms, and reading a batch of prompts is a thousand operations.
-    """
-    usual = sys.getswitchinterval()
-    sys.setswitchinterval(TURN)
-    try:
-        yield
-    finally:
-        sys.setswitchinterval(usual)
-
-
 def _in_order(
     submit: Callable[..., Future[Tensor]], make: Callable[[int], Tensor], count: int
 ) -> Generator[Tensor, None, None]:
@@ -199,4 +182,4 @@ def _ahead() -> Iterator[tuple[Callable[..., Future[Tensor]], Callable[[], None]
             yield pool.submit, go_on
         finally:
             left.set()
-            pool.shutdown(wait=False, cancel_futures=True)
+            pool.shutdown(cancel_futures=True)  # which waits: nothing is stored after that

@@ -16,9 +16,8 @@ TOGETHER = 8
 def pack(index: Tensor, bits: int) -> Tensor:
     """uint8 indices of any shape below 2**bits, as ceil(n · bits / 8) bytes, most significant bit first."""
     eights = pad(index.flatten(), (0, -index.numel() % TOGETHER)).view(-1, TOGETHER)
-    words = _joined(eights, bits)
-    packed = _cut(words, bits, 8).flatten()[: math.ceil(index.numel() * bits / 8)]
-    return packed.cpu().contiguous()
+    packed = _cut(_joined(eights, bits), bits, 8).flatten()
+    return packed[: math.ceil(index.numel() * bits / 8)].cpu().contiguous()
 
 
 def unpack(packed: Tensor, bits: int, shape: tuple[int, ...]) -> Tensor:
@@ -29,15 +28,14 @@ def unpack(packed: Tensor, bits: int, shape: tuple[int, ...]) -> Tensor:
 
 def _joined(parts_NP: Tensor, bits: int) -> Tensor:
     """Words [N], int64, of P parts of so many bits each, the first the most significant."""
-    words = torch.zeros(len(parts_NP), dtype=torch.int64, device=parts_NP.device)
-    for part in parts_NP.unbind(1):
-        words.bitwise_left_shift_(bits).bitwise_or_(part)
-    return words
+    return (parts_NP.long() << _shifts(parts_NP.shape[1], bits, parts_NP)).sum(1)
 
 
 def _cut(words_N: Tensor, parts: int, bits: int) -> Tensor:
     """The inverse: parts [N, P], uint8."""
-    found = torch.empty(len(words_N), parts, dtype=torch.uint8, device=words_N.device)
-    for number in range(parts):
-        found[:, number] = (words_N >> bits * (parts - 1 - number)) & (2**bits - 1)
-    return found
+    return (words_N[:, None] >> _shifts(parts, bits, words_N) & (2**bits - 1)).to(torch.uint8)
+
+
+def _shifts(parts: int, bits: int, like: Tensor) -> Tensor:
+    """How far each part lies above the last bit of its word."""
+    return torch.arange(parts - 1, -1, -1, device=like.device) * bits

@@ -2,14 +2,13 @@
 
 import dataclasses
 import json
-import sys
 
 import pytest
 import torch
 
 from qat.config import DataConfig, DataSource, Start
 from qat.data import selfgen, sources
-from qat.data.documents import Document, obtain_documents
+from qat.data.documents import Document
 from qat.data.selfgen import PROMPTS_AT_ONCE, answer
 from qat.data.thinking import chat_tokens, user_turn
 
@@ -54,20 +53,6 @@ def test_every_prompt_is_asked_in_every_mode_and_number(written, asked):
         assert len({tuple(tokens) for tokens in conversations}) == 4
 
 
-def test_threads_take_short_turns_while_text_is_written_and_usual_ones_after(tiny, cpu, tmp_path, monkeypatch):
-    usual, seen = sys.getswitchinterval(), []
-
-    def failing(*_):
-        seen.append(sys.getswitchinterval())
-        raise InterruptedError
-        yield
-
-    monkeypatch.setattr(selfgen, "answer", failing)
-    with pytest.raises(InterruptedError):
-        obtain_documents(DATA, tiny, 0, cpu, tmp_path)
-    assert seen == [pytest.approx(selfgen.TURN)] and selfgen.TURN < usual == sys.getswitchinterval()
-
-
 def test_more_prompts_than_fit_at_once_are_all_answered(written):
     many = [f"Question {number}?" for number in range(PROMPTS_AT_ONCE["cpu"] + 3)]
     assert sorted(prompt for prompt, _ in written(many, answer_tokens=1)) == sorted(many)
@@ -95,7 +80,7 @@ def test_text_that_nobody_takes_any_more_is_not_written_on(tiny, cpu, tmp_path, 
     text = answer(tiny, dataclasses.replace(DATA, start=Start.tokens, answer_tokens=64), 0, cpu, tmp_path)
     next(text)
     text.close()
-    assert len(list(tmp_path.iterdir())) <= 3  # of 32
+    assert len(list(tmp_path.iterdir())) <= 1 + selfgen.AHEAD  # of 32
 
 
 def test_a_fault_while_writing_ends_the_reading(written, monkeypatch):
