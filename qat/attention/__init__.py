@@ -12,7 +12,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from qat.attention import kernels
+from qat.attention import kernels, plain
 
 NAME = "qat"  # as transformers' `attn_implementation`
 UNKNOWN = ("dropout", "softcap", "sliding_window", "position_bias", "s_aux", "cache", "output_attentions")
@@ -73,6 +73,8 @@ def short(q_BHLD: Tensor, k_BKLD: Tensor, v_BKLD: Tensor, mask_B1LL: Tensor | No
 
     Every token must see itself. Rows and dimensions as in `fits`.
     """
+    if not kernels.capable(q_BHLD.device):
+        return plain.forward(q_BHLD, k_BKLD, v_BKLD, mask_B1LL, scale)
     q, k, v = _adjacent(q_BHLD, k_BKLD, v_BKLD)
     return kernels.forward(q, k, v, mask_B1LL, scale)
 
@@ -82,6 +84,8 @@ def short_backward(
     grad_BLHD: Tensor, q_BHLD: Tensor, k_BKLD: Tensor, v_BKLD: Tensor, mask_B1LL: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of `short` for q, k and v."""
+    if not kernels.goes_back(q_BHLD):
+        return plain.backward(grad_BLHD, q_BHLD, k_BKLD, v_BKLD, mask_B1LL, scale)
     grad, q, k, v = _adjacent(grad_BLHD, q_BHLD, k_BKLD, v_BKLD)
     return kernels.backward(grad, q, k, v, mask_B1LL, scale)
 

@@ -12,6 +12,8 @@ Shapes: B rows, H query heads, K key-value heads (query head h looks at h // (H 
 # Triton gives the arguments of kernels its own meaning.
 # mypy: disable-error-code="no-untyped-def"
 
+from functools import cache
+
 import torch
 from torch import Tensor
 
@@ -24,6 +26,30 @@ else:
     AVAILABLE = True
 
 LONGEST, WIDEST = 128, 128  # tokens of a row, dimensions of a head: what a program can hold
+OLDEST = (8, 0)  # Ampere: on a GPU before it the largest program needs three times the shared memory there is
+QUERIES = 32  # that the backward pass takes at once
+LARGE, LARGE_BYTES = 64 * 128, 128 * 1024  # above so many numbers of a head, the backward pass takes so much
+
+
+@cache
+def capable(device: torch.device) -> bool:
+    """Whether a device can run kernels that hold a row's scores."""
+    return AVAILABLE and device.type == "cuda" and torch.cuda.get_device_capability(device) >= OLDEST
+
+
+@cache
+def shared_memory(device: torch.device) -> int:
+    """Bytes that a program can have at most: 227 KB on an H100, 163 on an A100, 99 on smaller ones since Ampere."""
+    if device.type != "cuda":  # Triton's interpreter
+        return LARGE_BYTES
+    return int(triton.runtime.driver.active.utils.get_device_properties(device.index or 0)["max_shared_mem"])
+
+
+def goes_back(q_BHLD: Tensor) -> bool:
+    """Whether `backward` fits into a program of the queries' device."""
+    length, width = q_BHLD.shape[2:]
+    device = q_BHLD.device
+    return capable(device) and (length * width <= LARGE or shared_memory(device) >= LARGE_BYTES)
 
 
 def forward(q_BHLD: Tensor, k_BKLD: Tensor, v_BKLD: Tensor, mask_B1LL: Tensor | None, scale: float) -> Tensor:
@@ -42,7 +68,9 @@ def backward(
     grads = torch.empty_like(q_BHLD), torch.empty_like(k_BKLD), torch.empty_like(v_BKLD)
     inputs = _with_strides(q_BHLD, k_BKLD, v_BKLD, grad_BLHD.transpose(1, 2), *grads)
     sizes = _sizes(q_BHLD, k_BKLD, mask_B1LL)
-    _backward[(q_BHLD.shape[0], k_BKLD.shape[1])](*inputs, _bytes(mask_B1LL, q_BHLD), scale, *sizes, num_warps=8)
+    _backward[(q_BHLD.shape[0], k_BKLD.shape[1])](
+        *inputs, _bytes(mask_B1LL, q_BHLD), scale, *sizes, min(QUERIES, sizes[3]), num_warps=8, num_stages=1
+    )
     return grads
 
 
@@ -163,24 +191,28 @@ if AVAILABLE:
         TOKENS: tl.constexpr,
         WIDTH: tl.constexpr,
         MASKED: tl.constexpr,
+        QUERIES: tl.constexpr,
     ):
         row, shared = tl.program_id(0).to(tl.int64), tl.program_id(1)
         t, d = tl.arange(0, TOKENS), tl.arange(0, WIDTH)
         inside = (t[:, None] < L) & (d[None, :] < D)
         keys = tl.load(_tile(k, k_row, k_head, k_token, row, shared, t, d), mask=inside, other=0.0)
         values = tl.load(_tile(v, v_row, v_head, v_token, row, shared, t, d), mask=inside, other=0.0)
+        PARTS: tl.constexpr = TOKENS // QUERIES
         sum_k = tl.zeros([TOKENS, WIDTH], tl.float32)
         sum_v = tl.zeros([TOKENS, WIDTH], tl.float32)
-        for one in range(GROUP):
-            head = shared * GROUP + one
-            queries = tl.load(_tile(q, q_row, q_head, q_token, row, head, t, d), mask=inside, other=0.0)
-            g = tl.load(_tile(grad, grad_row, grad_head, grad_token, row, head, t, d), mask=inside, other=0.0)
-            p = _probabilities(tl.dot(queries, tl.trans(keys)), mask, row, t, t, scale, L, MASKED)
+        for step in range(GROUP * PARTS):
+            head = shared * GROUP + step // PARTS
+            o = step % PARTS * QUERIES + tl.arange(0, QUERIES)
+            there = (o[:, None] < L) & (d[None, :] < D)
+            queries = tl.load(_tile(q, q_row, q_head, q_token, row, head, o, d), mask=there, other=0.0)
+            g = tl.load(_tile(grad, grad_row, grad_head, grad_token, row, head, o, d), mask=there, other=0.0)
+            p = _probabilities(tl.dot(queries, tl.trans(keys)), mask, row, o, t, scale, L, MASKED)
             sum_v = tl.dot(tl.trans(p.to(g.dtype)), g, sum_v)
             d_p = tl.dot(g, tl.trans(values))
             d_scores = (p * (d_p - tl.sum(p * d_p, 1)[:, None]) * scale).to(queries.dtype)
             d_q = tl.dot(d_scores, keys)
-            tl.store(_tile(dq, dq_row, dq_head, dq_token, row, head, t, d), d_q.to(dq.dtype.element_ty), mask=inside)
+            tl.store(_tile(dq, dq_row, dq_head, dq_token, row, head, o, d), d_q.to(dq.dtype.element_ty), mask=there)
             sum_k = tl.dot(tl.trans(d_scores), queries, sum_k)
         tl.store(_tile(dk, dk_row, dk_head, dk_token, row, shared, t, d), sum_k.to(dk.dtype.element_ty), mask=inside)
         tl.store(_tile(dv, dv_row, dv_head, dv_token, row, shared, t, d), sum_v.to(dv.dtype.element_ty), mask=inside)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from qat.attention.kernels import AVAILABLE, LONGEST, WIDEST
+from qat.attention.kernels import LONGEST, WIDEST, capable
 from qat.decoder.attention import Heads, Places
 from qat.decoder.functions import AddNorm, Attend, Gate, Product
 from qat.norms import norms
@@ -28,7 +28,7 @@ PROJECTIONS = ("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_pro
 def decoder(model: nn.Module, checkpointing: bool = False) -> "Decoder | None":
     """The fused form of a causal language model of transformers; None where it has none."""
     device = next(model.parameters()).device
-    if not AVAILABLE or device.type != "cuda" or not _known(model):
+    if not capable(device) or not _known(model):
         return None
     made = Decoder(model, checkpointing)
     types = {product.weight.dtype for layer in made.layers for product in layer.products if product.weight is not None}

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from qat.attention.kernels import AVAILABLE, _bytes
+from qat.attention.kernels import AVAILABLE, LONGEST, _bytes, shared_memory
 
 if AVAILABLE:
     import triton
@@ -23,9 +23,16 @@ if AVAILABLE:
 
     from qat.attention.kernels import _probabilities
 
-FORWARD = {"num_warps": 4}
-# Registers decide: those of short rows are enough for few queries at once, and nothing is read ahead for others.
-BACKWARD = {64: {"QUERIES": 32, "num_warps": 4, "num_stages": 1}, 128: {"QUERIES": 128, "num_warps": 8}}
+# What a program holds decides how it is best cut, and whether that fits into the shared memory it can have.
+# Registers are enough for few queries at once, and nothing is read ahead for others; rows of 128 with narrow heads
+# alone are faster all at once, where there is room.
+FORWARD = {"num_warps": 4}  # up to 113 KB
+FORWARD_SMALL = {"num_warps": 4, "num_stages": 1}
+FORWARD_LARGE = {"num_warps": 8, "num_stages": 1}  # 96 KB for the longest rows of the widest heads
+BACKWARD_SHORT = {"QUERIES": 32, "num_warps": 4, "num_stages": 1}
+BACKWARD_WHOLE = {"QUERIES": LONGEST, "num_warps": 8}  # 193 KB for heads of 64
+BACKWARD_LONG = {"QUERIES": 32, "num_warps": 8, "num_stages": 1}  # 96 KB as well
+ROOMY = 193 * 1024
 
 
 @dataclass(frozen=True)
@@ -69,9 +76,8 @@ def forward(qkv_TF: Tensor, places: Places, norms: tuple[Tensor, Tensor] | None,
     """
     out = qkv_TF.new_empty(len(qkv_TF), heads.query * heads.width)
     grid = (len(qkv_TF) // places.cos.shape[1], heads.shared)
-    _forward[grid](
-        qkv_TF, out, *_arguments(qkv_TF, places, norms, heads), **_constants(places, norms, heads), **FORWARD
-    )
+    arguments, constants = _arguments(qkv_TF, places, norms, heads), _constants(places, norms, heads)
+    _forward[grid](qkv_TF, out, *arguments, **constants, **_forward_cut(constants, qkv_TF.device))
     return out
 
 
@@ -82,14 +88,24 @@ def backward(
     d_qkv = torch.empty_like(qkv_TF)
     grid = (len(qkv_TF) // places.cos.shape[1], heads.shared)
     arguments, constants = _arguments(qkv_TF, places, norms, heads), _constants(places, norms, heads)
-    _backward[grid](qkv_TF, grad_TF, d_qkv, *arguments, **constants, **_cut(constants["TOKENS"]))
+    _backward[grid](qkv_TF, grad_TF, d_qkv, *arguments, **constants, **_backward_cut(constants, qkv_TF.device))
     return d_qkv
 
 
-def _cut(tokens: int) -> dict[str, int]:
-    """Queries that the backward pass takes at once, and how it is launched."""
-    fitting = BACKWARD[64 if tokens <= 64 else 128]
-    return {**fitting, "QUERIES": min(fitting["QUERIES"], tokens)}
+def _forward_cut(constants: dict[str, int | bool], device: torch.device) -> dict[str, int]:
+    """How the forward pass is launched."""
+    if constants["TOKENS"] * constants["WIDTH"] > LONGEST * 64:
+        return FORWARD_LARGE
+    return FORWARD if shared_memory(device) >= ROOMY else FORWARD_SMALL
+
+
+def _backward_cut(constants: dict[str, int | bool], device: torch.device) -> dict[str, int]:
+    """How the backward pass is launched, and how many queries it takes at once."""
+    tokens = constants["TOKENS"]
+    if tokens <= 64:
+        return {**BACKWARD_SHORT, "QUERIES": min(BACKWARD_SHORT["QUERIES"], tokens)}
+    whole = constants["WIDTH"] <= 64 and shared_memory(device) >= ROOMY
+    return BACKWARD_WHOLE if whole else BACKWARD_LONG
 
 
 def _arguments(

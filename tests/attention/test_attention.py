@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from torch.nn.functional import scaled_dot_product_attention
 
 from qat import attention
 from qat.cache import attention as masks
@@ -34,7 +35,7 @@ def documents(rows, length):
     return ((number[:, :, None] == number[:, None, :]) & (places[:, None] >= places))[:, None]
 
 CASES = [(2, 4, 2, 16, 16), (2, 3, 3, 20, 24), (1, 9, 3, 7, 64), (1, 2, 1, 65, 8), (2, 4, 2, 64, 128)]
-CASES += [(1, 4, 1, 128, 64)]
+CASES += [(1, 4, 1, 128, 64), (1, 2, 1, 127, 128)]
 DTYPES = {"cpu": {torch.float32: 1e-5}, "cuda": {torch.bfloat16: 2e-2, torch.float16: 3e-3}}
 for rows, heads, shared, length, width in CASES:
     for masked in (False, True):
@@ -96,6 +97,25 @@ def test_a_model_gives_what_float64_gives(compiled, joined):
     assert (found.double().cpu() - wanted).norm() < 0.02 * wanted.norm()
     for one, other in zip(model.base_model.layers.parameters(), exact.base_model.layers.parameters(), strict=True):
         assert (one.grad.double().cpu() - other.grad).norm() < 0.05 * other.grad.norm()
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_without_kernels_it_is_what_float64_gives(masked):
+    """As on a GPU that cannot hold a row's scores; gradients lie in memory as what they are gradients of."""
+    torch.manual_seed(0)
+    parts = [torch.randn(2, 9, heads, 8).transpose(1, 2).requires_grad_() for heads in (6, 2, 2)]
+    grad = torch.randn(2, 9, 6, 8)
+    mask = masks.inputs(torch.zeros(2, 9), torch.rand(2, 9) < 0.3)["attention_mask"] if masked else None
+    exact = [part.detach().double().requires_grad_() for part in parts]
+    q, k, v = exact[0], *(x.repeat_interleave(3, 1) for x in exact[1:])
+    wanted = scaled_dot_product_attention(q, k, v, mask, is_causal=not masked, scale=0.3).transpose(1, 2)
+    found = attention.short(*parts, mask, 0.3)
+    assert torch.allclose(found.double(), wanted, atol=1e-6)
+    for one, part, other in zip(
+        torch.autograd.grad(found, parts, grad), parts, torch.autograd.grad(wanted, exact, grad.double()), strict=True
+    ):
+        assert torch.allclose(one.double(), other, atol=1e-5)
+        assert one.stride() == part.stride()
 
 
 def test_on_a_cpu_it_is_what_pytorch_computes():

@@ -34,11 +34,11 @@ FAMILIES = {
 }
 
 
-def models(family):
+def models(family, width=16):
     # the same model twice: exact, and in a type that the kernels take
     made, settings = FAMILIES[family]
     torch.manual_seed(0)
-    exact = made(settings(**SIZES)).eval()
+    exact = made(settings(**SIZES | {"head_dim": width})).eval()
     for name, parameter in exact.named_parameters():
         parameter.data.normal_(1, 0.3) if "norm" in name else parameter.data.mul_(8)
         parameter.data = parameter.data.bfloat16().float()
@@ -84,10 +84,10 @@ def fuse(model, checkpointing):
         assert decoder(model) is not None
 
 
-def check(family, mode, joined, checkpointing, micro_batches=1):
-    exact, model = models(family)
+def check(family, mode, joined, checkpointing, micro_batches=1, length=12, width=16):
+    exact, model = models(family, width)
     weights, layers = quantize(model, mode)
-    given = rows(joined)
+    given = rows(joined, length)
     fuse(model, checkpointing)
     weights.begin(micro_batches)
     weights.clear()
@@ -119,6 +119,8 @@ check("qwen3", "e2e", False, False)
 check("qwen3", "mlp", True, True, 2)
 check("llama", "e2e", True, False, 2)
 check("llama", "attn", False, False)
+for length, width in ((65, 128), (128, 64), (128, 128)):
+    check("qwen3", "e2e", True, False, length=length, width=width)
 check_teacher("qwen3", True)
 check_teacher("llama", False)
 """
