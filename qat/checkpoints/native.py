@@ -102,10 +102,12 @@ def load(folder: Path, teacher: ModelFolder, machine: Machine) -> tuple[PreTrain
     model = teacher.load(machine.dtype, machine.device)
     tensors = load_file(folder / FILE)
     for layer in layers_of(manifest):
-        module = QuantLinear(*layer.shape, layer.bits, layer.rank, linear(model, layer.name).bias)
-        module.indices.copy_(packing.unpack(tensors[f"{layer.name}.indices"], layer.bits, layer.shape))
+        with machine.device:
+            module = QuantLinear(*layer.shape, layer.bits, layer.rank, linear(model, layer.name).bias)
+        packed = tensors[f"{layer.name}.indices"].to(machine.device)
+        module.indices.copy_(packing.unpack(packed, layer.bits, layer.shape))
         module.set_parameters({parameter: tensors[f"{layer.name}.{parameter}"] for parameter in PARAMETERS})
-        model.set_submodule(layer.name, module.to(machine.device).requires_grad_(False))
+        model.set_submodule(layer.name, module.requires_grad_(False))
     own = read_own(folder)
     adopt(model, own)
     set_learned(model, own)
