@@ -28,6 +28,7 @@ else:
 LONGEST, WIDEST = 128, 128  # tokens of a row, dimensions of a head: what a program can hold
 OLDEST = (8, 0)  # Ampere: on a GPU before it the largest program needs three times the shared memory there is
 QUERIES = 32  # that the backward pass takes at once
+BACKWARD = {"num_warps": 8, "num_stages": 1}
 LARGE, LARGE_BYTES = 64 * 128, 128 * 1024  # above so many numbers of a head, the backward pass takes so much
 
 
@@ -69,7 +70,7 @@ def backward(
     inputs = _with_strides(q_BHLD, k_BKLD, v_BKLD, grad_BLHD.transpose(1, 2), *grads)
     sizes = _sizes(q_BHLD, k_BKLD, mask_B1LL)
     _backward[(q_BHLD.shape[0], k_BKLD.shape[1])](
-        *inputs, _bytes(mask_B1LL, q_BHLD), scale, *sizes, min(QUERIES, sizes[3]), num_warps=8, num_stages=1
+        *inputs, _bytes(mask_B1LL, q_BHLD), scale, *sizes, min(QUERIES, sizes[3]), **BACKWARD
     )
     return grads
 

@@ -14,6 +14,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from qat import attention
 from qat.cache import attention as masks
 from qat.forward import hidden_states, prepare
+from tests.devices import DEVICES
 
 CHECK = """
 import os, sys
@@ -58,10 +59,7 @@ for rows, heads, shared, length, width in CASES:
 """
 
 
-@pytest.mark.parametrize(
-    "device",
-    ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA"))],
-)
+@pytest.mark.parametrize("device", DEVICES)
 def test_the_kernels_compute_what_float64_does(device):
     pytest.importorskip("triton")
     command = [sys.executable, "-c", CHECK, device]

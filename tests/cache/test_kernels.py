@@ -6,9 +6,9 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
-INTERPRETED = pytest.param("cpu", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA is tested itself"))
+from tests.devices import DEVICES
+
 CHECK = """
 import os, sys
 device = sys.argv[1]
@@ -33,10 +33,7 @@ for positions, vocabulary, top_k in [(3, 9000, 5), (2, 64, 1), (2, 4096, 20), (1
 """
 
 
-@pytest.mark.parametrize(
-    "device",
-    [INTERPRETED, pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA"))],
-)
+@pytest.mark.parametrize("device", DEVICES)
 def test_the_kernel_sums_and_finds_what_plain_torch_does(device):
     pytest.importorskip("triton")
     command = [sys.executable, "-c", CHECK, device]

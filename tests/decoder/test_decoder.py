@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from qat.decoder import Joint
+from tests.devices import DEVICES
 
 CHECK = """
 import copy, os, sys
@@ -126,10 +127,7 @@ check_teacher("llama", False)
 """
 
 
-@pytest.mark.parametrize(
-    "device",
-    ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA"))],
-)
+@pytest.mark.parametrize("device", DEVICES)
 def test_fused_layers_are_those_of_transformers(device):
     pytest.importorskip("triton")
     command = [sys.executable, "-c", CHECK, device]

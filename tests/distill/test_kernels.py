@@ -6,7 +6,8 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
+
+from tests.devices import DEVICES
 
 CHECK = """
 import os, sys
@@ -45,10 +46,7 @@ for P, V, D, K in [(5, 9000, 70, 5), (3, 4096, 128, 64), (2, 130, 300, 1)]:
 """
 
 
-@pytest.mark.parametrize(
-    "device",
-    ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA"))],
-)
+@pytest.mark.parametrize("device", DEVICES)
 def test_the_kernels_compute_what_plain_torch_does(device):
     pytest.importorskip("triton")
     command = [sys.executable, "-c", CHECK, device]

@@ -6,7 +6,8 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
+
+from tests.devices import DEVICES
 
 CHECK = """
 import os, sys
@@ -56,10 +57,7 @@ for V in (5000, 4096, 100):
 """
 
 
-@pytest.mark.parametrize(
-    "device",
-    ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA"))],
-)
+@pytest.mark.parametrize("device", DEVICES)
 def test_the_kernels_compute_what_plain_torch_does(device):
     pytest.importorskip("triton")
     command = [sys.executable, "-c", CHECK, device]
