@@ -79,6 +79,14 @@ def kill_when(process, there, seconds=60.0) -> bool:
     return True
 
 
+def found(folder: Path, pattern: str) -> list[Path]:
+    """What matches below a folder; nothing where a folder on the way is published, so renamed, meanwhile."""
+    try:
+        return list(folder.glob(pattern))
+    except FileNotFoundError:
+        return []
+
+
 def hashes(folder: Path) -> dict[str, str]:
     """SHA-256 of every file below a folder."""
     files = [path for path in sorted(folder.rglob("*")) if path.is_file()]

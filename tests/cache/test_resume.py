@@ -44,7 +44,7 @@ def seed_of(outputs, whole):
 
 
 def shards(outputs):
-    return len(list((outputs / "caches").glob(".*.partial/*.safetensors")))
+    return len(making.found(outputs / "caches", ".*.partial/*.safetensors"))
 
 
 def test_cache_killed_again_and_again_is_the_same_in_the_end(processes, text, whole, tmp_path):
@@ -68,7 +68,7 @@ def test_cache_killed_while_a_shard_is_being_written_is_the_same(processes, text
     seed_of(tmp_path, whole)
     process = processes.Process(target=making.make_cache, args=(str(tmp_path), text))
     process.start()
-    assert making.kill_when(process, lambda: list((tmp_path / "caches").glob(".*.partial/.*.tmp")))
+    assert making.kill_when(process, lambda: making.found(tmp_path / "caches", ".*.partial/.*.tmp"))
     making.make_again(processes, making.make_cache, tmp_path, text)
     assert making.hashes(the_cache(tmp_path)) == making.hashes(the_cache(whole))
 

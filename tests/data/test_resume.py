@@ -25,7 +25,7 @@ def the_documents(outputs):
 
 
 def batches(outputs):
-    return len(list((outputs / "documents").glob(".*.partial/.answers-*.safetensors")))
+    return len(making.found(outputs / "documents", ".*.partial/.answers-*.safetensors"))
 
 
 def test_answers_killed_again_and_again_are_the_same_in_the_end(processes, prompts, tmp_path):
