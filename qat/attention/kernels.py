@@ -2,9 +2,9 @@
 
 Flash attention walks over blocks of keys, keeps running maxima and, backwards, adds into dQ from many
 programs (Dao 2023, FlashAttention-2, §3). A row of at most `LONGEST` tokens needs none of that: one
-program takes a row and a key-value head, makes the whole matrix of scores, and writes every gradient
-once, in a fixed order. Products are of the inputs' type, sums and the softmax fp32. Nothing but the
-inputs is kept for the backward pass.
+program takes a row and a key-value head, makes its scores (all of them at once forward, those of a few
+queries at a time backward), and writes every gradient once, in a fixed order. Products are of the
+inputs' type, sums and the softmax fp32. Nothing but the inputs is kept for the backward pass.
 
 Shapes: B rows, H query heads, K key-value heads (query head h looks at h // (H / K)), L tokens, D dimensions.
 """
@@ -48,9 +48,10 @@ def shared_memory(device: torch.device) -> int:
 
 def goes_back(q_BHLD: Tensor) -> bool:
     """Whether `backward` fits into a program of the queries' device."""
-    length, width = q_BHLD.shape[2:]
-    device = q_BHLD.device
-    return capable(device) and (length * width <= LARGE or shared_memory(device) >= LARGE_BYTES)
+    if not capable(q_BHLD.device):
+        return False
+    length, width = (_padded(size) for size in q_BHLD.shape[2:])
+    return length * width <= LARGE or shared_memory(q_BHLD.device) >= LARGE_BYTES
 
 
 def forward(q_BHLD: Tensor, k_BKLD: Tensor, v_BKLD: Tensor, mask_B1LL: Tensor | None, scale: float) -> Tensor:
@@ -90,8 +91,12 @@ def _bytes(mask_B1LL: Tensor | None, otherwise: Tensor) -> Tensor:
 def _sizes(q_BHLD: Tensor, k_BKLD: Tensor, mask_B1LL: Tensor | None) -> tuple[int | bool, ...]:
     """L, D, query heads a key-value head, both sizes as matrix units take them, and whether there is a mask."""
     _, heads, length, width = q_BHLD.shape
-    padded = [max(16, triton.next_power_of_2(size)) for size in (length, width)]
-    return (length, width, heads // k_BKLD.shape[1], *padded, mask_B1LL is not None)
+    return (length, width, heads // k_BKLD.shape[1], _padded(length), _padded(width), mask_B1LL is not None)
+
+
+def _padded(size: int) -> int:
+    """As matrix units take it: a power of two from 16."""
+    return max(16, triton.next_power_of_2(size))
 
 
 if AVAILABLE:

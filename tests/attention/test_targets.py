@@ -9,6 +9,7 @@ from qat.decoder import attention as fused
 GPUS = {80: 163 * 1024, 86: 99 * 1024, 90: 227 * 1024}  # shared memory that a program of each architecture can have
 SHAPES = [(63, 128), (127, 64), (127, 128)]  # tokens of a row, dimensions of a head
 HEADS = {64: (9, 3), 128: (16, 8)}
+FITS_BACK = {80: SHAPES, 86: [(63, 128), (127, 64)], 90: SHAPES}  # without the norms and rotations of a layer
 
 
 def needed(kernel, types, constants, architecture, **launch):
@@ -51,6 +52,7 @@ def test_programs_fit(architecture, length, width, monkeypatch):
     names = ("L", "D", "GROUP", "TOKENS", "WIDTH", "MASKED")
     sizes = dict(zip(names, kernels._sizes(q, torch.empty(1, shared, length, width), torch.ones(1)), strict=True))
     assert needed(kernels._forward, kind, sizes, architecture) <= room
+    assert kernels.goes_back(q) == ((length, width) in FITS_BACK[architecture])
     if kernels.goes_back(q):
         sizes |= {"QUERIES": min(kernels.QUERIES, sizes["TOKENS"])}
         assert needed(kernels._backward, kind, sizes, architecture, **kernels.BACKWARD) <= room
