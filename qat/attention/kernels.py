@@ -26,7 +26,7 @@ else:
     AVAILABLE = True
 
 LONGEST, WIDEST = 128, 128  # tokens of a row, dimensions of a head: what a program can hold
-OLDEST = (8, 0)  # Ampere: on a GPU before it the largest program needs three times the shared memory there is
+OLDEST = (8, 0)  # Ampere: a GPU before it has too little shared memory for long rows, however they are cut
 QUERIES = 32  # that the backward pass takes at once
 BACKWARD = {"num_warps": 8, "num_stages": 1}
 LARGE, LARGE_BYTES = 64 * 128, 128 * 1024  # above so many numbers of a head, the backward pass takes so much

@@ -18,22 +18,26 @@ def forward(q_BHLD: Tensor, k_BKLD: Tensor, v_BKLD: Tensor, mask_B1LL: Tensor | 
 def backward(
     grad_BLHD: Tensor, q_BHLD: Tensor, k_BKLD: Tensor, v_BKLD: Tensor, mask_B1LL: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v, laid out as these are; the softmax is fp32."""
-    grad, k, v = grad_BLHD.transpose(1, 2), _shared(k_BKLD, q_BHLD), _shared(v_BKLD, q_BHLD)
-    p = (_scores(q_BHLD, k, mask_B1LL) * scale).softmax(-1)
-    d_p = (grad @ v.mT).to(p.dtype)
-    d_scores = (p * (d_p - (p * d_p).sum(-1, keepdim=True)) * scale).to(grad.dtype)
-    d_k, d_v = d_scores.mT @ q_BHLD, p.to(grad.dtype).mT @ grad
-    found = d_scores @ k, _summed(d_k, k_BKLD), _summed(d_v, v_BKLD)
+    """Gradients of q, k and v, laid out as these are; all products are fp32, as scores of 16 bits would not do."""
     like = (q_BHLD, k_BKLD, v_BKLD)
+    grad, q, k, v = (_wide(x) for x in (grad_BLHD.transpose(1, 2), *like))
+    k, v = _shared(k, q), _shared(v, q)
+    p = _scores(q * scale, k, mask_B1LL).softmax(-1)
+    d_p = grad @ v.mT
+    d_scores = p * (d_p - (p * d_p).sum(-1, keepdim=True)) * scale
+    found = d_scores @ k, _summed(d_scores.mT @ q, k_BKLD), _summed(p.mT @ grad, v_BKLD)
     return tuple(torch.empty_like(x).copy_(d_x) for d_x, x in zip(found, like, strict=True))  # type: ignore[return-value]
 
 
+def _wide(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def _scores(q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor:
-    """Products of queries and keys, at least fp32, -inf where a token is not seen."""
+    """Products of queries and keys, -inf where a token is not seen."""
     scores = q @ k.mT
     seen = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril() if mask is None else mask
-    return scores.to(torch.promote_types(scores.dtype, torch.float32)).masked_fill(~seen, float("-inf"))
+    return scores.masked_fill(~seen, float("-inf"))
 
 
 def _shared(x_BKLD: Tensor, q_BHLD: Tensor) -> Tensor:

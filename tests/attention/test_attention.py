@@ -116,6 +116,23 @@ def test_without_kernels_it_is_what_float64_gives(masked):
         assert one.stride() == part.stride()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_without_kernels_large_scores_keep_their_digits(dtype):
+    """Scores of some hundreds, rounded to 16 bits, would be off by more than one."""
+    torch.manual_seed(0)
+    parts = [(torch.randn(2, heads, 16, 32) * size).to(dtype) for heads, size in ((4, 30), (2, 3), (2, 1))]
+    grad = torch.randn(2, 16, 4, 32).to(dtype)
+    exact = [part.double().requires_grad_() for part in parts]
+    q, k, v = exact[0], *(x.repeat_interleave(2, 1) for x in exact[1:])
+    wanted = scaled_dot_product_attention(q, k, v, is_causal=True, scale=0.2).transpose(1, 2)
+    for one, other in zip(
+        attention.short_backward(grad, *parts, None, 0.2),
+        torch.autograd.grad(wanted, exact, grad.double()),
+        strict=True,
+    ):
+        assert (one.double() - other).norm() < 0.005 * other.norm()
+
+
 def test_on_a_cpu_it_is_what_pytorch_computes():
     torch.manual_seed(0)
     model = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**MODEL)).eval()
