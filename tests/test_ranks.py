@@ -11,6 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from qat.cli import main
+from qat.errors import RankError
+
 ROOT = Path(__file__).resolve().parents[1]
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 TINY = ("+debug=tiny", "instance.precision=fp32", "data.documents=256", "train.batch_size=5", "mode=e2e")
@@ -137,3 +140,13 @@ def test_a_signal_to_the_one_that_started_them_saves_first(alone, together):
     assert record(alone, run)["status"] == "interrupted"
     last = max(row["step"] for row in rows(alone, run))
     assert (alone / run / "checkpoints" / f"state-{last:08d}").exists()
+
+
+def test_the_cause_is_told_although_torchrun_ends_whoever_is_left():
+    with pytest.raises(RankError), main._told_by_sigterm():
+        try:
+            raise RankError("another of the 2 processes that train together has ended")
+        finally:
+            signal.raise_signal(signal.SIGTERM)
+    with pytest.raises(main.Terminated), main._told_by_sigterm():
+        signal.raise_signal(signal.SIGTERM)

@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
-from typing import NoReturn
 
 from hydra.core.override_parser.types import Override
 
@@ -20,7 +19,7 @@ from qat.cli.helping import page
 from qat.cli.job import failures
 from qat.cli.suggest import one_line
 from qat.config import Config
-from qat.errors import ConfigError, QatError
+from qat.errors import ConfigError, QatError, RankError
 from qat.runs import UNRECORDED
 from qat.sweeps import Sweep
 
@@ -204,5 +203,7 @@ def _told_by_sigterm() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _terminate(number: int, frame: FrameType | None) -> NoReturn:
+def _terminate(number: int, frame: FrameType | None) -> None:
+    if isinstance(sys.exc_info()[1], RankError):
+        return  # on the way out already, and torchrun ends the others when one is gone: the cause is to be told
     raise Terminated("stopped by SIGTERM")
