@@ -259,6 +259,7 @@ def engine(
             layer.bake(machine.dtype)
         elif row.learn.latent:
             layer.latent = nn.Parameter(layer.weight(torch.float32), requires_grad=False)
+            layer.curvature = tuple(torch.ones(size, device=machine.device) for size in layer.indices.shape)
     learners = Learners(student, learning, train.learn, machine, train.snap_fp16)
     step = Step(student, learners, Optimizer(learners.parameters, train, machine.device), loss, train, machine, ranks)
     if not row.graphs:

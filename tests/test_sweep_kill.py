@@ -14,7 +14,8 @@ import pytest
 from qat import machine
 from qat.artifacts import open_artifact
 
-RATES = ",".join(f"{number}e-3" for number in range(1, 13))
+JOBS = 10
+RATES = ",".join(f"{number}e-3" for number in range(1, JOBS + 1))
 SWEEP = [
     "-m",
     "+debug=tiny",
@@ -104,18 +105,18 @@ def test_sweep_killed_three_times_at_random_ends_with_every_job_complete_and_equ
         time.sleep(dice.random() * 0.8)
         os.kill(process.pid, signal.SIGKILL)
         process.join(60)
-        assert done < complete(killed) and len(complete(killed)) < 12
+        assert done < complete(killed) and len(complete(killed)) < JOBS
         done = complete(killed)
     kept = {name: (killed / "sweep-001" / name / "result.json").stat().st_mtime_ns for name in done}
     last = start(processes, killed, *SWEEP)
     last.join(100)
     assert last.exitcode == 0
     assert {name: (killed / "sweep-001" / name / "result.json").stat().st_mtime_ns for name in done} == kept
-    assert complete(killed) == set(results(killed)) == {f"SR-{number:03d}" for number in range(1, 13)}
+    assert complete(killed) == set(results(killed)) == {f"SR-{number:03d}" for number in range(1, JOBS + 1)}
     assert figures(killed) == figures(twin)
     (summary,) = killed.rglob("summary.json")
     assert {job["status"] for job in json.loads(summary.read_text())["jobs"]} == {"complete"}
-    assert len(json.loads(summary.read_text())["jobs"]) == 12
+    assert len(json.loads(summary.read_text())["jobs"]) == JOBS
 
 
 def test_ctrl_c_saves_the_running_job_which_later_goes_on_from_there(processes, twin, tmp_path):
@@ -128,8 +129,8 @@ def test_ctrl_c_saves_the_running_job_which_later_goes_on_from_there(processes, 
     os.kill(process.pid, signal.SIGINT)
     process.join(60)
     assert process.exitcode == 130
-    told, left = (tmp_path / "said").read_text(), 12 - len(complete(outputs))
-    assert f"{left} of 12 jobs are left; to go on: python launch.py sweep.resume={outputs}/sweep-001" in told
+    told, left = (tmp_path / "said").read_text(), JOBS - len(complete(outputs))
+    assert f"{left} of {JOBS} jobs are left; to go on: python launch.py sweep.resume={outputs}/sweep-001" in told
     assert "interrupted\n" in told and "Traceback" not in told
     statuses = [result["status"] for result in results(outputs).values()]
     assert statuses.count("interrupted") == 1 and "failed" not in statuses

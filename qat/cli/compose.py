@@ -10,6 +10,7 @@ from hydra import version
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra._internal.utils import create_config_search_path
 from hydra.core.config_search_path import ConfigSearchPath, SearchPathQuery
+from hydra.core.object_type import ObjectType
 from hydra.core.utils import setup_globals
 from hydra.errors import HydraException
 from hydra.types import RunMode
@@ -60,7 +61,7 @@ class Composer:
 
     def options(self, group: str) -> list[str]:
         """The options of a group, in order."""
-        return sorted(self.loader.get_group_options(group))
+        return sorted(self.loader.repository.get_group_options(group, ObjectType.CONFIG))
 
     def chosen(self) -> set[str]:
         """Groups that the primary config has an option of; a recorded run has values instead."""

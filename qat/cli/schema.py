@@ -70,8 +70,9 @@ def written(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
+@cache
 def register() -> None:
-    """Makes the schemas known to Hydra: `schema` for a whole run, `schema/<group>` for one group."""
+    """Makes the schemas known to Hydra, once: `schema` for a whole run, `schema/<group>` for one group."""
     store = ConfigStore.instance()
     store.store(name="schema", node=Config)
     for group in groups():

@@ -84,7 +84,7 @@ class Learners:
         Args:
             student: the model; everything in it stays fixed but what is named here.
             layers: the quantized layers that learn, by name. Those that have latent weights to learn
-                from must bring them if `learn.latent` is above 0.
+                from must bring them if `learn.latent` is above 0, and the curvature of the loss there.
             learn: rates of the kinds relative to `train.lr`; 0 does not learn.
             machine: compute type.
             snap: tables and scales pass through fp16.
@@ -116,6 +116,11 @@ class Learners:
         """Turns the gradients that autograd left into those of the parameters."""
         for stack in self._stacks:
             stack.reduce()
+
+    def shift(self, factor: Tensor) -> None:
+        """Takes the gradients of latent weights, which are multiplied by `factor`, from their entries to themselves."""
+        for stack in self._stacks:
+            stack.shift(factor)
 
     def grads(self) -> list[Tensor]:
         """Gradients of all parameters, joined where they lie side by side: for norms and reductions."""

@@ -171,6 +171,7 @@ class Step:
         """Unscales, clips and applies the gradients, or none of them; all on the device."""
         norm = nn.utils.get_total_norm(self.learners.grads()) / self.scaler.scale
         self.skip.copy_(~(norm.isfinite() & self.total.isfinite()))
+        self.learners.shift(self.scaler.scale)
         self.optimizer.step(self.scaler.scale * (norm / self.train.grad_clip).clamp_min(1), self.skip)
         self.scaler.update(self.skip)
         self.figures.copy_(torch.stack([self.total, norm, self.skip, self.stop]))

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from qat.cache.reader import Batch, CacheReader
 from qat.config import ModeConfig, TrainConfig
 from qat.console import progress
-from qat.distill import optim
+from qat.distill import curvature, optim
 from qat.distill.distributed import Ranks
 from qat.distill.head import Head
 from qat.distill.loss import KD_TEMPERATURE, Loss, topk_kl
@@ -88,6 +88,9 @@ class Trainer:
         self.student, self.train, self.machine, self.seed, self.ranks = student, train, machine, seed, ranks
         self.training, self.held_out = cache
         learning = _learning(layers, {"mlp": mode.mlp, "attn": mode.attn}, machine.dtype)
+        if train.learn.latent > 0:
+            kinds = {name: kind for name, (kind, _) in layers.items()}
+            curvature.measure(student, learning, kinds, self.training, ranks)
         self.learners = Learners(student, learning, train.learn, machine, train.snap_fp16)
         self.optimizer = Optimizer(self.learners.parameters, train, machine.device)
         self.step = Step(student, self.learners, self.optimizer, loss, train, machine, ranks)

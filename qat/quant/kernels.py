@@ -87,6 +87,30 @@ def gradients(
     _reduce_columns[(columns, layers)](grads, starts, indices, lut, A, d_B, *sizes, **constants, num_stages=1)
 
 
+def shift(
+    grads: Tensor,
+    weights: Tensor,
+    starts: Tensor,
+    latent: Tensor,
+    outputs_NO: Tensor,
+    inputs_NI: Tensor,
+    factor: Tensor,
+) -> None:
+    """Adds `factor · outputs inputsᵀ ⊙ (latent − weight)` to the weights' gradients.
+
+    Args:
+        grads: flat fp32, laid out like `weights`.
+        weights: flat, in any floating type; see `write`.
+        starts: [N] int64.
+        latent: [N, O, I] fp32.
+        outputs_NO, inputs_NI: fp32, the second derivative as a product.
+        factor: fp32 scalar.
+    """
+    layers, outputs, inputs = latent.shape
+    grid = (triton.cdiv(inputs, TILE), triton.cdiv(outputs, TILE), layers)
+    _shift[grid](grads, weights, starts, latent, outputs_NO, inputs_NI, factor, outputs, inputs, TILE=TILE)
+
+
 def _padded(rank: int) -> int:
     """Ranks as the matrix units take them: a power of two from 16."""
     return max(16, triton.next_power_of_2(rank))
@@ -152,6 +176,20 @@ if AVAILABLE:
         value = tl.load(lut + layer * K + chosen) * scale
         there = tl.multiple_of(tl.load(starts + layer), BEGIN) + o[:, None] * inputs + i[None, :]
         tl.store(weights + there, value.to(weights.dtype.element_ty), mask=inside)
+
+    @triton.jit
+    def _shift(grads, weights, starts, latent, outputs_h, inputs_h, factor, outputs, inputs, TILE: tl.constexpr):
+        layer = tl.program_id(2).to(tl.int64)
+        o = tl.program_id(1) * TILE + tl.arange(0, TILE)
+        i = tl.program_id(0) * TILE + tl.arange(0, TILE)
+        inside = (o[:, None] < outputs) & (i[None, :] < inputs)
+        there = tl.multiple_of(tl.load(starts + layer), BEGIN) + o[:, None] * inputs + i[None, :]
+        wanted = tl.load(latent + (layer * outputs + o[:, None]) * inputs + i[None, :], mask=inside, other=0.0)
+        away = wanted - tl.load(weights + there, mask=inside, other=0.0).to(tl.float32)
+        h_o = tl.load(outputs_h + layer * outputs + o, mask=o < outputs, other=0.0) * tl.load(factor)
+        h_i = tl.load(inputs_h + layer * inputs + i, mask=i < inputs, other=0.0)
+        g = tl.load(grads + there, mask=inside, other=0.0)
+        tl.store(grads + there, g + h_o[:, None] * h_i[None, :] * away, mask=inside)
 
     @triton.jit
     def _reduce_rows(

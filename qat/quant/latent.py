@@ -1,9 +1,19 @@
-"""Where latent weights begin to learn from.
+"""Latent weights: where they begin to learn, and by which gradient.
 
 Straight-through training moves a weight that nobody sees until another table entry is the nearest. From the
 entry itself that is half a cell away, whatever the teacher's weight was; from the teacher's weight it may be
 next to nothing, but the nearest index there is not the one that conversion chose to make up for the errors
 of others. So latent weights begin on the way from the entry to the teacher's weight, inside the entry's cell.
+
+Straight-through training (Bengio et al. 2013) gives a latent weight l the gradient g at its entry q. But the
+best entry is hardly ever the best weight: what is left of the gradient pushes l on until the next entry is
+nearer, and the gradient there pushes it back. In the end it is by chance on either side ("Overcoming
+oscillations", Nagel et al. 2022), and rounding errors are up to twice those of nearest entries. The gradient at
+l itself is, to second order in this one weight, `g + h (l - q)` with the second derivative h. With it l comes to
+rest at `q - g / h`, the lowest point if all others stay, and an index moves where coordinate descent would move
+it: only if that lowers the loss. (CAGE, Tabesh et al. 2025, arXiv 2510.18784, has a term of this form with a
+factor of its own, the same for all weights or from Adam's statistics.) h is a product of what the curvature of a
+layer's outputs and inputs are (`qat.distill.curvature`); `qat.quant.stack` adds the term to the gradient.
 
 Shapes: O outputs, I inputs, K table entries.
 """

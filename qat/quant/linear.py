@@ -66,6 +66,7 @@ class QuantLinear(nn.Module):
         scale_B: [R, I] fp32, unit-norm rows at conversion.
         rank_magnitude: [R] fp32.
         latent: [O, I] fp32, the weight whose nearest entry each index is, while indices learn.
+        curvature: [O] and [I] fp32, whose product is the loss's second derivative for each latent weight.
         bias: [O] or None, as in the layer it replaces.
         dense: W in a compute type while it is kept, which training and inference do.
         home: where W lies with others while it learns.
@@ -81,6 +82,7 @@ class QuantLinear(nn.Module):
         self.scale_B = nn.Parameter(torch.zeros(rank, inputs))
         self.rank_magnitude = nn.Parameter(torch.ones(rank))
         self.latent: nn.Parameter | None = None
+        self.curvature: tuple[Tensor, Tensor] | None = None
         self.bias = bias
         self.dense: Tensor | None = None
         self.home: Weights | None = None

@@ -35,6 +35,7 @@ class Stack:
         layers: the N modules.
         weights: where their weights and summed gradients lie.
         indices, lut, scale_A, scale_B, rank_magnitude, latent: the layers' own, joined along N.
+        curvature: [N, O] and [N, I], the layers' own; None without latent weights.
         grads: the gradients of tables and scales, by name; `grad` of each layer's parameter is a view into them.
     """
 
@@ -53,6 +54,7 @@ class Stack:
             layer.indices = view
         self.lut, self.scale_A, self.scale_B, self.rank_magnitude = (self._join(name) for name in PARTS)
         self.latent = self._join("latent") if weights.latent else None
+        self.curvature = self._curvature() if weights.latent else None
         self.grads = {name: torch.zeros_like(getattr(self, name)) for name in PARTS}
         for name, joint in self.grads.items():
             for layer, view in zip(layers, joint, strict=True):
@@ -87,6 +89,24 @@ class Stack:
                     joint[n].copy_(value)
         self._distribute(d_A, d_B)
 
+    @torch.no_grad()
+    def shift(self, factor: Tensor) -> None:
+        """Takes the summed gradients from where the weights are to where the latent weights are (`qat.quant.latent`).
+
+        Args:
+            factor: fp32 scalar by which the gradients are multiplied.
+        """
+        if self.latent is None or self.curvature is None:
+            return
+        outputs, inputs = self.curvature
+        if (kernels := _kernels(self.lut)) is not None:
+            weights = self.weights
+            kernels.shift(weights.sums, weights.values, self.starts, self.latent, outputs, inputs, factor)
+            return
+        for n, layer in enumerate(self.layers):
+            away = self.latent[n] - self.weights.value(layer)
+            self.weights.sum(layer).addcmul_(away.mul_((factor * outputs[n])[:, None]), inputs[n])
+
     def _distribute(self, d_A: Tensor, d_B: Tensor) -> None:
         """From the gradients of what entered the weight to those of A, g and B."""
         magnitude = self.rank_magnitude[:, None]
@@ -108,6 +128,13 @@ class Stack:
     def _norms(self) -> Tensor:
         """Norms [N, R, 1] of B's rows: an export in fp16 keeps them in A."""
         return self.scale_B.norm(dim=2, keepdim=True).clamp_min(1e-12)
+
+    def _curvature(self) -> tuple[Tensor, Tensor]:
+        pairs = [layer.curvature for layer in self.layers if layer.curvature is not None]
+        if len(pairs) < len(self.layers):
+            raise RuntimeError("latent weights without the curvature of their loss")
+        outputs, inputs = zip(*pairs, strict=True)
+        return torch.stack(outputs), torch.stack(inputs)
 
     def _join(self, name: str) -> Tensor:
         """Puts one parameter of all layers into a joint tensor, each layer's own becoming a view."""

@@ -27,6 +27,7 @@ def layers(count, outputs, inputs, bits, rank, device="cpu", latent=False) -> li
             parameter.data.copy_(torch.randn(parameter.shape, generator=draw))
         if latent:
             module.latent = nn.Parameter(torch.randn(outputs, inputs, generator=draw))
+            module.curvature = tuple(torch.rand(size, generator=draw).to(device) for size in (outputs, inputs))
         made.append(module.to(device))
     return made
 
@@ -103,6 +104,52 @@ def test_indices_follow_latent_weights_whose_gradient_goes_straight_through(devi
         assert torch.allclose(layer.latent.grad, grads[:, n].sum(0), rtol=1e-2, atol=1e-2)
 
 
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_gradient_moves_from_the_entry_to_the_latent_weight(device, dtype):
+    stack = stack_of(layers(2, 70, 100, 2, 5, device, latent=True), dtype, latent=True)
+    train(stack, torch.randn(1, 2, 70, 100, generator=torch.Generator().manual_seed(1)).to(device))
+    before = [layer.latent.grad.double().clone() for layer in stack.layers]
+    stack.shift(torch.tensor(3.0, device=device))
+    for layer, grad in zip(stack.layers, before, strict=True):
+        outputs, inputs = (part.double() for part in layer.curvature)
+        term = 3 * outputs[:, None] * inputs * (layer.latent.double() - layer.dense.double())
+        assert torch.allclose(layer.latent.grad.double(), grad + term, rtol=1e-5, atol=1e-5)
+        assert term.abs().max() > 1
+
+
+def test_latent_weights_come_to_rest_where_the_loss_is_lowest():
+    """Under a loss `h/2 (w - wanted)²` of each weight, whose gradient is known at the entries alone."""
+    (layer,) = layers(1, 24, 32, 2, 1, latent=True)
+    layer.lut.data.copy_(torch.tensor([-1.5, -0.5, 0.5, 1.5]))
+    layer.scale_A.data.fill_(1)
+    layer.scale_B.data.fill_(1)
+    layer.rank_magnitude.data.fill_(1)
+    wanted = torch.randn(24, 32, generator=torch.Generator().manual_seed(2))
+    layer.curvature = tuple(0.5 + part for part in layer.curvature)
+    h = layer.curvature[0][:, None] * layer.curvature[1]
+    stack = stack_of([layer], latent=True)
+    stack.weights.begin(1)
+    adam = torch.optim.Adam([layer.latent], lr=0.02)
+    for step in range(600):
+        adam.param_groups[0]["lr"] = 0.02 * (1 - step / 600)
+        stack.write()
+        layer.latent.grad.copy_(h * (layer.dense.detach() - wanted))
+        stack.shift(torch.ones(()))
+        adam.step()
+    stack.write()
+    assert (layer.latent - wanted).abs().quantile(0.95) < 0.02
+    error = (layer.dense.detach() - wanted).abs()
+    assert (error <= (layer.lut - wanted[..., None]).abs().min(-1).values + 0.05).all()
+
+
+def test_latent_weights_need_the_curvature():
+    (layer,) = layers(1, 8, 6, 2, 3, latent=True)
+    layer.curvature = None
+    with pytest.raises(RuntimeError, match="curvature"):
+        stack_of([layer], latent=True)
+
+
 def test_layers_of_one_shape_share_a_stack_and_keep_their_own_values():
     first, second, other = *layers(2, 8, 6, 2, 3), *layers(1, 6, 8, 2, 3)
     second.lut.data.add_(1)
@@ -134,6 +181,12 @@ for N, O, I, K, R in [(2, 70, 100, 4, 5), (1, 64, 64, 16, 20), (2, 33, 130, 2, 1
         assert torch.allclose(layers.double(), exact, atol=1e-4)
     away = (latent.double()[..., None] - lut.double()[:, None, None] * scale[..., None]).abs()
     assert torch.allclose(away.gather(-1, index.long()[..., None])[..., 0], away.min(-1).values, atol=1e-5)
+    outputs, inputs, factor = torch.rand(N, O), torch.rand(N, I), torch.tensor(3.0)
+    sums = torch.randn(N * room, generator=draw)
+    expected = sums.clone().view(N, room)[:, : O * I].unflatten(1, (O, I))
+    expected = expected + 3 * outputs[:, :, None] * inputs[:, None] * (latent - layers)
+    kernels.shift(sums, flat, starts, latent, outputs, inputs, factor)
+    assert torch.allclose(sums.view(N, room)[:, : O * I].unflatten(1, (O, I)), expected, atol=1e-5)
     found = torch.empty_like(lut), torch.empty_like(A), torch.empty_like(B)
     layers.copy_(grad)
     kernels.gradients(flat, starts, index, lut, A, B, *found)

@@ -1,0 +1,49 @@
+"""How strongly the loss bends along each latent weight, for `qat.quant.latent`.
+
+The second derivative is the diagonal of the K-FAC approximation that conversion uses (`qat.quant.curvature`):
+of outputs times of inputs, measured with the student as it is before training on text it will learn from.
+"""
+
+import torch
+from transformers import PreTrainedModel
+
+from qat.cache.reader import CacheReader
+from qat.distill.distributed import Ranks
+from qat.quant.layers import Layer
+from qat.quant.linear import QuantLinear
+from qat.quant.moments import gather
+
+TOKENS = 8_192
+ROWS = 32  # in a batch
+
+
+def measure(
+    student: PreTrainedModel, layers: dict[str, QuantLinear], kinds: dict[str, str], text: CacheReader, ranks: Ranks
+) -> None:
+    """Sets the curvature of some layers, the same in every process.
+
+    Args:
+        student: as it is now.
+        layers: those whose latent weights will learn, by name.
+        kinds: of layers, by name.
+        text: of which the first `TOKENS` are taken.
+        ranks: the processes that train together.
+
+    Raises:
+        NumericsError: an input or a gradient is NaN or infinite.
+    """
+    rows = torch.arange(min(text.rows, max(1, TOKENS // int(text.meta["length"]))))
+    batches = [text.batch(part) for part in rows.split(ROWS)]
+    known = [Layer(name, kinds[name], _shape(layer), layer.bits, layer.rank) for name, layer in layers.items()]
+    moments = gather(student, known, batches, gradients=True)
+    for one in known:
+        layer = layers[one.name]
+        pair = [moments.outputs[one.name].diagonal(), moments.inputs[one.source].diagonal()]
+        pair = [diagonal.to(layer.indices.device, copy=True) / ranks.count for diagonal in pair]
+        ranks.sum_(pair)  # which rounding may have made different
+        layer.curvature = (pair[0], pair[1])
+
+
+def _shape(layer: QuantLinear) -> tuple[int, int]:
+    outputs, inputs = layer.indices.shape
+    return outputs, inputs
