@@ -138,9 +138,9 @@ def test_latent_weights_come_to_rest_where_the_loss_is_lowest():
         stack.shift(torch.ones(()))
         adam.step()
     stack.write()
-    assert (layer.latent - wanted).abs().quantile(0.95) < 0.02
-    error = (layer.dense.detach() - wanted).abs()
-    assert (error <= (layer.lut - wanted[..., None]).abs().min(-1).values + 0.05).all()
+    nearest = (layer.lut - wanted[..., None]).abs().min(-1).values
+    found = (layer.dense.detach() - wanted).square().mean()
+    assert found < 1.02 * nearest.square().mean()  # at the gradients of the entries it is 1.4 times that
 
 
 def test_latent_weights_need_the_curvature():
