@@ -11,9 +11,9 @@ nearer, and the gradient there pushes it back. In the end it is by chance on eit
 oscillations", Nagel et al. 2022), and rounding errors are up to twice those of nearest entries. The gradient at
 l itself is, to second order in this one weight, `g + h (l - q)` with the second derivative h. With it l comes to
 rest at `q - g / h`, the lowest point if all others stay, and an index moves where coordinate descent would move
-it: only if that lowers the loss. (CAGE, Tabesh et al. 2025, arXiv 2510.18784, has a term of this form with a
-factor of its own, the same for all weights or from Adam's statistics.) h is a product of what the curvature of a
-layer's outputs and inputs are (`qat.distill.curvature`); `qat.quant.stack` adds the term to the gradient.
+it: only if that lowers the loss. (CAGE, Tabesh et al. 2025, arXiv 2510.18784, has a term of this form with
+a factor of its own.) h is the product of a layer's curvature at its outputs and at its inputs, which is measured
+once (`qat.distill.curvature`); `qat.quant.stack` adds the term to the gradient.
 
 Shapes: O outputs, I inputs, K table entries.
 """
