@@ -5,17 +5,9 @@ import logging
 import os
 import signal
 import time
-from multiprocessing import get_context
 from pathlib import Path
 
 SHARD_ROWS = 4
-
-
-def processes():
-    """Processes that have imported everything already: forked from one that has."""
-    context = get_context("forkserver")
-    context.set_forkserver_preload(["tests.making", "qat.cache.writer", "qat.data.documents", "qat.models"])
-    return context
 
 
 def make_cache(outputs: str, text: str, environment: dict[str, str] | None = None) -> None:

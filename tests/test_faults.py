@@ -5,9 +5,7 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -16,32 +14,23 @@ import torch
 from qat import faults, runs
 from qat.artifacts import open_artifact
 from qat.config import Config, ModeConfig, QuantConfig, TrackerConfig, TrackerKind
+from qat.distill import step
 from qat.errors import MachineError
 from qat.report import records
+from tests.launching import Launch
 
-ROOT = Path(__file__).resolve().parents[1]
 TINY = ("+debug=tiny", "quant=q2a16", "data.documents=64", "instance.precision=fp32", "evaluate.sample_tokens=1")
 LONG = (*TINY, "train.steps=100000", "train.eval_every=50000")
-
-
-def start(outputs, *words, code=None):
-    command = [sys.executable, *(["-c", code] if code else [str(ROOT / "launch.py")]), *words, f"outputs={outputs}"]
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
-def ended(process):
-    out, err = process.communicate(timeout=100)
-    return process.returncode, out, err
 
 
 def results(outputs):
     return [json.loads(path.read_text()) for path in sorted(outputs.glob("SR-*/result.json"))]
 
 
-def wait_for(there, process):
+def wait_for(there, launch):
     end = time.monotonic() + 60
     while not there():
-        assert process.poll() is None and time.monotonic() < end, process.communicate()
+        assert launch.running() and time.monotonic() < end, launch.ended()
         time.sleep(0.01)
 
 
@@ -49,7 +38,7 @@ def wait_for(there, process):
 def made(tmp_path_factory):
     """An outputs folder with everything that a second tiny run needs."""
     outputs = tmp_path_factory.mktemp("made") / "outputs"
-    code, _, err = ended(start(outputs, *TINY))
+    code, _, err = Launch(outputs, *TINY).ended()
     assert (code, err) == (0, "")
     return outputs
 
@@ -76,7 +65,7 @@ def small_disk(tmp_path, request):
 )
 def test_full_disk_is_told_and_leaves_nothing_half_made(small_disk, words, said):
     outputs = small_disk / "outputs"
-    code, _, err = ended(start(outputs, *TINY, *words))
+    code, _, err = Launch(outputs, *TINY, *words).ended()
     assert code == 1
     assert err.startswith("error: ") and said in err and err.count("\n") == 1
     for folder in outputs.glob("artifacts/*/[!.]*"):
@@ -92,7 +81,7 @@ def test_read_only_outputs_are_refused_before_anything_starts(tmp_path):
     if subprocess.run(options, capture_output=True).returncode:
         pytest.skip("mounting needs root")
     try:
-        code, out, err = ended(start(outputs, *TINY))
+        code, out, err = Launch(outputs, *TINY).ended()
     finally:
         subprocess.run(["umount", "-l", str(outputs)], check=True)
     assert (code, out, err.count("\n")) == (2, "", 1)
@@ -101,10 +90,10 @@ def test_read_only_outputs_are_refused_before_anything_starts(tmp_path):
 
 def test_sigterm_is_recorded(made):
     before = len(results(made))
-    process = start(made, *LONG)
-    wait_for(lambda: any(path.stat().st_size > 2000 for path in made.glob("SR-*/metrics.jsonl")), process)
-    process.send_signal(signal.SIGTERM)
-    code, _, err = ended(process)
+    launch = Launch(made, *LONG)
+    wait_for(lambda: any(path.stat().st_size > 2000 for path in made.glob("SR-*/metrics.jsonl")), launch)
+    launch.send(signal.SIGTERM)
+    code, _, err = launch.ended()
     assert (code, err) == (143, "interrupted\n")
     (result,) = results(made)[before:]
     assert result["status"] == "interrupted"
@@ -113,8 +102,8 @@ def test_sigterm_is_recorded(made):
 
 def test_two_processes_that_want_one_artifact_make_it_once(tmp_path):
     outputs = tmp_path / "outputs"
-    both = [start(outputs, *TINY) for _ in range(2)]
-    said = [ended(process) for process in both]
+    both = [Launch(outputs, *TINY) for _ in range(2)]
+    said = [launch.ended() for launch in both]
     assert [(code, err) for code, _, err in said] == [(0, "")] * 2
     assert {result["run_id"]: result["status"] for result in results(outputs)} == {
         "SR-001": "complete",
@@ -127,20 +116,15 @@ def test_two_processes_that_want_one_artifact_make_it_once(tmp_path):
     assert log.count("### SR-00") == 2 and log.count("· complete") == 2
 
 
-OUT_OF_MEMORY = f"""
-import runpy, sys
-import torch
-from qat.distill import step
-def attempt(*_):
-    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
-step.Step._attempt = attempt
-sys.argv[0] = {str(ROOT / "launch.py")!r}
-runpy.run_path(sys.argv[0], run_name="__main__")
-"""
+def no_memory():
+    def attempt(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    step.Step._attempt = attempt
 
 
 def test_memory_that_runs_out_is_told_with_a_remedy(made):
-    code, _, err = ended(start(made, *TINY, "instance.micro_batch=1", code=OUT_OF_MEMORY))
+    code, _, err = Launch(made, *TINY, "instance.micro_batch=1", before=no_memory).ended()
     assert code == 1
     assert err.startswith("error: ") and "memory" in err and err.count("\n") == 1
     assert results(made)[-1]["status"] == "failed"
@@ -201,7 +185,7 @@ def test_damaged_file_is_told(made, harm, what):
     flipped = whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :]
     path.write_bytes(whole[:middle] if harm == "cut short" else flipped)
     try:
-        code, _, err = ended(start(made, *TINY, "stage=evaluate", "checkpoint=SR-001"))
+        code, _, err = Launch(made, *TINY, "stage=evaluate", "checkpoint=SR-001").ended()
     finally:
         path.write_bytes(whole)
     assert (code, err.count("\n")) == (1, 1)
@@ -212,7 +196,7 @@ def test_teacher_that_is_not_there_is_told(tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / "config.json").write_text('{"model_type": "llama", "vocab_size": 49152}')
     words = ("model=local", f"model.path={tmp_path / 'empty'}", "tracker=none")
-    code, _, err = ended(start(tmp_path / "outputs", *words))
+    code, _, err = Launch(tmp_path / "outputs", *words).ended()
     assert (code, err.count("\n")) == (1, 1) and err.startswith("error: ")
     assert str(tmp_path / "empty") in err
     assert results(tmp_path / "outputs")[0]["status"] == "failed"
@@ -220,6 +204,6 @@ def test_teacher_that_is_not_there_is_told(tmp_path):
 
 def test_store_that_vanished_is_told(tmp_path):
     words = ("checkpoint=q4_fp32", "store=gdrive", f"store.path={tmp_path / 'gone'}")
-    code, _, err = ended(start(tmp_path / "outputs", *TINY, *words))
+    code, _, err = Launch(tmp_path / "outputs", *TINY, *words).ended()
     assert (code, err.count("\n")) == (1, 1)
     assert "not there" in err and str(tmp_path / "gone") in err

@@ -1,25 +1,16 @@
 """`kill -9` at any moment: nothing half-made that looks finished, an honest record, a next run that goes through."""
 
 import json
-import multiprocessing
-import os
 import signal
 import time
 
 import pytest
 
 from qat.artifacts import open_artifact
+from tests.launching import Launch
 
 # Rising so slowly that every look finds a better student: it saves all the time.
 FOREVER = ["train.steps=100000", "train.eval_every=1", "train.warmup=0.9", "train.lr=30", "instance.precision=fp32"]
-
-
-@pytest.fixture(scope="module")
-def processes():
-    """Processes that have imported everything already: forked from one that has."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["launch", "qat.stages.run", "qat.plots"])
-    return context
 
 
 @pytest.fixture(scope="module")
@@ -27,17 +18,12 @@ def outputs(tmp_path_factory):
     return tmp_path_factory.mktemp("kill") / "outputs"
 
 
-class Job:
-    """One launch of the tiny job in a process of its own."""
+class Job(Launch):
+    """One launch of the tiny job."""
 
-    def __init__(self, processes, outputs, *argv):
-        import launch
-        from qat.cli import main
-
-        self.outputs, self.before = outputs, set(outputs.glob("SR-*"))
-        words = ["+debug=tiny", "quant=q2a16", "data.documents=64", f"outputs={outputs}", *argv]
-        self.process = processes.Process(target=main.main, args=(words, launch.launch))
-        self.process.start()
+    def __init__(self, outputs, *words):
+        self.before = set(outputs.glob("SR-*"))
+        super().__init__(outputs, "+debug=tiny", "quant=q2a16", "data.documents=64", *words)
 
     @property
     def folder(self):
@@ -47,16 +33,11 @@ class Job:
         """Kills the process so long after something is there."""
         end = time.monotonic() + 60
         while not there(self):
-            assert self.process.is_alive() and time.monotonic() < end, "it ended before it could be killed"
+            assert self.running() and time.monotonic() < end, "it ended before it could be killed"
             time.sleep(0.001)
         time.sleep(seconds)
-        os.kill(self.process.pid, signal.SIGKILL)
-        self.process.join(60)
-        assert self.process.exitcode == -signal.SIGKILL
-
-    def finish(self):
-        self.process.join(60)
-        assert self.process.exitcode == 0
+        self.send(signal.SIGKILL)
+        assert self.ended()[0] == -signal.SIGKILL
 
 
 def half_made(kind):
@@ -96,24 +77,24 @@ def check_complete(folder):
         open_artifact(folder / "checkpoints" / name)
 
 
-def test_job_killed_in_every_stage_leaves_only_whole_artifacts_and_the_next_goes_on(processes, outputs):
+def test_job_killed_in_every_stage_leaves_only_whole_artifacts_and_the_next_goes_on(outputs):
     made = []
     for kind in ("models", "documents", "caches", "checkpoints"):
-        job = Job(processes, outputs)
+        job = Job(outputs)
         job.kill_once(half_made(kind))
         assert check_all_is_whole(outputs) == sorted(made)
         check_interrupted(job.folder)
         made.append(kind)
-    last = Job(processes, outputs)
-    last.finish()
+    last = Job(outputs)
+    assert last.ended()[0] == 0
     assert check_all_is_whole(outputs) == sorted(made)
     check_complete(last.folder)
     assert list(outputs.glob("artifacts/*/.*.partial")) == []
 
 
-def test_training_killed_while_it_saves_leaves_valid_checkpoints_or_none(processes, outputs):
+def test_training_killed_while_it_saves_leaves_valid_checkpoints_or_none(outputs):
     for number in range(4):
-        job = Job(processes, outputs, *FOREVER)
+        job = Job(outputs, *FOREVER)
         job.kill_once(saving_after(number), seconds=0.002 * number)
         check_all_is_whole(outputs)
         check_interrupted(job.folder)

@@ -6,12 +6,12 @@ import shutil
 
 import pytest
 
-from tests import making
+from tests import launching, making
 
 
 @pytest.fixture(scope="module")
 def processes():
-    return making.processes()
+    return launching.processes()
 
 
 @pytest.fixture(scope="module")

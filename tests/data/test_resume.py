@@ -4,12 +4,12 @@ import random
 
 import pytest
 
-from tests import making
+from tests import launching, making
 
 
 @pytest.fixture(scope="module")
 def processes():
-    return making.processes()
+    return launching.processes()
 
 
 @pytest.fixture(scope="module")
