@@ -24,7 +24,7 @@ run: $(READY)
 
 test: $(READY)
 	$(info Running the tests: $(strip pytest $(ARGS)))
-	@$(VENV) -m pytest --numprocesses 2 --dist loadfile $(ARGS)
+	@$(VENV) -m pytest --numprocesses 2 --dist worksteal $(ARGS)
 
 setup: $(READY)
 	@echo ".venv is ready"
