@@ -3,6 +3,8 @@
 import multiprocessing
 import os
 import sys
+import tempfile
+import time
 from collections.abc import Callable
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
@@ -18,32 +20,36 @@ def processes() -> ForkServerContext:
 
 
 class Launch:
-    """A launch under way; what it says goes to files beside `outputs`."""
+    """A launch under way."""
 
     def __init__(self, outputs: Path, *words: str, before: Callable[[], None] | None = None) -> None:
         """Starts it, after `before` was called in its process."""
-        outputs.parent.mkdir(parents=True, exist_ok=True)
-        self.outputs = outputs
-        self._said = [outputs.parent / f"{outputs.name}-{id(self)}.{name}" for name in ("out", "err")]
+        said = Path(tempfile.mkdtemp(dir=Path.home()))  # where there is room, even if `outputs` has none
+        self.outputs, self._said = outputs, [said / "out", said / "err"]
         words = (*words, f"outputs={outputs}")
-        self.process = processes().Process(target=_launched, args=(words, self._said, before))
-        self.process.start()
-        assert self.process.pid is not None
-        self.pid = self.process.pid
+        self._process = processes().Process(target=_launched, args=(words, self._said, before))
+        self._process.start()
 
-    def running(self) -> bool:
-        """True until it has ended."""
-        return self.process.is_alive()
+    def wait_for(self, there: Callable[[], object]) -> None:
+        """Returns as soon as something is there."""
+        end = time.monotonic() + 60
+        while not there():
+            assert self._process.is_alive() and time.monotonic() < end, self.ended(0)
+            time.sleep(0.001)
 
     def send(self, number: int) -> None:
         """Sends it a signal."""
-        os.kill(self.pid, number)
+        assert self._process.pid is not None
+        os.kill(self._process.pid, number)
 
     def ended(self, seconds: float = 200) -> tuple[int | None, str, str]:
-        """Waits for its end: exit code, standard output and standard error."""
-        self.process.join(seconds)
+        """Waits for its end, and brings it about after some time: exit code, standard output and standard error."""
+        self._process.join(seconds)
+        if self._process.is_alive():
+            self._process.kill()
+            self._process.join()
         out, err = (path.read_text() if path.exists() else "" for path in self._said)
-        return self.process.exitcode, out, err
+        return self._process.exitcode, out, err
 
 
 def _launched(words: tuple[str, ...], said: list[Path], before: Callable[[], None] | None) -> None:

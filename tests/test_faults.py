@@ -27,13 +27,6 @@ def results(outputs):
     return [json.loads(path.read_text()) for path in sorted(outputs.glob("SR-*/result.json"))]
 
 
-def wait_for(there, launch):
-    end = time.monotonic() + 60
-    while not there():
-        assert launch.running() and time.monotonic() < end, launch.ended()
-        time.sleep(0.01)
-
-
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     """An outputs folder with everything that a second tiny run needs."""
@@ -91,7 +84,7 @@ def test_read_only_outputs_are_refused_before_anything_starts(tmp_path):
 def test_sigterm_is_recorded(made):
     before = len(results(made))
     launch = Launch(made, *LONG)
-    wait_for(lambda: any(path.stat().st_size > 2000 for path in made.glob("SR-*/metrics.jsonl")), launch)
+    launch.wait_for(lambda: any(path.stat().st_size > 2000 for path in made.glob("SR-*/metrics.jsonl")))
     launch.send(signal.SIGTERM)
     code, _, err = launch.ended()
     assert (code, err) == (143, "interrupted\n")

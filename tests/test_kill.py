@@ -31,10 +31,7 @@ class Job(Launch):
 
     def kill_once(self, there, seconds=0.0):
         """Kills the process so long after something is there."""
-        end = time.monotonic() + 60
-        while not there(self):
-            assert self.running() and time.monotonic() < end, "it ended before it could be killed"
-            time.sleep(0.001)
+        self.wait_for(lambda: there(self))
         time.sleep(seconds)
         self.send(signal.SIGKILL)
         assert self.ended()[0] == -signal.SIGKILL

@@ -115,7 +115,7 @@ def test_what_all_processes_find_wrong_is_told_once(tmp_path, together, words, s
 
 @pytest.mark.parametrize("together", ["torchrun", "devices"])
 def test_a_killed_process_ends_all_in_a_sentence_and_the_run_goes_on(alone, together):
-    run, words = next_run(alone), (*LONG, "train.steps=45")
+    run, words = next_run(alone), (*LONG, "train.steps=60")
     process = start(alone, *words, together=together)
     wait_for_steps(process, alone, run)
     os.kill(ranks_of(process)[1], signal.SIGKILL)
@@ -126,7 +126,7 @@ def test_a_killed_process_ends_all_in_a_sentence_and_the_run_goes_on(alone, toge
     assert record(alone, run)["status"] == "failed" and "run.resume" in record(alone, run)["error"]
     code, _, said = ended(start(alone, *words, f"run.resume={run}", together=together))
     assert (code, said) == (0, []) and record(alone, run)["status"] == "complete"
-    assert [row["step"] for row in rows(alone, run) if "loss" in row] == list(range(1, 46))
+    assert [row["step"] for row in rows(alone, run) if "loss" in row] == list(range(1, 61))
 
 
 @pytest.mark.parametrize("together", ["torchrun", "devices"])

@@ -11,7 +11,7 @@ import pytest
 from qat.artifacts import open_artifact
 from tests.launching import Launch
 
-JOBS = 8
+JOBS = 12
 RATES = ",".join(f"{number}e-3" for number in range(1, JOBS + 1))
 SWEEP = [
     "-m",
@@ -61,10 +61,8 @@ def test_sweep_killed_three_times_at_random_ends_with_every_job_complete_and_equ
     done: set[str] = set()
     for _ in range(3):
         launch = Launch(killed, *SWEEP)
-        aim, end = len(done) + dice.randint(1, 2), time.monotonic() + 60
-        while len(complete(killed)) < aim:
-            assert launch.running() and time.monotonic() < end
-            time.sleep(0.01)
+        aim = len(done) + dice.randint(1, 3)
+        launch.wait_for(lambda aim=aim: len(complete(killed)) >= aim)
         time.sleep(dice.random() * 0.8)
         launch.send(signal.SIGKILL)
         launch.ended()
@@ -83,10 +81,8 @@ def test_sweep_killed_three_times_at_random_ends_with_every_job_complete_and_equ
 def test_ctrl_c_saves_the_running_job_which_later_goes_on_from_there(twin, tmp_path):
     outputs = tmp_path / "outputs"
     launch = Launch(outputs, *SWEEP)
-    second, end = outputs / "sweep-001" / "SR-002" / "metrics.jsonl", time.monotonic() + 60
-    while not second.is_file() or len(second.read_text().splitlines()) < STOPPED_AFTER:
-        assert launch.running() and time.monotonic() < end
-        time.sleep(0.01)
+    second = outputs / "sweep-001" / "SR-002" / "metrics.jsonl"
+    launch.wait_for(lambda: second.is_file() and len(second.read_text().splitlines()) >= STOPPED_AFTER)
     launch.send(signal.SIGINT)
     code, out, err = launch.ended()
     assert code == 130
