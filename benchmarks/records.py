@@ -9,11 +9,13 @@ is measured by what measures everything in `quality.py`, in fp32; `--json` gets 
 a record is a point of its picture as well. `--records` gets the record and `--page` is written anew from all of
 them. A stage costs what it did in the run where it took longest: what one run made, the others found.
 
-A machine that measures and has no checkout says `--commit`, and its `--records` are merged elsewhere.
+A machine that measures and has no checkout says `--commit`, and its `--records` are merged elsewhere. Seeds that one
+experiment at one commit did not have yet join its record; with one that it had, the new record takes its place.
 """
 
 import argparse
 import json
+import math
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,6 +31,7 @@ from qat.runs import RESULT
 
 STAGES = ("cache", "convert", "distill")
 FREE = ("seed", "outputs", "instance", "tracker", "store", "run")  # what the configurations may differ in
+FIGURES = ("kl", "kd_loss", "perplexity", "teacher_perplexity", "agreement")
 PAGE = """# Records
 
 The best students so far: KL(teacher‖student) over the whole vocabulary at T = 1, in fp32, on text that neither
@@ -47,10 +50,12 @@ def main() -> None:
         fresh = [record for path in options.merge for record in read(Path(path))]
         if options.runs:
             fresh.append(measure(options))
+        for record in fresh:
+            kept = added(kept, record)
+            for row in kept[-1]["texts"].values():
+                Results(Path(options.json)).add(row)
     except QatError as error:
         raise SystemExit(f"records.py: {error}") from None
-    for record in fresh:
-        kept = [old for old in kept if _place(old) != _place(record)] + [record]
     write_json(Path(options.records), kept)
     Path(options.page).write_text(page(kept), encoding="utf-8")
     print(*(table(kept[-1:]) if options.runs else []), sep="\n")
@@ -79,6 +84,50 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         "seconds": {part: max(run["timing"].get(f"{part}_s", 0.0) for run in runs) for part in (*STAGES, "total")},
         "texts": {row["text"]: row for row in found if row["text"] in work.held_out},
     }
+
+
+def added(records: list[dict[str, Any]], fresh: dict[str, Any]) -> list[dict[str, Any]]:
+    """The records with one more, or with one of theirs joined or replaced; that one is the last."""
+    others = [record for record in records if _place(record) != _place(fresh)]
+    same = [record for record in records if _place(record) == _place(fresh)]
+    if not same or set(same[0]["seeds"]) & set(fresh["seeds"]):
+        return [*others, fresh]
+    return [*others, joined(same[0], fresh)]
+
+
+def joined(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
+    """One record of two that have different seeds.
+
+    Raises:
+        ConfigError: they were not measured alike.
+    """
+    differing = sorted(text for text in one["texts"] | other["texts"] if _measured(one, text) != _measured(other, text))
+    if differing:
+        raise ConfigError(f"seeds of {one['experiment']} were measured on different {', '.join(differing)}")
+    return other | {
+        "changed": other["changed"] or one["changed"],
+        "device": " and ".join(dict.fromkeys([one["device"], other["device"]])),
+        "seeds": one["seeds"] + other["seeds"],
+        "seconds": {part: max(one["seconds"][part], value) for part, value in other["seconds"].items()},
+        "texts": {text: pooled(one["texts"][text], row) for text, row in other["texts"].items()},
+    }
+
+
+def pooled(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
+    """One row of two: means and sample standard deviations over the seeds of both (Chan, Golub & LeVeque 1979)."""
+    rows = (one, other)
+    counts = [row.get("seeds", 1) for row in rows]
+    total = sum(counts)
+    means, deviations = {}, {}
+    for name in FIGURES:
+        apart = other[name] - one[name]
+        within = [(row["seeds"] - 1) * row["deviation"][name] ** 2 for row in rows if "seeds" in row]
+        between = apart**2 * math.prod(counts) / total
+        means[name] = one[name] + apart * counts[1] / total
+        deviations[name] = math.sqrt((sum(within) + between) / (total - 1))
+    both = [checkpoint for row in rows for checkpoint in row["settings"]["checkpoints"]]
+    told = {"settings": other["settings"] | {"checkpoints": both}, "seeds": total, "deviation": deviations}
+    return other | means | told
 
 
 def result(folder: Path) -> dict[str, Any]:
@@ -167,6 +216,12 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 def _place(record: dict[str, Any]) -> tuple[str, str, str]:
     return record["preset"], record["experiment"], record["commit"]
+
+
+def _measured(record: dict[str, Any], text: str) -> dict[str, Any]:
+    """How a record was measured on a text; nothing where it was not."""
+    settings = record["texts"].get(text, {}).get("settings", {})
+    return {name: value for name, value in settings.items() if name != "checkpoints"}
 
 
 def _shaping(run: dict[str, Any]) -> dict[str, Any]:

@@ -122,6 +122,34 @@ def test_records_of_another_machine_come_in_without_a_model(command, finished, t
     assert command(merge=[there], model=None) == json.loads(Path(there).read_text())
 
 
+def test_seeds_of_two_machines_are_one_record(command, finished, options, tmp_path):
+    runs = [finished(1, cache_s=9.0), finished(2, cache_s=1.0), finished(4), finished(5)]
+    (whole,) = command(runs=runs, changed="")
+    rows = json.loads(Path(options.json).read_text())
+    (tmp_path / "records.json").rename(tmp_path / "whole.json")
+    parts = []
+    for number, some in enumerate((runs[:1], runs[1:3], runs[3:])):
+        command(runs=some, json=str(tmp_path / "elsewhere.json"), changed="" if number else "everything")
+        parts.append(str((tmp_path / "records.json").rename(tmp_path / f"{number}.json")))
+    Path(options.json).unlink()
+    (record,) = command(merge=parts)
+    assert record["seeds"] == [1, 2, 4, 5] and record["seconds"]["cache"] == 9 and record["changed"] == "everything"
+    for name, value in whole["texts"]["wiki"].items():
+        found = record["texts"]["wiki"][name]
+        if isinstance(value, float) or name == "deviation":
+            value, found = pytest.approx(value, rel=1e-6), found
+        assert found == value, name
+    assert [row["seeds"] for row in json.loads(Path(options.json).read_text())] == [row["seeds"] for row in rows] == [4]
+
+
+def test_seeds_measured_otherwise_do_not_join(command, finished, tmp_path):
+    command(runs=[finished(1)])
+    (tmp_path / "records.json").rename(tmp_path / "there.json")
+    command(runs=[finished(2)], tokens=128)
+    with pytest.raises(SystemExit, match=r"seeds of record_q2a4 were measured on different wiki"):
+        command(merge=[str(tmp_path / "there.json")])
+
+
 def test_runs_that_are_no_record_are_refused(command, finished):
     one = finished(1)
     with pytest.raises(SystemExit, match=r"SR-002 is not the folder of a complete stage=run"):
