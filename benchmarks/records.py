@@ -10,7 +10,7 @@ a record is a point of its picture as well. `--records` gets the record and `--p
 them. A stage costs what it did in the run where it took longest: what one run made, the others found.
 
 A machine that measures and has no checkout says `--commit`, and its `--records` are merged elsewhere. Seeds that one
-experiment at one commit did not have yet join its record; with one that it had, the new record takes its place.
+experiment at one commit did not have yet join its record; all that it had, measured again, take its place.
 """
 
 import argparse
@@ -49,11 +49,14 @@ def main() -> None:
         kept = read(Path(options.records)) if Path(options.records).exists() else []
         fresh = [record for path in options.merge for record in read(Path(path))]
         if options.runs:
-            fresh.append(measure(options))
+            told = described(options)
+            check_seeds(kept, told)
+            fresh.append(told | measure(options, told["preset"]))
         for record in fresh:
             kept = added(kept, record)
-            for row in kept[-1]["texts"].values():
-                Results(Path(options.json)).add(row)
+        places = [_place(record) for record in fresh]
+        for row in (row for record in kept if _place(record) in places for row in record["texts"].values()):
+            Results(Path(options.json)).add(row)
     except QatError as error:
         raise SystemExit(f"records.py: {error}") from None
     write_json(Path(options.records), kept)
@@ -61,38 +64,68 @@ def main() -> None:
     print(*(table(kept[-1:]) if options.runs else []), sep="\n")
 
 
-def measure(options: argparse.Namespace) -> dict[str, Any]:
-    """One record: figures of the runs' best students, and what the runs say of themselves."""
-    folders = [Path(run) for run in options.runs]
-    runs = [result(folder) for folder in folders]
+def described(options: argparse.Namespace) -> dict[str, Any]:
+    """What the runs of a record say of themselves.
+
+    Raises:
+        ConfigError: they are not one experiment's complete runs.
+    """
+    runs = [result(Path(run)) for run in options.runs]
     check(runs)
-    first, work, rows = runs[0], Evaluation(options), Results(Path(options.json))
-    entry = trained(work, first["quant"]["preset"], [folder / BEST for folder in folders])
-    work.measure(entry, rows)
-    found = [row for row in rows.rows if (row["method"], row["name"]) == (entry.method, entry.name)]
+    first = runs[0]
     return {
-        "preset": entry.name,
+        "preset": first["quant"]["preset"],
         "experiment": experiment(first),
         "changed": options.changed,
         "commit": options.commit or first["environment"]["git"],
         "date": first["started"][:10],
-        "measured": time.strftime("%Y-%m-%d"),
         "device": first["environment"]["device"],
         "seeds": [run["config"]["seed"] for run in runs],
+        "seconds": {part: max(run["timing"].get(f"{part}_s", 0.0) for run in runs) for part in (*STAGES, "total")},
+    }
+
+
+def measure(options: argparse.Namespace, preset: str) -> dict[str, Any]:
+    """Bits and figures of the runs' best students."""
+    work, rows = Evaluation(options), Results(Path(options.json))
+    entry = trained(work, preset, [Path(run) / BEST for run in options.runs])
+    work.measure(entry, rows)
+    found = [row for row in rows.rows if (row["method"], row["name"]) == (entry.method, entry.name)]
+    return {
+        "measured": time.strftime("%Y-%m-%d"),
         "bits": found[0]["bits"],
         "bits_all": found[0]["bits_all"],
-        "seconds": {part: max(run["timing"].get(f"{part}_s", 0.0) for run in runs) for part in (*STAGES, "total")},
         "texts": {row["text"]: row for row in found if row["text"] in work.held_out},
     }
 
 
+def check_seeds(records: list[dict[str, Any]], fresh: dict[str, Any]) -> None:
+    """Makes sure that no seed of a record is lost to a fresh one.
+
+    Raises:
+        ConfigError: the record there has some of these seeds and others as well.
+    """
+    for old in (record for record in records if _place(record) == _place(fresh)):
+        there, seeds = set(old["seeds"]), set(fresh["seeds"])
+        if there & seeds and there - seeds:
+            known = ", ".join(map(str, old["seeds"]))
+            raise ConfigError(
+                f"{fresh['experiment']} at {fresh['commit']} has seeds {known}: give all of them or others"
+            )
+
+
 def added(records: list[dict[str, Any]], fresh: dict[str, Any]) -> list[dict[str, Any]]:
-    """The records with one more, or with one of theirs joined or replaced; that one is the last."""
+    """The records with one more, which joins one of theirs that has other seeds or replaces it; it is the last.
+
+    Raises:
+        ConfigError: as `check_seeds` and `joined` say.
+    """
+    check_seeds(records, fresh)
     others = [record for record in records if _place(record) != _place(fresh)]
-    same = [record for record in records if _place(record) == _place(fresh)]
-    if not same or set(same[0]["seeds"]) & set(fresh["seeds"]):
-        return [*others, fresh]
-    return [*others, joined(same[0], fresh)]
+    for old in (record for record in records if _place(record) == _place(fresh)):
+        if not set(old["seeds"]) & set(fresh["seeds"]):
+            fresh = joined(old, fresh)
+    return [*others, fresh]
 
 
 def joined(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:

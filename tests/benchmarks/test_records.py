@@ -111,7 +111,18 @@ def test_the_page_has_a_line_a_record_oldest_first(command, finished, options):
 
 def test_the_same_record_again_replaces_itself(command, finished):
     runs = [finished(1), finished(2)]
-    assert len(command(runs=runs)) == len(command(runs=runs[:1])) == 1
+    assert len(command(runs=runs)) == len(command(runs=runs)) == 1
+    (record,) = command(runs=[*runs, finished(3)], changed="a third seed")
+    assert (record["seeds"], record["changed"]) == ([1, 2, 3], "a third seed")
+
+
+def test_some_seeds_of_a_record_again_take_none_away(command, finished, options):
+    runs = [finished(1), finished(2)]
+    command(runs=runs)
+    kept = [Path(path).read_bytes() for path in (options.records, options.page, options.json)]
+    with pytest.raises(SystemExit, match=r"record_q2a4 at abcdef012345 has seeds 1, 2: give all of them or others"):
+        command(runs=[runs[1], finished(3)])
+    assert [Path(path).read_bytes() for path in (options.records, options.page, options.json)] == kept
 
 
 def test_records_of_another_machine_come_in_without_a_model(command, finished, tmp_path, monkeypatch):
@@ -122,24 +133,23 @@ def test_records_of_another_machine_come_in_without_a_model(command, finished, t
     assert command(merge=[there], model=None) == json.loads(Path(there).read_text())
 
 
-def test_seeds_of_two_machines_are_one_record(command, finished, options, tmp_path):
+def test_seeds_of_several_machines_are_one_record(command, finished, options, tmp_path):
     runs = [finished(1, cache_s=9.0), finished(2, cache_s=1.0), finished(4), finished(5)]
-    (whole,) = command(runs=runs, changed="")
-    rows = json.loads(Path(options.json).read_text())
-    (tmp_path / "records.json").rename(tmp_path / "whole.json")
+    (whole,) = command(runs=runs)
+    (tmp_path / "records.json").unlink()
     parts = []
     for number, some in enumerate((runs[:1], runs[1:3], runs[3:])):
-        command(runs=some, json=str(tmp_path / "elsewhere.json"), changed="" if number else "everything")
+        command(runs=some, changed="" if number else "everything")
         parts.append(str((tmp_path / "records.json").rename(tmp_path / f"{number}.json")))
     Path(options.json).unlink()
     (record,) = command(merge=parts)
-    assert record["seeds"] == [1, 2, 4, 5] and record["seconds"]["cache"] == 9 and record["changed"] == "everything"
-    for name, value in whole["texts"]["wiki"].items():
-        found = record["texts"]["wiki"][name]
-        if isinstance(value, float) or name == "deviation":
-            value, found = pytest.approx(value, rel=1e-6), found
-        assert found == value, name
-    assert [row["seeds"] for row in json.loads(Path(options.json).read_text())] == [row["seeds"] for row in rows] == [4]
+    row, expected = record["texts"]["wiki"], whole["texts"]["wiki"]
+    figures = {name for name, value in expected.items() if isinstance(value, float)} | {"deviation"}
+    for name in figures:
+        assert row[name] == pytest.approx(expected[name], rel=1e-6), name
+    assert {k: v for k, v in row.items() if k not in figures} == {k: v for k, v in expected.items() if k not in figures}
+    assert {k: v for k, v in record.items() if k != "texts"} == {k: v for k, v in whole.items() if k != "texts"}
+    assert json.loads(Path(options.json).read_text()) == [row]
 
 
 def test_seeds_measured_otherwise_do_not_join(command, finished, tmp_path):
