@@ -68,6 +68,7 @@ ROWS: dict[str, Row] = {
     "latent": Row(504, learn=LATENT),
     "bucket": Row(504, loss=LossKind.bucket_kl),
     "full": Row(504, loss=LossKind.full_kl),
+    "record": Row(128, loss=LossKind.full_kl, learn=LATENT),  # with --length 128
     "checkpointed": Row(504, checkpointing=True),
     "accumulated": Row(504, micro_batch=126),
     "e2e_4": Row(4),
@@ -87,7 +88,7 @@ ROWS: dict[str, Row] = {
     "rank_4": Row(4, compile=False, checkpointing=True),
     "rank": Row(504, compile=False, checkpointing=True),
 }
-USUAL = [name for name in ROWS if name not in ("full", "full_8", "fp16", "fp32_8", "e2e_1008", "rank_4")]
+USUAL = [name for name in ROWS if name not in ("full", "record", "full_8", "fp16", "fp32_8", "e2e_1008", "rank_4")]
 
 
 class RankByRank(nn.Module):

@@ -160,6 +160,14 @@ def test_seeds_measured_otherwise_do_not_join(command, finished, tmp_path):
         command(merge=[str(tmp_path / "there.json")])
 
 
+def test_a_seed_that_does_not_join_leaves_the_files_as_they_were(command, finished, options):
+    command(runs=[finished(1)])
+    kept = [Path(path).read_bytes() for path in (options.records, options.page, options.json)]
+    with pytest.raises(SystemExit, match=r"measured on different wiki"):
+        command(runs=[finished(2)], tokens=128)
+    assert [Path(path).read_bytes() for path in (options.records, options.page, options.json)] == kept
+
+
 def test_runs_that_are_no_record_are_refused(command, finished):
     one = finished(1)
     with pytest.raises(SystemExit, match=r"SR-002 is not the folder of a complete stage=run"):
