@@ -42,7 +42,7 @@ class ModelSource(Enum):
 class DataSource(Enum):
     """Where the cached text comes from."""
 
-    selfgen = "the teacher answers prompts"
+    selfgen = "what the teacher writes, as data.start says"
     alpaca = "instruction rows, a local JSON file or a hub data set"
     chat_jsonl = "conversations, one JSON object a line"
     text = "plain text files"
@@ -53,7 +53,7 @@ class Start(Enum):
     """What the teacher begins to write from, for selfgen."""
 
     prompts = "answers to a list of questions"
-    tokens = "anything, after each of many first tokens: for models that are not made for chat"
+    tokens = "anything, after each of many first tokens"
     openings = "how passages of a text go on, after some first tokens of each"
     questions = "answers to questions that the teacher writes itself, as a user"
 

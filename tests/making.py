@@ -43,7 +43,7 @@ def make_answers(outputs: str, prompts: str) -> None:
     prepare(outputs)
     selfgen.PROMPTS_AT_ONCE = {"cpu": 4}
     machine, folder = Machine(torch.device("cpu"), torch.float32, 3), Path(outputs)
-    data = DataConfig(name="selfgen", source=DataSource.selfgen, path=prompts, answer_tokens=6, eval_fraction=0.25)
+    data = DataConfig(name="prompts", source=DataSource.selfgen, path=prompts, answer_tokens=6, eval_fraction=0.25)
     obtain_documents(data, tiny.teacher_in(folder), 0, machine, folder)
 
 

@@ -67,6 +67,10 @@ def written(value: Any) -> str:
         return value.name
     if value is None:
         return "null"
+    if isinstance(value, list):
+        return f"[{','.join(map(written, value))}]"
+    if isinstance(value, dict):
+        return "{" + ",".join(f"{name}:{written(part)}" for name, part in value.items()) + "}"
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 

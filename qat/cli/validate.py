@@ -201,8 +201,26 @@ def check_data(config: Config) -> None:
             if value is not None and not (math.isfinite(value) and bound.holds(value)):
                 raise ConfigError(f"{where}.{name}={value}: must be {bound}")
         _check_source(part, where)
-    if not data.parts:
+    if data.parts:
+        _check_mixture(data)
+    else:
         _check_source(data, "data")
+
+
+def _check_mixture(data: DataConfig) -> None:
+    """What only one source can have is not said of several."""
+    if data.start is not DataConfig.start:
+        raise _of_one(data, f"start={data.start.name}", data.start.name)
+    files = "text, alpaca, chat_jsonl or openings"
+    for name, options in {"path": f"prompts, {files}", "repo": files, "revision": files}.items():
+        value = getattr(data, name)
+        if value is not None:
+            raise _of_one(data, f"{name}={value}", options)
+
+
+def _of_one(data: DataConfig, said: str, options: str) -> ConfigError:
+    whole = f"data={data.name} is a mixture, and each of its sources has its own"
+    return ConfigError(f"data.{said}: {whole}: use data={options}, or say it in data.parts")
 
 
 def _check_source(source: DataConfig | DataPart, where: str) -> None:

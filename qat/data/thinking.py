@@ -78,9 +78,7 @@ def _of_assistant(message: dict[str, str], content: str) -> dict[str, str]:
 
 def _template(tokenizer: PreTrainedTokenizerBase, messages: Messages, thinking: str, **how: bool) -> Any:
     if not tokenizer.chat_template:
-        raise ConfigError(
-            "this model's tokenizer has no chat template: use data=text, or data.start=tokens or openings for selfgen"
-        )
+        raise ConfigError("this model's tokenizer has no chat template: use data=tokens, openings or text")
     try:
         return cast(Any, tokenizer).apply_chat_template(messages, enable_thinking=thinking == "true", **how)
     except TemplateError as error:

@@ -3,6 +3,7 @@
 import re
 
 from qat.cli import helping, reference, schema
+from qat.cli.arguments import CONF
 
 
 def test_the_committed_file_is_the_generated_one():
@@ -18,6 +19,12 @@ def test_every_key_and_option_is_in_it():
     for group in schema.groups():
         for option in helping.options(group):
             assert re.search(rf"^\| (\*\*)?`{re.escape(option.stem)}`(\*\*)? \|", text, re.MULTILINE)
+
+
+def test_what_an_option_sets_can_be_typed(compose):
+    """Also where it is a list of mappings."""
+    sets = re.findall(r"`(.+?)`", reference._sets(CONF / "data" / "selfgen.yaml", "data"))
+    assert compose("data=mix", "data.name=selfgen", *sets).data == compose("data=selfgen").data
 
 
 def test_tables_are_even():

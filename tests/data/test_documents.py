@@ -93,7 +93,7 @@ def test_seed_shapes_only_text_that_is_sampled(documents, tmp_path):
     assert documents(seed=0).key == documents(seed=1).key
     (tmp_path / "prompts.txt").write_text("\n".join(f"Question {number}?" for number in range(12)))
     path = str(tmp_path / "prompts.txt")
-    asked = DataConfig(name="selfgen", source=DataSource.selfgen, path=path, answer_tokens=4, eval_fraction=0.4)
+    asked = DataConfig(name="prompts", source=DataSource.selfgen, path=path, answer_tokens=4, eval_fraction=0.4)
     one, same, other = documents(asked, 0), documents(asked, 0), documents(asked, 1)
     assert one.key == same.key != other.key
     assert {d.origin for split in ("train", "eval") for d in read_documents(one, split)} == {

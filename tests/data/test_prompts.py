@@ -3,11 +3,11 @@
 from qat.config import DataConfig, DataSource
 from qat.data.sources import prompts
 
-PROMPTS = prompts(DataConfig(name="selfgen", source=DataSource.selfgen))
+PROMPTS = prompts(DataConfig(name="prompts", source=DataSource.selfgen))
 
 
 def test_there_are_enough_prompts_for_the_default():
-    assert len(PROMPTS) >= 256  # conf/data/selfgen.yaml asks for so many
+    assert len(PROMPTS) >= 256  # conf/data/prompts.yaml asks for so many
 
 
 def test_no_prompt_comes_twice():

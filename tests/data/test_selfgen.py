@@ -12,7 +12,7 @@ from qat.data.documents import Document
 from qat.data.selfgen import PROMPTS_AT_ONCE, answer
 from qat.data.thinking import chat_tokens, user_turn
 
-DATA = DataConfig(name="selfgen", source=DataSource.selfgen, answer_tokens=12, greedy_tokens=4)
+DATA = DataConfig(name="prompts", source=DataSource.selfgen, answer_tokens=12, greedy_tokens=4)
 PROMPTS = ["Hi", "What is the capital of France?", "Why?", "Write a poem about the sea and the wind."]
 
 

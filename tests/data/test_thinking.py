@@ -65,7 +65,7 @@ def test_answers_without_thoughts_come_once_where_the_modes_are_the_same(shown):
 def test_a_model_without_a_template_says_what_to_use(tiny):
     tokenizer = tiny.tokenizer()
     tokenizer.chat_template = None
-    with pytest.raises(ConfigError, match=r"no chat template: use data=text, or data.start=tokens"):
+    with pytest.raises(ConfigError, match=r"no chat template: use data=tokens, openings or text"):
         chat_tokens(tokenizer, TURNS)
 
 

@@ -34,7 +34,7 @@ def smollm2():
     model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
     model.config.use_cache = False
     model.model.layers = model.model.layers[: LAST + 1]
-    questions = sources.prompts(DataConfig(name="selfgen", source=DataSource.selfgen))
+    questions = sources.prompts(DataConfig(name="prompts", source=DataSource.selfgen))
     documents = [Document(q, thinking.chat_tokens(tokenizer, [{"role": "user", "content": q}])) for q in questions]
     return model.eval().requires_grad_(False), packing.pack(documents, 128, Packing.joined, 0).input_ids[:8].long()
 

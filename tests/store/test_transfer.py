@@ -50,7 +50,7 @@ def config(outputs, drive=None, checkpoint="q4_fp32", **sections):
         outputs=str(outputs),
         store=StoreConfig("there", kind, str(drive) if drive else None),
         checkpoint=CheckpointConfig(checkpoint, None, archive),
-        data=sections.pop("data", DataConfig("selfgen", DataSource.selfgen)),
+        data=sections.pop("data", DataConfig("prompts", DataSource.selfgen)),
         **sections,
     )
 
