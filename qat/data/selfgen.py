@@ -61,7 +61,8 @@ def answer(
         asked = starts.starts(tokenizer, data, seed)
     asked *= data.answers
     asked.sort(key=lambda item: len(item[1]))  # equal lengths together: less padding
-    with closing(author.write("teacher answers", [ids for _, ids in asked], sampling, seed)) as replies:
+    what = "teacher answers" if data.start in (Start.prompts, Start.questions) else "teacher text"
+    with closing(author.write(what, [ids for _, ids in asked], sampling, seed)) as replies:
         for (origin, ids), reply in zip(asked, replies, strict=True):
             yield origin, ids + reply
 
