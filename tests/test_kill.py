@@ -91,7 +91,7 @@ def test_job_killed_in_every_stage_leaves_only_whole_artifacts_and_the_next_goes
 
 def test_training_killed_while_it_saves_leaves_valid_checkpoints_or_none(outputs):
     for number in range(4):
-        job = Job(outputs, *FOREVER)
+        job = Job(outputs, "data=prompts", *FOREVER)
         job.kill_once(saving_after(number), seconds=0.002 * number)
         check_all_is_whole(outputs)
         check_interrupted(job.folder)

@@ -390,7 +390,7 @@ def test_a_v2_state_dict_is_evaluated_like_the_checkpoint_it_was_made_from(first
 @pytest.mark.parametrize("loss", ["bucket_kl", "topk_kl", "full_kl"])
 def test_every_loss_trains(first, shop, conversion, loss):
     longer = ["train.steps=12", "train.batch_size=16", "train.eval_every=12", "train.lr=3e-3"]
-    done = shop.tiny("stage=distill", f"checkpoint={conversion}", f"loss={loss}", *longer)
+    done = shop.tiny("stage=distill", f"checkpoint={conversion}", "data=prompts", f"loss={loss}", *longer)
     losses = [row["loss"] for row in done.figures if "loss" in row]
     assert len(losses) == 12 and all(loss > 0 for loss in losses)
     assert done.result["metrics"]["kd_loss_final"] < 0.97 * done.result["metrics"]["kd_loss_initial"]

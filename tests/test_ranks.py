@@ -16,7 +16,7 @@ from qat.errors import RankError
 
 ROOT = Path(__file__).resolve().parents[1]
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-TINY = ("+debug=tiny", "instance.precision=fp32", "data.documents=256", "train.batch_size=5", "mode=e2e")
+TINY = ("+debug=tiny", "instance.precision=fp32", "data=prompts", "train.batch_size=5", "mode=e2e")
 LONG = (*TINY, "train.steps=100000", "train.eval_every=50000", "train.save_every=20")
 OURS = ("error: ", "interrupted", "this is a defect", "Traceback")
 
