@@ -187,7 +187,7 @@ class DataConfig:
     repo: str | None = None  # a hub data set, owner/name, where there is no path
     revision: str | None = None  # of the data set: branch, tag or commit
     thinking: str = "false"  # false, true or both: the chat template's own switch
-    documents: int | None = None  # at most so many documents (starts, for selfgen); None takes all
+    documents: int | None = None  # at most so many documents (starts, of a single selfgen source); None takes all
     start: Start = Start.prompts  # selfgen: from prompts, first tokens, openings of a text, or own questions
     answers: int = 1  # selfgen: answers to each start
     answer_tokens: int = 80  # selfgen: longest answer; openings: tokens between two of a text
