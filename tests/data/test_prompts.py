@@ -6,7 +6,7 @@ from qat.data.sources import prompts
 PROMPTS = prompts(DataConfig(name="prompts", source=DataSource.selfgen))
 
 
-def test_there_are_enough_prompts_for_the_default():
+def test_there_are_enough_prompts_for_the_option():
     assert len(PROMPTS) >= 256  # conf/data/prompts.yaml asks for so many
 
 
