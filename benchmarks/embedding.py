@@ -1,7 +1,7 @@
 """What a tied embedding in few bits costs, converted and trained: tables and grids under one curvature.
 
     python benchmarks/embedding.py fit --model <folder> --cache <cache artifact> --formats t4r16 u4g32 --output <folder>
-    python benchmarks/embedding.py train <folder>/t4r16.safetensors stage=distill checkpoint=… +experiment=record_q2a4_r8
+    python benchmarks/embedding.py train <folder>/t4r16.safetensors stage=distill checkpoint=… +experiment=record_…
     python benchmarks/embedding.py evaluate --model <folder> --evaluation a.json b.txt \
         --students exact=<folder>/t4r16.safetensors trained=<checkpoint>
 
