@@ -12,13 +12,14 @@ import pytest
 
 from qat import runs
 from qat.config import Config, ModeConfig, QuantConfig, RunConfig, Stage, TrackerConfig, TrackerKind
-from qat.runs import Run, checkpoint_name, claim_run, claim_sweep, environment
+from qat.identities import claim_run, claim_sweep
+from qat.runs import Run, checkpoint_name, environment
 
 ROOT = Path(__file__).resolve().parents[1]
 
 CLAIMER = """
 import pathlib, sys, time
-from qat.runs import claim_run
+from qat.identities import claim_run
 root = pathlib.Path(sys.argv[1])
 (root / f"ready-{sys.argv[2]}").touch()
 while not (root / "go").exists():

@@ -4,17 +4,15 @@ import os
 import re
 from dataclasses import dataclass
 from decimal import Decimal
-from pathlib import Path
 from typing import Any, NoReturn
 
 from hydra._internal.utils import get_args_parser
 
 from qat.cli import schema
-from qat.cli.suggest import hint, nearest
+from qat.config import CONF
 from qat.errors import ConfigError
-
-CONF = Path(__file__).resolve().parents[2] / "conf"
-RESOLVED = "config_resolved"  # the file in a run's folder that repeats it
+from qat.identities import RESOLVED
+from qat.suggest import hint, nearest
 
 # At most two digits of exponent: nobody means more, and 1e999999999 would fill the memory.
 _EXPONENT = re.compile(r"(?<![\w.])\d+(?:\.\d*)?[eE]\+?\d{1,2}(?![\w.])")

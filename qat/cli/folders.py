@@ -4,11 +4,13 @@ from pathlib import Path
 
 from hydra.core.override_parser.types import Override
 
+from qat import names
 from qat.cli import ranks
 from qat.cli.arguments import quote
 from qat.config import Config, Stage
 from qat.errors import ConfigError
-from qat.runs import UNRECORDED, claim_run, claim_sweep
+from qat.identities import claim_run, claim_sweep
+from qat.runs import UNRECORDED
 
 
 def claim(config: Config, parsed: list[Override], multirun: bool) -> list[str]:
@@ -20,7 +22,7 @@ def claim(config: Config, parsed: list[Override], multirun: bool) -> list[str]:
     if config.stage is Stage.doctor or (ranks.rank() > 0 and config.stage not in UNRECORDED):
         return ranks.scratch()
     if config.run.resume:
-        return [_set("hydra.run.dir", Path(config.outputs) / config.run.resume)]
+        return [_set("hydra.run.dir", names.run(config.run.resume, Path(config.outputs)))]
     key = "hydra.sweep.dir" if multirun else "hydra.run.dir"
     if any(override.key_or_group == key for override in parsed):
         return []

@@ -9,14 +9,15 @@ from typing import Any
 
 from hydra.core.override_parser.types import Override
 
-from qat import gpus, sweeps
+from qat import gpus, names, sweeps
 from qat.cli.arguments import CommandLine, quote
-from qat.cli.suggest import did_you_mean, one_line
 from qat.config import Config
 from qat.errors import ConfigError, QatError, UnavailableError
+from qat.suggest import did_you_mean, one_line
 from qat.sweeps import Sweep
 
 RESUME = "sweep.resume="
+OUTPUTS = "outputs="
 SWEEPER = "hydra_plugins.qat_sweeper.PlannedSweeper"
 PACKAGE = Path(__file__).resolve().parents[1]
 IMPORTED = [str(PACKAGE.parent), str(PACKAGE / "plugins")]  # this checkout, and what it adds to Hydra
@@ -36,16 +37,14 @@ def resumed(command: CommandLine) -> Sweep | None:
     named = [text for text in command.overrides if text.lstrip("+").startswith(RESUME)]
     if not named:
         return None
-    folder = named[-1].partition("=")[2].strip("'\"")
+    folder = _value(named[-1])
     if folder in ("", "null"):
         return None
-    sweep = sweeps.load(Path(folder).expanduser())
+    outputs = next((_value(text) for text in reversed(command.overrides) if text.startswith(OUTPUTS)), Config.outputs)
+    sweep = sweeps.load(names.sweep(folder, Path(outputs).expanduser()))
     for text in command.overrides:
-        if text not in named and not text.lstrip("+").startswith(MAY_CHANGE):
-            raise ConfigError(
-                f"{text} would change the sweep in {folder}: it goes on as planned; beside sweep.resume only"
-                " instance, store, tracker and hydra/launcher can be set"
-            )
+        if text not in named and not text.lstrip("+").startswith((*MAY_CHANGE, OUTPUTS)):
+            raise _would_change(sweep, text)
     return sweep
 
 
@@ -72,8 +71,38 @@ def is_hydras(override: str) -> bool:
 
 
 def changes(command: CommandLine) -> list[str]:
-    """The overrides beside `sweep.resume`."""
-    return [text for text in command.overrides if not text.lstrip("+").startswith(RESUME)]
+    """The overrides beside `sweep.resume` and the outputs folder."""
+    return [text for text in command.overrides if not text.lstrip("+").startswith((RESUME, OUTPUTS))]
+
+
+def at_home(sweep: Sweep, command: CommandLine, planned: Config) -> list[str]:
+    """The override that keeps a sweep in the outputs folder it was made with, where its plan leads elsewhere from here.
+
+    Args:
+        sweep: the plan.
+        command: may name that very folder.
+        planned: the first job as the plan has it.
+
+    Raises:
+        ConfigError: the command line names another folder.
+    """
+    leads_to = Path(planned.outputs).resolve()
+    home = sweep.outputs if sweep.outputs and sweep.outputs.is_dir() else leads_to
+    for text in command.overrides:
+        if text.lstrip("+").startswith(OUTPUTS) and Path(_value(text)).expanduser().resolve() != home:
+            raise _would_change(sweep, text)
+    return [] if leads_to == home else [f"{OUTPUTS}{quote(str(home))}"]
+
+
+def _value(text: str) -> str:
+    return text.partition("=")[2].strip("'\"")
+
+
+def _would_change(sweep: Sweep, text: str) -> ConfigError:
+    return ConfigError(
+        f"{text} would change the sweep in {sweep.folder}: it goes on as planned; beside sweep.resume only instance,"
+        " store, tracker and hydra/launcher can be set"
+    )
 
 
 def check_unchanged(sweep: Sweep, configs: list[Config]) -> None:
