@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -79,6 +80,15 @@ def settled(given: CheckpointConfig, outputs: Path) -> CheckpointConfig:
     if place is None:
         return CheckpointConfig(TEACHER)
     return given if archives.is_archive(given.path) or not place.exists() else replace(given, path=str(place))
+
+
+def comparable(plain: dict[str, Any]) -> dict[str, Any]:
+    """A configuration as plain values, its checkpoint called as below its outputs folder, whatever the current one."""
+    checkpoint, outputs = plain.get("checkpoint") or {}, str(plain.get("outputs"))
+    path = checkpoint.get("path")
+    if not path or not Path(path).is_relative_to(outputs):
+        return plain
+    return plain | {"checkpoint": checkpoint | {"path": str(Path(path).relative_to(outputs))}}
 
 
 def run(word: str, outputs: Path) -> Path:

@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from qat import names
 from qat.artifacts import content_key, write_json, write_text
 from qat.config import Config, as_plain
 from qat.errors import ArtifactError, ConfigError, MissingError
@@ -79,7 +80,13 @@ class Sweep:
 
 def key_of(config: Config) -> str:
     """What tells jobs apart: all that is configured, save for what never changes a result."""
-    return content_key({name: value for name, value in as_plain(config).items() if name not in FREE})
+    plain = names.comparable(as_plain(config))
+    return content_key({name: value for name, value in plain.items() if name not in FREE})
+
+
+def changed(overrides: Sequence[str], changes: Sequence[str]) -> list[str]:
+    """Overrides with some changed: each key once, as it was set last."""
+    return list({text.partition("=")[0]: text for text in (*overrides, *changes)}.values())
 
 
 def create(

@@ -11,6 +11,7 @@ from types import FrameType
 
 from hydra.core.override_parser.types import Override
 
+from qat import sweeps
 from qat.cli import arguments, checkpoints, completion, job, overrides, ranks, registered, resume, sweeping, validate
 from qat.cli.arguments import CommandLine
 from qat.cli.compose import Composer, typed
@@ -90,8 +91,8 @@ def check_resumed(command: CommandLine, sweep: Sweep) -> Checked:
     sweeping.check_launcher(parsed, composer.options("hydra/launcher"))
     home = sweeping.at_home(sweep, command, typed(composer.compose(sweep.jobs[0].overrides)))
     command.overrides = [str(override.input_line) for override in parsed]
-    changed = [*home, *(text for text in command.overrides if not sweeping.is_hydras(text))]
-    jobs = [[*planned.overrides, *changed] for planned in sweep.jobs]
+    changes = [*home, *(text for text in command.overrides if not sweeping.is_hydras(text))]
+    jobs = [sweeps.changed(planned.overrides, changes) for planned in sweep.jobs]
     configs = [_check_job(command, job, composer) for job in jobs]
     composer.compose([*jobs[0], *command.overrides], multirun=True)
     sweeping.check_unchanged(sweep, configs)

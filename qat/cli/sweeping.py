@@ -16,8 +16,8 @@ from qat.errors import ConfigError, QatError, UnavailableError
 from qat.suggest import did_you_mean, one_line
 from qat.sweeps import Sweep
 
-RESUME = "sweep.resume="
-OUTPUTS = "outputs="
+RESUME = "sweep.resume"
+OUTPUTS = "outputs"
 SWEEPER = "hydra_plugins.qat_sweeper.PlannedSweeper"
 PACKAGE = Path(__file__).resolve().parents[1]
 IMPORTED = [str(PACKAGE.parent), str(PACKAGE / "plugins")]  # this checkout, and what it adds to Hydra
@@ -34,16 +34,12 @@ def resumed(command: CommandLine) -> Sweep | None:
         ConfigError: beside it stands what would make it another sweep.
         MissingError: there is no sweep.
     """
-    named = [text for text in command.overrides if text.lstrip("+").startswith(RESUME)]
-    if not named:
+    named = command.values(RESUME)
+    if not named or named[-1] in ("", "null"):
         return None
-    folder = _value(named[-1])
-    if folder in ("", "null"):
-        return None
-    outputs = next((_value(text) for text in reversed(command.overrides) if text.startswith(OUTPUTS)), Config.outputs)
-    sweep = sweeps.load(names.sweep(folder, Path(outputs).expanduser()))
-    for text in command.overrides:
-        if text not in named and not text.lstrip("+").startswith((*MAY_CHANGE, OUTPUTS)):
+    sweep = sweeps.load(names.sweep(named[-1], command.outputs))
+    for text in changes(command):
+        if not text.lstrip("+").startswith(MAY_CHANGE):
             raise _would_change(sweep, text)
     return sweep
 
@@ -72,7 +68,7 @@ def is_hydras(override: str) -> bool:
 
 def changes(command: CommandLine) -> list[str]:
     """The overrides beside `sweep.resume` and the outputs folder."""
-    return [text for text in command.overrides if not text.lstrip("+").startswith((RESUME, OUTPUTS))]
+    return [text for text in command.overrides if text.lstrip("+").partition("=")[0] not in (RESUME, OUTPUTS)]
 
 
 def at_home(sweep: Sweep, command: CommandLine, planned: Config) -> list[str]:
@@ -88,14 +84,9 @@ def at_home(sweep: Sweep, command: CommandLine, planned: Config) -> list[str]:
     """
     leads_to = Path(planned.outputs).resolve()
     home = sweep.outputs if sweep.outputs and sweep.outputs.is_dir() else leads_to
-    for text in command.overrides:
-        if text.lstrip("+").startswith(OUTPUTS) and Path(_value(text)).expanduser().resolve() != home:
-            raise _would_change(sweep, text)
-    return [] if leads_to == home else [f"{OUTPUTS}{quote(str(home))}"]
-
-
-def _value(text: str) -> str:
-    return text.partition("=")[2].strip("'\"")
+    if command.values(OUTPUTS) and command.outputs.resolve() != home:
+        raise _would_change(sweep, f"{OUTPUTS}={command.outputs}")
+    return [] if leads_to == home else [f"{OUTPUTS}={quote(str(home))}"]
 
 
 def _would_change(sweep: Sweep, text: str) -> ConfigError:
@@ -136,7 +127,7 @@ def plan(command: CommandLine, typed: str, configs: list[Config], jobs: list[lis
     if folder is not None and (folder / sweeps.PLAN).is_file():
         there = sweeps.load(folder)
         if [job.key for job in there.jobs] != keys:
-            raise ConfigError(f"{folder} holds another sweep: choose another folder, or go on with {RESUME}{folder}")
+            raise ConfigError(f"{folder} holds another sweep: choose another folder, or go on with {RESUME}={folder}")
         return there
     known = None if folder else sweeps.find(outputs, keys)
     if known is not None:
@@ -153,12 +144,11 @@ def plan(command: CommandLine, typed: str, configs: list[Config], jobs: list[lis
 def for_hydra(sweep: Sweep, command: CommandLine, parallel: bool) -> list[str]:
     """The overrides with which Hydra runs what is left of a sweep."""
     words = [text for text in command.overrides if is_hydras(text)]
-    first = {text.partition("=")[0]: text for text in sweep.jobs[0].overrides}
     words += [f"hydra.sweep.dir={quote(str(sweep.folder))}", f"hydra.sweeper._target_={SWEEPER}"]
     found = len(gpus.visible())
     if parallel and found and not any(word.startswith("hydra.launcher.n_jobs=") for word in words):
         words.append(f"hydra.launcher.n_jobs={found}")
-    return [*first.values(), *words]
+    return [*sweep.jobs[0].overrides, *words]
 
 
 @contextmanager

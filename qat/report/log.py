@@ -20,6 +20,7 @@ Generated from the runs in this folder and written anew whenever one ends: edits
 words go on its command line, `run.goal="…" run.notes="…"`; `python launch.py stage=report` writes this file
 and report.html."""
 NOTHING = "–"
+TOLD = {"checkpoint.path", "run.goal", "run.notes"}  # elsewhere in a run's entry, or in other words
 
 
 def write(outputs: Path) -> Path:
@@ -129,8 +130,8 @@ def _config(run: Record) -> str:
     words += [f"train.{key}={train[key]}" for key in ("steps", "batch_size", "lr") if key in train]
     overrides = run.result.get("overrides")
     rest = [str(word) for word in overrides] if isinstance(overrides, list) else []
-    known = {word.partition("=")[0] for word in words}
-    rest = [word for word in rest if word.lstrip("+").partition("=")[0] not in known | {"run.goal", "run.notes"}]
+    known = {word.partition("=")[0] for word in words} | TOLD
+    rest = [word for word in rest if word.lstrip("+").partition("=")[0] not in known]
     return _code(" ".join([*words, *rest]))
 
 

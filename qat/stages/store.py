@@ -4,25 +4,27 @@ from pathlib import Path
 
 from qat import names
 from qat.config import Config
-from qat.console import size, table
+from qat.console import console, size
 from qat.report.records import LOSSES, Record, manifests
 from qat.store.names import is_offered, own
-from qat.store.places import Entry, open_place
+from qat.store.places import CHECKSUM, Entry, open_place
 
 
 def main(config: Config) -> None:
-    """`stage=store`."""
+    """`stage=store`: path there, size, registered name, and the loss of what was pulled, a line each."""
     place, outputs = open_place(config.store), Path(config.outputs)
     here = {Path(where).name: Record(outputs, said, where) for where, said in manifests(outputs, "checkpoints")}
-    rows = [_row(entry, here) for entry in place.entries()]
-    table(place.url, ["in the store", "size", "name here", "KD loss"], rows)
+    rows = [_row(entry, here) for entry in place.entries() if not entry.name.endswith(CHECKSUM)]
+    console.print(place.url, style="bold", soft_wrap=True)
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        console.print("  ".join(map(str.ljust, row, widths)).rstrip(), soft_wrap=True)
 
 
 def _row(entry: Entry, here: dict[str, Record]) -> list[str]:
-    """A registered name, and the loss of what was pulled, as its own configuration gives it."""
-    name = own(entry) if is_offered(entry) else ""
+    name = own(entry) if is_offered(entry) and not entry.name.endswith(".pt") else ""
     option = names.registered(name) or names.registered(name, "cache") or ""
-    found = next((here[alias] for alias in names.aliases(option or name) if alias in here), None)
-    loss = found.first(*LOSSES) if found else None
+    pulled = next((here[alias] for alias in names.aliases(option or name) if alias in here), None)
+    loss = pulled.first(*LOSSES) if pulled else None
     shown = "folder" if entry.size is None else size(entry.size)
-    return [entry.path, shown, option or (name if found else ""), "" if loss is None else f"{loss:.4f}"]
+    return [entry.path, shown, option, "" if loss is None else f"KD loss {loss:.4f}"]

@@ -260,7 +260,7 @@ def test_mistake_in_a_process(line, launch, here):
 def test_a_run_to_compare_with_is_guessed_from_those_there(checkpoint, here):
     checkpoint("outputs/SR-001/checkpoints/best")
     checkpoint("outputs/sweep-001/SR-002/checkpoints/best")
-    with pytest.raises(ConfigError, match=re.escape("evaluate.against=SR-02: no such folder or file, no run in outputs (did")):
+    with pytest.raises(ConfigError, match=r"^evaluate.against=SR-02: no such folder .*did you mean SR-002\?"):
         main.check(arguments.parse(["stage=evaluate", "evaluate.against=[SR-001,SR-02]"]))
     main.check(arguments.parse(["stage=evaluate", "evaluate.against=[SR-001,SR-002,teacher]"]))
 
