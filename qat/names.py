@@ -7,7 +7,8 @@
     q4_fp32                  a registered name, by its option or by its archive's name, here or in a store
     anything else            a path: a checkpoint folder, a run's folder, a V2 state dict or an archive of one of them
 
-A word that means two things is refused with both. Nothing here imports torch: the command line asks as well.
+A word that means two things is refused with both; one that begins with `.`, `/` or `~` is a path alone. Nothing here
+imports torch: the command line asks as well.
 """
 
 import os
@@ -49,7 +50,7 @@ def checkpoint(word: str, outputs: Path, archive: str | None = None) -> Path | N
     file = Path(os.path.expanduser(word))
     if archives.is_archive(word) and file.is_file():
         return _unpacked(file, outputs, "checkpoints")
-    names = aliases(word, archive)
+    names = [] if _is_path(word) else aliases(word, archive)
     found = _distinct([*_meant(word, outputs), *(local_folder(outputs, "checkpoints", name) for name in names)])
     wrong = {path: reason for path in found if (reason := _no_checkpoint(path))}
     usable = [path for path in found if path not in wrong]
@@ -58,7 +59,7 @@ def checkpoint(word: str, outputs: Path, archive: str | None = None) -> Path | N
         return place / BEST if (place / BEST).is_dir() else place
     if wrong:
         raise ConfigError(next(iter(wrong.values())))
-    if archive or registered(word):
+    if archive or (names and registered(word)):
         return local_folder(outputs, "checkpoints", names[0])
     raise _unknown(word, outputs)
 
@@ -79,7 +80,9 @@ def settled(given: CheckpointConfig, outputs: Path) -> CheckpointConfig:
         return given
     if place is None:
         return CheckpointConfig(TEACHER)
-    return given if archives.is_archive(given.path) or not place.exists() else replace(given, path=str(place))
+    if archives.is_archive(given.path) or not place.exists():
+        return given
+    return replace(given, path=_shown(place) if given.path.startswith("./") else str(place))
 
 
 def comparable(plain: dict[str, Any]) -> dict[str, Any]:
@@ -200,7 +203,7 @@ def _meant(word: str, outputs: Path) -> Iterator[Path]:
         return
     path = os.path.expanduser(word)
     yield Path(path)
-    if os.path.isabs(path):
+    if _is_path(word):
         return
     below = _IDENTITY.sub("SR-", os.path.normpath(path))
     yield outputs / below
@@ -223,8 +226,18 @@ def _distinct(paths: list[Path]) -> list[Path]:
 
 def _only(word: str, paths: list[Path]) -> Path:
     if len(paths) > 1:
-        raise ConfigError(f"{word} is in {len(paths)} places, {' and '.join(map(str, paths))}: name the one you mean")
+        listed = " and ".join(map(_shown, paths))
+        raise ConfigError(f"{word} is in {len(paths)} places, {listed}: name the one you mean")
     return paths[0]
+
+
+def _shown(path: Path) -> str:
+    """A path that is taken for nothing else."""
+    return str(path) if path.is_absolute() else f".{os.sep}{path}"
+
+
+def _is_path(word: str) -> bool:
+    return word.startswith((".", "/", "~"))
 
 
 def _no_checkpoint(path: Path) -> str:

@@ -1,49 +1,62 @@
 """A Drive as the run log of the older scripts describes it: their archives, of the tiny model."""
 
-import io
 import json
 import tarfile
 from pathlib import Path
 
 import torch
 
-from qat.models import ModelFolder
+from qat.config import QuantConfig, TableConfig
+from qat.models import ModelFolder, linear
+from tests import tiny
 from tests.checkpoints.conftest import Variant, write
 
 CACHE = "alpaca_chat_think_both_L64_K64_R128"
-FOUR = Variant(entries={"mlp": 16, "self_attn": 16}, others=False)
-TWO = Variant(entries={"mlp": 4, "self_attn": 16}, others=False, seed=1)
+FOUR = QuantConfig(name="q4a4", mlp=TableConfig(4, 8), attn=TableConfig(4, 8))
 LENGTH, TOP_K, RANDOM = 16, 8, 8
 
 
 def fill(drive: Path, teacher: ModelFolder) -> None:
-    """Everything that SR-001 of the log begins with, and the students after it."""
-    runs, made = drive / "qwen3_runs", drive.parent / "made"
-    runs.mkdir(parents=True)
-    four = student(made / "four", teacher, FOUR, "anemll_v2_q4_a4_from_v1_finetuned.pt", 0.7312)
-    pack(runs / "anemll_v2_q4_a4_from_v1_finetuned.tgz", four)
-    two = student(made / "two", teacher, TWO, "model_state_dict.pt", 0.5341)
-    pack(runs / "v2_a2_q2_best_fp32_0.5341.tgz", two, "v2_a2_q2_best_fp32_0.5341/v2_a2_q2_best_fp32_0.5341/")
-    best = student(runs / "Q2A4_BINIT_0.5855", teacher, TWO, "best_state_dict.pt", 0.5855)
+    """What SR-001 of the log begins with, and two of the students after it, each stored in another way."""
+    runs, caches, made = drive / "qwen3_runs", drive / "qwen3_caches", drive.parent / "made"
+    runs.mkdir(parents=True), caches.mkdir()
+    pack(caches / f"{CACHE}.tgz", cache(made / CACHE, teacher), f"{CACHE}/")
+    pack(runs / "anemll_v2_q4_a4_from_v1_finetuned.tgz", four(made / "four", teacher))
+    two = student(made / "two", teacher, "model_state_dict.pt", 0.5341)
+    pack(runs / "v2_a2_q2_best_fp32_0.5341.tar.gz", two, "v2_a2_q2_best_fp32_0.5341/v2_a2_q2_best_fp32_0.5341/")
+    best = student(runs / "Q2A4_BINIT_0.5855", teacher, "best_state_dict.pt", 0.5855)
     (best / "last_state_dict.pt").write_bytes(b"of a later step")
-    (drive / "qwen3_caches").mkdir()
-    pack(drive / "qwen3_caches" / f"{CACHE}.tgz", cache(made / CACHE, teacher), f"{CACHE}/")
 
 
-def student(folder: Path, teacher: ModelFolder, variant: Variant, name: str, loss: float) -> Path:
-    """A V2 state dict with the `config.json` that tells its loss."""
-    write(variant, teacher, folder / name)
-    (folder / "config.json").write_text(json.dumps(variant.settings | {"final_loss": loss}))
+def student(folder: Path, teacher: ModelFolder, name: str, loss: float) -> Path:
+    """A V2 state dict of random tables, with the `config.json` that tells its loss."""
+    write(Variant(), teacher, folder / name)
+    (folder / "config.json").write_text(json.dumps({"version": "v2", "final_loss": loss}))
     return folder
 
 
-def cache(folder: Path, teacher: ModelFolder, rows: int = 48) -> Path:
+def four(folder: Path, teacher: ModelFolder) -> Path:
+    """A V2 state dict of four bits that is near the teacher: unit-norm scales, magnitudes, indices."""
+    folder.mkdir(parents=True)
+    model = teacher.load(torch.float32, tiny.CPU)
+    state: dict[str, torch.Tensor] = {}
+    rows = torch.randint(teacher.vocab_size(), (16, LENGTH), generator=torch.Generator().manual_seed(1))
+    for name, (_, module, _) in tiny.tables_of(model, rows, quant=FOUR).items():
+        state |= {f"{name}.{part}": value.detach().clone() for part, value in module.normalized().items()}
+        state[f"{name}._indices"] = module.indices.long()
+        state[f"{name}.weight"] = linear(model, name).weight.detach().clone()
+    torch.save(state, folder / "anemll_v2_q4_a4_from_v1_finetuned.pt")
+    (folder / "config.json").write_text(json.dumps({"version": "v2", "final_loss": 0.7312}))
+    return folder
+
+
+def cache(folder: Path, teacher: ModelFolder, rows: int = 192) -> Path:
     """Top-k logits of the teacher on random tokens, in two shards."""
     folder.mkdir(parents=True)
     draw = torch.Generator().manual_seed(7)
     ids = torch.randint(teacher.vocab_size(), (rows, LENGTH), generator=draw)
     with torch.no_grad():
-        logits = teacher.load(torch.float32, torch.device("cpu"))(ids).logits[:, :-1]
+        logits = teacher.load(torch.float32, tiny.CPU)(ids).logits[:, :-1]
     top, best = logits.topk(TOP_K)
     sample = torch.randint(teacher.vocab_size(), (*best.shape[:2], RANDOM), generator=draw)
     tensors = {
@@ -61,14 +74,7 @@ def cache(folder: Path, teacher: ModelFolder, rows: int = 48) -> Path:
 
 
 def pack(path: Path, folder: Path, below: str = "") -> None:
-    """The files of a folder as an archive, at its top or below a folder of it; `.tgz` or `.tar.lz4`."""
-    stream = io.BytesIO()
-    with tarfile.open(fileobj=stream, mode="w:gz" if path.suffix == ".tgz" else "w") as tar:
+    """The files of a folder as an archive, at its top or below a folder of it."""
+    with tarfile.open(path, "w:gz") as tar:
         for file in sorted(folder.iterdir()):
             tar.add(file, below + file.name)
-    data = stream.getvalue()
-    if path.suffix == ".lz4":
-        import lz4.frame
-
-        data = lz4.frame.compress(data)
-    path.write_bytes(data)
