@@ -7,14 +7,14 @@ from qat.config import Config
 from qat.console import console, size
 from qat.report.records import LOSSES, Record, manifests
 from qat.store.names import is_offered, own
-from qat.store.places import CHECKSUM, Entry, open_place
+from qat.store.places import Entry, open_place
 
 
 def main(config: Config) -> None:
     """`stage=store`: path there, size, registered name, and the loss of what was pulled, a line each."""
     place, outputs = open_place(config.store), Path(config.outputs)
     here = {Path(where).name: Record(outputs, said, where) for where, said in manifests(outputs, "checkpoints")}
-    rows = [_row(entry, here) for entry in place.entries() if not entry.name.endswith(CHECKSUM)]
+    rows = [_row(entry, here) for entry in place.entries()]
     console.print(place.url, style="bold", soft_wrap=True)
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:

@@ -24,7 +24,6 @@ DEPTH = 3  # folders below a store in which names are looked for
 EXTRAS = {"gs": "gcsfs", "gcs": "gcsfs", "s3": "s3fs", "hf": "huggingface_hub"}
 CLIENTS = ("aiohttp", "botocore", "gcsfs", "google", "httpcore", "httpx", "huggingface_hub", "requests", "s3fs")
 COLAB = Path("/content/drive/MyDrive")
-CHECKSUM = ".sha256"  # beside an archive
 FOLDER = "qat"  # below the top of a Drive
 
 T = TypeVar("T")

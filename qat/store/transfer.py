@@ -21,10 +21,11 @@ from qat.errors import ArtifactError, MissingError, QatError
 from qat.store import archives
 from qat.store import names as store_names
 from qat.store.archives import CAPS, Caps
-from qat.store.places import CHECKSUM, Entry, Place, open_place
+from qat.store.places import Entry, Place, open_place
 
 log = logging.getLogger(__name__)
 
+CHECKSUM = ".sha256"
 MIRROR_SECONDS = 120.0  # between two copies of a run
 MIRROR_NAME = "mirror.txt"  # in a run's folder: what it is called in the store
 
