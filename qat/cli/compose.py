@@ -26,7 +26,7 @@ from omegaconf.errors import (
 from yaml import YAMLError
 
 from qat.cli import schema
-from qat.config import CONF, Config
+from qat.config import CONF, Config, Stage
 from qat.errors import ConfigError
 from qat.names import settled
 from qat.suggest import did_you_mean, hint, named
@@ -101,7 +101,8 @@ def typed(composed: DictConfig) -> Config:
         raise ConfigError(explain(error)) from error
     assert isinstance(config, Config)
     config.outputs = os.path.expanduser(config.outputs)
-    config.checkpoint = settled(config.checkpoint, Path(config.outputs))
+    if config.stage is not Stage.pull:  # which looks for names elsewhere
+        config.checkpoint = settled(config.checkpoint, Path(config.outputs))
     # YAML's and Hydra's false arrives as "False".
     config.data.thinking = config.data.thinking.lower()
     for part in config.data.parts:

@@ -124,6 +124,8 @@ def _main(argv: list[str], launch: Callable[[], None]) -> int:
         command.overrides += claim(first, checked.parsed, command.multirun)
     sys.argv[1:] = command.argv()
     launch()
+    if command.starts_jobs and ranks.rank() == 0:
+        sweeping.tell_of_job(first)
     return _exit_code(command.multirun)
 
 

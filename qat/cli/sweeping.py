@@ -185,6 +185,14 @@ def _register() -> None:
     Plugins.instance().register(PlannedSweeper)
 
 
+def tell_of_job(config: Config) -> None:
+    """What became of its sweep, after a job of one went on by itself."""
+    if config.run.resume:
+        folder = names.run(config.run.resume, Path(config.outputs))
+        if sweeps.has_job(folder):
+            conclude(sweeps.load(folder.parent))
+
+
 def conclude(sweep: Sweep) -> None:
     """The table, best first; which jobs failed and why; how to go on with what is left."""
     from qat.console import console, table

@@ -322,16 +322,25 @@ def check_store(config: Config) -> None:
         raise ConfigError(f"{what} needs a store: store=gdrive, gcs, hf or url")
     if store.archive and (store.archive[0] in "./" or ".." in store.archive.split("/")):
         raise ConfigError(f"store.archive={store.archive}: a name, or a path as stage=store lists it")
-    if config.stage is Stage.push and "/" in (store.archive or ""):
-        raise ConfigError(f"store.archive={store.archive}: a name, with no folders in it")
+    if config.stage is Stage.push:
+        check_push(config)
     named = config.checkpoint.name != names.TEACHER or names.cache_names(config)
-    if config.stage is Stage.push and not named:
-        raise ConfigError("stage=push needs something to push: checkpoint=<run, name or path> or cache.path=<folder>")
     if config.stage is Stage.pull and not (store.archive or named):
         raise ConfigError(
             "stage=pull needs a name: checkpoint=q4_fp32, cache=alpaca_L64, or store.archive=<name> (stage=store lists"
             " them)"
         )
+
+
+def check_push(config: Config) -> None:
+    """What is to be pushed is named, and here; the name it gets there is one."""
+    if "/" in (config.store.archive or ""):
+        raise ConfigError(f"store.archive={config.store.archive}: a name, with no folders in it")
+    place = _start(config) or names.cached(config)
+    if place is None:
+        raise ConfigError("stage=push needs something to push: checkpoint=<run, name or path> or cache.path=<folder>")
+    if not place.exists():
+        raise ConfigError(f"stage=push: {place} is not there: pull or unpack it first")
 
 
 def check_checkpoint(config: Config) -> dict[str, Any] | None:
@@ -341,11 +350,15 @@ def check_checkpoint(config: Config) -> dict[str, Any] | None:
         raise ConfigError("checkpoint=local needs a name or a path: checkpoint=<run, folder, V2 state dict or archive>")
     if config.stage is Stage.pull:
         return None
+    place = _start(config)
+    return _manifest(find(place)) if place and place.exists() else None
+
+
+def _start(config: Config) -> Path | None:
     try:
-        place = names.start(config)
+        return names.start(config)
     except ConfigError as error:
         raise ConfigError(f"checkpoint={error}") from error
-    return _manifest(find(place)) if place and place.exists() else None
 
 
 def check_mode(config: Config, manifest: dict[str, Any] | None) -> None:

@@ -29,6 +29,7 @@ def main(config: Config, run: Run) -> None:
     """`stage=convert`."""
     work = open_workspace(config, run)
     run.result["metrics"] |= asdict(metrics(make(work, cache.make(work))))
+    console.print(f"go on with       python launch.py stage=distill checkpoint={run.folder}", soft_wrap=True)
 
 
 def make(work: Workspace, outputs: Artifact) -> Artifact:

@@ -129,6 +129,17 @@ def test_interrupted_sweep_says_what_is_left_and_goes_on(launch, here, sweep):
     assert launch("-m", "run.goal=a,stop,b").ran == ["SR-002", "SR-003"]
 
 
+@pytest.mark.parametrize("own", [(), ("hydra.sweep.dir=mine",)])
+def test_a_job_goes_on_by_its_identity_and_its_sweep_is_told(launch, here, own):
+    launch("-m", "run.goal=a,stop", *own)
+    (here / "mended").touch()
+    done = launch("--config-path", "SR-002", "run.resume=SR-002")
+    assert (done.code, done.err, done.ran) == (0, "", ["SR-002"])
+    folder = here / "mine" if own else here / "outputs" / "sweep-001"
+    assert statuses(folder) == {"SR-001": "complete", "SR-002": "complete"}
+    assert not list((here / "outputs").glob("SR-*"))
+
+
 def test_own_folder_goes_on_too(launch, here):
     words = ("-m", "run.goal=a,fail", "hydra.sweep.dir=mine")
     launch(*words)
