@@ -23,7 +23,7 @@ import yaml
 
 from qat.artifacts import content_key
 from qat.checkpoint_files import BEST, find
-from qat.config import CONF, CheckpointConfig, Config, DataSource
+from qat.config import CONF, CheckpointConfig, Config, DataSource, Stage
 from qat.errors import ArtifactError, ConfigError, QatError
 from qat.identities import PLAN, RESOLVED, RESULT, RUN, places, recorded
 from qat.store import archives
@@ -31,6 +31,7 @@ from qat.store.names import fold, is_there, local_folder
 from qat.suggest import did_you_mean
 
 TEACHER = "teacher"
+TRAINS = (Stage.run, Stage.distill)
 _IDENTITY = re.compile(r"\bsr-(?=\d)", re.IGNORECASE)
 
 
@@ -70,6 +71,18 @@ def start(config: Config) -> Path | None:
     return checkpoint(given.path or given.name, Path(config.outputs), given.archive)
 
 
+def uses_checkpoint(config: Config) -> bool:
+    """Whether the stage does anything with the configured checkpoint."""
+    return config.stage in (*TRAINS, Stage.convert, Stage.evaluate, Stage.export, Stage.chat, Stage.push)
+
+
+def uses_cache(config: Config) -> bool:
+    """Whether the stage needs a cache; evaluation does without it on a text or tasks."""
+    evaluate = config.evaluate
+    measures = config.stage is Stage.evaluate and not (evaluate.text or evaluate.tasks)
+    return measures or config.stage in (*TRAINS, Stage.cache, Stage.convert)
+
+
 def settled(given: CheckpointConfig, outputs: Path) -> CheckpointConfig:
     """A checkpoint that is named by a word, with its path; as it is where there is none yet, which is told later."""
     if not given.path:
@@ -87,11 +100,10 @@ def settled(given: CheckpointConfig, outputs: Path) -> CheckpointConfig:
 
 def comparable(plain: dict[str, Any]) -> dict[str, Any]:
     """A configuration as plain values, its checkpoint called as below its outputs folder, whatever the current one."""
-    checkpoint, outputs = plain.get("checkpoint") or {}, str(plain.get("outputs"))
-    path = checkpoint.get("path")
-    if not path or not Path(path).is_relative_to(outputs):
-        return plain
-    return plain | {"checkpoint": checkpoint | {"path": str(Path(path).relative_to(outputs))}}
+    match plain:
+        case {"checkpoint": {"path": str(path), **given}, "outputs": str(home)} if Path(path).is_relative_to(home):
+            return plain | {"checkpoint": given | {"path": str(Path(path).relative_to(home))}}
+    return plain
 
 
 def run(word: str, outputs: Path) -> Path:

@@ -4,7 +4,6 @@ import os
 from pathlib import Path
 
 from qat import names
-from qat.cli.validate import USES_CHECKPOINT, reads_cache
 from qat.config import Config, StoreKind
 from qat.errors import MissingError
 from qat.store.archives import is_archive
@@ -19,11 +18,11 @@ def check(config: Config) -> None:
     if config.store.kind is not StoreKind.local:
         return
     outputs, given = Path(config.outputs), config.checkpoint
-    if config.stage in USES_CHECKPOINT:
+    if names.uses_checkpoint(config):
         _check("checkpoint", given.path or given.name, names.start(config))
         for word in config.evaluate.against:
             _check("checkpoint", word, names.checkpoint(word, outputs))
-    if reads_cache(config) and config.cache.path:
+    if names.uses_cache(config) and config.cache.path:
         _check("cache", config.cache.path, names.cached(config))
 
 

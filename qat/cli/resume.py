@@ -39,7 +39,7 @@ def check(config: Config) -> None:
         raise ConfigError(f"run.resume={name}: only training goes on, with stage=run or stage=distill")
     file = _folder(config, name) / f"{RESOLVED}.yaml"
     try:
-        before = dict(_flat(names.comparable(yaml.safe_load(file.read_text(encoding="utf-8")))))
+        before = dict(_flat(names.comparable(yaml.safe_load(file.read_text(encoding="utf-8")) or {})))
     except (OSError, yaml.YAMLError) as error:
         raise ConfigError(f"{file} cannot be read: {error}") from error
     for key, value in _flat(names.comparable(as_plain(config))):

@@ -29,6 +29,7 @@ from qat.config import (
     Tail,
 )
 from qat.errors import ConfigError, UnavailableError
+from qat.names import TRAINS
 
 LARGEST = 2**63 - 1  # what torch and JSON readers hold in an integer
 
@@ -108,15 +109,12 @@ BOUNDS |= {f"first.{key}": bound for key, bound in BOUNDS.items() if key.startsw
 THINKING = ("false", "true", "both")
 READS_TEXT = (Stage.run, Stage.cache)
 MOVES = (Stage.pull, Stage.push, Stage.store)
-TRAINS = (Stage.run, Stage.distill)
 EXPORT_TYPES = {
     ExportFormat.hf: tuple(ExportType),
     ExportFormat.packed: tuple(ExportType),
     ExportFormat.anemll_v2: (ExportType.fp32, ExportType.fp16),
     ExportFormat.coreml: (ExportType.fp16,),
 }
-USES_CHECKPOINT = (Stage.run, Stage.convert, Stage.distill, Stage.evaluate, Stage.export, Stage.chat, Stage.push)
-USES_CACHE = (Stage.run, Stage.cache, Stage.convert, Stage.distill)
 
 
 def check(config: Config) -> None:
@@ -267,12 +265,6 @@ def check_cache(config: Config) -> None:
     for key, tokens in (("cache.top_k", cache.top_k), ("cache.random", cache.random)):
         if vocabulary is not None and tokens > vocabulary:
             raise ConfigError(f"{key}={tokens}: model={config.model.name} has only {vocabulary} tokens")
-
-
-def reads_cache(config: Config) -> bool:
-    """Whether the stage needs a cache; evaluation does without it on a text or tasks."""
-    evaluate = config.evaluate
-    return config.stage in USES_CACHE or (config.stage is Stage.evaluate and not (evaluate.text or evaluate.tasks))
 
 
 def _cached(config: Config) -> Path | None:

@@ -31,7 +31,7 @@ MIRROR_NAME = "mirror.txt"  # in a run's folder: what it is called in the store
 
 
 def with_named(config: Config) -> Config:
-    """The configuration with the folders of the checkpoint and the cache that it names.
+    """The configuration with the folders of the checkpoint and the cache that it names, where its stage uses them.
 
     What is not here yet is pulled from the store, or unpacked; so is what `evaluate.against` names.
 
@@ -39,20 +39,25 @@ def with_named(config: Config) -> Config:
         ArtifactError: the store's copy is damaged or hostile.
         MissingError: nobody has it, or the store cannot be reached. A cache that is only a setting is recorded instead.
     """
-    outputs, checkpoint, cache = Path(config.outputs), config.checkpoint, config.cache
-    word = checkpoint.path or checkpoint.name
-    if start := names.start(config):
+    checkpoint, cache = config.checkpoint, config.cache
+    if names.uses_checkpoint(config) and (start := names.start(config)):
+        word = checkpoint.path or checkpoint.name
         found = _fetched(config.store, start, "checkpoints", word, names.aliases(word, checkpoint.archive))
         checkpoint = replace(checkpoint, path=str(found))
     for word in config.evaluate.against:
-        if place := names.checkpoint(word, outputs):
+        if place := names.checkpoint(word, Path(config.outputs)):
             _fetched(config.store, place, "checkpoints", word, names.aliases(word))
-    if place := names.cached(config):
-        word = cache.path or ""
-        cache = replace(cache, path=str(_fetched(config.store, place, "caches", word, names.cache_names(config))))
-    elif pulled := _pulled(config.store, outputs, "caches", names.cache_names(config)):
-        cache = replace(cache, path=str(pulled))
+    if names.uses_cache(config) and (folder := _cache(config)):
+        cache = replace(cache, path=str(folder))
     return replace(config, checkpoint=checkpoint, cache=cache)
+
+
+def _cache(config: Config) -> Path | None:
+    """The folder of a cache that has a name; None where it is to be recorded."""
+    wanted, place = names.cache_names(config), names.cached(config)
+    if place is None:
+        return _pulled(config.store, Path(config.outputs), "caches", wanted)
+    return _fetched(config.store, place, "caches", str(config.cache.path), wanted)
 
 
 def pull(
