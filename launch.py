@@ -6,7 +6,7 @@ import hydra
 from omegaconf import DictConfig
 
 from qat.cli import job, main
-from qat.cli.arguments import CONF
+from qat.config import CONF
 
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")

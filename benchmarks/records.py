@@ -28,7 +28,7 @@ from results import Results, shown
 from qat.artifacts import write_json
 from qat.checkpoint_files import BEST
 from qat.errors import ArtifactError, ConfigError, QatError
-from qat.runs import RESULT
+from qat.identities import RESULT
 
 STAGES = ("cache", "convert", "distill")
 FREE = ("seed", "outputs", "instance", "tracker", "store", "run")  # what the configurations may differ in

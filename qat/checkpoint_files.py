@@ -1,14 +1,14 @@
-"""What lies at a checkpoint's path: a folder of ours or a V2 state dict; found without torch, so that the
-command line can ask as well.
+"""What lies at a checkpoint's path: a folder of ours, a run that made one, or a V2 state dict; found without torch,
+so that the command line can ask as well.
 """
 
-import glob
 import os
-from collections.abc import Callable
 from pathlib import Path
 
 from qat.artifacts import MANIFEST, read_manifest
 from qat.errors import ArtifactError
+from qat.identities import RESULT
+from qat.report.records import Record, read
 
 # What the V2 scripts call a state dict, the one to take first.
 STATE_DICTS = ("best_state_dict.pt", "model_state_dict.pt", "final_state_dict.pt", "last_state_dict.pt")
@@ -16,30 +16,10 @@ STATE_DICTS = ("best_state_dict.pt", "model_state_dict.pt", "final_state_dict.pt
 BEST = os.path.join("checkpoints", "best")
 
 
-def locate(text: str, outputs: Callable[[], str]) -> str:
-    """The checkpoint folder meant by a path, a run's folder, a run's name or the name of what was pulled.
-
-    Args:
-        text: as the user wrote it; returned as it is where nothing is found.
-        outputs: finds the outputs folder; called only when `text` is no path.
-    """
-    path = os.path.expanduser(text)
-    if os.path.isfile(os.path.join(path, MANIFEST)):
-        return path
-    if os.path.isdir(os.path.join(path, BEST)):
-        return os.path.join(path, BEST)
-    if os.path.exists(path) or os.path.isabs(path):
-        return path
-    base = Path(outputs())
-    # A job of a sweep is a run too.
-    runs = [run / BEST for run in (base / path, *sorted(base.glob("sweep-*/" + glob.escape(path))))]
-    places = [*runs, base / "checkpoints" / path]
-    return next((str(place) for place in places if place.is_dir()), path)
-
-
 def find(path: Path) -> Path:
     """A checkpoint folder (with a manifest) or a V2 state dict file (`.pt`), our own V2 exports among them.
 
+    A run's folder stands for its best checkpoint, or for its conversion where it is one of `stage=convert`.
     An archive may have wrapped its files in a folder or two: a folder that holds nothing but one folder
     stands for that one.
 
@@ -51,12 +31,16 @@ def find(path: Path) -> Path:
         if (path / MANIFEST).is_file() and not (files and read_manifest(path).get("kind") == "export"):
             return path
         if files:
-            return _chosen(path, files)
+            return path / chosen([file.name for file in files], path)
+        if (path / BEST).is_dir():
+            return path / BEST
+        if (path / RESULT).is_file():
+            return _of_run(read(path, path.parent))
         inside = [entry for entry in path.iterdir() if entry.is_dir() and entry.name[0] not in "._"]
         if len(inside) != 1:
             raise ArtifactError(
-                f"{path}: no {MANIFEST} there and no state dict (*.pt), so no checkpoint; name the folder"
-                " checkpoints/best of a run, the run itself, as in checkpoint=SR-007, or a V2 state dict"
+                f"{path}: no {MANIFEST} there and no state dict (*.pt), so no checkpoint; name a run, as in"
+                " checkpoint=SR-007, a checkpoint folder or a V2 state dict"
             )
         path = inside[0]
     if not path.exists():
@@ -66,9 +50,44 @@ def find(path: Path) -> Path:
     return path
 
 
-def _chosen(folder: Path, files: list[Path]) -> Path:
-    named = [folder / name for name in STATE_DICTS if folder / name in files]
+def chosen(files: list[str], where: Path | str) -> str:
+    """The one of several state dicts, by their names, that is meant.
+
+    Raises:
+        ArtifactError: none says that it is.
+    """
+    named = [name for name in STATE_DICTS if name in files]
     if not named and len(files) > 1:
-        listed = ", ".join(file.name for file in files)
-        raise ArtifactError(f"{folder} holds several state dicts ({listed}): name one of these files")
+        raise ArtifactError(f"{where} holds several state dicts ({', '.join(files)}): name one of these files")
     return [*named, *files][0]
+
+
+def _of_run(run: Record) -> Path:
+    """What `stage=convert` made; it lies among the artifacts, which may have moved together with the run."""
+    conversion = run.text("paths", "conversion")
+    if run.text("stage") != "convert" or not conversion:
+        raise ArtifactError(f"{run.folder} has no checkpoint: {_why(run)}")
+    name = os.path.basename(conversion)
+    around = [parent / "artifacts" / "checkpoints" / name for parent in run.folder.resolve().parents]
+    there = next((path for path in (*around, Path(conversion)) if path.is_dir()), None)
+    if there is None:
+        raise ArtifactError(f"{run.folder} has no checkpoint: its conversion {name} is gone; {_again(run)}")
+    return there
+
+
+def _why(run: Record) -> str:
+    """Why a run has no checkpoint, and what to do."""
+    stage = run.text("stage")
+    if run.status == "unreadable":
+        return f"its {RESULT} cannot be read"
+    if stage not in ("run", "distill", "convert"):
+        return f"it is a run of stage={stage}, which makes none"
+    if run.status == "complete":
+        return f"it was deleted; {_again(run)}"
+    ended = f"it failed ({run.text('error')})" if run.status == "failed" else "it was interrupted, or is still at work"
+    return f"{ended}; {_again(run)}"
+
+
+def _again(run: Record) -> str:
+    resume = "" if run.text("stage") == "convert" else f" run.resume={run.run_id}"
+    return f"to make it: python launch.py --config-path {run.folder}{resume}"

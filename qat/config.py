@@ -8,9 +8,12 @@ this module stays free of torch and transformers.
 
 from dataclasses import dataclass, field
 from enum import Enum
+from pathlib import Path
 from typing import Any
 
 from omegaconf import MISSING
+
+CONF = Path(__file__).resolve().parents[1] / "conf"  # the options of each group
 
 
 class Stage(Enum):
@@ -233,7 +236,7 @@ class CacheConfig:
     train_targets: bool = True  # false keeps text alone of training rows, for loss=full_kl: it has the teacher itself
     sequences: int | None = None  # at most so many training sequences; None keeps all
     packing: Packing = Packing.joined  # documents end to end, or each in rows of its own
-    path: str | None = None  # local: an existing cache
+    path: str | None = None  # an existing cache: its folder or archive, or the name of one that was pulled
     tail: Tail = Tail.exact  # local: what an older cache does not know is refused or estimated
     inspect: bool = False  # stage=cache: also show counts, examples and tail mass
 
@@ -310,7 +313,7 @@ class CheckpointConfig:
     """What conversion, training, evaluation or chat starts from."""
 
     name: str = MISSING
-    path: str | None = None  # a checkpoint folder; None is the teacher or a registered name
+    path: str | None = None  # what checkpoint=<name or path> names; None is the teacher or a registered name
     archive: str | None = None  # a registered name's own in a store, where the two differ
 
 
@@ -334,7 +337,7 @@ class StoreConfig:
     name: str = MISSING
     kind: StoreKind = MISSING
     path: str | None = None  # folder, bucket or repository; None finds a mounted Drive
-    archive: str | None = None  # stage=pull and push: the name there; None takes the checkpoint's own
+    archive: str | None = None  # stage=pull and push: the name or path there; None takes those of checkpoint and cache
     mirror: bool = False  # keeps a copy of the run in the store while it goes on
 
 
@@ -364,7 +367,7 @@ class EvaluateConfig:
     """What is measured, of which models, and on what; all but `sample_tokens` go with stage=evaluate."""
 
     sample_tokens: int = 48  # longest sample answer
-    against: list[str] = field(default_factory=list)  # further models: teacher, runs (SR-001), paths
+    against: list[str] = field(default_factory=list)  # further models: teacher, runs (SR-001), registered names, paths
     text: str | None = None  # a text file that is measured on, in sliding windows; None takes the cache
     context: int = 1024  # text: tokens of a window
     stride: int = 512  # text: tokens between the beginnings of two windows
@@ -390,14 +393,14 @@ class RunConfig:
 
     goal: str = ""  # what it is for
     notes: str = ""  # anything else
-    resume: str | None = None  # SR-007: go on with that interrupted run, in its folder
+    resume: str | None = None  # SR-007 or its folder: go on with that interrupted run, where it lies
 
 
 @dataclass
 class SweepConfig:
     """Going on with a sweep."""
 
-    resume: str | None = None  # folder of a sweep: runs what is not complete there
+    resume: str | None = None  # sweep-001 or its folder: runs what is not complete there
 
 
 @dataclass

@@ -1,13 +1,14 @@
 """Run identity, naming and `result.json`, the contract that logs, reports and sweeps read.
 
-A run is `SR-007`: claimed once, never reused, also when several start in the same second. Its
-`result.json` exists from the first moment with status `interrupted`, so that a run that was killed
-is recorded as just that. `metrics.jsonl` beside it has a line for each training step and evaluation.
+A run is `SR-007` (`qat/identities.py` says where its folder is). Its `result.json` exists from the first
+moment with status `interrupted`, so that a run that was killed is recorded as just that. `metrics.jsonl`
+beside it has a line for each training step and evaluation.
 """
 
 import json
 import logging
 import math
+import os
 import platform
 import subprocess
 import time
@@ -17,42 +18,17 @@ from typing import Any
 
 from qat.artifacts import write_json
 from qat.config import Config, Stage, as_plain
+from qat.identities import RESULT, RUN, claim_run, note, recorded
 from qat.tracking import open_tracker
 
 log = logging.getLogger(__name__)
 
 SCHEMA = 1
 ARCHITECTURE = "v2"  # table ⊙ low-rank scale, in the run log's naming convention
-RESULT = "result.json"
 METRICS = "metrics.jsonl"
 
 # Stages that are no runs: no identity, no record, no line in the log.
 UNRECORDED = (Stage.chat, Stage.report, Stage.pull, Stage.push, Stage.store, Stage.doctor)
-
-
-def claim_run(outputs: Path) -> str:
-    """The next free run identity below `outputs`, `SR-001` and on, taken atomically."""
-    return _claim(outputs / ".ids", "SR", outputs).name
-
-
-def claim_sweep(outputs: Path) -> Path:
-    """A new, empty folder `sweep-001` and on, made atomically."""
-    return _claim(outputs, "sweep", outputs)
-
-
-def _claim(parent: Path, prefix: str, outputs: Path) -> Path:
-    """A new folder in `parent`, numbered above every one there and above what `outputs` shows."""
-    parent.mkdir(parents=True, exist_ok=True)
-    names = [path.name for folder in (parent, outputs) for path in folder.glob(f"{prefix}-*")]
-    taken = [int(name.rsplit("-", 1)[1]) for name in names if name.rsplit("-", 1)[1].isdigit()]
-    number = max(taken, default=0) + 1
-    while True:
-        path = parent / f"{prefix}-{number:03d}"
-        try:
-            path.mkdir()
-            return path
-        except FileExistsError:
-            number += 1
 
 
 def checkpoint_name(preset: str, mode: str, loss: float | None) -> str:
@@ -80,7 +56,7 @@ class Run:
         """
         self.folder = folder
         self._started = time.monotonic()
-        run_id = folder.name if folder.name.startswith("SR-") else claim_run(Path(config.outputs))
+        run_id = _identity(config, folder)
         self.result: dict[str, Any] = {
             "schema": SCHEMA,
             "run_id": run_id,
@@ -133,6 +109,16 @@ class Run:
         except OSError as full:  # the disk may be what ended the run; `interrupted` is already on it
             log.warning("%s could not be brought up to date: %s", self.folder / RESULT, full.strerror)
         self._tracker.finish(_finite(self.result["metrics"]), failed=status != "complete")
+
+
+def _identity(config: Config, folder: Path) -> str:
+    """That of the run that is gone on with, of the folder's name, or a new one; noted where the folder is its own."""
+    outputs, earlier = Path(config.outputs), recorded(folder) if config.run.resume else None
+    if os.environ.get("RANK", "0") != "0":  # beside the first process, in a scratch folder
+        return folder.name
+    run_id = earlier or (folder.name if RUN.fullmatch(folder.name) else claim_run(outputs))
+    note(outputs, run_id, folder)
+    return run_id
 
 
 def environment(device: str) -> dict[str, Any]:

@@ -14,15 +14,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from qat import names
 from qat.artifacts import content_key, write_json, write_text
 from qat.config import Config, as_plain
 from qat.errors import ArtifactError, ConfigError, MissingError
-from qat.report.records import RESULT, Record, read
-from qat.runs import claim_run, claim_sweep
+from qat.identities import PLAN, RESULT, claim_run, claim_sweep, note
+from qat.report.records import Record, read
 
-PLAN = "sweep.json"
 WAITING = "not started"
-FREE = ("instance", "store", "tracker", "sweep")  # sections that decide nothing of a result
+FREE = ("instance", "store", "tracker", "sweep", "outputs")  # what decides nothing of a result
 OBJECTIVES = {"kl": "full KL", "kd_loss_best": "KD loss", "kd_loss": "KD loss"}  # the first that jobs have is ranked by
 COLUMNS = {"kl": "full KL", "kd_loss_final": "KD loss", "perplexity": "perplexity"}
 
@@ -38,12 +38,16 @@ class Job:
 
 @dataclass(frozen=True)
 class Sweep:
-    """A planned sweep; `flags` are the command line's own, such as `config_path`."""
+    """A planned sweep; `flags` are the command line's own, such as `config_path`.
+
+    Its outputs folder is recorded whole, so that it goes on there from any working directory; None in older plans.
+    """
 
     folder: Path
     command: str
     flags: dict[str, Any]
     jobs: list[Job]
+    outputs: Path | None = None
 
     def record(self, job: Job) -> Record | None:
         """What the job left; None before it started."""
@@ -76,7 +80,13 @@ class Sweep:
 
 def key_of(config: Config) -> str:
     """What tells jobs apart: all that is configured, save for what never changes a result."""
-    return content_key({name: value for name, value in as_plain(config).items() if name not in FREE})
+    plain = names.comparable(as_plain(config))
+    return content_key({name: value for name, value in plain.items() if name not in FREE})
+
+
+def changed(overrides: Sequence[str], changes: Sequence[str]) -> list[str]:
+    """Overrides with some changed: each key once, as it was set last."""
+    return list({text.partition("=")[0]: text for text in (*overrides, *changes)}.values())
 
 
 def create(
@@ -94,7 +104,9 @@ def create(
     folder = folder or claim_sweep(outputs)
     folder.mkdir(parents=True, exist_ok=True)
     planned = [Job(claim_run(outputs), overrides, key) for key, overrides in jobs.items()]
-    sweep = Sweep(folder, command, flags, planned)
+    for job in planned:
+        note(outputs, job.run_id, folder / job.run_id)
+    sweep = Sweep(folder, command, flags, planned, outputs.resolve())
     _save(sweep)
     return sweep
 
@@ -122,7 +134,8 @@ def load(folder: Path) -> Sweep:
     try:
         plan = json.loads(path.read_text(encoding="utf-8"))
         jobs = [Job(str(j["run_id"]), [str(o) for o in j["overrides"]], str(j["key"])) for j in plan["jobs"]]
-        return Sweep(folder, str(plan["command"]), dict(plan["flags"]), jobs)
+        outputs = Path(plan["outputs"]) if plan.get("outputs") else None
+        return Sweep(folder, str(plan["command"]), dict(plan["flags"]), jobs, outputs)
     except FileNotFoundError:
         raise MissingError(f"{folder} holds no {PLAN}: name the folder of a sweep, such as outputs/sweep-001") from None
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -199,6 +212,7 @@ def _save(sweep: Sweep) -> None:
         "schema": 1,
         "command": sweep.command,
         "flags": sweep.flags,
+        "outputs": str(sweep.outputs) if sweep.outputs else None,
         "jobs": [asdict(job) for job in sweep.jobs],
     }
     write_json(sweep.folder / PLAN, plan)

@@ -10,15 +10,16 @@ from pathlib import Path
 
 import pytest
 
-from qat import runs
+from qat import identities, runs
 from qat.config import Config, ModeConfig, QuantConfig, RunConfig, Stage, TrackerConfig, TrackerKind
-from qat.runs import Run, checkpoint_name, claim_run, claim_sweep, environment
+from qat.identities import claim_run, claim_sweep
+from qat.runs import Run, checkpoint_name, environment
 
 ROOT = Path(__file__).resolve().parents[1]
 
 CLAIMER = """
 import pathlib, sys, time
-from qat.runs import claim_run
+from qat.identities import claim_run
 root = pathlib.Path(sys.argv[1])
 (root / f"ready-{sys.argv[2]}").touch()
 while not (root / "go").exists():
@@ -125,6 +126,27 @@ def test_job_of_a_sweep_claims_a_run_of_its_own(config, tmp_path):
     (tmp_path / "0").mkdir()
     Run(config, tmp_path / "0")
     assert result_of(tmp_path / "0")["run_id"] == "SR-002"
+
+
+def test_a_folder_of_its_own_is_noted_and_keeps_its_identity_when_gone_on_with(config, tmp_path):
+    own, outputs = tmp_path / "mine", Path(config.outputs)
+    own.mkdir()
+    Run(config, own)
+    assert list(identities.places(outputs)) == [("SR-001", own)]
+    config.run.resume = "SR-001"
+    Run(config, own)
+    assert result_of(own)["run_id"] == "SR-001"
+    config.run.resume = None
+    Run(config, own)  # another run in the same folder
+    assert list(identities.places(outputs)) == [("SR-002", own)]
+
+
+def test_a_folder_in_outputs_needs_no_note(config, folder, monkeypatch):
+    Run(config, folder)
+    monkeypatch.setenv("RANK", "1")  # a process beside the first, in a scratch folder
+    (folder.parent.parent / "SR-000").mkdir()
+    Run(config, folder.parent.parent / "SR-000")
+    assert list(identities.places(folder.parent)) == [("SR-007", folder)]
 
 
 @pytest.mark.parametrize(

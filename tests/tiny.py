@@ -52,10 +52,10 @@ def cache_of(teacher: ModelFolder, folder: Path) -> Artifact:
 
 
 def tables_of(
-    model: PreTrainedModel, rows: Tensor, backend: KMeansBackend = KMeansBackend.exact
+    model: PreTrainedModel, rows: Tensor, backend: KMeansBackend = KMeansBackend.exact, quant: QuantConfig = QUANT
 ) -> dict[str, tuple[Layer, QuantLinear, dict[str, float]]]:
     """Every layer of a model with its quantized form and the errors that `convert` reports."""
-    layers = select(model, QUANT)
+    layers = select(model, quant)
     moments, settings = gather(model, layers, Text(rows).batches(8)), ConvertConfig(rounds=2, sweeps=0)
     made = quantize(
         layers, lambda name: models.linear(model, name).weight, moments, settings, KMeansConfig("", backend), CPU

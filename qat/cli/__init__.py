@@ -2,7 +2,7 @@
 
     main.py         the whole way in a dozen lines
     arguments.py    the words typed, as flags and overrides Hydra reads
-    checkpoints.py  `checkpoint=<path>` and `checkpoint=SR-007`
+    checkpoints.py  `checkpoint=<path>` and `checkpoint=SR-007`, which qat/names.py understands
     compose.py      overrides to a `Config`; Hydra's errors as one sentence each
     overrides.py    keys and options that do not exist
     validate.py     values and combinations that cannot work
@@ -10,7 +10,6 @@
     sweeping.py     -m and sweep.resume: the plan of a sweep, and its end
     job.py          what happens inside a job
     schema.py       the keys, read off `qat.config`
-    suggest.py      "did you mean"
     helping.py      the --help pages
     completion.py   what a shell offers at the end of a line
     reference.py    docs/CONFIG.md

@@ -2,6 +2,7 @@
 
 import os
 import re
+from contextlib import suppress
 from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
@@ -9,12 +10,12 @@ from typing import Any, NoReturn
 
 from hydra._internal.utils import get_args_parser
 
+from qat import names
 from qat.cli import schema
-from qat.cli.suggest import hint, nearest
+from qat.config import CONF, Config
 from qat.errors import ConfigError
-
-CONF = Path(__file__).resolve().parents[2] / "conf"
-RESOLVED = "config_resolved"  # the file in a run's folder that repeats it
+from qat.identities import RESOLVED
+from qat.suggest import hint, nearest
 
 # At most two digits of exponent: nobody means more, and 1e999999999 would fill the memory.
 _EXPONENT = re.compile(r"(?<![\w.])\d+(?:\.\d*)?[eE]\+?\d{1,2}(?![\w.])")
@@ -39,6 +40,16 @@ class CommandLine:
         printing = ("help", "hydra_help", "cfg", "info", "shell_completion")
         return not any(self.flags[name] for name in printing)
 
+    @property
+    def outputs(self) -> Path:
+        """The outputs folder as it is typed, for what is named before anything is composed."""
+        return Path(os.path.expanduser([Config.outputs, *self.values("outputs")][-1]))
+
+    def values(self, key: str) -> list[str]:
+        """What the overrides give to a key, as text."""
+        typed = (text.lstrip("+").partition("=") for text in self.overrides)
+        return [value.strip("'\"") for name, _, value in typed if name == key]
+
     def argv(self) -> list[str]:
         """The same command line for Hydra, flags first: it rejects `a=1 -m b=2`."""
         given = {name.replace("_", "-"): value for name, value in self.flags.items() if value}
@@ -61,9 +72,10 @@ def parse(argv: list[str]) -> CommandLine:
     flags = vars(parser.parse_intermixed_args(argv))
     overrides = flags.pop("overrides")
     _check_flags(flags)
-    _find_config(flags)
     _check_completion(flags, overrides)
-    return CommandLine(flags, [_whole_numbers(text) for text in overrides])
+    command = CommandLine(flags, [_whole_numbers(text) for text in overrides])
+    _find_config(command)
+    return command
 
 
 def quote(text: str) -> str:
@@ -108,11 +120,14 @@ def _check_completion(flags: dict[str, Any], words: list[str]) -> None:
         raise ConfigError("--shell-completion takes install=, uninstall= or query= and a shell")
 
 
-def _find_config(flags: dict[str, Any]) -> None:
-    """Makes `--config-path <run folder>` enough to repeat a run."""
-    folder = flags["config_path"]
+def _find_config(command: CommandLine) -> None:
+    """Makes `--config-path <run>` enough to repeat a run."""
+    flags, folder = command.flags, command.flags["config_path"]
     if not folder or "://" in folder:
         return
+    if not os.path.isdir(folder):
+        with suppress(ConfigError):  # no run either, which is told where the folder is needed
+            folder = str(names.run(folder, command.outputs))
     # Hydra would take a relative folder as relative to launch.py.
     flags["config_path"] = os.path.abspath(folder)
     if not flags["config_name"] and not os.path.exists(os.path.join(folder, "config.yaml")):

@@ -1,50 +1,35 @@
-"""`checkpoint=<path>` and `checkpoint=SR-007` as the option `local` and its path."""
+"""`checkpoint=<path>` and `checkpoint=SR-007` as the option `local` and its path; `qat.names` knows what they mean."""
 
 import os
-from collections.abc import Callable
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, QuotedString
 from hydra.errors import HydraException
 
-from qat.checkpoint_files import locate
 from qat.cli.arguments import quote
-from qat.errors import ConfigError
 
 
-def rewrite(overrides: list[str], options: list[str], outputs: Callable[[], str]) -> list[str]:
-    """Replaces every `checkpoint=<value>` whose value is not an option of the group.
+def rewrite(overrides: list[str], options: list[str]) -> list[str]:
+    """Replaces every `checkpoint=<value>` with a value that is not an option of the group.
 
     Args:
         overrides: the command line.
-        options: registered checkpoint names.
-        outputs: finds the outputs folder; called only when a value may be a run.
-
-    Raises:
-        ConfigError: a sweep over names and paths at once.
+        options: of the group.
     """
     written: list[str] = []
     for override in overrides:
         key, equals, value = override.partition("=")
         named = key in ("checkpoint", "+checkpoint") and equals
-        written += _rewrite(value, options, outputs) or [override] if named else [override]
+        written += _rewrite(value, options) or [override] if named else [override]
     return written
 
 
-def _rewrite(value: str, options: list[str], outputs: Callable[[], str]) -> list[str]:
+def _rewrite(value: str, options: list[str]) -> list[str]:
     """The overrides that `checkpoint=<value>` stands for; none when it already is one Hydra reads."""
-    values = _values(value)
-    paths = [one for one in values if one not in options]
-    if not paths:
+    words = _values(value)
+    if all(word in options for word in words):
         return []
-    if len(paths) < len(values):
-        named = sorted(set(values) - set(paths))
-        raise ConfigError(
-            f"checkpoint={value} mixes registered names ({', '.join(named)}) with paths:"
-            " sweep over the one or the other"
-        )
-    located = ",".join(quote(locate(path, outputs)) for path in paths)
-    return ["checkpoint=local", f"checkpoint.path={located}"]
+    return ["checkpoint=local", f"checkpoint.path={','.join(map(quote, words))}"]
 
 
 def _values(text: str) -> list[str]:

@@ -12,6 +12,7 @@ from hydra.plugins.completion_plugin import CompletionPlugin
 
 from qat.cli import helping, schema
 from qat.cli.arguments import flag_names
+from qat.identities import places
 
 RUNS = ("checkpoint", "run.resume")  # keys that take a run of the outputs folder
 SEPARATORS = {"bash": " ", "zsh": " ", "fish": "\n"}
@@ -57,7 +58,7 @@ def _values(name: str, begun: str) -> list[str]:
 def _words(name: str) -> Iterable[str]:
     """The words that a group or key takes; none for numbers and text."""
     if name in RUNS:
-        yield from (path.name for path in Path("outputs").glob("SR-*"))
+        yield from (run_id for run_id, _ in places(Path("outputs")))
     if name in (*schema.groups(), *schema.EXTRAS):
         yield from (option.stem for option in helping.options(name))
         return

@@ -4,6 +4,7 @@ import copy
 import os
 import re
 from enum import Enum
+from pathlib import Path
 from typing import Any
 
 from hydra import version
@@ -25,10 +26,10 @@ from omegaconf.errors import (
 from yaml import YAMLError
 
 from qat.cli import schema
-from qat.cli.arguments import CONF
-from qat.cli.suggest import did_you_mean, hint, named
-from qat.config import Config
+from qat.config import CONF, Config, Stage
 from qat.errors import ConfigError
+from qat.names import settled
+from qat.suggest import did_you_mean, hint, named
 
 # What Hydra and OmegaConf raise on a user's mistake. Beside their own trees that is ValueError for
 # `quant=null`, AssertionError and AttributeError for a key below a section that is null, KeyError
@@ -83,7 +84,7 @@ class Composer:
 
 
 def typed(composed: DictConfig) -> Config:
-    """The dataclass tree of a composed configuration.
+    """The dataclass tree of a composed configuration, a checkpoint that is named in it with its path.
 
     Raises:
         ConfigError: a value of the wrong type, a missing one or an unknown key.
@@ -100,6 +101,8 @@ def typed(composed: DictConfig) -> Config:
         raise ConfigError(explain(error)) from error
     assert isinstance(config, Config)
     config.outputs = os.path.expanduser(config.outputs)
+    if config.stage is not Stage.pull:  # which looks for names elsewhere
+        config.checkpoint = settled(config.checkpoint, Path(config.outputs))
     # YAML's and Hydra's false arrives as "False".
     config.data.thinking = config.data.thinking.lower()
     for part in config.data.parts:

@@ -1,14 +1,17 @@
 """Where a run or a sweep lands, as overrides for Hydra; called once all is checked."""
 
+import os
 from pathlib import Path
 
 from hydra.core.override_parser.types import Override
 
+from qat import names
 from qat.cli import ranks
 from qat.cli.arguments import quote
 from qat.config import Config, Stage
 from qat.errors import ConfigError
-from qat.runs import UNRECORDED, claim_run, claim_sweep
+from qat.identities import claim_run, claim_sweep, places
+from qat.runs import UNRECORDED
 
 
 def claim(config: Config, parsed: list[Override], multirun: bool) -> list[str]:
@@ -20,15 +23,23 @@ def claim(config: Config, parsed: list[Override], multirun: bool) -> list[str]:
     if config.stage is Stage.doctor or (ranks.rank() > 0 and config.stage not in UNRECORDED):
         return ranks.scratch()
     if config.run.resume:
-        return [_set("hydra.run.dir", Path(config.outputs) / config.run.resume)]
-    key = "hydra.sweep.dir" if multirun else "hydra.run.dir"
-    if any(override.key_or_group == key for override in parsed):
+        return [_set("hydra.run.dir", names.run(config.run.resume, Path(config.outputs)))]
+    outputs, key = Path(config.outputs), "hydra.sweep.dir" if multirun else "hydra.run.dir"
+    own = [str(override.value()) for override in parsed if override.key_or_group == key]
+    if own:
+        _check_identity(key, own[-1], outputs)
         return []
-    outputs = Path(config.outputs)
     try:
         return _claim(config.stage, outputs, multirun)
     except OSError as error:
         raise ConfigError(f"outputs={config.outputs} cannot be written: {error.strerror}") from error
+
+
+def _check_identity(key: str, folder: str, outputs: Path) -> None:
+    """A folder that is called like a run is not called like another one."""
+    for run_id, place in places(outputs):
+        if os.path.basename(os.path.normpath(folder)) == run_id and place.resolve() != Path(folder).resolve():
+            raise ConfigError(f"{key}={folder}: {run_id} is the run in {place}: choose another name for the folder")
 
 
 def _claim(stage: Stage, outputs: Path, multirun: bool) -> list[str]:

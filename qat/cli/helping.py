@@ -7,12 +7,11 @@ from pathlib import Path
 from omegaconf import MISSING, OmegaConf
 
 from qat.cli import schema
-from qat.cli.arguments import CONF
 from qat.cli.schema import Key
-from qat.cli.suggest import did_you_mean
 from qat.cli.validate import BOUNDS
-from qat.config import Stage
+from qat.config import CONF, Stage
 from qat.errors import ConfigError
+from qat.suggest import did_you_mean
 
 INTRO = """\
 Quantize a small chat model to lookup tables and train it to imitate the original.

@@ -12,12 +12,12 @@ from omegaconf import DictConfig, OmegaConf
 from qat import gpus, sweeps
 from qat.artifacts import write_text
 from qat.cli import ranks
-from qat.cli.arguments import RESOLVED
 from qat.cli.compose import typed
-from qat.cli.suggest import one_line
 from qat.config import Config, as_plain
 from qat.errors import QatError
+from qat.identities import RESOLVED
 from qat.runs import UNRECORDED
+from qat.suggest import one_line
 
 # Of this process. Hydra's own return value does not reach `main`, nor do the words typed reach a job.
 failures: list[QatError] = []

@@ -11,16 +11,17 @@ from types import FrameType
 
 from hydra.core.override_parser.types import Override
 
+from qat import sweeps
 from qat.cli import arguments, checkpoints, completion, job, overrides, ranks, registered, resume, sweeping, validate
 from qat.cli.arguments import CommandLine
 from qat.cli.compose import Composer, typed
 from qat.cli.folders import claim
 from qat.cli.helping import page
 from qat.cli.job import failures
-from qat.cli.suggest import one_line
 from qat.config import Config
 from qat.errors import ConfigError, QatError, RankError
 from qat.runs import UNRECORDED
+from qat.suggest import one_line
 from qat.sweeps import Sweep
 
 INTERRUPTED = 130  # what a shell reports for Ctrl-C
@@ -69,9 +70,7 @@ def check(command: CommandLine) -> Checked:
         ConfigError: the first mistake in it, in one sentence.
     """
     composer = Composer(command.flags)
-    command.overrides = checkpoints.rewrite(
-        command.overrides, composer.options("checkpoint"), lambda: _outputs(command, composer)
-    )
+    command.overrides = checkpoints.rewrite(command.overrides, composer.options("checkpoint"))
     parsed = overrides.read(command.overrides, composer, command.multirun)
     command.overrides = [str(override.input_line) for override in parsed]
     _check_folders(parsed)
@@ -90,9 +89,10 @@ def check_resumed(command: CommandLine, sweep: Sweep) -> Checked:
     composer = Composer(command.flags)
     parsed = overrides.read(sweeping.changes(command), composer, multirun=True)
     sweeping.check_launcher(parsed, composer.options("hydra/launcher"))
+    home = sweeping.at_home(sweep, command, typed(composer.compose(sweep.jobs[0].overrides)))
     command.overrides = [str(override.input_line) for override in parsed]
-    changed = [text for text in command.overrides if not sweeping.is_hydras(text)]
-    jobs = [[*planned.overrides, *changed] for planned in sweep.jobs]
+    changes = [*home, *(text for text in command.overrides if not sweeping.is_hydras(text))]
+    jobs = [sweeps.changed(planned.overrides, changes) for planned in sweep.jobs]
     configs = [_check_job(command, job, composer) for job in jobs]
     composer.compose([*jobs[0], *command.overrides], multirun=True)
     sweeping.check_unchanged(sweep, configs)
@@ -124,6 +124,8 @@ def _main(argv: list[str], launch: Callable[[], None]) -> int:
         command.overrides += claim(first, checked.parsed, command.multirun)
     sys.argv[1:] = command.argv()
     launch()
+    if command.starts_jobs and ranks.rank() == 0:
+        sweeping.tell_of_job(first)
     return _exit_code(command.multirun)
 
 
@@ -179,12 +181,6 @@ def _check_folders(parsed: list[Override]) -> None:
     for override in parsed:
         if override.key_or_group in ("hydra.run.dir", "hydra.sweep.dir"):
             validate.check_folder(override.key_or_group, str(override.value()))
-
-
-def _outputs(command: CommandLine, composer: Composer) -> str:
-    """The outputs folder, before anything else is settled."""
-    plain = [text for text in command.overrides if text.startswith("outputs=")]
-    return os.path.expanduser(str(composer.compose(plain).outputs))
 
 
 def _exit_code(multirun: bool) -> int:

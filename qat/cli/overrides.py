@@ -10,9 +10,9 @@ from hydra.core.override_parser.types import Override
 from qat.cli import helping, schema
 from qat.cli.arguments import quote
 from qat.cli.compose import MISTAKES, Composer
-from qat.cli.suggest import did_you_mean, hint, named, nearest
 from qat.config import Stage
 from qat.errors import ConfigError
+from qat.suggest import did_you_mean, hint, named, nearest
 
 PROSE = ("chat.prompt", "run.goal", "run.notes")  # sentences, in which a comma separates no values
 MOST_JOBS = 256  # each is composed and checked before the first starts

@@ -1,26 +1,36 @@
-"""Registered checkpoints, which are known by name: there, or in a store that the run may ask."""
+"""Registered checkpoints and caches, which are known by name: there, or in a store that the run may ask."""
 
+import os
 from pathlib import Path
 
-from qat.config import Config, Stage, StoreKind
+from qat import names
+from qat.config import Config, StoreKind
 from qat.errors import MissingError
-from qat.store.names import checkpoint_names, is_there, local_folder
-
-USES_CHECKPOINT = (Stage.run, Stage.convert, Stage.distill, Stage.evaluate, Stage.export, Stage.chat)
+from qat.store.archives import is_archive
 
 
 def check(config: Config) -> None:
-    """Refuses a registered name that nothing can be found under, before anything starts.
+    """Refuses a name that nothing can be found under, before anything starts.
 
     Raises:
         MissingError: it is not in the outputs folder, and no store is named.
     """
-    checkpoint = config.checkpoint
-    if config.stage not in USES_CHECKPOINT or checkpoint.name == "teacher" or checkpoint.path is not None:
+    if config.store.kind is not StoreKind.local:
         return
-    places = [local_folder(Path(config.outputs), "checkpoints", name) for name in checkpoint_names(checkpoint)]
-    if config.store.kind is StoreKind.local and not any(is_there(place, "checkpoints") for place in places):
-        raise MissingError(
-            f"checkpoint={checkpoint.name} is not in {config.outputs}/checkpoints/{checkpoint.name}: put it there, or"
-            " name the store that has it, as in store=gdrive"
-        )
+    outputs, given = Path(config.outputs), config.checkpoint
+    if names.uses_checkpoint(config):
+        _check("checkpoint", given.path or given.name, names.start(config))
+        for word in config.evaluate.against:
+            _check("checkpoint", word, names.checkpoint(word, outputs))
+    if names.uses_cache(config) and config.cache.path:
+        _check("cache", config.cache.path, names.cached(config))
+
+
+def _check(group: str, word: str, place: Path | None) -> None:
+    if place is None or place.exists() or (is_archive(word) and os.path.isfile(os.path.expanduser(word))):
+        return
+    option = names.registered(word, group) or word
+    raise MissingError(
+        f"{group}={option} is not in {place.parent} yet: fetch it with stage=pull {group}={option} store=<gdrive,"
+        " gcs, hf or url>, or name the store in this command"
+    )

@@ -1,16 +1,15 @@
 """`run.resume=SR-007`: an interrupted run goes on in its own folder, as what it was."""
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from qat.cli.arguments import RESOLVED
-from qat.cli.suggest import did_you_mean
+from qat import names
 from qat.config import Config, Stage, as_plain
 from qat.errors import ConfigError
+from qat.identities import RESOLVED
 
 # What decides where and how fast, who is told and when states are written, but never the result.
 FREE = (
@@ -38,21 +37,25 @@ def check(config: Config) -> None:
         return
     if config.stage not in (Stage.run, Stage.distill):
         raise ConfigError(f"run.resume={name}: only training goes on, with stage=run or stage=distill")
-    file = Path(config.outputs) / name / f"{RESOLVED}.yaml"
-    if os.path.basename(name) != name or not file.is_file():
-        runs = sorted(path.name for path in Path(config.outputs).glob("SR-*"))
-        raise ConfigError(f"run.resume={name}: no such run in {config.outputs}{did_you_mean(name, runs)}")
+    file = _folder(config, name) / f"{RESOLVED}.yaml"
     try:
-        before = dict(_flat(yaml.safe_load(file.read_text(encoding="utf-8"))))
+        before = dict(_flat(names.comparable(yaml.safe_load(file.read_text(encoding="utf-8")) or {})))
     except (OSError, yaml.YAMLError) as error:
         raise ConfigError(f"{file} cannot be read: {error}") from error
-    for key, value in _flat(as_plain(config)):
+    for key, value in _flat(names.comparable(as_plain(config))):
         recorded = before.get(key, value)
         if recorded != value and not key.startswith(FREE):
             raise ConfigError(
                 f"run.resume={name}: {key} was {recorded} there and is {value} here;"
                 f" `python launch.py --config-path {file.parent} run.resume={name}` goes on with it as it was"
             )
+
+
+def _folder(config: Config, name: str) -> Path:
+    try:
+        return names.run(name, Path(config.outputs))
+    except ConfigError as error:
+        raise ConfigError(f"run.resume={error}") from error
 
 
 def _flat(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -9,14 +9,15 @@ from typing import Any
 
 from hydra.core.override_parser.types import Override
 
-from qat import gpus, sweeps
+from qat import gpus, names, sweeps
 from qat.cli.arguments import CommandLine, quote
-from qat.cli.suggest import did_you_mean, one_line
 from qat.config import Config
 from qat.errors import ConfigError, QatError, UnavailableError
+from qat.suggest import did_you_mean, one_line
 from qat.sweeps import Sweep
 
-RESUME = "sweep.resume="
+RESUME = "sweep.resume"
+OUTPUTS = "outputs"
 SWEEPER = "hydra_plugins.qat_sweeper.PlannedSweeper"
 PACKAGE = Path(__file__).resolve().parents[1]
 IMPORTED = [str(PACKAGE.parent), str(PACKAGE / "plugins")]  # this checkout, and what it adds to Hydra
@@ -33,19 +34,13 @@ def resumed(command: CommandLine) -> Sweep | None:
         ConfigError: beside it stands what would make it another sweep.
         MissingError: there is no sweep.
     """
-    named = [text for text in command.overrides if text.lstrip("+").startswith(RESUME)]
-    if not named:
+    named = command.values(RESUME)
+    if not named or named[-1] in ("", "null"):
         return None
-    folder = named[-1].partition("=")[2].strip("'\"")
-    if folder in ("", "null"):
-        return None
-    sweep = sweeps.load(Path(folder).expanduser())
-    for text in command.overrides:
-        if text not in named and not text.lstrip("+").startswith(MAY_CHANGE):
-            raise ConfigError(
-                f"{text} would change the sweep in {folder}: it goes on as planned; beside sweep.resume only"
-                " instance, store, tracker and hydra/launcher can be set"
-            )
+    sweep = sweeps.load(names.sweep(named[-1], command.outputs))
+    for text in changes(command):
+        if not text.lstrip("+").startswith(MAY_CHANGE):
+            raise _would_change(sweep, text)
     return sweep
 
 
@@ -72,8 +67,33 @@ def is_hydras(override: str) -> bool:
 
 
 def changes(command: CommandLine) -> list[str]:
-    """The overrides beside `sweep.resume`."""
-    return [text for text in command.overrides if not text.lstrip("+").startswith(RESUME)]
+    """The overrides beside `sweep.resume` and the outputs folder."""
+    return [text for text in command.overrides if text.lstrip("+").partition("=")[0] not in (RESUME, OUTPUTS)]
+
+
+def at_home(sweep: Sweep, command: CommandLine, planned: Config) -> list[str]:
+    """The override that keeps a sweep in the outputs folder it was made with, where its plan leads elsewhere from here.
+
+    Args:
+        sweep: the plan.
+        command: may name that very folder.
+        planned: the first job as the plan has it.
+
+    Raises:
+        ConfigError: the command line names another folder.
+    """
+    leads_to = Path(planned.outputs).resolve()
+    home = sweep.outputs if sweep.outputs and sweep.outputs.is_dir() else leads_to
+    if command.values(OUTPUTS) and command.outputs.resolve() != home:
+        raise _would_change(sweep, f"{OUTPUTS}={command.outputs}")
+    return [] if leads_to == home else [f"{OUTPUTS}={quote(str(home))}"]
+
+
+def _would_change(sweep: Sweep, text: str) -> ConfigError:
+    return ConfigError(
+        f"{text} would change the sweep in {sweep.folder}: it goes on as planned; beside sweep.resume only instance,"
+        " store, tracker and hydra/launcher can be set"
+    )
 
 
 def check_unchanged(sweep: Sweep, configs: list[Config]) -> None:
@@ -107,7 +127,7 @@ def plan(command: CommandLine, typed: str, configs: list[Config], jobs: list[lis
     if folder is not None and (folder / sweeps.PLAN).is_file():
         there = sweeps.load(folder)
         if [job.key for job in there.jobs] != keys:
-            raise ConfigError(f"{folder} holds another sweep: choose another folder, or go on with {RESUME}{folder}")
+            raise ConfigError(f"{folder} holds another sweep: choose another folder, or go on with {RESUME}={folder}")
         return there
     known = None if folder else sweeps.find(outputs, keys)
     if known is not None:
@@ -124,12 +144,11 @@ def plan(command: CommandLine, typed: str, configs: list[Config], jobs: list[lis
 def for_hydra(sweep: Sweep, command: CommandLine, parallel: bool) -> list[str]:
     """The overrides with which Hydra runs what is left of a sweep."""
     words = [text for text in command.overrides if is_hydras(text)]
-    first = {text.partition("=")[0]: text for text in sweep.jobs[0].overrides}
     words += [f"hydra.sweep.dir={quote(str(sweep.folder))}", f"hydra.sweeper._target_={SWEEPER}"]
     found = len(gpus.visible())
     if parallel and found and not any(word.startswith("hydra.launcher.n_jobs=") for word in words):
         words.append(f"hydra.launcher.n_jobs={found}")
-    return [*first.values(), *words]
+    return [*sweep.jobs[0].overrides, *words]
 
 
 @contextmanager
@@ -164,6 +183,14 @@ def _register() -> None:
     from hydra_plugins.qat_sweeper import PlannedSweeper
 
     Plugins.instance().register(PlannedSweeper)
+
+
+def tell_of_job(config: Config) -> None:
+    """What became of its sweep, after a job of one went on by itself."""
+    if config.run.resume:
+        folder = names.run(config.run.resume, Path(config.outputs))
+        if sweeps.has_job(folder):
+            conclude(sweeps.load(folder.parent))
 
 
 def conclude(sweep: Sweep) -> None:

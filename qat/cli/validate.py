@@ -10,11 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from qat import names
 from qat.artifacts import MANIFEST
-from qat.checkpoint_files import BEST, find, locate
+from qat.checkpoint_files import find
 from qat.cli import schema
-from qat.cli.arguments import CONF
-from qat.cli.suggest import did_you_mean
 from qat.config import (
     Config,
     DataConfig,
@@ -29,7 +28,8 @@ from qat.config import (
     StoreKind,
     Tail,
 )
-from qat.errors import ArtifactError, ConfigError, UnavailableError
+from qat.errors import ConfigError, UnavailableError
+from qat.names import TRAINS
 
 LARGEST = 2**63 - 1  # what torch and JSON readers hold in an integer
 
@@ -109,14 +109,12 @@ BOUNDS |= {f"first.{key}": bound for key, bound in BOUNDS.items() if key.startsw
 THINKING = ("false", "true", "both")
 READS_TEXT = (Stage.run, Stage.cache)
 MOVES = (Stage.pull, Stage.push, Stage.store)
-TRAINS = (Stage.run, Stage.distill)
 EXPORT_TYPES = {
     ExportFormat.hf: tuple(ExportType),
     ExportFormat.packed: tuple(ExportType),
     ExportFormat.anemll_v2: (ExportType.fp32, ExportType.fp16),
     ExportFormat.coreml: (ExportType.fp16,),
 }
-NEEDS_QUANTIZED = (Stage.distill, Stage.evaluate, Stage.export, Stage.chat)
 
 
 def check(config: Config) -> None:
@@ -244,8 +242,10 @@ def check_cache(config: Config) -> None:
     cache = config.cache
     if cache.name == "local" and not cache.path:
         raise ConfigError("cache=local needs a cache folder: cache.path=<folder>")
-    if cache.path and not _exists(cache.path):
-        raise ConfigError(f"cache.path={cache.path}: no such folder")
+    if cache.path and not (_cached(config) or _in_a_store(config)):
+        raise ConfigError(
+            f"cache.path={cache.path}: no such folder or archive, and none of that name in {config.outputs}/caches"
+        )
     if cache.path and config.stage in TRAINS and config.loss.kind is LossKind.bucket_kl and _lacks_tail(config):
         raise ConfigError(
             f"loss=bucket_kl needs the probability outside the top-k, which {cache.path} does not hold: use"
@@ -267,6 +267,17 @@ def check_cache(config: Config) -> None:
             raise ConfigError(f"{key}={tokens}: model={config.model.name} has only {vocabulary} tokens")
 
 
+def _cached(config: Config) -> Path | None:
+    """Where the named cache lies, if it is here already."""
+    place = names.cached(config)
+    return place if place and place.exists() else None
+
+
+def _in_a_store(config: Config) -> bool:
+    """Whether the named cache may be had from a store: from the one that is named, or it is a registered one."""
+    return config.store.kind is not StoreKind.local or names.registered(str(config.cache.path), "cache") is not None
+
+
 def _reads_targets(config: Config) -> bool:
     """False for a loss to which the teacher beside the student says everything."""
     return config.loss.kind is not LossKind.full_kl or config.loss.hard > 0
@@ -276,13 +287,16 @@ def _has_targets(config: Config) -> bool:
     """Whether the cache keeps what the teacher says of training rows."""
     if not config.cache.path:
         return config.cache.train_targets
-    manifest = Path(config.cache.path).expanduser() / MANIFEST
-    return not manifest.is_file() or bool(_read_json(str(manifest)).get("train_targets", True))
+    folder = _cached(config)
+    manifest = folder and folder / MANIFEST
+    return not (manifest and manifest.is_file()) or bool(_read_json(str(manifest)).get("train_targets", True))
 
 
 def _lacks_tail(config: Config) -> bool:
     """True for a cache of the older scripts, and for one that was imported from it as it was."""
-    folder = Path(str(config.cache.path)).expanduser()
+    folder = _cached(config)
+    if folder is None:
+        return False
     if (folder / MANIFEST).is_file():
         return _read_json(str(folder / MANIFEST)).get("tail") == "missing"
     return config.cache.tail is Tail.exact and any(folder.glob("shard_*.pt"))
@@ -298,32 +312,45 @@ def check_store(config: Config) -> None:
     if store.kind is StoreKind.local and (config.stage in MOVES or store.mirror):
         what = "store.mirror=true" if store.mirror else f"stage={config.stage.name}"
         raise ConfigError(f"{what} needs a store: store=gdrive, gcs, hf or url")
-    if store.archive and ("/" in store.archive or store.archive.startswith(".")):
-        raise ConfigError(f"store.archive={store.archive}: a name, with no folders in it")
-    if config.stage is Stage.push and not (config.checkpoint.path or config.cache.path):
+    if store.archive and (store.archive[0] in "./" or ".." in store.archive.split("/")):
+        raise ConfigError(f"store.archive={store.archive}: a name, or a path as stage=store lists it")
+    if config.stage is Stage.push:
+        check_push(config)
+    named = config.checkpoint.name != names.TEACHER or names.cache_names(config)
+    if config.stage is Stage.pull and not (store.archive or named):
         raise ConfigError(
-            "stage=push needs something to push: checkpoint=<path or run> or cache=local cache.path=<folder>"
+            "stage=pull needs a name: checkpoint=q4_fp32, cache=alpaca_L64, or store.archive=<name> (stage=store lists"
+            " them)"
         )
-    if config.stage is Stage.pull and not (store.archive or config.checkpoint.name != "teacher"):
-        raise ConfigError(
-            "stage=pull needs a name: checkpoint=q4_fp32, or store.archive=<name> (stage=store lists them)"
-        )
+
+
+def check_push(config: Config) -> None:
+    """What is to be pushed is named, and here; the name it gets there is one."""
+    if "/" in (config.store.archive or ""):
+        raise ConfigError(f"store.archive={config.store.archive}: a name, with no folders in it")
+    place = _start(config) or names.cached(config)
+    if place is None:
+        raise ConfigError("stage=push needs something to push: checkpoint=<run, name or path> or cache.path=<folder>")
+    if not place.exists():
+        raise ConfigError(f"stage=push: {place} is not there: pull or unpack it first")
 
 
 def check_checkpoint(config: Config) -> dict[str, Any] | None:
-    """The checkpoint's folder is there; returns its manifest, None for the teacher and registered names."""
-    checkpoint = config.checkpoint
-    if not checkpoint.path:
-        if checkpoint.name == "local":
-            raise ConfigError("checkpoint=local needs a checkpoint folder: checkpoint=<folder>")
+    """What is named is a checkpoint; returns its manifest, None for the teacher and where none is known yet."""
+    given = config.checkpoint
+    if given.name == "local" and not given.path:
+        raise ConfigError("checkpoint=local needs a name or a path: checkpoint=<run, folder, V2 state dict or archive>")
+    if config.stage is Stage.pull:
         return None
-    if not _exists(checkpoint.path):
-        registered = sorted({path.stem for path in (CONF / "checkpoint").glob("*.yaml")} - {"local"})
-        raise ConfigError(
-            f"checkpoint={checkpoint.path}: no such folder or file, no run in {config.outputs}, and no registered name"
-            f"{did_you_mean(checkpoint.path, registered)}; registered are {', '.join(registered)}"
-        )
-    return _manifest(config)
+    place = _start(config)
+    return _manifest(find(place)) if place and place.exists() else None
+
+
+def _start(config: Config) -> Path | None:
+    try:
+        return names.start(config)
+    except ConfigError as error:
+        raise ConfigError(f"checkpoint={error}") from error
 
 
 def check_mode(config: Config, manifest: dict[str, Any] | None) -> None:
@@ -389,26 +416,11 @@ def check_evaluate(config: Config) -> None:
             " two windows would not be scored"
         )
     for name in evaluate.against:
-        _check_model(name, config)
+        try:
+            names.checkpoint(name, Path(config.outputs))
+        except ConfigError as error:
+            raise ConfigError(f"evaluate.against={error}") from error
     _check_tasks(evaluate.tasks)
-
-
-def _check_model(name: str, config: Config) -> None:
-    """A model to compare with: the teacher, or a checkpoint that is there."""
-    path, outputs = Path(locate(name, lambda: config.outputs)), Path(config.outputs)
-    if name == "teacher":
-        return
-    if not path.exists():
-        folders = [*outputs.glob(f"SR-*/{BEST}"), *outputs.glob(f"sweep-*/SR-*/{BEST}")]
-        known = ["teacher", *(folder.parent.parent.name for folder in folders)]
-        raise ConfigError(
-            f"evaluate.against={name}: no such run or folder{did_you_mean(name, known)}; name the teacher, a run such"
-            " as SR-001 or a checkpoint folder; stage=pull fetches a registered one"
-        )
-    try:
-        find(path)
-    except ArtifactError as error:
-        raise ConfigError(f"evaluate.against={error}") from error
 
 
 def _check_tasks(tasks: list[str]) -> None:
@@ -472,19 +484,13 @@ def _vocabulary(config: Config) -> int | None:
     return size if isinstance(size, int) else None
 
 
-def _manifest(config: Config) -> dict[str, Any] | None:
-    """The manifest of the checkpoint folder; None for a V2 state dict, whose tensors say what it is."""
-    try:
-        found = find(Path(str(config.checkpoint.path)).expanduser())
-    except ArtifactError as error:
-        if config.stage not in NEEDS_QUANTIZED:
-            return None
-        raise ConfigError(f"checkpoint={error}") from error
+def _manifest(found: Path) -> dict[str, Any] | None:
+    """The manifest of a checkpoint folder; None for a V2 state dict, whose tensors say what it is."""
     if found.is_file():
         return None
     manifest = _read_json(str(found / MANIFEST))
     if manifest.get("kind") != "checkpoint" or not isinstance(manifest.get("quant"), dict):
-        raise ConfigError(f"checkpoint={config.checkpoint.path}: its {MANIFEST} describes no checkpoint")
+        raise ConfigError(f"checkpoint={found}: its {MANIFEST} describes no checkpoint")
     return manifest
 
 

@@ -6,8 +6,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from qat.console import duration
+from qat.names import called, registered
 from qat.report import generate, records
-from qat.report.records import Record
+from qat.report.records import LOSSES, Record
 
 log = logging.getLogger(__name__)
 
@@ -19,6 +20,7 @@ Generated from the runs in this folder and written anew whenever one ends: edits
 words go on its command line, `run.goal="…" run.notes="…"`; `python launch.py stage=report` writes this file
 and report.html."""
 NOTHING = "–"
+TOLD = {"checkpoint.path", "run.goal", "run.notes"}  # elsewhere in a run's entry, or in other words
 
 
 def write(outputs: Path) -> Path:
@@ -51,19 +53,20 @@ def _converted(outputs: Path, runs: list[Record]) -> Iterator[list[str]]:
     """Conversions, students trained first, and pulled archives: what they say of themselves, else what a run found."""
     for place, manifest in records.manifests(outputs, "checkpoints"):
         name, own = Path(place).name, Record(outputs / place, manifest, place)
+        pulled = not place.startswith("artifacts/")
+        title = called(outputs / place, outputs) if pulled else str(manifest.get("name") or name)
         users = [run for run in runs if Path(run.text("paths", "conversion")).name == name]
         figures = [
-            _known(own, users, ("metrics", "after", "kd_loss"), ("kd_loss_best",), ("metrics", "kd_loss_initial")),
+            _known(own, users, *LOSSES, ("metrics", "kd_loss_initial")),
             _known(own, users, ("metrics", "after", "kl"), ("metrics", "kl_initial")),
             _known(own, users, ("bits_per_weight",), ("quant", "bits_per_weight")),
         ]
-        yield [_code(str(manifest.get("name") or name)), *map(_figure, figures), f"`{place}`"]
+        yield [_code(title), *map(_figure, figures), f"`{place}`"]
 
 
 def _known(own: Record, users: list[Record], *keys: tuple[str, ...]) -> float | None:
     """The first of these figures that a manifest has, or one of the runs that used it."""
-    found = (record.number(*key) for record in (own, *users) for key in keys)
-    return next((figure for figure in found if figure is not None), None)
+    return next((figure for record in (own, *users) if (figure := record.first(*keys)) is not None), None)
 
 
 def _trained(runs: list[Record]) -> Iterator[list[str]]:
@@ -82,7 +85,8 @@ def _caches(outputs: Path) -> Iterator[str]:
     for place, manifest in records.manifests(outputs, "caches"):
         sequences = manifest.get("sequences")
         count = sum(sequences.values()) if isinstance(sequences, dict) else NOTHING
-        name = str(manifest.get("name") or Path(place).name)
+        own = Path(place).name
+        name = str(manifest.get("name") or registered(own, "cache") or own)
         rows.append([_code(name), str(count), f"{records.size(outputs / place) / 1e6:,.1f} MB", f"`{place}`"])
     yield _table(("cache", "sequences", "size", "folder"), rows) if rows else "None yet."
 
@@ -126,8 +130,8 @@ def _config(run: Record) -> str:
     words += [f"train.{key}={train[key]}" for key in ("steps", "batch_size", "lr") if key in train]
     overrides = run.result.get("overrides")
     rest = [str(word) for word in overrides] if isinstance(overrides, list) else []
-    known = {word.partition("=")[0] for word in words}
-    rest = [word for word in rest if word.lstrip("+").partition("=")[0] not in known | {"run.goal", "run.notes"}]
+    known = {word.partition("=")[0] for word in words} | TOLD
+    rest = [word for word in rest if word.lstrip("+").partition("=")[0] not in known]
     return _code(" ".join([*words, *rest]))
 
 

@@ -73,7 +73,7 @@ def _run(run: Record, settings: dict[str, Any], common: dict[str, Any]) -> dict[
         "preset": run.text("quant", "preset"),
         "bits": run.number("quant", "bits_per_weight"),
         "kd0": run.number("metrics", "kd_loss_initial"),
-        "kd": _first(run, "kd_loss_final", "kd_loss"),
+        "kd": run.first(("metrics", "kd_loss_final"), ("metrics", "kd_loss")),
         "kl": run.number("metrics", "kl"),
         "perplexity": run.number("metrics", "perplexity"),
         "agreement": run.number("metrics", "top1_agreement"),
@@ -87,10 +87,6 @@ def _run(run: Record, settings: dict[str, Any], common: dict[str, Any]) -> dict[
         "held_out": _curve(rows, "kd_loss"),
         "samples": records.samples(run.folder),
     }
-
-
-def _first(run: Record, *keys: str) -> float | None:
-    return next((value for key in keys if (value := run.number("metrics", key)) is not None), None)
 
 
 def _curve(rows: list[dict[str, Any]], key: str) -> list[list[float]]:

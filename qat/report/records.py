@@ -8,8 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-RESULT = "result.json"
+from qat.identities import PLAN, RESULT, places
+
 STATUSES = ("complete", "failed", "interrupted")
+# Where a checkpoint's own description gives its KD loss: of a conversion, of a student, of the older scripts.
+LOSSES = (("metrics", "after", "kd_loss"), ("kd_loss_best",), ("final_loss",))
 
 
 @dataclass(frozen=True)
@@ -19,7 +22,7 @@ class Record:
     Attributes:
         folder: where it lies.
         result: the content of its `result.json`; empty where that cannot be read.
-        place: its folder relative to the outputs folder, with forward slashes.
+        place: its folder relative to the outputs folder, with forward slashes; the whole path of one elsewhere.
     """
 
     folder: Path
@@ -41,7 +44,7 @@ class Record:
     def sweep(self) -> str:
         """The sweep it is a job of, or nothing."""
         parent = self.place.rpartition("/")[0]
-        return parent if parent.startswith("sweep-") else ""
+        return parent if parent.startswith("sweep-") or (self.folder.parent / PLAN).is_file() else ""
 
     def text(self, *keys: str) -> str:
         """A value of the result as text; empty where there is none."""
@@ -53,6 +56,10 @@ class Record:
         value = self._value(keys)
         usable = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
         return value if usable else None
+
+    def first(self, *keys: tuple[str, ...]) -> float | None:
+        """The first of several numbers that the result has."""
+        return next((number for path in keys if (number := self.number(*path)) is not None), None)
 
     def section(self, *keys: str) -> dict[str, Any]:
         """A part of the result; empty where there is none."""
@@ -67,21 +74,23 @@ class Record:
 
 
 def read(folder: Path, outputs: Path) -> Record:
-    """The record in a run's folder, which lies below `outputs`."""
-    return Record(folder, _json(folder / RESULT), folder.relative_to(outputs).as_posix())
+    """The record in a run's folder, which may have been chosen to lie outside of `outputs`."""
+    return Record(folder, _json(folder / RESULT), _place(folder, outputs))
 
 
 def runs(outputs: Path) -> list[Record]:
-    """Every run below `outputs`, in the order of their identities."""
-    found = [*outputs.glob(f"SR-*/{RESULT}"), *outputs.glob(f"sweep-*/*/{RESULT}")]
-    records = [read(path.parent, outputs) for path in found]
+    """Every run of an outputs folder, in the order of their identities."""
+    records = [read(folder, outputs) for _, folder in places(outputs) if (folder / RESULT).is_file()]
     return sorted(records, key=lambda record: (_number(record.run_id), record.place))
 
 
 def manifests(outputs: Path, kind: str) -> list[tuple[str, dict[str, Any]]]:
-    """Place and manifest of every artifact and every pulled archive of a kind, `caches` or `checkpoints`."""
+    """Place and description of every artifact and every pulled archive of a kind, `caches` or `checkpoints`.
+
+    What the older scripts made describes itself in a `config.json` or `meta.json`, maybe a folder deeper.
+    """
     folders = [path for parent in (outputs / "artifacts" / kind, outputs / kind) for path in _folders(parent)]
-    return [(folder.relative_to(outputs).as_posix(), _json(folder / "manifest.json")) for folder in folders]
+    return [(folder.relative_to(outputs).as_posix(), _described(folder)) for folder in folders]
 
 
 def size(folder: Path) -> int:
@@ -127,6 +136,16 @@ def _parsed(text: str) -> Any:
         return json.loads(text, parse_constant=lambda _: None)
     except (ValueError, RecursionError):
         return None
+
+
+def _place(folder: Path, outputs: Path) -> str:
+    return (folder.relative_to(outputs) if folder.is_relative_to(outputs) else folder).as_posix()
+
+
+def _described(folder: Path) -> dict[str, Any]:
+    names = ("manifest.json", "config.json", "meta.json")
+    found = (path for name in names for path in (folder / name, *sorted(folder.glob(f"*/{name}"))))
+    return next((said for path in found if (said := _json(path))), {})
 
 
 def _folders(parent: Path) -> Iterator[Path]:

@@ -29,6 +29,7 @@ def main(config: Config, run: Run) -> None:
     """`stage=convert`."""
     work = open_workspace(config, run)
     run.result["metrics"] |= asdict(metrics(make(work, cache.make(work))))
+    console.print(f"go on with       python launch.py stage=distill checkpoint={run.folder}", soft_wrap=True)
 
 
 def make(work: Workspace, outputs: Artifact) -> Artifact:
@@ -50,7 +51,7 @@ def make(work: Workspace, outputs: Artifact) -> Artifact:
         )
     layers = checkpoints.layers_of(made.manifest)
     work.run.result["quant"] = {"preset": config.quant.name, **summary(layers)}
-    work.run.result["paths"]["conversion"] = str(made.folder)
+    work.run.result["paths"]["conversion"] = str(made.folder.absolute())  # the run is a checkpoint, from anywhere
     _show(layers, made.manifest)
     if made.manifest["figures"]:  # none where every layer was kept
         _draw(work, made.manifest["figures"])

@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from qat import checkpoints, machine, plots, sweeps
+from qat import checkpoints, machine, names, plots, sweeps
 from qat.artifacts import Artifact
 from qat.cache.reader import CacheReader
 from qat.config import Config, LossKind
@@ -88,7 +88,7 @@ def _earlier(work: Workspace) -> Path | None:
     """Where an earlier attempt at this run left its states: what `run.resume` names, or a sweep's job itself."""
     config, folder = work.config, work.run.folder
     if config.run.resume:
-        return Path(config.outputs) / config.run.resume
+        return names.run(config.run.resume, Path(config.outputs))
     return folder if sweeps.has_job(folder) else None
 
 

@@ -1,5 +1,6 @@
 """Stage 4: what students are worth, in figures and in their own words, side by side."""
 
+import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -10,22 +11,20 @@ from transformers import PreTrainedModel
 from qat import checkpoints
 from qat.artifacts import Artifact, write_text
 from qat.cache.reader import CacheReader
-from qat.checkpoint_files import locate
-from qat.config import CheckpointConfig, Config
+from qat.config import Config
 from qat.console import console, table
 from qat.errors import ConfigError
 from qat.evaluate import SAMPLE_PROMPTS, Comparison, Metrics, answers, compare
 from qat.evaluate.figures import METHOD, Rows
 from qat.evaluate.tasks import STDERR, Harness, Scores
 from qat.evaluate.windows import Windows, read
+from qat.names import TEACHER, called, checkpoint
 from qat.quant.layers import summary
 from qat.runs import Run
 from qat.stages import cache
 from qat.stages.workspace import Workspace, open_workspace, start_folder
-from qat.store.names import RUN
 
 SAMPLES = "samples.md"
-TEACHER = "teacher"
 FIGURES: dict[str, tuple[str, Callable[[float], str]]] = {
     "kl": ("full KL", "{:.4f}".format),
     "kd_loss": ("KD loss", "{:.4f}".format),
@@ -93,25 +92,16 @@ def make(
 
 def _models(config: Config) -> Models:
     """The configured checkpoint, then what it is compared with, each once; the teacher last unless it is named."""
-    given = start_folder(config.checkpoint)
-    named = [_called(given, config.checkpoint)] if given else [] if config.evaluate.against else [TEACHER]
-    models: Models = dict.fromkeys(named, given)
-    for name in config.evaluate.against:
-        folder = None if name == TEACHER else Path(locate(name, lambda: config.outputs))
-        models.setdefault(_called(folder), folder)
+    given, outputs = start_folder(config.checkpoint), Path(config.outputs)
+    named = [given] if given or not config.evaluate.against else []
+    named += [checkpoint(word, outputs) for word in config.evaluate.against]
+    models: Models = {}
+    for folder in named:
+        name = called(folder, outputs) if folder else TEACHER
+        taken = models.get(name)
+        other = folder and taken and os.path.realpath(folder) != os.path.realpath(taken)
+        models[str(folder) if other else name] = folder
     return models
-
-
-def _called(folder: Path | None, checkpoint: CheckpointConfig | None = None) -> str:
-    """`SR-001` for the best checkpoint of a run, a registered name, else the path."""
-    if folder is None:
-        return TEACHER
-    if checkpoint and checkpoint.name != "local":
-        return checkpoint.name
-    run = folder.absolute().parent.parent.name
-    if folder.parent.name == "checkpoints" and RUN.fullmatch(run):
-        return run if folder.name == "best" else f"{run}/{folder.name}"
-    return str(folder)
 
 
 def _ground(work: Workspace) -> tuple[Ground, str]:

@@ -1,28 +1,49 @@
-"""Fetch a named checkpoint, cache or run from the store."""
+"""Fetch named checkpoints, caches or runs from the store."""
 
-from difflib import get_close_matches
 from pathlib import Path
 
+from qat import names
 from qat.config import Config
 from qat.console import console
 from qat.errors import MissingError
-from qat.store import names, transfer
-from qat.store.places import open_place
+from qat.report import log as run_log
+from qat.store import names as store_names
+from qat.store import transfer
+from qat.store.places import Entry, Place, open_place
+from qat.suggest import did_you_mean
 
 
 def main(config: Config) -> None:
-    """`stage=pull`: the archive named by `store.archive`, or the registered checkpoint.
+    """`stage=pull`: what `store.archive` names, or the named checkpoint and cache.
 
     Raises:
         MissingError: the store has nothing of that name.
     """
-    wanted = [config.store.archive] if config.store.archive else names.checkpoint_names(config.checkpoint)
     place = open_place(config.store)
     entries = place.entries()
-    found = names.find(entries, wanted)
+    for kind, wanted in _wanted(config):
+        folder = _pull(config, place, entries, kind, wanted)
+        console.print(f"{wanted[0]} is now {folder}", soft_wrap=True)
+    run_log.refresh(Path(config.outputs))
+
+
+def _wanted(config: Config) -> list[tuple[str, list[str]]]:
+    """Kind and names of each thing to fetch."""
+    given, archive = config.checkpoint, config.store.archive
+    if archive:
+        return [(store_names.kind_of(archive), [archive])]
+    word, found = given.path or given.name, []
+    if word != names.TEACHER:
+        found.append((store_names.kind_of(word), names.aliases(word, given.archive)))
+    if cache := names.cache_names(config):
+        found.append(("caches", cache))
+    return found
+
+
+def _pull(config: Config, place: Place, entries: list[Entry], kind: str, wanted: list[str]) -> Path:
+    found = store_names.find(entries, wanted)
     if found is None:
-        near = get_close_matches(wanted[0], names.known(entries), 1)
-        hint = f" (did you mean {near[0]}?)" if near else ""
+        hint = did_you_mean(wanted[0], store_names.known(entries))
         raise MissingError(f"{wanted[0]} is not in {place.url}{hint}; stage=store lists what is there")
-    folder = transfer.pull(place, entries, found, Path(config.outputs), names.kind_of(wanted[0]))
-    console.print(f"{wanted[0]} is now {folder}", soft_wrap=True)
+    name = "" if config.store.archive else wanted[0]
+    return transfer.pull(place, entries, found, Path(config.outputs), kind, name=name)

@@ -2,6 +2,9 @@
 
 from pathlib import Path
 
+from qat import names
+from qat.artifacts import MANIFEST, read_manifest
+from qat.checkpoint_files import STATE_DICTS, find
 from qat.config import Config
 from qat.console import console
 from qat.report.records import read
@@ -10,21 +13,26 @@ from qat.store.places import open_place
 
 
 def main(config: Config) -> None:
-    """`stage=push`: packs `checkpoint=` or `cache.path=` and puts it there with its checksum."""
-    if config.checkpoint.path:
-        kind, folder = "checkpoints", Path(config.checkpoint.path).expanduser()
+    """`stage=push`: packs `checkpoint=`, else the cache, and puts it there with its checksum."""
+    start = names.start(config)
+    if start is not None:
+        kind, source, name = "checkpoints", find(start), _name(start, Path(config.outputs))
     else:
-        kind, folder = "caches", Path(str(config.cache.path)).expanduser()
+        source = Path(str(names.cached(config)))
+        kind, name = "caches", source.resolve().name
     place = open_place(config.store)
     place.prepare()
-    path = transfer.push(place, folder, kind, config.store.archive or _name(folder))
-    console.print(f"{folder} is now {path} in {place.url}", soft_wrap=True)
+    path = transfer.push(place, source, kind, config.store.archive or name)
+    console.print(f"{source} is now {path} in {place.url}", soft_wrap=True)
 
 
-def _name(folder: Path) -> str:
-    """The name of the run for its best or last checkpoint, else the folder's own."""
-    run = folder.resolve().parent.parent
-    if folder.resolve().parent.name == "checkpoints" and (run / "result.json").is_file():
-        record = read(run, run.parent)
-        return f"{record.run_id}_{record.text('name')}"
-    return folder.resolve().name
+def _name(start: Path, outputs: Path) -> str:
+    """Of a run's checkpoint its identity and what the run calls it; else its own name."""
+    called, source = names.called(start, outputs), find(start)
+    run = names.run_of(start)
+    if run is not None:
+        made = read_manifest(source).get("name") if (source / MANIFEST).is_file() else None
+        return f"{called.replace('/', '_')}_{made or read(run, run.parent).text('name')}"
+    if called != str(start):
+        return called
+    return start.resolve().parent.name if start.name in STATE_DICTS else start.resolve().name.removesuffix(".pt")

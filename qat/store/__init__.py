@@ -1,6 +1,6 @@
 """Named archives: checkpoints, caches and runs that are kept somewhere else than in `outputs/`.
 
-    names.py      which names there are, and what file or folder of a store holds one
+    names.py      what a store calls things, and where they lie once they are pulled
     places.py     a store as a folder of files: a mounted Drive, a bucket, a hub repository
     archives.py   packing, and unpacking as if every archive were hostile
     transfer.py   pull, push and mirror: checksums, retries, verify, then rename

@@ -51,19 +51,23 @@ def stem(name: str) -> str:
     return next((name.removesuffix(suffix) for suffix in SUFFIXES if name.endswith(suffix)), name)
 
 
-def pack(folder: Path, path: Path, name: str) -> None:
-    """Writes the files of `folder` as the archive `path`, below the single folder `name`, the same bytes each time."""
+def pack(source: Path, path: Path, name: str) -> None:
+    """Writes a folder, or a file with its `config.json`, as the archive `path`, the same bytes each time.
+
+    All of it lies below the single folder `name` there.
+    """
+    folder = source if source.is_dir() else source.parent
+    files = _own_files(folder) if source.is_dir() else [folder / "config.json", source]
     with (
-        open(path, "wb") as file,
-        gzip.GzipFile("", "wb", compresslevel=1, fileobj=file, mtime=0) as stream,  # packed bits gain little from more
+        open(path, "wb") as raw,
+        gzip.GzipFile("", "wb", compresslevel=1, fileobj=raw, mtime=0) as stream,  # packed bits gain little from more
         tarfile.open(fileobj=stream, mode="w", format=tarfile.PAX_FORMAT) as tar,
     ):
-        for source in sorted(folder.rglob("*")):
-            if source.is_file() and not source.is_symlink() and not _is_scratch(source.relative_to(folder)):
-                entry = tarfile.TarInfo(f"{name}/{source.relative_to(folder).as_posix()}")
-                entry.size, entry.mode = source.stat().st_size, 0o644
-                with open(source, "rb") as content:
-                    tar.addfile(entry, content)
+        for file in filter(Path.is_file, files):
+            entry = tarfile.TarInfo(f"{name}/{file.relative_to(folder).as_posix()}")
+            entry.size, entry.mode = file.stat().st_size, 0o644
+            with open(file, "rb") as content:
+                tar.addfile(entry, content)
 
 
 def unpack(path: Path, folder: Path, caps: Caps = CAPS) -> int:
@@ -289,6 +293,10 @@ def _shown(name: str) -> str:
     return ascii(name if len(name) < 80 else f"{name[:77]}...")
 
 
-def _is_scratch(relative: Path) -> bool:
-    """Locks, half-written files and what a killed process left."""
-    return any(part.startswith(".") and part != ".hydra" for part in relative.parts)
+def _own_files(folder: Path) -> list[Path]:
+    """What a folder holds, without links, locks, half-written files and what a killed process left."""
+    return [path for path in sorted(folder.rglob("*")) if not path.is_symlink() and not _is_scratch(path, folder)]
+
+
+def _is_scratch(path: Path, folder: Path) -> bool:
+    return any(part.startswith(".") and part != ".hydra" for part in path.relative_to(folder).parts)

@@ -1,47 +1,30 @@
-"""The names of a store: what each stands for in the configuration, in `outputs/` and in the store."""
+"""What a store calls things, and where what is pulled lies below `outputs/`."""
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 
-from qat.config import CacheConfig, CheckpointConfig, Config, DataSource
+from qat.checkpoint_files import STATE_DICTS
+from qat.identities import RESULT, RUN
 from qat.store.archives import is_archive, stem
 from qat.store.places import Entry
 
-RUN = re.compile(r"SR-\d{3,}(-\d+)?")  # the second number: of several machines' runs of one number
 KINDS = ("checkpoints", "caches", "runs")
 MARKS = {  # what lies in the folder of each kind, ours or older
     "checkpoints": ("manifest.json", "*.pt", "*.safetensors"),
     "caches": ("meta.json", "shard_*.pt", "manifest.json"),
-    "runs": ("result.json",),
+    "runs": (RESULT,),
 }
 
 
-def checkpoint_names(checkpoint: CheckpointConfig) -> list[str]:
-    """What a registered checkpoint may be called in a store, its own name first; none for the teacher or a path."""
-    if checkpoint.path or checkpoint.name in ("teacher", "local"):
-        return []
-    return list(dict.fromkeys(filter(None, (checkpoint.name, checkpoint.archive))))
-
-
-def cache_name(config: Config) -> str | None:
-    """The registered cache of a configuration: `alpaca_chat_think_both_L64_K64_R128`.
-
-    Caches of other text are made from the configuration and keyed by content, so a name says too little.
-    """
-    cache, data = config.cache, config.data
-    if cache.path or data.source is not DataSource.alpaca or data.path:
-        return None
-    return f"{data.name}_chat_think_{data.thinking}_{shape(cache)}"
-
-
-def shape(cache: CacheConfig) -> str:
-    """`L64_K64_R128`."""
-    return f"L{cache.length}_K{cache.top_k}_R{cache.random}"
+def fold(name: str) -> str:
+    """A name as it is compared: `q2_0_5341` for `Q2_0.5341`."""
+    return name.casefold().replace(".", "_")
 
 
 def kind_of(name: str) -> str:
     """The kind that a name given by itself has."""
-    if RUN.fullmatch(name):
+    if RUN.fullmatch(bare(name).rpartition("/")[2]):
         return "runs"
     return "caches" if re.search(r"_L\d+_K\d+_R\d+", name) else "checkpoints"
 
@@ -56,13 +39,35 @@ def is_there(folder: Path, kind: str) -> bool:
     return folder.is_dir() and any(next(folder.glob(mark), None) for mark in MARKS[kind])
 
 
+def bare(path: str) -> str:
+    """The path of something in a store without what says how it is stored: `runs/q4` for `runs/q4.tgz`."""
+    return stem(path).removesuffix(".pt")
+
+
+def own(entry: Entry) -> str:
+    """What something in a store is called by itself: the name of its folder for a `best_state_dict.pt`."""
+    folder = entry.path.rpartition("/")[0].rpartition("/")[2]
+    return folder if folder and entry.name in STATE_DICTS else bare(entry.name)
+
+
 def find(entries: list[Entry], names: list[str]) -> Entry | None:
-    """The archive or folder with one of these names: the likeliest name first, then the one nearest the top."""
+    """What has one of these names or paths: the likeliest name first, as it is spelled, then what is nearest the top.
+
+    It is a folder, an archive or a state dict.
+    """
+    spellings: tuple[Callable[[str], str], ...] = (str, fold)
+    offered = [entry for entry in entries if is_offered(entry)]
     for name in names:
-        for entry in entries:
-            if (entry.size is None and entry.name == name) or (is_archive(entry.name) and stem(entry.name) == name):
-                return entry
+        for spelled in spellings:
+            for entry in offered:
+                if f"/{spelled(bare(entry.path))}".endswith(f"/{spelled(bare(name))}"):
+                    return entry
     return None
+
+
+def is_offered(entry: Entry) -> bool:
+    """True for what can be pulled."""
+    return entry.size is None or is_archive(entry.name) or entry.name.endswith(".pt")
 
 
 def known(entries: list[Entry]) -> list[str]:

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from qat.config import StoreConfig, StoreKind
 from qat.console import progress
@@ -217,8 +217,3 @@ def _drives(mounts: Path = Path("/proc/mounts")) -> Iterator[Path]:
             _, where, kind, *_ = [*line.split(), "", "", ""]
             if kind == "fuse.rclone":
                 yield Path(where.encode().decode("unicode_escape"))
-
-
-def describe(entries: list[Entry]) -> list[list[Any]]:
-    """Rows of a listing: archives and folders that may be pulled, by path."""
-    return [[entry.path, "folder" if entry.size is None else f"{entry.size / 1e6:,.1f} MB"] for entry in entries]

@@ -3,6 +3,7 @@
 import hashlib
 import itertools
 import logging
+import os
 import re
 import shutil
 import tempfile
@@ -12,10 +13,13 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+from qat import names
 from qat.artifacts import locked, write_text
+from qat.checkpoint_files import chosen
 from qat.config import Config, StoreConfig, StoreKind
 from qat.errors import ArtifactError, MissingError, QatError
-from qat.store import archives, names
+from qat.store import archives
+from qat.store import names as store_names
 from qat.store.archives import CAPS, Caps
 from qat.store.places import Entry, Place, open_place
 
@@ -26,82 +30,75 @@ MIRROR_SECONDS = 120.0  # between two copies of a run
 MIRROR_NAME = "mirror.txt"  # in a run's folder: what it is called in the store
 
 
-def resolve(store: StoreConfig, outputs: Path, kind: str, wanted: list[str]) -> Path | None:
-    """The folder of a named checkpoint or cache: in `outputs/`, else pulled; None where neither has it.
+def with_named(config: Config) -> Config:
+    """The configuration with the folders of the checkpoint and the cache that it names, where its stage uses them.
+
+    What is not here yet is pulled from the store, or unpacked; so is what `evaluate.against` names.
 
     Raises:
         ArtifactError: the store's copy is damaged or hostile.
-        MissingError: the store cannot be reached.
+        MissingError: nobody has it, or the store cannot be reached. A cache that is only a setting is recorded instead.
     """
-    for name in wanted:
-        folder = names.local_folder(outputs, kind, name)
-        if names.is_there(folder, kind):
-            return folder
-    if store.kind is StoreKind.local:
-        return None
-    place = open_place(store)
-    entries = place.entries()
-    found = names.find(entries, wanted)
-    return pull(place, entries, found, outputs, kind) if found else None
-
-
-def with_named(config: Config) -> Config:
-    """The configuration with the folders of the registered checkpoint and cache that it names, pulled if need be.
-
-    Raises:
-        MissingError: nobody has the checkpoint. A cache that nobody has is made instead.
-    """
-    outputs, wanted = Path(config.outputs), names.checkpoint_names(config.checkpoint)
     checkpoint, cache = config.checkpoint, config.cache
-    if wanted:
-        folder = resolve(config.store, outputs, "checkpoints", wanted)
-        if folder is None:
-            raise MissingError(
-                f"checkpoint={checkpoint.name} is neither in {outputs / 'checkpoints'} nor in the store: stage=store"
-                " lists what is there"
-            )
-        checkpoint = replace(checkpoint, path=str(folder))
-    named = names.cache_name(config)
-    if named and (folder := resolve(config.store, outputs, "caches", [named])):
+    if names.uses_checkpoint(config) and (start := names.start(config)):
+        word = checkpoint.path or checkpoint.name
+        found = _fetched(config.store, start, "checkpoints", word, names.aliases(word, checkpoint.archive))
+        checkpoint = replace(checkpoint, path=str(found))
+    for word in config.evaluate.against:
+        if place := names.checkpoint(word, Path(config.outputs)):
+            _fetched(config.store, place, "checkpoints", word, names.aliases(word))
+    if names.uses_cache(config) and (folder := _cache(config)):
         cache = replace(cache, path=str(folder))
     return replace(config, checkpoint=checkpoint, cache=cache)
 
 
-def pull(place: Place, entries: list[Entry], entry: Entry, outputs: Path, kind: str, caps: Caps = CAPS) -> Path:
-    """Copies an archive or a folder of a store into `outputs`, checks it, and only then puts it in its place.
+def _cache(config: Config) -> Path | None:
+    """The folder of a cache that has a name; None where it is to be recorded."""
+    wanted, place = names.cache_names(config), names.cached(config)
+    if place is None:
+        return _pulled(config.store, Path(config.outputs), "caches", wanted)
+    return _fetched(config.store, place, "caches", str(config.cache.path), wanted)
+
+
+def pull(
+    place: Place, entries: list[Entry], entry: Entry, outputs: Path, kind: str, caps: Caps = CAPS, name: str = ""
+) -> Path:
+    """Copies an archive, a folder or a state dict of a store into `outputs`, checks it, and only then puts it in place.
+
+    Args:
+        place: the store.
+        entries: all that it holds.
+        entry: what is wanted of it.
+        outputs: the outputs folder.
+        kind: `checkpoints`, `caches` or `runs`.
+        caps: the most that may arrive.
+        name: what it is called from now on; without one, as in the store.
 
     Raises:
         ArtifactError: a checksum differs, the archive is hostile or damaged, or it holds something else.
     """
-    target = names.local_folder(outputs, kind, archives.stem(entry.name))
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with locked(target):
-        if names.is_there(target, kind):
+    target = store_names.local_folder(outputs, kind, name or store_names.own(entry))
+    with _made(target, kind, f"{entry.path} in {place.url}") as unpacked:
+        if unpacked is None:
             return target
-        if target.exists():
-            raise ArtifactError(f"{target} is there and is none of the {kind}: move it away, then pull again")
-        with _scratch(target) as scratch:
-            unpacked = scratch / "unpacked"
-            unpacked.mkdir()
-            if entry.size is None:
-                _pull_folder(place, entry, unpacked, caps)
-            else:
-                _pull_archive(place, entries, entry, unpacked, scratch, caps)
-            inside = archives.content(unpacked)
-            if not names.is_there(inside, kind):
-                marks = " or ".join(names.MARKS[kind])
-                raise ArtifactError(f"{entry.path} in {place.url} is none of the {kind}: no {marks} in it")
-            inside.rename(target)
+        if archives.is_archive(entry.name):
+            _pull_archive(place, entries, entry, unpacked, caps)
+        else:
+            _pull_files(place, _wanted(place, entries, entry, kind), unpacked, entry.path, caps)
     log.info("pulled %s from %s to %s", entry.path, place.url, target)
     return target
 
 
-def push(place: Place, folder: Path, kind: str, name: str) -> str:
-    """Packs a folder and puts it into the store with its checksum beside it; returns its path there."""
+def push(place: Place, source: Path, kind: str, name: str) -> str:
+    """Packs a folder, or a state dict with the `config.json` beside it, and puts it into the store with its checksum.
+
+    Returns:
+        Its path there.
+    """
     path = f"{kind}/{name}.tgz"
     with tempfile.TemporaryDirectory(prefix="qat-push-") as scratch:
         packed = Path(scratch) / f"{name}.tgz"
-        archives.pack(folder, packed, name)
+        archives.pack(source, packed, name)
         listed = Path(scratch) / f"{name}.tgz{CHECKSUM}"
         listed.write_text(f"{_sha256(packed)}  {packed.name}\n")
         place.upload(packed, path)
@@ -165,43 +162,112 @@ def _state(folder: Path) -> list[tuple[str, int, int]]:
     return [(str(path), status.st_size, status.st_mtime_ns) for path, status in found]
 
 
-def _pull_archive(place: Place, entries: list[Entry], entry: Entry, unpacked: Path, scratch: Path, caps: Caps) -> None:
-    archive = scratch / entry.name
-    if entry.size and entry.size > caps.bytes:
-        raise ArtifactError(f"{entry.path} in {place.url} has {entry.size} bytes, over the cap of {caps.bytes}")
-    place.download(entry.path, archive, entry.size)
-    if any(other.path == entry.path + CHECKSUM for other in entries):
-        expected = re.match(r"\s*\\?([0-9a-fA-F]{64})\b", place.text(entry.path + CHECKSUM))
-        if expected is None:
-            raise ArtifactError(f"{entry.path}{CHECKSUM} in {place.url} holds no SHA-256: remove it or push again")
-        if _sha256(archive) != expected[1].lower():
-            raise ArtifactError(
-                f"{entry.path} in {place.url} is not what its {CHECKSUM} says: it was altered or cut short; push again"
-            )
-    archives.unpack(archive, unpacked, caps)
+def _fetched(store: StoreConfig, place: Path, kind: str, word: str, wanted: list[str]) -> Path:
+    """What lies at a place, brought there first if need be."""
+    file = Path(os.path.expanduser(word))
+    if place.exists():
+        return place
+    if archives.is_archive(word) and file.is_file():
+        with _made(place, kind, str(file)) as unpacked:
+            if unpacked is not None:
+                archives.unpack(file, unpacked)
+        return place
+    found = _pulled(store, place.parent.parent, kind, wanted)
+    if found is None:
+        raise MissingError(f"{word} is neither in {place.parent} nor in the store: stage=store lists what is there")
+    return found
 
 
-def _pull_folder(place: Place, entry: Entry, unpacked: Path, caps: Caps) -> None:
-    files = place.files_below(entry.path)
-    total = sum(file.size or 0 for file in files)
-    if len(files) > caps.files or total > caps.bytes:
-        raise ArtifactError(f"{entry.path} in {place.url} has {len(files)} files, {total} bytes: over the cap")
-    if not files:
-        raise MissingError(f"{entry.path} in {place.url} is empty")
-    for file in files:
-        target = unpacked.joinpath(*archives.safe_parts(file.path, entry.path))
-        target.parent.mkdir(parents=True, exist_ok=True)
-        place.download(f"{entry.path}/{file.path}", target, file.size)
+def _pulled(store: StoreConfig, outputs: Path, kind: str, wanted: list[str]) -> Path | None:
+    """What a store has under one of these names; None where it has nothing, or there is no store."""
+    if store.kind is StoreKind.local or not wanted:
+        return None
+    place = open_place(store)
+    entries = place.entries()
+    found = store_names.find(entries, wanted)
+    return pull(place, entries, found, outputs, kind, name=wanted[0]) if found else None
 
 
 @contextmanager
-def _scratch(target: Path) -> Iterator[Path]:
-    """A folder beside `target` that is swept away, by the next holder of its lock if need be."""
-    folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+def _made(target: Path, kind: str, what: str) -> Iterator[Path | None]:
+    """An empty folder whose content appears at `target` once it is known for one of its kind; None if that is there.
+
+    It lies in a folder of its own that is swept away, by the next holder of the target's lock if need be.
+
+    Raises:
+        ArtifactError: it is none of its kind, or something else is at `target`.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with locked(target):
+        if store_names.is_there(target, kind):
+            yield None
+            return
+        if target.exists():
+            raise ArtifactError(f"{target} is there and is none of the {kind}: move it away, then pull again")
+        scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
+        unpacked = scratch / "unpacked"
+        unpacked.mkdir()
+        try:
+            yield unpacked
+            inside = archives.content(unpacked)
+            if not store_names.is_there(inside, kind):
+                marks = " or ".join(store_names.MARKS[kind])
+                raise ArtifactError(f"{what} is none of the {kind}: no {marks} in it")
+            inside.rename(target)
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _pull_archive(place: Place, entries: list[Entry], entry: Entry, unpacked: Path, caps: Caps) -> None:
+    if entry.size and entry.size > caps.bytes:
+        raise ArtifactError(f"{entry.path} in {place.url} has {entry.size} bytes, over the cap of {caps.bytes}")
+    archive = unpacked.parent / entry.name
+    place.download(entry.path, archive, entry.size)
+    _check_sum(place, entries, entry, archive)
+    archives.unpack(archive, unpacked, caps)
+
+
+def _check_sum(place: Place, entries: list[Entry], entry: Entry, archive: Path) -> None:
+    """Compares with the checksum beside an archive, where there is one."""
+    if not any(other.path == entry.path + CHECKSUM for other in entries):
+        return
+    expected = re.match(r"\s*\\?([0-9a-fA-F]{64})\b", place.text(entry.path + CHECKSUM))
+    if expected is None:
+        raise ArtifactError(f"{entry.path}{CHECKSUM} in {place.url} holds no SHA-256: remove it or push again")
+    if _sha256(archive) != expected[1].lower():
+        raise ArtifactError(
+            f"{entry.path} in {place.url} is not what its {CHECKSUM} says: it was altered or cut short; push again"
+        )
+
+
+def _wanted(place: Place, entries: list[Entry], entry: Entry, kind: str) -> list[tuple[str, Entry]]:
+    """The files of a folder, or a state dict and what is beside it, each with its path in the store.
+
+    A folder of training may hold many state dicts, each of gigabytes: only the one that is read is wanted.
+    """
+    if entry.size is not None:
+        parent = entry.path.rpartition("/")[0]
+        beside = [one for one in entries if one.path == f"{parent}/config.json".strip("/")]
+        return [(one.path, Entry(one.name, one.size)) for one in (entry, *beside)]
+    files = place.files_below(entry.path)
+    states = [file.path for file in files if file.path.endswith(".pt")]
+    if kind == "checkpoints" and len(states) > 1 and len({path.rpartition("/")[0] for path in states}) == 1:
+        folder = states[0].rpartition("/")[0]
+        kept = chosen([path.rpartition("/")[2] for path in states], f"{entry.path} in {place.url}")
+        files = [file for file in files if file.path not in states or file.path == f"{folder}/{kept}".strip("/")]
+    return [(f"{entry.path}/{file.path}", file) for file in files]
+
+
+def _pull_files(place: Place, files: list[tuple[str, Entry]], unpacked: Path, source: str, caps: Caps) -> None:
+    total = sum(file.size or 0 for _, file in files)
+    if len(files) > caps.files or total > caps.bytes:
+        raise ArtifactError(f"{source} in {place.url} has {len(files)} files, {total} bytes: over the cap")
+    if not files:
+        raise MissingError(f"{source} in {place.url} is empty")
+    for path, file in files:
+        target = unpacked.joinpath(*archives.safe_parts(file.path, source))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        place.download(path, target, file.size)
 
 
 def _sha256(path: Path) -> str:

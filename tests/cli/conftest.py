@@ -83,7 +83,7 @@ def launch(here: Path) -> Callable[..., Outcome]:
 
     def run(*argv: str) -> Outcome:
         done = subprocess.run([sys.executable, "-c", DRIVER, *argv], capture_output=True, text=True, timeout=60)
-        imported, trace = here / "imported.json", here / "trace.txt"
+        imported, trace = Path("imported.json"), Path("trace.txt")
         heavy = json.loads(imported.read_text())
         ran = trace.read_text().split() if trace.exists() else []
         imported.unlink(), trace.unlink(missing_ok=True)

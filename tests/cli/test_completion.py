@@ -10,6 +10,7 @@ import pytest
 from qat.cli import schema
 from qat.cli.completion import complete
 from qat.config import Stage
+from qat.identities import note
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -49,8 +50,9 @@ def test_every_word_of_stage():
 
 def test_runs_and_files(here):
     (here / "outputs" / "SR-007").mkdir(parents=True)
-    (here / "outputs" / "sweep-001").mkdir()
-    assert complete("python launch.py run.resume=") == ["run.resume=SR-007"]
+    (here / "outputs" / "sweep-001" / "SR-008").mkdir(parents=True)
+    note(here / "outputs", "SR-009", here / "mine")
+    assert complete("python launch.py run.resume=") == [f"run.resume=SR-00{number}" for number in (7, 8, 9)]
     assert "checkpoint=SR-007" in complete("python launch.py checkpoint=")
     assert complete("python launch.py checkpoint=outputs/s") == ["checkpoint=outputs/sweep-001"]
 

@@ -6,9 +6,8 @@ from pathlib import Path
 import pytest
 
 from qat.cli import schema
-from qat.cli.arguments import CONF
 from qat.cli.helping import describe, page
-from qat.config import LossKind, Stage, TableConfig
+from qat.config import CONF, LossKind, Stage, TableConfig
 from qat.errors import ConfigError
 
 OPTIONS = [sorted(path.stem for path in (CONF / group).glob("*.yaml")) for group in schema.groups()]
@@ -18,7 +17,7 @@ NEEDED = {  # what an option cannot work without
     "data/chat_jsonl": "data.path={folder}/config.json",
     "data/text": "data.path={folder}/config.json",
     "cache/local": "cache.path={folder}",
-    "checkpoint/local": "checkpoint.path={folder}",
+    "checkpoint/local": "checkpoint.path={folder}/student.pt",
     "store/gcs": "store.path=gs://bucket",
     "store/hf": "store.path=owner/name",
     "store/url": "store.path=file:///tmp",
@@ -28,6 +27,7 @@ NEEDED = {  # what an option cannot work without
 @pytest.mark.parametrize("names", ROWS, ids=lambda names: " ".join(filter(None, names)))
 def test_options_compose_and_are_valid(names, compose, here):
     (here / "config.json").write_text('{"vocab_size": 49152}')
+    (here / "student.pt").touch()
     chosen = {group: name for group, name in zip(schema.groups(), names, strict=True) if name}
     needed = [NEEDED[f"{group}/{name}"] for group, name in chosen.items() if f"{group}/{name}" in NEEDED]
     small = ["cache.random=64"] if chosen.get("model") == "tiny" else []

@@ -123,9 +123,11 @@ MISTAKES = [
     ("cache.train_targets=false loss=full_kl loss.hard=0.1", "keeps their text alone"),
     ("cache=local", "cache.path=<folder>"),
     ("cache=local cache.path=nowhere", "no such folder"),
-    ("checkpoint=local", "checkpoint=<folder>"),
-    ("checkpoint=SR-999", "no such folder or file, no run in outputs, and no registered name"),
-    ("checkpoint=foo", "registered are q2_0_5341"),
+    ("checkpoint=local", "needs a name or a path"),
+    ("checkpoint=SR-999", "no such folder or file, no run in outputs, and no registered or pulled name"),
+    ("checkpoint=foo", "registered are teacher, q2_0_5341"),
+    ("checkpoint=q4_fp23", "(did you mean q4_fp32?); registered are"),
+    ("checkpoint=folder", "no manifest.json"),
     ("stage=export", "export.output=<folder>"),
     ("stage=export export=packed export.output=new", "needs a quantized model: checkpoint=<path>"),
     ("stage=export export=anemll_v2 export.dtype=bf16 export.output=new", "is written in fp32 or fp16"),
@@ -141,7 +143,7 @@ MISTAKES = [
     ("evaluate.text=taken", "goes with stage=evaluate"),
     ("evaluate.tasks=[taken]", "goes with stage=evaluate"),
     ("stage=evaluate evaluate.against=teacher", "write it in brackets, evaluate.against=[one,two]"),
-    ("stage=evaluate evaluate.against=[taecher]", "did you mean teacher?); name the teacher, a run such"),
+    ("stage=evaluate evaluate.against=[taecher]", "no registered or pulled name (did you mean teacher?)"),
     ("stage=evaluate evaluate.against=[teacher,folder]", "evaluate.against=folder: no manifest.json"),
     ("stage=evaluate evaluate.against=[taken]", "is no checkpoint"),
     ("stage=evaluate evaluate.text=nowhere", "evaluate.text=nowhere: no such file"),
@@ -161,13 +163,15 @@ MISTAKES = [
     ("stage=store", "stage=store needs a store"),
     ("stage=pull store=gdrive", "stage=pull needs a name"),
     ("stage=push store=gdrive", "something to push"),
-    ("stage=pull store=gdrive store.archive=../x", "no folders in it"),
+    ("stage=pull store=gdrive store.archive=../x", "a path as stage=store lists it"),
+    ("stage=push store=gdrive checkpoint=mlp_only store.archive=a/b", "no folders in it"),
+    ("sweep.resume=sweep-007", "name the folder of a sweep"),
     # sweeps
     ("-m train.lr=1e-3,0", "must be above 0"),
     ("-m quant=q2a4,q2a16 mode=mlp,e2e", "no tables"),
     ("-m train.steps=range(1,1000000000)", "more than 256 jobs"),
     ("-m train.lr=interval(0,1)", "train.lr=interval(0,1)"),
-    ("-m checkpoint=teacher,folder", "the one or the other"),
+    ("-m checkpoint=teacher,folder", "checkpoint=folder: no manifest.json"),
 ]
 
 
@@ -256,9 +260,7 @@ def test_mistake_in_a_process(line, launch, here):
 def test_a_run_to_compare_with_is_guessed_from_those_there(checkpoint, here):
     checkpoint("outputs/SR-001/checkpoints/best")
     checkpoint("outputs/sweep-001/SR-002/checkpoints/best")
-    with pytest.raises(
-        ConfigError, match=re.escape("evaluate.against=SR-02: no such run or folder (did you mean SR-002")
-    ):
+    with pytest.raises(ConfigError, match=r"^evaluate.against=SR-02: no such folder .*did you mean SR-002\?"):
         main.check(arguments.parse(["stage=evaluate", "evaluate.against=[SR-001,SR-02]"]))
     main.check(arguments.parse(["stage=evaluate", "evaluate.against=[SR-001,SR-002,teacher]"]))
 

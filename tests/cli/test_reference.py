@@ -3,7 +3,7 @@
 import re
 
 from qat.cli import helping, reference, schema
-from qat.cli.arguments import CONF
+from qat.config import CONF
 
 
 def test_the_committed_file_is_the_generated_one():

@@ -7,8 +7,14 @@ import pytest
 from qat.cli import main
 
 REFUSED = [
-    ("checkpoint=q4_fp32", "checkpoints/q4_fp32: put it there, or name the store that has it"),
+    ("checkpoint=q4_fp32", "fetch it with stage=pull checkpoint=q4_fp32 store=<gdrive"),
     ("+experiment=sr_001", "checkpoint=q4_fp32"),
+    ("checkpoint=Q2_0.5341", "stage=pull checkpoint=q2_0_5341"),
+    ("checkpoint=anemll_v2_q4_a4_ste_fp16_from_v1.tgz", "stage=pull checkpoint=q4_fp16"),
+    ("checkpoint=Q2A4_BINIT_0.5855/best_state_dict.pt", "stage=pull checkpoint=q2_binit_0_5855"),
+    ("stage=evaluate evaluate.against=[q2_init]", "stage=pull checkpoint=q2_init"),
+    ("stage=distill checkpoint={checkpoint} cache=alpaca_L64 loss=topk_kl", "stage=pull cache=alpaca_L64"),
+    ("cache=local cache.path=alpaca_chat_think_both_L128_K128_R1024", "stage=pull cache=alpaca_L128"),
 ]
 
 

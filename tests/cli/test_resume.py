@@ -4,6 +4,8 @@ import json
 
 import pytest
 
+from qat.cli import main
+
 
 @pytest.fixture
 def interrupted(launch, here):
@@ -46,6 +48,21 @@ def test_another_configuration_is_refused_by_its_first_key(launch, here, interru
     assert done.code == 2 and hint in done.err and done.err.count("\n") == 1
     assert "--config-path outputs/SR-001" in done.err
     assert (interrupted / "config_resolved.yaml").read_text() == before
+
+
+def test_a_run_goes_on_in_a_folder_of_its_own(launch, here):
+    launch("train.lr=0.5", "hydra.run.dir=mine")
+    for words in (["train.lr=0.5", "run.resume=mine/"], ["--config-path", "mine", f"run.resume={here}/mine"]):
+        (here / "mine" / "result.json").unlink()
+        assert launch(*words).code == 0
+        assert (here / "mine" / "result.json").is_file()
+    assert not (here / "outputs").exists()
+
+
+def test_a_folder_is_not_called_like_another_run(interrupted, here, capfd):
+    assert main.main(["train.lr=0.5", "hydra.run.dir=mine/SR-001"], lambda: pytest.fail("launched")) == 2
+    assert "hydra.run.dir=mine/SR-001: SR-001 is the run in outputs/SR-001: choose another" in capfd.readouterr().err
+    assert not (here / "mine").exists()
 
 
 def test_the_nearest_run_is_named_and_a_sweep_is_refused(launch, here, interrupted):

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from qat.cli import arguments, main, overrides
 from qat.cli.compose import Composer
-from qat.cli.suggest import nearest
+from qat.suggest import nearest
 
 
 def swept(*argv):

@@ -6,7 +6,8 @@ import sys
 import pytest
 
 from qat import sweeps
-from qat.cli import main
+from qat.cli import arguments, main, sweeping
+from qat.errors import ConfigError
 
 FOUR = ("-m", "train.lr=4,3", "run.goal=a,fail")
 
@@ -44,7 +45,7 @@ def test_table_and_plot_are_left(launch, sweep):
     assert (sweep / "sweep.png").read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.parametrize("words", [FOUR, ["sweep.resume=outputs/sweep-001"], ["sweep.resume='outputs/sweep-001'"]])
+@pytest.mark.parametrize("words", [FOUR, ["sweep.resume='outputs/sweep-001'"]])
 def test_sweep_goes_on_with_what_is_not_complete(launch, here, sweep, words):
     launch(*FOUR)
     kept = {name: (sweep / name / "result.json").stat().st_mtime_ns for name in ("SR-001", "SR-003")}
@@ -63,6 +64,41 @@ def test_only_the_folder_of_a_planned_job_holds_what_is_gone_on_with(launch, her
     launch("train.lr=1")
     folders = [sweep / "SR-001", sweep / "SR-002", sweep / "SR-009", here / "outputs" / "SR-003"]
     assert [sweeps.has_job(folder) for folder in folders] == [True, True, False, False]
+
+
+def test_what_may_change_does(launch, here, sweep):
+    launch(*FOUR)
+    (here / "mended").touch()
+    assert launch("sweep.resume=sweep-001", "instance=cpu", "instance.micro_batch=2").ran == ["SR-002", "SR-004"]
+    texts = [(sweep / name / "config_resolved.yaml").read_text() for name in ("SR-001", "SR-002")]
+    assert ["micro_batch: 2\n" in text and "device: cpu" in text for text in texts] == [False, True]
+
+
+def goes_on(*words):
+    command = arguments.parse(list(words))
+    return main.check_resumed(command, sweeping.resumed(command)).configs[0]
+
+
+def test_the_outputs_it_was_made_with_are_no_change(launch, here):
+    launch("-m", "run.goal=a,stop", "outputs=out")
+    for outputs in ("outputs=out", "outputs=out/", "outputs='./out'", f"+outputs={here}/out"):
+        assert goes_on(outputs, "sweep.resume=sweep-001/").outputs == "out"
+    with pytest.raises(ConfigError, match="outputs=elsewhere would change the sweep in out/sweep-001"):
+        goes_on("sweep.resume=out/sweep-001", "outputs=elsewhere")
+
+
+@pytest.mark.parametrize("own", [(), ("hydra.sweep.dir=mine",)])
+def test_a_sweep_goes_on_by_name_and_from_another_directory(launch, here, monkeypatch, own):
+    launch("-m", "run.goal=a,stop", *own)
+    folder = here / "mine" if own else here / "outputs" / "sweep-001"
+    assert goes_on(f"sweep.resume={folder.name}").outputs == "outputs"
+    (here / "there").mkdir()
+    (here / "there" / "mended").touch()
+    monkeypatch.chdir(here / "there")
+    assert launch(f"sweep.resume={folder}").ran == ["SR-002"]
+    assert not (here / "there" / "outputs").exists()
+    text = (folder / "SR-002" / "config_resolved.yaml").read_text()
+    assert f"outputs: {here}/outputs\n" in text
 
 
 def test_complete_sweep_typed_again_is_a_new_one(launch, here):
@@ -91,6 +127,17 @@ def test_interrupted_sweep_says_what_is_left_and_goes_on(launch, here, sweep):
     assert "2 of 3 jobs are left; to go on: python launch.py sweep.resume=outputs/sweep-001" in done.out
     (here / "mended").touch()
     assert launch("-m", "run.goal=a,stop,b").ran == ["SR-002", "SR-003"]
+
+
+@pytest.mark.parametrize("own", [(), ("hydra.sweep.dir=mine",)])
+def test_a_job_goes_on_by_its_identity_and_its_sweep_is_told(launch, here, own):
+    launch("-m", "run.goal=a,stop", *own)
+    (here / "mended").touch()
+    done = launch("--config-path", "SR-002", "run.resume=SR-002")
+    assert (done.code, done.err, done.ran) == (0, "", ["SR-002"])
+    folder = here / "mine" if own else here / "outputs" / "sweep-001"
+    assert statuses(folder) == {"SR-001": "complete", "SR-002": "complete"}
+    assert not list((here / "outputs").glob("SR-*"))
 
 
 def test_own_folder_goes_on_too(launch, here):

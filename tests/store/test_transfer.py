@@ -12,6 +12,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from qat.config import CacheConfig, CheckpointConfig, Config, DataConfig, DataSource, StoreConfig, StoreKind
 from qat.errors import ArtifactError, MissingError, UnavailableError
+from qat.names import cache_names
 from qat.store import names, places, transfer
 from qat.store.places import Place
 from tests.store.test_archives import SMALL, compressed, entry, tar_of
@@ -93,7 +94,7 @@ def test_registered_cache_is_found_by_the_run_logs_name(outputs, drive):
     assert transfer.with_named(config(outputs, drive, **settings)).cache.path == str(outputs / "caches" / name)
     settings["cache"] = CacheConfig("L128", 128, 128, 1024)
     assert transfer.with_named(config(outputs, drive, **settings)).cache.path is None
-    assert names.cache_name(config(outputs, **settings)) == "alpaca_chat_think_both_L128_K128_R1024"
+    assert cache_names(config(outputs, **settings)) == ["alpaca_chat_think_both_L128_K128_R1024"]
 
 
 def test_checkpoint_that_nobody_has_is_told(outputs, drive):

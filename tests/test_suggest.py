@@ -1,6 +1,6 @@
 """The nearest word, also from its beginning or from what it does."""
 
-from qat.cli.suggest import did_you_mean, named, nearest
+from qat.suggest import did_you_mean, named, nearest
 
 STAGES = {"distill": "train a student", "evaluate": "measure a checkpoint", "chat": "talk to a checkpoint"}
 

@@ -1,0 +1,89 @@
+"""The identity of a run, and where runs lie.
+
+A run is `SR-007`: claimed once below its outputs folder, never reused, also when several start in the same
+second. Most runs lie there or in a sweep; of one with a folder of its own (`hydra.run.dir`, `hydra.sweep.dir`),
+wherever that is, the claim of its identity keeps a note, so that it is found and listed like the others.
+"""
+
+import json
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from qat.artifacts import write_text
+
+RUN = re.compile(r"SR-\d{3,}(-\d+)?")  # the second number: of several machines' runs of one number
+RESULT = "result.json"  # in a run's folder
+RESOLVED = "config_resolved"  # beside it, a configuration (.yaml) that repeats the run
+PLAN = "sweep.json"  # in a sweep's folder
+IDS = ".ids"  # below the outputs folder: a folder for each identity that was ever claimed
+NOTE = "folders"  # in one of those: folders of the run's own, one a line
+
+
+def claim_run(outputs: Path) -> str:
+    """The next free run identity below `outputs`, `SR-001` and on, taken atomically."""
+    return _claim(outputs / IDS, "SR", outputs).name
+
+
+def claim_sweep(outputs: Path) -> Path:
+    """A new, empty folder `sweep-001` and on, made atomically."""
+    return _claim(outputs, "sweep", outputs)
+
+
+def note(outputs: Path, run_id: str, folder: Path) -> None:
+    """Remembers a run's folder where nobody would look for it."""
+    place, home = folder.resolve(), outputs.resolve()
+    if place.parent == home and RUN.fullmatch(place.name):
+        return
+    if place.parent.parent == home and place.parent.name.startswith("sweep-"):
+        return
+    path = outputs / IDS / run_id / NOTE
+    path.parent.mkdir(parents=True, exist_ok=True)
+    line = str(place.relative_to(home) if place.is_relative_to(home) else place)
+    known = _lines(path)
+    if line not in known:
+        write_text(path, "\n".join([*known, line, ""]))
+
+
+def places(outputs: Path) -> Iterator[tuple[str, Path]]:
+    """Identity and folder of every run of an outputs folder; a folder that is noted may be gone, or not begun."""
+    for folder in (*sorted(outputs.glob("SR-*")), *sorted(outputs.glob("sweep-*/*"))):
+        if RUN.fullmatch(folder.name):
+            yield folder.name, folder
+        elif (folder / RESULT).is_file():
+            yield recorded(folder) or folder.name, folder
+    for path in sorted((outputs / IDS).glob(f"*/{NOTE}")):
+        run_id = path.parent.name
+        for folder in (outputs / line for line in _lines(path)):
+            if recorded(folder) in (run_id, None):  # else another run was put there since
+                yield run_id, folder
+
+
+def recorded(folder: Path) -> str | None:
+    """The identity that a run's folder says it has; None where it says nothing, or cannot be read."""
+    try:
+        result = json.loads((folder / RESULT).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    run_id = result.get("run_id") if isinstance(result, dict) else None
+    return run_id if isinstance(run_id, str) else None
+
+
+def _claim(parent: Path, prefix: str, outputs: Path) -> Path:
+    """A new folder in `parent`, numbered above every one there and above what `outputs` shows."""
+    parent.mkdir(parents=True, exist_ok=True)
+    names = [path.name for folder in (parent, outputs) for path in folder.glob(f"{prefix}-*")]
+    taken = [int(name.rsplit("-", 1)[1]) for name in names if name.rsplit("-", 1)[1].isdigit()]
+    number = max(taken, default=0) + 1
+    while True:
+        path = parent / f"{prefix}-{number:03d}"
+        try:
+            path.mkdir()
+            return path
+        except FileExistsError:
+            number += 1
+
+
+def _lines(path: Path) -> list[str]:
+    return path.read_text(encoding="utf-8").splitlines() if os.path.isfile(path) else []
