@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from qat.cache.reader import Batch, Text
+from qat.cache.batch import Batch, Text
 from qat.errors import NumericsError
 from qat.quant import moments
 from qat.quant.convert import install
