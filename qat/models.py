@@ -9,6 +9,7 @@ import hashlib
 import importlib.metadata
 import inspect
 import logging
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -81,8 +82,8 @@ class ModelFolder:
         return int(self.settings().get_text_config().vocab_size)
 
     def context(self) -> int:
-        """Tokens that the model was made to see at once."""
-        return int(self.settings().get_text_config().max_position_embeddings)
+        """Tokens that the model was made to see at once; without end for one that counts no positions."""
+        return int(getattr(self.settings().get_text_config(), "max_position_embeddings", None) or sys.maxsize)
 
     def settings(self) -> PreTrainedConfig:
         """Its `config.json`."""

@@ -25,7 +25,7 @@ from qat.distill.optim import Optimizer
 from qat.distill.parameters import Learners
 from qat.distill.state import State, States, random_state, set_random_state
 from qat.distill.step import Figures, Step
-from qat.errors import ArtifactError, NumericsError
+from qat.errors import ArtifactError, ConfigError, NumericsError
 from qat.fidelity import Sample
 from qat.forward import hidden_states, prepare
 from qat.machine import Machine
@@ -85,6 +85,9 @@ class Trainer:
             machine: micro-batch and compute type.
             seed: of the data order.
             ranks: the processes that share each batch.
+
+        Raises:
+            ConfigError: nothing learns.
         """
         self.student, self.train, self.machine, self.seed, self.ranks = student, train, machine, seed, ranks
         self.training, self.held_out = cache
@@ -93,6 +96,8 @@ class Trainer:
             kinds = {name: kind for name, (kind, _) in layers.items()}
             curvature.measure(student, learning, kinds, self.training, ranks)
         self.learners = Learners(student, learning, train.learn, machine, train.snap_fp16)
+        if not self.learners.parameters:
+            raise ConfigError(f"mode={mode.name} trains no layer that is quantized: choose another one, or quantize more")
         self.optimizer = Optimizer(self.learners.parameters, train, machine.device)
         self.step = Step(student, self.learners, self.optimizer, loss, train, machine, ranks)
         self.step.confirm(Sample.of_rows(self.training))

@@ -7,10 +7,10 @@ kernels of 16-bit types in their own type, where they may be as far away as the 
 
 sample.py     a few rows and the documents in them
 exact.py      a model in fp32 for a while
-settle.py     which pass a model takes
+trial.py      which pass a model takes
 """
 
 from qat.fidelity.sample import Sample
-from qat.fidelity.settle import known, ready, settle
+from qat.fidelity.trial import known, ready, settle
 
 __all__ = ["Sample", "known", "ready", "settle"]

@@ -118,4 +118,4 @@ class Sample:
 
 def _spread(count: int, share: float) -> Tensor:
     """A share of the numbers below `count`, the last among them."""
-    return torch.linspace(0, count - 1, max(1, int(count * share))).round().long() if share < 1 else torch.arange(count)
+    return torch.linspace(0, count - 1, max(1, round(count * share))).round().long() if share < 1 else torch.arange(count)

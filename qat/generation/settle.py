@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from qat.errors import ConfigError
 from qat.fidelity.exact import SHORT, in_fp32
-from qat.fidelity.settle import TOLERANCE, distance, near, own_logprobs
+from qat.fidelity.trial import TOLERANCE, distance, near, own_logprobs
 from qat.forward import trying, use, used
 from qat.generation.loop import Sampling, Writer
 from qat.generation.own import OwnWriter
@@ -116,9 +116,11 @@ class _Trial:
         if self.model.dtype not in SHORT:
             return True
         texts, places, given = self._written(loop, product)
+        if not texts:
+            return False
         with in_fp32(self.model):
             wanted = self._own(texts, places)
-        return bool(texts) and near(given, self._own(texts, places), wanted.to(given.device))
+        return near(given, self._own(texts, places), wanted.to(given.device))
 
     def _own(self, texts: list[Tensor], places: list[Tensor]) -> Tensor:
         return own_logprobs(self.who, self.model, texts, places)

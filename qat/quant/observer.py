@@ -49,7 +49,7 @@ class Observer:
         """Hooks for as long as the block lasts."""
         find, hooks = self.model.get_submodule, []
         for source, names in self.readers.items():
-            hooks.append(find(source).register_forward_pre_hook(self._input_of(source, gradients)))
+            hooks.append(self._reader(source).register_forward_pre_hook(self._input_of(source, gradients)))
             if gradients:
                 hooks += [find(name).register_forward_hook(self._output_of(source, name)) for name in names]
         try:
@@ -57,6 +57,11 @@ class Observer:
         finally:
             for hook in hooks:
                 hook.remove()
+
+    def _reader(self, source: str) -> nn.Module:
+        """The layer at which an input is seen: the one it is named after, where the model has it."""
+        names = {name for name, _ in self.model.named_modules()}
+        return self.model.get_submodule(source if source in names else self.readers[source][0])
 
     def means(self) -> Callable[[], list[Mean]]:
         """Gives a function that gives the means in host memory; see `to_host`."""
