@@ -97,7 +97,7 @@ class Trainer:
             curvature.measure(student, learning, kinds, self.training, ranks)
         self.learners = Learners(student, learning, train.learn, machine, train.snap_fp16)
         if not self.learners.parameters:
-            raise ConfigError(f"mode={mode.name} trains no layer that is quantized: choose another one, or quantize more")
+            raise ConfigError(f"mode={mode.name} trains no quantized layer: choose another one, or quantize more")
         self.optimizer = Optimizer(self.learners.parameters, train, machine.device)
         self.step = Step(student, self.learners, self.optimizer, loss, train, machine, ranks)
         self.step.confirm(Sample.of_rows(self.training))

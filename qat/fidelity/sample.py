@@ -118,4 +118,5 @@ class Sample:
 
 def _spread(count: int, share: float) -> Tensor:
     """A share of the numbers below `count`, the last among them."""
-    return torch.linspace(0, count - 1, max(1, round(count * share))).round().long() if share < 1 else torch.arange(count)
+    chosen = max(1, round(count * share))
+    return torch.linspace(0, count - 1, chosen).round().long() if chosen < count else torch.arange(count)
