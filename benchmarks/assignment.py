@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from conversion import preset
 
-from qat.cache.reader import Text
+from qat.cache.batch import Text
 from qat.config import DataConfig, DataSource, ModelConfig, ModelSource, Packing
 from qat.data import packing, sources, thinking
 from qat.data.documents import Document

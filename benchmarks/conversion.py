@@ -16,7 +16,7 @@ import yaml
 from transformers import PreTrainedModel
 
 from qat import machine as machines
-from qat.cache.reader import Text
+from qat.cache.batch import Text
 from qat.config import (
     ConvertConfig,
     DataConfig,

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, Qwen3Config
 
 from qat import machine as machines
-from qat.cache.reader import Batch, Text
+from qat.cache.batch import Batch, Text
 from qat.config import ConvertConfig, InstanceConfig, KMeansBackend, KMeansConfig, QuantConfig, TableConfig
 from qat.machine import exact_matmul, peak_bytes
 from qat.models import linear

@@ -21,7 +21,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from qat import checkpoints
 from qat import machine as machines
 from qat.artifacts import read_manifest
-from qat.cache.reader import Text
+from qat.cache.batch import Text
 from qat.checkpoint_files import find
 from qat.config import InstanceConfig, ModelConfig, ModelSource, Precision
 from qat.evaluate import evaluate

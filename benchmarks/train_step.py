@@ -28,8 +28,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen3Co
 
 from qat import attention
 from qat import machine as machines
+from qat.cache.batch import Batch
 from qat.cache.format import encode_ids
-from qat.cache.reader import Batch
 from qat.config import LearnConfig, LossKind, TrainConfig
 from qat.distill.distributed import Ranks, joined
 from qat.distill.head import Head

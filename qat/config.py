@@ -232,7 +232,7 @@ class CacheConfig:
     name: str = MISSING
     length: int = 64  # tokens a sequence
     top_k: int = 64  # most likely tokens kept at a position
-    random: int = 128  # uniformly drawn tokens kept at a position
+    random: int = 0  # uniformly drawn tokens kept at a position besides, for other tools: nothing here reads them
     train_targets: bool = True  # false keeps text alone of training rows, for loss=full_kl: it has the teacher itself
     sequences: int | None = None  # at most so many training sequences; None keeps all
     packing: Packing = Packing.joined  # documents end to end, or each in rows of its own

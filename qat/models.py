@@ -7,8 +7,10 @@ fingerprint that changes when the weights do.
 
 import hashlib
 import importlib.metadata
+import inspect
 import logging
-from dataclasses import dataclass
+import sys
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
@@ -25,10 +27,10 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from qat import attention
 from qat.artifacts import obtain
 from qat.config import ModelConfig, ModelSource
 from qat.errors import MissingError
+from qat.forward import OWN, Found, use
 
 log = logging.getLogger(__name__)
 
@@ -43,11 +45,15 @@ TINY_TEMPLATE = (
 
 @dataclass(frozen=True)
 class ModelFolder:
-    """A teacher on disk. `fingerprint` identifies its weights in every key built on them."""
+    """A teacher on disk. `fingerprint` identifies its weights in every key built on them.
+
+    `found` is what was found out about computing it (`qat.fidelity`).
+    """
 
     name: str
     path: Path
     fingerprint: str
+    found: Found = field(default_factory=Found, compare=False, repr=False)
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer with its chat template, padding on the left as generation needs."""
@@ -57,14 +63,17 @@ class ModelFolder:
         return tokenizer
 
     def load(self, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
-        """The model for inference, without gradients and without a key-value cache unless asked for."""
+        """The model for inference, without gradients and without a key-value cache unless asked for.
+
+        It is computed as was last found right for that type and device, else by its own code with eager attention.
+        """
         model = AutoModelForCausalLM.from_pretrained(
             self.path,
             dtype=dtype,
             local_files_only=True,
-            attn_implementation=attention.NAME,  # takes the masks of `cache.attention`
+            attn_implementation=OWN.attention,
         )
-        model.config.use_cache = False
+        use(model, self.found.passes.get((dtype, device.type), OWN))
         cast(nn.Module, model).to(device)
         return model.eval().requires_grad_(False)
 
@@ -73,8 +82,8 @@ class ModelFolder:
         return int(self.settings().get_text_config().vocab_size)
 
     def context(self) -> int:
-        """Tokens that the model was made to see at once."""
-        return int(self.settings().get_text_config().max_position_embeddings)
+        """Tokens that the model was made to see at once; without end for one that counts no positions."""
+        return int(getattr(self.settings().get_text_config(), "max_position_embeddings", None) or sys.maxsize)
 
     def settings(self) -> PreTrainedConfig:
         """Its `config.json`."""
@@ -101,8 +110,9 @@ def generate(
     # An index copies the last position; the slice that `generate` would take stays strided, for which torch
     # multiplies every sequence by a copy of the head of its own: gigabytes, and about half
     # of the time of a prefill on a CPU.
-    last = torch.tensor([-1], device=prompts_BT.device)
-    written = cast(Any, model).generate(prompts_BT, generation_config=settings, logits_to_keep=last, **extras)
+    if "logits_to_keep" in inspect.signature(model.forward).parameters:
+        extras["logits_to_keep"] = torch.tensor([-1], device=prompts_BT.device)
+    written = cast(Any, model).generate(prompts_BT, generation_config=settings, **extras)
     return cast(torch.Tensor, written)[:, prompts_BT.shape[1] :]
 
 

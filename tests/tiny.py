@@ -9,7 +9,8 @@ from transformers import PreTrainedModel
 
 from qat import checkpoints, models
 from qat.artifacts import Artifact
-from qat.cache.reader import CacheReader, Text
+from qat.cache.batch import Text
+from qat.cache.reader import CacheReader
 from qat.cache.writer import obtain_cache
 from qat.config import (
     CacheConfig,

@@ -1,9 +1,7 @@
-"""What keeps documents that share a row from seeing each other.
+"""What keeps documents that share a row from seeing each other: positions that restart.
 
-transformers can tell documents apart by positions that restart, but only without a key-value cache:
-with one, which is the default, it ignores the restarts without a word. A mask [B, 1, L, L] of its own
-is passed on as it is, whatever else is set, and costs no look at the data on the GPU. It must be
-boolean for `sdpa`; `eager` attention would add it to the scores, so models are loaded with `sdpa`.
+transformers makes the masks of them that a model's layers need, whatever these are (`qat.masks`), but only
+without a key-value cache; with one it ignores the restarts without a word.
 """
 
 import torch
@@ -11,7 +9,7 @@ from torch import Tensor
 
 
 def inputs(input_ids_BL: Tensor, document_starts_BL: Tensor | None) -> dict[str, Tensor]:
-    """Keyword arguments of a causal model's forward pass.
+    """Arguments of a model's forward pass over whole rows.
 
     Args:
         input_ids_BL: token ids, int64.
@@ -20,9 +18,5 @@ def inputs(input_ids_BL: Tensor, document_starts_BL: Tensor | None) -> dict[str,
     if document_starts_BL is None:
         return {"input_ids": input_ids_BL}
     starts = document_starts_BL.bool()
-    length = starts.shape[1]
-    places = torch.arange(length, device=starts.device)
-    positions = places - torch.where(starts, places, 0).cummax(1).values
-    document = starts.cumsum(1)
-    mask = (document[:, :, None] == document[:, None, :]) & (places[:, None] >= places)
-    return {"input_ids": input_ids_BL, "position_ids": positions, "attention_mask": mask[:, None]}
+    places = torch.arange(starts.shape[1], device=starts.device)
+    return {"input_ids": input_ids_BL, "position_ids": places - torch.where(starts, places, 0).cummax(1).values}

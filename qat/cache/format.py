@@ -9,9 +9,10 @@ A cache is an artifact folder: `meta.json` and, for each split, safetensors shar
     topk_ids         [N, L-1, K]   uint16    low 16 bits of the most likely next tokens, descending
     topk_ids_high    [N, L-1, H]   uint8     their other bits, where the vocabulary has more than 65,536 tokens
     topk_logprobs    [N, L-1, K]   float16   log-probabilities of the full softmax at T = 1
-    random_logprobs  [N, L-1, R]   float16   the same of R tokens drawn uniformly from the vocabulary
+    random_logprobs  [N, L-1, R]   float16   the same of R tokens drawn uniformly from the vocabulary, where asked for
 
 K and R are 0 in training shards where meta.json says that `train_targets` is false: their rows are text alone.
+Nothing here reads the random sample (`cache.random`); format 2, which is read too, has it always.
 
 Position p predicts token p + 1. It does not count where that token is padding or begins another
 document. What the top-k leaves out is the tail, 1 - Σ exp(topk_logprobs); the random sample ("R" in the
@@ -32,7 +33,8 @@ from torch import Tensor
 
 from qat.artifacts import sync_folder
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
+READABLE = (2, FORMAT_VERSION)
 META = "meta.json"
 SHARD_ROWS = 1024
 READ = ("input_ids", "document_starts", "loss_mask", "topk_ids", "topk_ids_high", "topk_logprobs")
@@ -89,8 +91,9 @@ def layout(meta: dict[str, Any], split: str) -> dict[str, tuple[str, list[int]]]
         "loss_mask": ("U8", [length - 1]),
         "topk_ids": ("U16", [length - 1, top_k]),
         "topk_logprobs": ("F16", [length - 1, top_k]),
-        "random_logprobs": ("F16", [length - 1, random]),
     }
+    if random or meta["format"] < FORMAT_VERSION:
+        found["random_logprobs"] = ("F16", [length - 1, random])
     if bits:
         found["topk_ids_high"] = ("U8", [length - 1, -(-top_k * bits // 8)])
     return found

@@ -189,7 +189,6 @@ def import_older(older: Artifact, artifacts: Path) -> Artifact:
                 tensors = source.read(rows)
                 tensors |= encode_ids(tensors["topk_ids"], meta["vocab_size"])
                 tensors["topk_logprobs"] = tensors["topk_logprobs"].half()
-                tensors["random_logprobs"] = tensors["topk_logprobs"][..., :0]
                 write_shard(scratch, shard_name(split, index), tensors, content_key(inputs))
         log.info("%d rows of %s came twice and are kept once", source.repeated, older.folder)
         write_json(scratch / META, described)

@@ -6,11 +6,10 @@ and taken up again is the same, byte for byte.
 """
 
 import hashlib
-import json
 import logging
 from collections.abc import Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +29,7 @@ from qat.artifacts import (
     write_json,
 )
 from qat.cache.attention import inputs
+from qat.cache.author import MADE_WITH, Author
 from qat.cache.crew import CALL, Crew
 from qat.cache.format import (
     FORMAT_VERSION,
@@ -48,14 +48,14 @@ from qat.console import Advance, progress
 from qat.data.documents import SPLITS, read_documents
 from qat.data.packing import Rows, pack
 from qat.errors import ConfigError, NumericsError
-from qat.forward import hidden_states, prepare
-from qat.machine import Machine, widened
+from qat.fidelity import Sample
+from qat.forward import Pass, hidden_states
+from qat.head import OutputHead
+from qat.machine import Machine
 from qat.models import ModelFolder
 
 log = logging.getLogger(__name__)
 
-MADE_WITH = ".made_with.json"
-COMPILED_TOKENS = 2_000_000  # of a cache, from which on compiling the teacher pays
 # Positions that the head is multiplied with at one time, which must pay for reading all of it, and those of
 # them whose fp32 log-probabilities exist at one time: few, which stay in a CPU's cache.
 POSITIONS = {"cpu": (256, 32), "cuda": (2048, 2048)}
@@ -91,8 +91,10 @@ def obtain_cache(
 ) -> Artifact:
     """The teacher's outputs on these documents, as an artifact.
 
+    Documents get rows of their own where the teacher would mix those that share one; meta.json's `packing` says so.
+
     Raises:
-        ConfigError: a split has too little text for one row.
+        ConfigError: a split has too little text for one row, or the teacher cannot be computed as it is by itself.
         MissingError: the disk is too small.
         NumericsError: the teacher's output is not finite.
     """
@@ -111,13 +113,16 @@ def obtain_cache(
     if not cache.train_targets:
         key, full_name = key | {"train_targets": False}, f"{full_name}_text"
     folder, crew = place(artifacts, "caches", full_name, key), Crew.here()
+    author = Author(teacher, machine, crew)
 
     def make(scratch: Path) -> dict[str, Any]:
         """What the first process, most often the only one, does with the lock in its hand."""
-        meta, shards = _plan(cache, documents, teacher, seed)
-        _prepare(scratch, meta, shards, _made_with(machine, shards))
+        sample = _sample(cache, documents, teacher)
+        how = author.settle(scratch, sample)
+        meta, shards = _plan(cache, documents, teacher, seed, how)
+        _prepare(scratch, meta, shards, author.noted(scratch), author.made_with(how, _tokens(shards)))
         crew.call(scratch)
-        _record(meta, shards, content_key(key), teacher, machine, crew, scratch)
+        _record(meta, shards, content_key(key), author, how, sample, scratch)
         crew.wait(lambda: all((scratch / shard.name).exists() for shard in shards), "the other processes write shards")
         for note in (MADE_WITH, CALL):
             (scratch / note).unlink(missing_ok=True)
@@ -126,38 +131,40 @@ def obtain_cache(
         write_json(scratch / META, meta | {"checksums": described})
         return meta
 
-    if crew.rank > 0:
-        return _help(folder, cache, documents, content_key(key), teacher, seed, machine, crew)
-    return obtain(artifacts, "caches", full_name, key, make, resumable=True)
+    def help_make(scratch: Path) -> None:
+        """What the others do: their shards, into the folder that the first one prepares."""
+        how = Pass(**author.noted(scratch)["pass"])
+        meta, shards = _plan(cache, documents, teacher, seed, how)
+        _record(meta, shards, content_key(key), author, how, _sample(cache, documents, teacher), scratch, folder)
 
-
-def _help(
-    folder: Path,
-    cache: CacheConfig,
-    documents: Artifact,
-    key: str,
-    teacher: ModelFolder,
-    seed: int,
-    machine: Machine,
-    crew: Crew,
-) -> Artifact:
-    """Writes this process's shards into the folder that the first one prepares."""
+    if crew.rank == 0:
+        return obtain(artifacts, "caches", full_name, key, make, resumable=True)
     scratch = partial(folder)
     crew.wait(lambda: folder.exists() or crew.called(scratch), f"the first process prepares {folder}")
     if not folder.exists():
-        meta, shards = _plan(cache, documents, teacher, seed)
-        _record(meta, shards, key, teacher, machine, crew, scratch, folder)
+        help_make(scratch)
     crew.wait(folder.exists, f"the first process publishes {folder}")
     return open_artifact(folder)
 
 
+def _sample(cache: CacheConfig, documents: Artifact, teacher: ModelFolder) -> Sample:
+    """Rows of both splits to look at the teacher on."""
+    pad, joined = _pad(teacher), cache.packing is Packing.joined
+    rows = [_rows(cache, documents, split, pad) for split in SPLITS]
+    ids, mask, starts = (
+        torch.cat([getattr(part, name) for part in rows]) for name in ("input_ids", "loss_mask", "document_starts")
+    )
+    return Sample.of(ids, mask, starts if joined else None, pad)
+
+
 def _plan(
-    cache: CacheConfig, documents: Artifact, teacher: ModelFolder, seed: int
+    cache: CacheConfig, documents: Artifact, teacher: ModelFolder, seed: int, how: Pass
 ) -> tuple[dict[str, Any], list[Shard]]:
     """What the cache will say of itself, and its shards."""
     tokenizer = teacher.tokenizer()
-    pad = int(tokenizer.pad_token_id)
-    rows = {split: _rows(cache, documents, split, pad) for split in SPLITS}
+    if not how.joined:
+        cache = replace(cache, packing=Packing.rows)
+    rows = {split: _rows(cache, documents, split, _pad(teacher)) for split in SPLITS}
     meta = {
         "format": FORMAT_VERSION,
         "teacher": {"name": teacher.name, "fingerprint": teacher.fingerprint},
@@ -171,6 +178,7 @@ def _plan(
         "random": cache.random,
         "train_targets": cache.train_targets,
         "packing": cache.packing.name,
+        "pass": {"attention": how.attention, "product": how.product},
         "tail": "exact",
         "seed": seed,
         "shard_rows": SHARD_ROWS,
@@ -185,6 +193,10 @@ def _plan(
     ]
 
 
+def _pad(teacher: ModelFolder) -> int:
+    return int(teacher.tokenizer().pad_token_id)
+
+
 def _rows(cache: CacheConfig, documents: Artifact, split: str, pad: int) -> Rows:
     rows = pack(read_documents(documents, split), cache.length, cache.packing, pad)
     if not len(rows):
@@ -195,31 +207,17 @@ def _rows(cache: CacheConfig, documents: Artifact, split: str, pad: int) -> Rows
     return rows.first(cache.sequences) if split == "train" else rows
 
 
-def _made_with(machine: Machine, shards: list[Shard]) -> dict[str, Any]:
-    """What decides the last bits of the outputs: half a cache of one kind and half of another is none."""
-    return {
-        "machine": machine.describe(),
-        "rows_at_once": machine.micro_batch,
-        "compiled": _compiled(machine, shards),
-        "torch": torch.__version__,
-    }
-
-
-def _compiled(machine: Machine, shards: list[Shard]) -> bool:
-    """Whether compiling the teacher is worth its time."""
-    return machine.compile and _tokens(shards) >= COMPILED_TOKENS
-
-
 def _tokens(shards: list[Shard]) -> int:
     """Tokens that the teacher reads."""
     return sum(shard.rows.input_ids.numel() for shard in shards if shard.top_k)
 
 
-def _prepare(scratch: Path, meta: dict[str, Any], shards: list[Shard], made_with: dict[str, Any]) -> None:
+def _prepare(
+    scratch: Path, meta: dict[str, Any], shards: list[Shard], noted: dict[str, Any], made_with: dict[str, Any]
+) -> None:
     """Keeps whole shards that were made in the same way, and looks for space for the rest."""
-    note = scratch / MADE_WITH
     there = [shard for shard in shards if (scratch / shard.name).exists()]
-    if there and not (note.exists() and json.loads(note.read_text(encoding="utf-8")) == made_with):
+    if there and noted != made_with:
         log.info("%s was begun on another machine or with other settings of it: starting over", scratch)
         there = []
     names = {shard.name for shard in there}
@@ -231,33 +229,32 @@ def _prepare(scratch: Path, meta: dict[str, Any], shards: list[Shard], made_with
     missing = [shard for shard in shards if shard.name not in names]
     needed = sum(len(shard.rows) * bytes_a_row(meta, shard.split) for shard in missing)
     require_space(scratch, needed, f"the cache of {sum(len(s.rows) for s in shards):,} rows")
-    write_json(note, made_with)
+    write_json(scratch / MADE_WITH, made_with)
 
 
 def _record(
     meta: dict[str, Any],
     shards: list[Shard],
     key: str,
-    teacher: ModelFolder,
-    machine: Machine,
-    crew: Crew,
+    author: Author,
+    how: Pass,
+    sample: Sample,
     scratch: Path,
     published: Path | None = None,
 ) -> None:
     """Writes those of this process's shards that are missing in `scratch`, unless it was published meanwhile."""
-    mine = [shard for number, shard in enumerate(shards) if crew.takes(number)]
+    mine = [shard for number, shard in enumerate(shards) if author.crew.takes(number)]
     todo = [s for s in mine if not (scratch / s.name).exists() and not (published and published.exists())]
     if not todo:
         return
-    model = teacher.load(machine.dtype, crew.device(machine.device))
-    prepare(model, _compiled(machine, shards))
-    before: Future[None] | None = None
+    model = author.ready(how, sample, _tokens(shards))
+    rows_at_once, before = author.machine.micro_batch, None
     with (
         progress("teacher outputs", _tokens(todo), "tokens") as advance,
         ThreadPoolExecutor(1) as writer,
     ):
         for shard in todo:
-            recorded = record(model, shard, meta, machine.micro_batch, advance) if shard.top_k else _nothing(shard)
+            recorded = record(model, shard, meta, rows_at_once, advance) if shard.top_k else _nothing(shard)
             if before is not None:
                 before.result()
             before = writer.submit(_write, shard, recorded, meta["vocab_size"], key, scratch)
@@ -273,12 +270,13 @@ def record(
     rows, length, joined = shard.rows, meta["length"], meta["packing"] == Packing.joined.name
     shape = (len(rows), length - 1, shard.random)
     drawn = random_ids(meta["seed"], shard.split, shard.index, shape, meta["vocab_size"]).int()
+    head = OutputHead(model)
     parts: list[dict[str, Tensor]] = []
     for piece, sample in zip(rows.split(micro_batch), drawn.split(micro_batch), strict=True):
         ids = piece.input_ids.to(model.device).long()
         starts = piece.document_starts.to(model.device) if joined else None
         hidden = hidden_states(model, inputs(ids, starts))
-        parts += _outputs(model, hidden, sample.flatten(0, 1).to(model.device).long(), shard.top_k)
+        parts += _outputs(head, hidden, sample.flatten(0, 1).to(model.device).long(), shard.top_k)
         advance(ids.numel())
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
@@ -289,24 +287,19 @@ def _nothing(shard: Shard) -> dict[str, Tensor]:
     return {name: torch.empty(shard.rows.loss_mask.numel(), 0, dtype=dtype) for name, dtype in types.items()}
 
 
-def _outputs(model: PreTrainedModel, hidden_XD: Tensor, sample_XR: Tensor, top_k: int) -> Iterable[dict[str, Tensor]]:
+def _outputs(head: OutputHead, hidden_XD: Tensor, sample_XR: Tensor, top_k: int) -> Iterable[dict[str, Tensor]]:
     """The head and what is kept of it, a few positions at a time."""
     many, few = POSITIONS.get(hidden_XD.device.type, POSITIONS["cpu"])
     for hidden, drawn in zip(hidden_XD.split(many), sample_XR.split(many), strict=True):
-        for logits, sample in zip(_logits(model, hidden).split(few), drawn.split(few), strict=True):
+        for logits, sample in zip(head.logits(hidden).split(few), drawn.split(few), strict=True):
             yield outputs(logits, sample, top_k)
-
-
-def _logits(model: PreTrainedModel, hidden_XD: Tensor) -> Tensor:
-    """The head's product; on a GPU in fp32, where rounding it would cost the logits two digits."""
-    plain = hidden_XD.is_cuda and model.lm_head.bias is None
-    return widened(hidden_XD, model.lm_head.weight) if plain else model.lm_head(hidden_XD)
 
 
 def _write(shard: Shard, recorded: dict[str, Tensor], vocab_size: int, key: str, folder: Path) -> None:
     """Copies what was recorded of a shard from the device and publishes it."""
     stored = encode_ids(recorded["ids"], vocab_size)
-    stored |= {name: recorded[name] for name in ("topk_logprobs", "random_logprobs")}
+    kinds = ("topk_logprobs", "random_logprobs") if shard.random else ("topk_logprobs",)
+    stored |= {name: recorded[name] for name in kinds}
     positions = shard.rows.loss_mask.shape[1]
     tensors = {
         name: tensor.cpu().reshape(len(shard.rows), positions, tensor.shape[-1]) for name, tensor in stored.items()

@@ -27,7 +27,7 @@ from qat.config import DataConfig, Start, as_plain
 from qat.console import progress
 from qat.data import starts
 from qat.data.thinking import user_turn
-from qat.generation import Sampling, Writer, answers, bytes_a_row
+from qat.generation import OwnWriter, Sampling, Writer, answers, bytes_a_row, writer
 from qat.machine import Machine
 from qat.models import ModelFolder
 
@@ -98,8 +98,8 @@ class _Author:
                 advance(amount, note)
 
             @cache
-            def writer() -> Writer:
-                return Writer(self.model, sampling, plan.rows, plan.longest, plan.compiled, turn)
+            def loop() -> Writer | OwnWriter:
+                return writer(self.teacher, self.model, prompts, sampling, plan.rows, plan.compiled, turn)
 
             def make(number: int) -> Tensor:
                 """The tokens of one batch [rows, A], int32."""
@@ -107,7 +107,7 @@ class _Author:
                 if file.exists():
                     return safetensors.torch.load_file(file)["tokens"]
                 with turn():
-                    write = writer()
+                    write = loop()
                 written_RA = write(plan.batches[number], mixed(seed, number), report)
                 write_bytes(file, safetensors.torch.save({"tokens": written_RA}))
                 return written_RA

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from qat import masks
 from qat.attention.kernels import LONGEST, WIDEST, capable
 from qat.decoder.attention import Heads, Places
 from qat.decoder.functions import AddNorm, Attend, Gate, Product
@@ -43,7 +44,7 @@ def _known(model: nn.Module) -> bool:
     return (
         config.model_type in ARCHITECTURES
         and config.hidden_act == "silu"
-        and not getattr(config, "use_sliding_window", False)
+        and all(kind == "full_attention" for kind in getattr(config, "layer_types", None) or [])
         and all(getattr(module, "bias", None) is None for module in projections)
         and not any(module.weight.requires_grad for module in norms(model).values())
         and _width(config) <= WIDEST
@@ -149,32 +150,26 @@ class Decoder:
         self.layers = [Layer(layer, heads) for layer in self.base.layers]
         self.checkpointing = checkpointing
 
-    def __call__(
-        self, input_ids: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None
-    ) -> Tensor:
+    def __call__(self, input_ids: Tensor, position_ids: Tensor | None = None) -> Tensor:
         """Last hidden states [T, D].
 
         Args:
             input_ids: [B, L], at most `LONGEST` tokens a row.
-            attention_mask: boolean [B, 1, L, L], true where a token is seen; None for causal attention.
-            position_ids: [B, L]; None where they count from zero.
+            position_ids: [B, L], which restart in each document of a row; None for one document a row.
         """
         run = partial(checkpoint, use_reentrant=False, preserve_rng_state=False) if self.checkpointing else _call
+        mask = None if position_ids is None else masks.of_documents(position_ids)
         if position_ids is None:
             position_ids = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
         stream = self.base.embed_tokens(input_ids)
         cos, sin = (turn.contiguous() for turn in self.base.rotary_emb(stream, position_ids))
-        places = Places(cos, sin, attention_mask)
+        places = Places(cos, sin, mask)
         stream, more = stream.flatten(0, 1), None
         for layer in self.layers:
             stream, more = run(layer, stream, more, places)
         return add_norm(stream, more, self.base.norm)[1]
 
     @staticmethod
-    def takes(input_ids: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None) -> bool:
-        """Whether rows are short enough and a mask is one of their own."""
-        rows, length = input_ids.shape
-        masked = attention_mask is not None
-        return length <= LONGEST and (
-            not masked or (attention_mask.dtype == torch.bool and attention_mask.shape == (rows, 1, length, length))  # type: ignore[union-attr]
-        )
+    def takes(input_ids: Tensor, position_ids: Tensor | None = None) -> bool:
+        """Whether rows are short enough."""
+        return input_ids.shape[1] <= LONGEST

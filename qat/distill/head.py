@@ -1,32 +1,36 @@
 """The frozen head and the loss as one step: hidden states in, the loss and their gradient out.
 
 The head does not learn, so the gradient of the logits can be taken at once, back through the head, while
-they are there; nothing of the size of the vocabulary outlives a chunk of positions. `topk_kl` needs no
-such chunk: it looks at the rows of the head that belong to cached tokens, K of them a position instead of
-V. Other losses on cached tokens differ from it by a multiple of the student's softmax, whose factor is the
-gradient of the log-sum-exp.
+they are there; nothing of the size of the vocabulary outlives a chunk of positions. Where logits are a product
+(`qat.head`), `topk_kl` needs no such chunk: it looks at the rows of the head that belong to cached tokens, K of
+them a position instead of V. Other losses on cached tokens differ from it by a multiple of the student's
+softmax, whose factor is the gradient of the log-sum-exp.
 
 Shapes: P positions, D hidden, V vocabulary, K cached tokens.
 """
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from qat.distill.loss import Loss, differentiated, full_kl
-from qat.machine import widened
+from qat.head import OutputHead
 
 CHUNK_BYTES = {"cuda": 2**30, "cpu": 2**26, "mps": 2**28}  # of fp32 logits that exist at one time
+COPIES = 4  # of logits that a model's own code behind its body may keep for its gradient
 
 
 class Head:
-    """The student's output matrix with a loss on top."""
+    """The student's head with a loss on top."""
 
-    def __init__(self, weight_VD: Tensor, loss: Loss) -> None:
-        """`weight_VD` is the student's; the teacher's own is used for its logits."""
-        self.weight, self.loss = weight_VD, loss
+    def __init__(self, student: PreTrainedModel, loss: Loss) -> None:
+        """The teacher beside the student has a head of its own."""
+        self.head, self.loss, self.device = OutputHead(student), loss, student.device
+        self.beside = None if loss.teacher is None else OutputHead(loss.teacher)
+        self.sparse = not loss.needs_vocabulary and self.head.weight is not None
 
     @torch.no_grad()
     def backward(
@@ -45,7 +49,7 @@ class Head:
         grad_PD = torch.empty_like(hidden_PD)
         for part in self._chunks(len(hidden_PD)):
             batch = (hidden_PD[part], ids_PK[part], logprobs_PK[part], weight_P[part])
-            if not self.loss.needs_vocabulary:
+            if self.sparse:
                 value, grad_PD[part] = self._sparse(*batch)
             else:
                 value, grad_PD[part] = self._dense(*batch, None if teacher_PD is None else teacher_PD[part])
@@ -55,6 +59,9 @@ class Head:
     @torch.no_grad()
     def logits(self, hidden_PD: Tensor, ids_PK: Tensor) -> Tensor:
         """The student's logits [P, K] at some tokens, fp32."""
+        if self.head.weight is None:
+            parts = self._chunks(len(hidden_PD))
+            return torch.cat([self.head.logits(hidden_PD[part]).gather(1, ids_PK[part]) for part in parts])
         parts = self._chunks(len(hidden_PD), sparse=True)
         return torch.cat([self._gathered(hidden_PD[part], ids_PK[part]) for part in parts])
 
@@ -62,17 +69,18 @@ class Head:
         logits = self._gathered(hidden, ids)
         none = logits.new_zeros(len(logits))
         value, d_logits, _ = differentiated(lambda z, s: self.loss.at(z, s, logprobs), weight, logits, none)
+        weight_VD = cast(Tensor, self.head.weight)
         if (kernels := _kernels(hidden)) is not None:
-            return value, kernels.combine_rows(self.weight, ids, d_logits, hidden.dtype)
-        return value, torch.bmm(d_logits[:, None], self.weight[ids].float())[:, 0].to(hidden.dtype)
+            return value, kernels.combine_rows(weight_VD, ids, d_logits, hidden.dtype)
+        return value, torch.bmm(d_logits[:, None], weight_VD[ids].float())[:, 0].to(hidden.dtype)
 
     def _dense(
         self, hidden: Tensor, ids: Tensor, logprobs: Tensor, weight: Tensor, teacher: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        logits = widened(hidden, self.weight)
+        logits, back = self.head.differentiable(hidden)
         if teacher is not None and not self.loss.hard:
             value, grad = self._full(logits, teacher, weight, hidden.dtype)
-            return value, grad @ self.weight
+            return value, back(grad)
         softmax = Softmax(logits)
         at_ids, log_sum = logits.gather(1, ids), softmax.log_sum
         value, d_at_ids, d_log_sum = differentiated(lambda z, s: self.loss.at(z, s, logprobs), weight, at_ids, log_sum)
@@ -80,17 +88,15 @@ class Head:
             d_at_ids += (at_ids - log_sum[:, None]).exp() * d_log_sum[:, None]
             grad = softmax.times(d_log_sum, hidden.dtype)
             grad.scatter_(1, ids, d_at_ids.to(grad.dtype))  # their sum, rounded once
-            return value, grad @ self.weight
+            return value, back(grad)
         further, grad = self._full(logits, teacher, weight, torch.float32)
         grad += softmax.times(d_log_sum, grad.dtype)
         grad.scatter_add_(1, ids, d_at_ids)
-        return value + further, grad.to(hidden.dtype) @ self.weight
+        return value + further, back(grad)
 
     def _full(self, logits: Tensor, teacher: Tensor, weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """The divergence from the teacher's whole distribution, and its gradient for the logits."""
-        beside: Any = self.loss.teacher
-        theirs = widened(teacher, beside.lm_head.weight)
-        T = self.loss.temperature
+        theirs, T = cast(OutputHead, self.beside).logits(teacher), self.loss.temperature
         if (kernels := _kernels(logits)) is not None:
             kl, *sums = kernels.divergence(logits, theirs, T)
             return (kl * weight).sum() * T**2, kernels.divergence_gradient(logits, theirs, *sums, T, weight * T, dtype)
@@ -98,16 +104,18 @@ class Head:
         return value, ((weight * T)[:, None] * ((logits / T).softmax(-1) - (theirs / T).softmax(-1))).to(dtype)
 
     def _gathered(self, hidden: Tensor, ids: Tensor) -> Tensor:
+        weight_VD = cast(Tensor, self.head.weight)
         if (kernels := _kernels(hidden)) is not None:
-            return kernels.dot_rows(self.weight, ids, hidden)
-        return torch.bmm(self.weight[ids].float(), hidden[..., None].float())[..., 0]
+            return kernels.dot_rows(weight_VD, ids, hidden)
+        return torch.bmm(weight_VD[ids].float(), hidden[..., None].float())[..., 0]
 
     def _chunks(self, positions: int, sparse: bool = False) -> Iterator[slice]:
         """Slices of positions, all of one length but the last."""
         size = positions
-        if self.loss.needs_vocabulary and not sparse:
-            size = max(1, CHUNK_BYTES[self.weight.device.type] // (4 * len(self.weight)))
-        elif _kernels(self.weight) is None:
+        if not (sparse or self.sparse):
+            held = CHUNK_BYTES[self.device.type] // (4 * self.head.vocabulary)
+            size = max(1, held if self.head.weight is not None else held // COPIES)
+        elif _kernels(cast(Tensor, self.head.weight)) is None:
             size = 256
         return (slice(start, start + size) for start in range(0, positions, max(size, 1)))
 

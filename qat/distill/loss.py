@@ -15,7 +15,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from qat.config import LossKind
 
@@ -78,7 +79,7 @@ class Loss:
     kind: LossKind
     temperature: float = 1.0
     hard: float = 0.0
-    teacher: nn.Module | None = None
+    teacher: PreTrainedModel | None = None
 
     @property
     def needs_vocabulary(self) -> bool:

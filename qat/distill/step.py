@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from qat.cache.reader import Batch
+from qat.cache.batch import Batch
 from qat.config import TrainConfig
 from qat.distill.distributed import Ranks
 from qat.distill.head import Head
@@ -20,7 +20,8 @@ from qat.distill.loss import Loss
 from qat.distill.optim import Optimizer
 from qat.distill.parameters import Learners
 from qat.errors import MissingError
-from qat.forward import hidden_states, prepare
+from qat.fidelity import Sample, ready
+from qat.forward import hidden_states, prepare, used
 from qat.graphs import Recorder, recording_stream
 from qat.machine import Machine
 
@@ -78,15 +79,23 @@ class Step:
     ) -> None:
         self.student, self.learners, self.optimizer, self.loss = student, learners, optimizer, loss
         self.train, self.machine, self.ranks = train, machine, ranks
-        self.head = Head(student.lm_head.weight, loss)
+        self.head = Head(student, loss)
         self.scaler = Scaler(machine)
         self.total, self.skip, self.stop = (torch.zeros((), device=machine.device) for _ in range(3))
         self.figures = torch.zeros(4, device=machine.device)
-        self.recorder = Recorder(_stream(machine))
+        plain = all(used(model).plain for model in (student, loss.teacher) if model is not None)
+        self.recorder = Recorder(_stream(machine) if plain else None)
         self._held: dict[tuple[torch.Size, ...], dict[str, Tensor]] = {}
         prepare(student, machine.compile, bool(machine.checkpointing))
         if loss.teacher is not None:
             prepare(loss.teacher, machine.compile)
+
+    def confirm(self, sample: Sample) -> None:
+        """Lets go of fused layers that do not say what the models' own do."""
+        self.learners.write()
+        ready(self.student, sample, self.machine.compile, bool(self.machine.checkpointing))
+        if self.loss.teacher is not None:
+            ready(self.loss.teacher, sample, self.machine.compile)
 
     def __call__(self, batch: Batch, factor: float, stop: bool = False) -> Figures:
         """One step.

@@ -14,18 +14,19 @@ from types import FrameType
 import torch
 from transformers import PreTrainedModel
 
-from qat.cache.reader import Batch, CacheReader
+from qat.cache.batch import Batch
+from qat.cache.reader import CacheReader
 from qat.config import ModeConfig, TrainConfig
 from qat.console import progress
 from qat.distill import curvature, optim
 from qat.distill.distributed import Ranks
-from qat.distill.head import Head
 from qat.distill.loss import KD_TEMPERATURE, Loss, topk_kl
 from qat.distill.optim import Optimizer
 from qat.distill.parameters import Learners
 from qat.distill.state import State, States, random_state, set_random_state
 from qat.distill.step import Figures, Step
-from qat.errors import ArtifactError, NumericsError
+from qat.errors import ArtifactError, ConfigError, NumericsError
+from qat.fidelity import Sample
 from qat.forward import hidden_states, prepare
 from qat.machine import Machine
 from qat.quant.linear import QuantLinear
@@ -84,6 +85,9 @@ class Trainer:
             machine: micro-batch and compute type.
             seed: of the data order.
             ranks: the processes that share each batch.
+
+        Raises:
+            ConfigError: nothing learns.
         """
         self.student, self.train, self.machine, self.seed, self.ranks = student, train, machine, seed, ranks
         self.training, self.held_out = cache
@@ -92,8 +96,11 @@ class Trainer:
             kinds = {name: kind for name, (kind, _) in layers.items()}
             curvature.measure(student, learning, kinds, self.training, ranks)
         self.learners = Learners(student, learning, train.learn, machine, train.snap_fp16)
+        if not self.learners.parameters:
+            raise ConfigError(f"mode={mode.name} trains no quantized layer: choose another one, or quantize more")
         self.optimizer = Optimizer(self.learners.parameters, train, machine.device)
         self.step = Step(student, self.learners, self.optimizer, loss, train, machine, ranks)
+        self.step.confirm(Sample.of_rows(self.training))
         self.unlearned = _fingerprint(layers, {p.name for p in self.learners.parameters})
         self.history = History()
         self._shown = math.nan  # the last loss
@@ -251,7 +258,7 @@ class Trainer:
     def kd_loss(self) -> float:
         """The run log's measure on the held-out split: top-k KL at T = 2, times 4, over all counted positions."""
         self.learners.write()
-        head, sums = Head(self.student.lm_head.weight, self.step.loss), torch.zeros(2, dtype=torch.float64)
+        head, sums = self.step.head, torch.zeros(2, dtype=torch.float64)
         with torch.compiler.set_stance("force_eager"):  # compiling once more takes longer than it saves
             own = self.held_out.in_order(self.machine.micro_batch)[self.ranks.rank :: self.ranks.count]
             for stored in self.held_out.stream(own, self.machine.device):

@@ -8,6 +8,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from transformers.generation.streamers import BaseStreamer
 
 from qat.data.thinking import chat_tokens
+from qat.forward import trying
 from qat.machine import Machine
 from qat.models import generate
 from qat.quant.linear import baked
@@ -20,6 +21,8 @@ SAMPLE_PROMPTS = (
     "What is 12 plus 30?",
 )
 
+ROUNDING = {torch.bfloat16: 5e-2, torch.float16: 5e-3}  # of logits, relative to their norm
+
 UNFINISHED = "�"  # what bytes decode to that are no whole character
 CHARACTER = 4  # most bytes, so most tokens, of one
 
@@ -31,13 +34,34 @@ def answers(
     tokens: int,
     machine: Machine,
 ) -> list[str]:
-    """The model's most likely answer to each prompt, up to `tokens` long."""
+    """The model's most likely answer to each prompt, up to `tokens` long; of one that cannot write, why it cannot."""
     asked = [chat_tokens(tokenizer, [{"role": "user", "content": prompt}], ask=True) for prompt in prompts]
-    inputs = tokenizer.pad({"input_ids": asked}, return_tensors="pt").to(machine.device)
-    with baked(model, machine.dtype):
-        settings = settings_of(tokenizer, tokens)
-        written = generate(model, inputs["input_ids"], settings, attention_mask=inputs["attention_mask"])
-    return [text.strip() for text in tokenizer.batch_decode(written, skip_special_tokens=True)]
+    settings = settings_of(tokenizer, tokens)
+    with baked(model, machine.dtype), trying() as failed:
+        written = [row for batch in _batches(model, tokenizer, asked) for row in _write(model, *batch, settings)]
+        return [text.strip() for text in tokenizer.batch_decode(written, skip_special_tokens=True)]
+    return [f"(it cannot write text: {failed[0]})"] * len(prompts)
+
+
+def _write(model: PreTrainedModel, ids: Tensor, mask: Tensor, settings: GenerationConfig) -> Tensor:
+    return generate(model, ids, settings, attention_mask=mask)
+
+
+@torch.inference_mode()
+def _batches(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, asked: list[list[int]]
+) -> list[tuple[Tensor, Tensor]]:
+    """Token ids and attention masks of all prompts together if padding in front changes nothing, else of each alone."""
+    alone = [torch.tensor([ids], device=model.device) for ids in asked]
+    padded = tokenizer.pad({"input_ids": asked}, return_tensors="pt").to(model.device)
+    mask = padded["attention_mask"]
+    with trying():
+        places = (mask.cumsum(1) - 1).clamp_min(0)
+        together = model(padded["input_ids"], attention_mask=mask, position_ids=places, use_cache=False).logits[:, -1]
+        apart = torch.cat([model(ids, use_cache=False).logits[:, -1] for ids in alone])
+        if (together - apart).norm() <= ROUNDING.get(model.dtype, 1e-3) * apart.norm():
+            return [(padded["input_ids"], mask)]
+    return [(ids, torch.ones_like(ids)) for ids in alone]
 
 
 def settings_of(tokenizer: PreTrainedTokenizerBase, tokens: int, temperature: float = 0.0) -> GenerationConfig:

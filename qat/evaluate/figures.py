@@ -16,11 +16,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from qat.cache.reader import Batch
+from qat.cache.batch import Batch
 from qat.console import progress
 from qat.distill.head import position_chunks
 from qat.distill.loss import KD_TEMPERATURE, full_kl, topk_kl
 from qat.errors import NumericsError
+from qat.forward import hidden_states
+from qat.head import OutputHead
 from qat.machine import Machine
 from qat.quant.linear import baked
 
@@ -149,16 +151,13 @@ def _positions(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Row numbers in the batch [X] and figures [F, X], float64 on the CPU, of some positions at a time."""
     counts = batch.loss_mask
-    theirs = _hidden(teacher, batch)[:, :-1][counts]
-    ours = theirs if student is teacher else _hidden(student, batch)[:, :-1][counts]
+    theirs = hidden_states(teacher, batch.inputs())[counts.flatten()]
+    ours = theirs if student is teacher else hidden_states(student, batch.inputs())[counts.flatten()]
     targets = (theirs, batch.input_ids[:, 1:][counts], counts.nonzero()[:, 0])
+    head, teacher_head = OutputHead(student), OutputHead(teacher)
     for ours_XD, theirs_XD, next_X, row_X in position_chunks(ours, targets):
-        logits_XV, teacher_XV = student.lm_head(ours_XD).float(), teacher.lm_head(theirs_XD).float()
+        logits_XV, teacher_XV = head.logits(ours_XD), teacher_head.logits(theirs_XD)
         yield row_X.cpu(), _values(logits_XV, teacher_XV, next_X, top_k).cpu().double()
-
-
-def _hidden(model: PreTrainedModel, batch: Batch) -> Tensor:
-    return model.base_model(**batch.inputs()).last_hidden_state
 
 
 def _values(logits_XV: Tensor, teacher_XV: Tensor, next_X: Tensor, top_k: int) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from qat.cache.reader import Batch
+from qat.cache.batch import Batch
 from qat.config import DataConfig, DataSource
 from qat.data import files
 from qat.errors import ConfigError

@@ -1,5 +1,14 @@
-"""Many continuations at once: a decoding loop over transformers' models, recorded as a CUDA graph."""
+"""Many continuations at once: a decoding loop over transformers' models, recorded as a CUDA graph.
+
+loop.py       the loop, for models with plain attention
+memory.py     keys and values of the text so far
+sampling.py   the choice of a token; kernels.py on CUDA
+own.py        transformers' own loop, for all others
+settle.py     which of the two a model gets
+"""
 
 from qat.generation.loop import Sampling, Writer, answers, bytes_a_row
+from qat.generation.own import OwnWriter
+from qat.generation.settle import writer
 
-__all__ = ["Sampling", "Writer", "answers", "bytes_a_row"]
+__all__ = ["OwnWriter", "Sampling", "Writer", "answers", "bytes_a_row", "writer"]

@@ -1,4 +1,4 @@
-"""The decoding loop: prompts are read whole, then all rows go on token by token.
+"""The decoding loop of plain attention: prompts are read whole, then all rows go on token by token.
 
 A step (one token of every row through the model, logits, choice, bookkeeping) reads and writes tensors
 that stay in place and asks nothing of the host, so that on CUDA it is recorded once and replayed for every
@@ -8,10 +8,9 @@ drawn before the first token: a batch is the same whenever it is written.
 Shapes: R rows, A tokens of an answer, L tokens of the longest prompt, D dimensions.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -19,11 +18,11 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from qat.console import Advance
-from qat.forward import prepare
+from qat.forward import body, prepare, used
 from qat.generation.memory import Memory, elements
 from qat.generation.sampling import choose
 from qat.graphs import Recorder, recording_stream
-from qat.machine import widened
+from qat.head import OutputHead
 
 LOOK_EVERY = 16  # tokens between two looks at whether all rows have ended
 TOKENS_AT_ONCE = 65_536  # of prompts
@@ -31,6 +30,9 @@ ROUND = 64  # positions are reserved by; of few shapes, few are compiled
 STEP = "step"  # what the recorder knows it by
 PROMPT_ROUND = 16  # longer prompts are read by multiples of it, shorter ones by powers of two
 LOGITS_HELD = 4  # rows of fp32 logits a row: those of plain calls, of the recording, and what a choice needs
+
+
+Watch = Callable[[Sequence[int], Tensor], None]  # is given some rows and the fp32 logits of their next tokens
 
 
 @dataclass(frozen=True)
@@ -83,19 +85,17 @@ class Writer:
             compiled: the decoder layers of a step are compiled.
             turn: entered while the model works. With a lock in it several threads may call a writer, or
                 writers of one model: one has its turn while others prepare theirs or take up what they wrote.
-
-        Raises:
-            ConfigError: the model remembers what it read by other means than plain attention.
         """
         self.model, self.sampling, self.compiled, self.turn = model, sampling, compiled, turn
-        self.head: Tensor = model.get_output_embeddings().weight
+        self.body, self.head = body(model), OutputHead(model)
         self.memory = Memory(model, rows, _positions(longest, sampling))
         self.uniform_AR = torch.zeros(sampling.tokens, rows, device=model.device)
         self.written_AR = torch.zeros(sampling.tokens, rows, dtype=torch.int32, device=model.device)
         self.token_R = torch.zeros(rows, dtype=torch.long, device=model.device)
         self.ended_R = torch.zeros(rows, dtype=torch.bool, device=model.device)
         self.step_1 = torch.zeros(1, dtype=torch.long, device=model.device)
-        self.recorder = Recorder(recording_stream(model.device))
+        self.recorder = Recorder(recording_stream(model.device) if used(model).product else None)
+        self.watch: Watch = overlook
 
     @torch.no_grad()
     def __call__(self, prompts: list[list[int]], seed: int, advance: Advance) -> Tensor:
@@ -108,19 +108,13 @@ class Writer:
         """
         rows = len(self.token_R)
         ids_RL, lengths_R = _together(prompts + prompts[-1:] * (rows - len(prompts)))
-        uniform_AR = self._draw(seed)
+        uniform_AR = drawn(self.sampling, rows, seed)
         with self.turn(), self._on_stream():
             self._begin(uniform_AR)
             self._read(ids_RL, lengths_R)
             self._follow(len(prompts), advance)
             written_AR = self.written_AR.to("cpu", copy=True)  # whoever has the next turn writes over it
         return written_AR.T[: len(prompts)].contiguous()
-
-    def _draw(self, seed: int) -> Tensor:
-        """Where in the cumulative distribution each token [A, R] lies; below 0 it is the most likely one."""
-        uniform_AR = torch.rand(self.uniform_AR.shape, generator=torch.Generator().manual_seed(seed))
-        uniform_AR[: self.sampling.greedy] = -1
-        return uniform_AR
 
     def _begin(self, uniform_AR: Tensor) -> None:
         self.uniform_AR.copy_(uniform_AR)
@@ -130,14 +124,14 @@ class Writer:
 
     def _read(self, ids_RL: Tensor, lengths_R: Tensor) -> None:
         """Fills the memory with the prompts and chooses the first tokens."""
-        device, base = self.model.device, self._base()
+        device = self.model.device
         self.memory.position.copy_(lengths_R)
         last_RD = []
         size = max(1, TOKENS_AT_ONCE // ids_RL.shape[1])
         for first in range(0, len(ids_RL), size):
             part = slice(first, min(first + size, len(ids_RL)))
             with self.memory.filling(part.start, part.stop):
-                hidden_RLD = base(input_ids=ids_RL[part].to(device), use_cache=False).last_hidden_state
+                hidden_RLD = self.body(input_ids=ids_RL[part].to(device), use_cache=False)[0]
             places = torch.arange(len(hidden_RLD), device=device), self.memory.position[part] - 1
             last_RD.append(hidden_RLD[places])
         self._choose(torch.cat(last_RD))
@@ -157,19 +151,18 @@ class Writer:
     def _step(self) -> None:
         """One token more in every row."""
         ids_R1, places_R1 = self.token_R[:, None], self.memory.position[:, None]
-        hidden_R1D = self._base()(input_ids=ids_R1, position_ids=places_R1, use_cache=False).last_hidden_state
+        hidden_R1D = self.body(input_ids=ids_R1, position_ids=places_R1, use_cache=False)[0]
         self.memory.position += 1
         self._choose(hidden_R1D[:, 0])
 
     def _choose(self, hidden_RD: Tensor) -> None:
         uniform_R = self.uniform_AR.index_select(0, self.step_1)[0]
-        self.token_R.copy_(choose(widened(hidden_RD, self.head), uniform_R, self.sampling.temperature))
+        logits_RV = self.head.logits(hidden_RD)
+        self.watch(range(len(logits_RV)), logits_RV)
+        self.token_R.copy_(choose(logits_RV, uniform_R, self.sampling.temperature))
         self.written_AR.index_copy_(0, self.step_1, self.token_R[None].int())
         self.ended_R |= self.token_R == self.sampling.end
         self.step_1 += 1
-
-    def _base(self) -> Any:
-        return self.model.base_model
 
     @contextmanager
     def _prepared(self) -> Iterator[None]:
@@ -196,6 +189,17 @@ class Writer:
         with torch.cuda.stream(stream):
             yield
         torch.cuda.current_stream(stream.device).wait_stream(stream)
+
+
+def drawn(sampling: Sampling, rows: int, seed: int) -> Tensor:
+    """Where in the cumulative distribution each token [A, R] lies; below 0 it is the most likely one."""
+    uniform_AR = torch.rand((sampling.tokens, rows), generator=torch.Generator().manual_seed(seed))
+    uniform_AR[: sampling.greedy] = -1
+    return uniform_AR
+
+
+def overlook(rows: Sequence[int], logits_RV: Tensor) -> None:
+    """Nobody watches."""
 
 
 def answers(written_RA: Tensor, end: int) -> list[list[int]]:

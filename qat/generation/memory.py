@@ -5,7 +5,8 @@ layer would be compiled anew. Here every attention layer holds its own part, in 
 place, and two further attention implementations of transformers' interface write there: one as whole
 prompts are read (`FILL`), one as single tokens follow (`DECODE`). A row's tokens lie from position 0 on,
 whatever the length of the others: nothing is padded on the left, and causal attention is all the masking
-that prompts need. transformers makes no mask for an implementation that registers none.
+that prompts get. transformers makes no mask for an implementation that registers none. Models that need more
+(windows, sinks, states of other kinds) are not written with like this: `qat.generation.settle` finds out.
 
 Shapes: R rows, H query heads, K key-value heads, T positions, D dimensions.
 """
@@ -20,11 +21,10 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 
 from qat import attention
-from qat.errors import ConfigError
+from qat.forward import attending, decoder_layers
 from qat.generation import kernels
 
 FILL, DECODE = "qat_fill", "qat_decode"
-UNKNOWN = ("softcap", "position_bias", "s_aux")  # which change scores
 
 
 def elements(config: PreTrainedConfig) -> int:
@@ -35,7 +35,7 @@ def elements(config: PreTrainedConfig) -> int:
 
 def _shape(config: PreTrainedConfig) -> tuple[int, int]:
     """Key-value heads and dimensions of a head."""
-    heads = config.num_attention_heads
+    heads = getattr(config, "num_attention_heads", 1)
     width = getattr(config, "head_dim", None) or config.hidden_size // heads
     return getattr(config, "num_key_value_heads", None) or heads, width
 
@@ -44,16 +44,9 @@ class Memory:
     """Keys and values [R, K, T, D] of every layer, and the position [R] at which each row's next token goes."""
 
     def __init__(self, model: PreTrainedModel, rows: int, positions: int) -> None:
-        """Reserves `positions` in each of `rows`.
-
-        Raises:
-            ConfigError: the model's layers remember by other means than attention.
-        """
-        base: Any = model.base_model
-        self.modules: list[nn.Module] = [layer.self_attn for layer in base.layers if hasattr(layer, "self_attn")]
-        if len(self.modules) < len(base.layers):
-            raise ConfigError("this model cannot write text here: its layers are not all attention layers")
-        self.config: Any = model.config
+        """Reserves `positions` in each of `rows`, for a model of which every layer attends, as `self_attn`."""
+        self.model = model
+        self.modules: list[nn.Module] = [layer.get_submodule("self_attn") for layer in decoder_layers(model)]
         heads, width = _shape(model.config.get_text_config())
         # Tensors of their own: of two that share memory, torch.compile would copy one before it is written to.
         self.layers = [
@@ -76,14 +69,12 @@ class Memory:
 
     @contextmanager
     def _attention(self, name: str, rows: slice) -> Iterator[None]:
-        before = self.config._attn_implementation
-        self.config._attn_implementation = name
         for module, (keys, values) in zip(self.modules, self.layers, strict=True):
             vars(module)["memory"] = (keys[rows], values[rows], self.position)
         try:
-            yield
+            with attending(self.model, name):
+                yield
         finally:
-            self.config._attn_implementation = before
             for module in self.modules:
                 del vars(module)["memory"]
 
@@ -93,7 +84,6 @@ def _fill(
 ) -> tuple[Tensor, None]:
     """Causal attention over prompts from position 0 on, whose keys and values are kept."""
     keys, values, _ = module.memory
-    _check(others, keys.shape[2])
     keys[:, :, : k_RKLD.shape[2]] = k_RKLD
     values[:, :, : v_RKLD.shape[2]] = v_RKLD
     return attention.attend(module, q_RHLD, k_RKLD, v_RKLD, None, **others)
@@ -111,12 +101,6 @@ def _decode(
     """One token of every row, over what was kept and itself."""
     scale = q_RH1D.shape[-1] ** -0.5 if scaling is None else scaling
     return next_token(q_RH1D, k_RK1D, v_RK1D, *module.memory, scale), None
-
-
-def _check(others: dict[str, Any], positions: int) -> None:
-    window = others.get("sliding_window")
-    if any(others.get(name) is not None for name in UNKNOWN) or (window is not None and window < positions):
-        raise ConfigError("this model cannot write text here: its attention is not plain, or its window too short")
 
 
 @torch.library.custom_op("qat::next_token", mutates_args=("keys_RKTD", "values_RKTD"))

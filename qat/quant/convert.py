@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from qat.cache.reader import Batch
+from qat.cache.batch import Batch
 from qat.config import ConvertConfig, KMeansBackend, KMeansConfig
 from qat.console import progress
 from qat.errors import NumericsError

@@ -1,6 +1,7 @@
 """A text on its way through a model: every decoder layer takes all of it before the next one begins.
 
 So a layer's own figures (moments of what flows through it) are complete before the next layer's need memory.
+It holds for models in which hidden states alone pass from layer to layer, which `flows` finds out.
 
 Shapes: B rows, L positions, D hidden.
 """
@@ -13,18 +14,23 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from qat.cache.reader import Batch
+from qat.cache.batch import Batch
+from qat.forward import decoder_layers, run_body, trying
+
+PROBE = 32  # tokens of a row that are enough to see whether layers follow one another
+ROUNDING = {torch.bfloat16: 2e-2, torch.float16: 2e-3}  # of hidden states, relative to their norm
 
 
 class Flow:
     """Hidden states of a text in micro-batches, between two decoder layers; first before the lowest one.
 
     Attributes:
+        layers: the decoder layers.
         states: [B, L, D] of each micro-batch, in the model's type, on its device.
     """
 
     def __init__(self, model: PreTrainedModel, text: list[Batch]) -> None:
-        self.model, self._text = model, text
+        self.model, self._text, self.layers = model, text, decoder_layers(model)
         self.states: list[Tensor] = []
         self._arguments: list[list[dict[str, Any]]] = []  # of each decoder layer, by micro-batch
         for batch in text:
@@ -40,8 +46,8 @@ class Flow:
 
     def through(self, depth: int, states_BLD: Tensor, n: int) -> Tensor:
         """What decoder layer `depth` makes of states [B, L, D] of micro-batch n."""
-        layer = decoder_layers(self.model)[depth]
-        return layer(states_BLD, **self._arguments[n][depth])
+        states: Tensor = self.layers[depth](states_BLD, **self._arguments[n][depth])
+        return states
 
     def advance(self, depth: int) -> None:
         """All states through decoder layer `depth`."""
@@ -52,22 +58,31 @@ class Flow:
         return self._run(self._text[n], lambda *_, **__: states_BLD)
 
     def _run(self, batch: Batch, instead: Callable[..., Tensor]) -> Tensor:
-        with _in_place_of_layers(self.model, instead):
-            inputs = batch.to(self.model.device).inputs()
-            return self.model.base_model(**inputs, use_cache=False).last_hidden_state
+        with _in_place_of(self.layers, instead):
+            return run_body(self.model, batch.to(self.model.device).inputs())
 
 
-def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
-    """The decoder layers, lowest first."""
-    base: Any = model.base_model
-    return list(base.layers)
+def flows(model: PreTrainedModel, text: list[Batch]) -> bool:
+    """Whether layer after layer gives what the model gives, on the beginning of one row."""
+    probe = _beginning(text[0])
+    wanted = run_body(model, probe.to(model.device).inputs())
+    with trying():
+        flow = Flow(model, [probe])
+        for depth in range(len(flow.layers)):
+            flow.advance(depth)
+        given = flow.last(0, flow.states[0])
+        return bool((given - wanted).norm() <= ROUNDING.get(model.dtype, 1e-4) * wanted.norm())
+    return False
+
+
+def _beginning(batch: Batch) -> Batch:
+    return Batch({name: batch.stored[name][:1, :PROBE] for name in _INPUTS if name in batch.stored}, 0, batch.joined)
 
 
 @contextmanager
-def _in_place_of_layers(model: PreTrainedModel, forward: Callable[..., Tensor]) -> Iterator[None]:
-    layers: list[Any] = decoder_layers(model)
+def _in_place_of(layers: list[nn.Module], forward: Callable[..., Tensor]) -> Iterator[None]:
     for layer in layers:
-        layer.forward = forward
+        vars(layer)["forward"] = forward
     try:
         yield
     finally:

@@ -9,21 +9,26 @@ tokens decide and did better here). Sums are exact products added up in fp32 (`q
 One decoder layer at a time takes the whole text, so the moments of one are on the device at a time. For
 gradients the inputs of decoder layers must be kept until the backward pass: of as many as fit, from the top,
 which is a *section*; for the next one the text goes through the model up to there again. With what else is
-alive, a GPU needs at most 2 GB for this beside the model.
+alive, a GPU needs at most 2 GB for this beside the model. A model whose layers cannot be run one after the other
+by themselves (they share keys, or streams) is run whole, with the moments of all of them on the device.
 """
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from qat.cache.reader import Batch
+from qat.cache.batch import Batch
 from qat.console import progress
-from qat.errors import NumericsError
-from qat.machine import exact_matmul, widened
-from qat.quant.flow import Flow, decoder_layers, micro_batches
+from qat.errors import ConfigError, NumericsError
+from qat.forward import body, decoder_layers, run_body
+from qat.head import OutputHead
+from qat.machine import exact_matmul
+from qat.quant.flow import Flow, flows, micro_batches
 from qat.quant.layers import Layer
 from qat.quant.linear import baked
 from qat.quant.observer import Mean, Observer
@@ -63,14 +68,17 @@ def gather(model: PreTrainedModel, layers: list[Layer], text: list[Batch], gradi
         baked(model, model.dtype),
         progress(what, _tokens(batches), "tokens") as advance,
     ):
+        layerwise = flows(model, batches)
+        count = len(decoder_layers(model)) if layerwise else 1
+        passing = PASSING[layerwise, gradients]
         for part in _parts(batches, _room(model, gradients)):
-            observers = _backward(model, layers, part, draw) if gradients else _forward(model, layers, part)
+            observers = passing(model, layers, part, draw)
             arriving: Callable[[], list[Mean]] = list
             for observer in observers:
                 means = observer.means()
                 found.add(arriving())  # of the layer before, while the device computes this one's
                 arriving = means
-                advance(_tokens(part) / len(decoder_layers(model)))
+                advance(_tokens(part) / count)
             found.add(arriving())
     return found.of(layers)
 
@@ -100,10 +108,12 @@ def _tokens(batches: list[Batch]) -> int:
     return sum(batch.input_ids.numel() for batch in batches)
 
 
-def _forward(model: PreTrainedModel, layers: list[Layer], text: list[Batch]) -> Iterator[Observer]:
+def _forward(
+    model: PreTrainedModel, layers: list[Layer], text: list[Batch], draw: torch.Generator
+) -> Iterator[Observer]:
     """Moments of the inputs, decoder layer by decoder layer from the lowest."""
     flow = Flow(model, text)
-    for depth, decoder in enumerate(decoder_layers(model)):
+    for depth, decoder in enumerate(flow.layers):
         observer = Observer(decoder, model, layers)
         with observer.watching(gradients=False):
             flow.advance(depth)
@@ -154,29 +164,76 @@ def _back(flow: Flow, depth: int, n: int, states: Tensor, slope: Tensor) -> Tens
 def _slopes(flow: Flow, draw: torch.Generator) -> list[Tensor]:
     """The surprise's gradient behind the last decoder layer, by micro-batch."""
     slopes: list[Tensor] = []
+    head = OutputHead(flow.model)
     for n, states in enumerate(flow.states):
         uniform = torch.rand(states.shape[:2], generator=draw)  # the same for any micro-batch
         with torch.enable_grad():
             states = states.detach().requires_grad_()
             hidden = flow.last(n, states)
-        slope = _surprise(flow.model, hidden.detach(), uniform.to(states.device))
+        slope = _surprise(head, hidden.detach(), uniform.to(states.device))
         slopes += torch.autograd.grad(hidden, states, slope)
     return slopes
 
 
-def _surprise(model: PreTrainedModel, hidden: Tensor, uniform: Tensor) -> Tensor:
+def _forward_whole(
+    model: PreTrainedModel, layers: list[Layer], text: list[Batch], draw: torch.Generator
+) -> Iterator[Observer]:
+    """Moments of the inputs of all layers, the model run whole."""
+    observer = Observer(body(model), model, layers)
+    with observer.watching(gradients=False):
+        for batch in text:
+            run_body(model, batch.to(model.device).inputs())
+    yield observer
+
+
+def _backward_whole(
+    model: PreTrainedModel, layers: list[Layer], text: list[Batch], draw: torch.Generator
+) -> Iterator[Observer]:
+    """Moments of inputs and gradients of all layers, the model run whole."""
+    observer, head = Observer(body(model), model, layers), OutputHead(model)
+    with observer.watching(gradients=True), _learning_embeddings(model):
+        for batch in text:
+            uniform = torch.rand(batch.input_ids.shape, generator=draw)
+            with torch.enable_grad():
+                hidden = run_body(model, batch.to(model.device).inputs())
+            if not hidden.requires_grad:
+                raise ConfigError(f"no gradients reach the layers of {type(model).__name__}: use convert=fast")
+            hidden.backward(_surprise(head, hidden.detach(), uniform.to(hidden.device)))
+    yield observer
+
+
+@contextmanager
+def _learning_embeddings(model: PreTrainedModel) -> Iterator[None]:
+    """Inside, gradients reach every layer although no weight learns."""
+    embeddings: Any = model.get_input_embeddings()
+    hook = embeddings.register_forward_hook(lambda _, __, states: states.detach().requires_grad_().clone())
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+PASSING = {
+    (True, False): _forward,
+    (True, True): _backward,
+    (False, False): _forward_whole,
+    (False, True): _backward_whole,
+}
+
+
+def _surprise(head: OutputHead, hidden: Tensor, uniform: Tensor) -> Tensor:
     """Gradient with respect to the hidden states of −log p(token), each token drawn from p by a uniform number."""
-    head, slopes = model.lm_head.weight, []
-    positions = max(1, LOGITS.get(head.device.type, LOGITS["cpu"]) // len(head))
+    slopes = []
+    positions = max(1, LOGITS.get(hidden.device.type, LOGITS["cpu"]) // head.vocabulary)
     for states, u in zip(hidden.flatten(0, 1).split(positions), uniform.flatten().split(positions), strict=True):
-        p = widened(states, head)
-        p.sub_(p.amax(-1, keepdim=True)).exp_()  # times what all of them add up to
+        logits, back = head.differentiable(states)
+        p = (logits - logits.amax(-1, keepdim=True)).exp_()  # times what all of them add up to
         below = p.cumsum(-1)
         whole = below[:, -1:].clone()
-        token = torch.searchsorted(below, u[:, None] * whole).clamp_max_(len(head) - 1)
-        del below
+        token = torch.searchsorted(below, u[:, None] * whole).clamp_max_(p.shape[1] - 1)
+        del below, logits
         p.div_(whole).scatter_add_(1, token, -torch.ones_like(whole))
-        slopes.append(p.to(head.dtype) @ head)
+        slopes.append(back(p))
     return torch.cat(slopes).view_as(hidden)
 
 
@@ -201,6 +258,8 @@ class _Means:
         """What layers need, in their order."""
         found = Moments()
         for layer in layers:
+            if (layer.source, False) not in self._moments:
+                raise ConfigError(f"{layer.name} takes no part in what the model says of text: leave it out of quant")
             found.inputs[layer.source] = self._moments[layer.source, False]
         for layer in layers:
             if (layer.name, True) in self._moments:

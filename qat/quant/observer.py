@@ -3,7 +3,7 @@
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,14 @@ class Mean:
     weight: float
 
 
+@dataclass
+class _Call:
+    """One input of layers that share it, [X, I], and how large the gradients are that met it so far, a layer each."""
+
+    inputs: Tensor
+    squares: list[Tensor] = field(default_factory=list)
+
+
 class Observer:
     """Sums products of what flows through the linear layers of one decoder layer."""
 
@@ -34,15 +42,14 @@ class Observer:
                 self.readers[layer.source].append(layer.name)
         self.totals: dict[tuple[str, bool], Tensor] = {}
         self.weights: dict[tuple[str, bool], Tensor] = {}
-        self._inputs: dict[str, Tensor] = {}
-        self._squares: dict[str, list[Tensor]] = defaultdict(list)
+        self._calls: dict[str, _Call] = {}  # the last one of each source
 
     @contextmanager
     def watching(self, gradients: bool) -> Iterator[None]:
         """Hooks for as long as the block lasts."""
         find, hooks = self.model.get_submodule, []
         for source, names in self.readers.items():
-            hooks.append(find(source).register_forward_pre_hook(self._input_of(source, gradients)))
+            hooks.append(self._reader(source).register_forward_pre_hook(self._input_of(source, gradients)))
             if gradients:
                 hooks += [find(name).register_forward_hook(self._output_of(source, name)) for name in names]
         try:
@@ -50,6 +57,11 @@ class Observer:
         finally:
             for hook in hooks:
                 hook.remove()
+
+    def _reader(self, source: str) -> nn.Module:
+        """The layer at which an input is seen: the one it is named after, where the model has it."""
+        names = {name for name, _ in self.model.named_modules()}
+        return self.model.get_submodule(source if source in names else self.readers[source][0])
 
     def means(self) -> Callable[[], list[Mean]]:
         """Gives a function that gives the means in host memory; see `to_host`."""
@@ -69,23 +81,24 @@ class Observer:
         def hook(_: nn.Module, arguments: tuple[Tensor, ...]) -> None:
             x = arguments[0].detach().flatten(0, -2)
             if gradients:
-                self._inputs[source] = x
+                self._calls[source] = _Call(x)
             else:
                 self._add((source, False), x)
 
         return hook
 
     def _output_of(self, source: str, name: str):  # type: ignore[no-untyped-def]
-        def arrived(gradient: Tensor) -> None:
-            g = gradient.flatten(0, -2)
-            self._add((name, True), g)
-            sizes = torch.linalg.vector_norm(g, dim=1, dtype=torch.float32)
-            self._squares[source].append(sizes.square() / g.shape[1])
-            if len(self._squares[source]) == len(self.readers[source]):
-                weight = torch.stack(self._squares.pop(source)).sum(0).sqrt()
-                self._add((source, False), self._inputs.pop(source), weight)
-
         def hook(_: nn.Module, __: tuple[Tensor, ...], output: Tensor) -> None:
+            call = self._calls[source]
+
+            def arrived(gradient: Tensor) -> None:
+                g = gradient.flatten(0, -2)
+                self._add((name, True), g)
+                sizes = torch.linalg.vector_norm(g, dim=1, dtype=torch.float32)
+                call.squares.append(sizes.square() / g.shape[1])
+                if len(call.squares) == len(self.readers[source]):
+                    self._add((source, False), call.inputs, torch.stack(call.squares).sum(0).sqrt())
+
             output.register_hook(arrived)
 
         return hook

@@ -10,7 +10,8 @@ from transformers import PreTrainedModel
 
 from qat import checkpoints, plots
 from qat.artifacts import Artifact, obtain
-from qat.cache.reader import Batch, CacheReader
+from qat.cache.batch import Batch
+from qat.cache.reader import CacheReader
 from qat.config import Config, as_plain
 from qat.console import console, table
 from qat.evaluate import Metrics, evaluate
@@ -65,6 +66,7 @@ def metrics(conversion: Artifact) -> Metrics:
 
 def _convert(work: Workspace, outputs: Artifact, start: Path | None, folder: Path) -> dict[str, Any]:
     config = work.config
+    work.settle(CacheReader(outputs, "train"))
     source = Source(work, start)
     layers = select(source.exact, config.quant)
     kept = {layer.name: grown for layer in layers if (grown := source.kept(layer))}

@@ -96,10 +96,12 @@ def _trainer(
     work: Workspace, outputs: Artifact, student: PreTrainedModel, layers: list[Layer], ranks: Ranks
 ) -> Trainer:
     config, modules = work.config, quantized(student)
+    training, held_out = CacheReader(outputs, "train"), CacheReader(outputs, "eval")
+    work.settle(training, student)
     return Trainer(
         student,
         {layer.name: (layer.kind, modules[layer.name]) for layer in layers},
-        (CacheReader(outputs, "train"), CacheReader(outputs, "eval")),
+        (training, held_out),
         config.train,
         config.mode,
         _loss(work),

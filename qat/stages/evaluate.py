@@ -144,6 +144,8 @@ def _measure(
     comparison: Comparison | None = None
     with work.timed("evaluate"):
         teacher = work.teacher.load(machine.dtype, machine.device)
+        if ground.rows is not None:
+            work.settle(ground.rows, teacher)
         said[TEACHER] = answers(teacher, tokenizer, SAMPLE_PROMPTS, work.config.evaluate.sample_tokens, machine)
         for name, folder in models.items():
             student, quant = _load(work, folder) if folder else (teacher, None)

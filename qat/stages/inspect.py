@@ -6,8 +6,9 @@ from transformers import PreTrainedTokenizerBase
 
 from qat import plots
 from qat.artifacts import Artifact
+from qat.cache.batch import Batch
 from qat.cache.format import kept
-from qat.cache.reader import Batch, CacheReader
+from qat.cache.reader import CacheReader
 from qat.console import console, size, table
 from qat.data.documents import SPLITS
 from qat.stages.workspace import Workspace

@@ -6,8 +6,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from transformers import PreTrainedModel
+
 from qat import machine, models
 from qat.config import CheckpointConfig, Config
+from qat.fidelity import Sample, known, settle
+from qat.fidelity.sample import Rows
 from qat.machine import Machine
 from qat.models import ModelFolder
 from qat.runs import Run, environment
@@ -26,6 +30,20 @@ class Workspace:
     def artifacts(self) -> Path:
         """Where artifacts are kept."""
         return Path(self.config.outputs) / "artifacts"
+
+    def settle(self, rows: Rows, model: PreTrainedModel | None = None) -> None:
+        """Finds out how the teacher is computed over such rows, unless this job has done so.
+
+        Args:
+            rows: of one length.
+            model: the teacher or a student of it, if one is loaded.
+
+        Raises:
+            ConfigError: what it says of whole rows is not what it says of each document.
+        """
+        sample = Sample.of_rows(rows)
+        if model is not None or not known(self.teacher, self.machine, sample):
+            settle(self.teacher, model or self.teacher.load(self.machine.dtype, self.machine.device), sample)
 
     @contextmanager
     def timed(self, what: str) -> Iterator[None]:

@@ -13,7 +13,8 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from qat import attention
 from qat.cache import attention as masks
-from qat.forward import hidden_states, prepare
+from qat.forward import FAST, hidden_states, prepare, use
+from qat.masks import of_documents
 from tests.devices import DEVICES
 
 CHECK = """
@@ -81,7 +82,7 @@ def test_a_model_gives_what_float64_gives(compiled, joined):
     torch.manual_seed(0)
     exact = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**MODEL)).double().requires_grad_(True)
     model = copy.deepcopy(exact).to("cuda", torch.bfloat16)
-    model.set_attn_implementation(attention.NAME)
+    use(model, FAST)
     prepare(model, compiled)
     ids = torch.randint(200, (3, 40))
     starts = torch.zeros(3, 40, dtype=torch.bool)
@@ -103,7 +104,7 @@ def test_without_kernels_it_is_what_float64_gives(masked):
     torch.manual_seed(0)
     parts = [torch.randn(2, 9, heads, 8).transpose(1, 2).requires_grad_() for heads in (6, 2, 2)]
     grad = torch.randn(2, 9, 6, 8)
-    mask = masks.inputs(torch.zeros(2, 9), torch.rand(2, 9) < 0.3)["attention_mask"] if masked else None
+    mask = of_documents(masks.inputs(torch.zeros(2, 9), torch.rand(2, 9) < 0.3)["position_ids"]) if masked else None
     exact = [part.detach().double().requires_grad_() for part in parts]
     q, k, v = exact[0], *(x.repeat_interleave(3, 1) for x in exact[1:])
     wanted = scaled_dot_product_attention(q, k, v, mask, is_causal=not masked, scale=0.3).transpose(1, 2)

@@ -11,7 +11,7 @@ import torch
 from evaluation import Evaluation
 
 from qat import checkpoints
-from qat.cache.reader import Text
+from qat.cache.batch import Text
 from qat.checkpoint_files import BEST
 from qat.cli import arguments, main
 from qat.evaluate import evaluate

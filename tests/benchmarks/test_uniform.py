@@ -9,7 +9,8 @@ import uniform
 from peers.grid import levels
 
 from qat import checkpoints
-from qat.cache.reader import CacheReader, Text
+from qat.cache.batch import Text
+from qat.cache.reader import CacheReader
 from qat.config import ConvertConfig, LearnConfig, LossKind, ModeConfig, TrainConfig
 from qat.distill import parameters
 from qat.distill.loss import Loss

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qat.cache.format import bytes_a_row, decode_ids, encode_ids, high_bits, random_ids, shard_name
+from qat.cache.format import FORMAT_VERSION, bytes_a_row, decode_ids, encode_ids, high_bits, random_ids, shard_name
 
 QWEN3 = 151_936
 
@@ -41,7 +41,7 @@ def test_high_bits_of_an_id_are_where_the_format_says():
 
 @pytest.mark.parametrize(("random", "most"), [(128, 600), (0, 300)])
 def test_a_position_of_the_largest_vocabulary_takes_few_bytes(random, most):
-    meta = {"length": 64, "top_k": 64, "random": random, "vocab_size": QWEN3}
+    meta = {"format": FORMAT_VERSION, "length": 64, "top_k": 64, "random": random, "vocab_size": QWEN3}
     assert bytes_a_row(meta, "train") / 63 <= most
 
 

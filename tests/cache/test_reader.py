@@ -208,7 +208,7 @@ def test_order_leaves_the_callers_randomness_alone():
 
 def test_other_format_version_is_refused(cache):
     older = dataclasses.replace(cache, manifest={**cache.manifest, "format": 1})
-    with pytest.raises(ArtifactError, match=r"has cache format 1, this version reads 2: delete it"):
+    with pytest.raises(ArtifactError, match=r"has cache format 1, this version reads 2 and 3: delete it"):
         CacheReader(older, "train")
 
 

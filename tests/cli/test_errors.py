@@ -84,7 +84,7 @@ MISTAKES = [
     ("hydra.run.dir=taken/x", "no folder"),
     # combinations
     ("cache.top_k=49153", "only 49152 tokens"),
-    ("model=tiny cache=L128", "cache.random=1024: model=tiny has only 512"),
+    ("model=tiny cache.random=1024", "cache.random=1024: model=tiny has only 512"),
     ("model=local", "model.path=<folder>"),
     ("model=local model.path=nowhere", "no config.json"),
     ("model=local model.path=folder cache.top_k=200 cache.random=1", "only 100 tokens"),

@@ -19,10 +19,9 @@ if device == "cpu":
     os.environ["TRITON_INTERPRET"] = "1"
 import torch, transformers
 from torch import nn
-from qat import attention
 from qat.cache import attention as masks
 from qat.decoder import Decoder, decoder
-from qat.forward import FUSED, hidden_states, prepare
+from qat.forward import FAST, FUSED, hidden_states, use
 from qat.quant.linear import QuantLinear
 from qat.quant.weights import Weights
 
@@ -45,8 +44,7 @@ def models(family, width=16):
         parameter.data = parameter.data.bfloat16().float()
     exact.requires_grad_(False)
     model = copy.deepcopy(exact).to(device, torch.float32 if device == "cpu" else torch.bfloat16)
-    model.set_attn_implementation(attention.NAME)
-    model.config.use_cache = False
+    use(model, FAST)
     return exact.double(), model
 
 

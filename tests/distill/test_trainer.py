@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import transformers
 
 from qat import checkpoints
 from qat.cache.reader import CacheReader
@@ -19,6 +20,8 @@ from qat.distill.state import State, States
 from qat.distill.step import Scaler
 from qat.distill.trainer import MOST_SKIPS, Trainer
 from qat.errors import ArtifactError, MissingError, NumericsError
+from qat.fidelity import Sample, settle
+from qat.forward import FAST, use
 from qat.norms import learned
 from qat.quant.linear import quantized
 from tests import tiny
@@ -194,6 +197,7 @@ def test_fp16_scales_the_loss_and_gives_the_same_gradients(checkpoint, teacher, 
     grads = []
     for dtype in (torch.float32, torch.float16):
         student, _ = checkpoints.load(checkpoint, teacher, replace(tiny.FP32, dtype=dtype))
+        settle(teacher, student, Sample.of_rows(readers[0]))  # eager attention rounds more
         trainer = trainer_of(student, readers, dtype=dtype)
         (figures,) = steps_of(trainer)
         assert trainer.step.scaler.scale == (65536 if dtype == torch.float16 else 1) and not figures.skipped
@@ -459,24 +463,42 @@ def test_the_held_out_loss_is_the_run_logs_measure(student, teacher, readers):
         )
 
 
+CAP = 5.0
+
+
+@pytest.fixture(scope="module")
+def capped():
+    """A model that caps its logits: what its head does is no product."""
+    shape = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.Gemma2Config(vocab_size=512, head_dim=16, final_logit_softcapping=CAP, **shape)
+    torch.manual_seed(0)
+    model = transformers.Gemma2ForCausalLM(config).eval().requires_grad_(False)
+    model.lm_head.weight.mul_(20)
+    return model
+
+
 @pytest.mark.parametrize("hard", [0.0, 0.3])
 @pytest.mark.parametrize("kind", list(LossKind))
-def test_the_head_gives_the_loss_and_gradient_of_whole_logits(teacher, readers, kind, hard):
-    model = teacher.load(torch.float32, tiny.CPU)
+@pytest.mark.parametrize("product", [True, False])
+def test_the_head_gives_the_loss_and_gradient_of_whole_logits(teacher, capped, readers, kind, hard, product):
+    model = teacher.load(torch.float32, tiny.CPU) if product else capped
+    if product:
+        use(model, FAST)
     batch = readers[1].batch(torch.arange(10))
     draw = torch.Generator().manual_seed(0)
     hidden, beside = (torch.randn(310, 64, generator=draw) for _ in range(2))
     weight = torch.rand(310, generator=draw)
     temperature = 2.0 if kind is LossKind.topk_kl else 1.0
     loss = Loss(kind, temperature, hard, model if kind is LossKind.full_kl else None)
-    head = Head(model.lm_head.weight, loss)
+    head = Head(model, loss)
     ids, logprobs = batch.topk_ids.flatten(0, 1), batch.topk_logprobs.flatten(0, 1)
     value, grad = head.backward(hidden, ids, logprobs, weight, beside if loss.teacher else None)
     exact, E = hidden.double().requires_grad_(), model.lm_head.weight.double()
-    logits = exact @ E.T
+    logits, theirs = (x @ E.T if product else CAP * (x @ E.T / CAP).tanh() for x in (exact, beside.double()))
+    assert torch.allclose(head.logits(hidden, ids).double(), logits.gather(-1, ids), atol=1e-3)
     q = logits.softmax(-1)
     if kind is LossKind.full_kl:
-        p = (beside.double() @ E.T).softmax(-1)
+        p = theirs.softmax(-1)
         expected = (p * (p / q).log()).sum(-1)
     elif kind is LossKind.topk_kl:
         p, at = (logprobs.double() / 2).softmax(-1), (logits.gather(-1, ids) / 2).softmax(-1)
@@ -491,17 +513,20 @@ def test_the_head_gives_the_loss_and_gradient_of_whole_logits(teacher, readers, 
     assert torch.allclose(grad.double(), exact.grad, rtol=1e-3, atol=1e-4 * exact.grad.abs().max())
 
 
-def test_the_head_needs_no_more_than_a_chunk_of_logits(teacher, readers, monkeypatch):
+@pytest.mark.parametrize(("product", "sizes"), [(True, [100, 100, 100, 10]), (False, [25] * 12 + [10])])
+def test_the_head_needs_no_more_than_a_chunk_of_logits(teacher, capped, readers, monkeypatch, product, sizes):
     from qat.distill import head as module
 
-    model = teacher.load(torch.float32, tiny.CPU)
-    head = Head(model.lm_head.weight, Loss(LossKind.bucket_kl))
+    model = teacher.load(torch.float32, tiny.CPU) if product else capped
+    if product:
+        use(model, FAST)
+    head = Head(model, Loss(LossKind.bucket_kl))
     batch = readers[1].batch(torch.arange(10))
     given = torch.randn(310, 64), batch.topk_ids.flatten(0, 1), batch.topk_logprobs.flatten(0, 1), torch.ones(310)
     whole = head.backward(*given, None)
-    sizes, real = [], module.widened
-    monkeypatch.setattr(module, "widened", lambda h, w: (sizes.append(len(h)), real(h, w))[1])
+    found, real = [], head.head.differentiable
+    monkeypatch.setattr(head.head, "differentiable", lambda hidden: (found.append(len(hidden)), real(hidden))[1])
     monkeypatch.setitem(module.CHUNK_BYTES, "cpu", 4 * 512 * 100)
     parts = head.backward(*given, None)
-    assert sizes == [100, 100, 100, 10]
+    assert found == sizes
     assert parts[0] == pytest.approx(whole[0].item(), rel=1e-5) and torch.allclose(parts[1], whole[1], atol=1e-6)

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from qat.cache.reader import Text
+from qat.cache.batch import Text
 from qat.config import ConvertConfig, KMeansBackend, KMeansConfig
 from qat.errors import NumericsError
 from qat.evaluate import evaluate

@@ -1,10 +1,11 @@
 import pytest
 import torch
+import zoo
 from torch import nn
 
-from qat.cache.reader import Batch, Text
+from qat.cache.batch import Batch, Text
 from qat.errors import NumericsError
-from qat.quant import moments
+from qat.quant import flow, moments
 from qat.quant.convert import install
 from qat.quant.layers import select
 from qat.quant.moments import gather
@@ -82,6 +83,34 @@ def test_gradient_moments_do_not_depend_on_the_micro_batch(model, layers, rows):
     for layer in layers:
         close(few.outputs[layer.name], many.outputs[layer.name].double())
         close(few.inputs[layer.source], many.inputs[layer.source].double())
+
+
+@pytest.mark.parametrize("gradients", [False, True])
+def test_a_model_run_whole_gives_what_its_layers_give_one_after_the_other(monkeypatch, model, layers, rows, gradients):
+    assert flow.flows(model, Text(rows).batches(4))
+    expected = gather(model, layers, Text(rows).batches(4), gradients)
+    monkeypatch.setattr(moments, "flows", lambda *_: False)
+    found = gather(model, layers, Text(rows).batches(4), gradients)
+    assert list(found.inputs) == list(expected.inputs) and list(found.outputs) == list(expected.outputs)
+    for name, moment in (found.inputs | found.outputs).items():
+        close(moment, (expected.inputs | expected.outputs)[name].double())
+
+
+def test_layers_that_give_something_else_one_after_the_other_are_noticed(monkeypatch, teacher, rows):
+    model = teacher.load(torch.float32, tiny.CPU)
+    through = flow.Flow.through
+    monkeypatch.setattr(flow.Flow, "through", lambda self, *given: through(self, *given) * 1.01)
+    assert not flow.flows(model, Text(rows).batches(4))
+
+
+def test_layers_that_share_keys_and_values_are_run_whole(rows):
+    """Gemma 3n: the upper layers attend to what lower ones kept, and streams are mixed between layers."""
+    model = zoo.tiny(zoo.architectures()["gemma3n_text"])
+    assert not flow.flows(model, Text(rows).batches(4))
+    chosen = select(model, tiny.QUANT)
+    found = gather(model, chosen, Text(rows).batches(4))
+    for name, x in seen(model, {layer.source for layer in chosen}, rows).items():
+        close(found.inputs[name], x.T @ x / len(x))
 
 
 @pytest.mark.parametrize("gradients", [False, True])

@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qat import models
-from qat.cache.reader import Text
+from qat.cache.batch import Text
 from qat.config import DataConfig, DataSource, Packing, QuantConfig, TableConfig
 from qat.data import packing, sources, thinking
 from qat.data.documents import Document

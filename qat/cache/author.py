@@ -1,0 +1,73 @@
+"""The teacher as a cache's writer has it: loaded once, computed as it was found to be right.
+
+What was found stands in a note beside unfinished shards, so that whoever goes on with them, or helps, decides alike.
+"""
+
+import json
+from dataclasses import asdict
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from qat.cache.crew import Crew
+from qat.fidelity import Sample, ready, settle
+from qat.forward import Pass, use
+from qat.machine import Machine
+from qat.models import ModelFolder
+
+MADE_WITH = ".made_with.json"
+COMPILED_TOKENS = 2_000_000  # of a cache, from which on compiling the teacher pays
+
+
+class Author:
+    """The teacher on this process's device."""
+
+    def __init__(self, teacher: ModelFolder, machine: Machine, crew: Crew) -> None:
+        """Loads nothing yet."""
+        self.teacher, self.machine, self.crew = teacher, machine, crew
+
+    @cached_property
+    def model(self) -> PreTrainedModel:
+        """The teacher's model."""
+        return self.teacher.load(self.machine.dtype, self.crew.device(self.machine.device))
+
+    def settle(self, scratch: Path, sample: Sample) -> Pass:
+        """How the teacher is computed, from the note in `scratch` if this machine wrote it, else by looking.
+
+        Raises:
+            ConfigError, NumericsError: as `qat.fidelity.settle`.
+        """
+        note = self.noted(scratch)
+        if note.items() >= self._origin().items():
+            return Pass(**note["pass"])
+        return settle(self.teacher, self.model, sample, repack=True)
+
+    def ready(self, how: Pass, sample: Sample, tokens: int) -> PreTrainedModel:
+        """The model, about to read so many tokens."""
+        use(self.model, how)
+        ready(self.model, sample, self._compiled(tokens))
+        return self.model
+
+    def made_with(self, how: Pass, tokens: int) -> dict[str, Any]:
+        """What decides the last bits of the outputs: half a cache of one kind and half of another is none."""
+        return self._origin() | {"compiled": self._compiled(tokens), "pass": asdict(how)}
+
+    def noted(self, scratch: Path) -> dict[str, Any]:
+        """What the note in a folder says."""
+        note = scratch / MADE_WITH
+        found: dict[str, Any] = json.loads(note.read_text(encoding="utf-8")) if note.exists() else {}
+        return found
+
+    def _origin(self) -> dict[str, Any]:
+        return {
+            "machine": self.machine.describe(),
+            "rows_at_once": self.machine.micro_batch,
+            "torch": torch.__version__,
+        }
+
+    def _compiled(self, tokens: int) -> bool:
+        """Whether compiling the teacher is worth its time."""
+        return self.machine.compile and tokens >= COMPILED_TOKENS

@@ -1,0 +1,122 @@
+"""A few rows on which a model is looked at, and the documents in them, together and each alone.
+
+Shapes: B rows, L tokens of a row, X positions looked at.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from qat.cache import attention
+from qat.cache.batch import Batch
+
+LOOKED_AT = 256  # rows, of which two are chosen
+POSITIONS = 256  # looked at, at most; of longer documents evenly spread ones
+
+
+class Rows(Protocol):
+    """Rows of tokens that are read in batches: a split of a cache, plain text, windows of a long one."""
+
+    rows: int
+
+    def batch(self, rows: Tensor) -> Batch:
+        """The rows with these numbers."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Rows of token ids.
+
+    Attributes:
+        input_ids: [B, L] int64.
+        ends: [B], behind the last token that is text.
+        starts: [B, L], true where a document begins; None for one document a row.
+        pad: token that would fill up documents in rows of their own.
+    """
+
+    input_ids: Tensor
+    ends: Tensor
+    starts: Tensor | None = None
+    pad: int = 0
+
+    @classmethod
+    def of(cls, input_ids: Tensor, loss_mask: Tensor, document_starts: Tensor | None, pad: int = 0) -> "Sample":
+        """Those two of many rows that show most: of joined documents the fewest and the most, else the most padding.
+
+        Args:
+            input_ids: [N, L].
+            loss_mask: [N, L-1], true where a position counts.
+            document_starts: [N, L] of joined documents; None for one document a row.
+            pad: see the class.
+        """
+        length = input_ids.shape[1]
+        if document_starts is None:
+            shown = ends = (loss_mask.bool() * torch.arange(2, length + 1)).amax(1)
+        else:
+            shown, ends = document_starts.sum(1), torch.full((len(input_ids),), length)
+        rows = torch.stack([shown.argmin(), shown.argmax()]).unique()
+        starts = None if document_starts is None else document_starts[rows].bool()
+        return cls(input_ids[rows].long(), ends[rows], starts, pad)
+
+    @classmethod
+    def of_rows(cls, rows: Rows) -> "Sample":
+        """Two rows of a split, a text or windows, out of many that are spread over it, the last among them."""
+        batch = rows.batch(_spread(rows.rows, min(1.0, LOOKED_AT / rows.rows)))
+        starts = batch.stored["document_starts"] if batch.joined else None
+        return cls.of(batch.input_ids, batch.loss_mask, starts)
+
+    @property
+    def shape(self) -> tuple[int, bool]:
+        """Tokens of a row, and whether documents share rows."""
+        return self.input_ids.shape[1], self.starts is not None
+
+    @cached_property
+    def documents(self) -> list[tuple[int, int, int]]:
+        """Row, first place and the place behind the last, of every document that predicts anything."""
+        found = []
+        for row, end in enumerate(self.ends.tolist()):
+            first = [0] if self.starts is None else self.starts[row].nonzero()[:, 0].tolist()
+            found += [(row, begin, behind) for begin, behind in pairwise([*first, end])]
+        return [(row, first, end) for row, first, end in found if end - first > 1]
+
+    @cached_property
+    def places(self) -> list[Tensor]:
+        """The places looked at in each document, all but its last one at most."""
+        share = min(1.0, POSITIONS / sum(end - first - 1 for _, first, end in self.documents))
+        return [_spread(end - first - 1, share) for _, first, end in self.documents]
+
+    def alone(self) -> list[Tensor]:
+        """The token ids [1, T] of each document."""
+        return [self.input_ids[row, first:end][None] for row, first, end in self.documents]
+
+    def together(self, joined: bool, device: torch.device) -> tuple[dict[str, Tensor], Tensor]:
+        """Arguments of a forward pass, and where among its positions the places [X] are.
+
+        Args:
+            joined: documents stay in the rows that they share; else each gets a row of its own, filled up.
+            device: of the arguments.
+        """
+        ids, starts, length = self.input_ids, self.starts, self.input_ids.shape[1]
+        origins = [(row, first) for row, first, _ in self.documents]
+        if self.starts is not None and not joined:
+            ids, starts = self._apart(), None
+            origins = [(row, 0) for row in range(len(ids))]
+        at = [row * (length - 1) + first + place for (row, first), place in zip(origins, self.places, strict=True)]
+        inputs = attention.inputs(ids.to(device), None if starts is None else starts.to(device))
+        return inputs, torch.cat(at).to(device)
+
+    def _apart(self) -> Tensor:
+        rows = self.input_ids.new_full((len(self.documents), self.input_ids.shape[1]), self.pad)
+        for number, document in enumerate(self.alone()):
+            rows[number, : document.shape[1]] = document[0]
+        return rows
+
+
+def _spread(count: int, share: float) -> Tensor:
+    """A share of the numbers below `count`, the last among them."""
+    chosen = max(1, round(count * share))
+    return torch.linspace(0, count - 1, chosen).round().long() if chosen < count else torch.arange(count)

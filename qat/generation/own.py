@@ -1,0 +1,75 @@
+"""Continuations by transformers' own loop, for models that the faster one does not compute as they are.
+
+Each token is chosen from the model's logits as the faster loop chooses it, by the same draws. Prompts of one
+length go together, so that nothing is padded.
+
+Shapes: R rows, A tokens of an answer, V tokens of the vocabulary.
+"""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from itertools import groupby
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
+
+from qat.console import Advance
+from qat.generation.loop import Sampling, Watch, drawn, overlook
+from qat.generation.sampling import choose
+from qat.models import generate
+
+
+class OwnWriter:
+    """Goes on from up to `rows` prompts at once, like `qat.generation.Writer`."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        sampling: Sampling,
+        rows: int,
+        remembers: bool = True,
+        turn: Callable[[], AbstractContextManager[None]] = nullcontext,
+    ) -> None:
+        """As the other; `remembers` keeps what was read (keys, values, states) instead of reading it again."""
+        self.model, self.sampling, self.rows, self.remembers, self.turn = model, sampling, rows, remembers, turn
+        self.watch: Watch = overlook
+
+    @torch.no_grad()
+    def __call__(self, prompts: list[list[int]], seed: int, advance: Advance) -> Tensor:
+        """Answers [len(prompts), A], int32 in host memory: each up to its end token, or whole."""
+        written_RA = torch.full((len(prompts), self.sampling.tokens), self.sampling.end, dtype=torch.int32)
+        uniform_AR = drawn(self.sampling, self.rows, seed)
+        settings = GenerationConfig(
+            max_new_tokens=self.sampling.tokens,
+            do_sample=False,
+            use_cache=self.remembers,
+            eos_token_id=self.sampling.end,
+            pad_token_id=self.sampling.end,
+        )
+        order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
+        with self.turn():
+            for _, alike in groupby(order, key=lambda row: len(prompts[row])):
+                rows = list(alike)
+                ids = torch.tensor([prompts[row] for row in rows], device=self.model.device)
+                draws_AR, watch = uniform_AR[:, rows].to(ids.device), partial(self.watch, rows)
+                choosing = _Choice(draws_AR, self.sampling.temperature, watch)
+                found = generate(self.model, ids, settings, logits_processor=LogitsProcessorList([choosing]))
+                written_RA[rows, : found.shape[1]] = found.cpu().int()
+                advance(self.sampling.tokens * len(rows))
+        return written_RA
+
+
+class _Choice(LogitsProcessor):
+    """Leaves the chosen token alone possible."""
+
+    def __init__(self, uniform_AR: Tensor, temperature: float, watch: Callable[[Tensor], None]) -> None:
+        self.uniform_AR, self.temperature, self.watch, self.step = uniform_AR, temperature, watch, 0
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        logits_RV = scores.float().contiguous()
+        self.watch(logits_RV)
+        chosen_R = choose(logits_RV, self.uniform_AR[self.step], self.temperature)
+        self.step += 1
+        return torch.full_like(logits_RV, -torch.inf).scatter_(1, chosen_R[:, None], 0.0)

@@ -1,0 +1,146 @@
+"""Which loop writes a teacher's text: the fastest one whose logits are those of the model's own forward pass.
+
+Real prompts are gone on with by a few tokens, one of them as long as the longest answer will get, so that
+windows and states are full. What is compared is as in `qat.fidelity`: in fp32 to see whether a loop is right,
+in the model's own type for the kernels.
+
+Shapes: R rows, V vocabulary.
+"""
+
+import logging
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from qat.errors import ConfigError
+from qat.fidelity.exact import SHORT, in_fp32
+from qat.fidelity.trial import TOLERANCE, distance, near, own_logprobs
+from qat.forward import trying, use, used
+from qat.generation.loop import Sampling, Writer
+from qat.generation.own import OwnWriter
+from qat.models import ModelFolder
+
+log = logging.getLogger(__name__)
+
+TOKENS = 3  # looked at behind each prompt; with more, steps would be recorded
+# `Writer`, and whether logits are a product there; `OwnWriter`, which remembers what it read or reads it anew.
+LOOPS = (("plain", True), ("plain", False), ("own", False), ("anew", False))
+
+Turn = Callable[[], AbstractContextManager[None]]
+
+
+def writer(
+    teacher: ModelFolder,
+    model: PreTrainedModel,
+    prompts: list[list[int]],
+    sampling: Sampling,
+    rows: int,
+    compiled: bool = False,
+    turn: Turn = nullcontext,
+) -> Writer | OwnWriter:
+    """A writer of answers to these prompts; what was found once in a job is not looked for again.
+
+    Args:
+        teacher: whose model it is.
+        model: the teacher, as it was loaded.
+        prompts: all of them, at least one.
+        sampling: of every answer.
+        rows: written at once.
+        compiled: see `Writer`.
+        turn: see `Writer`.
+
+    Raises:
+        ConfigError: no loop gives what the model's own forward pass gives.
+    """
+    longest = max(map(len, prompts))
+    key, positions = (model.dtype, model.device.type), longest + sampling.tokens
+    proven, loop, product = teacher.found.loops.get(key, (0, "", False))
+    if proven < positions:
+        trial = _Trial(f"{teacher.name} ({type(model).__name__})", model, _probes(prompts, positions), sampling)
+        loop, product = trial.find()
+        teacher.found.loops[key] = positions, loop, product
+    use(model, replace(used(model), product=product))
+    return _made(loop, model, sampling, rows, longest, compiled, turn)
+
+
+def _made(
+    loop: str,
+    model: PreTrainedModel,
+    sampling: Sampling,
+    rows: int,
+    longest: int,
+    compiled: bool = False,
+    turn: Turn = nullcontext,
+) -> Writer | OwnWriter:
+    if loop == "plain":
+        return Writer(model, sampling, rows, longest, compiled, turn)
+    return OwnWriter(model, sampling, rows, loop == "own", turn)
+
+
+def _probes(prompts: list[list[int]], positions: int) -> list[list[int]]:
+    """The longest prompt again and again, up to where the longest answer ends, and the shortest one."""
+    longest, shortest = max(prompts, key=len), min(prompts, key=len)
+    length = max(len(longest), positions - TOKENS)
+    return [(longest * (length // len(longest) + 1))[:length], shortest]
+
+
+class _Trial:
+    """A model that goes on from a few prompts."""
+
+    def __init__(self, who: str, model: PreTrainedModel, prompts: list[list[int]], sampling: Sampling) -> None:
+        self.who, self.model, self.prompts = who, model, prompts
+        self.sampling = replace(sampling, tokens=TOKENS, greedy=TOKENS)
+
+    @torch.no_grad()
+    def find(self) -> tuple[str, bool]:
+        """The loop to use, and whether logits are a product with the head."""
+        for loop, product in LOOPS:
+            if self._is_right(loop, product):
+                if loop != "plain":
+                    log.info("%s: its text is written by transformers' own loop, the faster one differs", self.who)
+                return loop, product
+        raise ConfigError(
+            f"{self.who} cannot write text: no loop says what its forward pass says; give text as it is (data=text)"
+        )
+
+    def _is_right(self, loop: str, product: bool) -> bool:
+        with in_fp32(self.model):
+            texts, places, given = self._written(loop, product)
+            if not texts or distance(given, self._own(texts, places)) > TOLERANCE:
+                return False
+        if self.model.dtype not in SHORT:
+            return True
+        texts, places, given = self._written(loop, product)
+        if not texts:
+            return False
+        with in_fp32(self.model):
+            wanted = self._own(texts, places)
+        return near(given, self._own(texts, places), wanted.to(given.device))
+
+    def _own(self, texts: list[Tensor], places: list[Tensor]) -> Tensor:
+        return own_logprobs(self.who, self.model, texts, places)
+
+    def _written(self, loop: str, product: bool) -> tuple[list[Tensor], list[Tensor], Tensor]:
+        """Texts, the places in them at which the loop chose a token, and its log-probabilities there."""
+        use(self.model, replace(used(self.model), product=product))
+        seen: dict[int, list[Tensor]] = defaultdict(list)
+
+        def watch(rows: Sequence[int], logits_RV: Tensor) -> None:
+            for row, logits in zip(rows, logits_RV, strict=True):
+                seen[row].append(logits.log_softmax(-1))
+
+        with trying() as failed:
+            write = _made(loop, self.model, self.sampling, len(self.prompts), max(map(len, self.prompts)))
+            write.watch = watch
+            written = write(self.prompts, 0, lambda amount=1, note="": None).tolist()
+            texts = [torch.tensor([p + w]) for p, w in zip(self.prompts, written, strict=True)]
+            firsts = [len(prompt) - 1 for prompt in self.prompts]
+            places = [torch.arange(first, first + len(seen[row])) for row, first in enumerate(firsts)]
+            return texts, places, torch.stack([one for row in range(len(self.prompts)) for one in seen[row]])
+        log.debug("%s by %s: %s", self.who, loop, failed)
+        return [], [], torch.empty(0)

@@ -1,0 +1,130 @@
+"""From last hidden states to logits and back, as a model does it.
+
+Most models multiply with `lm_head` and stop; others divide, cap, add a bias or mask tokens afterwards. Where
+the product is known to be all there is (`Pass.product`) it is taken at once. Else the model's own forward
+pass runs with its body replaced by one that gives the hidden states at hand, so that whatever its code does
+behind the body is done.
+
+Shapes: P positions, D hidden, V vocabulary.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from qat.forward import body, used
+from qat.machine import widened
+
+Back = Callable[[Tensor], Tensor]
+
+
+class OutputHead:
+    """What a model does behind its last hidden states.
+
+    Attributes:
+        weight: [V, D] where the product with it is all; else None.
+        vocabulary: tokens V.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+        self.weight: Tensor | None = output_weight(model) if used(model).product else None
+        self.vocabulary = int(model.config.get_text_config().vocab_size) if self.weight is None else len(self.weight)
+
+    @torch.no_grad()
+    def logits(self, hidden_PD: Tensor) -> Tensor:
+        """Logits [P, V], fp32."""
+        return self._own(hidden_PD) if self.weight is None else widened(hidden_PD, self.weight)
+
+    def differentiable(self, hidden_PD: Tensor) -> tuple[Tensor, Back]:
+        """Logits [P, V], fp32, and what turns their gradient [P, V] into one [P, D], in the hidden states' type.
+
+        The logits must not be written to; the gradient is consumed in any floating type.
+        """
+        weight = self.weight
+        if weight is not None:
+            return self.logits(hidden_PD), lambda grad_PV: grad_PV.to(hidden_PD.dtype) @ weight
+        with torch.enable_grad():
+            leaf = hidden_PD.detach().requires_grad_()
+            logits = self._own(leaf)
+        return logits.detach(), lambda grad_PV: torch.autograd.grad(logits, leaf, grad_PV.float())[0]
+
+    def _own(self, hidden_PD: Tensor) -> Tensor:
+        """By the model's own forward pass; the positions are a row."""
+        ids = torch.zeros(1, len(hidden_PD), dtype=torch.long, device=hidden_PD.device)
+        with _instead_of_body(self.model, hidden_PD[None]), _wide(self.model):
+            logits: Tensor = self.model(input_ids=ids, use_cache=False).logits
+        return logits[0].float()
+
+
+def output_weight(model: PreTrainedModel) -> Tensor | None:
+    """The matrix [V, D] that hidden states are multiplied with, if the model has one."""
+    last: Any = model.get_output_embeddings()
+    return getattr(last, "weight", None)
+
+
+class _States(dict[str, Any]):
+    """Hidden states as any body gives them: as a tuple, by key or attribute; all else that a body may give is None."""
+
+    def __init__(self, states_BLD: Tensor) -> None:
+        super().__init__(last_hidden_state=states_BLD)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return self.get(name)
+
+    def __getitem__(self, key: Any) -> Any:
+        return tuple(self.values())[key] if isinstance(key, int | slice) else super().get(key)
+
+
+@contextmanager
+def _instead_of_body(model: PreTrainedModel, states_BLD: Tensor) -> Iterator[None]:
+    part: Any = body(model)
+    before = vars(part).get("forward")
+    part.forward = lambda *_, **__: _States(states_BLD)
+    try:
+        yield
+    finally:
+        del part.forward
+        if before is not None:
+            part.forward = before
+
+
+@contextmanager
+def _wide(model: PreTrainedModel) -> Iterator[None]:
+    """Inside, the product with the head is not rounded to 16 bits, nor is what follows it."""
+    last: Any = model.get_output_embeddings()
+    if type(last) is not nn.Linear or model.dtype == torch.float32:
+        yield
+        return
+    weight, bias = last.weight, last.bias
+
+    def forward(hidden: Tensor) -> Tensor:
+        logits: Tensor = _Wide.apply(hidden, weight)
+        return logits if bias is None else logits + bias
+
+    vars(last)["forward"] = forward
+    try:
+        yield
+    finally:
+        del vars(last)["forward"]
+
+
+class _Wide(torch.autograd.Function):
+    """`hidden · weightᵀ` in fp32 of 16-bit numbers; the weight does not learn."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight_VD: Tensor) -> Tensor:
+        ctx.save_for_backward(weight_VD)
+        ctx.dtype = hidden.dtype
+        return widened(hidden.flatten(0, -2), weight_VD).unflatten(0, hidden.shape[:-1])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        (weight_VD,) = ctx.saved_tensors
+        return grads[0].to(ctx.dtype) @ weight_VD, None
