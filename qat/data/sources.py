@@ -1,27 +1,47 @@
-"""Text that already exists: prompt lists, Alpaca rows, conversations, plain files; streamed, never held whole."""
+"""Text that already exists: prompts, questions and answers, conversations, plain text; streamed, never held whole."""
 
 import hashlib
 import importlib.resources
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator
+from dataclasses import dataclass
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from qat.config import DataConfig, DataSource, Start
-from qat.data import files
-from qat.data.files import TextFile
-from qat.data.thinking import Messages, renderings
-from qat.errors import ConfigError
+from qat.data import conversations, files, marks
+from qat.data.files import ROWS, TextFile, suffix
+from qat.data.marks import PIECE
+from qat.data.reading import check, lines
+from qat.data.rows import Rows, rows
+from qat.data.tally import Tally, Unusable
+from qat.data.thinking import renderings
 
-ROLES = {"human": "user", "gpt": "assistant", "system": "system", "user": "user", "assistant": "assistant"}
+Pairs = Generator[tuple[str, list[int]], None, None]
+
+ORIGIN = 200  # characters of a text that its side is decided by
+PASSAGE = 1 << 20  # characters that are held of a text without a blank line
+
+
+@dataclass(frozen=True)
+class Passage:
+    """Some text of a file, or the part of it that is held; `ends` where nothing follows."""
+
+    text: str
+    ends: bool = True
 
 
 def prompts(data: DataConfig) -> list[str]:
-    """The questions that the teacher answers: `data.path`, one a line, or the project's own list."""
-    lines = [line for file in files.find(data) for line in files.lines(file)] if data.path else _own_prompts()
-    found = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
-    if not found:
-        raise ConfigError(f"data.path={data.path} holds no prompt: write one a line")
+    """The questions that the teacher answers: of `data.path`, one a line or a row, or the project's own.
+
+    Raises:
+        ConfigError: there are none.
+    """
+    if not data.path:
+        return [line.strip() for line in _own_prompts() if _is_prompt(line)]
+    tally = Tally.of(data)
+    found = list(tally.usable(_of_files(data, _prompt_lines), _prompt))
+    tally.settle()
     return found
 
 
@@ -33,76 +53,85 @@ def content_hash(data: DataConfig) -> str:
     return files.content_hash(data)
 
 
-def render(data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Generator[tuple[str, list[int]], None, None]:
-    """Origin and tokens of every document of an existing text."""
+def render(data: DataConfig, tokenizer: PreTrainedTokenizerBase, tally: Tally) -> Pairs:
+    """Origin and tokens of every document of an existing text; what is not one is counted."""
     if data.source is DataSource.text:
-        yield from ((origin, [*ids, tokenizer.eos_token_id]) for origin, ids in plain(data, tokenizer))
+        yield from plain(data, tokenizer, tally, [int(tokenizer.eos_token_id)])
         return
-    conversations = _alpaca if data.source is DataSource.alpaca else _conversations
-    for messages in (messages for file in files.find(data) for messages in conversations(file)):
-        for tokens in renderings(tokenizer, messages, data.thinking):
-            yield _question(messages), tokens
+    hiding = marks.of(tokenizer)
+
+    def made(row: dict[str, Any]) -> Pairs:
+        said = conversations.conversation(row)
+        for text in renderings(tokenizer, said, data.thinking):
+            for piece in hiding.pieces(text):
+                yield said.question[:PIECE], hiding.tokens(piece)
+
+    yield from tally.usable(_of_files(data, rows), made)
 
 
-def plain(data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[str, list[int]]]:
-    """Origin and tokens of every document of plain text."""
-    for text in (text for file in files.find(data) for text in _texts(file)):
-        yield text[:200], list(tokenizer(text, add_special_tokens=False)["input_ids"])
+def plain(data: DataConfig, tokenizer: PreTrainedTokenizerBase, tally: Tally, end: list[int] | None = None) -> Pairs:
+    """Origin and tokens of every document of plain text; a text that is long is several, the last one with `end`."""
+    hiding = marks.of(tokenizer)
+
+    def made(found: dict[str, Any] | Passage) -> Pairs:
+        passage = found if isinstance(found, Passage) else Passage(conversations.text(found))
+        pieces = list(hiding.pieces(hiding.hide(passage.text)))
+        for number, piece in enumerate(pieces, 1):
+            last = passage.ends and number == len(pieces)
+            yield hiding.shown(piece)[:ORIGIN], hiding.tokens(piece) + (end or [] if last else [])
+
+    yield from tally.usable(_of_files(data, _passages), made)
 
 
 def _own_prompts() -> list[str]:
     return importlib.resources.files("qat.data").joinpath("prompts.txt").read_text(encoding="utf-8").splitlines()
 
 
-def _texts(file: TextFile) -> Iterator[str]:
-    """Documents of a text file: the `text` (Alpaca: `output`) of every row, or what blank lines separate."""
-    if file.name.endswith((".json", ".jsonl", ".parquet")):
-        found = (row.get("text") or row.get("output") for row in files.rows(file))
-        yield from (str(text) for text in found if text)
-        return
-    paragraph: list[str] = []
-    for line in files.lines(file):
-        if line.strip():
-            paragraph.append(line)
-        elif paragraph:
-            yield "".join(paragraph).strip()
-            paragraph = []
-    if paragraph:
-        yield "".join(paragraph).strip()
+def _is_prompt(line: str) -> bool:
+    return bool(line.strip()) and not line.startswith("#")
 
 
-def _alpaca(file: TextFile) -> Iterator[Messages]:
+def _prompt(found: str | dict[str, Any]) -> list[str]:
+    asked = found if isinstance(found, str) else conversations.question(found)
+    check(asked)
+    if len(asked) > PIECE:
+        raise Unusable(f"a prompt longer than {PIECE:,} characters")
+    return [asked.strip()] if asked.strip() else []
+
+
+def _prompt_lines(file: TextFile) -> Rows:
+    return ((f"{file.name} line {number}", line) for number, line in lines(file) if _is_prompt(line))
+
+
+def _of_files(data: DataConfig, read: Callable[[TextFile], Rows]) -> Rows:
+    """What is in the files of a source: rows where a file's name says so, else as `read` finds it."""
+    for file in files.find(data):
+        yield from rows(file) if suffix(file.name) in ROWS else read(file)
+
+
+def _passages(file: TextFile) -> Rows:
+    """What blank lines separate, in parts where more than `PASSAGE` characters would be held."""
+    held: list[str] = []
+    begin = size = 0
+    for number, piece in lines(file, PASSAGE):
+        blank = not piece.strip()
+        if held and (blank or size >= PASSAGE):
+            yield f"{file.name} line {begin}", _passage("".join(held), blank)
+            held, size = [], 0
+        if not blank:
+            begin = begin if held else number
+            held.append(piece)
+            size += len(piece)
+    if held:
+        yield f"{file.name} line {begin}", _passage("".join(held), True)
+
+
+def _passage(text: str, ends: bool) -> Passage | Unusable:
     try:
-        for row in files.rows(file):
-            question = f"{row['instruction']}\n\n{row['input']}" if row.get("input") else row["instruction"]
-            if not (isinstance(question, str) and isinstance(row["output"], str)):
-                raise TypeError("a value is not text")
-            yield [{"role": "user", "content": question}, {"role": "assistant", "content": row["output"]}]
-    except (KeyError, TypeError, ConfigError) as error:
-        raise ConfigError(
-            f"data.path={file.name} is not a JSON list of rows with instruction, input and output ({error!r})"
-        ) from None
-
-
-def _conversations(file: TextFile) -> Iterator[Messages]:
-    for row in files.rows(file):
-        turns = row.get("messages") or row.get("conversations")
-        if not turns:
-            raise ConfigError(f"data.path={file.name}: a line has neither messages nor conversations")
-        try:
-            yield [_turn(turn) for turn in turns]
-        except (KeyError, AttributeError, TypeError) as error:
-            raise ConfigError(f"data.path={file.name}: a turn has no usable {error} (ShareGPT or messages)") from None
-
-
-def _turn(turn: dict[str, Any]) -> dict[str, str]:
-    """A turn of either form; its text may be empty, as system messages are at times."""
-    content = turn.get("content", turn.get("value"))
-    if not isinstance(content, str):
-        raise KeyError("content")
-    return {"role": ROLES[turn.get("role") or turn["from"]], "content": content}
-
-
-def _question(messages: Messages) -> str:
-    """What the user asked first: a system message is often the same in every conversation."""
-    return next((message["content"] for message in messages if message["role"] == "user"), messages[0]["content"])
+        check(text)
+    except Unusable as unusable:
+        return unusable
+    if "\0" in text:
+        remedy = "if this is UTF-16, convert it, as `iconv -f utf-16le -t utf-8` does"
+        return Unusable("NUL bytes, which no text has", remedy=remedy)
+    return Passage(text.strip(), ends)
