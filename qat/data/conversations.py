@@ -102,7 +102,8 @@ def _asked(row: dict[str, Any]) -> Messages:
     name, asked = _first(row, QUESTIONS)
     _, answer = _first(row, ANSWERS)
     if answer is None or (asked is None and not isinstance(answer, list)):
-        remedy = "data=text reads it" if _first(row, TEXTS)[0] else ""
+        remedy = "data=prompts lets the teacher answer" if asked else ""
+        remedy = "data=text reads texts" if _first(row, TEXTS)[0] else remedy
         raise Unusable("no conversation, and no question with an answer", _names(row), remedy)
     said = _messages(answer) if isinstance(answer, list) else [{"role": "assistant", "content": _text(answer)}]
     if asked is None or any(message["role"] == "user" for message in said):

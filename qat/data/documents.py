@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from qat.artifacts import Artifact, obtain
 from qat.config import DataConfig, DataSource, as_plain
-from qat.data import mix, selfgen, sources
+from qat.data import mix, selfgen, sources, texts
 from qat.data.tally import Tally
 from qat.errors import ArtifactError, ConfigError
 from qat.machine import Machine
@@ -60,12 +60,12 @@ def obtain_documents(data: DataConfig, teacher: ModelFolder, seed: int, machine:
     def make(folder: Path) -> dict[str, Any]:
         weights = [part.weight for part in data.parts] or [1.0]
         with ExitStack() as stack:  # what is written ahead ends with the mixture
-            texts = [
+            written = [
                 stack.enter_context(closing(_pairs(part, teacher, seed, machine, folder, tally)))
                 for part, tally in counted
             ]
             streams: list[mix.Pairs] = [
-                itertools.islice(text, _limit(part)) for text, part in zip(texts, chosen, strict=True)
+                itertools.islice(text, _limit(part)) for text, part in zip(written, chosen, strict=True)
             ]
             pairs = itertools.islice(mix.interleave(streams, weights), data.documents if data.parts else None)
             documents = _decoded((Document(*pair) for pair in pairs), teacher.tokenizer())
@@ -110,7 +110,7 @@ def _limit(data: DataConfig) -> int | None:
 
 
 def _content(chosen: list[DataConfig]) -> Any:
-    hashes = [sources.content_hash(part) for part in chosen]
+    hashes = [texts.content_hash(part) for part in chosen]
     return hashes[0] if len(hashes) == 1 else hashes
 
 
@@ -142,7 +142,8 @@ def _check_splits(path: Path, counts: dict[str, int], data: DataConfig) -> None:
         shares = {_share(json.loads(line)["origin"]) for line in file}
     said = f"data={data.name} has no document for the {empty} split ({sum(counts.values())} in all)"
     if len(shares) == 1:
-        raise ConfigError(f"{said}, and what begins alike stays together: give more text, in paragraphs of its own")
+        separate = "blank lines separate documents" if data.source is DataSource.text else "one question stays together"
+        raise ConfigError(f"{said}: give more text; {separate}")
     first, second = sorted(shares)[:2] if empty == "eval" else sorted(shares)[-2:]
     raise ConfigError(f"{said}: give more text or set data.eval_fraction={(first + second) / 2:.2g}")
 

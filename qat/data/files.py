@@ -28,12 +28,16 @@ class TextFile:
     name: str
     fetch: Callable[[], Path]
 
+    def place(self, where: str) -> str:
+        """`chat.jsonl line 7`."""
+        return f"{PurePath(self.name).name} {where}"
+
 
 def find(data: DataConfig) -> list[TextFile]:
     """The files of a source, in order.
 
     Raises:
-        ConfigError: neither path nor hub data set is named, or a pattern finds nothing.
+        ConfigError: neither path nor hub data set is named, or nothing is there.
         MissingError: the hub cannot be reached and has not been before.
     """
     return _on_disk(data) if data.path else _on_hub(data)[1]
@@ -79,12 +83,12 @@ def _matches(pattern: str, data: DataConfig) -> list[str]:
         inside = sorted(file for file in path.rglob("*") if file.is_file())
         files = [str(file) for file in inside if _readable(str(file.relative_to(path)), data)]
         if not files:
-            raise MissingError(f"data.path={pattern}: this folder has no file of text ({', '.join((*PLAIN, *ROWS))})")
+            raise ConfigError(f"data.path={pattern}: this folder has no file of text ({', '.join((*PLAIN, *ROWS))})")
         return files
     files = [str(path)] if path.exists() else sorted(glob.glob(str(path), recursive=True))
     files = [file for file in files if Path(file).is_file()]
     if not files:
-        raise MissingError(f"data.path={pattern}: no such file")
+        raise ConfigError(f"data.path={pattern}: no such file")
     return files
 
 

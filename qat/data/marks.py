@@ -14,10 +14,9 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import encode_marked_chat, mark_control_tokens
 
 from qat.data.conversations import Messages
-from qat.data.reading import check
+from qat.data.reading import PIECE, check
 from qat.data.tally import Unusable
 
-PIECE = 1 << 16  # characters that become tokens at once
 LONGEST = 256  # characters of a mark
 THINKING = ("<think>", "</think>")  # which an assistant may write, whatever the tokenizer calls them
 
@@ -28,6 +27,16 @@ OPEN, _, CLOSE = mark_control_tokens("x", re.compile("x"))
 def of(tokenizer: PreTrainedTokenizerBase) -> "Marks":
     """Those of a tokenizer and the template that it has now."""
     return _of(tokenizer, str(tokenizer.chat_template or ""))
+
+
+def holds_hidden(text: str) -> bool:
+    """Whether a text has marks in it that are text."""
+    return OPEN in text and CLOSE in text
+
+
+def shown(text: str) -> str:
+    """A text as it was before its marks were hidden."""
+    return text.replace(OPEN, "").replace(CLOSE, "")
 
 
 class Marks:
@@ -51,10 +60,6 @@ class Marks:
         """Messages with the marks in them told apart from the template's."""
         return [self.hide(message, message["role"]) for message in messages]
 
-    def shown(self, text: str) -> str:
-        """A text as it was before its marks were hidden."""
-        return text.replace(OPEN, "").replace(CLOSE, "")
-
     def pieces(self, text: str) -> Iterator[str]:
         """A text in pieces of at most `PIECE` characters, cut between words where there are any, never in a mark."""
         begin = 0
@@ -71,7 +76,7 @@ class Marks:
             Unusable: the tokenizer has no way to take a mark for text, or the text is damaged.
         """
         check(piece)
-        if not (OPEN in piece and CLOSE in piece):
+        if not holds_hidden(piece):
             return list(self._tokenizer(piece, add_special_tokens=False)["input_ids"])
         try:
             return list(encode_marked_chat(self._tokenizer, piece))

@@ -18,6 +18,7 @@ from qat.data.tally import Unusable
 from qat.errors import ConfigError, MissingError, UnavailableError
 
 LINE = 1 << 25  # characters that are held of a line, and more than one of a row of any use
+PIECE = 1 << 16  # characters that become tokens at once, which take hundreds of bytes each meanwhile
 BOMB, RATIO = 1 << 28, 1000  # characters from which on text must not be so many times its file's size
 MARK = "\ufeff"  # of the byte order, which says nothing more once text is text
 WIDE = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)

@@ -1,7 +1,7 @@
 """Files to rows: JSON lines, JSON lists and what is around them, tables; one row at a time, each with its place.
 
-A damaged line of JSON is left to whoever counts such things. In a list there is no telling where the next
-row begins, so damage there ends the reading.
+A damaged line of JSON is left to whoever counts such things. In a list or a table there is no telling where the
+next row begins, so damage there ends the reading.
 """
 
 import csv
@@ -40,19 +40,24 @@ def rows(file: TextFile) -> Rows:
         ".arrow": _arrow,
     }
     for where, row in readers.get(suffix(file.name), _json)(file):
-        known = row if isinstance(row, dict | Unusable) else Unusable("not a JSON object")
-        yield f"{file.name} {where}", known
+        if isinstance(row, list):  # of messages, with no object around it
+            row = {TURNS[0]: row}
+        yield file.place(where), row if isinstance(row, dict | Unusable) else Unusable("not a JSON object")
 
 
 def _json(file: TextFile) -> Rows:
-    """Lines where the file promises them or its second line is a row of its own, else one value over all of it."""
+    """A row a line where that is how the file begins, else one value over all of it."""
     some = (piece for _, piece in lines(file) if piece.strip())
     first, second = next(some, ""), next(some, "")
     some.close()
-    alone = suffix(file.name) in LINES or isinstance(_parsed(second), dict)
-    if alone and not first.lstrip().startswith("["):
-        return _lines(file)
-    return _document(file) if first else iter(())
+    if _is_value(first):
+        return _lines(file) if second or suffix(file.name) in LINES else _document(file)
+    damaged = first.lstrip().startswith("{") and (suffix(file.name) in LINES or _is_value(second))
+    return _lines(file) if damaged or not first else _document(file)
+
+
+def _is_value(line: str) -> bool:
+    return isinstance(_parsed(line), dict | list)
 
 
 def _lines(file: TextFile) -> Rows:
@@ -76,7 +81,12 @@ def _parsed(text: str) -> Any:
     except RecursionError:
         return Unusable("nested too deep")
     except ValueError as error:
-        return Unusable("not JSON", str(error))
+        return Unusable("not JSON", _message(error))
+
+
+def _message(error: ValueError) -> str:
+    """What is wrong, without where: that counts lines of the piece that was parsed."""
+    return str(error).partition(": line ")[0]
 
 
 def _document(file: TextFile) -> Rows:
@@ -159,8 +169,10 @@ class _Values:
             except RecursionError:
                 raise self.damaged("nested too deep") from None
             except ValueError as error:
-                if len(self._held) - self._at > LINE or not self._more():
-                    raise self.damaged(str(error).partition(": line")[0]) from None
+                if len(self._held) - self._at > LINE:
+                    raise self.damaged(f"a value of more than {LINE:,} characters") from None
+                if not self._more():
+                    raise self.damaged(_message(error)) from None
             else:
                 if end < len(self._held) or not self._more():  # what ends here may go on
                     self._pass(end)
@@ -168,7 +180,7 @@ class _Values:
 
     def damaged(self, why: str) -> ConfigError:
         """What the text is where it cannot be gone on with."""
-        return ConfigError(f"{self._name} line {self.line} is not JSON ({why})")
+        return ConfigError(f"{self._name} line {self.line} is not JSON that can be read ({why})")
 
     def _pass(self, end: int) -> None:
         self.line += self._held.count("\n", self._at, end)
@@ -186,16 +198,11 @@ def _csv(file: TextFile) -> Rows:
     csv.field_size_limit(LINE)
     tab = "\t" if suffix(file.name) == ".tsv" else ","
     reader: Any = csv.DictReader((piece for _, piece in lines(file)), delimiter=tab, strict=True)
-    while True:
-        try:
-            row = next(reader)
-        except StopIteration:
-            return
-        except csv.Error as error:
-            row = Unusable("not CSV", str(error))
-        else:
-            row = Unusable("more cells than the header names") if None in row else row
-        yield f"line {reader.line_num}", row
+    try:
+        for row in reader:
+            yield f"line {reader.line_num}", Unusable("more cells than the header names") if None in row else row
+    except csv.Error as error:
+        raise ConfigError(f"{file.name} line {reader.line_num} is not CSV ({error})") from None
 
 
 def _parquet(file: TextFile) -> Rows:
@@ -226,7 +233,8 @@ def _table(file: TextFile, batches: Callable[[], Any]) -> Rows:
                     number += 1
                     yield f"row {number}", row
     except (ArrowException, OSError, ValueError) as error:
-        raise ConfigError(f"{file.name} is damaged behind row {number} ({error})") from None
+        where = f" behind row {number}" if number else ""
+        raise ConfigError(f"{file.name} is damaged{where} ({error})") from None
 
 
 def _needs_pyarrow(file: TextFile) -> UnavailableError:

@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from qat.config import DataConfig, Start
-from qat.data import sources
+from qat.data import sources, texts
 from qat.data.tally import Tally
 from qat.data.thinking import chat_tokens, user_turn
 
@@ -24,7 +24,7 @@ def starts(tokenizer: PreTrainedTokenizerBase, data: DataConfig, seed: int) -> S
         return _first_tokens(tokenizer, seed)[: data.documents]
     if data.start is Start.openings:
         return _openings(tokenizer, data, seed)
-    return asked(tokenizer, data, sources.prompts(data)[: data.documents])
+    return asked(tokenizer, data, texts.prompts(data)[: data.documents])
 
 
 def asked(tokenizer: PreTrainedTokenizerBase, data: DataConfig, questions: list[str]) -> Starts:

@@ -16,7 +16,7 @@ log = logging.getLogger(__name__)
 
 FEW, SHARE = 5, 0.01  # damaged rows up to either are left out; more than both is another kind of file
 EARLY = 1000  # damaged rows after which nobody waits for the end of a file
-SHOWN = 4  # reasons in a sentence
+SHOWN, LONGEST = 4, 160  # reasons in a sentence, and characters of a detail
 
 T = TypeVar("T")
 
@@ -45,8 +45,8 @@ class _LeftOut:
     count: int = 0
 
     def __str__(self) -> str:
-        where = f"{'the first at ' if self.count > 1 else ''}{self.place}"
-        return f"{self.first.reason}: {self.count:,}, {where}{f' ({self.first.detail})' if self.first.detail else ''}"
+        where = f"the first at {self.place}" if self.count > 1 else self.place
+        return f"{self.first.reason}: {self.count:,}, {where}{self.first.detail and f', {self.first.detail[:LONGEST]}'}"
 
 
 @dataclass
@@ -57,12 +57,14 @@ class Tally:
         source: what the user calls it.
         rows: read so far, those left out among them.
         ended: there are no more.
+        marked: those with marks of the chat template in their text.
         left_out: by reason.
     """
 
     source: str
     rows: int = 0
     ended: bool = False
+    marked: int = 0
     left_out: dict[str, _LeftOut] = field(default_factory=dict)
 
     @classmethod
@@ -91,19 +93,32 @@ class Tally:
         self.ended = True
 
     def settle(self) -> None:
-        """Tells in one line what was left out.
+        """Tells what was left out, in a line.
 
         Raises:
-            ConfigError: nothing is left, or more than a few rows are damaged.
+            ConfigError: as `check`.
         """
-        self._check()
-        left = sum(one.count for one in self.left_out.values())
-        why = self._why(self.left_out.values())
-        if self.ended and left == self.rows:
-            what = f"none of its {left:,} rows can be used" if left else "there is no text in it"
-            raise ConfigError(f"{self.source}: {what}{why}")
+        self.check()
+        left, rows = self._left(), f"{self.rows:,}"
         if left:
-            log.warning("%s: left out %s of %s rows%s", self.source, f"{left:,}", f"{self.rows:,}", why)
+            log.warning("%s: left out %s of %s rows%s", self.source, f"{left:,}", rows, self._why())
+        if self.marked:
+            said = "%s: %s of %s rows have marks of the chat template in their text, where they are read as text"
+            log.info(said, self.source, f"{self.marked:,}", rows)
+
+    def check(self) -> None:
+        """Looks at what was read so far.
+
+        Raises:
+            ConfigError: more than a few rows are damaged, or nothing is left.
+        """
+        damaged = self._left(damaged=True)
+        if damaged > max(FEW, SHARE * self.rows):
+            said = f"{damaged:,} of {self.rows:,} rows cannot be read, which is more than a few"
+            raise ConfigError(f"{self.source}: {said}{self._why(damaged=True)}")
+        if self.ended and self._left() == self.rows:
+            said = f"none of its {self.rows:,} rows can be used" if self.rows else "there is no text in it"
+            raise ConfigError(f"{self.source}: {said}{self._why()}")
 
     def counts(self) -> dict[str, int]:
         """Rows left out by reason."""
@@ -112,24 +127,18 @@ class Tally:
     def _leave_out(self, place: str, unusable: Unusable) -> None:
         one = self.left_out.setdefault(unusable.reason, _LeftOut(place, unusable))
         one.count += 1
-        if unusable.damaged and self._damaged() % EARLY == 0:
-            self._check()
+        if unusable.damaged and self._left(damaged=True) % EARLY == 0:
+            self.check()
 
-    def _damaged(self) -> int:
-        return sum(one.count for one in self.left_out.values() if one.first.damaged)
+    def _left(self, damaged: bool = False) -> int:
+        return sum(one.count for one in self.left_out.values() if one.first.damaged or not damaged)
 
-    def _check(self) -> None:
-        damaged = self._damaged()
-        if damaged > max(FEW, SHARE * self.rows):
-            raise ConfigError(
-                f"{self.source}: {damaged:,} of {self.rows:,} rows cannot be read, which is more than a few"
-                f"{self._why([one for one in self.left_out.values() if one.first.damaged])}"
-            )
-
-    @staticmethod
-    def _why(reasons: Iterable[_LeftOut]) -> str:
+    def _why(self, damaged: bool = False) -> str:
         """The reasons, the most frequent first, and what to do about that."""
-        ranked = sorted(reasons, key=lambda one: -one.count)
+        chosen = [one for one in self.left_out.values() if one.first.damaged or not damaged]
+        if not chosen:
+            return ""
+        ranked = sorted(chosen, key=lambda one: -one.count)
         more = f"; {len(ranked) - SHOWN} more reasons" if len(ranked) > SHOWN else ""
         remedy = next((f": {one.first.remedy}" for one in ranked if one.first.remedy), "")
-        return f" ({'; '.join(map(str, ranked[:SHOWN]))}{more}){remedy}" if ranked else ""
+        return f" ({'; '.join(map(str, ranked[:SHOWN]))}{more}){remedy}"

@@ -89,7 +89,7 @@ def _pieces(path: str) -> Iterator[str]:
     (file,) = files.find(DataConfig(name="text", source=DataSource.text, path=path))
     if files.suffix(path) not in files.ROWS:
         for number, line in lines(file):
-            yield _checked(line, f"{file.name} line {number}")
+            yield _checked(line, file.place(f"line {number}"))
         return
     between = ""
     for place, row in rows(file):
