@@ -144,8 +144,10 @@ def _check_splits(path: Path, counts: dict[str, int], data: DataConfig) -> None:
     if len(shares) == 1:
         separate = "blank lines separate documents" if data.source is DataSource.text else "one question stays together"
         raise ConfigError(f"{said}: give more text; {separate}")
-    first, second = sorted(shares)[:2] if empty == "eval" else sorted(shares)[-2:]
-    raise ConfigError(f"{said}: give more text or set data.eval_fraction={(first + second) / 2:.2g}")
+    below, above = sorted(shares)[:2] if empty == "eval" else sorted(shares)[-2:]
+    between = (round((below + above) / 2, digits) for digits in range(1, 18))
+    shortest = next(fraction for fraction in between if below < fraction <= above)
+    raise ConfigError(f"{said}: give more text or set data.eval_fraction={shortest}")
 
 
 def _share(origin: str) -> float:

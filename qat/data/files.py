@@ -102,7 +102,7 @@ def _on_hub(data: DataConfig) -> tuple[str, list[TextFile]]:
     commit, names = _listing(repo, data.revision)
 
     def fetch(name: str) -> Callable[[], Path]:
-        return lambda: Path(hf_hub_download(repo, name, repo_type="dataset", revision=commit))
+        return cache(lambda: Path(hf_hub_download(repo, name, repo_type="dataset", revision=commit)))
 
     chosen = sorted(name for name in names if _readable(name, data))
     if not chosen:

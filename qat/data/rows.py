@@ -22,6 +22,7 @@ LINES = (".jsonl", ".ndjson")  # which promise a row a line
 CHUNK = 1 << 16  # characters read at once
 BATCH = 64  # rows of a table that exist at once
 
+_decode = json.JSONDecoder().raw_decode
 _SPACE = re.compile(rf"[ \t\r\n{MARK}]*")
 
 
@@ -50,10 +51,11 @@ def _json(file: TextFile) -> Rows:
     some = (piece for _, piece in lines(file) if piece.strip())
     first, second = next(some, ""), next(some, "")
     some.close()
-    if _is_value(first):
-        return _lines(file) if second or suffix(file.name) in LINES else _document(file)
-    damaged = first.lstrip().startswith("{") and (suffix(file.name) in LINES or _is_value(second))
-    return _lines(file) if damaged or not first else _document(file)
+    if first.lstrip().startswith("["):
+        lined = _is_value(first) and _is_value(second)
+    else:
+        lined = suffix(file.name) in LINES or _is_value(second) or bool(second and _is_value(first))
+    return _lines(file) if lined or not first else _document(file)
 
 
 def _is_value(line: str) -> bool:
@@ -157,7 +159,7 @@ class _Values:
     def take(self, sign: str) -> None:
         """Passes over a sign that must be here."""
         if self.next() != sign:
-            raise self.damaged(f"{sign} is missing")
+            raise self.damaged(f"{sign} is missing" if self.next() else "it is cut short")
         self._pass(self._at + 1)
 
     def value(self) -> Any:
@@ -165,7 +167,7 @@ class _Values:
         self.next()
         while True:
             try:
-                value, end = json.JSONDecoder().raw_decode(self._held, self._at)
+                value, end = _decode(self._held, self._at)
             except RecursionError:
                 raise self.damaged("nested too deep") from None
             except ValueError as error:
@@ -202,7 +204,7 @@ def _csv(file: TextFile) -> Rows:
         for row in reader:
             yield f"line {reader.line_num}", Unusable("more cells than the header names") if None in row else row
     except csv.Error as error:
-        raise ConfigError(f"{file.name} line {reader.line_num} is not CSV ({error})") from None
+        raise ConfigError(f"{file.name} line {reader.reader.line_num} is not CSV ({error})") from None
 
 
 def _parquet(file: TextFile) -> Rows:
