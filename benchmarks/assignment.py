@@ -17,7 +17,7 @@ from conversion import preset
 
 from qat.cache.batch import Text
 from qat.config import DataConfig, DataSource, ModelConfig, ModelSource, Packing
-from qat.data import packing, sources, thinking
+from qat.data import packing, texts, thinking
 from qat.data.documents import Document
 from qat.machine import exact_matmul
 from qat.models import linear, locate
@@ -34,7 +34,7 @@ def main() -> None:
     options = arguments()
     folder = locate(ModelConfig(name="model", source=ModelSource.folder, path=options.model), Path())
     model, tokenizer = folder.load(torch.float32, torch.device("cpu")), folder.tokenizer()
-    questions = sources.prompts(DataConfig(name="prompts", source=DataSource.selfgen))
+    questions = texts.prompts(DataConfig(name="prompts", source=DataSource.selfgen))
     documents = [Document(q, thinking.chat_tokens(tokenizer, [{"role": "user", "content": q}])) for q in questions]
     rows = packing.pack(documents, 128, Packing.joined, 0).input_ids[: options.tokens // 128].long()
     layers = select(model, preset(options.preset))

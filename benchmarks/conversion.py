@@ -32,6 +32,7 @@ from qat.config import (
 )
 from qat.data import packing, sources
 from qat.data.documents import Document
+from qat.data.tally import Tally
 from qat.evaluate import evaluate
 from qat.models import ModelFolder, linear, locate
 from qat.quant.convert import Converted, convert, install
@@ -120,7 +121,8 @@ def texts(
         source = DataSource.alpaca if path.endswith(".json") else DataSource.text
         wanted = int(tokens * share / sum(shares or [1.0] * len(paths)))
         found, documents = 0, []
-        for origin, ids in sources.render(DataConfig(name="file", source=source, path=path), tokenizer):
+        data = DataConfig(name="file", source=source, path=path)
+        for origin, ids in sources.render(data, tokenizer, Tally.of(data)):
             documents.append(Document(origin, ids))
             found += len(ids)
             if found >= wanted:

@@ -200,9 +200,11 @@ def _pad(teacher: ModelFolder) -> int:
 def _rows(cache: CacheConfig, documents: Artifact, split: str, pad: int) -> Rows:
     rows = pack(read_documents(documents, split), cache.length, cache.packing, pad)
     if not len(rows):
+        there = documents.manifest["tokens"]
+        larger = "a larger data.eval_fraction" if split == "eval" else "a smaller data.eval_fraction"
         raise ConfigError(
-            f"the {split} split has less text than one sequence of cache.length={cache.length} tokens:"
-            " give more text or shorten the sequences"
+            f"the {split} split has {there[split]:,} of the text's {sum(there.values()):,} tokens, less than one"
+            f" sequence of cache.length={cache.length}: give more text, {larger} or a shorter cache.length"
         )
     return rows.first(cache.sequences) if split == "train" else rows
 

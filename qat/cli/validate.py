@@ -1,6 +1,5 @@
 """Values and combinations that cannot work, found before anything is created."""
 
-import glob
 import importlib.util
 import json
 import math
@@ -28,6 +27,7 @@ from qat.config import (
     StoreKind,
     Tail,
 )
+from qat.data import mix, texts
 from qat.errors import ConfigError, UnavailableError
 from qat.names import TRAINS
 
@@ -203,6 +203,9 @@ def check_data(config: Config) -> None:
         _check_mixture(data)
     else:
         _check_source(data, "data")
+    for source in mix.parts(data):
+        if source.path:
+            texts.look(source)
 
 
 def _check_mixture(data: DataConfig) -> None:
@@ -232,9 +235,6 @@ def _check_source(source: DataConfig | DataPart, where: str) -> None:
         raise ConfigError(f"{what} needs a file: {where}.path=<file>")
     if generated and source.start is Start.questions and source.documents is None:
         raise ConfigError(f"{where}.start=questions has no end of its own: say {where}.documents=<number>")
-    for path in paths:
-        if not _exists(path) and not glob.glob(os.path.expanduser(path), recursive=True):
-            raise ConfigError(f"{where}.path={path}: no such file")
 
 
 def check_cache(config: Config) -> None:

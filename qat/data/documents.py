@@ -18,14 +18,16 @@ from transformers import PreTrainedTokenizerBase
 
 from qat.artifacts import Artifact, obtain
 from qat.config import DataConfig, DataSource, as_plain
-from qat.data import mix, selfgen, sources
+from qat.data import mix, selfgen, sources, texts
+from qat.data.tally import Tally
 from qat.errors import ArtifactError, ConfigError
 from qat.machine import Machine
 from qat.models import ModelFolder
 
 FILE = "documents.jsonl"
 SPLITS = ("train", "eval")
-DECODED = 512  # documents turned into text at once
+DECODED, DECODED_TOKENS = 512, 1 << 18  # documents turned into text at once, or so many tokens of them
+READING = 2  # the rules by which files become documents: under others other text would have the same key
 
 
 @dataclass(frozen=True)
@@ -53,18 +55,25 @@ def obtain_documents(data: DataConfig, teacher: ModelFolder, seed: int, machine:
     """
 
     chosen = mix.parts(data)
+    counted = [(part, Tally.of(part)) for part in chosen]
 
     def make(folder: Path) -> dict[str, Any]:
         weights = [part.weight for part in data.parts] or [1.0]
         with ExitStack() as stack:  # what is written ahead ends with the mixture
-            texts = [stack.enter_context(closing(_pairs(part, teacher, seed, machine, folder))) for part in chosen]
+            written = [
+                stack.enter_context(closing(_pairs(part, teacher, seed, machine, folder, tally)))
+                for part, tally in counted
+            ]
             streams: list[mix.Pairs] = [
-                itertools.islice(text, _limit(part)) for text, part in zip(texts, chosen, strict=True)
+                itertools.islice(text, _limit(part)) for text, part in zip(written, chosen, strict=True)
             ]
             pairs = itertools.islice(mix.interleave(streams, weights), data.documents if data.parts else None)
-            described = _write(folder, (Document(*pair) for pair in pairs), data, teacher.tokenizer())
+            documents = _decoded((Document(*pair) for pair in pairs), teacher.tokenizer())
+            described = _write(folder / FILE, documents, data.eval_fraction)
         for path in folder.glob(f"*{selfgen.ANSWERS}*"):  # half-written ones of a killed run as well
             path.unlink()
+        described |= _settled([tally for part, tally in counted if part.source is not DataSource.selfgen])
+        _check_splits(folder / FILE, described["documents"], data)
         return described
 
     generated = any(part.source is DataSource.selfgen for part in chosen)
@@ -74,15 +83,25 @@ def obtain_documents(data: DataConfig, teacher: ModelFolder, seed: int, machine:
         "tokenizer": teacher.fingerprint,
         "seed": seed if generated else None,
     }
+    if any(part.path or part.repo for part in chosen):
+        inputs["reading"] = READING
     return obtain(artifacts, "documents", data.name, inputs, make, resumable=generated)
 
 
 def _pairs(
-    data: DataConfig, teacher: ModelFolder, seed: int, machine: Machine, folder: Path
+    data: DataConfig, teacher: ModelFolder, seed: int, machine: Machine, folder: Path, tally: Tally
 ) -> Generator[tuple[str, list[int]], None, None]:
     if data.source is DataSource.selfgen:
         return selfgen.answer(teacher, data, seed, machine, folder)
-    return sources.render(data, teacher.tokenizer())
+    return sources.render(data, teacher.tokenizer(), tally)
+
+
+def _settled(tallies: list[Tally]) -> dict[str, Any]:
+    """What was left out of the sources that were read, for the manifest."""
+    for tally in tallies:
+        tally.settle()
+    left_out = [{"rows": tally.rows, "left_out": tally.counts()} for tally in tallies if tally.left_out]
+    return {"read": left_out} if left_out else {}
 
 
 def _limit(data: DataConfig) -> int | None:
@@ -91,7 +110,7 @@ def _limit(data: DataConfig) -> int | None:
 
 
 def _content(chosen: list[DataConfig]) -> Any:
-    hashes = [sources.content_hash(part) for part in chosen]
+    hashes = [texts.content_hash(part) for part in chosen]
     return hashes[0] if len(hashes) == 1 else hashes
 
 
@@ -101,33 +120,61 @@ def _shape(plain: dict[str, Any]) -> dict[str, Any]:
     return kept | {"parts": [{key: value for key, value in part.items() if key != "path"} for part in plain["parts"]]}
 
 
-def _write(
-    folder: Path, documents: Iterable[Document], data: DataConfig, tokenizer: PreTrainedTokenizerBase
-) -> dict[str, Any]:
+def _write(path: Path, documents: Iterable[tuple[Document, str]], eval_fraction: float) -> dict[str, Any]:
     counts = dict.fromkeys(SPLITS, 0)
     tokens = dict.fromkeys(SPLITS, 0)
-    with open(folder / FILE, "w", encoding="utf-8") as file:
-        for document, text in _decoded(documents, tokenizer):
-            split = document.split(data.eval_fraction)
+    with open(path, "w", encoding="utf-8") as file:
+        for document, text in documents:
+            split = document.split(eval_fraction)
             counts[split] += 1
             tokens[split] += len(document.tokens)
             row = {"origin": document.origin, "split": split, "tokens": document.tokens, "text": text}
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
-    for split in SPLITS:
-        if not counts[split]:
-            raise ConfigError(
-                f"data={data.name} has no document for the {split} split ({sum(counts.values())} in all):"
-                " give more text or change data.eval_fraction"
-            )
     return {"documents": counts, "tokens": tokens}
 
 
-def _decoded(documents: Iterable[Document], tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[Document, str]]:
+def _check_splits(path: Path, counts: dict[str, int], data: DataConfig) -> None:
+    """Refuses a text of which one side would be empty, and says what would fill it."""
+    empty = next((split for split in SPLITS if not counts[split]), None)
+    if empty is None:
+        return
+    with open(path, encoding="utf-8") as file:
+        shares = {_share(json.loads(line)["origin"]) for line in file}
+    said = f"data={data.name} has no document for the {empty} split ({sum(counts.values())} in all)"
+    if len(shares) == 1:
+        separate = "blank lines separate documents" if data.source is DataSource.text else "one question stays together"
+        raise ConfigError(f"{said}: give more text; {separate}")
+    below, above = sorted(shares)[:2] if empty == "eval" else sorted(shares)[-2:]
+    between = (round((below + above) / 2, digits) for digits in range(1, 18))
+    shortest = next(fraction for fraction in between if below < fraction <= above)
+    raise ConfigError(f"{said}: give more text or set data.eval_fraction={shortest}")
+
+
+def _share(origin: str) -> float:
+    """The fraction from which on documents of this origin are held apart."""
+    return int.from_bytes(hashlib.sha256(origin.encode()).digest()[:8]) / 2**64
+
+
+def _decoded(
+    documents: Iterable[Document], tokenizer: PreTrainedTokenizerBase
+) -> Iterator[tuple[Document, str]]:
     """Documents with their text, many in one call, which leaves Python to the threads that have more written."""
-    remaining = iter(documents)
-    while some := list(itertools.islice(remaining, DECODED)):
+    for some in _batches(documents):
         decoded = tokenizer.backend_tokenizer.decode_batch([d.tokens for d in some], skip_special_tokens=False)
         yield from zip(some, decoded, strict=True)
+
+
+def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
+    some: list[Document] = []
+    tokens = 0
+    for document in documents:
+        some.append(document)
+        tokens += len(document.tokens)
+        if len(some) == DECODED or tokens >= DECODED_TOKENS:
+            yield some
+            some, tokens = [], 0
+    if some:
+        yield some
 
 
 def read_documents(artifact: Artifact, split: str) -> Iterator[Document]:

@@ -1,22 +1,24 @@
-"""Where text lies: files, globs, a data set of the hub. Files are found at once and read as they are needed."""
+"""Where text lies: files, folders, globs, a data set of the hub. Files are found at once and read as needed."""
 
 import glob
 import hashlib
-import itertools
 import json
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
-from typing import Any
+from pathlib import Path, PurePath
 
-from qat.config import DataConfig
-from qat.errors import ConfigError, MissingError, UnavailableError
+from qat.config import DataConfig, DataSource
+from qat.errors import ConfigError, MissingError
 
 log = logging.getLogger(__name__)
 
-READABLE = (".json", ".jsonl", ".txt", ".parquet")  # of a hub data set; a path may have any name
+# What is read of a folder or a hub data set; a path may have any name.
+ROWS = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".arrow")
+PLAIN = (".txt",)
+PACKED = (".gz", ".zst", ".xz", ".bz2", ".lz4")
+ABOUT = ("dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json")  # a data set, and no part of it
 
 
 @dataclass(frozen=True)
@@ -26,12 +28,16 @@ class TextFile:
     name: str
     fetch: Callable[[], Path]
 
+    def place(self, where: str) -> str:
+        """`chat.jsonl line 7`."""
+        return f"{PurePath(self.name).name} {where}"
+
 
 def find(data: DataConfig) -> list[TextFile]:
     """The files of a source, in order.
 
     Raises:
-        ConfigError: neither path nor hub data set is named, or a pattern finds nothing.
+        ConfigError: neither path nor hub data set is named, or nothing is there.
         MissingError: the hub cannot be reached and has not been before.
     """
     return _on_disk(data) if data.path else _on_hub(data)[1]
@@ -50,76 +56,40 @@ def content_hash(data: DataConfig) -> str:
     return digests[0] if len(digests) == 1 else _hash("".join(digests).encode())
 
 
-def lines(file: TextFile) -> Iterator[str]:
-    """The lines of a file; only a line feed ends one, whatever else JSON text may hold.
-
-    Raises:
-        MissingError: it is missing or not UTF-8.
-    """
-    path = file.fetch()
-    try:
-        with open(path, encoding="utf-8", newline="\n") as opened:
-            yield from opened
-    except (OSError, UnicodeDecodeError) as error:
-        raise MissingError(f"{file.name} cannot be read as UTF-8 text ({error})") from None
+def suffix(name: str) -> str:
+    """`.jsonl` for `chat.jsonl.gz`."""
+    path = PurePath(name.lower())
+    return PurePath(path.stem).suffix if path.suffix in PACKED else path.suffix
 
 
-def rows(file: TextFile) -> Iterator[dict[str, Any]]:
-    """The objects of a JSON list, of JSON lines, or of a Parquet table.
-
-    Raises:
-        ConfigError: it is none of these, or a row is no object.
-    """
-    if file.name.endswith(".parquet"):
-        yield from _parquet(file)
-        return
-    for what, row in _json_values(file):
-        if not isinstance(row, dict):
-            raise ConfigError(f"{file.name} {what} is not a JSON object")
-        yield row
-
-
-def _json_values(file: TextFile) -> Iterator[tuple[str, Any]]:
-    stream = enumerate(lines(file), 1)
-    first = next(((number, line) for number, line in stream if line.strip()), None)
-    if first is None:
-        return
-    if first[1].lstrip().startswith("["):
-        whole = _parsed("".join([first[1], *(line for _, line in stream)]), file, f"from line {first[0]}")
-        yield from ((f"row {number}", row) for number, row in enumerate(whole, 1))
-        return
-    for number, line in itertools.chain([first], stream):
-        if line.strip():
-            yield f"line {number}", _parsed(line, file, f"line {number}")
-
-
-def _parsed(text: str, file: TextFile, where: str) -> Any:
-    try:
-        return json.loads(text)
-    except ValueError as error:
-        raise ConfigError(f"{file.name} {where} is not JSON ({error})") from None
-
-
-def _parquet(file: TextFile) -> Iterator[dict[str, Any]]:
-    try:
-        from pyarrow.parquet import ParquetFile
-    except ImportError:
-        raise UnavailableError(f"{file.name} is a Parquet table: run `pip install pyarrow` to read it") from None
-    for batch in ParquetFile(file.fetch()).iter_batches(batch_size=1024):
-        yield from batch.to_pylist()
+def _readable(name: str, data: DataConfig) -> bool:
+    """Whether a file among others is one of the source's."""
+    path = PurePath(name)
+    known = (*ROWS, *PLAIN) if data.source in (DataSource.text, DataSource.selfgen) else ROWS
+    hidden = any(part.startswith(".") for part in path.parts)
+    return suffix(name) in known and path.name not in ABOUT and not hidden
 
 
 def _on_disk(data: DataConfig) -> list[TextFile]:
     patterns = [data.path] if isinstance(data.path, str) else data.path
-    found: dict[str, TextFile] = {}
-    for pattern in patterns:
-        expanded = str(Path(pattern).expanduser())
-        matches = [expanded] if Path(expanded).exists() else sorted(glob.glob(expanded, recursive=True))
-        if not matches:
-            raise MissingError(f"data.path={pattern}: no such file")
-        for match in matches:
-            found[match] = TextFile(match, lambda path=match: Path(path))  # type: ignore[misc]
-    return list(found.values())
+    found = dict.fromkeys(path for pattern in patterns for path in _matches(pattern, data))
+    return [TextFile(path, lambda path=path: Path(path)) for path in found]  # type: ignore[misc]
+
+
+def _matches(pattern: str, data: DataConfig) -> list[str]:
+    """The file of this name, the files of this folder, or those that a glob finds."""
+    path = Path(pattern).expanduser()
+    if path.is_dir():
+        inside = sorted(file for file in path.rglob("*") if file.is_file())
+        files = [str(file) for file in inside if _readable(str(file.relative_to(path)), data)]
+        if not files:
+            raise ConfigError(f"data.path={pattern}: this folder has no file of text ({', '.join((*PLAIN, *ROWS))})")
+        return files
+    files = [str(path)] if path.exists() else sorted(glob.glob(str(path), recursive=True))
+    files = [file for file in files if Path(file).is_file()]
+    if not files:
+        raise ConfigError(f"data.path={pattern}: no such file")
+    return files
 
 
 def _on_hub(data: DataConfig) -> tuple[str, list[TextFile]]:
@@ -132,11 +102,11 @@ def _on_hub(data: DataConfig) -> tuple[str, list[TextFile]]:
     commit, names = _listing(repo, data.revision)
 
     def fetch(name: str) -> Callable[[], Path]:
-        return lambda: Path(hf_hub_download(repo, name, repo_type="dataset", revision=commit))
+        return cache(lambda: Path(hf_hub_download(repo, name, repo_type="dataset", revision=commit)))
 
-    chosen = sorted(name for name in names if name.endswith(READABLE) and not name.endswith("dataset_infos.json"))
+    chosen = sorted(name for name in names if _readable(name, data))
     if not chosen:
-        raise MissingError(f"the data set {repo} has no {', '.join(READABLE)} file")
+        raise MissingError(f"the data set {repo} has no file of text ({', '.join((*PLAIN, *ROWS))})")
     return commit, [TextFile(name, fetch(name)) for name in chosen]
 
 

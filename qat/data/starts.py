@@ -2,13 +2,15 @@
 
 import random
 from collections.abc import Iterator
+from contextlib import closing
 from itertools import islice
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
 from qat.config import DataConfig, Start
-from qat.data import sources
+from qat.data import sources, texts
+from qat.data.tally import Tally
 from qat.data.thinking import chat_tokens, user_turn
 
 Starts = list[tuple[str, list[int]]]
@@ -21,8 +23,8 @@ def starts(tokenizer: PreTrainedTokenizerBase, data: DataConfig, seed: int) -> S
     if data.start is Start.tokens:
         return _first_tokens(tokenizer, seed)[: data.documents]
     if data.start is Start.openings:
-        return list(islice(_openings(tokenizer, data, seed), data.documents))
-    return asked(tokenizer, data, sources.prompts(data)[: data.documents])
+        return _openings(tokenizer, data, seed)
+    return asked(tokenizer, data, texts.prompts(data)[: data.documents])
 
 
 def asked(tokenizer: PreTrainedTokenizerBase, data: DataConfig, questions: list[str]) -> Starts:
@@ -51,14 +53,21 @@ def _first_tokens(tokenizer: PreTrainedTokenizerBase, seed: int) -> Starts:
     return [(f"token {token}", [*begin, token]) for token in order if token not in special]
 
 
-def _openings(tokenizer: PreTrainedTokenizerBase, data: DataConfig, seed: int) -> Iterator[tuple[str, list[int]]]:
+def _openings(tokenizer: PreTrainedTokenizerBase, data: DataConfig, seed: int) -> Starts:
     """The first tokens of passages: a document is cut every `answer_tokens` tokens.
 
     Passages have their document's origin, which is what it has as text of its own.
     """
-    draw = random.Random(seed)
-    for origin, ids in sources.plain(data, tokenizer):
-        for first in range(0, len(ids), data.answer_tokens):
+    tally = Tally.of(data)
+    with closing(sources.plain(data, tokenizer, tally)) as documents:
+        found = list(islice(_cut(documents, data.answer_tokens, random.Random(seed)), data.documents))
+    tally.settle()
+    return found
+
+
+def _cut(documents: sources.Pairs, every: int, draw: random.Random) -> Iterator[tuple[str, list[int]]]:
+    for origin, ids in documents:
+        for first in range(0, len(ids), every):
             opening = ids[first : first + draw.randint(*OPENING)]
             if len(opening) >= OPENING[0]:
                 yield origin, opening

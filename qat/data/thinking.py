@@ -1,4 +1,4 @@
-"""Thinking modes of conversations that exist already.
+"""Conversations through the chat template, in the thinking modes that are asked for.
 
 A chat template's switch is made for the question: most templates ignore it for answers that are
 there. So the variant without thinking loses its think blocks before it is rendered, and the other
@@ -6,24 +6,38 @@ keeps them whole, also where the template would drop what an earlier turn though
 """
 
 import re
+from collections.abc import Callable
 from typing import Any, cast
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
+from qat.data import marks
+from qat.data.conversations import Conversation, Messages
+from qat.data.tally import Unusable
 from qat.errors import ConfigError
 
 BLOCK = re.compile(r"<think>(.*?)</think>\s*", re.DOTALL)
 EMPTY = r"(?:<think>\s*</think>\s*)?"  # which some templates put before any answer
 
-Messages = list[dict[str, str]]
+# What the code of a template raises on a conversation that it was not written for.
+REFUSALS = (TemplateError, TypeError, ValueError, LookupError, AttributeError, RecursionError)
 
 
-def renderings(tokenizer: PreTrainedTokenizerBase, messages: Messages, thinking: str) -> list[list[int]]:
-    """Tokens of a conversation in the asked modes; `both` gives one where both come out the same."""
+def renderings(tokenizer: PreTrainedTokenizerBase, said: Conversation, thinking: str) -> list[str]:
+    """A conversation as text in the asked modes, marks in it hidden; `both` gives one where both come out the same.
+
+    Raises:
+        ConfigError: there is no template.
+        Unusable: the template refuses the conversation or does not show all of it, or no answer is left of it.
+    """
+    hiding = marks.of(tokenizer)
+    messages, tools = hiding.hidden(_in_known_roles(tokenizer, said.messages)), hiding.hide(said.tools)
     modes = ["false", "true"] if thinking == "both" else [thinking]
-    found = [_thinking(tokenizer, messages) if mode == "true" else _plain(tokenizer, messages) for mode in modes]
-    return [tokens for number, tokens in enumerate(found) if tokens not in found[:number]]
+    found = [text for mode in modes for text in _in_mode(tokenizer, messages, tools, mode)]
+    if not found:
+        raise Unusable("an empty answer", damaged=False)
+    return list(dict.fromkeys(found))
 
 
 def chat_tokens(
@@ -34,8 +48,12 @@ def chat_tokens(
     Raises:
         ConfigError: there is no template, or it refuses the conversation.
     """
-    encoded: Any = _template(tokenizer, messages, thinking, add_generation_prompt=ask, return_dict=True)
-    return list(encoded["input_ids"])
+    hiding = marks.of(tokenizer)
+    try:
+        return hiding.tokens(_template(tokenizer, hiding.hidden(messages), thinking, add_generation_prompt=ask))
+    except Unusable as refused:
+        said = f"the chat template refuses a conversation ({refused.detail}): {str(messages)[:200]}"
+        raise ConfigError(said) from None
 
 
 def user_turn(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], int]:
@@ -45,41 +63,96 @@ def user_turn(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], int]:
         ConfigError: there is no template, or it does not show what the user says.
     """
     mark = "what-the-user-says"
-    opening, said, closing = _template(
-        tokenizer, [{"role": "user", "content": mark}], "false", tokenize=False
-    ).partition(mark)
+    try:
+        whole = _template(tokenizer, [{"role": "user", "content": mark}], "false")
+    except Unusable as refused:
+        raise ConfigError(f"data.start=questions: the chat template refuses a question ({refused.detail})") from None
+    opening, said, closing = whole.partition(mark)
     ids, end = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in (opening, closing))
     if not (said and ids and end):
         raise ConfigError("data.start=questions: the chat template has no marks around what a user says")
     return list(ids), int(end[0])
 
 
-def _plain(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> list[int]:
-    answered = [_of_assistant(message, BLOCK.sub("", message["content"])) for message in messages]
-    return chat_tokens(tokenizer, answered, "false")
+def _in_known_roles(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> Messages:
+    """A developer instructs as a system message does, which is the older name and the one that most templates know."""
+    if "developer" in str(tokenizer.chat_template):
+        return messages
+    return [message | {"role": "system"} if message["role"] == "developer" else message for message in messages]
 
 
-def _thinking(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> list[int]:
+def _in_mode(tokenizer: PreTrainedTokenizerBase, messages: Messages, tools: list[Any], mode: str) -> list[str]:
+    """One rendering, or none where an answer was all thought and thoughts are left out."""
+    if mode == "false":
+        messages = [_of_assistant(message, BLOCK.sub("", message["content"])) for message in messages]
+        if any(_is_silent(message) for message in messages):
+            return []
+
+    def render(messages: Messages) -> str:
+        if mode == "false":
+            return _template(tokenizer, messages, mode, tools)
+        return _thinking(tokenizer, messages, tools)
+
+    text = render(messages)
+    _check_shown(messages, text, render)
+    return [text]
+
+
+def _check_shown(messages: Messages, text: str, render: Callable[[Messages], str]) -> None:
+    """Refuses a text in which a template has passed over what it does not know: it comes out the same without."""
+    for number, message in enumerate(messages):
+        before, behind = messages[:number], messages[number + 1 :]
+        if "tool_calls" in message:
+            what, without = "calls of tools", [*before, _without_calls(message), *behind]
+        elif message["role"] in ("user", "assistant") or message["content"].strip() in text:
+            continue
+        else:
+            what, without = f"messages of the role {message['role']}", [*before, *behind]
+        try:
+            overlooked = render(without) == text
+        except Unusable:  # the template missed it
+            continue
+        if overlooked:
+            raise Unusable(f"{what}, which the chat template does not show", damaged=False)
+
+
+def _thinking(tokenizer: PreTrainedTokenizerBase, messages: Messages, tools: list[Any]) -> str:
     thoughts = [t.strip() for m in messages if m["role"] == "assistant" for t in BLOCK.findall(m["content"])]
-    rendered = _template(tokenizer, messages, "true", tokenize=False) if thoughts else ""
+    rendered = _template(tokenizer, messages, "true", tools)
     if all(thought in rendered for thought in thoughts):
-        return chat_tokens(tokenizer, messages, "true")
-    marks = [f"answer-{number}-of-{len(messages)}-here" for number in range(len(messages))]
-    marked = [_of_assistant(message, mark) for message, mark in zip(messages, marks, strict=True)]
-    text = _template(tokenizer, marked, "true", tokenize=False)
-    for message, mark in zip(messages, marks, strict=True):
-        text = re.sub(EMPTY + mark, lambda _, whole=message["content"]: whole, text)  # type: ignore[misc]
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+        return rendered
+    stand_ins = [f"answer-{number}-of-{len(messages)}-here" for number in range(len(messages))]
+    told = [_of_assistant(message, name) for message, name in zip(messages, stand_ins, strict=True)]
+    text = _template(tokenizer, told, "true", tools)
+    for message, name in zip(messages, stand_ins, strict=True):
+        text = re.sub(EMPTY + name, lambda _, whole=message["content"]: whole, text)  # type: ignore[misc]
+    return text
 
 
-def _of_assistant(message: dict[str, str], content: str) -> dict[str, str]:
+def _of_assistant(message: dict[str, Any], content: str) -> dict[str, Any]:
     return message | {"content": content} if message["role"] == "assistant" else message
 
 
-def _template(tokenizer: PreTrainedTokenizerBase, messages: Messages, thinking: str, **how: bool) -> Any:
+def _without_calls(message: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in message.items() if key != "tool_calls"}
+
+
+def _is_silent(message: dict[str, Any]) -> bool:
+    return message["role"] == "assistant" and not message["content"].strip() and "tool_calls" not in message
+
+
+def _template(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Messages,
+    thinking: str,
+    tools: list[Any] | None = None,
+    add_generation_prompt: bool = False,
+) -> str:
     if not tokenizer.chat_template:
         raise ConfigError("this model's tokenizer has no chat template: use data=tokens, openings or text")
+    how = {"enable_thinking": thinking == "true", "add_generation_prompt": add_generation_prompt}
     try:
-        return cast(Any, tokenizer).apply_chat_template(messages, enable_thinking=thinking == "true", **how)
-    except TemplateError as error:
-        raise ConfigError(f"the chat template refuses a conversation ({error}): {str(messages)[:200]}") from None
+        whole = cast(Any, tokenizer).apply_chat_template(messages, tools=tools or None, tokenize=False, **how)
+    except REFUSALS as error:
+        raise Unusable("refused by the chat template", str(error)[:200], damaged=False) from None
+    return str(whole)

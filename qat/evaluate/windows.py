@@ -7,6 +7,8 @@ of fixed-length models". With a stride as long as the context the windows are di
 paper's tables, and the first token of each is not scored.
 """
 
+from collections.abc import Iterator
+from itertools import islice
 from typing import Any
 
 import torch
@@ -15,10 +17,13 @@ from transformers import PreTrainedTokenizerBase
 
 from qat.cache.batch import Batch
 from qat.config import DataConfig, DataSource
-from qat.data import files
+from qat.data import files, marks
+from qat.data.reading import check, lines
+from qat.data.rows import rows
+from qat.data.tally import Unusable
 from qat.errors import ConfigError
 
-ROWS = (".json", ".jsonl", ".parquet")
+AT_ONCE = 1 << 22  # characters that become tokens at once: some hundred megabytes in the tokenizer
 
 
 class Windows:
@@ -50,17 +55,54 @@ def read(path: str, tokenizer: PreTrainedTokenizerBase, tokens: int | None) -> T
     """Token ids [T] of a file, at most `tokens`: its text as it is, or that of its rows with blank lines between.
 
     Raises:
-        MissingError: the file cannot be read as UTF-8 text.
-        ConfigError: it holds less than two tokens.
+        MissingError: the file cannot be read.
+        ConfigError: it is no text, or holds less than two tokens.
     """
-    ids = tokenizer(_text(path))["input_ids"][:tokens]
+    ids = torch.tensor(list(islice(_ids(path, tokenizer), tokens)), dtype=torch.long)
     if len(ids) < 2:
         raise ConfigError(f"evaluate.text={path}: no text to score")
-    return torch.tensor(ids)
+    return ids
 
 
-def _text(path: str) -> str:
+def _ids(path: str, tokenizer: PreTrainedTokenizerBase) -> Iterator[int]:
+    """The tokens of a text, behind the begin marker if the tokenizer puts one there."""
+    hiding = marks.of(tokenizer)
+    yield from (token for token in tokenizer("")["input_ids"][:1] if token == tokenizer.bos_token_id)
+    for part in _parts(path):
+        yield from hiding.tokens(hiding.hide(part))
+
+
+def _parts(path: str) -> Iterator[str]:
+    """A text whole, or in parts where it is longer than a tokenizer has the memory for."""
+    held, size = [], 0
+    for piece in _pieces(path):
+        held.append(piece)
+        size += len(piece)
+        if size >= AT_ONCE:
+            yield "".join(held)
+            held, size = [], 0
+    yield "".join(held)
+
+
+def _pieces(path: str) -> Iterator[str]:
+    """Lines, or the texts of rows with blank lines between."""
     (file,) = files.find(DataConfig(name="text", source=DataSource.text, path=path))
-    if not path.endswith(ROWS):
-        return "".join(files.lines(file))
-    return "\n\n".join(str(row["text"]) for row in files.rows(file) if row.get("text") is not None)
+    if files.suffix(path) not in files.ROWS:
+        for number, line in lines(file):
+            yield _checked(line, file.place(f"line {number}"))
+        return
+    between = ""
+    for place, row in rows(file):
+        if isinstance(row, Unusable):
+            raise ConfigError(f"evaluate.text={place}: {row.reason}")
+        if row.get("text") is not None:
+            yield between + _checked(str(row["text"]), place)
+            between = "\n\n"
+
+
+def _checked(text: str, place: str) -> str:
+    try:
+        check(text)
+    except Unusable as unusable:
+        raise ConfigError(f"evaluate.text={place}: {unusable.reason} ({unusable.detail})") from None
+    return text

@@ -8,19 +8,18 @@ the cap, disk.
 """
 
 import gzip
-import importlib
 import io
 import os
 import tarfile
 import unicodedata
-import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import IO, cast
 
-from qat.errors import ArtifactError, UnavailableError
+from qat.compression import MISREAD, gunzip, unlz4, unzstd
+from qat.errors import ArtifactError
 
 SUFFIXES = (".tgz", ".tar.gz", ".tar.lz4", ".tar.zst", ".tar")
 CHUNK = 1 << 20  # bytes read at once; a header that wants more is no honest header
@@ -224,64 +223,13 @@ class _Stream:
             raise ArtifactError(f"{self.path.name} is damaged or cut short ({error})") from None
 
 
-# What decompressors raise on a damaged stream: zlib and gzip their own and EOFError, lz4 RuntimeError,
-# zstandard a type of its own that derives from Exception alone.
-MISREAD: tuple[type[Exception], ...] = (EOFError, gzip.BadGzipFile, zlib.error, RuntimeError, ValueError)
-
-
 @contextmanager
 def _decompressed(path: Path) -> Iterator[IO[bytes]]:
+    """The tar inside an archive, by the archive's name."""
+    openers = {".tgz": gunzip, ".tar.gz": gunzip, ".tar.lz4": unlz4, ".tar.zst": unzstd}
+    opener = next((opener for suffix, opener in openers.items() if path.name.endswith(suffix)), None)
     with open(path, "rb") as file:
-        if path.name.endswith((".tgz", ".tar.gz")):
-            with gzip.GzipFile(fileobj=file) as stream:
-                yield cast(IO[bytes], stream)
-        elif path.name.endswith(".tar.lz4"):
-            with _package("lz4.frame", "lz4").open(file, "rb") as stream:
-                yield stream
-        elif path.name.endswith(".tar.zst"):
-            yield _Zstandard(file)  # type: ignore[misc]
-        else:
-            yield file
-
-
-class _Zstandard:
-    """A zstandard stream that says when it is cut short: the library's own reader just ends there."""
-
-    def __init__(self, file: IO[bytes]) -> None:
-        library = _package("zstandard", "zstandard")
-        self._file, self._error = file, library.ZstdError
-        self._make = library.ZstdDecompressor().decompressobj
-        self._frame: Any = None
-        self._ready = b""
-
-    def read(self, size: int) -> bytes:
-        """At most `size` bytes."""
-        while not self._ready:
-            data = self._file.read(1 << 12)  # each turns into at most a few megabytes
-            if not data:
-                if self._frame is not None:
-                    raise EOFError("the compressed data end early")
-                return b""
-            self._feed(data)
-        piece, self._ready = self._ready[:size], self._ready[size:]
-        return piece
-
-    def _feed(self, data: bytes) -> None:
-        try:
-            while data:
-                self._frame = self._frame or self._make()
-                self._ready += self._frame.decompress(data)
-                data = self._frame.unused_data if self._frame.eof else b""
-                self._frame = None if self._frame.eof else self._frame
-        except self._error as error:
-            raise ValueError(str(error)) from None
-
-
-def _package(module: str, package: str) -> Any:
-    try:
-        return importlib.import_module(module)
-    except ImportError:
-        raise UnavailableError(f"this archive needs the package {package}: pip install -e '.[store]'") from None
+        yield opener(file) if opener else file
 
 
 def _folded(name: str) -> str:

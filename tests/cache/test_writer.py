@@ -217,7 +217,8 @@ def test_option_name_of_the_cache_changes_nothing(obtain):
 
 
 def test_too_little_text_is_refused_and_leaves_nothing(obtain, tmp_path):
-    with pytest.raises(ConfigError, match=r"the eval split has less text .* cache\.length=600"):
+    said = r"the eval split has \d+ of the text's \d+ tokens, .* cache\.length=600: .* data\.eval_fraction"
+    with pytest.raises(ConfigError, match=said):
         obtain(length=600, artifacts=tmp_path)
     assert [path for path in (tmp_path / "caches").iterdir() if path.suffix != ".lock"] == []
 

@@ -108,6 +108,35 @@ def test_empty_split_is_refused_and_leaves_nothing(documents, text, tmp_path, fr
     assert [path for path in (tmp_path / "artifacts" / "documents").iterdir() if path.suffix != ".lock"] == []
 
 
+@pytest.mark.parametrize("fraction", [1e-9, 1 - 1e-9])
+def test_refusal_names_a_fraction_that_is_accepted(documents, text, fraction):
+    with pytest.raises(ConfigError) as said:
+        documents(dataclasses.replace(text, eval_fraction=fraction))
+    named = float(str(said.value).partition("data.eval_fraction=")[2])
+    assert min(documents(dataclasses.replace(text, eval_fraction=named)).manifest["documents"].values()) >= 1
+
+
+def test_text_without_blank_lines_is_one_document_and_told_so(documents, text, tmp_path):
+    (tmp_path / "text.txt").write_text("\n".join(f"Line {number}." for number in range(40)))
+    with pytest.raises(ConfigError, match=r"\(1 in all\): give more text; blank lines separate documents"):
+        documents(text)
+
+
+def test_manifest_counts_what_was_left_out(documents, text, tmp_path):
+    assert "read" not in documents().manifest
+    with open(tmp_path / "text.txt", "ab") as file:
+        file.write(b"\n\ncaf\xe9")
+    assert documents().manifest["read"] == [{"rows": 41, "left_out": {"not UTF-8": 1}}]
+
+
+def test_text_with_too_much_damage_leaves_nothing(documents, text, tmp_path):
+    with open(tmp_path / "text.txt", "ab") as file:
+        file.write(b"\n\ncaf\xe9" * 6)
+    with pytest.raises(ConfigError, match="6 of 46 rows cannot be read"):
+        documents()
+    assert [path for path in (tmp_path / "artifacts" / "documents").iterdir() if path.suffix != ".lock"] == []
+
+
 def test_altered_documents_are_refused(documents):
     with open(documents().folder / "documents.jsonl", "r+") as file:
         file.write("x")

@@ -1,7 +1,7 @@
 """The project's own prompt list."""
 
 from qat.config import DataConfig, DataSource
-from qat.data.sources import prompts
+from qat.data.texts import prompts
 
 PROMPTS = prompts(DataConfig(name="prompts", source=DataSource.selfgen))
 

@@ -10,6 +10,7 @@ from qat.config import DataConfig, DataSource, Start
 from qat.data import selfgen, sources
 from qat.data.documents import Document
 from qat.data.selfgen import PROMPTS_AT_ONCE, answer
+from qat.data.tally import Tally
 from qat.data.thinking import chat_tokens, user_turn
 
 DATA = DataConfig(name="prompts", source=DataSource.selfgen, answer_tokens=12, greedy_tokens=4)
@@ -126,7 +127,7 @@ def opened(tiny, cpu, folder, texts, seed=0, **settings):
 
 def test_passages_are_gone_on_with_from_their_first_tokens(tiny, cpu, tmp_path, texts, tokenizer):
     data, found = opened(tiny, cpu, tmp_path / "a", texts)
-    documents = dict(sources.plain(data, tokenizer))
+    documents = dict(sources.plain(data, tokenizer, Tally.of(data)))
     assert {origin for origin, _ in found} == set(documents) and len(documents) == 10
     lengths = set()
     for origin, ids in documents.items():
@@ -147,7 +148,8 @@ def test_passages_are_gone_on_with_from_their_first_tokens(tiny, cpu, tmp_path, 
 def test_passages_of_a_document_stand_on_one_side_with_its_text(tiny, cpu, tmp_path, texts, tokenizer):
     data, found = opened(tiny, cpu, tmp_path / "a", texts)
     as_text = dataclasses.replace(data, source=DataSource.text)
-    sides = {origin: Document(origin, ids).split(0.4) for origin, ids in sources.render(as_text, tokenizer)}
+    rendered = sources.render(as_text, tokenizer, Tally.of(data))
+    sides = {origin: Document(origin, ids).split(0.4) for origin, ids in rendered}
     assert len(found) > len(sides) and set(sides.values()) == {"train", "eval"}
     assert all(Document(origin, ids).split(0.4) == sides[origin] for origin, ids in found)
 

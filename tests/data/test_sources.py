@@ -3,15 +3,16 @@
 import hashlib
 import json
 import re
-import sys
 
 import pytest
 
 from qat.config import DataConfig, DataSource
-from qat.data import files
-from qat.data.sources import content_hash, prompts, render
+from qat.data import files, texts
+from qat.data.sources import render
+from qat.data.tally import Tally
+from qat.data.texts import content_hash, look, prompts
 from qat.data.thinking import chat_tokens
-from qat.errors import ConfigError, MissingError, UnavailableError
+from qat.errors import ConfigError, MissingError
 
 
 @pytest.fixture(scope="module")
@@ -35,8 +36,15 @@ def source(tmp_path):
 
 @pytest.fixture
 def rendered(tokenizer):
-    """Origin and decoded text of every document."""
-    return lambda data: [(origin, tokenizer.decode(tokens)) for origin, tokens in render(data, tokenizer)]
+    """Origin and decoded text of every document, once nothing is against the source."""
+
+    def make(data):
+        tally = Tally.of(data)
+        found = [(origin, tokenizer.decode(tokens)) for origin, tokens in render(data, tokenizer, tally)]
+        tally.settle()
+        return found
+
+    return make
 
 
 def test_alpaca_row_is_a_question_and_its_answer(source, rendered):
@@ -53,21 +61,34 @@ def test_alpaca_row_is_a_question_and_its_answer(source, rendered):
 
 
 @pytest.mark.parametrize(
-    "text",
+    ("kind", "text", "said"),
     [
-        "no json",
-        '[{"instruction": "a"}]',
-        '[{"output": "a"}]',
-        '{"rows": []}',
-        '["text"]',
-        "3",
-        "null",
+        ("alpaca", "no json", "holds no rows: data=text reads plain text"),
+        ("alpaca", '[{"instruction": "a"}]', "data=prompts lets the teacher answer"),
+        ("alpaca", '[{"output": "a"}]', "no conversation, and no question with an answer"),
+        ("alpaca", '{"rows": []}', "there is no text in it"),
+        ("alpaca", '["text"]', "not a JSON object: 1, data.json row 1 (line 1)"),
+        ("alpaca", "3", "holds no rows"),
+        ("chat_jsonl", '{"messages": []}\n', "no turns: 1, data.json line 1"),
+        ("chat_jsonl", '{"text": "a"}\n', "data=text reads texts"),
+        ("text", '{"messages": [{"role": "user", "content": "q"}]}\n', "data=chat_jsonl reads conversations"),
     ],
 )
-def test_other_json_is_refused_as_no_alpaca_file(source, rendered, text):
-    data = source("alpaca", text)
-    with pytest.raises(ConfigError, match=re.escape(f"data.path={data.path} is not a JSON list of rows with instruct")):
-        rendered(data)
+def test_files_of_another_kind_are_refused_before_any_work_and_while_reading(source, rendered, kind, text, said):
+    data = source(kind, text)
+    for refuse in (look, rendered):
+        with pytest.raises(ConfigError, match=re.escape(data.path) + ".*" + re.escape(said)):
+            refuse(data)
+
+
+def test_a_look_ends_at_the_first_row_of_use(source):
+    good = '{"instruction": "q", "output": "a"}\n'
+    data = source("chat_jsonl", "broken\n" * 20 + good + "broken\n" * 5000, "a.jsonl")
+    look(data)
+    with open(data.path, "a") as file:
+        file.truncate(100)
+    with pytest.raises(ConfigError, match=r"15 of 15 rows cannot be read"):
+        look(data)
 
 
 def test_messages_and_sharegpt_are_the_same_conversation(source, rendered):
@@ -107,31 +128,45 @@ def test_blank_lines_between_json_lines_are_skipped(source, rendered):
     assert len(rendered(source("chat_jsonl", f"\n{row}\n\n{row}\n"))) == 2
 
 
-@pytest.mark.parametrize(
-    ("content", "said"),
-    [
-        ('{"messages": []}\n', "neither messages nor conversations"),
-        ('{"text": "a"}\n', "neither messages nor conversations"),
-        ('{"messages": [{"role": "user", "content": "q"}]}\nnot json\n', "line 2 is not JSON"),
-        ("[1, 2]\n", "row 1 is not a JSON object"),
-        ("3\n", "line 1 is not a JSON object"),
-        ('{"messages": [{"role": "tool", "content": "q"}]}', "no usable 'tool'"),
-        ('{"messages": [{"content": "q"}]}', "no usable 'from'"),
-        ('{"messages": [{"role": "user"}]}', "no usable 'content'"),
-        ('{"messages": [{"role": "user", "content": null}]}', "no usable 'content'"),
-        ('{"messages": ["text"]}', "no usable"),
-        ('{"messages": 3}', "no usable"),
-    ],
-)
-def test_other_lines_are_refused_with_the_file_named(source, rendered, content, said):
-    data = source("chat_jsonl", content)
-    with pytest.raises(ConfigError, match=re.escape(data.path) + ".*" + re.escape(said)):
-        rendered(data)
+def test_a_few_bad_rows_are_left_out_and_told(source, rendered, caplog):
+    good = [{"messages": [{"role": "user", "content": f"q {n}"}]} for n in range(9)]
+    lines = [json.dumps(row) for row in good]
+    data = source("chat_jsonl", "\n".join([*lines[:3], '{"messages": [', *lines[3:], '{"id": 7}']), "a.jsonl")
+    assert [origin for origin, _ in rendered(data)] == [f"q {n}" for n in range(9)]
+    (told,) = caplog.messages
+    assert told.startswith(f"data.path={data.path}: left out 2 of 11 rows (not JSON: 1, a.jsonl line 4")
+
+
+def test_marks_in_the_text_are_text_and_told(source, rendered, tokenizer, caplog):
+    caplog.set_level("INFO")
+    said = "what is <|end|><|assistant|>?"
+    data = source("chat_jsonl", [{"instruction": said, "output": "a mark"}, {"instruction": "q", "output": "a"}])
+    assert rendered(data)[0] == (said, f"<|user|>{said}<|end|><|assistant|>a mark<|end|>")
+    assert "1 of 2 rows have marks of the chat template in their text" in caplog.messages[0]
+    text = source("text", "A page with <|end|> inside.\n", "a.txt")
+    ((origin, tokens),) = render(text, tokenizer, Tally.of(text))
+    assert origin == "A page with <|end|> inside." and tokenizer.decode(tokens) == f"{origin}<|end|>"
+    assert tokens.index(tokenizer.eos_token_id) == len(tokens) - 1
+
+
+def test_a_long_conversation_is_several_documents_on_one_side(source, rendered):
+    answer = "word " * 30_000
+    found = rendered(source("chat_jsonl", [{"instruction": "go", "output": answer}]))
+    assert [origin for origin, _ in found] == ["go"] * 3
+    assert "".join(text for _, text in found) == f"<|user|>go<|end|><|assistant|>{answer}<|end|>"
+
+
+def test_a_long_paragraph_is_several_documents_of_which_the_last_ends(source, rendered, monkeypatch):
+    monkeypatch.setattr(texts, "PASSAGE", 100_000)
+    text = " ".join(f"word{n}" for n in range(40_000))
+    found = rendered(source("text", f"{text}\n\nAnother.", "a.txt"))
+    assert "".join(text for _, text in found).replace(" ", "") == f"{text}<|end|>Another.<|end|>".replace(" ", "")
+    assert all(text.startswith(origin) for origin, text in found) and len(found) > 5
 
 
 def test_paragraphs_of_a_text_file_are_documents_with_an_end(source, tokenizer):
     data = source("text", "One\nline.\n\n\n  Two.  \n \nThree.\n", "data.txt")
-    found = list(render(data, tokenizer))
+    found = list(render(data, tokenizer, Tally.of(data)))
     assert [origin for origin, _ in found] == ["One\nline.", "Two.", "Three."]
     assert [tokenizer.decode(tokens) for _, tokens in found] == ["One\nline.<|end|>", "Two.<|end|>", "Three.<|end|>"]
 
@@ -164,7 +199,7 @@ def test_prompts_of_a_file_skip_comments_and_blank_lines(source):
 
 def test_prompt_file_without_a_prompt_is_refused(source):
     data = source("selfgen", "# only comments\n\n", "mine.txt")
-    with pytest.raises(ConfigError, match=re.escape(f"data.path={data.path} holds no prompt")):
+    with pytest.raises(ConfigError, match=re.escape(f"data.path={data.path}: there is no text in it")):
         prompts(data)
 
 
@@ -180,14 +215,14 @@ def test_source_without_a_file_asks_for_one(kind):
 
 def test_missing_file_is_named(tmp_path):
     data = DataConfig(name="text", source=DataSource.text, path=str(tmp_path / "nowhere.txt"))
-    with pytest.raises(MissingError, match=re.escape(f"data.path={tmp_path / 'nowhere.txt'}: no such file")):
+    with pytest.raises(ConfigError, match=re.escape(f"data.path={tmp_path / 'nowhere.txt'}: no such file")):
         content_hash(data)
 
 
 def test_file_in_another_encoding_is_refused(tmp_path, rendered):
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
     data = DataConfig(name="text", source=DataSource.text, path=str(tmp_path / "latin.txt"))
-    with pytest.raises(MissingError, match=r"latin\.txt cannot be read as UTF-8 text"):
+    with pytest.raises(ConfigError, match=r"not UTF-8: 1, latin\.txt line 1, byte 0xe9.*iconv"):
         rendered(data)
 
 
@@ -215,10 +250,37 @@ def test_hash_of_several_files_sees_each_and_their_order(tmp_path):
 def test_text_is_streamed(tmp_path, tokenizer):
     """The first document is there before the last line is read: the last is no text at all."""
     (tmp_path / "long.txt").write_bytes(b"First.\n\n" + b"x" * 100_000 + b"\n\n\xff")
-    stream = render(DataConfig(name="text", source=DataSource.text, path=str(tmp_path / "long.txt")), tokenizer)
-    assert next(stream)[0] == "First."
-    with pytest.raises(MissingError):
-        list(stream)
+    data = DataConfig(name="text", source=DataSource.text, path=str(tmp_path / "long.txt"))
+    tally = Tally.of(data)
+    stream = render(data, tokenizer, tally)
+    assert next(stream)[0] == "First." and not tally.left_out
+    assert len(list(stream)) == 2 and tally.counts() == {"not UTF-8": 1}
+
+
+def test_a_folder_is_its_files_of_text(tmp_path, rendered):
+    for name, text in (("b.txt", "B."), ("sub/a.txt", "A."), ("c.jsonl", '{"text": "C."}'), ("d.txt.gz", "D.")):
+        (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "in" / name).write_text(text)
+    for name in ("README.md", "dataset_info.json", "state.json", ".hidden.txt", ".git/x.txt"):
+        (tmp_path / "in" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "in" / name).write_text("no text")
+    data = DataConfig(name="text", source=DataSource.text, path=str(tmp_path / "in"))
+    assert [origin for origin, _ in rendered(data)] == ["B.", "C.", "D.", "A."]
+    (tmp_path / "empty").mkdir()
+    data.path = str(tmp_path / "empty")
+    with pytest.raises(ConfigError, match="this folder has no file of text"):
+        rendered(data)
+
+
+def test_what_is_no_file_is_refused(tmp_path, rendered):
+    data = DataConfig(name="text", source=DataSource.text, path="/dev/zero")
+    with pytest.raises(ConfigError, match=r"data\.path=/dev/zero: no such file"):
+        rendered(data)
+
+
+def test_prompts_may_be_rows(source):
+    data = source("selfgen", [{"prompt": "One?"}, {"messages": [{"role": "user", "content": "Two?"}]}], "a.jsonl")
+    assert prompts(data) == ["One?", "Two?"]
 
 
 def test_conversations_may_be_one_json_list(source, rendered):
@@ -267,7 +329,7 @@ def hub(tmp_path, monkeypatch):
 
 def test_hub_data_set_is_read_file_by_file_as_it_is_needed(hub, tokenizer):
     data = DataConfig(name="alpaca", source=DataSource.alpaca, repo="owner/there")
-    stream = render(data, tokenizer)
+    stream = render(data, tokenizer, Tally.of(data))
     assert next(stream)[0] == "Say hi." and hub == ["a.jsonl"]
     assert [origin for origin, _ in stream] == ["Wave."] and hub == ["a.jsonl", "b.json"]
     assert (
@@ -288,21 +350,3 @@ def test_hub_that_cannot_be_reached_says_what_to_do(hub):
     said = "owner/elsewhere is not in the local hub cache and cannot be reached (no route): run `hf download"
     with pytest.raises(MissingError, match=re.escape(said)):
         content_hash(data)
-
-
-def test_parquet_tables_are_read_row_by_row(tmp_path, rendered):
-    pyarrow = pytest.importorskip("pyarrow")
-    from pyarrow import parquet
-
-    table = pyarrow.table({"text": ["One.", "", "Two."], "other": [1, 2, 3]})
-    parquet.write_table(table, tmp_path / "data.parquet")
-    data = DataConfig(name="text", source=DataSource.text, path=str(tmp_path / "data.parquet"))
-    assert [origin for origin, _ in rendered(data)] == ["One.", "Two."]
-
-
-def test_parquet_without_its_library_says_what_to_install(tmp_path, rendered, monkeypatch):
-    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
-    (tmp_path / "data.parquet").write_bytes(b"PAR1")
-    data = DataConfig(name="text", source=DataSource.text, path=str(tmp_path / "data.parquet"))
-    with pytest.raises(UnavailableError, match="is a Parquet table: run `pip install pyarrow`"):
-        rendered(data)

@@ -2,6 +2,9 @@
 
 import pytest
 
+from qat.data import marks
+from qat.data.conversations import Conversation
+from qat.data.tally import Unusable
 from qat.data.thinking import chat_tokens, renderings
 from qat.errors import ConfigError
 
@@ -25,12 +28,13 @@ TURNS = [
 
 @pytest.fixture
 def shown(tiny):
-    """The decoded renderings of a conversation through a template."""
+    """The renderings of a conversation through a template, as their tokens decode."""
 
-    def make(template, messages, thinking):
+    def make(template, messages, thinking="false", tools=()):
         tokenizer = tiny.tokenizer()
         tokenizer.chat_template = template
-        return [tokenizer.decode(tokens) for tokens in renderings(tokenizer, messages, thinking)]
+        texts = renderings(tokenizer, Conversation(messages, list(tools)), thinking)
+        return [tokenizer.decode(marks.of(tokenizer).tokens(text)) for text in texts]
 
     return make
 
@@ -74,3 +78,72 @@ def test_a_template_that_refuses_is_one_sentence(tiny):
     tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
     with pytest.raises(ConfigError, match=r"refuses a conversation .roles must alternate"):
         chat_tokens(tokenizer, TURNS)
+
+
+def test_an_answer_that_was_all_thought_is_no_answer_without_it(shown):
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "<think>hm</think>\n"}]
+    assert shown(IGNORES, turns, "both") == ["<|user|>q<|end|><|assistant|><think>hm</think>\n<|end|>"]
+    with pytest.raises(Unusable, match="an empty answer"):
+        shown(IGNORES, turns, "false")
+
+
+# As Hermes' and Qwen's.
+TOOLS = (
+    "{% if tools %}<|system|>{{ tools | map('tojson') | join }}<|end|>{% endif %}"
+    "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}"
+    "{% for call in m.tool_calls or [] %}<call>{{ call.function | tojson }}</call>{% endfor %}<|end|>{% endfor %}"
+)
+CALLED = [
+    {"role": "user", "content": "q"},
+    {
+        "role": "assistant",
+        "content": "",
+        "tool_calls": [{"type": "function", "function": {"name": "f", "arguments": {"a": 1}}}],
+    },
+    {"role": "tool", "content": "r"},
+    {"role": "assistant", "content": "a"},
+]
+
+
+def test_calls_of_tools_are_rendered_as_the_template_says(shown):
+    said = '<call>{"name": "f", "arguments": {"a": 1}}</call>'
+    rest = f"<|user|>q<|end|><|assistant|>{said}<|end|><|tool|>r<|end|><|assistant|>a<|end|>"
+    assert shown(TOOLS, CALLED, "both", [{"name": "f"}]) == [f'<|system|>{{"name": "f"}}<|end|>{rest}']
+
+
+def test_calls_that_the_template_passes_over_are_no_empty_answer(shown):
+    with pytest.raises(Unusable, match="calls of tools, which the chat template does not show") as said:
+        shown(IGNORES, CALLED)
+    assert not said.value.damaged
+
+
+@pytest.mark.parametrize("role", ["system", "tool"])
+def test_messages_that_the_template_passes_over_are_told(shown, role):
+    known = "{% for m in messages if m.role in ('user', 'assistant') %}{{ m.content }} {% endfor %}"
+    turns = [{"role": role, "content": "s"}, {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    with pytest.raises(Unusable, match=f"messages of the role {role}, which the chat template does not show"):
+        shown(known, turns)
+    assert shown(known, turns[1:]) == ["q a "]
+    assert shown("{% for m in messages %}{{ m.content | upper }} {% endfor %}", turns) == ["S Q A "]  # in other words
+
+
+def test_a_developer_is_a_system_where_the_template_has_none(shown):
+    turns = [{"role": "developer", "content": "s"}, {"role": "user", "content": "q"}]
+    assert shown(IGNORES, turns) == ["<|system|>s<|end|><|user|>q<|end|>"]
+    knows = "{% if messages[0].role == 'developer' %}D {% endif %}" + IGNORES
+    assert shown(knows, turns) == ["D <|developer|>s<|end|><|user|>q<|end|>"]
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ raise_exception('not so') }}",
+        "{{ messages[0].content + none }}",
+        "{{ messages[9].content.x }}",
+        "{{ messages[0].content | int('x') / 0 }}",
+        "{{ '' | nothing }}",
+    ],
+)
+def test_whatever_a_template_raises_is_a_refusal(shown, template):
+    with pytest.raises(Unusable, match="refused by the chat template"):
+        shown(template, [{"role": "user", "content": "q"}])

@@ -8,8 +8,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qat.errors import ConfigError, MissingError
-from qat.evaluate import evaluate
+from qat.errors import ConfigError
+from qat.evaluate import evaluate, windows
 from qat.evaluate.windows import Windows, read
 from tests import tiny
 
@@ -82,6 +82,15 @@ def test_a_file_is_one_text(teacher, tmp_path):
     assert read(str(tmp_path / "a.txt"), tokenizer, 5).tolist() == ids[:5].tolist()
 
 
+def test_a_text_longer_than_the_tokenizer_has_memory_for_is_read_in_parts(teacher, tmp_path, monkeypatch):
+    tokenizer, text = teacher.tokenizer(), "".join(f"Line {n} with <|end|> in it.\n" for n in range(50))
+    (tmp_path / "a.txt").write_text(text)
+    whole = read(str(tmp_path / "a.txt"), tokenizer, None)
+    monkeypatch.setattr(windows, "AT_ONCE", 100)
+    assert read(str(tmp_path / "a.txt"), tokenizer, None).tolist() == whole.tolist()
+    assert tokenizer.decode(whole) == text and tokenizer.eos_token_id not in whole
+
+
 def test_rows_are_joined_by_blank_lines_also_empty_ones(teacher, tmp_path):
     rows = ["one", "", "two\n"]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
@@ -89,10 +98,8 @@ def test_rows_are_joined_by_blank_lines_also_empty_ones(teacher, tmp_path):
     assert tokenizer.decode(read(str(tmp_path / "a.jsonl"), tokenizer, None)) == "\n\n".join(rows)
 
 
-@pytest.mark.parametrize(
-    ("content", "error"), [(b"", ConfigError), (b"a", ConfigError), (b"\xff\xfe\x00", MissingError)]
-)
-def test_what_cannot_be_scored_is_told(teacher, tmp_path, content, error):
+@pytest.mark.parametrize("content", [b"", b"a", b"\xff\xfe\x00", b"fine\ncaf\xe9\n"])
+def test_what_cannot_be_scored_is_told(teacher, tmp_path, content):
     (tmp_path / "a.txt").write_bytes(content)
-    with pytest.raises(error, match=r"a\.txt"):
+    with pytest.raises(ConfigError, match=r"a\.txt"):
         read(str(tmp_path / "a.txt"), teacher.tokenizer(), None)

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from qat import models
 from qat.cache.batch import Text
 from qat.config import DataConfig, DataSource, Packing, QuantConfig, TableConfig
-from qat.data import packing, sources, thinking
+from qat.data import packing, texts, thinking
 from qat.data.documents import Document
 from qat.quant import assign, codebook, scales
 from qat.quant.convert import STACK_BYTES, stacks
@@ -34,7 +34,7 @@ def smollm2():
     model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
     model.config.use_cache = False
     model.model.layers = model.model.layers[: LAST + 1]
-    questions = sources.prompts(DataConfig(name="prompts", source=DataSource.selfgen))
+    questions = texts.prompts(DataConfig(name="prompts", source=DataSource.selfgen))
     documents = [Document(q, thinking.chat_tokens(tokenizer, [{"role": "user", "content": q}])) for q in questions]
     return model.eval().requires_grad_(False), packing.pack(documents, 128, Packing.joined, 0).input_ids[:8].long()
 
