@@ -47,3 +47,8 @@ class NumericsError(QatError):
 
 class RankError(QatError):
     """Another of the processes that train together has ended; it knows why, this one does not."""
+
+
+def reason(error: BaseException) -> str:
+    """What another library says went wrong, in one line."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -36,7 +36,8 @@ def content_hash(data: DataConfig) -> str:
 def render(data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Generator[tuple[str, list[int]], None, None]:
     """Origin and tokens of every document of an existing text."""
     if data.source is DataSource.text:
-        yield from ((origin, [*ids, tokenizer.eos_token_id]) for origin, ids in plain(data, tokenizer))
+        end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+        yield from ((origin, [*ids, *end]) for origin, ids in plain(data, tokenizer))
         return
     conversations = _alpaca if data.source is DataSource.alpaca else _conversations
     for messages in (messages for file in files.find(data) for messages in conversations(file)):

@@ -11,10 +11,14 @@ from typing import Any, cast
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from qat.errors import ConfigError
+from qat.errors import ConfigError, reason
 
 BLOCK = re.compile(r"<think>(.*?)</think>\s*", re.DOTALL)
 EMPTY = r"(?:<think>\s*</think>\s*)?"  # which some templates put before any answer
+
+# A template is a program over messages: besides its own errors it raises what Python does for what it computes.
+REFUSALS = (TemplateError, TypeError, ValueError, LookupError, ArithmeticError, AttributeError)
+INSTEAD = "use data=tokens, openings or text"
 
 Messages = list[dict[str, str]]
 
@@ -36,6 +40,20 @@ def chat_tokens(
     """
     encoded: Any = _template(tokenizer, messages, thinking, add_generation_prompt=ask, return_dict=True)
     return list(encoded["input_ids"])
+
+
+def takes_questions(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether there is a chat template, and one that takes a plain question; a base model often has none."""
+    try:
+        return bool(chat_tokens(tokenizer, [{"role": "user", "content": "?"}], ask=True))
+    except ConfigError:
+        return False
+
+
+def text_tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """A plain text that is to be gone on with, behind the begin marker if there is one."""
+    begin = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    return [*begin, *tokenizer(text, add_special_tokens=False)["input_ids"]]
 
 
 def user_turn(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], int]:
@@ -78,8 +96,9 @@ def _of_assistant(message: dict[str, str], content: str) -> dict[str, str]:
 
 def _template(tokenizer: PreTrainedTokenizerBase, messages: Messages, thinking: str, **how: bool) -> Any:
     if not tokenizer.chat_template:
-        raise ConfigError("this model's tokenizer has no chat template: use data=tokens, openings or text")
+        raise ConfigError(f"this model's tokenizer has no chat template: {INSTEAD}")
     try:
         return cast(Any, tokenizer).apply_chat_template(messages, enable_thinking=thinking == "true", **how)
-    except TemplateError as error:
-        raise ConfigError(f"the chat template refuses a conversation ({error}): {str(messages)[:200]}") from None
+    except REFUSALS as error:
+        said = str(messages)[:200]
+        raise ConfigError(f"the chat template refuses a conversation ({reason(error)}): {said}; {INSTEAD}") from None

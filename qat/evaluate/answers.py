@@ -7,7 +7,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
-from qat.data.thinking import chat_tokens
+from qat.data.thinking import chat_tokens, takes_questions, text_tokens
 from qat.machine import Machine
 from qat.models import generate
 from qat.quant.linear import baked
@@ -20,34 +20,56 @@ SAMPLE_PROMPTS = (
     "What is 12 plus 30?",
 )
 
+SAMPLE_OPENINGS = (
+    "The capital of France is",
+    "The sky is blue because",
+    "The sea was calm that morning, and",
+    "Three tips for sleeping better:",
+    "The year has twelve months:",
+)
+
 UNFINISHED = "�"  # what bytes decode to that are no whole character
 CHARACTER = 4  # most bytes, so most tokens, of one
+
+
+def samples_of(tokenizer: PreTrainedTokenizerBase) -> dict[str, list[int]]:
+    """The sample prompts as token ids; beginnings of text where no chat template takes a question."""
+    if takes_questions(tokenizer):
+        return {text: asked(tokenizer, text) for text in SAMPLE_PROMPTS}
+    return {text: text_tokens(tokenizer, text) for text in SAMPLE_OPENINGS}
+
+
+def asked(tokenizer: PreTrainedTokenizerBase, question: str) -> list[int]:
+    """A question through the chat template, up to where the answer begins."""
+    return chat_tokens(tokenizer, [{"role": "user", "content": question}], ask=True)
 
 
 def answers(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    prompts: tuple[str, ...],
+    prompts: list[list[int]],
+    ends: tuple[int, ...],
     tokens: int,
     machine: Machine,
 ) -> list[str]:
-    """The model's most likely answer to each prompt, up to `tokens` long."""
-    asked = [chat_tokens(tokenizer, [{"role": "user", "content": prompt}], ask=True) for prompt in prompts]
-    inputs = tokenizer.pad({"input_ids": asked}, return_tensors="pt").to(machine.device)
+    """What the model most likely writes after each prompt, up to `tokens` long and to the first of `ends`."""
+    inputs = tokenizer.pad({"input_ids": prompts}, return_tensors="pt").to(machine.device)
     with baked(model, machine.dtype):
-        settings = settings_of(tokenizer, tokens)
+        settings = settings_of(tokenizer, ends, tokens)
         written = generate(model, inputs["input_ids"], settings, attention_mask=inputs["attention_mask"])
     return [text.strip() for text in tokenizer.batch_decode(written, skip_special_tokens=True)]
 
 
-def settings_of(tokenizer: PreTrainedTokenizerBase, tokens: int, temperature: float = 0.0) -> GenerationConfig:
-    """Generation of at most so many tokens; the likeliest ones, unless there is a temperature."""
+def settings_of(
+    tokenizer: PreTrainedTokenizerBase, ends: tuple[int, ...], tokens: int, temperature: float = 0.0
+) -> GenerationConfig:
+    """Generation of at most so many tokens, up to the first of `ends`; the likeliest, unless there is a temperature."""
     sampling = {"temperature": temperature, "top_k": 0} if temperature > 0 else {}
     return GenerationConfig(
         max_new_tokens=tokens,
         do_sample=bool(sampling),
         use_cache=True,
-        eos_token_id=tokenizer.eos_token_id,
+        eos_token_id=list(ends) or None,
         pad_token_id=tokenizer.pad_token_id,
         **sampling,
     )

@@ -42,7 +42,7 @@ class Observer:
         """Hooks for as long as the block lasts."""
         find, hooks = self.model.get_submodule, []
         for source, names in self.readers.items():
-            hooks.append(find(source).register_forward_pre_hook(self._input_of(source, gradients)))
+            hooks.append(find(names[0]).register_forward_pre_hook(self._input_of(source, gradients)))
             if gradients:
                 hooks += [find(name).register_forward_hook(self._output_of(source, name)) for name in names]
         try:

@@ -39,7 +39,7 @@ def make(work: Workspace, outputs: Artifact, start: Path) -> Path:
     with work.timed("distill"), joined(work.machine.device) as ranks:
         student, manifest = checkpoints.load(start, work.teacher, work.machine, latents=config.train.learn.latent > 0)
         layers = checkpoints.layers_of(manifest)
-        run.result["quant"] = {"preset": manifest["quant"]["name"], **summary(layers)}
+        run.result["quant"] = {"preset": manifest["quant"]["name"], **summary(layers, work.teacher.skeleton())}
         folders = {name: run.folder / "checkpoints" / name for name in ("best", "last")}
         description = checkpoints.heritage(manifest) | {"run": run.result["run_id"]}
 

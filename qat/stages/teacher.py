@@ -1,0 +1,97 @@
+"""Whether a teacher can do what a run asks of it, found out before the run does anything."""
+
+from pathlib import Path
+
+from qat import checkpoints
+from qat.checkpoint_files import find
+from qat.config import Config, DataConfig, DataSource, ModeConfig, QuantConfig, Stage, Start
+from qat.data import mix
+from qat.data.thinking import chat_tokens, user_turn
+from qat.errors import ConfigError
+from qat.machine import Machine
+from qat.models import ModelFolder, tokenizers
+from qat.quant.layers import Layer, select
+
+CONVERTS = (Stage.run, Stage.convert)
+TRAINS = (Stage.run, Stage.distill)
+
+
+def check(config: Config, teacher: ModelFolder, machine: Machine) -> None:
+    """Looks at text, layers and every weight.
+
+    Raises:
+        ConfigError: in one sentence, what would not work.
+    """
+    if makes_text(config):
+        check_text(config, teacher)
+    if config.stage in CONVERTS:
+        check_layers(config, teacher)
+    if config.stage is not Stage.export:  # whose first work is to load it, in a type of its own
+        teacher.load(machine.dtype, machine.device)
+
+
+def makes_text(config: Config) -> bool:
+    """Whether a stage turns text into tokens, or tokens into text that somebody asked for."""
+    measured = config.evaluate.text or config.evaluate.tasks
+    if config.stage is Stage.evaluate and measured:
+        return True
+    makes_cache = config.stage is not Stage.export and not config.cache.path
+    return makes_cache or config.cache.inspect
+
+
+def check_text(config: Config, teacher: ModelFolder) -> None:
+    """Whether there is a tokenizer of the model's, and a chat template where the text needs one."""
+    tokenizer, context = teacher.tokenizer(), teacher.context()
+    tokenizers.check(teacher.path, tokenizer, teacher.vocab_size())
+    if config.cache.path or config.evaluate.text or config.evaluate.tasks:
+        return
+    if context is not None and config.cache.length > context:
+        raise ConfigError(
+            f"cache.length={config.cache.length}: {teacher.name} is made for at most {context} tokens"
+        )
+    for part in mix.parts(config.data):
+        if _talks(part):
+            chat_tokens(tokenizer, [{"role": "user", "content": "?"}], ask=True)
+        if part.source is DataSource.selfgen and part.start is Start.questions:
+            user_turn(tokenizer)
+
+
+def check_layers(config: Config, teacher: ModelFolder) -> None:
+    """Whether the layers that are to be quantized are found, and those that are to learn among them."""
+    if not _converts(config, teacher):
+        return
+    for quant, mode in _wanted(config):
+        layers = select(teacher.skeleton(), quant)
+        if config.stage in TRAINS:
+            _check_mode(mode, layers, teacher)
+
+
+def _wanted(config: Config) -> list[tuple[QuantConfig, ModeConfig]]:
+    first = [(config.first.quant, config.first.mode)] if config.first else []
+    return [*first, (config.quant, config.mode)]
+
+
+def _check_mode(mode: ModeConfig, layers: list[Layer], teacher: ModelFolder) -> None:
+    kinds = {layer.kind for layer in layers}
+    for kind, learns in {"mlp": mode.mlp, "attn": mode.attn}.items():
+        if learns and kind not in kinds:
+            raise ConfigError(
+                f"mode={mode.name} trains the {kind} layers, and none of {teacher.name} has a table: use"
+                f" mode={next(iter(kinds))}"
+            )
+
+
+def _converts(config: Config, teacher: ModelFolder) -> bool:
+    """Whether a conversion is to be made; not from a checkpoint that has the tables already."""
+    start = config.checkpoint.path
+    if config.stage is Stage.convert or start is None or config.first:
+        return True
+    found = find(Path(start).expanduser())
+    return found.is_dir() and not checkpoints.has_tables(checkpoints.native.check(found, teacher), config.quant)
+
+
+def _talks(part: DataConfig) -> bool:
+    """Whether a source's text goes through the chat template."""
+    if part.source is DataSource.selfgen:
+        return part.start in (Start.prompts, Start.questions)
+    return part.source in (DataSource.alpaca, DataSource.chat_jsonl)
