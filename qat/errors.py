@@ -51,4 +51,9 @@ class RankError(QatError):
 
 def reason(error: BaseException) -> str:
     """What another library says went wrong, in one line."""
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if not lines:
+        return type(error).__name__
+    if isinstance(error, KeyError):  # which says no more than what it did not find
+        return f"no {lines[0]}"
+    return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]

@@ -75,7 +75,7 @@ def refuse_code(described: dict[str, Any], path: Path) -> None:
     if code := described.get("auto_map"):
         raise ConfigError(
             f"{path} asks for code of its own (auto_map: {_listed(code)}), which is never run here: where transformers"
-            " has the same model itself, delete auto_map from that file"
+            " has the same itself, delete auto_map from that file"
         )
 
 

@@ -42,20 +42,6 @@ def chat_tokens(
     return list(encoded["input_ids"])
 
 
-def takes_questions(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether there is a chat template, and one that takes a plain question; a base model often has none."""
-    try:
-        return bool(chat_tokens(tokenizer, [{"role": "user", "content": "?"}], ask=True))
-    except ConfigError:
-        return False
-
-
-def text_tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """A plain text that is to be gone on with, behind the begin marker if there is one."""
-    begin = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    return [*begin, *tokenizer(text, add_special_tokens=False)["input_ids"]]
-
-
 def user_turn(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], int]:
     """Tokens of a conversation up to where the user begins to speak, and the token that ends what the user says.
 

@@ -7,7 +7,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
-from qat.data.thinking import chat_tokens, takes_questions, text_tokens
+from qat.data.asking import asked, begun, takes_questions
 from qat.machine import Machine
 from qat.models import generate
 from qat.quant.linear import baked
@@ -36,12 +36,7 @@ def samples_of(tokenizer: PreTrainedTokenizerBase) -> dict[str, list[int]]:
     """The sample prompts as token ids; beginnings of text where no chat template takes a question."""
     if takes_questions(tokenizer):
         return {text: asked(tokenizer, text) for text in SAMPLE_PROMPTS}
-    return {text: text_tokens(tokenizer, text) for text in SAMPLE_OPENINGS}
-
-
-def asked(tokenizer: PreTrainedTokenizerBase, question: str) -> list[int]:
-    """A question through the chat template, up to where the answer begins."""
-    return chat_tokens(tokenizer, [{"role": "user", "content": question}], ask=True)
+    return {text: begun(tokenizer, text) for text in SAMPLE_OPENINGS}
 
 
 def answers(

@@ -12,7 +12,7 @@ from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, Pr
 from qat import attention, model_files
 from qat.models import reading, tokenizers
 
-FINITE: set[tuple[str, torch.dtype]] = set()  # models of which every number was looked at, in this process
+SOUND: set[tuple[str, torch.dtype]] = set()  # models that this process has looked at, by fingerprint and type
 
 
 @dataclass(frozen=True)
@@ -59,10 +59,12 @@ class ModelFolder:
         model = reading.read(self.path, dtype, attn_implementation=attention.NAME)  # takes masks of `cache.attention`
         model.config.use_cache = False
         cast(nn.Module, model).to(device)
-        if (self.fingerprint, dtype) not in FINITE:
+        model.eval().requires_grad_(False)
+        if (self.fingerprint, dtype) not in SOUND:
             reading.refuse_not_finite(self.path, model)
-            FINITE.add((self.fingerprint, dtype))
-        return model.eval().requires_grad_(False)
+            reading.refuse_foresight(self.path, model)
+            SOUND.add((self.fingerprint, dtype))
+        return model
 
     def skeleton(self) -> PreTrainedModel:
         """The model without memory behind it: names and shapes."""

@@ -17,7 +17,8 @@ from transformers.quantizers.auto import AutoHfQuantizer, AutoQuantizationConfig
 from qat import model_files
 from qat.errors import ConfigError
 from qat.models import architecture, reading
-from qat.models.reading import Stored, understood
+from qat.models.reading import understood
+from qat.models.tensors import Stored, refuse_unscaled
 
 log = logging.getLogger(__name__)
 
@@ -40,13 +41,12 @@ def write(source: Path, config: PreTrainedConfig, tensors: dict[str, Stored], fo
     method, text = architecture.quantization(config), architecture.text_of(config)
     if method:
         log.info("%s is quantized (%s): making plain weights of it", source, method.get("quant_method"))
-        _refuse_unscaled(source, tensors)
+        refuse_unscaled(source, tensors)
         model = _dequantized(source, config, method)
     else:
         log.info("%s is a model of more than text: taking its text part", source)
         model = reading.read(source, "auto", _class(config, source), config=config)
-    alone = _text_alone(source, model, text)
-    save(alone, folder)
+    save(model if text is config else _text_alone(source, model, text), folder)
     for file in model_files.text(source):
         shutil.copyfile(file, folder / file.name)
     if text is not config:
@@ -69,7 +69,7 @@ def _dequantized(source: Path, config: PreTrainedConfig, method: dict[str, Any])
     """The model of a quantized folder in fp32, which holds the products of its numbers and scales as they are."""
     failing = f"is quantized ({method.get('quant_method')}) and transformers cannot make plain weights of it here"
     remedy = "name the model that it was made from"
-    if not AutoHfQuantizer.supports_quant_method(method):
+    if not (method.get("quant_method") and AutoHfQuantizer.supports_quant_method(method)):
         raise ConfigError(f"{source} {failing}, as it does not know the method: {remedy}")
     failing += f": install what it asks for, or {remedy}"
     with understood(f"{source} {failing}"):
@@ -96,20 +96,40 @@ def _class(config: PreTrainedConfig, source: Path) -> Any:
 
 def _text_alone(source: Path, model: PreTrainedModel, text: PreTrainedConfig) -> PreTrainedModel:
     """The text model on its own, on the weights of the whole."""
+    head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
+    text.tie_word_embeddings = head is not None and head.weight is embeddings.weight
+    text.eos_token_id = _ends(source)
     alone = reading.skeleton(text, source)
-    if type(alone) is type(model):
-        return model
-    decoder = model.get_decoder()
-    weights = {f"{alone.base_model_prefix}.{name}": value for name, value in decoder.state_dict().items()}
-    head, place = model.get_output_embeddings(), _name_of(alone, alone.get_output_embeddings())
-    weights |= {f"{place}.{name}": value for name, value in head.state_dict().items()}
+    weights = _parts(model, alone)
     with understood(f"the text part of {source} is no {type(alone).__name__}"):
         alone.load_state_dict(weights, assign=True)
+    alone.tie_weights()
     return alone
 
 
-def _name_of(model: Any, module: Any) -> str:
-    return next(name for name, found in model.named_modules() if found is module)
+def _parts(model: PreTrainedModel, alone: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """The weights of the whole by their names in the text model; whatever else there is has no name there."""
+    inside = list(model.modules())
+    if whole := [module for module in inside if type(module) is type(alone)]:
+        return whole[0].state_dict()
+    prefix, base = alone.base_model_prefix, type(alone.base_model)
+    weights = {
+        f"{prefix}.{name}": value
+        for module in inside
+        if type(module) is base
+        for name, value in module.state_dict().items()
+    }
+    place = next(name for name, found in alone.named_modules() if found is alone.get_output_embeddings())
+    return weights | {f"{place}.{name}": value for name, value in model.get_output_embeddings().state_dict().items()}
+
+
+def _ends(source: Path) -> list[int] | None:
+    """The tokens that end a text, as both levels of a `config.json` name them."""
+    described = model_files.settings(source)
+    inner = [part for part in described.values() if isinstance(part, dict) and "vocab_size" in part]
+    named = [part.get("eos_token_id") for part in (described, *inner)]
+    flat = {token for entry in named for token in (entry if isinstance(entry, list) else [entry]) if token is not None}
+    return sorted(flat) or None
 
 
 @torch.no_grad()
@@ -125,11 +145,3 @@ def _refuse_another(source: Path, whole: PreTrainedModel, alone: PreTrainedModel
             f"the text part of {source} alone is not what the whole computes of text (logits differ by {apart:.1e} of"
             " their norm), so it cannot be taken out"
         )
-
-
-def _refuse_unscaled(source: Path, tensors: dict[str, Stored]) -> None:
-    """8-bit floating-point numbers mean nothing without a scale, and transformers would take them as they are."""
-    scaled = {name.rpartition(".")[0] for name in tensors if "scale" in name.rpartition(".")[2]}
-    found = [name for name, tensor in tensors.items() if tensor.kind.startswith("F8") and "scale" not in name]
-    if bare := [name for name in found if name.rpartition(".")[0] not in scaled]:
-        raise ConfigError(f"{source} has no scale for {reading.listed(bare)}: {model_files.REMEDY}")

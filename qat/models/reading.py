@@ -4,41 +4,34 @@ It fills parameters that no file has with random numbers and passes over tensors
 says so in a log that is silenced here.
 """
 
+import logging
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, cast
 
 import torch
-from safetensors import SafetensorError, safe_open
+import transformers
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from qat import faults, model_files
 from qat.errors import ConfigError, reason
 
 SAFE = {"local_files_only": True, "trust_remote_code": False}
 NAMED = 3  # tensors in a message
+PROBE = 16  # tokens of a row that is looked at
 
 # What transformers and what it stands on raise for a folder that they cannot make sense of.
 CONFUSED = (
     *(OSError, ValueError, TypeError, LookupError, AttributeError, ImportError, RuntimeError),
-    *(ArithmeticError, AssertionError, EOFError, SafetensorError, UnpicklingError),
+    *(ArithmeticError, AssertionError, EOFError, SafetensorError, UnpicklingError, StrictDataclassError),
 )
-
-# Buffers that older files hold and newer models compute, as transformers has it.
-COMPUTED = (r"rotary_emb\.inv_freq", r"(^|\.)position_ids$")
-
-
-@dataclass(frozen=True)
-class Stored:
-    """A tensor as a file holds it: its type as safetensors writes it (`F32`, `I8`), and the file."""
-
-    kind: str
-    file: Path
 
 
 @contextmanager
@@ -62,6 +55,12 @@ def settings(folder: Path) -> PreTrainedConfig:
     Raises:
         ConfigError: transformers does not know the architecture, or cannot use the values.
     """
+    kind = model_files.settings(folder).get("model_type")
+    if kind not in CONFIG_MAPPING:
+        raise ConfigError(
+            f"{folder} holds a model of type {kind}, which transformers {transformers.__version__} does not know:"
+            " a newer one may"
+        )
     with understood(f"{folder / model_files.CONFIG} does not describe a model that transformers can compute"):
         return cast(PreTrainedConfig, AutoConfig.from_pretrained(folder, **SAFE))
 
@@ -93,9 +92,9 @@ def read(
         how: further arguments of `from_pretrained`.
 
     Raises:
-        ConfigError: a tensor is missing, has no place, is misshapen or holds integers; or a file is damaged.
+        ConfigError: a tensor is missing, has no place or is misshapen, or a file is damaged.
     """
-    with understood(f"{folder} {failing}"):
+    with understood(f"{folder} {failing}"), _naming_unconverted(folder):
         model, report = auto.from_pretrained(
             folder, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **SAFE | how
         )
@@ -109,11 +108,12 @@ def refuse_incomplete(folder: Path, model: nn.Module, report: dict[str, Any]) ->
     Raises:
         ConfigError: by the names of the tensors.
     """
-    misshapen = {name: f"{list(there)} instead of {list(wanted)}" for name, there, wanted in report["mismatched_keys"]}
+    on_meta = [name for name, tensor in model.state_dict().items() if tensor.is_meta]
+    misshapen = [f"{name} ({list(there)}, not {list(wanted)})" for name, there, wanted in report["mismatched_keys"]]
     found = {
-        "lacks": sorted({*report["missing_keys"], *_on_meta(model)}),
-        "has tensors of another shape than config.json says,": [f"{n} {said}" for n, said in misshapen.items()],
-        "has tensors that the model of its config.json has no place for:": sorted(report["unexpected_keys"]),
+        "lacks": sorted({*report["missing_keys"], *on_meta}),
+        "has tensors of another shape than its config.json says,": sorted(misshapen),
+        "has tensors that the model of its config.json has no place for,": sorted(report["unexpected_keys"]),
     }
     for what, names in found.items():
         if names:
@@ -137,43 +137,20 @@ def refuse_not_finite(folder: Path, model: nn.Module) -> None:
         raise ConfigError(f"{folder} has numbers that are NaN or infinite in {listed(names)}{how}")
 
 
-def refuse_integers(folder: Path, model: nn.Module, tensors: dict[str, Stored]) -> None:
-    """Refuses integers where the model has floating-point numbers: they are quantized, and nothing says how.
+@torch.inference_mode()
+def refuse_foresight(folder: Path, model: PreTrainedModel) -> None:
+    """Refuses a model whose logits depend on tokens that come later: it cannot predict them.
 
     Raises:
-        ConfigError: by the names of the tensors.
+        ConfigError: it does, or it cannot be computed on a row of tokens.
     """
-    wanted = model.state_dict()
-    patterns = [*COMPUTED, *(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ())]
-    integers = [name for name, tensor in tensors.items() if not tensor.kind.startswith(("F", "BF"))]
-    found = [
-        name
-        for name in integers
-        if not any(re.search(pattern, name) for pattern in patterns)
-        and (name not in wanted or wanted[name].is_floating_point())
-    ]
-    if found:
-        raise ConfigError(
-            f"{folder} holds integers in {listed(found)}, and its config.json has no quantization_config that says"
-            " what they stand for: name the model that was quantized"
-        )
-
-
-def stored(files: Iterable[Path]) -> dict[str, Stored]:
-    """The tensors of some files by name.
-
-    Raises:
-        ConfigError: a file cannot be read, or two hold a tensor of one name.
-    """
-    found: dict[str, Stored] = {}
-    for file in files:
-        with understood(f"{file} cannot be read: {model_files.REMEDY}"):
-            kinds = _safetensors(file) if file.suffix == ".safetensors" else _pickled(file)
-        for name, kind in kinds.items():
-            if name in found:
-                raise ConfigError(f"{file} and {found[name].file.name} both hold {name}: {model_files.REMEDY}")
-            found[name] = Stored(kind, file)
-    return found
+    vocabulary, half = int(model.config.get_text_config().vocab_size), PROBE // 2
+    ids = torch.randint(vocabulary, (1, PROBE), generator=torch.Generator().manual_seed(0))
+    other = torch.cat([ids[:, :half], (ids[:, half:] + 1) % vocabulary], 1)
+    with understood(f"{folder} cannot be computed"):
+        logits = [cast(Any, model)(row.to(model.device)).logits[0, :half].float() for row in (ids, other)]
+    if not bool((logits[0] - logits[1]).norm() <= 0.05 * logits[0].norm()):
+        raise ConfigError(f"{folder} holds a model that sees what comes later, so it does not predict the next token")
 
 
 def listed(names: list[str]) -> str:
@@ -182,16 +159,23 @@ def listed(names: list[str]) -> str:
     return ", ".join(names[:NAMED]) + (f" and {more} more" if more > 0 else "")
 
 
-def _safetensors(file: Path) -> dict[str, str]:
-    with safe_open(file, framework="pt") as opened:
-        return {name: str(opened.get_slice(name).get_dtype()) for name in opened.keys()}  # noqa: SIM118 - no mapping
-
-
-def _pickled(file: Path) -> dict[str, str]:
-    content = torch.load(file, map_location="meta", weights_only=True)
-    tensors = {name: value for name, value in content.items() if isinstance(value, torch.Tensor)}
-    return {name: "F" if value.is_floating_point() else "I" for name, value in tensors.items()}
-
-
-def _on_meta(model: nn.Module) -> list[str]:
-    return [name for name, tensor in model.state_dict().items() if tensor.is_meta]
+@contextmanager
+def _naming_unconverted(folder: Path) -> Iterator[None]:
+    """Names the tensors that could not be put together: transformers does so in its log alone."""
+    said: list[str] = []
+    log, handler = logging.getLogger("transformers.modeling_utils"), logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    level, log.level, log.propagate = log.level, logging.WARNING, False
+    log.addHandler(handler)
+    try:
+        yield
+    except RuntimeError:
+        if names := re.findall(r"^(\S+)\s*\|\s*CONVERSION", "\n".join(said), re.MULTILINE):
+            raise ConfigError(
+                f"{folder} lacks some of what {listed(sorted(names))} is made from, or has it in other shapes:"
+                f" {model_files.REMEDY}"
+            ) from None
+        raise
+    finally:
+        log.removeHandler(handler)
+        log.level, log.propagate = level, True

@@ -13,7 +13,7 @@ from qat import model_files
 from qat.artifacts import obtain
 from qat.config import ModelConfig, ModelSource
 from qat.errors import MissingError, reason
-from qat.models import architecture, plain, reading, tiny
+from qat.models import architecture, plain, reading, tensors, tiny
 from qat.models.folder import ModelFolder
 
 log = logging.getLogger(__name__)
@@ -133,17 +133,17 @@ def _usable(name: str, path: Path, fingerprint: str, artifacts: Path, text: str 
     model_files.check(path)
     config = reading.settings(path)
     architecture.check(config, path)
-    tensors = reading.stored(model_files.weights(path))
+    held = tensors.stored(model_files.weights(path))
     if architecture.is_plain(config):
-        reading.refuse_integers(path, reading.skeleton(config, path), tensors)
+        tensors.refuse_ambiguous(path, reading.skeleton(config, path), held)
         return ModelFolder(name, path, fingerprint, text)
     inputs = {"folder": fingerprint, "text": text}
-    made = obtain(artifacts, "models", name, inputs, lambda folder: _written(path, tensors, folder))
+    made = obtain(artifacts, "models", name, inputs, lambda folder: _written(path, held, folder))
     return ModelFolder(name, made.folder, made.key)
 
 
-def _written(path: Path, tensors: dict[str, reading.Stored], folder: Path) -> dict[str, Any]:
-    plain.write(path, reading.settings(path), tensors, folder)
+def _written(path: Path, held: dict[str, tensors.Stored], folder: Path) -> dict[str, Any]:
+    plain.write(path, reading.settings(path), held, folder)
     return {"source": str(path)}
 
 

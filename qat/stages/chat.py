@@ -12,7 +12,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from qat import checkpoints, machine, models
 from qat.config import Config
 from qat.console import console
-from qat.data.thinking import Messages, chat_tokens, takes_questions, text_tokens
+from qat.data.asking import begun, takes_questions
+from qat.data.thinking import Messages, chat_tokens
 from qat.errors import ConfigError
 from qat.evaluate.answers import settings_of, stream
 from qat.machine import Machine
@@ -108,7 +109,7 @@ def _answer(speaker: Speaker, said: str, language: Language, config: Config) -> 
     if language.converses:
         asked = chat_tokens(tokenizer, speaker.messages, _mode(config.chat.thinking), ask=True)
     else:
-        asked = text_tokens(tokenizer, said)
+        asked = begun(tokenizer, said)
     settings = settings_of(tokenizer, language.ends, config.chat.max_tokens, config.chat.temperature)
     answer = stream(speaker.model, tokenizer, asked, settings, sys.stdout)
     speaker.messages.append({"role": "assistant", "content": answer})

@@ -14,7 +14,7 @@ from qat.cache.reader import CacheReader
 from qat.checkpoint_files import locate
 from qat.config import CheckpointConfig, Config
 from qat.console import console, table
-from qat.data.thinking import takes_questions
+from qat.data.asking import takes_questions
 from qat.errors import ConfigError
 from qat.evaluate import Comparison, Metrics, answers, compare, samples_of
 from qat.evaluate.figures import METHOD, Rows

@@ -6,7 +6,8 @@ from qat import checkpoints
 from qat.checkpoint_files import find
 from qat.config import Config, DataConfig, DataSource, ModeConfig, QuantConfig, Stage, Start
 from qat.data import mix
-from qat.data.thinking import chat_tokens, user_turn
+from qat.data.asking import asked
+from qat.data.thinking import user_turn
 from qat.errors import ConfigError
 from qat.machine import Machine
 from qat.models import ModelFolder, tokenizers
@@ -51,7 +52,7 @@ def check_text(config: Config, teacher: ModelFolder) -> None:
         )
     for part in mix.parts(config.data):
         if _talks(part):
-            chat_tokens(tokenizer, [{"role": "user", "content": "?"}], ask=True)
+            asked(tokenizer, "?")
         if part.source is DataSource.selfgen and part.start is Start.questions:
             user_turn(tokenizer)
 

@@ -13,7 +13,7 @@ from qat.generation import Sampling, Writer, answers, bytes_a_row
 
 END = 257
 COMPILE = torch.compile
-GREEDY = Sampling(tokens=12, greedy=12, temperature=1.0, end=END)
+GREEDY = Sampling(tokens=12, greedy=12, temperature=1.0, ends=(END,))
 PROMPTS = [[256, 72, 105], [256, *range(65, 95)], [70], [256, 87, 104, 121, 63]]
 
 
@@ -33,7 +33,7 @@ def write(model, prompts=PROMPTS, seed=0, rows=None, compiled=False, **sampling)
 
 
 def said(writer, prompts=PROMPTS, seed=0):
-    return answers(writer(prompts, seed, quiet), END)
+    return answers(writer(prompts, seed, quiet), (END,))
 
 
 def transformers_say(model, prompts, tokens):
