@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+from transformers import PreTrainedModel
+
 from qat import checkpoints
 from qat.checkpoint_files import find
 from qat.config import Config, DataConfig, DataSource, ModeConfig, QuantConfig, Stage, Start
@@ -10,7 +12,8 @@ from qat.data.asking import asked
 from qat.data.thinking import user_turn
 from qat.errors import ConfigError
 from qat.machine import Machine
-from qat.models import ModelFolder, tokenizers
+from qat.models import ModelFolder, linear, tokenizers
+from qat.models.reading import listed
 from qat.quant.layers import Layer, select
 
 CONVERTS = (Stage.run, Stage.convert)
@@ -25,10 +28,9 @@ def check(config: Config, teacher: ModelFolder, machine: Machine) -> None:
     """
     if makes_text(config):
         check_text(config, teacher)
-    if config.stage in CONVERTS:
-        check_layers(config, teacher)
+    layers = check_layers(config, teacher) if config.stage in CONVERTS else []
     if config.stage is not Stage.export:  # whose first work is to load it, in a type of its own
-        teacher.load(machine.dtype, machine.device)
+        _refuse_zeros(teacher.load(machine.dtype, machine.device), layers, teacher)
 
 
 def makes_text(config: Config) -> bool:
@@ -47,9 +49,7 @@ def check_text(config: Config, teacher: ModelFolder) -> None:
     if config.cache.path or config.evaluate.text or config.evaluate.tasks:
         return
     if context is not None and config.cache.length > context:
-        raise ConfigError(
-            f"cache.length={config.cache.length}: {teacher.name} is made for at most {context} tokens"
-        )
+        raise ConfigError(f"cache.length={config.cache.length}: {teacher.name} is made for at most {context} tokens")
     for part in mix.parts(config.data):
         if _talks(part):
             asked(tokenizer, "?")
@@ -57,14 +57,22 @@ def check_text(config: Config, teacher: ModelFolder) -> None:
             user_turn(tokenizer)
 
 
-def check_layers(config: Config, teacher: ModelFolder) -> None:
-    """Whether the layers that are to be quantized are found, and those that are to learn among them."""
-    if not _converts(config, teacher):
-        return
-    for quant, mode in _wanted(config):
+def check_layers(config: Config, teacher: ModelFolder) -> list[Layer]:
+    """The layers that are to be quantized, those that are to learn among them."""
+    found: list[Layer] = []
+    for quant, mode in _wanted(config) if _converts(config, teacher) else []:
         layers = select(teacher.skeleton(), quant)
         if config.stage in TRAINS:
             _check_mode(mode, layers, teacher)
+        found += layers
+    return found
+
+
+def _refuse_zeros(model: PreTrainedModel, layers: list[Layer], teacher: ModelFolder) -> None:
+    """Refuses layers of zeros, which no table and no scale can be fitted to."""
+    empty = [layer.name for layer in layers if not bool(linear(model, layer.name).weight.any())]
+    if empty:
+        raise ConfigError(f"{teacher.path} has nothing but zeros in {listed(empty)}: it was never trained, or is damaged")
 
 
 def _wanted(config: Config) -> list[tuple[QuantConfig, ModeConfig]]:
