@@ -39,7 +39,7 @@ def _ours(folder: Path, teacher: ModelFolder) -> Artifact:
             f" use model={made_by['name']} and the same revision"
         )
     _check_vocabulary(folder, meta["vocab_size"], teacher, {teacher.vocab_size()})
-    if teacher.text and meta.get("tokenizer_sha256", "") not in ("", _tokenizer(teacher)):
+    if teacher.text and teacher.has_tokenizer() and meta.get("tokenizer_sha256") not in (None, _tokenizer(teacher)):
         raise ArtifactError(f"{folder} was recorded with another tokenizer than {teacher.name}'s: record it again")
     return cache
 
@@ -58,7 +58,5 @@ def _check_vocabulary(folder: Path, stated: int | None, teacher: ModelFolder, kn
 
 
 def _tokenizer(teacher: ModelFolder) -> str:
-    """As a cache notes it; nothing where the teacher has none."""
-    if not teacher.has_tokenizer():
-        return ""
+    """As a cache notes it."""
     return sha256(teacher.tokenizer().backend_tokenizer.to_str().encode()).hexdigest()

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
 from qat import models
 from qat.checkpoints.own import adopt, own_parameters
@@ -28,6 +28,7 @@ def dense(source: Source, dtype: torch.dtype) -> PreTrainedModel:
     """The source as a plain model in another type."""
     model = source.teacher.load(dtype, CPU)
     model.config.use_cache = source.teacher.settings().use_cache
+    model.generation_config = GenerationConfig()  # the folder's own file is copied
     adopt(model, own_parameters(source.model))
     for name, parameter in model.named_parameters():
         cast(name, parameter, dtype)

@@ -1,5 +1,7 @@
 """A teacher on disk, and the two ways it is asked: for logits and for text."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -123,5 +125,16 @@ def generate(
     # multiplies every sequence by a copy of the head of its own: gigabytes, and about half
     # of the time of a prefill on a CPU.
     last = torch.tensor([-1], device=prompts_BT.device)
-    written = cast(Any, model).generate(prompts_BT, generation_config=settings, logits_to_keep=last, **extras)
+    with _by(model, settings):
+        written = cast(Any, model).generate(prompts_BT, generation_config=settings, logits_to_keep=last, **extras)
     return cast(torch.Tensor, written)[:, prompts_BT.shape[1] :]
+
+
+@contextmanager
+def _by(model: PreTrainedModel, settings: GenerationConfig) -> Iterator[None]:
+    """Keeps transformers from taking what `settings` leave open (penalties, beams) from the model's folder."""
+    before, model.generation_config = model.generation_config, settings
+    try:
+        yield
+    finally:
+        model.generation_config = before

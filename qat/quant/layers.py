@@ -103,7 +103,7 @@ def decoder_weights(model: nn.Module) -> dict[str, int]:
         owner, _, leaf = name.rpartition(".")
         module = owners[owner]
         outside = module is head or isinstance(module, nn.Embedding | nn.modules.conv._ConvNd)
-        if parameter.dim() > 1 and not outside:
+        if parameter.dim() > 1 and not outside and not leaf.endswith("bias"):
             found[owner if leaf == "weight" else name] = parameter.numel()
     return found
 

@@ -69,10 +69,10 @@ def check_layers(config: Config, teacher: ModelFolder) -> list[Layer]:
 
 
 def _refuse_zeros(model: PreTrainedModel, layers: list[Layer], teacher: ModelFolder) -> None:
-    """Refuses layers of zeros, which no table and no scale can be fitted to."""
+    """Refuses layers of zeros, to which no table and no scale can be fitted."""
     empty = [layer.name for layer in layers if not bool(linear(model, layer.name).weight.any())]
     if empty:
-        raise ConfigError(f"{teacher.path} has nothing but zeros in {listed(empty)}: it was never trained, or is damaged")
+        raise ConfigError(f"{teacher.path} has nothing but zeros in {listed(empty)}, to which no table fits")
 
 
 def _wanted(config: Config) -> list[tuple[QuantConfig, ModeConfig]]:
