@@ -1,17 +1,14 @@
 """Models that were never taught to talk, and such without any tokenizer: the whole job, and what comes after it."""
 
 import json
-import random
 import shutil
 
 import pytest
 import torch
 
-from qat.cli import arguments, main
 from qat.errors import ConfigError
-from qat.stages import chat, run_job
-
-QUICK = ("+debug=tiny", "model=local", "instance.precision=fp32", "quant.mlp.rank=2", "quant.attn.rank=2")
+from qat.stages import chat
+from tests.stages.conftest import write_text
 
 
 @pytest.fixture(scope="module")
@@ -26,37 +23,8 @@ def place(teacher, tmp_path_factory):
     bare = shutil.copytree(base, place / "bare")
     for file in bare.glob("tokenizer*"):
         file.unlink()
-    draw = random.Random(0)
-    paragraphs = [" ".join("".join(draw.choices("abcdefg", k=5)) for _ in range(12)) for _ in range(24)]
-    (place / "text.txt").write_text("\n\n".join(paragraphs))
+    write_text(place / "text.txt")
     return place
-
-
-@pytest.fixture(scope="module")
-def configured(place):
-    """The checked configuration of a command line."""
-
-    def make(model, *words):
-        line = (*QUICK, f"model.path={place / model}", f"outputs={place / 'outputs'}", *words)
-        return main.check(arguments.parse(list(line))).configs[0]
-
-    return make
-
-
-@pytest.fixture(scope="module")
-def job(configured, place):
-    """Runs a job in a folder of its own; returns the folder and its record."""
-
-    def run(model, *words):
-        config = configured(model, *words)
-        folder = place / "outputs" / f"SR-{len(list(place.glob('outputs/SR-*'))) + 1:03d}"
-        folder.mkdir(parents=True)
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("qat.machine.matmul_flops", lambda machine: 1e11)
-            run_job(config, folder)
-        return folder, json.loads((folder / "result.json").read_text())
-
-    return run
 
 
 @pytest.fixture(scope="module")
