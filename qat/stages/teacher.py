@@ -1,6 +1,7 @@
 """Whether a teacher can do what a run asks of it, found out before the run does anything."""
 
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedModel
 
@@ -29,6 +30,8 @@ def check(config: Config, teacher: ModelFolder, machine: Machine) -> None:
     if makes_text(config):
         check_text(config, teacher)
     layers = check_layers(config, teacher) if config.stage in CONVERTS else []
+    if config.stage is Stage.distill and (start := _manifest(config, teacher)):
+        check_mode(config.mode, checkpoints.layers_of(start), teacher)
     if config.stage is not Stage.export:  # whose first work is to load it, in a type of its own
         _refuse_zeros(teacher.load(machine.dtype, machine.device), layers, teacher)
 
@@ -63,7 +66,7 @@ def check_layers(config: Config, teacher: ModelFolder) -> list[Layer]:
     for quant, mode in _wanted(config) if _converts(config, teacher) else []:
         layers = select(teacher.skeleton(), quant)
         if config.stage in TRAINS:
-            _check_mode(mode, layers, teacher)
+            check_mode(mode, layers, teacher)
         found += layers
     return found
 
@@ -80,7 +83,12 @@ def _wanted(config: Config) -> list[tuple[QuantConfig, ModeConfig]]:
     return [*first, (config.quant, config.mode)]
 
 
-def _check_mode(mode: ModeConfig, layers: list[Layer], teacher: ModelFolder) -> None:
+def check_mode(mode: ModeConfig, layers: list[Layer], teacher: ModelFolder) -> None:
+    """Refuses to train a kind of layers of which none has a table.
+
+    Raises:
+        ConfigError: with the mode that has something to train.
+    """
     kinds = {layer.kind for layer in layers}
     for kind, learns in {"mlp": mode.mlp, "attn": mode.attn}.items():
         if learns and kind not in kinds:
@@ -92,11 +100,16 @@ def _check_mode(mode: ModeConfig, layers: list[Layer], teacher: ModelFolder) -> 
 
 def _converts(config: Config, teacher: ModelFolder) -> bool:
     """Whether a conversion is to be made; not from a checkpoint that has the tables already."""
-    start = config.checkpoint.path
-    if config.stage is Stage.convert or start is None or config.first:
+    if config.stage is Stage.convert or config.checkpoint.path is None or config.first:
         return True
-    found = find(Path(start).expanduser())
-    return found.is_dir() and not checkpoints.has_tables(checkpoints.native.check(found, teacher), config.quant)
+    start = _manifest(config, teacher)
+    return start is not None and not checkpoints.has_tables(start, config.quant)
+
+
+def _manifest(config: Config, teacher: ModelFolder) -> dict[str, Any] | None:
+    """What the checkpoint says that a run starts from; None for a V2 state dict, which tells when it is loaded."""
+    found = find(Path(str(config.checkpoint.path)).expanduser()) if config.checkpoint.path else None
+    return checkpoints.native.check(found, teacher) if found and found.is_dir() else None
 
 
 def _talks(part: DataConfig) -> bool:
