@@ -33,7 +33,7 @@ from qat.artifacts import write_json
 from qat.cache.format import decode_ids
 from qat.cli.compose import Composer, typed
 from qat.errors import QatError
-from qat.models import _byte_tokenizer
+from qat.models.tiny import byte_tokenizer
 from qat.stages import run_job
 
 LARGEST = 0.01  # difference of log-probabilities; rounding them to 16 bits alone gives 0.002 to 0.004
@@ -108,7 +108,7 @@ def measure(name: str, folder: Path) -> dict[str, Any]:
         model.save_pretrained(folder / "model")
     except Exception as error:  # of other people's code, which says what it cannot do
         return {"name": name, "made": False, "why": f"{type(error).__name__}: {first_line(error)}", "wrong": []}
-    _byte_tokenizer().save_pretrained(folder / "model")
+    byte_tokenizer().save_pretrained(folder / "model")
     teacher = transformers.AutoModelForCausalLM.from_pretrained(folder / "model", attn_implementation="eager").eval()
     row = {"name": name, "made": True, "class": type(model).__name__, "jobs": examine(folder, teacher)}
     return row | {"wrong": [f"{job}: {what}" for job, found in row["jobs"].items() if (what := fault(found))]}
@@ -203,7 +203,7 @@ def compared(teacher: PreTrainedModel, folder: Path) -> dict[str, Any]:
 @torch.no_grad()
 def perplexity(teacher: PreTrainedModel, text: Path) -> float:
     """Of a text in windows by the model's own forward pass, each token scored once."""
-    ids = torch.tensor(_byte_tokenizer()(text.read_text())["input_ids"][:TEXT])
+    ids = torch.tensor(byte_tokenizer()(text.read_text())["input_ids"][:TEXT])
     total, count, reached = 0.0, 0, 1
     for first in range(0, len(ids), STRIDE):
         window = ids[first : first + CONTEXT]

@@ -112,7 +112,7 @@ def teacher(folder: str | None, device: torch.device) -> PreTrainedModel:
     """The model in bf16, from a folder or with random weights."""
     if folder:
         model = transformers.AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.bfloat16, attn_implementation=attention.NAME
+            folder, dtype=torch.bfloat16, attn_implementation=attention.NAME, trust_remote_code=False
         )
     else:
         torch.manual_seed(0)

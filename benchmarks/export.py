@@ -59,7 +59,7 @@ def generation(options: argparse.Namespace) -> None:
     """Greedy tokens a second of both models, by turns, so that a busy machine slows both."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     models = {name: load(getattr(options, name), device) for name in ("dense", "packed")}
-    tokenizer = AutoTokenizer.from_pretrained(options.dense)
+    tokenizer = AutoTokenizer.from_pretrained(options.dense, trust_remote_code=False)
     ids = torch.tensor([tokenizer.encode("The capital of France is")], device=device)
     settings = GenerationConfig(max_new_tokens=options.tokens, min_new_tokens=options.tokens, do_sample=False)
     seconds: dict[str, list[float]] = {name: [] for name in models}
@@ -78,7 +78,7 @@ def generation(options: argparse.Namespace) -> None:
 
 def load(folder: str, device: str) -> torch.nn.Module:
     """A model in the type it was exported in."""
-    return AutoModelForCausalLM.from_pretrained(folder, device_map=device).eval()
+    return AutoModelForCausalLM.from_pretrained(folder, device_map=device, trust_remote_code=False).eval()
 
 
 def product(sweep: bool) -> None:

@@ -55,7 +55,6 @@ SHAPES: dict[str, dict[str, Any]] = {
         "head_dim": 16,
     },
 }
-NO_END = -1  # a token that never comes
 LONGEST = 40  # tokens of a prompt
 PEER_ROWS = 1024
 HEADER = f"{'':<22}{'rows':>6}{'first':>9}{'tokens/s':>12}{'ratio':>8}{'peak GB':>9}"
@@ -126,7 +125,7 @@ def prompts(rows: int) -> list[list[int]]:
 
 def sampling(tokens: int) -> Sampling:
     """Every token is drawn, and none ends an answer."""
-    return Sampling(tokens, 0, 1.0, NO_END)
+    return Sampling(tokens, 0, 1.0, ())
 
 
 def ours(model: PreTrainedModel, rows: int, tokens: int, compiled: bool) -> Batch:

@@ -215,6 +215,7 @@ class QuantConfig:
     name: str = MISSING
     mlp: TableConfig | None = None  # gate, up, down
     attn: TableConfig | None = None  # q, k, v, o
+    partial: bool = False  # goes on where projections of a model have other names than these, which stay dense
 
 
 @dataclass

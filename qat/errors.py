@@ -47,3 +47,13 @@ class NumericsError(QatError):
 
 class RankError(QatError):
     """Another of the processes that train together has ended; it knows why, this one does not."""
+
+
+def reason(error: BaseException) -> str:
+    """What another library says went wrong, in one line."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if not lines:
+        return type(error).__name__
+    if isinstance(error, KeyError):  # which says no more than what it did not find
+        return f"no {lines[0]}"
+    return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]

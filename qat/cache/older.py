@@ -48,7 +48,7 @@ def open_older(folder: Path, vocab_size: int, eval_fraction: float, tail: Tail) 
         ConfigError: a split would be empty, or there is no sample to estimate from.
     """
     paths = sorted(folder.glob(SHARDS))
-    described = _described(folder)
+    described = described_as(folder)
     shape = {"vocab_size": vocab_size, "eval_fraction": eval_fraction, "tail": tail.name}
     key = content_key({"files": digests(folder, [path.name for path in paths]), **shape})
     files = [_file(path) for path in paths]
@@ -197,8 +197,12 @@ def import_older(older: Artifact, artifacts: Path) -> Artifact:
     return obtain(artifacts, "caches", name, inputs, make)
 
 
-def _described(folder: Path) -> dict[str, Any]:
-    """Its meta.json, which may be missing; where it names another format it is none of these caches."""
+def described_as(folder: Path) -> dict[str, Any]:
+    """Its meta.json, which may be missing.
+
+    Raises:
+        ArtifactError: it cannot be read, or names another format.
+    """
     found = read_json(folder / META)
     if found.get("format", "qwen_kd_topk_cache_v1") != "qwen_kd_topk_cache_v1":
         raise ArtifactError(f"{folder / META} describes no cache of the older scripts (qwen_kd_topk_cache_v1)")

@@ -22,7 +22,7 @@ from qat.models import ModelFolder, linear
 from qat.norms import set_learned
 from qat.quant import latent as latents
 from qat.quant import packing
-from qat.quant.layers import Layer, bits_per_weight
+from qat.quant.layers import Layer, bits_per_weight, recorded
 from qat.quant.linear import QuantLinear, quantized
 
 FILE = "tables.safetensors"
@@ -36,7 +36,7 @@ def describe(teacher: ModelFolder, quant: QuantConfig, layers: list[Layer]) -> d
         "kind": "checkpoint",
         "model": teacher.name,
         "teacher": teacher.fingerprint,
-        "quant": as_plain(quant),
+        "quant": recorded(quant),
         "bits_per_weight": round(bits_per_weight(layers), 4),
         "layers": {
             layer.name: {

@@ -245,7 +245,7 @@ def _preset(layers: list[Layer]) -> QuantConfig:
             bits, rank = counted.most_common(1)[0][0]
             tables[kind] = TableConfig(bits, rank)
     bits_of = {kind: table.bits if table else 16 for kind, table in tables.items()}
-    return QuantConfig(name=f"q{bits_of['mlp']}a{bits_of['attn']}", **tables)
+    return QuantConfig(f"q{bits_of['mlp']}a{bits_of['attn']}", mlp=tables["mlp"], attn=tables["attn"])
 
 
 def _leaf(name: str) -> str:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qat import names
+from qat import model_files, names
 from qat.artifacts import MANIFEST
 from qat.checkpoint_files import find
 from qat.cli import schema
@@ -164,14 +164,14 @@ def check_folder(key: str, folder: str) -> None:
 
 
 def check_model(config: Config) -> None:
-    """A model on disk is named, and there."""
+    """A model on disk is named, there, and one by what shows without loading it."""
     model = config.model
     if model.source is not ModelSource.folder:
         return
     if not model.path:
         raise ConfigError(f"model={model.name} needs a Hugging Face folder: model.path=<folder>")
-    if not os.path.isfile(_config_file(model.path)):
-        raise ConfigError(f"model.path={model.path}: no config.json there, so no Hugging Face folder")
+    if config.stage is not Stage.doctor:  # which tells of it
+        model_files.check(Path(model.path).expanduser())
 
 
 def check_data(config: Config) -> None:

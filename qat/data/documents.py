@@ -80,11 +80,13 @@ def obtain_documents(data: DataConfig, teacher: ModelFolder, seed: int, machine:
     inputs = {
         "data": _shape(as_plain(data)),
         "content": _content(chosen),
-        "tokenizer": teacher.fingerprint,
+        "tokenizer": teacher.fingerprint + teacher.text,
         "seed": seed if generated else None,
     }
     if any(part.path or part.repo for part in chosen):
         inputs["reading"] = READING
+    if generated and (ends := teacher.ends()) != (teacher.tokenizer().eos_token_id,):
+        inputs["ends"] = list(ends)
     return obtain(artifacts, "documents", data.name, inputs, make, resumable=generated)
 
 

@@ -27,6 +27,7 @@ from qat.config import DataConfig, Start, as_plain
 from qat.console import progress
 from qat.data import starts
 from qat.data.thinking import user_turn
+from qat.errors import ConfigError
 from qat.generation import OwnWriter, Sampling, Writer, answers, bytes_a_row, writer
 from qat.machine import Machine
 from qat.models import ModelFolder
@@ -51,10 +52,12 @@ def answer(
         The origin and the tokens of the whole text, end marker included where one came.
     """
     tokenizer, author = teacher.tokenizer(), _Author(teacher, data, machine, scratch)
-    sampling = Sampling(data.answer_tokens, data.greedy_tokens, data.temperature, tokenizer.eos_token_id)
+    ends = teacher.ends()
+    sampling = Sampling(data.answer_tokens, data.greedy_tokens, data.temperature, ends)
     if data.start is Start.questions:
         opening, end = user_turn(tokenizer)
-        as_user = Sampling(data.answer_tokens, 0, data.temperature, end)
+        of_turn = (end, *(other for other in ends if other != end))
+        as_user = Sampling(data.answer_tokens, 0, data.temperature, of_turn)
         turns = author.write("teacher questions", [opening] * (data.documents or 0), as_user, mixed(seed, -1))
         asked = starts.asked(tokenizer, data, starts.questions(tokenizer, list(turns)))
     else:
@@ -113,10 +116,11 @@ class _Author:
                 return written_RA
 
             for written_RA in _in_order(submit, make, len(plan.batches)):
-                yield from answers(written_RA, sampling.end)
+                yield from answers(written_RA, sampling.ends)
 
     def _plan(self, prompts: list[list[int]], sampling: Sampling, seed: int) -> "_Plan":
         longest = max(map(len, prompts))
+        self._check_context(longest + sampling.tokens)
         compiled = self.machine.compile and len(prompts) * sampling.tokens >= COMPILED_TOKENS
         rows = self._rows(longest, sampling)
         if not compiled:  # batches of one size; what is compiled is so for the size that all sources have
@@ -127,6 +131,15 @@ class _Author:
         who = content_key([machine, prompts, seed, rows, as_plain(self.data)])
         files = [self.scratch / f"{ANSWERS}{who}-{number:05d}.safetensors" for number in range(len(batches))]
         return _Plan(batches, files, rows, longest, compiled)
+
+    def _check_context(self, tokens: int) -> None:
+        """Refuses texts that are longer than what the teacher was made to see at once."""
+        context = self.teacher.context()
+        if context is not None and tokens > context:
+            raise ConfigError(
+                f"data.answer_tokens={self.data.answer_tokens} and what comes before make texts of {tokens} tokens, and"
+                f" {self.teacher.name} is made for at most {context}: ask for fewer"
+            )
 
     def _rows(self, longest: int, sampling: Sampling) -> int:
         """Rows at once, by the memory that a GPU has, not by what happens to be free: batches stay the same."""

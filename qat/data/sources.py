@@ -19,7 +19,8 @@ ORIGIN = 200  # characters of a text that its side is decided by
 def render(data: DataConfig, tokenizer: PreTrainedTokenizerBase, tally: Tally) -> Pairs:
     """Origin and tokens of every document of an existing text; what cannot be one is counted."""
     if data.source is DataSource.text:
-        yield from plain(data, tokenizer, tally, [int(tokenizer.eos_token_id)])
+        end = [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
+        yield from plain(data, tokenizer, tally, end)
         return
     hiding = marks.of(tokenizer)
 

@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from qat.config import DataConfig, Start
 from qat.data import sources, texts
+from qat.data.asking import begun
 from qat.data.tally import Tally
 from qat.data.thinking import chat_tokens, user_turn
 
@@ -47,7 +48,7 @@ def questions(tokenizer: PreTrainedTokenizerBase, replies: list[list[int]]) -> l
 
 def _first_tokens(tokenizer: PreTrainedTokenizerBase, seed: int) -> Starts:
     """Every ordinary token once, in an order that the seed decides, behind the begin marker if there is one."""
-    begin = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    begin = begun(tokenizer, "")
     special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
     order = torch.randperm(len(tokenizer), generator=torch.Generator().manual_seed(seed)).tolist()
     return [(f"token {token}", [*begin, token]) for token in order if token not in special]

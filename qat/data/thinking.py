@@ -15,13 +15,14 @@ from transformers import PreTrainedTokenizerBase
 from qat.data import marks
 from qat.data.conversations import Conversation, Messages
 from qat.data.tally import Unusable
-from qat.errors import ConfigError
+from qat.errors import ConfigError, reason
 
 BLOCK = re.compile(r"<think>(.*?)</think>\s*", re.DOTALL)
 EMPTY = r"(?:<think>\s*</think>\s*)?"  # which some templates put before any answer
 
-# What the code of a template raises on a conversation that it was not written for.
-REFUSALS = (TemplateError, TypeError, ValueError, LookupError, AttributeError, RecursionError)
+# A template is a program over messages: besides its own errors it raises what Python does for what it computes.
+REFUSALS = (TemplateError, TypeError, ValueError, LookupError, ArithmeticError, AttributeError, RecursionError)
+INSTEAD = "use data=tokens, openings or text"
 
 
 def renderings(tokenizer: PreTrainedTokenizerBase, said: Conversation, thinking: str) -> list[str]:
@@ -149,10 +150,10 @@ def _template(
     add_generation_prompt: bool = False,
 ) -> str:
     if not tokenizer.chat_template:
-        raise ConfigError("this model's tokenizer has no chat template: use data=tokens, openings or text")
+        raise ConfigError(f"this model's tokenizer has no chat template: {INSTEAD}")
     how = {"enable_thinking": thinking == "true", "add_generation_prompt": add_generation_prompt}
     try:
         whole = cast(Any, tokenizer).apply_chat_template(messages, tools=tools or None, tokenize=False, **how)
     except REFUSALS as error:
-        raise Unusable("refused by the chat template", str(error)[:200], damaged=False) from None
+        raise Unusable("refused by the chat template", reason(error)[:200], damaged=False) from None
     return str(whole)

@@ -6,7 +6,7 @@ answers.py    what models say: sample prompts, and streams for a conversation
 tasks.py      the tasks of lm-eval, which is an extra
 """
 
-from qat.evaluate.answers import SAMPLE_PROMPTS, answers
+from qat.evaluate.answers import answers, samples_of
 from qat.evaluate.figures import Comparison, Metrics, compare, evaluate
 
-__all__ = ["SAMPLE_PROMPTS", "Comparison", "Metrics", "answers", "compare", "evaluate"]
+__all__ = ["Comparison", "Metrics", "answers", "compare", "evaluate", "samples_of"]

@@ -7,7 +7,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
-from qat.data.thinking import chat_tokens
+from qat.data.asking import asked, begun, takes_questions
 from qat.forward import trying
 from qat.machine import Machine
 from qat.models import generate
@@ -21,24 +21,42 @@ SAMPLE_PROMPTS = (
     "What is 12 plus 30?",
 )
 
+SAMPLE_OPENINGS = (
+    "The capital of France is",
+    "The sky is blue because",
+    "The sea was calm that morning, and",
+    "Three tips for sleeping better:",
+    "The year has twelve months:",
+)
+
 ROUNDING = {torch.bfloat16: 5e-2, torch.float16: 5e-3}  # of logits, relative to their norm
 
 UNFINISHED = "�"  # what bytes decode to that are no whole character
 CHARACTER = 4  # most bytes, so most tokens, of one
 
 
+def samples_of(tokenizer: PreTrainedTokenizerBase) -> dict[str, list[int]]:
+    """The sample prompts as token ids; beginnings of text where no chat template takes a question."""
+    if takes_questions(tokenizer):
+        return {text: asked(tokenizer, text) for text in SAMPLE_PROMPTS}
+    return {text: begun(tokenizer, text) for text in SAMPLE_OPENINGS}
+
+
 def answers(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    prompts: tuple[str, ...],
+    prompts: list[list[int]],
+    ends: tuple[int, ...],
     tokens: int,
     machine: Machine,
 ) -> list[str]:
-    """The model's most likely answer to each prompt, up to `tokens` long; of one that cannot write, why it cannot."""
-    asked = [chat_tokens(tokenizer, [{"role": "user", "content": prompt}], ask=True) for prompt in prompts]
-    settings = settings_of(tokenizer, tokens)
+    """What the model most likely writes after each prompt, up to `tokens` long and to the first of `ends`.
+
+    Of a model that cannot write: why it cannot.
+    """
+    settings = settings_of(tokenizer, ends, tokens)
     with baked(model, machine.dtype), trying() as failed:
-        written = [row for batch in _batches(model, tokenizer, asked) for row in _write(model, *batch, settings)]
+        written = [row for batch in _batches(model, tokenizer, prompts) for row in _write(model, *batch, settings)]
         return [text.strip() for text in tokenizer.batch_decode(written, skip_special_tokens=True)]
     return [f"(it cannot write text: {failed[0]})"] * len(prompts)
 
@@ -49,11 +67,11 @@ def _write(model: PreTrainedModel, ids: Tensor, mask: Tensor, settings: Generati
 
 @torch.inference_mode()
 def _batches(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, asked: list[list[int]]
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]]
 ) -> list[tuple[Tensor, Tensor]]:
     """Token ids and attention masks of all prompts together if padding in front changes nothing, else of each alone."""
-    alone = [torch.tensor([ids], device=model.device) for ids in asked]
-    padded = tokenizer.pad({"input_ids": asked}, return_tensors="pt").to(model.device)
+    alone = [torch.tensor([ids], device=model.device) for ids in prompts]
+    padded = tokenizer.pad({"input_ids": prompts}, return_tensors="pt").to(model.device)
     mask = padded["attention_mask"]
     with trying():
         places = (mask.cumsum(1) - 1).clamp_min(0)
@@ -64,14 +82,16 @@ def _batches(
     return [(ids, torch.ones_like(ids)) for ids in alone]
 
 
-def settings_of(tokenizer: PreTrainedTokenizerBase, tokens: int, temperature: float = 0.0) -> GenerationConfig:
-    """Generation of at most so many tokens; the likeliest ones, unless there is a temperature."""
+def settings_of(
+    tokenizer: PreTrainedTokenizerBase, ends: tuple[int, ...], tokens: int, temperature: float = 0.0
+) -> GenerationConfig:
+    """Generation of at most so many tokens, up to the first of `ends`; the likeliest, unless there is a temperature."""
     sampling = {"temperature": temperature, "top_k": 0} if temperature > 0 else {}
     return GenerationConfig(
         max_new_tokens=tokens,
         do_sample=bool(sampling),
         use_cache=True,
-        eos_token_id=tokenizer.eos_token_id,
+        eos_token_id=list(ends) or None,
         pad_token_id=tokenizer.pad_token_id,
         **sampling,
     )

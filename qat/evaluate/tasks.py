@@ -14,7 +14,7 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from qat.errors import ConfigError, MissingError
+from qat.errors import ConfigError, MissingError, reason
 from qat.machine import Machine
 from qat.quant.linear import baked
 
@@ -53,7 +53,9 @@ class Harness:
             from lm_eval import simple_evaluate
             from lm_eval.models.huggingface import HFLM
 
-            beside: Any = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=machine.micro_batch)
+            beside: Any = HFLM(
+                pretrained=model, tokenizer=tokenizer, batch_size=machine.micro_batch, trust_remote_code=False
+            )
             asked: Any = list(self._tasks)
             found = simple_evaluate(
                 model=beside, tasks=asked, task_manager=self._manager, limit=self._examples, log_samples=False
@@ -74,20 +76,15 @@ class Harness:
         try:
             self._manager.load([task])
         except OSError as error:  # a file or the hub; ConnectionError is one
-            raise MissingError(f"evaluate.tasks: the data of {task} cannot be had ({_first_line(error)})") from None
+            raise MissingError(f"evaluate.tasks: the data of {task} cannot be had ({reason(error)})") from None
         except (DatasetsError, YAMLError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ConfigError(f"evaluate.tasks: lm-eval cannot load {task} ({_first_line(error)})") from None
+            raise ConfigError(f"evaluate.tasks: lm-eval cannot load {task} ({reason(error)})") from None
 
 
 def _numbers(figures: dict[str, Any]) -> dict[str, float]:
     """Metrics by name; the harness adds the filter, which most tasks have none of: `acc,none`."""
     numbers = {key: value for key, value in figures.items() if "," in key and isinstance(value, int | float)}
     return {key.removesuffix(",none"): float(value) for key, value in numbers.items()}
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
 
 
 @contextmanager

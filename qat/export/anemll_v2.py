@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from qat import checkpoints
 from qat.config import ExportConfig, ExportType
@@ -98,7 +98,7 @@ def description(source: Source) -> dict[str, Any]:
 
 def model_id(source: Source) -> str:
     """The hub's name of the teacher where its folder knows it, else ours."""
-    config = AutoConfig.from_pretrained(source.teacher.path, local_files_only=True)
+    config = source.teacher.settings()
     origin = source.teacher.fingerprint.partition("@")[0]
     return origin if "/" in origin else str(getattr(config, "_name_or_path", "") or source.teacher.name)
 

@@ -73,9 +73,20 @@ def _bits(quant: dict[str, Any]) -> list[str]:
     ]
     text = (
         f"{quant['bits_per_weight']} bits a weight over {quant['layers']} quantized layers, scales and tables"
-        f" included ({', '.join(kinds)}). Embeddings, norms and head are in full precision."
+        f" included ({', '.join(kinds)}). Embeddings, norms and head are in full precision; with 16 bits for them the"
+        f" whole model has {quant['model_bits_per_weight']} bits a weight."
     )
-    return ["## Bits", text]
+    return ["## Bits", text, *_dense(quant["dense"])]
+
+
+def _dense(shares: dict[str, float]) -> list[str]:
+    """What of the decoder has no table; nothing where all of it has one."""
+    if not shares:
+        return []
+    return [
+        f"Left dense, in full precision, are {sum(shares.values()):.1%} of the decoder's weights:"
+        f" {', '.join(f'`{name}` ({share:.1%})' for name, share in shares.items())}."
+    ]
 
 
 def _key(kind: str) -> str:

@@ -3,8 +3,9 @@
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
+from qat import models
 from qat.checkpoints.own import adopt, own_parameters
 from qat.config import ExportConfig
 from qat.export.source import CPU, DTYPES, Source, cast, copy_tokenizer
@@ -26,7 +27,8 @@ def write(source: Source, folder: Path, settings: ExportConfig) -> None:
 def dense(source: Source, dtype: torch.dtype) -> PreTrainedModel:
     """The source as a plain model in another type."""
     model = source.teacher.load(dtype, CPU)
-    model.config.use_cache = AutoConfig.from_pretrained(source.teacher.path, local_files_only=True).use_cache
+    model.config.use_cache = source.teacher.settings().use_cache
+    model.generation_config = GenerationConfig()  # the folder's own file is copied
     adopt(model, own_parameters(source.model))
     for name, parameter in model.named_parameters():
         cast(name, parameter, dtype)
@@ -42,5 +44,4 @@ def rounding(settings: ExportConfig) -> torch.dtype:
 
 def read(source: Source, folder: Path) -> PreTrainedModel:
     """The model as transformers loads it, in the type it was written in."""
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", local_files_only=True)
-    return model.eval()
+    return models.read(folder, "auto").eval()

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
+from qat import models
 from qat.config import ExportConfig, ExportType
 from qat.export.source import DTYPES, Source, cast, copy_tokenizer
 from qat.packed import FILE, METHOD
@@ -52,7 +53,7 @@ def tensors(source: Source, dtype: torch.dtype) -> dict[str, Tensor]:
 
 def description(source: Source, dtype: torch.dtype) -> dict[str, Any]:
     """`config.json`: the architecture's own, wrapped so that plain transformers refuses it."""
-    base = AutoConfig.from_pretrained(source.teacher.path, local_files_only=True).to_dict()
+    base = source.teacher.settings().to_dict()
     base |= {"dtype": str(dtype).removeprefix("torch."), "architectures": [type(source.model).__name__]}
     layers = {layer.name: {"bits": layer.bits, "rank": layer.rank} for layer in source.layers}
     method = {"quant_method": METHOD, "bits_per_weight": source.quant["bits_per_weight"], "layers": layers}
@@ -66,5 +67,4 @@ def rounding(settings: ExportConfig) -> torch.dtype:
 
 def read(source: Source, folder: Path) -> PreTrainedModel:
     """The model as transformers loads it once this package is imported."""
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", local_files_only=True)
-    return model.eval()
+    return models.read(folder, "auto").eval()

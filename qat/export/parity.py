@@ -2,16 +2,19 @@
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
-from qat.data.thinking import chat_tokens
 from qat.errors import ArtifactError
-from qat.evaluate import SAMPLE_PROMPTS
+from qat.evaluate import samples_of
+from qat.models import ModelFolder
 from qat.quant.linear import baked
 
 # The largest difference of all logits, relative to their norm, that rounding accounts for: half a unit in
 # the last place of weights and activations (2⁻²⁴, 2⁻¹¹, 2⁻⁸), grown over some tens of layers.
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+
+
+ROWS, TOKENS = 5, 16  # of ids that stand for prompts
 
 
 def check(source: PreTrainedModel, export: PreTrainedModel, rows: list[Tensor], dtype: torch.dtype) -> float:
@@ -42,7 +45,9 @@ def check(source: PreTrainedModel, export: PreTrainedModel, rows: list[Tensor], 
     return error
 
 
-def prompts(tokenizer: PreTrainedTokenizerBase) -> list[Tensor]:
-    """Token ids [1, T] of the sample prompts as a chat begins."""
-    asked = [chat_tokens(tokenizer, [{"role": "user", "content": prompt}], ask=True) for prompt in SAMPLE_PROMPTS]
-    return [torch.tensor([ids]) for ids in asked]
+def prompts(teacher: ModelFolder) -> list[Tensor]:
+    """Token ids [1, T] of the sample prompts; any ids where there is no tokenizer to make them of words."""
+    if teacher.has_tokenizer():
+        return [torch.tensor([ids]) for ids in samples_of(teacher.tokenizer()).values()]
+    draw = torch.Generator().manual_seed(0)
+    return list(torch.randint(teacher.vocab_size(), (ROWS, 1, TOKENS), generator=draw))

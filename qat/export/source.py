@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from qat import checkpoints
+from qat import checkpoints, model_files
 from qat.config import ExportType
 from qat.errors import NumericsError
 from qat.machine import Machine
@@ -28,10 +28,7 @@ DTYPES = {
     ExportType.bf16: torch.bfloat16,
     ExportType.fp16: torch.float16,
 }
-TOKENIZER = (
-    *("tokenizer*", "vocab*", "merges.txt", "*.model", "special_tokens_map.json", "added_tokens.json"),
-    *("chat_template*", "generation_config.json", "LICENSE*"),
-)
+LICENSE = "LICENSE*"
 
 
 @dataclass(frozen=True)
@@ -62,7 +59,9 @@ class Source:
     @property
     def quant(self) -> dict[str, Any]:
         """Preset, counts and effective bits, as `result.json` has them."""
-        return {"preset": self.manifest["quant"]["name"], **summary(self.layers)} if self.manifest else {}
+        if not self.manifest:
+            return {}
+        return {"preset": self.manifest["quant"]["name"], **summary(self.layers, self.teacher.skeleton())}
 
 
 def open_source(teacher: ModelFolder, checkpoint: Path | None) -> Source:
@@ -79,9 +78,14 @@ def open_source(teacher: ModelFolder, checkpoint: Path | None) -> Source:
 
 
 def copy_tokenizer(teacher: ModelFolder, folder: Path) -> None:
-    """Copies tokenizer, chat template, generation defaults and licence of a Hugging Face folder."""
-    for file in {file for pattern in TOKENIZER for file in teacher.path.glob(pattern) if file.is_file()}:
+    """Copies tokenizer, chat template, generation defaults and licence, and names every token that ends a text."""
+    for file in [*model_files.text(teacher.path), *teacher.path.glob(LICENSE)]:
         shutil.copyfile(file, folder / file.name)
+    defaults = model_files.read(folder / model_files.GENERATION)
+    if ends := list(teacher.ends()):
+        defaults |= {"eos_token_id": ends if len(ends) > 1 else ends[0]}
+    text = json.dumps(defaults, indent=2, ensure_ascii=False) + "\n"
+    (folder / model_files.GENERATION).write_text(text, encoding="utf-8")
 
 
 def cast(name: str, value: Tensor, dtype: torch.dtype) -> Tensor:

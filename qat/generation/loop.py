@@ -43,13 +43,13 @@ class Sampling:
         tokens: of the longest answer.
         greedy: first tokens, which are the most likely ones; the others are drawn.
         temperature: divides the logits of those that are drawn.
-        end: the token after which an answer ends.
+        ends: the tokens after which an answer is over; without any it has all its tokens.
     """
 
     tokens: int
     greedy: int
     temperature: float
-    end: int
+    ends: tuple[int, ...]
 
 
 def bytes_a_row(config: PreTrainedConfig, longest: int, sampling: Sampling, dtype: torch.dtype) -> int:
@@ -93,6 +93,7 @@ class Writer:
         self.written_AR = torch.zeros(sampling.tokens, rows, dtype=torch.int32, device=model.device)
         self.token_R = torch.zeros(rows, dtype=torch.long, device=model.device)
         self.ended_R = torch.zeros(rows, dtype=torch.bool, device=model.device)
+        self.ends_E = torch.tensor(sampling.ends, dtype=torch.long, device=model.device)
         self.step_1 = torch.zeros(1, dtype=torch.long, device=model.device)
         self.recorder = Recorder(recording_stream(model.device) if used(model).product else None)
         self.watch: Watch = overlook
@@ -120,7 +121,7 @@ class Writer:
         self.uniform_AR.copy_(uniform_AR)
         for tensor in (self.step_1, self.ended_R):
             tensor.zero_()
-        self.written_AR.fill_(self.sampling.end)
+        self.written_AR.fill_(next(iter(self.sampling.ends), 0))
 
     def _read(self, ids_RL: Tensor, lengths_R: Tensor) -> None:
         """Fills the memory with the prompts and chooses the first tokens."""
@@ -161,7 +162,7 @@ class Writer:
         self.watch(range(len(logits_RV)), logits_RV)
         self.token_R.copy_(choose(logits_RV, uniform_R, self.sampling.temperature))
         self.written_AR.index_copy_(0, self.step_1, self.token_R[None].int())
-        self.ended_R |= self.token_R == self.sampling.end
+        self.ended_R |= (self.token_R[:, None] == self.ends_E).any(1)
         self.step_1 += 1
 
     @contextmanager
@@ -202,9 +203,9 @@ def overlook(rows: Sequence[int], logits_RV: Tensor) -> None:
     """Nobody watches."""
 
 
-def answers(written_RA: Tensor, end: int) -> list[list[int]]:
-    """The tokens of each row, up to its first `end`."""
-    ended_RA = (written_RA == end).numpy()
+def answers(written_RA: Tensor, ends: tuple[int, ...]) -> list[list[int]]:
+    """The tokens of each row, up to the first that is one of `ends`."""
+    ended_RA = np.isin(written_RA.numpy(), ends)
     lengths_R = np.where(ended_RA.any(1), ended_RA.argmax(1) + 1, written_RA.shape[1])
     # NumPy makes numbers of Python ten times as fast as PyTorch.
     return [row[:length] for row, length in zip(written_RA.numpy().tolist(), lengths_R, strict=True)]

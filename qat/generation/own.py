@@ -34,19 +34,20 @@ class OwnWriter:
     ) -> None:
         """As the other; `remembers` keeps what was read (keys, values, states) instead of reading it again."""
         self.model, self.sampling, self.rows, self.remembers, self.turn = model, sampling, rows, remembers, turn
+        self._end = min(sampling.ends, default=0)  # what fills a row behind its end
         self.watch: Watch = overlook
 
     @torch.no_grad()
     def __call__(self, prompts: list[list[int]], seed: int, advance: Advance) -> Tensor:
         """Answers [len(prompts), A], int32 in host memory: each up to its end token, or whole."""
-        written_RA = torch.full((len(prompts), self.sampling.tokens), self.sampling.end, dtype=torch.int32)
+        written_RA = torch.full((len(prompts), self.sampling.tokens), self._end, dtype=torch.int32)
         uniform_AR = drawn(self.sampling, self.rows, seed)
         settings = GenerationConfig(
             max_new_tokens=self.sampling.tokens,
             do_sample=False,
             use_cache=self.remembers,
-            eos_token_id=self.sampling.end,
-            pad_token_id=self.sampling.end,
+            eos_token_id=list(self.sampling.ends) or None,
+            pad_token_id=self._end,
         )
         order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
         with self.turn():

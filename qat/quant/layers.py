@@ -1,16 +1,30 @@
-"""Which layers of a model are quantized, of which kind, and which of them see the same input."""
+"""Which layers of a model are quantized, of which kind, and which of them see the same input.
 
+Every weight that hidden states are multiplied with is of a kind, or kept dense on purpose (what chooses experts),
+or told: bits a weight of a part of the model say little while the rest is forgotten.
+"""
+
+import re
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
+from transformers import PreTrainedModel
 
-from qat.config import QuantConfig, TableConfig
+from qat.config import QuantConfig, TableConfig, as_plain
 from qat.errors import ConfigError
 
 KINDS = {
     "mlp": ("gate_proj", "up_proj", "down_proj"),
     "attn": ("q_proj", "k_proj", "v_proj", "o_proj"),
 }
+# What a place in a model is called where its weights have names of their own.
+PLACES = {"attn": re.compile(r"attn|attention|mixer"), "mlp": re.compile(r"mlp|ffn|feed_forward|moe|expert")}
+ROUTER = re.compile(r"\.(router|gate|shared_expert_gate)(\.|$)")  # chooses experts: an output for each of them
+NUMBER = re.compile(r"\.\d+(?=\.|$)")
+DENSE_BITS = 16  # that a weight without a table counts as
+NAMED = 6  # patterns in a message
+
 SAME_INPUT = {"up_proj": "gate_proj", "k_proj": "q_proj", "v_proj": "q_proj"}
 
 
@@ -47,22 +61,65 @@ def select(model: nn.Module, quant: QuantConfig) -> list[Layer]:
     """The layers that `quant` covers, in the model's order.
 
     Raises:
-        ConfigError: the model has none, so it is of an architecture with other layer names.
+        ConfigError: the model has none, or weights of a kind that `quant` asks for go by names that no kind has.
     """
-    specs = {"mlp": quant.mlp, "attn": quant.attn}
-    kind_of = {leaf: kind for kind, leaves in KINDS.items() for leaf in leaves}
+    specs = _specs(quant)
     found = []
     for name, module in model.named_modules():
-        kind = kind_of.get(name.rpartition(".")[2])
-        spec: TableConfig | None = specs.get(kind) if kind else None
-        if isinstance(module, nn.Linear) and kind and spec:
+        kind = kind_of(name)
+        spec = specs.get(kind) if kind else None
+        if type(module) is nn.Linear and kind and spec:  # a subclass computes something else
             found.append(Layer(name, kind, (module.out_features, module.in_features), spec.bits, spec.rank))
     if not found:
         leaves = ", ".join(leaf for leaves in KINDS.values() for leaf in leaves)
         raise ConfigError(
-            f"quant={quant.name} finds no layer to quantize: the model has no linear layer named {leaves}"
+            f"quant={quant.name} finds no layer to quantize: the model has no linear layer named {leaves}, but"
+            f" {told(dense(model, [])) or 'none at all'}"
         )
+    _refuse_unmatched(model, found, quant)
     return found
+
+
+def recorded(quant: QuantConfig) -> dict[str, Any]:
+    """What of `quant` shapes a student: `partial` only says what is not refused."""
+    return {key: value for key, value in as_plain(quant).items() if key != "partial"}
+
+
+def kind_of(name: str) -> str | None:
+    """`mlp` or `attn` by the last part of a layer's name; None for any other."""
+    leaf = name.rpartition(".")[2]
+    return next((kind for kind, leaves in KINDS.items() if leaf in leaves), None)
+
+
+def decoder_weights(model: nn.Module) -> dict[str, int]:
+    """How large each weight is that hidden states are multiplied with: all but embeddings, head and convolutions.
+
+    A weight goes by its layer's name, one that is no layer's `weight` (a stack of experts) by its own.
+    """
+    head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
+    owners = dict(model.named_modules())
+    found = {}
+    for name, parameter in model.named_parameters():
+        owner, _, leaf = name.rpartition(".")
+        module = owners[owner]
+        outside = module is head or isinstance(module, nn.Embedding | nn.modules.conv._ConvNd)
+        if parameter.dim() > 1 and not outside and not leaf.endswith("bias"):
+            found[owner if leaf == "weight" else name] = parameter.numel()
+    return found
+
+
+def dense(model: nn.Module, layers: list[Layer]) -> dict[str, float]:
+    """The decoder's weights without a table as shares of all of them, layers that differ in number as one pattern.
+
+    `model` has its weights as they were before quantization; what chooses experts is not told of.
+    """
+    weights, quantized = decoder_weights(model), {layer.name for layer in layers}
+    left = {name: count for name, count in weights.items() if name not in quantized and not _routes(model, name)}
+    shares: dict[str, float] = {}
+    for name, count in left.items():
+        pattern = NUMBER.sub(".*", name)
+        shares[pattern] = shares.get(pattern, 0.0) + count / sum(weights.values())
+    return shares
 
 
 def bits_per_weight(layers: list[Layer]) -> float:
@@ -70,15 +127,65 @@ def bits_per_weight(layers: list[Layer]) -> float:
     return sum(layer.weights * layer.bits_per_weight for layer in layers) / sum(layer.weights for layer in layers)
 
 
-def summary(layers: list[Layer]) -> dict[str, float | int]:
-    """Counts and effective bits, as `result.json` has them."""
+def summary(layers: list[Layer], model: nn.Module) -> dict[str, Any]:
+    """Counts, effective bits and what is left dense, as `result.json` has them.
+
+    `model` is the teacher, or its names and shapes. Bits are said of the quantized layers and, with 16 for every
+    other parameter, of the whole model.
+    """
     kinds = {kind: [layer for layer in layers if layer.kind == kind] for kind in KINDS}
-    figures: dict[str, float | int] = {
+    figures: dict[str, Any] = {
         "bits_per_weight": round(bits_per_weight(layers), 4),
+        "model_bits_per_weight": round(_bits_of_model(layers, model), 4),
         "layers": len(layers),
     }
     for kind, members in kinds.items():
         figures[f"{kind}_layers"] = len(members)
         if members:
             figures[f"{kind}_bits_per_weight"] = round(bits_per_weight(members), 4)
-    return figures
+    return figures | {"dense": {pattern: round(share, 4) for pattern, share in dense(model, layers).items()}}
+
+
+def told(shares: dict[str, float]) -> str:
+    """Patterns with their share of the decoder's weights, the largest first, in one line."""
+    ordered = sorted(shares.items(), key=lambda item: -item[1])
+    said = ", ".join(f"{pattern} ({share:.1%})" for pattern, share in ordered[:NAMED])
+    return said + (f" and {len(ordered) - NAMED} more" if len(ordered) > NAMED else "")
+
+
+def _specs(quant: QuantConfig) -> dict[str, TableConfig | None]:
+    return {"mlp": quant.mlp, "attn": quant.attn}
+
+
+def _refuse_unmatched(model: nn.Module, layers: list[Layer], quant: QuantConfig) -> None:
+    """Refuses a model of which a part that `quant` asks for would stay dense, unless that is asked for too."""
+    specs = _specs(quant)
+    asked = {
+        pattern: share
+        for pattern, share in dense(model, layers).items()
+        if any(specs[kind] for kind in _places(pattern))
+    }
+    if asked and not quant.partial:
+        raise ConfigError(
+            f"quant={quant.name} has no table for {told(asked)} of this model: {sum(asked.values()):.0%} of its"
+            " decoder's weights would stay dense; quant.partial=true quantizes the rest all the same"
+        )
+
+
+def _places(pattern: str) -> list[str]:
+    """The kind of a weight by where it is; both where its place does not tell."""
+    if kind := kind_of(pattern):
+        return [kind]
+    return [kind for kind, place in PLACES.items() if place.search(pattern.lower())] or list(PLACES)
+
+
+def _routes(model: nn.Module, name: str) -> bool:
+    """Whether a weight chooses experts, of which there are fewer than hidden dimensions."""
+    weight = getattr(model.get_submodule(name), "weight", None) if ROUTER.search(name) else None
+    return isinstance(weight, nn.Parameter) and weight.dim() == 2 and weight.shape[0] < weight.shape[1]
+
+
+def _bits_of_model(layers: list[Layer], model: nn.Module) -> float:
+    whole = sum(parameter.numel() for parameter in model.parameters())
+    quantized = sum(layer.weights for layer in layers)
+    return (sum(x.weights * x.bits_per_weight for x in layers) + DENSE_BITS * (whole - quantized)) / whole

@@ -99,6 +99,7 @@ def _run(run: Record) -> str:
         "Config": _config(run),
         "Command": _code(run.text("command")),
         "Result": _result(run),
+        **_dense(run),
         "Conversion": _seconds(run, "convert_s"),
         "Notes": plain(run.text("notes")),
         "Folder": f"`{run.place}`",
@@ -147,6 +148,18 @@ def _result(run: Record) -> str:
     said = ", ".join(f"{name} {text}" for name, text in measured.items() if text)
     error = plain(run.text("error"))
     return f"{run.status}: {error}; {said}" if error else said
+
+
+def _dense(run: Record) -> dict[str, str]:
+    """What of the decoder has no table, and what that makes of the whole model; nothing where all of it has one."""
+    found = run.section("quant", "dense")
+    shares = {name: share for name in found if (share := run.number("quant", "dense", name)) is not None}
+    if not shares:
+        return {}
+    named = ", ".join(f"{_code(name)} {share:.1%}" for name, share in shares.items())
+    bits = run.number("quant", "model_bits_per_weight")
+    whole = "" if bits is None else f"; {bits:.2f} bits a weight over the whole model"
+    return {"Left dense": f"{sum(shares.values()):.1%} of the decoder's weights ({named}){whole}"}
 
 
 def _change(run: Record, first: str, last: str) -> str:

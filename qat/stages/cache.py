@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from qat.artifacts import Artifact
-from qat.cache import older
+from qat.cache import older, origin
 from qat.cache.local import open_local
 from qat.cache.writer import obtain_cache
 from qat.config import Config, DataSource, LossKind, Stage
@@ -48,6 +48,12 @@ def _recorded(work: Workspace) -> Artifact:
 def _local(work: Workspace, path: Path) -> Artifact:
     config = work.config
     cache = open_local(path.expanduser(), work.teacher, config.data.eval_fraction, config.cache.tail)
+    longest = work.teacher.context()
+    if longest is not None and cache.manifest["length"] > longest:
+        length = cache.manifest["length"]
+        raise ConfigError(f"{path} has rows of {length} tokens, {work.teacher.name} is made for at most {longest}")
+    if cache.manifest["teacher"]["fingerprint"] is None:  # it does not know whose it is
+        origin.check(cache, work.teacher, work.machine)
     if cache.manifest["tail"] == "missing" and config.loss.kind is LossKind.bucket_kl and config.stage in TRAINS:
         raise ConfigError(
             f"loss=bucket_kl needs the probability outside the top-k, which {path} does not hold: use loss=topk_kl,"

@@ -12,11 +12,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from qat import checkpoints, machine, models
 from qat.config import Config
 from qat.console import console
+from qat.data.asking import begun, takes_questions
 from qat.data.thinking import Messages, chat_tokens
 from qat.errors import ConfigError
 from qat.evaluate.answers import settings_of, stream
 from qat.machine import Machine
-from qat.models import ModelFolder
+from qat.models import ModelFolder, tokenizers
 from qat.quant.linear import baked
 from qat.stages.workspace import start_folder
 from qat.store import transfer
@@ -31,13 +32,21 @@ class Speaker:
     messages: Messages = field(default_factory=list)
 
 
+@dataclass(frozen=True)
+class Language:
+    """How what is said becomes tokens: as a conversation, or as a text to go on with."""
+
+    tokenizer: PreTrainedTokenizerBase
+    ends: tuple[int, ...]
+    converses: bool
+
+
 def main(config: Config) -> None:
     """`stage=chat`: answers `chat.prompt`, or holds a conversation until an empty line."""
     config = transfer.with_named(config)
     resolved = machine.resolve(config.instance)
     teacher = models.locate(config.model, Path(config.outputs) / "artifacts")
-    tokenizer = teacher.tokenizer()
-    _check_thinking(tokenizer, config, teacher)
+    language = _language(config, teacher)
     torch.manual_seed(config.seed)
     with ExitStack() as kept:
         speakers = _speakers(config, teacher, resolved)
@@ -45,7 +54,22 @@ def main(config: Config) -> None:
             kept.enter_context(baked(speaker.model, resolved.dtype))
         for said in _said(config):
             for speaker in speakers:
-                _answer(speaker, said, tokenizer, config)
+                _answer(speaker, said, language, config)
+
+
+def _language(config: Config, teacher: ModelFolder) -> Language:
+    """The teacher's; says what is done instead where there is no conversation to be had."""
+    tokenizer = teacher.tokenizer()
+    tokenizers.check(teacher.path, tokenizer, teacher.vocab_size())
+    converses = takes_questions(tokenizer)
+    if converses:
+        _check_thinking(tokenizer, config, teacher)
+        return Language(tokenizer, teacher.ends(), converses)
+    why = f"{teacher.name} has no chat template that takes a question"
+    if config.chat.thinking:
+        raise ConfigError(f"chat.thinking=true: {why}")
+    console.print(f"{why}: it goes on with the text you give.", soft_wrap=True)
+    return Language(tokenizer, teacher.ends(), converses)
 
 
 def _speakers(config: Config, teacher: ModelFolder, resolved: Machine) -> list[Speaker]:
@@ -76,13 +100,17 @@ def _said(config: Config) -> Iterator[str]:
         yield said
 
 
-def _answer(speaker: Speaker, said: str, tokenizer: PreTrainedTokenizerBase, config: Config) -> None:
+def _answer(speaker: Speaker, said: str, language: Language, config: Config) -> None:
     """Writes a speaker's answer as it comes, and adds both to its conversation."""
     if speaker.name:
         console.print(f"{speaker.name}:")
+    tokenizer = language.tokenizer
     speaker.messages.append({"role": "user", "content": said})
-    asked = chat_tokens(tokenizer, speaker.messages, _mode(config.chat.thinking), ask=True)
-    settings = settings_of(tokenizer, config.chat.max_tokens, config.chat.temperature)
+    if language.converses:
+        asked = chat_tokens(tokenizer, speaker.messages, _mode(config.chat.thinking), ask=True)
+    else:
+        asked = begun(tokenizer, said)
+    settings = settings_of(tokenizer, language.ends, config.chat.max_tokens, config.chat.temperature)
     answer = stream(speaker.model, tokenizer, asked, settings, sys.stdout)
     speaker.messages.append({"role": "assistant", "content": answer})
 

@@ -17,7 +17,7 @@ from qat.console import console, table
 from qat.evaluate import Metrics, evaluate
 from qat.models import linear
 from qat.quant.convert import convert, install
-from qat.quant.layers import KINDS, Layer, bits_per_weight, select, summary
+from qat.quant.layers import KINDS, Layer, bits_per_weight, recorded, select, summary, told
 from qat.quant.linear import QuantLinear, grow, quantized
 from qat.runs import Run
 from qat.stages import cache
@@ -40,7 +40,7 @@ def make(work: Workspace, outputs: Artifact) -> Artifact:
     inputs = {
         "teacher": work.teacher.fingerprint,
         "cache": outputs.key,
-        "quant": as_plain(config.quant),
+        "quant": recorded(config.quant),
         "kmeans": config.kmeans.backend.name,
         "convert": {key: value for key, value in as_plain(config.convert).items() if key != "name"},
         "checkpoint": checkpoints.identity(start) if start else None,
@@ -51,9 +51,9 @@ def make(work: Workspace, outputs: Artifact) -> Artifact:
             work.artifacts, "checkpoints", name, inputs, lambda folder: _convert(work, outputs, start, folder)
         )
     layers = checkpoints.layers_of(made.manifest)
-    work.run.result["quant"] = {"preset": config.quant.name, **summary(layers)}
+    work.run.result["quant"] = {"preset": config.quant.name, **summary(layers, work.teacher.skeleton())}
     work.run.result["paths"]["conversion"] = str(made.folder.absolute())  # the run is a checkpoint, from anywhere
-    _show(layers, made.manifest)
+    _show(layers, made.manifest, work.run.result["quant"]["dense"])
     if made.manifest["figures"]:  # none where every layer was kept
         _draw(work, made.manifest["figures"])
     return made
@@ -152,8 +152,8 @@ def _draw(work: Workspace, figures: dict[str, dict[str, float]]) -> None:
     work.run.result["paths"]["conversion_errors"] = str(picture)
 
 
-def _show(layers: list[Layer], manifest: dict[str, Any]) -> None:
-    """One row a kind of layer, then what the conversion did to the model."""
+def _show(layers: list[Layer], manifest: dict[str, Any], dense: dict[str, float]) -> None:
+    """One row a kind of layer, what of the decoder is in none, then what the conversion did to the model."""
     figures, rows, counts = manifest["figures"], [], []
     for kind in KINDS:
         members = [layer for layer in layers if layer.kind == kind]
@@ -162,6 +162,8 @@ def _show(layers: list[Layer], manifest: dict[str, Any]) -> None:
             rows.append([kind, str(len(members)), f"{bits_per_weight(members):.2f}", *_figures(members, figures)])
     header = ["kind", "layers", "bits/weight", "weight error", "output error", "seconds"]
     table(f"{len(layers)} layers converted ({' + '.join(counts)})", header, rows)
+    if dense:
+        console.print(f"left dense, as shares of the decoder's weights: {told(dense)}", soft_wrap=True)
     before, after = manifest["metrics"]["before"] or {"kd_loss": 0.0, "kl": 0.0}, manifest["metrics"]["after"]
     names = {"kd_loss": "KD loss (held-out)", "kl": "full KL (held-out)"}
     changes = [[name, f"{before[key]:.4f}", f"{after[key]:.4f}"] for key, name in names.items()]

@@ -19,6 +19,7 @@ from qat.quant.layers import Layer, summary
 from qat.quant.linear import quantized
 from qat.runs import Run, checkpoint_name
 from qat.stages import cache
+from qat.stages.teacher import check_mode
 from qat.stages.workspace import Workspace, open_workspace, start_folder
 
 log = logging.getLogger(__name__)
@@ -39,7 +40,8 @@ def make(work: Workspace, outputs: Artifact, start: Path) -> Path:
     with work.timed("distill"), joined(work.machine.device) as ranks:
         student, manifest = checkpoints.load(start, work.teacher, work.machine, latents=config.train.learn.latent > 0)
         layers = checkpoints.layers_of(manifest)
-        run.result["quant"] = {"preset": manifest["quant"]["name"], **summary(layers)}
+        check_mode(config.mode, layers, work.teacher)
+        run.result["quant"] = {"preset": manifest["quant"]["name"], **summary(layers, work.teacher.skeleton())}
         folders = {name: run.folder / "checkpoints" / name for name in ("best", "last")}
         description = checkpoints.heritage(manifest) | {"run": run.result["run_id"]}
 

@@ -22,7 +22,7 @@ from rich.table import Table
 from qat import gpus, machine, models, tracking
 from qat.config import Config, InstanceConfig, StoreConfig, StoreKind
 from qat.console import console, size
-from qat.errors import MissingError, QatError
+from qat.errors import MissingError, QatError, reason
 from qat.runs import commit
 from qat.store.places import open_place
 
@@ -111,7 +111,7 @@ def _gpu(index: int) -> Finding:
     try:
         free, whole = torch.cuda.mem_get_info(index)
     except RuntimeError as error:
-        return Finding(f"gpu {index}", name, f"it does not answer ({_first_line(error)}): restart it or its driver")
+        return Finding(f"gpu {index}", name, f"it does not answer ({reason(error)}): restart it or its driver")
     return Finding(f"gpu {index}", f"{name}, {size(free)} of {size(whole)} free{advice}")
 
 
@@ -124,7 +124,7 @@ def _instance(instance: InstanceConfig) -> Finding:
     except MissingError as error:
         return Finding(what, "cannot be had here", str(error))
     except RuntimeError as error:
-        return Finding(what, "does not compute", f"a matrix product fails ({_first_line(error)})")
+        return Finding(what, "does not compute", f"a matrix product fails ({reason(error)})")
     found = (
         f"{resolved.describe()}, {resolved.micro_batch} sequences at once, layers"
         f" {'compiled' if resolved.compile else 'not compiled'}; {speed / 1e9:,.0f} GFLOP/s in a product"
@@ -195,7 +195,3 @@ def _hub_login() -> str:
     from huggingface_hub import get_token
 
     return "logged in" if get_token() else "no login: public models and data sets only"
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

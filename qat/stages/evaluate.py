@@ -1,5 +1,6 @@
 """Stage 4: what students are worth, in figures and in their own words, side by side."""
 
+import logging
 import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -13,8 +14,9 @@ from qat.artifacts import Artifact, write_text
 from qat.cache.reader import CacheReader
 from qat.config import Config
 from qat.console import console, table
+from qat.data.asking import takes_questions
 from qat.errors import ConfigError
-from qat.evaluate import SAMPLE_PROMPTS, Comparison, Metrics, answers, compare
+from qat.evaluate import Comparison, Metrics, answers, compare, samples_of
 from qat.evaluate.figures import METHOD, Rows
 from qat.evaluate.tasks import STDERR, Harness, Scores
 from qat.evaluate.windows import Windows, read
@@ -24,7 +26,13 @@ from qat.runs import Run
 from qat.stages import cache
 from qat.stages.workspace import Workspace, open_workspace, start_folder
 
+log = logging.getLogger(__name__)
+
 SAMPLES = "samples.md"
+TITLES = {
+    True: "The same prompts, answered by each model",
+    False: "The same texts, gone on with by each model, which has no chat template that takes a question",
+}
 FIGURES: dict[str, tuple[str, Callable[[float], str]]] = {
     "kl": ("full KL", "{:.4f}".format),
     "kd_loss": ("KD loss", "{:.4f}".format),
@@ -127,7 +135,7 @@ def _held_out(outputs: Artifact) -> Ground:
 
 def _text(work: Workspace, path: str) -> Windows:
     settings, longest = work.config.evaluate, work.teacher.context()
-    if settings.context > longest:
+    if longest is not None and settings.context > longest:
         raise ConfigError(
             f"evaluate.context={settings.context}: {work.teacher.name} is made for at most {longest} tokens"
         )
@@ -138,15 +146,14 @@ def _measure(
     work: Workspace, ground: Ground, models: Models, known: dict[str, Metrics] | None = None
 ) -> dict[str, Found]:
     """Measures one model after the other, each recorded at once, and writes `samples.md`."""
-    machine, tokenizer = work.machine, work.teacher.tokenizer()
+    machine, speech = work.machine, Speech(work)
     found: dict[str, Found] = {}
-    said: dict[str, list[str]] = {}
     comparison: Comparison | None = None
     with work.timed("evaluate"):
         teacher = work.teacher.load(machine.dtype, machine.device)
         if ground.rows is not None:
             work.settle(ground.rows, teacher)
-        said[TEACHER] = answers(teacher, tokenizer, SAMPLE_PROMPTS, work.config.evaluate.sample_tokens, machine)
+        speech.hear(TEACHER, teacher)
         for name, folder in models.items():
             student, quant = _load(work, folder) if folder else (teacher, None)
             found[name] = Found(quant=quant)
@@ -158,16 +165,42 @@ def _measure(
                 comparison = compare(student, teacher, ground.rows, ground.top_k, machine)
                 _take(found[name], comparison)
             if ground.harness is not None:
-                found[name].scores = ground.harness.run(student, tokenizer, machine)
+                found[name].scores = ground.harness.run(student, work.teacher.tokenizer(), machine)
             if folder:
-                said[name] = answers(student, tokenizer, SAMPLE_PROMPTS, work.config.evaluate.sample_tokens, machine)
+                speech.hear(name, student)
             _record(work.run, found)
         if comparison is not None and TEACHER not in found:
             found[TEACHER] = _take(Found(), comparison.of_teacher())
             _record(work.run, found)
-        write_text(work.run.folder / SAMPLES, samples(said))
-    work.run.result["paths"]["samples"] = str(work.run.folder / SAMPLES)
+        speech.write()
     return found
+
+
+class Speech:
+    """What models say to the same prompts; nothing where there is no tokenizer to speak with."""
+
+    def __init__(self, work: Workspace) -> None:
+        self._work, self._said = work, dict[str, list[str]]()
+        self._tokenizer = work.teacher.tokenizer() if work.teacher.has_tokenizer() else None
+        self._prompts = samples_of(self._tokenizer) if self._tokenizer else {}
+
+    def hear(self, name: str, model: PreTrainedModel) -> None:
+        """Lets a model answer."""
+        if self._tokenizer is None:
+            return
+        prompts, tokens = list(self._prompts.values()), self._work.config.evaluate.sample_tokens
+        ends, machine = self._work.teacher.ends(), self._work.machine
+        self._said[name] = answers(model, self._tokenizer, prompts, ends, tokens, machine)
+
+    def write(self) -> None:
+        """Writes `samples.md` and notes where it is."""
+        if self._tokenizer is None:
+            log.warning("no samples: %s has no tokenizer", self._work.teacher.name)
+            return
+        path = self._work.run.folder / SAMPLES
+        title = TITLES[takes_questions(self._tokenizer)]
+        write_text(path, samples(title, list(self._prompts), self._said))
+        self._work.run.result["paths"]["samples"] = str(path)
 
 
 def _take(found: Found, comparison: Comparison) -> Found:
@@ -177,7 +210,8 @@ def _take(found: Found, comparison: Comparison) -> Found:
 
 def _load(work: Workspace, folder: Path) -> tuple[PreTrainedModel, dict[str, Any]]:
     student, manifest = checkpoints.load(folder, work.teacher, work.machine)
-    return student, {"preset": manifest["quant"]["name"], **summary(checkpoints.layers_of(manifest))}
+    figures = summary(checkpoints.layers_of(manifest), work.teacher.skeleton())
+    return student, {"preset": manifest["quant"]["name"], **figures}
 
 
 def _record(run: Run, found: dict[str, Found]) -> None:
@@ -221,10 +255,10 @@ def _bits(one: Found) -> str:
     return "-" if one.quant is None else f"{one.quant['bits_per_weight']:.2f}"
 
 
-def samples(said: dict[str, list[str]]) -> str:
-    """The same prompts answered by each model, as Markdown."""
-    parts = ["# The same prompts, answered by each model (most likely tokens, no sampling)\n"]
-    for number, prompt in enumerate(SAMPLE_PROMPTS):
+def samples(title: str, prompts: list[str], said: dict[str, list[str]]) -> str:
+    """What each model says to the same prompts, as Markdown."""
+    parts = [f"# {title} (most likely tokens, no sampling)\n"]
+    for number, prompt in enumerate(prompts):
         parts.append(f"## {prompt}\n")
         for name, texts in said.items():
             quoted = "\n".join(f"> {line}" for line in texts[number].splitlines() or ["(nothing)"])

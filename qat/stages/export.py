@@ -44,7 +44,7 @@ def make(work: Workspace, writer: ModuleType, source: Source, folder: Path) -> N
         writer.write(source, scratch, settings)
         made = writer.read(source, scratch)
         # Core ML's is computed token by token in numpy: one prompt takes as long there as all do elsewhere.
-        rows = parity.prompts(source.teacher.tokenizer())[: 1 if settings.format is ExportFormat.coreml else None]
+        rows = parity.prompts(source.teacher)[: 1 if settings.format is ExportFormat.coreml else None]
         error = parity.check(source.model, made, rows, writer.rounding(settings))
         manifest["parity"] = error
         work.run.result["metrics"]["parity"] = error

@@ -9,7 +9,7 @@ from qat.config import Config
 from qat.console import console, duration, table
 from qat.distill.distributed import place
 from qat.evaluate import Metrics
-from qat.quant.layers import KINDS
+from qat.quant.layers import KINDS, told
 from qat.runs import Run
 from qat.stages import cache, convert, distill, evaluate, first
 from qat.stages.workspace import Workspace, open_workspace, start_folder
@@ -74,10 +74,12 @@ def show(run: Run, before: Metrics, after: Metrics, best: Path) -> None:
     spent = [f"{stage} {duration(timing[key])}" for stage in STAGES if (key := f"{stage}_s") in timing]
     lines = {
         "bits per weight": f"{quant['bits_per_weight']} ({', '.join(kinds)})",
+        "whole model": f"{quant['model_bits_per_weight']} bits per weight, with 16 for what has no table",
+        **({"left dense": told(quant["dense"])} if quant["dense"] else {}),
         "time": ", ".join(spent),
         "peak memory": f"{result['memory']['peak_bytes'] / 1e9:.1f} GB",
         "loss curve": run.folder / "loss.png",
-        "samples": result["paths"]["samples"],
+        "samples": result["paths"].get("samples", "none, without a tokenizer"),
         "go on with": f"python launch.py stage=chat checkpoint={best}",
     }
     for name, value in lines.items():

@@ -15,6 +15,7 @@ from qat.fidelity.sample import Rows
 from qat.machine import Machine
 from qat.models import ModelFolder
 from qat.runs import Run, environment
+from qat.stages.teacher import check
 
 
 @dataclass(frozen=True)
@@ -56,14 +57,16 @@ class Workspace:
 
 
 def open_workspace(config: Config, run: Run) -> Workspace:
-    """Resolves the machine and finds the teacher.
+    """Resolves the machine, finds the teacher and looks whether it can do what is asked.
 
     Raises:
         MissingError: one of the two cannot be had.
+        ConfigError: the teacher cannot.
     """
     resolved = machine.resolve(config.instance)
     run.result["environment"] = environment(resolved.describe())
     teacher = models.locate(config.model, Path(config.outputs) / "artifacts")
+    check(config, teacher, resolved)
     return Workspace(config, run, resolved, teacher)
 
 

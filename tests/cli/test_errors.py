@@ -86,7 +86,7 @@ MISTAKES = [
     ("cache.top_k=49153", "only 49152 tokens"),
     ("model=tiny cache.random=1024", "cache.random=1024: model=tiny has only 512"),
     ("model=local", "model.path=<folder>"),
-    ("model=local model.path=nowhere", "no config.json"),
+    ("model=local model.path=nowhere", "no config.json, as there is no such folder"),
     ("model=local model.path=folder cache.top_k=200 cache.random=1", "only 100 tokens"),
     ("mode=attn quant=q2a16", "use mode=mlp"),
     ("mode=e2e quant=q2a16", "no tables"),
@@ -224,7 +224,8 @@ def littered(here, checkpoint):
     """A current directory with a few things to stumble over."""
     (here / "taken").write_text("a file")
     (here / "folder").mkdir()
-    (here / "folder" / "config.json").write_text(json.dumps({"vocab_size": 100}))
+    (here / "folder" / "config.json").write_text(json.dumps({"vocab_size": 100, "model_type": "llama"}))
+    (here / "folder" / "model.safetensors").touch()
     (here / "broken").mkdir()
     (here / "broken" / "manifest.json").write_text("{")
     checkpoint("mlp_only", attn=False)

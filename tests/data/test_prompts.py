@@ -19,6 +19,6 @@ def test_prompts_are_trimmed_single_lines_without_the_comments():
 
 
 def test_prompts_of_evaluation_samples_are_not_trained_on():
-    from qat.evaluate import SAMPLE_PROMPTS
+    from qat.evaluate.answers import SAMPLE_PROMPTS
 
     assert not set(SAMPLE_PROMPTS) & set(PROMPTS)

@@ -186,7 +186,7 @@ def test_the_teacher_answers_its_own_questions(written, tokenizer, monkeypatch):
     found = written(start=Start.questions, documents=12, answers=2)
     opening, end = user_turn(tokenizer)
     prompts, turns, sampling = asked["teacher questions"]
-    assert prompts == [opening] * 12 and sampling.greedy == 0 and sampling.end == end
+    assert prompts == [opening] * 12 and sampling.greedy == 0 and sampling.ends == (end,)
     texts = {tokenizer.decode(turn[:-1], skip_special_tokens=True).strip() for turn in turns[1:]} - {""}
     assert len(texts) > 6 and {origin for origin, _ in found} == texts
     assert len(found) == 2 * len(texts)

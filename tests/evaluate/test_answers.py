@@ -55,7 +55,7 @@ def test_bytes_that_are_no_text_hold_nothing_back_for_long(teacher, ids):
 def test_the_streamed_answer_is_the_likeliest_tokens(teacher):
     model, tokenizer, file = teacher.load(torch.float32, tiny.CPU), teacher.tokenizer(), io.StringIO()
     ids = tokenizer("Hello", add_special_tokens=False)["input_ids"]
-    answer = stream(model, tokenizer, ids, settings_of(tokenizer, 6), file)
+    answer = stream(model, tokenizer, ids, settings_of(tokenizer, teacher.ends(), 6), file)
     written = []
     for _ in range(6):
         written.append(int(model(torch.tensor([ids + written])).logits[0, -1].argmax()))

