@@ -190,9 +190,8 @@ def test_teacher_that_is_not_there_is_told(tmp_path):
     (tmp_path / "empty" / "config.json").write_text('{"model_type": "llama", "vocab_size": 49152}')
     words = ("model=local", f"model.path={tmp_path / 'empty'}", "tracker=none")
     code, _, err = Launch(tmp_path / "outputs", *words).ended()
-    assert (code, err.count("\n")) == (1, 1) and err.startswith("error: ")
-    assert str(tmp_path / "empty") in err
-    assert results(tmp_path / "outputs")[0]["status"] == "failed"
+    assert (code, err.count("\n")) == (2, 1) and err.startswith("error: ")
+    assert str(tmp_path / "empty") in err and not (tmp_path / "outputs").exists()
 
 
 def test_store_that_vanished_is_told(tmp_path):

@@ -26,7 +26,8 @@ NEEDED = {  # what an option cannot work without
 
 @pytest.mark.parametrize("names", ROWS, ids=lambda names: " ".join(filter(None, names)))
 def test_options_compose_and_are_valid(names, compose, here):
-    (here / "config.json").write_text('{"vocab_size": 49152}')
+    (here / "config.json").write_text('{"vocab_size": 49152, "model_type": "llama"}')
+    (here / "model.safetensors").touch()
     (here / "student.pt").touch()
     chosen = {group: name for group, name in zip(schema.groups(), names, strict=True) if name}
     needed = [NEEDED[f"{group}/{name}"] for group, name in chosen.items() if f"{group}/{name}" in NEEDED]
