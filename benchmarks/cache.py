@@ -25,14 +25,13 @@ import transformers
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
-from qat import attention
 from qat.artifacts import Artifact
 from qat.cache import writer
 from qat.cache.format import FORMAT_VERSION, SHARD_ROWS, bytes_a_row, layout, shard_name
 from qat.cache.reader import CacheReader
 from qat.cache.shards import DTYPES
 from qat.data.packing import Rows
-from qat.forward import prepare
+from qat.forward import FAST, prepare, use
 
 QWEN3 = {
     "vocab_size": 151_936,
@@ -112,16 +111,14 @@ def teacher(folder: str | None, device: torch.device) -> PreTrainedModel:
     """The model in bf16, from a folder or with random weights."""
     if folder:
         model = transformers.AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.bfloat16, attn_implementation=attention.NAME, trust_remote_code=False
+            folder, dtype=torch.bfloat16, trust_remote_code=False
         )
     else:
         torch.manual_seed(0)
         shape = transformers.Qwen3Config(**QWEN3)
         with torch.device(device):
-            model = transformers.AutoModelForCausalLM.from_config(
-                shape, dtype=torch.bfloat16, attn_implementation=attention.NAME
-            )
-    model.config.use_cache = False
+            model = transformers.AutoModelForCausalLM.from_config(shape, dtype=torch.bfloat16)
+    use(model, FAST)
     prepare(model, device.type == "cuda")
     return model.to(device).eval().requires_grad_(False)
 

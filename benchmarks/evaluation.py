@@ -25,6 +25,8 @@ from qat.cache.batch import Text
 from qat.checkpoint_files import find
 from qat.config import InstanceConfig, ModelConfig, ModelSource, Precision
 from qat.evaluate import evaluate
+from qat.fidelity import Sample, settle
+from qat.forward import body
 from qat.machine import DTYPES, Machine
 from qat.models import ModelFolder, locate
 from qat.quant.layers import Layer, bits_per_weight
@@ -71,9 +73,11 @@ class Evaluation:
         }
 
     @cached_property
-    def teacher(self) -> "Remembered":
+    def teacher(self) -> PreTrainedModel:
         """The teacher that students are measured against."""
-        return Remembered(self.folder.load(self.judge.dtype, self.machine.device))
+        model = self.folder.load(self.judge.dtype, self.machine.device)
+        settle(self.folder, self.judge, Sample.of_rows(Text(next(iter(self.held_out.values())))), model)
+        return remembering(model)
 
     def evaluate(self, student: PreTrainedModel, text: str) -> dict[str, float]:
         """Figures of a student on one text."""
@@ -110,19 +114,20 @@ class Evaluation:
         return {"method": entry.method, "name": entry.name, "text": text, "settings": settings}
 
 
-class Remembered:
+def remembering(model: PreTrainedModel) -> PreTrainedModel:
     """A teacher that computes the hidden states of each batch once, however many students meet it."""
+    part, known = body(model), {}
+    forward = part.forward
 
-    def __init__(self, model: PreTrainedModel) -> None:
-        self.lm_head, self._model = model.lm_head, model
-        self._known: dict[str, torch.Tensor] = {}
-
-    def base_model(self, input_ids: torch.Tensor, **inputs: torch.Tensor) -> BaseModelOutput:
-        """The model without its head; states are kept in host memory."""
+    def remembered(input_ids: torch.Tensor, **inputs: Any) -> BaseModelOutput:
+        """States are kept in host memory."""
         key = digest(input_ids.cpu())
-        if key not in self._known:
-            self._known[key] = self._model.base_model(input_ids=input_ids, **inputs).last_hidden_state.cpu()
-        return BaseModelOutput(self._known[key].to(input_ids.device))
+        if key not in known:
+            known[key] = forward(input_ids=input_ids, **inputs)[0].cpu()
+        return BaseModelOutput(known[key].to(input_ids.device))
+
+    part.forward = remembered
+    return model
 
 
 def averaged(figures: list[dict[str, float]]) -> dict[str, Any]:

@@ -22,7 +22,8 @@ import torch
 import transformers
 from transformers import PreTrainedModel
 
-from qat import attention, models
+from qat import models
+from qat.forward import FAST, use
 from qat.generation import Sampling, Writer, bytes_a_row
 from qat.machine import computes_bf16
 
@@ -107,13 +108,19 @@ def teacher(arguments: argparse.Namespace, device: torch.device) -> PreTrainedMo
     """The model of a folder, or random weights of the shape asked for."""
     dtype = torch.bfloat16 if computes_bf16(device) else torch.float16 if device.type == "cuda" else torch.float32
     if arguments.model:
-        return models.ModelFolder("benchmark", arguments.model, "").load(dtype, device)
+        return used_fast(models.ModelFolder("benchmark", arguments.model, "").load(dtype, device))
     kind = transformers.Qwen3Config if arguments.shape == "qwen3" else transformers.LlamaConfig
     config = kind(**SHAPES[arguments.shape], tie_word_embeddings=True, use_cache=False)
     torch.manual_seed(0)
     with device:
-        model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention.NAME)
-    return model.eval().requires_grad_(False)
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
+    return used_fast(model.eval().requires_grad_(False))
+
+
+def used_fast(model: PreTrainedModel) -> PreTrainedModel:
+    """These architectures are known to take the fast pass."""
+    use(model, FAST)
+    return model
 
 
 def prompts(rows: int) -> list[list[int]]:

@@ -26,7 +26,6 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
-from qat import attention
 from qat import machine as machines
 from qat.cache.batch import Batch
 from qat.cache.format import encode_ids
@@ -37,6 +36,7 @@ from qat.distill.loss import Loss
 from qat.distill.optim import Optimizer
 from qat.distill.parameters import Learners
 from qat.distill.step import Step
+from qat.forward import FAST, prepare, use
 from qat.machine import Machine
 from qat.quant.linear import QuantLinear, look_up
 
@@ -286,9 +286,7 @@ def rank_by_rank(
         student.set_submodule(name, RankByRank(layer, machine.dtype, learns=True))
     learning = [p for p in student.parameters() if p.requires_grad]
     adam = torch.optim.AdamW(learning, lr=1e-4)
-    head = Head(student.lm_head.weight, loss)
-    from qat.forward import prepare
-
+    head = Head(student, loss)
     prepare(student, False, row.checkpointing)
 
     def one(batch: Batch) -> float:
@@ -328,7 +326,7 @@ def parts(options: argparse.Namespace, machine: Machine, reporter: Reporter) -> 
         "update": lambda: optimizer.step(one, zero),
     }
     for kind in (LossKind.topk_kl, LossKind.bucket_kl):
-        head = Head(student.lm_head.weight, Loss(kind, 1.0))
+        head = Head(student, Loss(kind, 1.0))
         pieces[f"head {kind.name}"] = lambda head=head: head.backward(hidden, ids, logprobs, weight, None)
     for name, piece in pieces.items():
         for _ in range(2):
@@ -351,8 +349,7 @@ def model(options: argparse.Namespace, machine: Machine) -> tuple[PreTrainedMode
         torch.set_default_dtype(machine.dtype)
         made = shape(options)
         torch.set_default_dtype(before)
-    made.config.use_cache = False
-    made.set_attn_implementation(attention.NAME)
+    use(made, FAST)
     made.eval().requires_grad_(False)
     layers: dict[str, QuantLinear] = {}
     for name, module in list(made.named_modules()):

@@ -31,6 +31,7 @@ SIZES = {
     r"num_(local_)?experts|n_routed_experts|moe_num_experts|zero_expert_num": 4,
     r"num_experts_per_tok(en)?|moe_topk|moe_k|moe_top_k": 2,
     r"(sliding_|attention_|keep_)?window(_size)?|sliding_window_size|attention_chunk_size": 16,
+    r"(mamba_)?chunk_size": 16,
     r"local_attention(_window_len)?|attention_window_size|max_window_layers": 16,
     r".*lora_rank|.*low_?rank|.*(adapter|laurel|norm)_rank": 16,
     r"(.*_)?(intermediate_size(_mlp)?|ffn_dim|d_ff|dim_ff|dff|n_inner|ffn_hidden_size|mlp_dim|feed_forward_size)": 96,

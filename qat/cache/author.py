@@ -43,7 +43,7 @@ class Author:
         note = self.noted(scratch)
         if note.items() >= self._origin().items():
             return Pass(**note["pass"])
-        return settle(self.teacher, self.model, sample, repack=True)
+        return settle(self.teacher, self.machine, sample, self.model, repack=True)
 
     def ready(self, how: Pass, sample: Sample, tokens: int) -> PreTrainedModel:
         """The model, about to read so many tokens."""

@@ -53,6 +53,11 @@ class Batch:
         moved = {name: tensor.to(device, non_blocking=True) for name, tensor in self.stored.items()}
         return Batch(moved, self.vocab_size, self.joined)
 
+    def rows(self, numbers: Tensor) -> "Batch":
+        """Some of its rows."""
+        chosen = {name: tensor[numbers] for name, tensor in self.stored.items()}
+        return Batch(chosen, self.vocab_size, self.joined)
+
     def split(self, rows: int) -> list["Batch"]:
         """Micro-batches of at most `rows` sequences."""
         parts = zip(*(tensor.split(rows) for tensor in self.stored.values()), strict=True)

@@ -10,6 +10,7 @@ import logging
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,7 @@ from qat.models import ModelFolder
 
 log = logging.getLogger(__name__)
 
+LOOKED_AT = 1024  # documents among which rows are chosen that show how the teacher is computed
 # Positions that the head is multiplied with at one time, which must pay for reading all of it, and those of
 # them whose fp32 log-probabilities exist at one time: few, which stay in a CPU's cache.
 POSITIONS = {"cpu": (256, 32), "cuda": (2048, 2048)}
@@ -148,9 +150,13 @@ def obtain_cache(
 
 
 def _sample(cache: CacheConfig, documents: Artifact, teacher: ModelFolder) -> Sample:
-    """Rows of both splits to look at the teacher on."""
+    """Rows from the beginning of both splits to look at the teacher on."""
     pad, joined = _pad(teacher), cache.packing is Packing.joined
-    rows = [_rows(cache, documents, split, pad) for split in SPLITS]
+    rows = []
+    for split in SPLITS:
+        some = islice(read_documents(documents, split), LOOKED_AT)
+        beginning = pack(some, cache.length, cache.packing, pad)
+        rows.append(beginning if len(beginning) else _rows(cache, documents, split, pad))
     ids, mask, starts = (
         torch.cat([getattr(part, name) for part in rows]) for name in ("input_ids", "loss_mask", "document_starts")
     )

@@ -11,6 +11,6 @@ trial.py      which pass a model takes
 """
 
 from qat.fidelity.sample import Sample
-from qat.fidelity.trial import known, ready, settle
+from qat.fidelity.trial import ready, settle
 
-__all__ = ["Sample", "known", "ready", "settle"]
+__all__ = ["Sample", "ready", "settle"]

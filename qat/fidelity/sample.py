@@ -3,7 +3,7 @@
 Shapes: B rows, L tokens of a row, X positions looked at.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
 from typing import Protocol
@@ -36,12 +36,14 @@ class Sample:
         ends: [B], behind the last token that is text.
         starts: [B, L], true where a document begins; None for one document a row.
         pad: token that would fill up documents in rows of their own.
+        recorded: what a cache says of every position: token ids [B, L-1, K] and their log-probabilities.
     """
 
     input_ids: Tensor
     ends: Tensor
     starts: Tensor | None = None
     pad: int = 0
+    recorded: tuple[Tensor, Tensor] | None = None
 
     @classmethod
     def of(cls, input_ids: Tensor, loss_mask: Tensor, document_starts: Tensor | None, pad: int = 0) -> "Sample":
@@ -53,21 +55,22 @@ class Sample:
             document_starts: [N, L] of joined documents; None for one document a row.
             pad: see the class.
         """
-        length = input_ids.shape[1]
+        rows = _telling(loss_mask, document_starts)
         if document_starts is None:
-            shown = ends = (loss_mask.bool() * torch.arange(2, length + 1)).amax(1)
-        else:
-            shown, ends = document_starts.sum(1), torch.full((len(input_ids),), length)
-        rows = torch.stack([shown.argmin(), shown.argmax()]).unique()
-        starts = None if document_starts is None else document_starts[rows].bool()
-        return cls(input_ids[rows].long(), ends[rows], starts, pad)
+            return cls(input_ids[rows].long(), _ends(loss_mask[rows]), None, pad)
+        ends = torch.full((len(rows),), input_ids.shape[1])
+        return cls(input_ids[rows].long(), ends, document_starts[rows].bool(), pad)
 
     @classmethod
     def of_rows(cls, rows: Rows) -> "Sample":
         """Two rows of a split, a text or windows, out of many that are spread over it, the last among them."""
-        batch = rows.batch(_spread(rows.rows, min(1.0, LOOKED_AT / rows.rows)))
-        starts = batch.stored["document_starts"] if batch.joined else None
-        return cls.of(batch.input_ids, batch.loss_mask, starts)
+        looked_at = rows.batch(_spread(rows.rows, min(1.0, LOOKED_AT / rows.rows)))
+        starts = looked_at.stored["document_starts"] if looked_at.joined else None
+        numbers = _telling(looked_at.loss_mask, starts)
+        batch = looked_at.rows(numbers)
+        sample = cls.of(batch.input_ids, batch.loss_mask, None if starts is None else starts[numbers])
+        told = "topk_ids" in batch.stored and batch.stored["topk_ids"].shape[-1] > 0
+        return replace(sample, recorded=(batch.topk_ids, batch.topk_logprobs) if told else None)
 
     @property
     def shape(self) -> tuple[int, bool]:
@@ -93,6 +96,12 @@ class Sample:
         """The token ids [1, T] of each document."""
         return [self.input_ids[row, first:end][None] for row, first, end in self.documents]
 
+    def told(self) -> tuple[Tensor, Tensor]:
+        """Token ids [X, K] and log-probabilities [X, K] that are recorded of the places."""
+        ids, logprobs = self.recorded or (torch.empty(0), torch.empty(0))
+        at = [(row, first + places) for (row, first, _), places in zip(self.documents, self.places, strict=True)]
+        return torch.cat([ids[place] for place in at]), torch.cat([logprobs[place] for place in at])
+
     def together(self, joined: bool, device: torch.device) -> tuple[dict[str, Tensor], Tensor]:
         """Arguments of a forward pass, and where among its positions the places [X] are.
 
@@ -114,6 +123,17 @@ class Sample:
         for number, document in enumerate(self.alone()):
             rows[number, : document.shape[1]] = document[0]
         return rows
+
+
+def _ends(loss_mask: Tensor) -> Tensor:
+    """The places [N] behind the last tokens that are text."""
+    return (loss_mask.bool() * torch.arange(2, loss_mask.shape[1] + 2)).amax(1)
+
+
+def _telling(loss_mask: Tensor, document_starts: Tensor | None) -> Tensor:
+    """Numbers of the two rows that show most, in order."""
+    shown = _ends(loss_mask) if document_starts is None else document_starts.sum(1)
+    return torch.stack([shown.argmin(), shown.argmax()]).unique()
 
 
 def _spread(count: int, share: float) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from qat.errors import ConfigError, NumericsError
+from qat.errors import ArtifactError, ConfigError, NumericsError
 from qat.fidelity.exact import SHORT, in_fp32
 from qat.fidelity.sample import Sample
 from qat.forward import FAST, FUSED, OWN, Pass, body, hidden_states, prepare, trying, use, used
@@ -24,43 +24,47 @@ from qat.models import ModelFolder
 log = logging.getLogger(__name__)
 
 TOLERANCE = 2e-3  # of log-probabilities in fp32: what storing them in 16 bits rounds away
+RECORDED = 0.02  # KL of a cache's tokens, at half of the positions: what recording them in 16 bits may come to
 # In 16 bits a pass may be so many times as far from fp32 as the model's own pass is, at three positions of
 # four: an expert or two that change with the last bit are no fault.
 TIMES, SLACK, SHARE = 4, 0.02, 0.75
 
 
 @torch.no_grad()
-def settle(teacher: ModelFolder, model: PreTrainedModel, sample: Sample, repack: bool = False) -> Pass:
-    """Has a model computed by the fastest pass that is its own; what was found once in a job is not looked for again.
+def settle(
+    teacher: ModelFolder, machine: Machine, sample: Sample, model: PreTrainedModel | None = None, repack: bool = False
+) -> Pass:
+    """Finds the fastest pass that is the teacher's own, unless this job has found it for such rows before.
+
+    Whatever the teacher loads from here on, for this type and kind of device, is computed by it.
 
     Args:
-        teacher: whose weights, or architecture, the model has; what is found holds for all that it loads.
-        model: itself or a student of it, as it was loaded.
+        teacher: it.
+        machine: type and device.
         sample: real rows, as they will be given.
+        model: the teacher as it was loaded, if it is; it takes the pass.
         repack: documents that share a row may be given rows of their own instead.
 
     Returns:
-        The pass that the model now takes; `joined` is false where each document needs rows of its own.
+        The pass; `joined` is false where each document needs rows of its own.
 
     Raises:
         ConfigError: no pass over whole rows is the model's own.
+        ArtifactError: the rows are of a cache that says something else than the teacher.
         NumericsError: its own pass gives NaN.
     """
-    kind = (model.dtype, model.device.type)
+    kind, passes = (machine.dtype, machine.device.type), teacher.found.passes
     key = (*kind, *sample.shape)
-    if key not in teacher.found.passes:
+    if key not in passes:
+        model = model or teacher.load(machine.dtype, machine.device)
         trial = Trial(f"{teacher.name} ({type(model).__name__})", model, sample)
-        teacher.found.passes[key] = trial.find(repack)
-        if sentence := trial.told(teacher.found.passes[key]):
+        passes[key] = trial.find(repack)
+        if sentence := trial.told(passes[key]):
             log.info(sentence)
-    teacher.found.passes[kind] = teacher.found.passes[key]
-    use(model, teacher.found.passes[key])
-    return teacher.found.passes[key]
-
-
-def known(teacher: ModelFolder, machine: Machine, sample: Sample) -> bool:
-    """Whether `settle` has nothing left to find out of what the machine loads."""
-    return (machine.dtype, machine.device.type, *sample.shape) in teacher.found.passes
+    passes[kind] = passes[key]
+    if model is not None:
+        use(model, passes[key])
+    return passes[key]
 
 
 @torch.no_grad()
@@ -90,6 +94,7 @@ class Trial:
         """The pass to take; see `settle`."""
         with in_fp32(self.model):
             wanted = self.own()
+            self._check_recorded(wanted)
             how = self._exact(wanted, repack)
         own = replace(OWN, joined=how.joined)
         if self.dtype not in SHORT or self.close(how, wanted):
@@ -102,6 +107,22 @@ class Trial:
     def own(self) -> Tensor:
         """Log-probabilities [X, V], fp32, by the model's own forward pass over each document alone."""
         return own_logprobs(self.who, self.model, self.sample.alone(), self.sample.places)
+
+    def _check_recorded(self, wanted: Tensor) -> None:
+        """Refuses a cache that says something else: one of another model, or not computed as this one is.
+
+        Raw logits of older caches are known up to a constant, so both sides are renormalised over its tokens.
+        """
+        if self.sample.recorded is None:
+            return
+        ids_XK, logprobs_XK = (part.to(wanted.device) for part in self.sample.told())
+        theirs, ours = logprobs_XK.log_softmax(-1), wanted.gather(1, ids_XK).log_softmax(-1)
+        apart = float((theirs.exp() * (theirs - ours)).sum(-1).median())
+        if not apart <= RECORDED:
+            raise ArtifactError(
+                f"the cache does not hold what {self.who} says, by {apart:.2g} in KL over its tokens: it was recorded"
+                " from another model, or before that was computed right; record it anew"
+            )
 
     def _exact(self, wanted: Tensor, repack: bool) -> Pass:
         """The first pass whose log-probabilities are the wanted ones, in fp32."""

@@ -26,7 +26,7 @@ from qat.cache.batch import Batch
 from qat.console import progress
 from qat.errors import ConfigError, NumericsError
 from qat.forward import body, decoder_layers, run_body
-from qat.head import OutputHead
+from qat.head import OutputHead, output_weight
 from qat.machine import exact_matmul
 from qat.quant.flow import Flow, flows, micro_batches
 from qat.quant.layers import Layer
@@ -59,7 +59,7 @@ def gather(model: PreTrainedModel, layers: list[Layer], text: list[Batch], gradi
         NumericsError: an input or a gradient is NaN or infinite.
     """
     most = STATES.get(model.device.type, STATES["cpu"])
-    batches = micro_batches(text, most // model.config.hidden_size)
+    batches = micro_batches(text, most // _width(model))
     what, found = "layer curvature" if gradients else "layer inputs", _Means()
     draw = torch.Generator().manual_seed(0)
     with (
@@ -88,10 +88,16 @@ def _room(model: PreTrainedModel, gradients: bool) -> int:
 
     On a GPU, moments wait in host memory: adding to them there costs more than further forward passes.
     """
-    token_bytes, kept = model.config.hidden_size * model.dtype.itemsize, 1
+    token_bytes, kept = _width(model) * model.dtype.itemsize, 1
     if gradients:
         kept = SHORTEST_SECTION if model.device.type == "cuda" else len(decoder_layers(model))
     return int(KEPT_BYTES / (token_bytes * kept))
+
+
+def _width(model: PreTrainedModel) -> int:
+    """Numbers in a hidden state."""
+    weight = output_weight(model)
+    return int(model.config.get_text_config().hidden_size if weight is None else weight.shape[1])
 
 
 def _parts(batches: list[Batch], tokens: int) -> Iterator[list[Batch]]:
@@ -126,7 +132,7 @@ def _backward(
     """Moments of inputs and gradients, decoder layer by decoder layer from the highest."""
     decoders = decoder_layers(model)
     slopes: list[Tensor] = []
-    size = max(1, int(KEPT_BYTES / (_tokens(text) * model.config.hidden_size * model.dtype.itemsize)))
+    size = max(1, int(KEPT_BYTES / (_tokens(text) * _width(model) * model.dtype.itemsize)))
     for end in range(len(decoders), 0, -size):
         section = range(max(0, end - size), end)
         flow = Flow(model, text)

@@ -15,6 +15,7 @@ from qat.distill.loss import Loss
 from qat.distill.state import States
 from qat.distill.trainer import History, Trainer
 from qat.errors import MissingError
+from qat.forward import use
 from qat.quant.layers import Layer, summary
 from qat.quant.linear import quantized
 from qat.runs import Run, checkpoint_name
@@ -99,7 +100,7 @@ def _trainer(
 ) -> Trainer:
     config, modules = work.config, quantized(student)
     training, held_out = CacheReader(outputs, "train"), CacheReader(outputs, "eval")
-    work.settle(training, student)
+    use(student, work.settle(training))
     return Trainer(
         student,
         {layer.name: (layer.kind, modules[layer.name]) for layer in layers},

@@ -10,8 +10,9 @@ from transformers import PreTrainedModel
 
 from qat import machine, models
 from qat.config import CheckpointConfig, Config
-from qat.fidelity import Sample, known, settle
+from qat.fidelity import Sample, settle
 from qat.fidelity.sample import Rows
+from qat.forward import Pass
 from qat.machine import Machine
 from qat.models import ModelFolder
 from qat.runs import Run, environment
@@ -32,19 +33,17 @@ class Workspace:
         """Where artifacts are kept."""
         return Path(self.config.outputs) / "artifacts"
 
-    def settle(self, rows: Rows, model: PreTrainedModel | None = None) -> None:
-        """Finds out how the teacher is computed over such rows, unless this job has done so.
+    def settle(self, rows: Rows, model: PreTrainedModel | None = None) -> Pass:
+        """How the teacher is computed over such rows, looked for unless this job knows.
 
         Args:
             rows: of one length.
-            model: the teacher or a student of it, if one is loaded.
+            model: the teacher, if it is loaded.
 
         Raises:
-            ConfigError: what it says of whole rows is not what it says of each document.
+            ConfigError, ArtifactError, NumericsError: as `qat.fidelity.settle`.
         """
-        sample = Sample.of_rows(rows)
-        if model is not None or not known(self.teacher, self.machine, sample):
-            settle(self.teacher, model or self.teacher.load(self.machine.dtype, self.machine.device), sample)
+        return settle(self.teacher, self.machine, Sample.of_rows(rows), model)
 
     @contextmanager
     def timed(self, what: str) -> Iterator[None]:

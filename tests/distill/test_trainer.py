@@ -196,8 +196,9 @@ def test_checkpointing_changes_nothing(checkpoint, teacher, readers):
 def test_fp16_scales_the_loss_and_gives_the_same_gradients(checkpoint, teacher, readers):
     grads = []
     for dtype in (torch.float32, torch.float16):
-        student, _ = checkpoints.load(checkpoint, teacher, replace(tiny.FP32, dtype=dtype))
-        settle(teacher, student, Sample.of_rows(readers[0]))  # eager attention rounds more
+        machine = replace(tiny.FP32, dtype=dtype)
+        settle(teacher, machine, Sample.of_rows(readers[0]))  # eager attention rounds more
+        student, _ = checkpoints.load(checkpoint, teacher, machine)
         trainer = trainer_of(student, readers, dtype=dtype)
         (figures,) = steps_of(trainer)
         assert trainer.step.scaler.scale == (65536 if dtype == torch.float16 else 1) and not figures.skipped

@@ -13,11 +13,13 @@ from qat.fidelity import Sample, ready, settle
 from qat.fidelity.exact import in_fp32
 from qat.forward import FAST, FUSED, OWN, Pass, body, hidden_states, use, used
 from qat.head import OutputHead
+from qat.machine import Machine
 from qat.models import ModelFolder
 
 SIZES = {"vocab_size": 300, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
 SIZES |= {"num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.3}
 MIXING = {"num_experts": 4, "num_experts_per_tok": 2, "layer_types": ["linear_attention", "full_attention"]}
+CPU = torch.device("cpu")
 LENGTH = 40
 STARTS = torch.zeros(3, LENGTH, dtype=torch.uint8)
 STARTS[:, 0] = STARTS[0, [7, 8, 20]] = STARTS[1, 30] = 1
@@ -35,7 +37,7 @@ def made(kind, dtype=torch.float32, **settings):
 
 
 def found(model, sample=JOINED, repack=True):
-    return settle(ModelFolder("it", Path(), ""), model, sample, repack)
+    return settle(ModelFolder("it", Path(), ""), Machine(CPU, model.dtype, 2), sample, model, repack)
 
 
 def own(model, sample=JOINED):
@@ -154,7 +156,7 @@ def test_it_is_looked_for_once_for_rows_of_a_kind(monkeypatch):
     entered = forward.hidden_states
     monkeypatch.setattr("qat.fidelity.trial.hidden_states", lambda *_: (looked.append(1), entered(*_))[1])
     for sample in (JOINED, JOINED, APART, JOINED):
-        settle(teacher, model, sample)
+        settle(teacher, Machine(CPU, torch.float32, 2), sample, model)
     assert len(looked) == 2
     assert used(model).joined and teacher.found.passes[torch.float32, "cpu"] == used(model)
 
