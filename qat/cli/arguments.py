@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 
 from hydra._internal.utils import get_args_parser
 
-from qat.cli import schema
+from qat.cli import schema, words
 from qat.cli.suggest import hint, nearest
 from qat.errors import ConfigError
 
@@ -63,7 +63,9 @@ def parse(argv: list[str]) -> CommandLine:
     _check_flags(flags)
     _find_config(flags)
     _check_completion(flags, overrides)
-    return CommandLine(flags, [_whole_numbers(text) for text in overrides])
+    command = CommandLine(flags, overrides)
+    command.overrides = [words.quoted(_whole_numbers(text), command.multirun) for text in overrides]
+    return command
 
 
 def quote(text: str) -> str:

@@ -24,7 +24,7 @@ from omegaconf.errors import (
 )
 from yaml import YAMLError
 
-from qat.cli import schema
+from qat.cli import schema, words
 from qat.cli.arguments import CONF
 from qat.cli.suggest import did_you_mean, hint, named
 from qat.config import Config
@@ -55,6 +55,7 @@ class Composer:
         version.setbase("1.3")
         setup_globals()
         schema.register()
+        words.register()
         self.name = flags.get("config_name") or "config"
         self.is_default = self.name == "config" and not flags.get("config_path")
         self.loader = ConfigLoaderImpl(_search_path(flags))

@@ -81,8 +81,12 @@ def _sweep_command(folder: Path) -> str:
 
 def record(config: Config, folder: Path) -> None:
     """Writes the file from which this run can be repeated."""
-    values = OmegaConf.to_yaml(OmegaConf.create(_escaped(as_plain(config))))
-    write_text(folder / f"{RESOLVED}.yaml", HEADER.format(name=RESOLVED) + values)
+    write_text(folder / f"{RESOLVED}.yaml", resolved(config))
+
+
+def resolved(config: Config) -> str:
+    """The whole configuration as a file that Hydra reads."""
+    return HEADER.format(name=RESOLVED) + OmegaConf.to_yaml(OmegaConf.create(_escaped(as_plain(config))))
 
 
 def _escaped(value: Any) -> Any:
