@@ -15,14 +15,14 @@ from pathlib import Path
 from typing import Any
 
 from qat.artifacts import content_key, write_json, write_text
-from qat.config import Config, as_plain
+from qat.config import Config
 from qat.errors import ArtifactError, ConfigError, MissingError
 from qat.report.records import RESULT, Record, read
 from qat.runs import claim_run, claim_sweep
+from qat.shaping import shaping
 
 PLAN = "sweep.json"
 WAITING = "not started"
-FREE = ("instance", "store", "tracker", "sweep")  # sections that decide nothing of a result
 OBJECTIVES = {"kl": "full KL", "kd_loss_best": "KD loss", "kd_loss": "KD loss"}  # the first that jobs have is ranked by
 COLUMNS = {"kl": "full KL", "kd_loss_final": "KD loss", "perplexity": "perplexity"}
 
@@ -75,8 +75,8 @@ class Sweep:
 
 
 def key_of(config: Config) -> str:
-    """What tells jobs apart: all that is configured, save for what never changes a result."""
-    return content_key({name: value for name, value in as_plain(config).items() if name not in FREE})
+    """What tells jobs apart: all that can change a result, and what the user says of the run."""
+    return content_key(shaping(config) | {"goal": config.run.goal, "notes": config.run.notes})
 
 
 def create(

@@ -1,7 +1,6 @@
 """`run.resume=SR-007`: an interrupted run goes on in its own folder, as what it was."""
 
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,22 +8,9 @@ import yaml
 
 from qat.cli.arguments import RESOLVED
 from qat.cli.suggest import did_you_mean
-from qat.config import Config, Stage, as_plain
+from qat.config import Config, Stage
 from qat.errors import ConfigError
-
-# What decides where and how fast, who is told and when states are written, but never the result.
-FREE = (
-    "instance.",
-    "tracker.",
-    "store.",
-    "run.",
-    "export.",
-    "chat.",
-    "evaluate.",
-    "outputs",
-    "train.save_every",
-    "train.keep",
-)
+from qat.shaping import flat, shaping
 
 
 def check(config: Config) -> None:
@@ -43,22 +29,18 @@ def check(config: Config) -> None:
         runs = sorted(path.name for path in Path(config.outputs).glob("SR-*"))
         raise ConfigError(f"run.resume={name}: no such run in {config.outputs}{did_you_mean(name, runs)}")
     try:
-        before = dict(_flat(yaml.safe_load(file.read_text(encoding="utf-8"))))
+        before = dict(flat(yaml.safe_load(file.read_text(encoding="utf-8"))))
     except (OSError, yaml.YAMLError) as error:
         raise ConfigError(f"{file} cannot be read: {error}") from error
-    for key, value in _flat(as_plain(config)):
-        recorded = before.get(key, value)
-        if recorded != value and not key.startswith(FREE):
+    for key, value in flat(shaping(config)):
+        recorded = _unescaped(before.get(key, value))
+        if recorded != value:
             raise ConfigError(
                 f"run.resume={name}: {key} was {recorded} there and is {value} here;"
                 f" `python launch.py --config-path {file.parent} run.resume={name}` goes on with it as it was"
             )
 
 
-def _flat(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Every value with its dotted key; text with `${` as it was recorded."""
-    if not isinstance(tree, dict):
-        yield prefix[:-1], tree.replace(r"\${", "${") if isinstance(tree, str) else tree
-        return
-    for key, value in tree.items():
-        yield from _flat(value, f"{prefix}{key}.")
+def _unescaped(value: Any) -> Any:
+    """Text with `${` as it was before it was recorded."""
+    return value.replace(r"\${", "${") if isinstance(value, str) else value

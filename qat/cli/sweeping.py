@@ -1,5 +1,6 @@
 """`-m` and `sweep.resume=`: from a checked command line to a planned sweep, and from its end to the table."""
 
+import itertools
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -12,8 +13,9 @@ from hydra.core.override_parser.types import Override
 from qat import gpus, sweeps
 from qat.cli.arguments import CommandLine, quote
 from qat.cli.suggest import did_you_mean, one_line
-from qat.config import Config
+from qat.config import Config, as_plain
 from qat.errors import ConfigError, QatError, UnavailableError
+from qat.shaping import flat, is_neutral
 from qat.sweeps import Sweep
 
 RESUME = "sweep.resume="
@@ -22,8 +24,7 @@ PACKAGE = Path(__file__).resolve().parents[1]
 IMPORTED = [str(PACKAGE.parent), str(PACKAGE / "plugins")]  # this checkout, and what it adds to Hydra
 # Launchers beyond Hydra's own, and the extra of this project that installs each.
 EXTRAS = {"joblib": "joblib", "submitit_local": "submitit", "submitit_slurm": "submitit", "ray": "ray"}
-# What may change when a sweep goes on: where and how its jobs run, never what they are.
-MAY_CHANGE = ("hydra/launcher", "hydra.launcher.", "instance", "store", "tracker")
+LAUNCHERS = ("hydra/launcher", "hydra.launcher.")
 
 
 def resumed(command: CommandLine) -> Sweep | None:
@@ -41,12 +42,18 @@ def resumed(command: CommandLine) -> Sweep | None:
         return None
     sweep = sweeps.load(Path(folder).expanduser())
     for text in command.overrides:
-        if text not in named and not text.lstrip("+").startswith(MAY_CHANGE):
+        if text not in named and not _may_change(text):
             raise ConfigError(
-                f"{text} would change the sweep in {folder}: it goes on as planned; beside sweep.resume only"
-                " instance, store, tracker and hydra/launcher can be set"
+                f"{text} would change the sweep in {folder}: it goes on as planned; beside sweep.resume only what never"
+                " changes a result can be set, such as instance, store, tracker and hydra/launcher"
             )
     return sweep
+
+
+def _may_change(override: str) -> bool:
+    """True for what says where and how jobs run, never what they are; `run` says what they are called."""
+    name = override.lstrip("+").partition("=")[0]
+    return name.startswith(LAUNCHERS) or (is_neutral(name) and not name.startswith(("run", "sweep", "outputs")))
 
 
 def check_launcher(parsed: list[Override], options: list[str]) -> None:
@@ -101,8 +108,9 @@ def plan(command: CommandLine, typed: str, configs: list[Config], jobs: list[lis
         folder: where the user wants it, if he says so.
     """
     keys = [sweeps.key_of(config) for config in configs]
-    if len(set(keys)) < len(keys):
-        raise ConfigError("two jobs of this sweep are configured alike: a value is listed twice")
+    for first, second in itertools.combinations(range(len(keys)), 2):
+        if keys[first] == keys[second]:
+            raise _alike(configs[first], configs[second])
     outputs = Path(configs[0].outputs)
     if folder is not None and (folder / sweeps.PLAN).is_file():
         there = sweeps.load(folder)
@@ -119,6 +127,17 @@ def plan(command: CommandLine, typed: str, configs: list[Config], jobs: list[lis
         return sweeps.create(folder, outputs, typed, _plain(command.flags), dict(zip(keys, own, strict=True)))
     except OSError as error:
         raise ConfigError(f"outputs={configs[0].outputs} cannot be written: {error.strerror}") from error
+
+
+def _alike(one: Config, other: Config) -> ConfigError:
+    """Why two jobs would be the same: all values are, or those in which they differ change nothing."""
+    settings = dict(flat(as_plain(other)))
+    differing = [key for key, value in flat(as_plain(one)) if settings.get(key) != value]
+    if not differing:
+        return ConfigError("two jobs of this sweep are configured alike: a value is listed twice")
+    return ConfigError(
+        f"two jobs of this sweep differ only in {', '.join(differing)}, which never changes a result: leave it out"
+    )
 
 
 def for_hydra(sweep: Sweep, command: CommandLine, parallel: bool) -> list[str]:
