@@ -192,7 +192,7 @@ def test_teacher_that_is_not_there_is_told(tmp_path):
     code, _, err = Launch(tmp_path / "outputs", *words).ended()
     assert (code, err.count("\n")) == (1, 1) and err.startswith("error: ")
     assert str(tmp_path / "empty") in err
-    assert results(tmp_path / "outputs")[0]["status"] == "failed"
+    assert not (tmp_path / "outputs").exists()  # refused before any work: no run
 
 
 def test_store_that_vanished_is_told(tmp_path):

@@ -225,7 +225,21 @@ def test_second_run_trains_at_once_and_gives_the_same(first, shop):
     before = shop.artifacts()
     again = shop.tiny()
     assert shop.artifacts() == before
-    assert [line.split(":")[0] for line in again.log] == [again.folder.name, "distillation", "evaluation"]
+    told = [line.split(":")[0] for line in again.log]
+    assert [line.split(",")[0] for line in told] == [
+        again.folder.name,
+        "cache reused",
+        "convert reused",
+        "distillation",
+        "evaluation",
+    ]
+    reused = again.result["reused"]
+    for what, kind in (("cache", "cache"), ("convert", "conversion")):
+        made = open_artifact(Path(first.result["paths"][kind])).manifest["made"]
+        assert reused[what] == {"path": first.result["paths"][kind], "made": made}
+        assert 0 < made["seconds"] <= first.result["timing"][f"{what}_s"]
+        assert f"made {made['at'][:16].replace('T', ' ')} in {made['seconds']:.1f} s on cpu" in "\n".join(again.log)
+    assert first.result["reused"] == {} and again.result["made"] == []
     timing, took = again.result["timing"], first.result["timing"]
     assert timing["cache_s"] + timing["convert_s"] < 0.5 * (took["cache_s"] + took["convert_s"])
     for key in METRICS:
@@ -417,10 +431,27 @@ def test_micro_batch_changes_nothing_but_memory(first, shop, conversion):
         assert one["metrics"][key] == pytest.approx(other["metrics"][key], rel=1e-4)
 
 
-def test_what_the_user_can_mend_fails_in_one_sentence(first, shop):
-    done = shop.launch("+debug=tiny", "stage=distill", "checkpoint=teacher")
+def test_a_run_that_fails_is_told_in_one_sentence_and_recorded(first, shop):
+    done = shop.launch("+debug=tiny", "train.lr=1e18")
     assert (done.code, done.err.count("\n")) == (1, 1)
     assert (done.result["status"], f"error: {done.result['error']}\n") == ("failed", done.err)
+
+
+@pytest.mark.parametrize("place", ["SR", "new/mine", "there"])
+def test_a_refusal_before_any_work_takes_no_number_and_leaves_nothing(first, shop, place, tmp_path):
+    words = [] if place == "SR" else [f"hydra.run.dir={tmp_path / place}"]
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "kept").touch()
+    before = sorted([*shop.outputs.glob("*"), *shop.outputs.glob(".ids/*"), *shop.outputs.parent.glob("*")])
+    log = (shop.outputs / "RUNS.md").read_bytes()
+    (other := tmp_path / "damaged").mkdir()
+    (other / "manifest.json").write_text('{"kind": "checkpoint", "quant": {"mlp": {"bits": 2}}, "files": {"gone": {}}}')
+    done = shop.launch("+debug=tiny", "stage=distill", f"checkpoint={other}", *words)
+    assert (done.code, done.err.count("\n"), done.folder) == (1, 1, None) and "gone is missing" in done.err
+    assert sorted([*shop.outputs.glob("*"), *shop.outputs.glob(".ids/*"), *shop.outputs.parent.glob("*")]) == before
+    assert (shop.outputs / "RUNS.md").read_bytes() == log
+    assert not (tmp_path / "new").exists()
+    assert [path.name for path in (tmp_path / "there").iterdir()] == ["kept"]
 
 
 def test_defect_is_recorded_with_its_traceback(first, shop, monkeypatch):

@@ -128,7 +128,7 @@ def obtain_cache(
 
     if crew.rank > 0:
         return _help(folder, cache, documents, content_key(key), teacher, seed, machine, crew)
-    return obtain(artifacts, "caches", full_name, key, make, resumable=True)
+    return obtain(artifacts, "caches", full_name, key, make, resumable=True, at=machine.place())
 
 
 def _help(

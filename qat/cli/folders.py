@@ -19,8 +19,8 @@ def claim(config: Config, parsed: list[Override], multirun: bool) -> list[str]:
     """
     if config.stage is Stage.doctor or (ranks.rank() > 0 and config.stage not in UNRECORDED):
         return ranks.scratch()
-    if config.run.resume:
-        return [_set("hydra.run.dir", Path(config.outputs) / config.run.resume)]
+    if config.run.resume:  # what Hydra recorded of the command that started it stays
+        return [_set("hydra.run.dir", Path(config.outputs) / config.run.resume), "hydra.output_subdir=null"]
     key = "hydra.sweep.dir" if multirun else "hydra.run.dir"
     if any(override.key_or_group == key for override in parsed):
         return []

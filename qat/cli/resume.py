@@ -10,6 +10,7 @@ from qat.cli.arguments import RESOLVED
 from qat.cli.suggest import did_you_mean
 from qat.config import Config, Stage
 from qat.errors import ConfigError
+from qat.report.records import RESULT, read
 from qat.shaping import flat, shaping
 
 
@@ -39,6 +40,16 @@ def check(config: Config) -> None:
                 f"run.resume={name}: {key} was {recorded} there and is {value} here;"
                 f" `python launch.py --config-path {file.parent} run.resume={name}` goes on with it as it was"
             )
+
+
+def finished(config: Config) -> str | None:
+    """What to say of a run that is complete, of which nothing is left to do; None of any other."""
+    if config.run.resume is None:
+        return None
+    record = read(Path(config.outputs) / config.run.resume, Path(config.outputs))
+    if record.status != "complete":
+        return None
+    return f"{record.run_id} is complete and stays as it is: {record.folder / RESULT}"
 
 
 def _unescaped(value: Any) -> Any:

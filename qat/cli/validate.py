@@ -313,6 +313,10 @@ def check_store(config: Config) -> None:
 def check_checkpoint(config: Config) -> dict[str, Any] | None:
     """The checkpoint's folder is there; returns its manifest, None for the teacher and registered names."""
     checkpoint = config.checkpoint
+    if checkpoint.name == "teacher" and not checkpoint.path and config.stage is Stage.distill:
+        raise ConfigError(
+            "stage=distill needs a quantized start: checkpoint=<path or run>, or stage=run, which converts first"
+        )
     if not checkpoint.path:
         if checkpoint.name == "local":
             raise ConfigError("checkpoint=local needs a checkpoint folder: checkpoint=<folder>")

@@ -74,7 +74,7 @@ def obtain_documents(data: DataConfig, teacher: ModelFolder, seed: int, machine:
         "tokenizer": teacher.fingerprint,
         "seed": seed if generated else None,
     }
-    return obtain(artifacts, "documents", data.name, inputs, make, resumable=generated)
+    return obtain(artifacts, "documents", data.name, inputs, make, resumable=generated, at=machine.place())
 
 
 def _pairs(

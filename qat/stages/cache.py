@@ -33,6 +33,7 @@ def make(work: Workspace) -> Artifact:
     config = work.config
     with work.timed("cache"):
         cache = _local(work, Path(config.cache.path)) if config.cache.path else _recorded(work)
+    work.run.uses("cache", cache)
     work.run.result["paths"]["cache"] = str(cache.folder)
     return cache
 
@@ -40,9 +41,14 @@ def make(work: Workspace) -> Artifact:
 def _recorded(work: Workspace) -> Artifact:
     config = work.config
     documents = obtain_documents(config.data, work.teacher, config.seed, work.machine, work.artifacts)
+    if documents.fresh:
+        work.run.uses("documents", documents)
     template = "plain" if config.data.source is DataSource.text else "chat"
     name = f"{config.data.name}_{template}_think_{config.data.thinking}"
-    return obtain_cache(config.cache, documents, name, work.teacher, config.seed, work.machine, work.artifacts)
+    cache = obtain_cache(config.cache, documents, name, work.teacher, config.seed, work.machine, work.artifacts)
+    if cache.fresh and not documents.fresh:
+        work.run.uses("documents", documents)
+    return cache
 
 
 def _local(work: Workspace, path: Path) -> Artifact:

@@ -46,8 +46,14 @@ def make(work: Workspace, outputs: Artifact) -> Artifact:
     name = f"{work.teacher.name}_{config.quant.name}_init"
     with work.timed("convert"):
         made = obtain(
-            work.artifacts, "checkpoints", name, inputs, lambda folder: _convert(work, outputs, start, folder)
+            work.artifacts,
+            "checkpoints",
+            name,
+            inputs,
+            lambda folder: _convert(work, outputs, start, folder),
+            at=work.machine.place(),
         )
+    work.run.uses("convert", made)
     layers = checkpoints.layers_of(made.manifest)
     work.run.result["quant"] = {"preset": config.quant.name, **summary(layers)}
     work.run.result["paths"]["conversion"] = str(made.folder)

@@ -14,7 +14,6 @@ from qat.distill.distributed import Ranks, joined
 from qat.distill.loss import Loss
 from qat.distill.state import States
 from qat.distill.trainer import History, Trainer
-from qat.errors import MissingError
 from qat.quant.layers import Layer, summary
 from qat.quant.linear import quantized
 from qat.runs import Run, checkpoint_name
@@ -28,8 +27,7 @@ def main(config: Config, run: Run) -> None:
     """`stage=distill`: trains a given checkpoint."""
     work = open_workspace(config, run)
     start = start_folder(config.checkpoint)
-    if start is None:
-        raise MissingError("stage=distill needs a quantized start: checkpoint=<path>, or stage=run to convert first")
+    assert start is not None  # as qat.cli.validate sees to
     make(work, cache.make(work), start)
 
 

@@ -34,7 +34,8 @@ def make(work: Workspace, outputs: Artifact, first: FirstConfig) -> Path:
         return distill.train_into(inner, outputs, start.folder, folder)
 
     with work.timed("first"):
-        made = obtain(work.artifacts, "checkpoints", name, inputs, train)
+        made = obtain(work.artifacts, "checkpoints", name, inputs, train, at=work.machine.place())
+    work.run.uses("first", made)
     work.run.result["paths"]["first"] = str(made.folder)
     work.run.result["metrics"]["first_kd_loss"] = made.manifest["kd_loss_best"]
     return made.folder

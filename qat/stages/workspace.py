@@ -1,6 +1,5 @@
 """What every stage works with: the machine, the teacher, the run's record."""
 
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -30,10 +29,12 @@ class Workspace:
     @contextmanager
     def timed(self, what: str) -> Iterator[None]:
         """Adds the seconds spent inside to the record, as `<what>_s`, and saves it."""
-        began = time.monotonic()
-        yield
-        self.run.result["timing"][f"{what}_s"] = round(time.monotonic() - began, 3)
-        self.run.result["memory"]["peak_bytes"] = machine.peak_bytes(self.machine.device)
+        memory = self.run.result["memory"]
+        try:
+            with self.run.timed(what):
+                yield
+        finally:
+            memory["peak_bytes"] = max(memory.get("peak_bytes", 0), machine.peak_bytes(self.machine.device))
         self.run.save()
 
 
@@ -44,7 +45,7 @@ def open_workspace(config: Config, run: Run) -> Workspace:
         MissingError: one of the two cannot be had.
     """
     resolved = machine.resolve(config.instance)
-    run.result["environment"] = environment(resolved.describe())
+    run.result["environment"] = environment(resolved.describe(), resolved.instance)
     teacher = models.locate(config.model, Path(config.outputs) / "artifacts")
     return Workspace(config, run, resolved, teacher)
 

@@ -136,6 +136,7 @@ MISTAKES = [
     ("stage=export export.output=folder", "there are other files in it"),
     ("stage=export export.output=taken", "is no folder that can be written to"),
     ("stage=distill checkpoint=folder", "no manifest.json"),
+    ("stage=distill", "stage=distill needs a quantized start"),
     ("stage=evaluate checkpoint=broken", "cannot be read"),
     ("stage=distill checkpoint=mlp_only mode=e2e", "use mode=mlp"),
     ("evaluate.against=[teacher]", "goes with stage=evaluate"),
