@@ -197,6 +197,7 @@ class DataConfig:
     answer_tokens: int = 80  # selfgen: longest answer; openings: tokens between two of a text
     greedy_tokens: int = 4  # selfgen: first tokens chosen greedily, the rest sampled
     temperature: float = 1.0  # selfgen: of the sampled tokens
+    seed: int = 0  # of what the teacher writes: another one is another text, also to be measured on
     eval_fraction: float = 0.125  # share of documents held apart for evaluation
     parts: list[DataPart] = field(default_factory=list)  # mix: the sources, each {source, weight, path, ...}
 
@@ -409,7 +410,7 @@ class Config:
     """One run, whole."""
 
     stage: Stage = Stage.run
-    seed: int = 0  # of every random draw
+    seed: int = 0  # of training: which rows a step reads; text has its own, data.seed
     outputs: str = field(default="outputs", metadata={NEUTRAL: True})  # runs, sweeps and artifacts all land below it
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)

@@ -153,6 +153,8 @@ class Run:
         elif name not in self.result["made"]:
             made = artifact.manifest.get("made")
             self.result["reused"][what] = {"path": str(artifact.folder), "made": made}
+            if made:
+                self.result["timing"][f"{what}_made_s"] = made["seconds"]
             log.info("%s reused, %s: %s", what, provenance.told(made), artifact.folder)
 
     def save(self) -> None:
@@ -208,7 +210,9 @@ def _first(config: Config, folder: Path, run_id: str, command: str, overrides: S
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "resumed": [],
         "quant": {"preset": config.quant.name},
+        "measured_on": {},
         "metrics": {},
+        "verdict": None,
         "timing": {},
         "throughput": {},
         "memory": {},

@@ -209,7 +209,9 @@ def test_metrics_have_a_row_for_each_step_and_each_look(first):
     looks = [row["kd_loss"] for row in rows if "kd_loss" in row]
     metrics = first.result["metrics"]
     assert (looks[0], looks[-1]) == (metrics["kd_loss_initial"], metrics["kd_loss_final"])
-    assert min(looks) == metrics["kd_loss_best"]
+    trained = [row["held_out_loss"] for row in rows if "held_out_loss" in row]
+    assert [metrics[f"loss_{when}"] for when in ("initial", "best", "final")] == [trained[0], min(trained), trained[-1]]
+    assert metrics["kd_loss_best"] == looks[trained.index(min(trained))]
 
 
 def test_samples_show_every_model_on_every_prompt(first):
@@ -264,6 +266,32 @@ def test_sweep_over_the_rate_shares_one_conversion(first, shop):
     assert results[0]["paths"]["conversion"] == results[1]["paths"]["conversion"]
     initial, final = ([r["metrics"][f"kd_loss_{when}"] for r in results] for when in ("initial", "final"))
     assert initial[0] == initial[1] and final[0] != final[1]
+
+
+def test_seeds_are_measured_on_one_text_and_read_it_in_another_order(first, shop):
+    before = shop.artifacts()
+    done = shop.tiny("-m", "seed=1,2", "train.lr=1e-1")
+    assert shop.artifacts() == before
+    results = [json.loads(path.read_text()) for path in sorted(done.folder.glob("*/result.json"))]
+    assert [result["measured_on"] for result in results] == [first.result["measured_on"]] * 2
+    assert results[0]["metrics"]["kl_initial"] == results[1]["metrics"]["kl_initial"]
+    assert results[0]["metrics"]["loss_final"] != results[1]["metrics"]["loss_final"]
+
+
+def test_another_text_is_told_from_the_first(first, shop):
+    other = shop.tiny("stage=cache", "data.seed=1").result["measured_on"]
+    assert other["text"] != first.result["measured_on"]["text"]
+    assert other["teacher"] == first.result["measured_on"]["teacher"]
+    smaller = shop.tiny("stage=cache", "cache.top_k=4").result  # of the same rows
+    assert smaller["measured_on"]["text"] == first.result["measured_on"]["text"]
+
+
+def test_a_student_that_is_no_better_than_its_conversion_is_called_so(first, shop):
+    done = shop.tiny("train.lr=3")
+    verdict = done.result["verdict"]
+    assert verdict.startswith("no better than it began") and done.result["training"]["best_step"] == 0
+    assert f"verdict          {verdict}" in done.out
+    assert f"**Result**: **{verdict}**" in (shop.outputs / "RUNS.md").read_text()
 
 
 def test_cache_alone(first, shop):

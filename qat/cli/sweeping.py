@@ -195,6 +195,8 @@ def conclude(sweep: Sweep) -> None:
         one_line(error)
         return
     table(sweep.folder.name, *sweeps.cells(summary))
+    if remark := sweeps.remark(summary):
+        console.print(remark, soft_wrap=True)
     for job, reason in sweep.failures():
         console.print(f"{job.run_id} failed: {reason}", soft_wrap=True)
     sys.stdout.flush()

@@ -61,6 +61,7 @@ COUNT = Bound(low=1)
 BOUNDS = {
     "seed": Bound(0, 2**32 - 1),
     "model.vocab_size": Bound(low=2),
+    "data.seed": Bound(0, 2**32 - 1),
     "data.answers": COUNT,
     "data.answer_tokens": COUNT,
     "data.greedy_tokens": Bound(low=0),

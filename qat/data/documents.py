@@ -97,7 +97,7 @@ def _content(chosen: list[DataConfig]) -> Any:
 
 def _shape(plain: dict[str, Any]) -> dict[str, Any]:
     """The settings that shape the text: its content is hashed, wherever it lies and whatever it is called."""
-    kept = {key: value for key, value in plain.items() if key not in ("name", "path")}
+    kept = {key: value for key, value in plain.items() if key not in ("name", "path", "seed")}
     return kept | {"parts": [{key: value for key, value in part.items() if key != "path"} for part in plain["parts"]]}
 
 

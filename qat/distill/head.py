@@ -53,10 +53,25 @@ class Head:
         return total, grad_PD
 
     @torch.no_grad()
+    def losses(self, hidden_PD: Tensor, ids_PK: Tensor, logprobs_PK: Tensor, teacher_PD: Tensor | None) -> Tensor:
+        """The loss [P] of each position, fp32; arguments as of `backward`."""
+        rows = [hidden_PD, ids_PK, logprobs_PK] + ([] if teacher_PD is None else [teacher_PD])
+        parts = self._chunks(len(hidden_PD))
+        return torch.cat([self._values(*(tensor[part] for tensor in rows)) for part in parts])
+
+    @torch.no_grad()
     def logits(self, hidden_PD: Tensor, ids_PK: Tensor) -> Tensor:
         """The student's logits [P, K] at some tokens, fp32."""
         parts = self._chunks(len(hidden_PD), sparse=True)
         return torch.cat([self._gathered(hidden_PD[part], ids_PK[part]) for part in parts])
+
+    def _values(self, hidden: Tensor, ids: Tensor, logprobs: Tensor, teacher: Tensor | None = None) -> Tensor:
+        if not self.loss.needs_vocabulary:
+            logits = self._gathered(hidden, ids)
+            return self.loss.at(logits, logits.new_zeros(len(logits)), logprobs)
+        logits = widened(hidden, self.weight)
+        value = self.loss.at(logits.gather(1, ids), Softmax(logits).log_sum, logprobs)
+        return value if teacher is None else value + self._divergence(logits, self._teacher_logits(teacher))
 
     def _sparse(self, hidden: Tensor, ids: Tensor, logprobs: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
         logits = self._gathered(hidden, ids)
@@ -88,14 +103,22 @@ class Head:
 
     def _full(self, logits: Tensor, teacher: Tensor, weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """The divergence from the teacher's whole distribution, and its gradient for the logits."""
-        beside: Any = self.loss.teacher
-        theirs = widened(teacher, beside.lm_head.weight)
-        T = self.loss.temperature
+        theirs, T = self._teacher_logits(teacher), self.loss.temperature
         if (kernels := _kernels(logits)) is not None:
             kl, *sums = kernels.divergence(logits, theirs, T)
             return (kl * weight).sum() * T**2, kernels.divergence_gradient(logits, theirs, *sums, T, weight * T, dtype)
         value = (full_kl(logits, theirs, T) * weight).sum()
         return value, ((weight * T)[:, None] * ((logits / T).softmax(-1) - (theirs / T).softmax(-1))).to(dtype)
+
+    def _divergence(self, logits: Tensor, theirs: Tensor) -> Tensor:
+        T = self.loss.temperature
+        if (kernels := _kernels(logits)) is not None:
+            return kernels.divergence(logits, theirs, T)[0] * T**2
+        return full_kl(logits, theirs, T)
+
+    def _teacher_logits(self, teacher: Tensor) -> Tensor:
+        beside: Any = self.loss.teacher
+        return widened(teacher, beside.lm_head.weight)
 
     def _gathered(self, hidden: Tensor, ids: Tensor) -> Tensor:
         if (kernels := _kernels(hidden)) is not None:

@@ -83,6 +83,7 @@ def _convert(work: Workspace, outputs: Artifact, start: Path | None, folder: Pat
         **checkpoints.describe(work.teacher, config.quant, layers),
         "figures": {one.layer.name: one.figures for one in made},
         "metrics": _measure(work, outputs, source, modules),
+        "measured_on": CacheReader(outputs, "eval").text_key(),
     }
 
 

@@ -37,6 +37,11 @@ class Workspace:
             memory["peak_bytes"] = max(memory.get("peak_bytes", 0), machine.peak_bytes(self.machine.device))
         self.run.save()
 
+    def measures_on(self, text: str, called: str) -> None:
+        """Records what figures of this run are of, since only those of one teacher and text compare."""
+        teacher = {"name": self.teacher.name, "fingerprint": self.teacher.fingerprint}
+        self.run.result["measured_on"] = {"teacher": teacher, "text": text, "called": called}
+
 
 def open_workspace(config: Config, run: Run) -> Workspace:
     """Resolves the machine and finds the teacher.
