@@ -68,6 +68,11 @@ class ModelFolder:
         cast(nn.Module, model).to(device)
         return model.eval().requires_grad_(False)
 
+    def skeleton(self) -> PreTrainedModel:
+        """The model without memory behind it: names and shapes."""
+        with torch.device("meta"):
+            return cast(PreTrainedModel, AutoModelForCausalLM.from_config(self.settings(), trust_remote_code=False))
+
     def vocab_size(self) -> int:
         """Tokens that the head knows, which may be more than the tokenizer has."""
         return int(self.settings().get_text_config().vocab_size)

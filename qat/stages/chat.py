@@ -18,6 +18,7 @@ from qat.evaluate.answers import settings_of, stream
 from qat.machine import Machine
 from qat.models import ModelFolder
 from qat.quant.linear import baked
+from qat.stages import limits
 from qat.stages.workspace import start_folder
 from qat.store import transfer
 
@@ -37,6 +38,7 @@ def main(config: Config) -> None:
     resolved = machine.resolve(config.instance)
     teacher = models.locate(config.model, Path(config.outputs) / "artifacts")
     tokenizer = teacher.tokenizer()
+    limits.check_lengths(config, teacher)
     _check_thinking(tokenizer, config, teacher)
     torch.manual_seed(config.seed)
     with ExitStack() as kept:

@@ -10,6 +10,7 @@ from qat.config import CheckpointConfig, Config
 from qat.machine import Machine
 from qat.models import ModelFolder
 from qat.runs import Run, environment
+from qat.stages import limits
 
 
 @dataclass(frozen=True)
@@ -44,14 +45,16 @@ class Workspace:
 
 
 def open_workspace(config: Config, run: Run) -> Workspace:
-    """Resolves the machine and finds the teacher.
+    """Resolves the machine, finds the teacher, and looks whether the run can work with the two.
 
     Raises:
         MissingError: one of the two cannot be had.
+        ConfigError: a size is beyond the teacher's or the machine's.
     """
     resolved = machine.resolve(config.instance)
     run.result["environment"] = environment(resolved.describe(), resolved.instance)
     teacher = models.locate(config.model, Path(config.outputs) / "artifacts")
+    limits.check(config, teacher, resolved)
     return Workspace(config, run, resolved, teacher)
 
 
