@@ -17,7 +17,6 @@ import argparse
 import json
 import math
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -29,9 +28,10 @@ from qat.artifacts import write_json
 from qat.checkpoint_files import BEST
 from qat.errors import ArtifactError, ConfigError, QatError
 from qat.identities import RESULT
+from qat.shaping import flat, is_neutral
 
 STAGES = ("cache", "convert", "distill")
-FREE = ("seed", "outputs", "instance", "tracker", "store", "run")  # what the configurations may differ in
+SEEDS = ("seed", "data.seed")  # what shapes a result and may differ
 FIGURES = ("kl", "kd_loss", "perplexity", "teacher_perplexity", "agreement")
 PAGE = """# Records
 
@@ -190,7 +190,7 @@ def check(runs: list[dict[str, Any]]) -> None:
         raise ConfigError("two of these runs have the same seed")
     for run in runs[1:]:
         names = f"{first['run_id']} and {run['run_id']}"
-        differing = sorted(_differences(_shaping(first), _shaping(run)))
+        differing = _differences(first, run)
         if differing:
             raise ConfigError(f"{names} differ in {', '.join(differing)}: a record is one configuration")
         if run["environment"]["git"] != first["environment"]["git"]:
@@ -260,18 +260,11 @@ def _measured(record: dict[str, Any], text: str) -> dict[str, Any]:
     return {name: value for name, value in settings.items() if name != "checkpoints"}
 
 
-def _shaping(run: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in run["config"].items() if key not in FREE}
-
-
-def _differences(ours: dict[str, Any], theirs: dict[str, Any], above: str = "") -> Iterator[str]:
-    """Dotted names of the values that differ."""
-    for key in sorted(ours.keys() | theirs.keys()):
-        pair, name = (ours.get(key), theirs.get(key)), f"{above}{key}"
-        if all(isinstance(value, dict) for value in pair):
-            yield from _differences(*pair, f"{name}.")
-        elif pair[0] != pair[1]:
-            yield name
+def _differences(*runs: dict[str, Any]) -> list[str]:
+    """Names of the values that differ and can change what comes of a run, their seeds aside."""
+    ours, theirs = (dict(flat(run["config"])) for run in runs)
+    differing = [name for name in sorted(ours.keys() | theirs.keys()) if ours.get(name) != theirs.get(name)]
+    return [name for name in differing if not (name in SEEDS or is_neutral(name))]
 
 
 def arguments() -> argparse.Namespace:

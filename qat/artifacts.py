@@ -20,10 +20,11 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
+from qat import provenance
 from qat.console import size, waiting
 from qat.errors import ArtifactError, ConfigError, MissingError
 
@@ -36,10 +37,11 @@ HEAD_START = 2.0  # seconds; of processes that train together the first should m
 
 @dataclass(frozen=True)
 class Artifact:
-    """A complete artifact: where it lies and what its manifest says."""
+    """A complete artifact: where it lies and what its manifest says; `fresh` where it was made just now."""
 
     folder: Path
     manifest: dict[str, Any]
+    fresh: bool = False
 
     @property
     def key(self) -> str:
@@ -60,6 +62,7 @@ def obtain(
     inputs: dict[str, Any],
     make: Callable[[Path], dict[str, Any]],
     resumable: bool = False,
+    at: dict[str, Any] | None = None,
 ) -> Artifact:
     """The artifact of these inputs, made if it is not there yet.
 
@@ -72,20 +75,26 @@ def obtain(
             most once at a time for one key, also across processes.
         resumable: `make` may find in its folder what a killed process left there, and uses it. It
             writes each file under another name, flushed, and renames it: what has its name is whole.
+        at: the machine that makes it, which the manifest names beside the moment and the seconds.
 
     Raises:
         ArtifactError: the artifact is there and damaged.
     """
-    folder = place(root, kind, name, inputs)
+    folder, fresh = place(root, kind, name, inputs), False
     if not folder.exists():
         if os.environ.get("RANK", "0") != "0":
             time.sleep(HEAD_START)
         with locked(folder):
             if not folder.exists():
                 described = {"kind": kind, "name": name, "key": content_key(inputs), "inputs": inputs}
-                with publish(folder, described, resumable) as (scratch, manifest):
+                with (
+                    provenance.clocked(folder.parent / f".{folder.name}.time", partial(folder)) as clock,
+                    publish(folder, described, resumable) as (scratch, manifest),
+                ):
                     manifest.update(make(scratch))
-    return open_artifact(folder)
+                    manifest["made"] = provenance.made(clock(), at or {})
+                fresh = True
+    return replace(open_artifact(folder), fresh=fresh)
 
 
 def place(root: Path, kind: str, name: str, inputs: dict[str, Any]) -> Path:

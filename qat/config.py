@@ -15,6 +15,10 @@ from omegaconf import MISSING
 
 CONF = Path(__file__).resolve().parents[1] / "conf"  # the options of each group
 
+# What fields say of themselves (`qat.shaping` reads it): the value never changes what comes of a run, or belongs to
+# one stage alone.
+NEUTRAL, OF_STAGE = "neutral", "of_stage"
+
 
 class Stage(Enum):
     """What `python launch.py stage=…` does."""
@@ -196,6 +200,7 @@ class DataConfig:
     answer_tokens: int = 80  # selfgen: longest answer; openings: tokens between two of a text
     greedy_tokens: int = 4  # selfgen: first tokens chosen greedily, the rest sampled
     temperature: float = 1.0  # selfgen: of the sampled tokens
+    seed: int = 0  # of what the teacher writes: another one is another text, also to be measured on
     eval_fraction: float = 0.125  # share of documents held apart for evaluation
     parts: list[DataPart] = field(default_factory=list)  # mix: the sources, each {source, weight, path, ...}
 
@@ -295,8 +300,8 @@ class TrainConfig:
     weight_decay: float = 0.0  # decoupled, times the learning rate
     grad_clip: float = 1.0  # largest gradient norm
     eval_every: int = 20  # steps between evaluations on the held-apart split
-    save_every: int = 100  # steps between states from which run.resume goes on
-    keep: int = 2  # states kept, the newest
+    save_every: int = field(default=100, metadata={NEUTRAL: True})  # steps between states from which run.resume goes on
+    keep: int = field(default=2, metadata={NEUTRAL: True})  # states kept, the newest
     snap_fp16: bool = False  # tables and scales pass through fp16, as on a Neural Engine
 
 
@@ -409,8 +414,8 @@ class Config:
     """One run, whole."""
 
     stage: Stage = Stage.run
-    seed: int = 0  # of every random draw
-    outputs: str = "outputs"  # runs, sweeps and artifacts all land below it
+    seed: int = 0  # of training: which rows a step reads; text has its own, data.seed
+    outputs: str = field(default="outputs", metadata={NEUTRAL: True})  # runs, sweeps and artifacts all land below it
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     quant: QuantConfig = field(default_factory=QuantConfig)
@@ -419,17 +424,17 @@ class Config:
     mode: ModeConfig = field(default_factory=ModeConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
-    instance: InstanceConfig = field(default_factory=InstanceConfig)
-    store: StoreConfig = field(default_factory=StoreConfig)
-    tracker: TrackerConfig = field(default_factory=TrackerConfig)
-    export: ExportConfig = field(default_factory=ExportConfig)
+    instance: InstanceConfig = field(default_factory=InstanceConfig, metadata={NEUTRAL: True})
+    store: StoreConfig = field(default_factory=StoreConfig, metadata={NEUTRAL: True})
+    tracker: TrackerConfig = field(default_factory=TrackerConfig, metadata={NEUTRAL: True})
+    export: ExportConfig = field(default_factory=ExportConfig, metadata={OF_STAGE: Stage.export})
     convert: ConvertConfig = field(default_factory=ConvertConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     first: FirstConfig | None = None  # stage=run from the teacher: what is trained before
-    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
-    chat: ChatConfig = field(default_factory=ChatConfig)
-    run: RunConfig = field(default_factory=RunConfig)
-    sweep: SweepConfig = field(default_factory=SweepConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig, metadata={OF_STAGE: Stage.evaluate})
+    chat: ChatConfig = field(default_factory=ChatConfig, metadata={OF_STAGE: Stage.chat})
+    run: RunConfig = field(default_factory=RunConfig, metadata={NEUTRAL: True})
+    sweep: SweepConfig = field(default_factory=SweepConfig, metadata={NEUTRAL: True})
 
 
 def as_plain(config: Any) -> Any:

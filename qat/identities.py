@@ -9,6 +9,7 @@ import json
 import os
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 from qat.artifacts import write_text
@@ -24,6 +25,21 @@ NOTE = "folders"  # in one of those: folders of the run's own, one a line
 def claim_run(outputs: Path) -> str:
     """The next free run identity below `outputs`, `SR-001` and on, taken atomically."""
     return _claim(outputs / IDS, "SR", outputs).name
+
+
+def give_back(outputs: Path, run_id: str) -> None:
+    """Frees an identity under which nothing was kept."""
+    home = outputs / IDS / run_id
+    (home / NOTE).unlink(missing_ok=True)
+    remove_empty(home)
+
+
+def remove_empty(folder: Path) -> None:
+    """Removes a folder, and those around it, as far as nothing else is in them and nobody works there."""
+    with suppress(OSError):
+        for place in (folder.resolve(), *folder.resolve().parents):
+            if not Path.cwd().is_relative_to(place):
+                place.rmdir()
 
 
 def claim_sweep(outputs: Path) -> Path:

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import torch
 
@@ -35,6 +36,7 @@ class Machine:
         micro_batch: sequences computed at once.
         compile: the decoder layers are compiled.
         checkpointing: activations are computed again in the backward pass; None when memory runs out.
+        instance: the option that asked for it.
     """
 
     device: torch.device
@@ -42,11 +44,16 @@ class Machine:
     micro_batch: int
     compile: bool = False
     checkpointing: bool | None = None
+    instance: str = ""
 
     def describe(self) -> str:
         """One phrase for logs and `result.json`."""
         name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type
         return f"{name}, {str(self.dtype).removeprefix('torch.')}"
+
+    def place(self) -> dict[str, Any]:
+        """What a manifest says of where something was made."""
+        return {"instance": self.instance, "device": self.describe(), "threads": torch.get_num_threads()}
 
 
 def resolve(instance: InstanceConfig) -> Machine:
@@ -62,7 +69,7 @@ def resolve(instance: InstanceConfig) -> Machine:
     compiled, checkpointing = SWITCH[instance.compile], SWITCH[instance.checkpointing]
     if compiled is None:
         compiled = device.type == "cuda"
-    return Machine(device, DTYPES[precision], instance.micro_batch, compiled, checkpointing)
+    return Machine(device, DTYPES[precision], instance.micro_batch, compiled, checkpointing, instance.name)
 
 
 def _precision(device: torch.device) -> Precision:

@@ -6,12 +6,12 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-TRAINING, HELD_OUT = "#9aa5b1", "#c2410c"
+TRAINING, HELD_OUT, KD = "#9aa5b1", "#1d4ed8", "#c2410c"
 LEAVES = ("#1d4ed8", "#0891b2", "#0f766e", "#7c3aed", "#c2410c", "#ca8a04", "#be185d")
 
 
 def loss_curve(rows: list[dict[str, float]], title: str, path: Path) -> None:
-    """Training loss of each step and held-out KD loss of each evaluation, as a PNG.
+    """The loss of each step, and of each evaluation the same on held-out text and the KD loss, as a PNG.
 
     Args:
         rows: of `metrics.jsonl`: `loss` marks a training step, `kd_loss` an evaluation.
@@ -22,9 +22,12 @@ def loss_curve(rows: list[dict[str, float]], title: str, path: Path) -> None:
     axes = figure.subplots()
     steps = [(row["step"], row["loss"]) for row in rows if "loss" in row]
     looks = [(row["step"], row["kd_loss"]) for row in rows if "kd_loss" in row]
+    held_out = [(row["step"], row["held_out_loss"]) for row in rows if "held_out_loss" in row]
     if steps:
         axes.plot(*zip(*steps, strict=True), color=TRAINING, linewidth=1.2, label="training loss, each step")
-    axes.plot(*zip(*looks, strict=True), color=HELD_OUT, marker="o", label="KD loss on held-out text")
+    if held_out and held_out != looks:  # the KD loss may be what is trained
+        axes.plot(*zip(*held_out, strict=True), color=HELD_OUT, marker=".", label="the same on held-out text")
+    axes.plot(*zip(*looks, strict=True), color=KD, marker="o", label="KD loss on held-out text")
     for step, value in (looks[0], looks[-1]):
         axes.annotate(f"{value:.3f}", (step, value), textcoords="offset points", xytext=(0, 8), ha="center")
     axes.set(xlabel="step", ylabel="loss (nats)", title=title, ylim=(0, None))
@@ -66,7 +69,7 @@ def tail_mass(tails: dict[str, list[float]], title: str, path: Path) -> None:
     figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
     axes = figure.subplots()
     edges = [10 ** (exponent / 8) for exponent in range(-40, 1)]
-    for (split, values), color in zip(tails.items(), (TRAINING, HELD_OUT), strict=False):
+    for (split, values), color in zip(tails.items(), (TRAINING, KD), strict=False):
         shown = [max(value, edges[0]) for value in values]
         mean = sum(values) / len(values)
         weights = [1 / len(values)] * len(values)

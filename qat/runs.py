@@ -12,20 +12,24 @@ import os
 import platform
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from qat.artifacts import write_json
+from qat import provenance
+from qat.artifacts import Artifact, write_json, write_text
 from qat.config import Config, Stage, as_plain
-from qat.identities import RESULT, RUN, claim_run, note, recorded
-from qat.tracking import open_tracker
+from qat.identities import RESULT, RUN, claim_run, give_back, note, recorded
+from qat.tracking import Tracker, open_tracker
 
 log = logging.getLogger(__name__)
 
 SCHEMA = 1
 ARCHITECTURE = "v2"  # table ⊙ low-rank scale, in the run log's naming convention
 METRICS = "metrics.jsonl"
+SAVE_SECONDS = 10.0  # between two records of a run that trains
 
 # Stages that are no runs: no identity, no record, no line in the log.
 UNRECORDED = (Stage.chat, Stage.report, Stage.pull, Stage.push, Stage.store, Stage.doctor)
@@ -45,7 +49,9 @@ class Run:
         result: the content of `result.json` as it stands.
     """
 
-    def __init__(self, config: Config, folder: Path, command: str = "", overrides: Sequence[str] = ()) -> None:
+    def __init__(
+        self, config: Config, folder: Path, command: str = "", overrides: Sequence[str] = (), goes_on: bool = False
+    ) -> None:
         """Opens the record and writes it with status `interrupted`.
 
         Args:
@@ -53,39 +59,36 @@ class Run:
             folder: the run's own, which exists; named like the run unless the user chose it.
             command: the command line as it was typed.
             overrides: what it sets for this job.
+            goes_on: the folder holds this very run, interrupted: what it was started as stays, times add up.
         """
-        self.folder = folder
-        self._started = time.monotonic()
+        self.folder, self._config = folder, config
+        self._replaced = _text(folder / RESULT)
+        earlier = _parsed(self._replaced) if goes_on else {}
         run_id = _identity(config, folder)
-        self.result: dict[str, Any] = {
-            "schema": SCHEMA,
-            "run_id": run_id,
-            "name": checkpoint_name(config.quant.name, config.mode.name, None),
-            "stage": config.stage.name,
-            "status": "interrupted",
-            "goal": config.run.goal,
-            "notes": config.run.notes,
-            "command": command,
-            "overrides": list(overrides),
-            "config": as_plain(config),
-            "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-            "quant": {"preset": config.quant.name},
-            "metrics": {},
-            "timing": {},
-            "throughput": {},
-            "memory": {},
-            "paths": {"run": str(folder)},
-            "environment": {},
-            "error": None,
-        }
+        self.result = _first(config, folder, run_id, command, overrides)
+        if earlier:
+            self.result |= _as_started(earlier, self.result, overrides)
+        self._seconds = {key: float(seconds) for key, seconds in self.result["timing"].items()}
+        self._running = {"total_s": time.monotonic()}
         self.save()
         self._metrics = open(folder / METRICS, "a", encoding="utf-8", buffering=1)  # noqa: SIM115 - see finish
-        self._tracker = open_tracker(config, folder, run_id)
+
+    @cached_property
+    def _tracker(self) -> Tracker:
+        """Hears of a run once there is something to tell: one that is refused was none."""
+        return open_tracker(self._config, self.folder, self.result["run_id"])
+
+    @property
+    def begun(self) -> bool:
+        """True once anything was made, trained or measured."""
+        return bool(self.result["made"] or self.result["metrics"] or "_tracker" in vars(self))
 
     def log(self, row: dict[str, float]) -> None:
         """Records the figures of one training step or evaluation; `row` has a `step`."""
         self._metrics.write(json.dumps(_finite(row)) + "\n")
         self._tracker.log(row)
+        if time.monotonic() - self._running["total_s"] > SAVE_SECONDS:  # so that a killed run knows how long it took
+            self.save()
 
     def rewind(self, rows: int) -> list[dict[str, float]]:
         """Forgets all figures after the first `rows`, which are returned: a resumed run logs the rest again."""
@@ -94,9 +97,31 @@ class Run:
         self._metrics.truncate(sum(len(line.encode()) for line in kept))
         return [{key: math.nan if value is None else value for key, value in json.loads(row).items()} for row in kept]
 
+    @contextmanager
+    def timed(self, what: str) -> Iterator[None]:
+        """Adds the seconds spent inside to `<what>_s`, however it ends."""
+        self._running[f"{what}_s"] = time.monotonic()
+        try:
+            yield
+        finally:
+            self._count()
+            del self._running[f"{what}_s"]
+
+    def uses(self, what: str, artifact: Artifact) -> None:
+        """Records that the run made an artifact, or that it is reused: when, where and how long it was made."""
+        name = artifact.folder.name
+        if artifact.fresh:
+            self.result["made"].append(name)
+        elif name not in self.result["made"]:
+            made = artifact.manifest.get("made")
+            self.result["reused"][what] = {"path": str(artifact.folder), "made": made}
+            if made:
+                self.result["timing"][f"{what}_made_s"] = made["seconds"]
+            log.info("%s reused, %s: %s", what, provenance.told(made), artifact.folder)
+
     def save(self) -> None:
         """Writes the record as it stands; figures that are not finite become null, never NaN."""
-        self.result["timing"]["total_s"] = round(time.monotonic() - self._started, 3)
+        self._count()
         write_json(self.folder / RESULT, _finite(self.result))
 
     def finish(self, status: str, error: str | None = None) -> None:
@@ -110,6 +135,25 @@ class Run:
             log.warning("%s could not be brought up to date: %s", self.folder / RESULT, full.strerror)
         self._tracker.finish(_finite(self.result["metrics"]), failed=status != "complete")
 
+    def withdraw(self) -> None:
+        """Undoes the record of a run that was refused before it did anything, its identity included."""
+        self._metrics.close()
+        if self._replaced:
+            write_text(self.folder / RESULT, self._replaced)
+        else:
+            (self.folder / RESULT).unlink()
+        if not (self.folder / METRICS).stat().st_size:
+            (self.folder / METRICS).unlink()
+        give_back(Path(self._config.outputs), self.result["run_id"])
+
+    def _count(self) -> None:
+        """Brings all times up to now."""
+        now = time.monotonic()
+        for key, since in self._running.items():
+            self._seconds[key] = self._seconds.get(key, 0.0) + now - since
+            self._running[key] = now
+        self.result["timing"] |= {key: round(seconds, 3) for key, seconds in self._seconds.items()}
+
 
 def _identity(config: Config, folder: Path) -> str:
     """That of the run that is gone on with, of the folder's name, or a new one; noted where the folder is its own."""
@@ -121,7 +165,63 @@ def _identity(config: Config, folder: Path) -> str:
     return run_id
 
 
-def environment(device: str) -> dict[str, Any]:
+def _first(config: Config, folder: Path, run_id: str, command: str, overrides: Sequence[str]) -> dict[str, Any]:
+    """What `result.json` says of a run that has just been started."""
+    trains = config.stage in (Stage.run, Stage.distill)
+    return {
+        "schema": SCHEMA,
+        "run_id": run_id,
+        "name": checkpoint_name(config.quant.name, config.mode.name, None) if trains else "",
+        "stage": config.stage.name,
+        "status": "interrupted",
+        "goal": config.run.goal,
+        "notes": config.run.notes,
+        "command": command,
+        "overrides": list(overrides),
+        "config": as_plain(config),
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "resumed": [],
+        "quant": {"preset": config.quant.name},
+        "measured_on": {},
+        "metrics": {},
+        "verdict": None,
+        "timing": {},
+        "throughput": {},
+        "memory": {},
+        "made": [],
+        "reused": {},
+        "paths": {"run": str(folder)},
+        "environment": {},
+        "error": None,
+    }
+
+
+def _as_started(earlier: dict[str, Any], now: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """What stays of an earlier record when its run goes on; the user's own words unless there are new ones."""
+    kept = ("command", "overrides", "config", "started", "timing", "memory", "made", "reused", "paths", "goal", "notes")
+    said = [text.partition("=")[0].lstrip("+") for text in overrides]
+    stays = {key: earlier[key] for key in kept if key in earlier and f"run.{key}" not in said}
+    again = {"started": now["started"], "command": now["command"]}
+    return stays | {"resumed": [*earlier.get("resumed", []), again]}
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        return ""
+
+
+def _parsed(text: str) -> dict[str, Any]:
+    """What a record says; a damaged one says nothing."""
+    try:
+        result = json.loads(text)
+    except ValueError:
+        return {}
+    return result if isinstance(result, dict) else {}
+
+
+def environment(device: str, instance: str = "") -> dict[str, Any]:
     """What the figures were measured with: commit, versions, device."""
     import torch
     import transformers
@@ -131,7 +231,9 @@ def environment(device: str) -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
+        "instance": instance,
         "device": device,
+        "cores": provenance.cores(),
         "machine": platform.machine(),
         "threads": torch.get_num_threads(),
     }

@@ -16,15 +16,17 @@ from typing import Any
 
 from qat import names
 from qat.artifacts import content_key, write_json, write_text
-from qat.config import Config, as_plain
+from qat.config import Config
 from qat.errors import ArtifactError, ConfigError, MissingError
 from qat.identities import PLAN, RESULT, claim_run, claim_sweep, note
 from qat.report.records import Record, read
+from qat.shaping import shaping
 
 WAITING = "not started"
-FREE = ("instance", "store", "tracker", "sweep", "outputs")  # what decides nothing of a result
-OBJECTIVES = {"kl": "full KL", "kd_loss_best": "KD loss", "kd_loss": "KD loss"}  # the first that jobs have is ranked by
-COLUMNS = {"kl": "full KL", "kd_loss_final": "KD loss", "perplexity": "perplexity"}
+# The first that jobs have is ranked by; the loss that is trained, where it is one for all jobs.
+OBJECTIVES = {"kl": "full KL", "loss_best": "loss", "kd_loss_best": "KD loss", "kd_loss": "KD loss"}
+COLUMNS = {"kl": "full KL", "loss_best": "loss", "kd_loss_final": "KD loss", "perplexity": "perplexity"}
+TEXT = "held-out text"  # a column where jobs were not all measured on one
 
 
 @dataclass(frozen=True)
@@ -79,9 +81,9 @@ class Sweep:
 
 
 def key_of(config: Config) -> str:
-    """What tells jobs apart: all that is configured, save for what never changes a result."""
-    plain = names.comparable(as_plain(config))
-    return content_key({name: value for name, value in plain.items() if name not in FREE})
+    """What tells jobs apart: all that can change a result, and what the user says of the run."""
+    plain = names.comparable(shaping(config) | {"outputs": config.outputs})
+    return content_key(plain | {"outputs": None, "goal": config.run.goal, "notes": config.run.notes})
 
 
 def changed(overrides: Sequence[str], changes: Sequence[str]) -> list[str]:
@@ -166,8 +168,9 @@ def has_job(folder: Path) -> bool:
 
 def summarize(sweep: Sweep) -> dict[str, Any]:
     """Writes `summary.json`, `summary.md` and `sweep.png` into the sweep's folder; returns the first."""
-    rows = _rows(sweep)
-    objective = next((key for key in OBJECTIVES if any(row["metrics"].get(key) is not None for row in rows)), "kl")
+    rows, swept = _rows(sweep), sweep.swept()
+    ranked = [key for key in OBJECTIVES if key != "loss_best" or not any(name.startswith("loss") for name in swept)]
+    objective = next((key for key in ranked if any(row["metrics"].get(key) is not None for row in rows)), "kl")
     rows.sort(key=lambda row: _rank(row, objective))
     summary = {
         "schema": 1,
@@ -182,7 +185,7 @@ def summarize(sweep: Sweep) -> dict[str, Any]:
     if any(row["metrics"].get(objective) is not None for row in rows):
         from qat import plots  # matplotlib takes a moment, and the command line is also asked for help
 
-        points = [(row["values"], row["metrics"].get(objective)) for row in rows]
+        points = [(row["values"], row["metrics"].get(objective)) for row in rows if row["metrics"]]
         plots.sweep(points, OBJECTIVES[objective], sweep.folder.name, sweep.folder / "sweep.png")
     return summary
 
@@ -197,6 +200,14 @@ def cells(summary: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
         figures = [_figure(job["metrics"].get(key)) for key in shown]
         rows.append([job["run_id"], *job["values"].values(), *figures, job["status"]])
     return header, rows
+
+
+def remark(summary: dict[str, Any]) -> str:
+    """What keeps the figures of a sweep from being compared; nothing where they can be."""
+    grounds = _grounds(summary["jobs"])
+    if grounds < 2:
+        return ""
+    return f"These jobs were measured on {grounds} different teachers or texts: figures compare only within one."
 
 
 def how_to_go_on(sweep: Sweep) -> str:
@@ -220,7 +231,7 @@ def _save(sweep: Sweep) -> None:
 
 def _rows(sweep: Sweep) -> list[dict[str, Any]]:
     swept = sweep.swept()
-    rows = []
+    rows: list[dict[str, Any]] = []
     for index, job in enumerate(sweep.jobs):
         record = sweep.record(job)
         metrics = {key: record.number("metrics", key) for key in record.section("metrics")} if record else {}
@@ -229,16 +240,25 @@ def _rows(sweep: Sweep) -> list[dict[str, Any]]:
                 "run_id": job.run_id,
                 "status": sweep.status(job),
                 "values": {key: values[index] for key, values in swept.items()},
+                "ground": list(record.ground) if record else ["", ""],
                 "metrics": metrics,
                 "error": record.text("error") if record else "",
             }
         )
+    if _grounds(rows) > 1:
+        for row in rows:
+            row["values"][TEXT] = " ".join(part[:12] for part in row["ground"]) if row["metrics"] else ""
     return rows
 
 
-def _rank(row: dict[str, Any], objective: str) -> tuple[bool, float]:
+def _grounds(rows: list[dict[str, Any]]) -> int:
+    """On how many teachers and texts jobs were measured: figures of two do not compare."""
+    return len({tuple(row["ground"]) for row in rows if row["metrics"]})
+
+
+def _rank(row: dict[str, Any], objective: str) -> tuple[bool, list[str], float]:
     value = row["metrics"].get(objective)
-    return row["status"] != "complete", math.inf if value is None else value
+    return row["status"] != "complete", row["ground"], math.inf if value is None else value
 
 
 def _markdown(sweep: Sweep, summary: dict[str, Any]) -> str:
@@ -246,7 +266,8 @@ def _markdown(sweep: Sweep, summary: dict[str, Any]) -> str:
     lines = [header, ["---"] * len(header), *rows]
     table = "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
     failed = [f"- {job.run_id} failed: {reason}" for job, reason in sweep.failures()]
-    parts = [f"# {summary['sweep']}", f"    {sweep.command}", table, "\n".join(failed), how_to_go_on(sweep)]
+    parts = [f"# {summary['sweep']}", f"    {sweep.command}", table, remark(summary), "\n".join(failed)]
+    parts.append(how_to_go_on(sweep))
     return "\n\n".join(part for part in parts if part) + "\n"
 
 

@@ -10,7 +10,7 @@ import psutil
 import pytest
 import torch
 
-from qat import machine
+from qat import capacity, machine
 from qat.cli import arguments, main
 from qat.stages import doctor
 
@@ -102,11 +102,15 @@ def test_little_memory_and_disk(examined, monkeypatch):
     assert found["disk"].found == "2 GB of 8 GB free for outputs" and "make room" in found["disk"].warning
 
 
-def test_a_limit_of_the_container_counts(monkeypatch, tmp_path):
-    (tmp_path / "memory.max").write_text("3000000000\n")
-    monkeypatch.setattr(doctor, "CONTAINER", tmp_path / "memory.max")
-    assert "of 3 GB free" in doctor._memory().found
-    (tmp_path / "memory.max").write_text("max\n")
+@pytest.mark.parametrize("version", [0, 1])
+def test_a_limit_of_the_container_counts(monkeypatch, tmp_path, version):
+    _, limit, usage, idle = capacity.CONTAINERS[version]
+    monkeypatch.setattr(capacity, "CONTAINERS", ((tmp_path, limit, usage, idle),))
+    (tmp_path / limit).write_text("3000000000\n")
+    (tmp_path / usage).write_text("2500000000\n")
+    (tmp_path / "memory.stat").write_text(f"anon 1\n{idle} 250000000\n")
+    assert doctor._memory().found == "750 MB of 3 GB free"
+    (tmp_path / limit).write_text("max\n" if version == 0 else "9223372036854771712\n")
     assert "of 3 GB free" not in doctor._memory().found
 
 

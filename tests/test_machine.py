@@ -22,7 +22,12 @@ def instance(device=Device.auto, precision=Precision.fp32) -> InstanceConfig:
 
 
 def test_without_a_gpu_the_cpu_computes(no_gpu):
-    assert resolve(instance()) == Machine(CPU, torch.float32, 3)
+    assert resolve(instance()) == Machine(CPU, torch.float32, 3, instance="h200")
+    assert resolve(instance()).place() == {
+        "instance": "h200",
+        "device": "cpu, float32",
+        "threads": torch.get_num_threads(),
+    }
 
 
 @pytest.mark.parametrize(("cuda", "mps", "chosen"), [(True, True, "cuda"), (True, False, "cuda"), (False, True, "mps")])

@@ -209,7 +209,9 @@ def test_metrics_have_a_row_for_each_step_and_each_look(first):
     looks = [row["kd_loss"] for row in rows if "kd_loss" in row]
     metrics = first.result["metrics"]
     assert (looks[0], looks[-1]) == (metrics["kd_loss_initial"], metrics["kd_loss_final"])
-    assert min(looks) == metrics["kd_loss_best"]
+    trained = [row["held_out_loss"] for row in rows if "held_out_loss" in row]
+    assert [metrics[f"loss_{when}"] for when in ("initial", "best", "final")] == [trained[0], min(trained), trained[-1]]
+    assert metrics["kd_loss_best"] == looks[trained.index(min(trained))]
 
 
 def test_samples_show_every_model_on_every_prompt(first):
@@ -225,7 +227,21 @@ def test_second_run_trains_at_once_and_gives_the_same(first, shop):
     before = shop.artifacts()
     again = shop.tiny()
     assert shop.artifacts() == before
-    assert [line.split(":")[0] for line in again.log] == [again.folder.name, "distillation", "evaluation"]
+    told = [line.split(":")[0] for line in again.log]
+    assert [line.split(",")[0] for line in told] == [
+        again.folder.name,
+        "cache reused",
+        "convert reused",
+        "distillation",
+        "evaluation",
+    ]
+    reused = again.result["reused"]
+    for what, kind in (("cache", "cache"), ("convert", "conversion")):
+        made = open_artifact(Path(first.result["paths"][kind])).manifest["made"]
+        assert reused[what] == {"path": first.result["paths"][kind], "made": made}
+        assert 0 < made["seconds"] <= first.result["timing"][f"{what}_s"]
+        assert f"made {made['at'][:16].replace('T', ' ')} in {made['seconds']:.1f} s on cpu" in "\n".join(again.log)
+    assert first.result["reused"] == {} and again.result["made"] == []
     timing, took = again.result["timing"], first.result["timing"]
     assert timing["cache_s"] + timing["convert_s"] < 0.5 * (took["cache_s"] + took["convert_s"])
     for key in METRICS:
@@ -250,6 +266,32 @@ def test_sweep_over_the_rate_shares_one_conversion(first, shop):
     assert results[0]["paths"]["conversion"] == results[1]["paths"]["conversion"]
     initial, final = ([r["metrics"][f"kd_loss_{when}"] for r in results] for when in ("initial", "final"))
     assert initial[0] == initial[1] and final[0] != final[1]
+
+
+def test_seeds_are_measured_on_one_text_and_read_it_in_another_order(first, shop):
+    before = shop.artifacts()
+    done = shop.tiny("-m", "seed=1,2", "train.lr=1e-1")
+    assert shop.artifacts() == before
+    results = [json.loads(path.read_text()) for path in sorted(done.folder.glob("*/result.json"))]
+    assert [result["measured_on"] for result in results] == [first.result["measured_on"]] * 2
+    assert results[0]["metrics"]["kl_initial"] == results[1]["metrics"]["kl_initial"]
+    assert results[0]["metrics"]["loss_final"] != results[1]["metrics"]["loss_final"]
+
+
+def test_another_text_is_told_from_the_first(first, shop):
+    other = shop.tiny("stage=cache", "data.seed=1").result["measured_on"]
+    assert other["text"] != first.result["measured_on"]["text"]
+    assert other["teacher"] == first.result["measured_on"]["teacher"]
+    smaller = shop.tiny("stage=cache", "cache.top_k=4").result  # of the same rows
+    assert smaller["measured_on"]["text"] == first.result["measured_on"]["text"]
+
+
+def test_a_student_that_is_no_better_than_its_conversion_is_called_so(first, shop):
+    done = shop.tiny("train.lr=3")
+    verdict = done.result["verdict"]
+    assert verdict.startswith("no better than it began") and done.result["training"]["best_step"] == 0
+    assert f"verdict          {verdict}" in done.out
+    assert f"**Result**: **{verdict}**" in (shop.outputs / "RUNS.md").read_text()
 
 
 def test_cache_alone(first, shop):
@@ -417,10 +459,27 @@ def test_micro_batch_changes_nothing_but_memory(first, shop, conversion):
         assert one["metrics"][key] == pytest.approx(other["metrics"][key], rel=1e-4)
 
 
-def test_what_the_user_can_mend_fails_in_one_sentence(first, shop):
-    done = shop.launch("+debug=tiny", "stage=distill", "checkpoint=teacher")
+def test_a_run_that_fails_is_told_in_one_sentence_and_recorded(first, shop):
+    done = shop.launch("+debug=tiny", "train.lr=1e18")
     assert (done.code, done.err.count("\n")) == (1, 1)
     assert (done.result["status"], f"error: {done.result['error']}\n") == ("failed", done.err)
+
+
+@pytest.mark.parametrize("place", ["SR", "new/mine", "there"])
+def test_a_refusal_before_any_work_takes_no_number_and_leaves_nothing(first, shop, place, tmp_path):
+    words = [] if place == "SR" else [f"hydra.run.dir={tmp_path / place}"]
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "kept").touch()
+    before = sorted([*shop.outputs.glob("*"), *shop.outputs.glob(".ids/*"), *shop.outputs.parent.glob("*")])
+    log = (shop.outputs / "RUNS.md").read_bytes()
+    (other := tmp_path / "damaged").mkdir()
+    (other / "manifest.json").write_text('{"kind": "checkpoint", "quant": {"mlp": {"bits": 2}}, "files": {"gone": {}}}')
+    done = shop.launch("+debug=tiny", "stage=distill", f"checkpoint={other}", *words)
+    assert (done.code, done.err.count("\n"), done.folder) == (1, 1, None) and "gone is missing" in done.err
+    assert sorted([*shop.outputs.glob("*"), *shop.outputs.glob(".ids/*"), *shop.outputs.parent.glob("*")]) == before
+    assert (shop.outputs / "RUNS.md").read_bytes() == log
+    assert not (tmp_path / "new").exists()
+    assert [path.name for path in (tmp_path / "there").iterdir()] == ["kept"]
 
 
 def test_defect_is_recorded_with_its_traceback(first, shop, monkeypatch):

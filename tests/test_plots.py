@@ -57,6 +57,15 @@ def test_both_curves_hold_the_figures_of_the_rows(tmp_path, axes):
     assert (axes[0].get_title(), axes[0].get_ylim()[0]) == ("named", 0)
 
 
+def test_what_is_trained_is_drawn_on_held_out_text_where_it_is_not_the_kd_loss(tmp_path, axes):
+    looks = [{"step": 0, "held_out_loss": 3.0, "kd_loss": 5.8}, {"step": 5, "held_out_loss": 0.5, "kd_loss": 1.1}]
+    loss_curve([*ROWS[1:], *looks], "named", tmp_path / "loss.png")
+    _, held_out, kd = axes[0].get_lines()
+    assert (list(held_out.get_ydata()), list(kd.get_ydata())) == ([3.0, 0.5], [5.8, 1.1])
+    loss_curve([{**look, "held_out_loss": look["kd_loss"]} for look in looks], "named", tmp_path / "loss.png")
+    assert len(axes[1].get_lines()) == 1
+
+
 def test_error_by_depth_is_drawn_for_any_number_of_leaves(tmp_path):
     errors = {f"model.layers.{i}.block.leaf{j}_proj": 0.01 * (i + j + 1) for i in range(3) for j in range(9)}
     plots.error_by_depth(errors, "tiny", tmp_path / "depth.png")

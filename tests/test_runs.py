@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from qat import identities, runs
+from qat.artifacts import Artifact
 from qat.config import Config, ModeConfig, QuantConfig, RunConfig, Stage, TrackerConfig, TrackerKind
 from qat.identities import claim_run, claim_sweep
 from qat.runs import Run, checkpoint_name, environment
@@ -160,14 +161,133 @@ def test_finished_record_says_how(config, folder, status, error):
     assert (result["status"], result["error"], result["metrics"]) == (status, error, {"kl": 0.5})
 
 
-def test_total_time_is_that_since_the_start(config, folder, monkeypatch):
-    clock = iter([100.0, 100.0, 102.5, 107.25])
-    monkeypatch.setattr(runs.time, "monotonic", lambda: next(clock))
+def test_total_time_is_that_since_the_start(config, folder, clock):
     run = Run(config, folder)
+    clock.now += 2.5
     run.save()
     assert result_of(folder)["timing"]["total_s"] == 2.5
+    clock.now += 4.75
     run.finish("complete")
     assert result_of(folder)["timing"]["total_s"] == 7.25
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """Time that stands still until it is told to go on."""
+
+    class Clock:
+        now = 100.0
+
+        def monotonic(self):
+            return self.now
+
+        def strftime(self, form):
+            return f"at {self.now}"
+
+    clock = Clock()
+    monkeypatch.setattr(runs, "time", clock)
+    return clock
+
+
+def test_what_goes_on_stays_what_it_was_and_adds_up_its_time(config, folder, clock):
+    run = Run(config, folder, "python launch.py seed=1", ["seed=1", "run.goal=see"])
+    with run.timed("convert"):
+        clock.now += 5
+    with pytest.raises(KeyboardInterrupt), run.timed("distill"):
+        clock.now += 20
+        raise KeyboardInterrupt
+    run.result["memory"]["peak_bytes"] = 7
+    run.finish("interrupted", "stopped")
+    started, clock.now = run.result["started"], 1000.0
+    plain = Config(**vars(config) | {"run": RunConfig(notes="another")})
+    again = Run(plain, folder, "python launch.py run.resume=SR-007", ["run.notes=another"], goes_on=True)
+    with again.timed("convert"):
+        clock.now += 0.5
+    with again.timed("distill"):
+        clock.now += 2
+    again.finish("complete")
+    result = result_of(folder)
+    assert (result["status"], result["error"], result["started"]) == ("complete", None, started)
+    assert (result["command"], result["overrides"]) == ("python launch.py seed=1", ["seed=1", "run.goal=see"])
+    assert (result["goal"], result["notes"]) == ("see", "another")  # a word that was typed anew is taken
+    assert result["timing"] == {"total_s": 27.5, "convert_s": 5.5, "distill_s": 22.0}
+    assert result["memory"] == {"peak_bytes": 7}
+    assert result["resumed"] == [{"started": "at 1000.0", "command": "python launch.py run.resume=SR-007"}]
+
+
+def test_a_run_that_is_killed_while_it_trains_knows_how_long_it_took(config, folder, clock):
+    run = Run(config, folder)
+    with run.timed("distill"):
+        for step in range(100):
+            clock.now += 1
+            run.log({"step": step, "loss": 1.0})
+        assert result_of(folder)["timing"]["distill_s"] >= 90
+    clock.now = 0.0
+    again = Run(config, folder, goes_on=True)
+    clock.now += 1
+    again.save()
+    assert result_of(folder)["timing"]["total_s"] == result_of(folder)["timing"]["distill_s"] + 1 >= 91
+
+
+def test_stages_of_one_kind_add_up(config, folder, clock):
+    run = Run(config, folder)
+    for seconds in (3, 4):
+        with run.timed("convert"):
+            clock.now += seconds
+    run.save()
+    assert result_of(folder)["timing"] == {"convert_s": 7.0, "total_s": 7.0}
+
+
+@pytest.mark.parametrize("stage", list(Stage))
+def test_only_what_trains_is_called_like_what_was_trained(config, folder, stage):
+    config.stage = stage
+    Run(config, folder)
+    trained = stage in (Stage.run, Stage.distill)
+    assert result_of(folder)["name"] == ("v2_q2a4_mlp_none_fp32" if trained else "")
+
+
+def test_a_run_that_is_withdrawn_was_none(config, folder):
+    (Path(config.outputs) / ".ids" / "SR-007").mkdir(parents=True)
+    run = Run(config, folder)
+    assert not run.begun
+    run.withdraw()
+    assert list(folder.iterdir()) == [] and not (Path(config.outputs) / ".ids").exists()
+
+
+def test_withdrawing_brings_back_the_record_that_was_there(config, tmp_path):
+    (own := tmp_path / "mine").mkdir()
+    first = Run(config, own)
+    first.log({"step": 1, "loss": 2.0})
+    first.finish("complete")
+    record, figures = (own / "result.json").read_text(), (own / "metrics.jsonl").read_text()
+    Run(config, own).withdraw()
+    assert (own / "result.json").read_text() == record and (own / "metrics.jsonl").read_text() == figures
+    assert [path.name for path in (Path(config.outputs) / ".ids").iterdir()] == ["SR-001"]
+
+
+def artifact(folder, fresh):
+    return Artifact(folder, {"made": {"at": "2026-11-28T14:03:59+0000", "seconds": 138, "cores": 2}}, fresh)
+
+
+def test_what_a_run_made_itself_is_not_reused_when_it_goes_on(config, folder, tmp_path, caplog):
+    caplog.set_level("INFO")
+    run = Run(config, folder)
+    run.uses("cache", artifact(tmp_path / "a", False))
+    run.uses("convert", artifact(tmp_path / "b", True))
+    assert run.begun and run.result["made"] == ["b"] and run.result["reused"].keys() == {"cache"}
+    assert "cache reused, made 2026-11-28 14:03 in 2 min 18 s on 2 cores: " in caplog.text
+    run.finish("interrupted")
+    again = Run(config, folder, goes_on=True)
+    again.uses("convert", artifact(tmp_path / "b", False))
+    assert again.result["made"] == ["b"] and again.result["reused"].keys() == {"cache"}
+
+
+def test_what_was_made_before_that_was_recorded_says_so(config, folder, tmp_path, caplog):
+    caplog.set_level("INFO")
+    run = Run(config, folder)
+    run.uses("convert", Artifact(tmp_path / "old", {}))
+    assert run.result["reused"]["convert"]["made"] is None and not run.begun
+    assert "convert reused, made before that was recorded" in caplog.text
 
 
 def test_figures_that_are_not_finite_become_null_everywhere(config, folder):

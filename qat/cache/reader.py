@@ -1,5 +1,6 @@
 """Reads a cache in batches, in an order that a seed decides, ahead of whoever trains on them."""
 
+import hashlib
 from collections import deque
 from collections.abc import Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -8,7 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from qat.artifacts import Artifact
+from qat.artifacts import Artifact, content_key
 from qat.cache import older, order
 from qat.cache.batch import Batch
 from qat.cache.format import READABLE
@@ -77,6 +78,11 @@ class CacheReader:
         """Token ids [min(count, rows), L] int64 of the first sequences."""
         rows = torch.arange(min(count, self.rows))
         return self._source.input_ids(rows).long()
+
+    def text_key(self) -> str:
+        """A key of the split's tokens as they stand in rows: the same for the same text, whatever else is cached."""
+        ids = self.input_ids(self.rows).int()
+        return content_key([self.meta["packing"], list(ids.shape), hashlib.sha256(ids.numpy().tobytes()).hexdigest()])
 
     def in_order(self, size: int) -> list[Tensor]:
         """All row numbers, in file order, as batches of at most `size`."""

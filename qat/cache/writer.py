@@ -140,7 +140,7 @@ def obtain_cache(
         _record(meta, shards, content_key(key), author, how, _sample(cache, documents, teacher), scratch, folder)
 
     if crew.rank == 0:
-        return obtain(artifacts, "caches", full_name, key, make, resumable=True)
+        return obtain(artifacts, "caches", full_name, key, make, resumable=True, at=machine.place())
     scratch = partial(folder)
     crew.wait(lambda: folder.exists() or crew.called(scratch), f"the first process prepares {folder}")
     if not folder.exists():

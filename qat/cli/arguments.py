@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 from hydra._internal.utils import get_args_parser
 
 from qat import names
-from qat.cli import schema
+from qat.cli import schema, words
 from qat.config import CONF, Config
 from qat.errors import ConfigError
 from qat.identities import RESOLVED
@@ -73,7 +73,8 @@ def parse(argv: list[str]) -> CommandLine:
     overrides = flags.pop("overrides")
     _check_flags(flags)
     _check_completion(flags, overrides)
-    command = CommandLine(flags, [_whole_numbers(text) for text in overrides])
+    command = CommandLine(flags, overrides)
+    command.overrides = [words.quoted(_whole_numbers(text), command.multirun) for text in overrides]
     _find_config(command)
     return command
 

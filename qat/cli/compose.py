@@ -25,7 +25,7 @@ from omegaconf.errors import (
 )
 from yaml import YAMLError
 
-from qat.cli import schema
+from qat.cli import schema, words
 from qat.config import CONF, Config, Stage
 from qat.errors import ConfigError
 from qat.names import settled
@@ -56,6 +56,7 @@ class Composer:
         version.setbase("1.3")
         setup_globals()
         schema.register()
+        words.register()
         self.name = flags.get("config_name") or "config"
         self.is_default = self.name == "config" and not flags.get("config_path")
         self.loader = ConfigLoaderImpl(_search_path(flags))

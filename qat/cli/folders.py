@@ -22,8 +22,9 @@ def claim(config: Config, parsed: list[Override], multirun: bool) -> list[str]:
     """
     if config.stage is Stage.doctor or (ranks.rank() > 0 and config.stage not in UNRECORDED):
         return ranks.scratch()
-    if config.run.resume:
-        return [_set("hydra.run.dir", names.run(config.run.resume, Path(config.outputs)))]
+    if config.run.resume:  # what Hydra recorded of the command that started it stays
+        resumed = names.run(config.run.resume, Path(config.outputs))
+        return [_set("hydra.run.dir", resumed), "hydra.output_subdir=null"]
     outputs, key = Path(config.outputs), "hydra.sweep.dir" if multirun else "hydra.run.dir"
     own = [str(override.value()) for override in parsed if override.key_or_group == key]
     if own:

@@ -2,6 +2,7 @@
 
 import math
 import shlex
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,15 @@ from qat.cli import ranks
 from qat.cli.compose import typed
 from qat.config import Config, as_plain
 from qat.errors import QatError
-from qat.identities import RESOLVED
+from qat.identities import RESOLVED, RESULT, remove_empty
 from qat.runs import UNRECORDED
 from qat.suggest import one_line
 
 # Of this process. Hydra's own return value does not reach `main`, nor do the words typed reach a job.
 failures: list[QatError] = []
 words: list[str] = []
+
+LOG = "train.log"  # as conf/hydra/job_logging/qat.yaml has it
 
 HEADER = """\
 # This run, whole. To repeat it:
@@ -66,12 +69,25 @@ def _run(config: Config, folder: Path, swept: bool) -> float:
     settings = HydraConfig.get()
     if swept and "joblib" in settings.launcher._target_:
         gpus.take_one(settings.job.num)
-    if config.stage not in UNRECORDED:
+    if config.stage not in UNRECORDED and config.run.resume is None:  # what is gone on with was recorded
         record(config, folder)
     from qat.stages import run_job  # torch and all: only when there is a job
 
     typed_words = _sweep_command(Path(settings.sweep.dir)) if swept else command_line(words)
-    return run_job(config, folder, typed_words, list(settings.overrides.task))
+    try:
+        return run_job(config, folder, typed_words, list(settings.overrides.task))
+    finally:
+        if config.stage not in UNRECORDED and not (folder / RESULT).exists():
+            _clear(folder, settings.output_subdir)
+            remove_empty(folder)
+
+
+def _clear(folder: Path, settings: str | None) -> None:
+    """Leaves nothing of a run that was refused before it did anything."""
+    if settings:
+        shutil.rmtree(folder / settings, ignore_errors=True)
+    for name in (f"{RESOLVED}.yaml", LOG):
+        (folder / name).unlink(missing_ok=True)
 
 
 def _sweep_command(folder: Path) -> str:
@@ -81,8 +97,12 @@ def _sweep_command(folder: Path) -> str:
 
 def record(config: Config, folder: Path) -> None:
     """Writes the file from which this run can be repeated."""
-    values = OmegaConf.to_yaml(OmegaConf.create(_escaped(as_plain(config))))
-    write_text(folder / f"{RESOLVED}.yaml", HEADER.format(name=RESOLVED) + values)
+    write_text(folder / f"{RESOLVED}.yaml", resolved(config))
+
+
+def resolved(config: Config) -> str:
+    """The whole configuration as a file that Hydra reads."""
+    return HEADER.format(name=RESOLVED) + OmegaConf.to_yaml(OmegaConf.create(_escaped(as_plain(config))))
 
 
 def _escaped(value: Any) -> Any:

@@ -18,6 +18,7 @@ from qat.cli.compose import Composer, typed
 from qat.cli.folders import claim
 from qat.cli.helping import page
 from qat.cli.job import failures
+from qat.cli.words import quoted
 from qat.config import Config
 from qat.errors import ConfigError, QatError, RankError
 from qat.runs import UNRECORDED
@@ -118,6 +119,8 @@ def _main(argv: list[str], launch: Callable[[], None]) -> int:
         if checked.jobs is not None:
             return _sweep(command, checked, going_on, launch)
         first = checked.configs[0]
+        if done := resume.finished(first):
+            return _print(done) if ranks.rank() == 0 else 0
         devices = 1 if first.stage in UNRECORDED else first.instance.devices
         if devices > 1 and not ranks.started():
             return ranks.launch(argv, devices)
@@ -156,7 +159,8 @@ def _check_sweep(command: CommandLine, parsed: list[Override], composer: Compose
     if "basic_sweeper" not in whole.hydra.sweeper._target_:
         fixed = [str(override.input_line) for override in parsed if not override.is_sweep_override()]
         return Checked(parsed, [_check_job(command, fixed, composer)])
-    swept = [f"{key}={value}" for key, value in (whole.hydra.sweeper.params or {}).items()]
+    listed_there = (whole.hydra.sweeper.params or {}).items()
+    swept = [quoted(f"{key}={value}", swept=True) for key, value in listed_there]
     listed = overrides.read([*swept, *command.overrides], composer, multirun=True)
     jobs = list(overrides.jobs(listed))
     configs = [_check_job(command, job, composer) for job in jobs]

@@ -7,14 +7,13 @@ from typing import Any
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 
-from qat.cli import helping, schema
+from qat.cli import helping, schema, words
 from qat.cli.arguments import quote
 from qat.cli.compose import MISTAKES, Composer
 from qat.config import Stage
 from qat.errors import ConfigError
 from qat.suggest import did_you_mean, hint, named, nearest
 
-PROSE = ("chat.prompt", "run.goal", "run.notes")  # sentences, in which a comma separates no values
 MOST_JOBS = 256  # each is composed and checked before the first starts
 
 
@@ -47,7 +46,7 @@ def jobs(parsed: list[Override]) -> Iterator[list[str]]:
     if count > MOST_JOBS:
         raise ConfigError(f"this sweep has more than {MOST_JOBS} jobs: split it")
     for job in product(*choices.values()):
-        yield [f"{key}={text}" for key, text in zip(choices, job, strict=True)]
+        yield [words.quoted(f"{key}={text}", swept=True) for key, text in zip(choices, job, strict=True)]
 
 
 def _for_hydra(text: str, chosen: set[str]) -> list[str]:
@@ -70,8 +69,6 @@ def _parse(text: str, composer: Composer, multirun: bool) -> Override:
     parser = OverridesParser.create(composer.loader)
     try:
         override = parser.parse_override(text)
-        if bare in PROSE and override.is_sweep_override() and not multirun:
-            override = parser.parse_override(f"{key}={quote(value)}")
     except MISTAKES as error:
         if not _takes_text(bare) or (multirun and "," in value):
             raise ConfigError(

@@ -1,6 +1,5 @@
 """`run.resume=SR-007`: an interrupted run goes on in its own folder, as what it was."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,21 +8,9 @@ import yaml
 from qat import names
 from qat.config import Config, Stage, as_plain
 from qat.errors import ConfigError
-from qat.identities import RESOLVED
-
-# What decides where and how fast, who is told and when states are written, but never the result.
-FREE = (
-    "instance.",
-    "tracker.",
-    "store.",
-    "run.",
-    "export.",
-    "chat.",
-    "evaluate.",
-    "outputs",
-    "train.save_every",
-    "train.keep",
-)
+from qat.identities import RESOLVED, RESULT
+from qat.report.records import read
+from qat.shaping import flat, shaping
 
 
 def check(config: Config) -> None:
@@ -39,16 +26,27 @@ def check(config: Config) -> None:
         raise ConfigError(f"run.resume={name}: only training goes on, with stage=run or stage=distill")
     file = _folder(config, name) / f"{RESOLVED}.yaml"
     try:
-        before = dict(_flat(names.comparable(yaml.safe_load(file.read_text(encoding="utf-8")) or {})))
+        before = dict(flat(names.comparable(yaml.safe_load(file.read_text(encoding="utf-8")) or {})))
     except (OSError, yaml.YAMLError) as error:
         raise ConfigError(f"{file} cannot be read: {error}") from error
-    for key, value in _flat(names.comparable(as_plain(config))):
-        recorded = before.get(key, value)
-        if recorded != value and not key.startswith(FREE):
+    kept = dict(flat(shaping(config)))
+    for key, value in flat(names.comparable(as_plain(config))):
+        recorded = _unescaped(before.get(key, value))
+        if key in kept and recorded != value:
             raise ConfigError(
                 f"run.resume={name}: {key} was {recorded} there and is {value} here;"
                 f" `python launch.py --config-path {file.parent} run.resume={name}` goes on with it as it was"
             )
+
+
+def finished(config: Config) -> str | None:
+    """What to say of a run that is complete, of which nothing is left to do; None of any other."""
+    if config.run.resume is None:
+        return None
+    record = read(_folder(config, config.run.resume), Path(config.outputs))
+    if record.status != "complete":
+        return None
+    return f"{record.run_id} is complete and stays as it is: {record.folder / RESULT}"
 
 
 def _folder(config: Config, name: str) -> Path:
@@ -58,10 +56,6 @@ def _folder(config: Config, name: str) -> Path:
         raise ConfigError(f"run.resume={error}") from error
 
 
-def _flat(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Every value with its dotted key; text with `${` as it was recorded."""
-    if not isinstance(tree, dict):
-        yield prefix[:-1], tree.replace(r"\${", "${") if isinstance(tree, str) else tree
-        return
-    for key, value in tree.items():
-        yield from _flat(value, f"{prefix}{key}.")
+def _unescaped(value: Any) -> Any:
+    """Text with `${` as it was before it was recorded."""
+    return value.replace(r"\${", "${") if isinstance(value, str) else value

@@ -10,6 +10,7 @@ from functools import cache
 from types import NoneType
 from typing import Any, get_args, get_origin, get_type_hints
 
+from hydra.conf import HydraConf
 from hydra.core.config_store import ConfigStore
 
 from qat.config import Config
@@ -74,6 +75,32 @@ def written(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
+def hint(name: str) -> Any:
+    """The annotation of a key by its dotted name, Hydra's own below `hydra.` included; None where there is none."""
+    found, below = None, {"hydra": HydraConf} | hints(Config)
+    for part in name.split("."):
+        found = below.get(part)
+        below = hints(found)
+    return found
+
+
+def hints(section: Any) -> dict[str, Any]:
+    """The annotation of each field of a section, optional or not; none for what is no section."""
+    section = required(section)
+    return _hints(section) if hasattr(section, "__dataclass_fields__") else {}
+
+
+@cache
+def _hints(section: Any) -> dict[str, Any]:
+    return get_type_hints(section)
+
+
+def required(hint: Any) -> Any:
+    """`int` for `int | None`; anything else as it is."""
+    parts = [part for part in get_args(hint) if part is not NoneType]
+    return parts[0] if NoneType in get_args(hint) else hint
+
+
 @cache
 def register() -> None:
     """Makes the schemas known to Hydra, once: `schema` for a whole run, `schema/<group>` for one group."""
@@ -85,9 +112,8 @@ def register() -> None:
 
 def _walk(section: type, prefix: str) -> Iterator[Key]:
     comments = dict(_COMMENT.findall(inspect.getsource(section)))
-    hints = get_type_hints(section)
     for field in fields(section):
-        kind = _required(hints[field.name])
+        kind = _kind(hints(section)[field.name])
         default = None if field.default is NO_DEFAULT else field.default
         comment = comments.get(field.name) or _summary(kind)
         yield Key(prefix + field.name, kind, default, _NONE.sub("null", comment))
@@ -95,11 +121,9 @@ def _walk(section: type, prefix: str) -> Iterator[Key]:
             yield from _walk(kind, f"{prefix}{field.name}.")
 
 
-def _required(hint: Any) -> type:
+def _kind(hint: Any) -> type:
     """`int` for `int | None`, `list` for a list of anything."""
-    if get_origin(hint) is list:
-        return list
-    return next((part for part in get_args(hint) if part is not NoneType), hint)
+    return list if get_origin(hint) is list else required(hint)
 
 
 def _summary(kind: type) -> str:

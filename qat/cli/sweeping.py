@@ -1,5 +1,6 @@
 """`-m` and `sweep.resume=`: from a checked command line to a planned sweep, and from its end to the table."""
 
+import itertools
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -11,8 +12,9 @@ from hydra.core.override_parser.types import Override
 
 from qat import gpus, names, sweeps
 from qat.cli.arguments import CommandLine, quote
-from qat.config import Config
+from qat.config import Config, as_plain
 from qat.errors import ConfigError, QatError, UnavailableError
+from qat.shaping import flat, is_neutral
 from qat.suggest import did_you_mean, one_line
 from qat.sweeps import Sweep
 
@@ -23,8 +25,7 @@ PACKAGE = Path(__file__).resolve().parents[1]
 IMPORTED = [str(PACKAGE.parent), str(PACKAGE / "plugins")]  # this checkout, and what it adds to Hydra
 # Launchers beyond Hydra's own, and the extra of this project that installs each.
 EXTRAS = {"joblib": "joblib", "submitit_local": "submitit", "submitit_slurm": "submitit", "ray": "ray"}
-# What may change when a sweep goes on: where and how its jobs run, never what they are.
-MAY_CHANGE = ("hydra/launcher", "hydra.launcher.", "instance", "store", "tracker")
+LAUNCHERS = ("hydra/launcher", "hydra.launcher.")
 
 
 def resumed(command: CommandLine) -> Sweep | None:
@@ -39,9 +40,15 @@ def resumed(command: CommandLine) -> Sweep | None:
         return None
     sweep = sweeps.load(names.sweep(named[-1], command.outputs))
     for text in changes(command):
-        if not text.lstrip("+").startswith(MAY_CHANGE):
+        if not _may_change(text):
             raise _would_change(sweep, text)
     return sweep
+
+
+def _may_change(override: str) -> bool:
+    """True for what says where and how jobs run, never what they are; `run` says what they are called."""
+    name = override.lstrip("+").partition("=")[0]
+    return name.startswith(LAUNCHERS) or (is_neutral(name) and not name.startswith(("run", "sweep", "outputs")))
 
 
 def check_launcher(parsed: list[Override], options: list[str]) -> None:
@@ -91,8 +98,8 @@ def at_home(sweep: Sweep, command: CommandLine, planned: Config) -> list[str]:
 
 def _would_change(sweep: Sweep, text: str) -> ConfigError:
     return ConfigError(
-        f"{text} would change the sweep in {sweep.folder}: it goes on as planned; beside sweep.resume only instance,"
-        " store, tracker and hydra/launcher can be set"
+        f"{text} would change the sweep in {sweep.folder}: it goes on as planned; beside sweep.resume only what never"
+        " changes a result can be set, such as instance, store, tracker and hydra/launcher"
     )
 
 
@@ -121,8 +128,9 @@ def plan(command: CommandLine, typed: str, configs: list[Config], jobs: list[lis
         folder: where the user wants it, if he says so.
     """
     keys = [sweeps.key_of(config) for config in configs]
-    if len(set(keys)) < len(keys):
-        raise ConfigError("two jobs of this sweep are configured alike: a value is listed twice")
+    for first, second in itertools.combinations(range(len(keys)), 2):
+        if keys[first] == keys[second]:
+            raise _alike(configs[first], configs[second])
     outputs = Path(configs[0].outputs)
     if folder is not None and (folder / sweeps.PLAN).is_file():
         there = sweeps.load(folder)
@@ -139,6 +147,17 @@ def plan(command: CommandLine, typed: str, configs: list[Config], jobs: list[lis
         return sweeps.create(folder, outputs, typed, _plain(command.flags), dict(zip(keys, own, strict=True)))
     except OSError as error:
         raise ConfigError(f"outputs={configs[0].outputs} cannot be written: {error.strerror}") from error
+
+
+def _alike(one: Config, other: Config) -> ConfigError:
+    """Why two jobs would be the same: all values are, or those in which they differ change nothing."""
+    settings = dict(flat(as_plain(other)))
+    differing = [key for key, value in flat(as_plain(one)) if settings.get(key) != value]
+    if not differing:
+        return ConfigError("two jobs of this sweep are configured alike: a value is listed twice")
+    return ConfigError(
+        f"two jobs of this sweep differ only in {', '.join(differing)}, which never changes a result: leave it out"
+    )
 
 
 def for_hydra(sweep: Sweep, command: CommandLine, parallel: bool) -> list[str]:
@@ -203,6 +222,8 @@ def conclude(sweep: Sweep) -> None:
         one_line(error)
         return
     table(sweep.folder.name, *sweeps.cells(summary))
+    if remark := sweeps.remark(summary):
+        console.print(remark, soft_wrap=True)
     for job, reason in sweep.failures():
         console.print(f"{job.run_id} failed: {reason}", soft_wrap=True)
     sys.stdout.flush()

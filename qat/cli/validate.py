@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qat import model_files, names
+from qat import gpus, model_files, names, provenance
 from qat.artifacts import MANIFEST
 from qat.checkpoint_files import find
 from qat.cli import schema
@@ -31,6 +31,7 @@ from qat.data import mix, texts
 from qat.errors import ConfigError, UnavailableError
 from qat.names import TRAINS
 
+PROCESSES_A_CORE = 4  # that share batches on a computer without as many GPUs: beyond, they only wait for each other
 LARGEST = 2**63 - 1  # what torch and JSON readers hold in an integer
 
 
@@ -57,10 +58,13 @@ class Bound:
 
 POSITIVE = Bound(low=0, open=True)
 COUNT = Bound(low=1)
+TINY = Bound(261, 2**20)  # tokens of a model over bytes, with five markers
 
 BOUNDS = {
     "seed": Bound(0, 2**32 - 1),
     "model.vocab_size": Bound(low=2),
+    "data.seed": Bound(0, 2**32 - 1),
+    "data.documents": COUNT,
     "data.answers": COUNT,
     "data.answer_tokens": COUNT,
     "data.greedy_tokens": Bound(low=0),
@@ -166,6 +170,8 @@ def check_folder(key: str, folder: str) -> None:
 def check_model(config: Config) -> None:
     """A model on disk is named, there, and one by what shows without loading it."""
     model = config.model
+    if model.source is ModelSource.tiny and not TINY.holds(model.vocab_size or TINY.low):
+        raise ConfigError(f"model.vocab_size={model.vocab_size}: must be {TINY} for model={model.name}")
     if model.source is not ModelSource.folder:
         return
     if not model.path:
@@ -194,7 +200,7 @@ def check_data(config: Config) -> None:
             raise ConfigError(f"{where}.weight={part.weight}: must be above 0")
         if part.thinking is not None and str(part.thinking).lower() not in THINKING:
             raise ConfigError(f"{where}.thinking={part.thinking}: must be false, true or both")
-        for name in ("answers", "answer_tokens", "greedy_tokens", "temperature"):
+        for name in ("documents", "answers", "answer_tokens", "greedy_tokens", "temperature"):
             value, bound = getattr(part, name), BOUNDS[f"data.{name}"]
             if value is not None and not (math.isfinite(value) and bound.holds(value)):
                 raise ConfigError(f"{where}.{name}={value}: must be {bound}")
@@ -340,6 +346,10 @@ def check_checkpoint(config: Config) -> dict[str, Any] | None:
     given = config.checkpoint
     if given.name == "local" and not given.path:
         raise ConfigError("checkpoint=local needs a name or a path: checkpoint=<run, folder, V2 state dict or archive>")
+    if given.name == "teacher" and not given.path and config.stage is Stage.distill:
+        raise ConfigError(
+            "stage=distill needs a quantized start: checkpoint=<path or run>, or stage=run, which converts first"
+        )
     if config.stage is Stage.pull:
         return None
     place = _start(config)
@@ -395,7 +405,13 @@ def check_training(config: Config) -> None:
 
 
 def check_instance(config: Config) -> None:
-    """Switches are one of their words."""
+    """Switches are one of their words, and there is something for every process to compute with."""
+    most = max(len(gpus.visible()), PROCESSES_A_CORE * provenance.cores())
+    if config.instance.devices > most:
+        raise ConfigError(
+            f"instance.devices={config.instance.devices}: this computer has {len(gpus.visible())} GPUs and"
+            f" {provenance.cores()} cores, and takes at most {most}"
+        )
     for key in ("compile", "checkpointing"):
         value = getattr(config.instance, key)
         if value not in ("auto", "true", "false"):

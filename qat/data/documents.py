@@ -87,7 +87,7 @@ def obtain_documents(data: DataConfig, teacher: ModelFolder, seed: int, machine:
         inputs["reading"] = READING
     if generated and (ends := teacher.ends()) != (teacher.tokenizer().eos_token_id,):
         inputs["ends"] = list(ends)
-    return obtain(artifacts, "documents", data.name, inputs, make, resumable=generated)
+    return obtain(artifacts, "documents", data.name, inputs, make, resumable=generated, at=machine.place())
 
 
 def _pairs(
@@ -118,7 +118,7 @@ def _content(chosen: list[DataConfig]) -> Any:
 
 def _shape(plain: dict[str, Any]) -> dict[str, Any]:
     """The settings that shape the text: its content is hashed, wherever it lies and whatever it is called."""
-    kept = {key: value for key, value in plain.items() if key not in ("name", "path")}
+    kept = {key: value for key, value in plain.items() if key not in ("name", "path", "seed")}
     return kept | {"parts": [{key: value for key, value in part.items() if key != "path"} for part in plain["parts"]]}
 
 

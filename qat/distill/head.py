@@ -57,6 +57,13 @@ class Head:
         return total, grad_PD
 
     @torch.no_grad()
+    def losses(self, hidden_PD: Tensor, ids_PK: Tensor, logprobs_PK: Tensor, teacher_PD: Tensor | None) -> Tensor:
+        """The loss [P] of each position, fp32; arguments as of `backward`."""
+        rows = [hidden_PD, ids_PK, logprobs_PK] + ([] if teacher_PD is None else [teacher_PD])
+        parts = self._chunks(len(hidden_PD))
+        return torch.cat([self._values(*(tensor[part] for tensor in rows)) for part in parts])
+
+    @torch.no_grad()
     def logits(self, hidden_PD: Tensor, ids_PK: Tensor) -> Tensor:
         """The student's logits [P, K] at some tokens, fp32."""
         if self.head.weight is None:
@@ -64,6 +71,14 @@ class Head:
             return torch.cat([self.head.logits(hidden_PD[part]).gather(1, ids_PK[part]) for part in parts])
         parts = self._chunks(len(hidden_PD), sparse=True)
         return torch.cat([self._gathered(hidden_PD[part], ids_PK[part]) for part in parts])
+
+    def _values(self, hidden: Tensor, ids: Tensor, logprobs: Tensor, teacher: Tensor | None = None) -> Tensor:
+        if self.sparse:
+            logits = self._gathered(hidden, ids)
+            return self.loss.at(logits, logits.new_zeros(len(logits)), logprobs)
+        logits = self.head.logits(hidden)
+        value = self.loss.at(logits.gather(1, ids), Softmax(logits).log_sum, logprobs)
+        return value if teacher is None else value + self._divergence(logits, self._teacher_logits(teacher))
 
     def _sparse(self, hidden: Tensor, ids: Tensor, logprobs: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
         logits = self._gathered(hidden, ids)
@@ -96,12 +111,21 @@ class Head:
 
     def _full(self, logits: Tensor, teacher: Tensor, weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """The divergence from the teacher's whole distribution, and its gradient for the logits."""
-        theirs, T = cast(OutputHead, self.beside).logits(teacher), self.loss.temperature
+        theirs, T = self._teacher_logits(teacher), self.loss.temperature
         if (kernels := _kernels(logits)) is not None:
             kl, *sums = kernels.divergence(logits, theirs, T)
             return (kl * weight).sum() * T**2, kernels.divergence_gradient(logits, theirs, *sums, T, weight * T, dtype)
         value = (full_kl(logits, theirs, T) * weight).sum()
         return value, ((weight * T)[:, None] * ((logits / T).softmax(-1) - (theirs / T).softmax(-1))).to(dtype)
+
+    def _divergence(self, logits: Tensor, theirs: Tensor) -> Tensor:
+        T = self.loss.temperature
+        if (kernels := _kernels(logits)) is not None:
+            return kernels.divergence(logits, theirs, T)[0] * T**2
+        return full_kl(logits, theirs, T)
+
+    def _teacher_logits(self, teacher: Tensor) -> Tensor:
+        return cast(OutputHead, self.beside).logits(teacher)
 
     def _gathered(self, hidden: Tensor, ids: Tensor) -> Tensor:
         weight_VD = cast(Tensor, self.head.weight)

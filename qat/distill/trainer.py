@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, fields
 from types import FrameType
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from qat.cache.batch import Batch
@@ -36,14 +37,29 @@ log = logging.getLogger(__name__)
 MOST_SKIPS = 10  # steps in a row whose loss or gradient is not finite
 
 
+@dataclass(frozen=True)
+class HeldOut:
+    """Means over the held-out split: of the loss that is trained, and of the run log's."""
+
+    loss: float
+    kd_loss: float
+
+
 @dataclass
 class Progress:
-    """What training has come to, beside the parameters: small enough for a manifest."""
+    """What training has come to, beside the parameters: small enough for a manifest.
+
+    Held-out figures are those before the first step, where the loss that is trained was lowest, and the last ones.
+    """
 
     step: int = 0  # steps made
-    initial: float = math.nan
-    best: float = math.inf
-    final: float = math.nan  # the last evaluation
+    best_step: int = 0
+    loss_initial: float = math.nan
+    loss_best: float = math.inf
+    loss_final: float = math.nan
+    kd_loss_initial: float = math.nan
+    kd_loss_best: float = math.nan
+    kd_loss_final: float = math.nan
     tokens: int = 0
     seconds: float = 0.0  # of training steps alone
     skipped: int = 0  # steps in all
@@ -90,7 +106,7 @@ class Trainer:
             ConfigError: nothing learns.
         """
         self.student, self.train, self.machine, self.seed, self.ranks = student, train, machine, seed, ranks
-        self.training, self.held_out = cache
+        self.training, self.held_out_rows = cache
         learning = _learning(layers, {"mlp": mode.mlp, "attn": mode.attn}, machine.dtype)
         if train.learn.latent > 0:
             kinds = {name: kind for name, (kind, _) in layers.items()}
@@ -115,7 +131,7 @@ class Trainer:
 
         Args:
             report: is given each step's and each evaluation's figures.
-            on_best: is called when the held-out KD loss is the lowest so far, the start included.
+            on_best: is called when the loss that is trained is the lowest so far on held-out text, the start included.
             states: where states go every `save_every` steps, after the last, and when asked to stop.
 
         Raises:
@@ -195,19 +211,22 @@ class Trainer:
 
     def _note(self) -> str:
         skipped = f", {self.history.skipped} steps skipped" if self.history.skipped else ""
-        return f"loss {self._shown:.3f}, held-out KD {self.history.final:.3f}{skipped}"
+        return f"loss {self._shown:.3f}, held-out {self.history.loss_final:.3f}{skipped}"
 
     def _look(self, tell: Callable[[dict[str, float]], None], on_best: Callable[[], None]) -> None:
         """One evaluation on the held-out split."""
-        history, kd = self.history, self.kd_loss()
-        if not math.isfinite(kd):
-            raise NumericsError(f"the held-out KD loss is {kd} after {history.step} steps: lower train.lr")
-        tell({"step": history.step, "kd_loss": kd})
-        history.final = kd
+        history, found = self.history, self.held_out()
+        if not math.isfinite(found.loss + found.kd_loss):
+            worst = "loss" if not math.isfinite(found.loss) else "kd_loss"
+            raise NumericsError(
+                f"the held-out {worst} is {getattr(found, worst)} after {history.step} steps: lower train.lr"
+            )
+        tell({"step": history.step, "held_out_loss": found.loss, "kd_loss": found.kd_loss})
+        history.loss_final, history.kd_loss_final = found.loss, found.kd_loss
         if history.step == 0:
-            history.initial = kd
-        if kd < history.best:
-            history.best = kd
+            history.loss_initial, history.kd_loss_initial = found.loss, found.kd_loss
+        if found.loss < history.loss_best:
+            history.best_step, history.loss_best, history.kd_loss_best = history.step, found.loss, found.kd_loss
             on_best()
 
     def batches(self, first: int) -> Generator[Batch, None, None]:
@@ -240,7 +259,9 @@ class Trainer:
                 f"the state after step {state.step} belongs to a student with other indices or fixed tables: give the"
                 " checkpoint that the run began with, or start a new run"
             )
-        parameters, tensors = self.learners.parameters, state.tensors
+        facts, parameters, tensors = state.facts, self.learners.parameters, state.tensors
+        if "loss_best" not in facts:
+            raise ArtifactError(f"the state after step {state.step} is of an older version: start a new run")
         for parameter in parameters:
             value = tensors.get(f"parameter.{parameter.name}")
             if value is None or value.shape != parameter.value.shape:
@@ -251,28 +272,40 @@ class Trainer:
         self.step.scaler.scale.copy_(tensors["scaler.scale"])
         self.step.scaler.good.copy_(tensors["scaler.good"])
         set_random_state(tensors)
-        self.history = History(**{item.name: state.facts[item.name] for item in fields(Progress)}, rows=rows)
+        self.history = History(**{item.name: facts[item.name] for item in fields(Progress)}, rows=rows)
         self.learners.write()
 
     @torch.no_grad()
-    def kd_loss(self) -> float:
-        """The run log's measure on the held-out split: top-k KL at T = 2, times 4, over all counted positions."""
+    def held_out(self) -> HeldOut:
+        """What the student is worth on the held-out split, over all counted positions.
+
+        That is the loss that is trained, and the run log's measure: top-k KL at T = 2, times 4.
+        """
         self.learners.write()
-        head, sums = self.step.head, torch.zeros(2, dtype=torch.float64)
+        sums = torch.zeros(3, dtype=torch.float64)
         with torch.compiler.set_stance("force_eager"):  # compiling once more takes longer than it saves
-            own = self.held_out.in_order(self.machine.micro_batch)[self.ranks.rank :: self.ranks.count]
-            for stored in self.held_out.stream(own, self.machine.device):
+            own = self.held_out_rows.in_order(self.machine.micro_batch)[self.ranks.rank :: self.ranks.count]
+            for stored in self.held_out_rows.stream(own, self.machine.device):
                 batch = stored.to(self.machine.device)
-                hidden = hidden_states(self.student, batch.inputs())
-                logits = head.logits(hidden, batch.topk_ids.flatten(0, 1))
-                values = topk_kl(logits, batch.topk_logprobs.flatten(0, 1), KD_TEMPERATURE).cpu().double()
-                mask = batch.loss_mask.flatten().cpu()
-                sums += torch.stack([values[mask].sum(), mask.sum()])
+                values, mask = self._held_out(batch), batch.loss_mask.flatten().cpu()
+                sums += torch.stack([*(value[mask].sum() for value in values), mask.sum()])
         if self.ranks.count > 1:
             sums = sums.to(self.machine.device)
             self.ranks.sum_([sums])
-        total, count = sums.tolist()
-        return total / count
+        loss, kd_loss, count = sums.tolist()
+        return HeldOut(loss / count, kd_loss / count)
+
+    def _held_out(self, batch: Batch) -> list[Tensor]:
+        """Both losses [P] of a batch, float64 on the CPU."""
+        head, beside = self.step.head, self.step.loss.teacher
+        hidden = hidden_states(self.student, batch.inputs())
+        ids, logprobs = batch.topk_ids.flatten(0, 1), batch.topk_logprobs.flatten(0, 1)
+        teacher = None if beside is None else hidden_states(beside, batch.inputs())
+        found = [
+            head.losses(hidden, ids, logprobs, teacher),
+            topk_kl(head.logits(hidden, ids), logprobs, KD_TEMPERATURE),
+        ]
+        return [values.cpu().double() for values in found]
 
 
 def _fingerprint(layers: dict[str, tuple[str, QuantLinear]], learned: set[str]) -> str:

@@ -7,6 +7,7 @@ of fixed-length models". With a stride as long as the context the windows are di
 paper's tables, and the first token of each is not scored.
 """
 
+import hashlib
 from collections.abc import Iterator
 from itertools import islice
 from typing import Any
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from qat.artifacts import content_key
 from qat.cache.batch import Batch
 from qat.config import DataConfig, DataSource
 from qat.data import files, marks
@@ -45,6 +47,11 @@ class Windows:
         mask = (next_BL >= reached_B[:, None]) & (next_BL < len(self._ids))
         ids = self._ids[place_BL.clamp_max(len(self._ids) - 1)]
         return Batch({"input_ids": ids, "loss_mask": mask.to(torch.uint8)}, 0, False)
+
+    def text_key(self) -> str:
+        """A key of the tokens and of how they are cut into windows."""
+        read = [self.meta["length"], self._stride, hashlib.sha256(self._ids.numpy().tobytes()).hexdigest()]
+        return content_key(read)
 
     def in_order(self, size: int) -> list[Tensor]:
         """All window numbers as batches of at most `size`."""

@@ -1,13 +1,14 @@
 """`RUNS.md`: registered checkpoints, caches, and every run in the log's own template."""
 
 import logging
-import re
 from collections.abc import Iterator
 from pathlib import Path
 
+from qat import provenance
 from qat.console import duration
 from qat.names import called, registered
-from qat.report import generate, records
+from qat.report import generate, looks, records
+from qat.report.markdown import NOTHING, code, plain, table
 from qat.report.records import LOSSES, Record
 
 log = logging.getLogger(__name__)
@@ -19,7 +20,6 @@ HEADER = """\
 Generated from the runs in this folder and written anew whenever one ends: edits do not last. A run's own
 words go on its command line, `run.goal="…" run.notes="…"`; `python launch.py stage=report` writes this file
 and report.html."""
-NOTHING = "–"
 TOLD = {"checkpoint.path", "run.goal", "run.notes"}  # elsewhere in a run's entry, or in other words
 
 
@@ -39,14 +39,16 @@ def refresh(outputs: Path) -> None:
 def render(outputs: Path) -> str:
     """The whole log as Markdown."""
     runs = records.runs(outputs)
-    parts = [HEADER, *_checkpoints(outputs, runs), *_caches(outputs), "## Runs", *map(_run, runs)]
+    trials, others = [run for run in runs if run.is_trial], [run for run in runs if not run.is_trial]
+    tables = [*_checkpoints(outputs, runs), *_caches(outputs), *_conversions(outputs)]
+    parts = [HEADER, *tables, "## Runs", *map(_run, trials), *looks.table(others)]
     return "\n\n".join(parts) + "\n"
 
 
 def _checkpoints(outputs: Path, runs: list[Record]) -> Iterator[str]:
     yield "## Registered checkpoints"
     rows = [*_converted(outputs, runs), *_trained(runs)]
-    yield _table(("checkpoint", "KD loss", "full KL", "bits a weight", "folder"), rows) if rows else "None yet."
+    yield table(("checkpoint", "KD loss", "full KL", "bits a weight", "folder"), rows) if rows else "None yet."
 
 
 def _converted(outputs: Path, runs: list[Record]) -> Iterator[list[str]]:
@@ -61,7 +63,7 @@ def _converted(outputs: Path, runs: list[Record]) -> Iterator[list[str]]:
             _known(own, users, ("metrics", "after", "kl"), ("metrics", "kl_initial")),
             _known(own, users, ("bits_per_weight",), ("quant", "bits_per_weight")),
         ]
-        yield [_code(title), *map(_figure, figures), f"`{place}`"]
+        yield [code(title), *map(_figure, figures), f"`{place}`"]
 
 
 def _known(own: Record, users: list[Record], *keys: tuple[str, ...]) -> float | None:
@@ -76,7 +78,7 @@ def _trained(runs: list[Record]) -> Iterator[list[str]]:
         if best is None or run.status != "complete":
             continue
         figures = [best, run.number("metrics", "kl"), run.number("quant", "bits_per_weight")]
-        yield [_code(run.text("name")), *map(_figure, figures), f"`{run.place}/checkpoints/best`"]
+        yield [code(run.text("name")), *map(_figure, figures), f"`{run.place}/checkpoints/best`"]
 
 
 def _caches(outputs: Path) -> Iterator[str]:
@@ -87,30 +89,50 @@ def _caches(outputs: Path) -> Iterator[str]:
         count = sum(sequences.values()) if isinstance(sequences, dict) else NOTHING
         own = Path(place).name
         name = str(manifest.get("name") or registered(own, "cache") or own)
-        rows.append([_code(name), str(count), f"{records.size(outputs / place) / 1e6:,.1f} MB", f"`{place}`"])
-    yield _table(("cache", "sequences", "size", "folder"), rows) if rows else "None yet."
+        rows.append([code(name), str(count), f"{records.size(outputs / place) / 1e6:,.1f} MB", f"`{place}`"])
+    yield table(("cache", "sequences", "size", "folder"), rows) if rows else "None yet."
+
+
+def _conversions(outputs: Path) -> Iterator[str]:
+    """How long conversions took, by instance and cores."""
+    rows = []
+    for place, manifest in records.manifests(outputs, "checkpoints"):
+        if "figures" not in manifest:
+            continue
+        own = Record(outputs / place, manifest, place)
+        seconds = own.number("made", "seconds")
+        where = [plain(own.text("made", key)) or NOTHING for key in ("instance", "device", "cores")]
+        made = [own.text("made", "at")[:16].replace("T", " ") or NOTHING]
+        name = code(str(manifest.get("name") or Path(place).name))
+        rows.append([*where, name, NOTHING if seconds is None else duration(seconds), *made, f"`{place}`"])
+    if rows:
+        yield "## Conversion times"
+        yield table(("instance", "device", "cores", "conversion", "time", "made", "folder"), sorted(rows))
 
 
 def _run(run: Record) -> str:
-    head = " · ".join(part for part in (run.run_id, plain(run.text("name")), run.status) if part)
+    head = " · ".join(part for part in (run.run_id, plain(run.text("name") or run.text("stage")), run.status) if part)
     lines = {
         "Goal": plain(run.text("goal")),
         "Instance": _instance(run),
         "Config": _config(run),
-        "Command": _code(run.text("command")),
+        "Command": code(run.text("command")),
         "Result": _result(run),
+        "Measured on": _ground(run),
         **_dense(run),
-        "Conversion": _seconds(run, "convert_s"),
+        "Conversion": _conversion(run),
+        "Resumed": _resumed(run),
         "Notes": plain(run.text("notes")),
         "Folder": f"`{run.place}`",
     }
+    lines = {name: text for name, text in lines.items() if text or name not in ("Measured on", "Resumed")}
     return f"### {head}\n\n" + "\n".join(f"- **{name}**: {text or NOTHING}" for name, text in lines.items())
 
 
 def _instance(run: Record) -> str:
     threads = run.text("environment", "threads")
     parts = [
-        run.text("config", "instance", "name"),
+        run.text("environment", "instance") or run.text("config", "instance", "name"),
         run.text("environment", "device"),
         run.text("environment", "machine"),
         f"{threads} threads" if threads else "",
@@ -133,7 +155,7 @@ def _config(run: Record) -> str:
     rest = [str(word) for word in overrides] if isinstance(overrides, list) else []
     known = {word.partition("=")[0] for word in words} | TOLD
     rest = [word for word in rest if word.lstrip("+").partition("=")[0] not in known]
-    return _code(" ".join([*words, *rest]))
+    return code(" ".join([*words, *rest]))
 
 
 def _result(run: Record) -> str:
@@ -146,7 +168,8 @@ def _result(run: Record) -> str:
         "in": _seconds(run, "total_s"),
     }
     said = ", ".join(f"{name} {text}" for name, text in measured.items() if text)
-    error = plain(run.text("error"))
+    verdict, error = plain(run.text("verdict")), plain(run.text("error"))
+    said = "; ".join(part for part in (f"**{verdict}**" if verdict else "", said) if part)
     return f"{run.status}: {error}; {said}" if error else said
 
 
@@ -156,10 +179,29 @@ def _dense(run: Record) -> dict[str, str]:
     shares = {name: share for name in found if (share := run.number("quant", "dense", name)) is not None}
     if not shares:
         return {}
-    named = ", ".join(f"{_code(name)} {share:.1%}" for name, share in shares.items())
+    named = ", ".join(f"{code(name)} {share:.1%}" for name, share in shares.items())
     bits = run.number("quant", "model_bits_per_weight")
     whole = "" if bits is None else f"; {bits:.2f} bits a weight over the whole model"
     return {"Left dense": f"{sum(shares.values()):.1%} of the decoder's weights ({named}){whole}"}
+
+
+def _ground(run: Record) -> str:
+    teacher, text = run.text("measured_on", "teacher", "name"), run.text("measured_on", "called")
+    return plain(f"{teacher}, {text} ({run.text('measured_on', 'text')})") if text else ""
+
+
+def _conversion(run: Record) -> str:
+    """How long it took in this run, or for one that was there: when it was made, and in which time."""
+    reused = run.section("reused", "convert")
+    return f"reused, {plain(provenance.told(reused.get('made')))}" if reused else _seconds(run, "convert_s")
+
+
+def _resumed(run: Record) -> str:
+    times = run.result.get("resumed")
+    if not (isinstance(times, list) and times and isinstance(times[-1], dict)):
+        return ""
+    often = "once" if len(times) == 1 else f"{len(times)} times, last"
+    return f"{often} {plain(str(times[-1].get('started', '')))} by {code(str(times[-1].get('command', '')))}"
 
 
 def _change(run: Record, first: str, last: str) -> str:
@@ -183,23 +225,3 @@ def _percent(share: float | None) -> str:
 def _seconds(run: Record, key: str) -> str:
     seconds = run.number("timing", key)
     return "" if seconds is None else duration(seconds)
-
-
-def plain(text: str) -> str:
-    """Someone's words as one line of Markdown that shows just these words."""
-    special = re.compile(r"[\\`*\[\]<>#|~&]|(?<!\w)_|_(?!\w)")
-    return special.sub(r"\\\g<0>", " ".join(text.split()))
-
-
-def _code(text: str) -> str:
-    """Text in one line of code, whatever backticks it holds."""
-    text = " ".join(text.split())
-    if not text:
-        return ""
-    fence = "`" * (max((len(ticks) for ticks in re.findall("`+", text)), default=0) + 1)
-    return f"{fence} {text} {fence}" if "`" in text else f"`{text}`"
-
-
-def _table(header: tuple[str, ...], rows: list[list[str]]) -> str:
-    lines = [header, ["---", *["---:"] * (len(header) - 2), "---"], *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

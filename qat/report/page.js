@@ -5,6 +5,7 @@ const data = JSON.parse(document.getElementById("data").textContent);
 const runs = data.runs;
 const COLORS = 8;
 const MOST = 8; // runs drawn at a time: as many as there are colours
+const DASHES = ["2 4", "none", "9 4", "12 4 2 4"]; // of the lines through runs of one teacher and text
 const SVG = "http://www.w3.org/2000/svg";
 const chosen = new Set();
 const colors = new Map(); // run to colour, kept while it is chosen
@@ -14,7 +15,10 @@ const $ = id => document.getElementById(id);
 const figure = (value, digits = 4) => value == null ? "–" : value.toFixed(digits);
 const percent = value => value == null ? "–" : (100 * value).toFixed(1) + "%";
 const color = run => `var(--c${colors.get(run)})`;
-const measured = runs.filter(run => run.kl != null && run.bits != null && run.status === "complete");
+const measured = runs.filter(run => run.trial && run.kl != null && run.bits != null && run.status === "complete");
+const grounds = [...new Set(measured.map(run => run.ground))]; // teachers and texts: figures of two do not compare
+const of = ground => measured.filter(run => run.ground === ground);
+const best = ground => of(ground).reduce((one, other) => other.kl < one.kl ? other : one);
 
 function time(seconds) {
   if (seconds == null) return "–";
@@ -68,10 +72,11 @@ function toggle(run) {
 
 function chooseBest() {
   [...chosen].forEach(drop);
-  const best = new Map(); // one a preset: four runs of one preset compare nothing but noise
-  for (const run of [...measured].sort((a, b) => a.kl - b.kl)) if (!best.has(run.preset)) best.set(run.preset, run);
+  const found = new Map(); // one a preset, of the text that most were measured on: others compare nothing but noise
+  const most = [...grounds].sort((a, b) => of(b).length - of(a).length)[0];
+  for (const run of of(most).sort((a, b) => a.kl - b.kl)) if (!found.has(run.preset)) found.set(run.preset, run);
   const rest = runs.filter(run => run.held_out.length && !measured.includes(run));
-  (best.size ? [...best.values()] : rest).slice(0, 4).forEach(run => choose(run, true));
+  (found.size ? [...found.values()] : rest).slice(0, 4).forEach(run => choose(run, true));
   refresh();
 }
 
@@ -134,26 +139,34 @@ function quality() {
   const x = scale(measured.map(run => run.bits), margin.left, width - margin.right, false, .07);
   const y = scale(measured.map(run => run.kl), height - margin.bottom, margin.top, positive, .15);
   const svg = frame(width, height, margin, x, y, { title: "Full KL against bits a weight", x: "effective bits a weight", y: "full KL" });
-  const front = [];
-  for (const run of [...measured].sort((a, b) => a.bits - b.bits || a.kl - b.kl))
-    if (!front.length || run.kl < front[front.length - 1].kl) front.push(run);
-  svg.append(draw("polyline", { class: "front", points: front.map(run => `${x.at(run.bits)},${y.at(run.kl)}`).join(" ") }));
+  const fronts = grounds.map(ground => {
+    const front = [];
+    for (const run of of(ground).sort((a, b) => a.bits - b.bits || a.kl - b.kl))
+      if (!front.length || run.kl < front[front.length - 1].kl) front.push(run);
+    return front;
+  });
+  fronts.forEach((front, index) => svg.append(draw("polyline", {
+    class: "front", "stroke-dasharray": DASHES[index % DASHES.length],
+    points: front.map(run => `${x.at(run.bits)},${y.at(run.kl)}`).join(" "),
+  })));
   const presets = [...new Set(measured.map(run => run.preset))].sort();
   const shade = preset => `var(--c${presets.indexOf(preset) % COLORS})`;
   for (const run of [...measured].sort((a, b) => chosen.has(a) - chosen.has(b))) { // the chosen on top
     const at = { cx: x.at(run.bits), cy: y.at(run.kl) };
     svg.append(draw("circle", {
       ...at, r: small ? 6 : 5.5, class: "dot", style: `fill:${shade(run.preset)}`, tabindex: 0, role: "button",
-      "aria-label": `${run.id}, ${run.preset}, ${figure(run.bits, 2)} bits, KL ${figure(run.kl)}`,
+      "aria-label": `${run.id}, ${run.preset}, ${figure(run.bits, 2)} bits, KL ${figure(run.kl)}, ${run.ground}`,
       onclick: () => toggle(run), onkeydown: event => { if (event.key === "Enter") toggle(run); },
-      onmouseenter: event => tell(event, `${run.id}  ${run.preset}\nKL ${figure(run.kl)} at ${figure(run.bits, 2)} bits\n${run.goal || run.name}`),
+      onmouseenter: event => tell(event, `${run.id}  ${run.preset}\nKL ${figure(run.kl)} at ${figure(run.bits, 2)} bits\n${run.ground}\n${run.goal || run.name}`),
       onmouseleave: hush,
     }));
     if (chosen.has(run)) svg.append(draw("circle", { ...at, r: small ? 10 : 9.5, class: "ring" }));
   }
-  names(svg, front, x, y, margin.left);
+  names(svg, fronts.flat(), x, y, margin.left);
   const legend = make("ul", { class: "legend" }, ...presets.map(preset => make("li", {}, make("i", { style: `--c:${shade(preset)}` }), preset || "unnamed")));
-  place.replaceChildren(legend, svg);
+  const lines = grounds.length < 2 ? null : make("ul", { class: "legend lines" }, ...grounds.map((ground, index) => make("li", {},
+    draw("svg", { viewBox: "0 0 28 8", width: 28, height: 8 }, draw("line", { class: "front", x1: 0, x2: 28, y1: 4, y2: 4, "stroke-dasharray": DASHES[index % DASHES.length] })), ground)));
+  place.replaceChildren(...[legend, lines, svg].filter(Boolean));
 }
 
 // Names the best runs on the side where no other can be; a name never covers another.
@@ -226,12 +239,14 @@ function depth() {
 
 function facts() {
   const count = status => runs.filter(run => run.status === status).length;
-  const best = [...measured].sort((a, b) => a.kl - b.kl)[0];
   const spent = runs.reduce((sum, run) => sum + (run.seconds || 0), 0);
   const shown = [[runs.length, runs.length === 1 ? "run" : "runs"], [count("complete"), "complete"]];
   const broken = runs.length - count("complete");
   if (broken) shown.push([broken, "failed or interrupted"]);
-  if (best) shown.push([figure(best.kl), `lowest full KL, ${best.id}`], [figure(best.bits, 2), "bits a weight there"]);
+  for (const ground of grounds.slice(0, 3)) {
+    const run = best(ground), where = grounds.length > 1 ? ` on ${ground}` : "";
+    shown.push([figure(run.kl), `lowest full KL${where}, ${run.id}`], [figure(run.bits, 2), "bits a weight there"]);
+  }
   shown.push([time(spent), "of runs in all"]);
   $("facts").replaceChildren(...shown.map(([value, name]) => make("div", {}, make("dt", {}, name), make("dd", {}, value))));
   $("title").textContent = runs.length ? `${runs.length === 1 ? "One run" : runs.length + " runs"} in ${data.outputs}` : `No runs yet in ${data.outputs}`;
@@ -239,11 +254,11 @@ function facts() {
 }
 
 const COLUMNS = [
-  ["id", "run", run => run.id, false], ["status", "status", run => run.status, false],
+  ["id", "run", run => run.id, false], ["stage", "stage", run => run.stage || "–", false], ["status", "status", run => run.status, false],
   ["kl", "full KL", run => figure(run.kl), true], ["bits", "bits", run => figure(run.bits, 2), true],
   ["kd0", "KD before", run => figure(run.kd0), true], ["kd", "KD after", run => figure(run.kd), true], ["perplexity", "perplexity", run => figure(run.perplexity, 2), true],
   ["agreement", "agreement", run => percent(run.agreement), true], ["speed", "tokens/s", run => run.speed == null ? "–" : Math.round(run.speed).toLocaleString("en"), true],
-  ["seconds", "time", run => time(run.seconds), true], ["name", "name", run => run.name || "–", false], ["goal", "goal", run => run.goal, false],
+  ["seconds", "time", run => time(run.seconds), true], ["name", "name", run => run.name || "–", false], ["ground", "teacher and text", run => run.ground || "–", false], ["goal", "goal", run => run.goal, false],
 ];
 
 function table() {
@@ -252,7 +267,7 @@ function table() {
   }, make("button", { type: "button", onclick: () => { order = { key, down: order.key === key ? !order.down : false }; table(); } }, name)));
   $("runs").tHead.replaceChildren(make("tr", {}, make("th", { scope: "col" }, make("span", { "aria-label": "chosen" }, "")), ...head));
   const words = $("filter").value.toLowerCase().split(/\s+/).filter(Boolean);
-  const text = run => [run.id, run.name, run.status, run.stage, run.sweep, run.goal, run.notes, run.preset, run.device].join(" ").toLowerCase();
+  const text = run => [run.id, run.name, run.status, run.stage, run.ground, run.sweep, run.goal, run.notes, run.preset, run.device].join(" ").toLowerCase();
   const shown = runs.filter(run => words.every(word => text(run).includes(word))).sort(compare);
   $("runs").tBodies[0].replaceChildren(...shown.map(row));
   $("count").textContent = `${shown.length} of ${runs.length} shown, ${chosen.size} chosen` + (chosen.size === MOST ? " (the most at a time)" : "");
@@ -266,12 +281,14 @@ function compare(a, b) {
   return sign * (typeof left === "number" ? left - right : String(left).localeCompare(String(right), "en", { numeric: true }));
 }
 
+const long = key => key === "goal" || key === "ground";
+
 function row(run) {
   const box = make("input", { type: "checkbox", "aria-label": `Choose ${run.id}`, onchange: () => toggle(run) });
   box.checked = chosen.has(run);
   const cells = COLUMNS.map(([key, , show, numeric]) => key === "status"
     ? make("td", {}, make("span", { class: `status ${run.status}`, title: run.error || null }, run.status))
-    : make("td", { class: numeric ? "num" : key === "goal" ? "goal" : null, title: key === "goal" ? run.goal || null : null }, show(run)));
+    : make("td", { class: numeric ? "num" : long(key) ? "goal" : null, title: long(key) ? run[key] || null : null }, show(run)));
   return make("tr", { class: chosen.has(run) ? "on" : null, style: chosen.has(run) ? `--c:${color(run)}` : "" }, make("td", { class: "pick" }, box), ...cells);
 }
 
@@ -279,11 +296,12 @@ function cards() {
   const shown = picked().map(run => {
     const figures = [["full KL", figure(run.kl, 3)], ["KD loss", run.kd0 == null ? figure(run.kd, 3) : `${figure(run.kd0, 3)} → ${figure(run.kd, 3)}`], ["bits", figure(run.bits, 2)], ["time", time(run.seconds)]];
     return make("article", { class: "card", style: `--c:${color(run)}` },
-      make("h3", {}, `${run.id}  ${run.name}`),
+      make("h3", {}, `${run.id}  ${run.name || run.stage}`),
       run.goal ? make("p", {}, run.goal) : null,
+      run.verdict ? make("p", { class: "status failed" }, run.verdict) : null,
       run.error ? make("p", { class: `status ${run.status}` }, `${run.status}: ${run.error}`) : null,
       make("dl", { class: "figures" }, ...figures.map(([name, value]) => make("div", {}, make("dt", {}, name), make("dd", {}, value)))),
-      make("p", { class: "quiet" }, [run.device, run.started.slice(0, 10), run.sweep].filter(Boolean).join(" · ")),
+      make("p", { class: "quiet" }, [run.device, run.started.slice(0, 10), run.sweep, run.ground].filter(Boolean).join(" · ")),
       run.notes ? make("p", { class: "quiet" }, run.notes) : null,
       run.command ? make("pre", {}, run.command) : null);
   });

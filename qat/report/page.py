@@ -46,22 +46,38 @@ def data(outputs: Path) -> dict[str, Any]:
     """What the page shows, as JSON values."""
     runs = records.runs(outputs)
     settings = [_flat(run.section("config")) for run in runs]
-    common = _common(settings)
+    common, grounds = _common(settings), _grounds(runs)
     return {
         "outputs": outputs.resolve().name,
         "common": common,
-        "runs": [_run(run, own, common) for run, own in zip(runs, settings, strict=True)],
+        "runs": [_run(run, own, common, grounds) for run, own in zip(runs, settings, strict=True)],
         "conversions": _conversions(outputs, runs),
     }
 
 
-def _run(run: Record, settings: dict[str, Any], common: dict[str, Any]) -> dict[str, Any]:
+def _grounds(runs: list[Record]) -> dict[tuple[str, str], str]:
+    """What a person calls each teacher and text that figures are of, as short as tells them apart."""
+    called: dict[tuple[str, str], str] = {}
+    for run in runs:
+        teacher = run.text("measured_on", "teacher", "name") or run.ground[0]
+        text = run.text("measured_on", "called") or run.ground[1]
+        called.setdefault(run.ground, ", ".join(part for part in (teacher, text) if part) or "unknown text")
+    often = Counter(called.values())
+    return {ground: name if often[name] == 1 else f"{name} ({ground[1][:6]})" for ground, name in called.items()}
+
+
+def _run(
+    run: Record, settings: dict[str, Any], common: dict[str, Any], grounds: dict[tuple[str, str], str]
+) -> dict[str, Any]:
     rows = records.metrics(run.folder)
     return {
         "id": run.run_id,
-        "name": run.text("name"),
+        "name": run.text("name") if run.is_trial else "",
         "status": run.status,
         "stage": run.text("stage"),
+        "trial": run.is_trial,
+        "ground": grounds[run.ground],
+        "verdict": run.text("verdict"),
         "sweep": run.sweep,
         "place": run.place,
         "started": run.text("started"),

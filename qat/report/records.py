@@ -46,6 +46,17 @@ class Record:
         parent = self.place.rpartition("/")[0]
         return parent if parent.startswith("sweep-") or (self.folder.parent / PLAN).is_file() else ""
 
+    @property
+    def is_trial(self) -> bool:
+        """True for a run that makes a student, or was to make one; an evaluation or an export looks at one."""
+        return self.text("stage") not in ("cache", "evaluate", "export")
+
+    @property
+    def ground(self) -> tuple[str, str]:
+        """The teacher and the text that its figures are of: only those of one ground compare."""
+        teacher = self.text("measured_on", "teacher", "fingerprint") or self.text("config", "model", "name")
+        return teacher, self.text("measured_on", "text") or Path(self.text("paths", "cache")).name
+
     def text(self, *keys: str) -> str:
         """A value of the result as text; empty where there is none."""
         value = self._value(keys)

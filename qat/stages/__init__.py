@@ -13,11 +13,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 
-from qat import faults
+from qat import faults, sweeps
 from qat.config import Config
-from qat.errors import QatError
+from qat.errors import MachineError, QatError, RankError
 from qat.report import log as run_log
-from qat.runs import UNRECORDED, Run
+from qat.runs import RESULT, UNRECORDED, Run
 from qat.store import transfer
 
 log = logging.getLogger(__name__)
@@ -45,29 +45,40 @@ def run_job(config: Config, folder: Path, command: str = "", overrides: Sequence
     if config.stage in UNRECORDED:
         stage.main(config)
         return math.nan
-    run = Run(config, folder, command, overrides)
+    planned = sweeps.has_job(folder)
+    run = Run(config, folder, command, overrides, goes_on=planned or config.run.resume is not None)
     with transfer.mirrored(config.store, folder, run.result["run_id"]):
-        _main(stage, config, run)
+        _main(stage, config, run, planned)
     return float(run.result["metrics"].get("kl", math.nan))
 
 
-def _main(stage: ModuleType, config: Config, run: Run) -> None:
-    """Runs a stage and closes its record, however it ends."""
+def _main(stage: ModuleType, config: Config, run: Run, planned: bool) -> None:
+    """Runs a stage and closes its record, however it ends; a planned job keeps its record in any case."""
     try:
         stage.main(transfer.with_named(config), run)
         run.finish("complete")
     except BaseException as error:
-        told = _close(run, error)
-        if told is error:
+        told = error if isinstance(error, QatError) else faults.explain(error)
+        if _is_refusal(told) and not (run.begun or run.result["resumed"] or planned):
+            run.withdraw()
+        else:
+            _close(run, told, error)
+        if told in (None, error):
             raise
+        assert told is not None
         raise told from error
     finally:
-        run_log.refresh(Path(config.outputs))
+        if (run.folder / RESULT).exists():
+            run_log.refresh(Path(config.outputs))
 
 
-def _close(run: Run, error: BaseException) -> BaseException:
-    """Records how a run ended early; returns the error that the user is told."""
-    told = error if isinstance(error, QatError) else faults.explain(error)
+def _is_refusal(told: QatError | None) -> bool:
+    """True for what is wrong with what was asked, rather than with the machine."""
+    return told is not None and not isinstance(told, MachineError | RankError)
+
+
+def _close(run: Run, told: QatError | None, error: BaseException) -> None:
+    """Records how a run ended early."""
     if told is not None:
         run.finish("failed", str(told))
     elif isinstance(error, KeyboardInterrupt):
@@ -75,4 +86,3 @@ def _close(run: Run, error: BaseException) -> BaseException:
     else:
         log.error("this is a defect of qat", exc_info=error)
         run.finish("failed", f"{type(error).__name__}: {error}")
-    return told or error

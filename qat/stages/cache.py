@@ -5,6 +5,7 @@ from pathlib import Path
 from qat.artifacts import Artifact
 from qat.cache import older, origin
 from qat.cache.local import open_local
+from qat.cache.reader import CacheReader
 from qat.cache.writer import obtain_cache
 from qat.config import Config, DataSource, LossKind, Stage
 from qat.data.documents import obtain_documents
@@ -33,16 +34,23 @@ def make(work: Workspace) -> Artifact:
     config = work.config
     with work.timed("cache"):
         cache = _local(work, Path(config.cache.path)) if config.cache.path else _recorded(work)
+    work.run.uses("cache", cache)
     work.run.result["paths"]["cache"] = str(cache.folder)
+    work.measures_on(CacheReader(cache, "eval").text_key(), f"held-out text of {cache.folder.name}")
     return cache
 
 
 def _recorded(work: Workspace) -> Artifact:
     config = work.config
-    documents = obtain_documents(config.data, work.teacher, config.seed, work.machine, work.artifacts)
+    documents = obtain_documents(config.data, work.teacher, config.data.seed, work.machine, work.artifacts)
+    if documents.fresh:
+        work.run.uses("documents", documents)
     template = "plain" if config.data.source is DataSource.text else "chat"
     name = f"{config.data.name}_{template}_think_{config.data.thinking}"
-    return obtain_cache(config.cache, documents, name, work.teacher, config.seed, work.machine, work.artifacts)
+    cache = obtain_cache(config.cache, documents, name, work.teacher, config.data.seed, work.machine, work.artifacts)
+    if cache.fresh and not documents.fresh:
+        work.run.uses("documents", documents)
+    return cache
 
 
 def _local(work: Workspace, path: Path) -> Artifact:

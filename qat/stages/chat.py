@@ -19,6 +19,7 @@ from qat.evaluate.answers import settings_of, stream
 from qat.machine import Machine
 from qat.models import ModelFolder, tokenizers
 from qat.quant.linear import baked
+from qat.stages import limits
 from qat.stages.workspace import start_folder
 from qat.store import transfer
 
@@ -46,6 +47,7 @@ def main(config: Config) -> None:
     config = transfer.with_named(config)
     resolved = machine.resolve(config.instance)
     teacher = models.locate(config.model, Path(config.outputs) / "artifacts")
+    limits.check_lengths(config, teacher)
     language = _language(config, teacher)
     torch.manual_seed(config.seed)
     with ExitStack() as kept:

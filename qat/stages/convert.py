@@ -48,8 +48,14 @@ def make(work: Workspace, outputs: Artifact) -> Artifact:
     name = f"{work.teacher.name}_{config.quant.name}_init"
     with work.timed("convert"):
         made = obtain(
-            work.artifacts, "checkpoints", name, inputs, lambda folder: _convert(work, outputs, start, folder)
+            work.artifacts,
+            "checkpoints",
+            name,
+            inputs,
+            lambda folder: _convert(work, outputs, start, folder),
+            at=work.machine.place(),
         )
+    work.run.uses("convert", made)
     layers = checkpoints.layers_of(made.manifest)
     work.run.result["quant"] = {"preset": config.quant.name, **summary(layers, work.teacher.skeleton())}
     work.run.result["paths"]["conversion"] = str(made.folder.absolute())  # the run is a checkpoint, from anywhere
@@ -80,6 +86,7 @@ def _convert(work: Workspace, outputs: Artifact, start: Path | None, folder: Pat
         **checkpoints.describe(work.teacher, config.quant, layers),
         "figures": {one.layer.name: one.figures for one in made},
         "metrics": _measure(work, outputs, source, modules),
+        "measured_on": CacheReader(outputs, "eval").text_key(),
     }
 
 

@@ -14,7 +14,6 @@ from qat.distill.distributed import Ranks, joined
 from qat.distill.loss import Loss
 from qat.distill.state import States
 from qat.distill.trainer import History, Trainer
-from qat.errors import MissingError
 from qat.forward import use
 from qat.quant.layers import Layer, summary
 from qat.quant.linear import quantized
@@ -25,14 +24,18 @@ from qat.stages.workspace import Workspace, open_workspace, start_folder
 
 log = logging.getLogger(__name__)
 
+# Held-out figures of `result.json`: the loss that is trained, by which `best` goes, and the run log's.
+HELD_OUT = [f"{loss}_{when}" for loss in ("loss", "kd_loss") for when in ("initial", "best", "final")]
+
 
 def main(config: Config, run: Run) -> None:
     """`stage=distill`: trains a given checkpoint."""
     work = open_workspace(config, run)
     start = start_folder(config.checkpoint)
-    if start is None:
-        raise MissingError("stage=distill needs a quantized start: checkpoint=<path>, or stage=run to convert first")
+    assert start is not None  # as qat.cli.validate sees to
     make(work, cache.make(work), start)
+    if run.result["verdict"]:
+        log.warning("%s is %s", run.result["run_id"], run.result["verdict"])
 
 
 def make(work: Workspace, outputs: Artifact, start: Path) -> Path:
@@ -72,7 +75,7 @@ def train_into(work: Workspace, outputs: Artifact, start: Path, folder: Path) ->
     student, manifest = checkpoints.load(start, work.teacher, work.machine, latents=latents)
     trainer = _trainer(work, outputs, student, checkpoints.layers_of(manifest), Ranks())
     history = trainer.run(lambda row: None, lambda: checkpoints.write(student, folder), None)
-    found = {"kd_loss_initial": history.initial, "kd_loss_best": history.best}
+    found = {name: getattr(history, name) for name in ("kd_loss_initial", "kd_loss_best")}
     log.info("%s: KD loss %.4f before training, %.4f after", manifest["quant"]["name"], *found.values())
     return checkpoints.heritage(manifest) | found
 
@@ -122,13 +125,18 @@ def _loss(work: Workspace) -> Loss:
 
 def _record(work: Workspace, history: History, weights: int, devices: int) -> None:
     result = work.run.result
-    result["name"] = checkpoint_name(result["quant"]["preset"], work.config.mode.name, history.best)
-    result["metrics"] |= {
-        "kd_loss_initial": history.initial,
-        "kd_loss_final": history.final,
-        "kd_loss_best": history.best,
+    result["name"] = checkpoint_name(result["quant"]["preset"], work.config.mode.name, history.kd_loss_best)
+    result["metrics"] |= {name: getattr(history, name) for name in HELD_OUT}
+    result["training"] = {
+        "steps": history.step,
+        "best_step": history.best_step,
+        "skipped_steps": history.skipped,
     }
-    result["training"] = {"steps": history.step, "skipped_steps": history.skipped}
+    if history.best_step == 0:
+        result["verdict"] = (
+            f"no better than it began: its loss on held-out text went from {history.loss_initial:.4f} to"
+            f" {history.loss_final:.4f}, so checkpoints/best is what training began with"
+        )
     speed = history.tokens / history.seconds
     result["throughput"] = {
         "tokens_per_second": round(speed, 1),

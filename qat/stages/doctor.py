@@ -14,12 +14,11 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
-import psutil
 import torch
 from packaging.requirements import Requirement
 from rich.table import Table
 
-from qat import gpus, machine, models, tracking
+from qat import capacity, gpus, machine, models, tracking
 from qat.config import Config, InstanceConfig, StoreConfig, StoreKind
 from qat.console import console, size
 from qat.errors import MissingError, QatError, reason
@@ -27,7 +26,6 @@ from qat.runs import commit
 from qat.store.places import open_place
 
 ROOT = Path(__file__).resolve().parents[2]
-CONTAINER = Path("/sys/fs/cgroup/memory.max")  # a number of bytes, or `max`
 SHOWN = ("torch", "transformers", "tokenizers", "safetensors", "hydra-core", "wandb")
 MADE = ("t4", "a100", "h100", "h200")  # options of `instance` for one GPU, by what is in its name
 ROOMY = 5e9  # bytes of memory, and of disk, that the default run stays below
@@ -81,10 +79,7 @@ def _computer() -> str:
 
 
 def _memory() -> Finding:
-    memory = psutil.virtual_memory()
-    limit = CONTAINER.read_text().strip() if CONTAINER.is_file() else ""
-    whole = min(memory.total, int(limit)) if limit.isdigit() else memory.total
-    free = min(memory.available, whole)
+    free, whole = capacity.host()
     scarce = f"the default run takes up to {size(ROOMY)}: close something, or try +experiment=quick"
     return Finding("memory", f"{size(free)} of {size(whole)} free", scarce if free < ROOMY else "")
 

@@ -120,8 +120,10 @@ def _ground(work: Workspace) -> tuple[Ground, str]:
         outputs = cache.make(work)
         return _held_out(outputs), f"held-out text of {outputs.folder.name}"
     if settings.text:
-        ground.rows = _text(work, settings.text)
-        said.append(f"{settings.text}, windows of {ground.rows.meta['length']} tokens, stride {settings.stride}")
+        windows = _text(work, settings.text)
+        ground.rows = windows
+        said.append(f"{settings.text}, windows of {windows.meta['length']} tokens, stride {settings.stride}")
+        work.measures_on(windows.text_key(), said[0])
     if settings.tasks:
         ground.harness = Harness(settings.tasks, settings.examples)
         said.append(f"tasks of lm-eval: {', '.join(settings.tasks)}")

@@ -8,10 +8,9 @@ from pathlib import Path
 
 from qat.artifacts import Artifact, obtain
 from qat.config import CheckpointConfig, FirstConfig, as_plain
+from qat.shaping import shaping
 from qat.stages import convert, distill
 from qat.stages.workspace import Workspace
-
-SPEED = ("save_every", "keep", "eval_every")  # decide how training is watched, not what comes of it
 
 
 def make(work: Workspace, outputs: Artifact, first: FirstConfig) -> Path:
@@ -26,7 +25,7 @@ def make(work: Workspace, outputs: Artifact, first: FirstConfig) -> Path:
         "cache": outputs.key,
         "mode": as_plain(first.mode),
         "loss": as_plain(earlier.loss),
-        "train": {key: value for key, value in as_plain(first.train).items() if key not in SPEED},
+        "train": shaping(first.train),
         "seed": earlier.seed,
     }
     name = f"{work.teacher.name}_{first.quant.name}_{first.mode.name}"
@@ -35,7 +34,8 @@ def make(work: Workspace, outputs: Artifact, first: FirstConfig) -> Path:
         return distill.train_into(inner, outputs, start.folder, folder)
 
     with work.timed("first"):
-        made = obtain(work.artifacts, "checkpoints", name, inputs, train)
+        made = obtain(work.artifacts, "checkpoints", name, inputs, train, at=work.machine.place())
+    work.run.uses("first", made)
     work.run.result["paths"]["first"] = str(made.folder)
     work.run.result["metrics"]["first_kd_loss"] = made.manifest["kd_loss_best"]
     return made.folder

@@ -3,7 +3,7 @@
 import logging
 from pathlib import Path
 
-from qat import checkpoints
+from qat import checkpoints, provenance
 from qat.artifacts import Artifact
 from qat.config import Config
 from qat.console import console, duration, table
@@ -38,6 +38,11 @@ def main(config: Config, run: Run) -> None:
         "teacher_perplexity": after.teacher_perplexity,
         "top1_agreement": after.top1_agreement,
     }
+    if after.kl > before.kl and not run.result["verdict"]:
+        start_is = "its conversion" if known else "the checkpoint it began with"
+        run.result["verdict"] = (
+            f"worse than {start_is}: full KL {after.kl:.4f} instead of {before.kl:.4f}, both on held-out text"
+        )
     run.save()
     show(run, before, after, best)
 
@@ -71,8 +76,9 @@ def show(run: Run, before: Metrics, after: Metrics, best: Path) -> None:
     table(f"{result['run_id']}  {result['name']}", ["", "converted", "distilled", "teacher"], rows)
     quant, timing = result["quant"], result["timing"]
     kinds = [f"{quant[key]} {kind}" for kind in KINDS if (key := f"{kind}_bits_per_weight") in quant]
-    spent = [f"{stage} {duration(timing[key])}" for stage in STAGES if (key := f"{stage}_s") in timing]
-    lines = {
+    spent = [f"{stage} {_spent(run, stage)}" for stage in STAGES if f"{stage}_s" in timing]
+    lines = {"verdict": result["verdict"]} if result["verdict"] else {}
+    lines |= {
         "bits per weight": f"{quant['bits_per_weight']} ({', '.join(kinds)})",
         "whole model": f"{quant['model_bits_per_weight']} bits per weight, with 16 for what has no table",
         **({"left dense": told(quant["dense"])} if quant["dense"] else {}),
@@ -84,3 +90,9 @@ def show(run: Run, before: Metrics, after: Metrics, best: Path) -> None:
     }
     for name, value in lines.items():
         console.print(f"{name:16} {value}", soft_wrap=True)
+
+
+def _spent(run: Run, stage: str) -> str:
+    """How long a stage took, or where what it gives was made before, how long that took."""
+    reused = run.result["reused"].get(stage)
+    return f"reused ({provenance.told(reused['made'])})" if reused else duration(run.result["timing"][f"{stage}_s"])

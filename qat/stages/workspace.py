@@ -1,6 +1,5 @@
 """What every stage works with: the machine, the teacher, the run's record."""
 
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from qat.forward import Pass
 from qat.machine import Machine
 from qat.models import ModelFolder
 from qat.runs import Run, environment
+from qat.stages import limits
 from qat.stages.teacher import check
 
 
@@ -48,24 +48,32 @@ class Workspace:
     @contextmanager
     def timed(self, what: str) -> Iterator[None]:
         """Adds the seconds spent inside to the record, as `<what>_s`, and saves it."""
-        began = time.monotonic()
-        yield
-        self.run.result["timing"][f"{what}_s"] = round(time.monotonic() - began, 3)
-        self.run.result["memory"]["peak_bytes"] = machine.peak_bytes(self.machine.device)
+        memory = self.run.result["memory"]
+        try:
+            with self.run.timed(what):
+                yield
+        finally:
+            memory["peak_bytes"] = max(memory.get("peak_bytes", 0), machine.peak_bytes(self.machine.device))
         self.run.save()
+
+    def measures_on(self, text: str, called: str) -> None:
+        """Records what figures of this run are of, since only those of one teacher and text compare."""
+        teacher = {"name": self.teacher.name, "fingerprint": self.teacher.fingerprint}
+        self.run.result["measured_on"] = {"teacher": teacher, "text": text, "called": called}
 
 
 def open_workspace(config: Config, run: Run) -> Workspace:
-    """Resolves the machine, finds the teacher and looks whether it can do what is asked.
+    """Resolves the machine, finds the teacher, and looks whether it can do what is asked and the machine can hold it.
 
     Raises:
         MissingError: one of the two cannot be had.
-        ConfigError: the teacher cannot.
+        ConfigError: the teacher cannot, or a size is beyond it or the machine.
     """
     resolved = machine.resolve(config.instance)
-    run.result["environment"] = environment(resolved.describe())
+    run.result["environment"] = environment(resolved.describe(), resolved.instance)
     teacher = models.locate(config.model, Path(config.outputs) / "artifacts")
     check(config, teacher, resolved)
+    limits.check(config, teacher, resolved)
     return Workspace(config, run, resolved, teacher)
 
 

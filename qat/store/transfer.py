@@ -137,7 +137,7 @@ def _mirror(store: StoreConfig, folder: Path, run_id: str, seconds: float, ended
                 place = open_place(store)
                 place.prepare()
             now = _state(folder)
-            if now != before:
+            if now != before and names.is_there(folder, "runs"):  # none is left of one that was refused
                 push(place, folder, "runs", _mirror_name(place, folder, run_id))
                 before = now
         except (QatError, OSError) as error:  # a file replaced while it is read is copied the next time

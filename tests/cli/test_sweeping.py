@@ -58,6 +58,13 @@ def test_sweep_goes_on_with_what_is_not_complete(launch, here, sweep, words):
     assert not list((here / "outputs").glob("SR-*"))
 
 
+def test_a_sweep_goes_on_with_what_changes_no_result(launch, here, sweep):
+    launch(*FOUR)
+    (here / "mended").touch()
+    words = ("instance.micro_batch=3", "tracker=none", "train.save_every=7", "train.keep=1")
+    assert launch("sweep.resume=outputs/sweep-001", *words).ran == ["SR-002", "SR-004"]
+
+
 def test_only_the_folder_of_a_planned_job_holds_what_is_gone_on_with(launch, here, sweep):
     launch("-m", "train.lr=1,2")
     (sweep / "SR-009").mkdir()
@@ -162,6 +169,9 @@ REFUSED = [
     ("sweep.resume=outputs/sweep-001 train.lr=7", "it goes on as planned"),
     ("sweep.resume=outputs/sweep-001 hydra/launcher=nothing", "nothing"),
     ("-m train.lr=1,1", "configured alike"),
+    ("-m instance.micro_batch=1,2", "differ only in instance.micro_batch, which never changes a result"),
+    ("sweep.resume=outputs/sweep-001 run.notes=other", "it goes on as planned"),
+    ("sweep.resume=outputs/sweep-001 train.eval_every=7", "it goes on as planned"),
     ("-m stage=chat chat.prompt=a,b", "cannot be swept"),
 ]
 

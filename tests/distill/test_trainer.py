@@ -18,7 +18,7 @@ from qat.distill.head import Head
 from qat.distill.loss import Loss
 from qat.distill.state import State, States
 from qat.distill.step import Scaler
-from qat.distill.trainer import MOST_SKIPS, Trainer
+from qat.distill.trainer import MOST_SKIPS, HeldOut, Trainer
 from qat.errors import ArtifactError, MissingError, NumericsError
 from qat.fidelity import Sample, settle
 from qat.forward import FAST, use
@@ -166,8 +166,8 @@ def test_latent_weights_learn_straight_through_and_move_indices(checkpoint, teac
 
 
 def test_layers_that_do_not_learn_still_count(student, readers):
-    plain = trainer_of(student, readers).kd_loss()
-    assert trainer_of(student, readers, mode=MLP).kd_loss() == pytest.approx(plain, rel=1e-5)
+    plain = trainer_of(student, readers).held_out().kd_loss
+    assert trainer_of(student, readers, mode=MLP).held_out().kd_loss == pytest.approx(plain, rel=1e-5)
 
 
 def test_gradients_are_clipped(student, readers):
@@ -405,8 +405,10 @@ def test_targets_stored_in_16_bits_train_as_exact_ones(checkpoint, teacher, read
 
     as_stored, exact = trained(readers[0]), trained(exact_targets(teacher, readers[0]))
     reordered = trained(readers[0], seed=1)
-    assert exact.final < 0.9 * exact.initial
-    assert abs(as_stored.final - exact.final) < 1e-4 * exact.final < abs(reordered.final - exact.final)
+    assert exact.loss_final < 0.9 * exact.loss_initial
+    assert abs(as_stored.kd_loss_final - exact.kd_loss_final) < 1e-4 * exact.kd_loss_final < abs(
+        reordered.kd_loss_final - exact.kd_loss_final
+    )
 
 
 @pytest.mark.parametrize("name", ["indices", "lut"])
@@ -441,12 +443,13 @@ def test_training_lowers_the_held_out_loss_and_tells_of_it(student, readers):
     train = TrainConfig(steps=25, batch_size=8, lr=5e-3, eval_every=10)
     trainer = trainer_of(student, readers, train=train)
     history = trainer.run(rows.append, lambda: best.append(len(rows)))
-    assert history.best < 0.9 * history.initial
-    assert history.final == pytest.approx(trainer.kd_loss(), rel=1e-5)
+    assert history.kd_loss_best < 0.9 * history.kd_loss_initial
+    assert history.kd_loss_final == pytest.approx(trainer.held_out().kd_loss, rel=1e-5)
     looks = [(row["step"], row["kd_loss"]) for row in rows if "kd_loss" in row]
     assert [step for step, _ in looks] == [0, 10, 20, 25]
-    assert history.initial == looks[0][1] and history.final == looks[-1][1]
-    assert history.best == min(kd for _, kd in looks)
+    assert history.kd_loss_initial == looks[0][1] and history.kd_loss_final == looks[-1][1]
+    assert (history.kd_loss_best, history.best_step) == min((kd, step) for step, kd in looks)
+    assert [row["held_out_loss"] for row in rows if "held_out_loss" in row] == pytest.approx([kd for _, kd in looks])
     lowest_so_far = sum(kd < min([k for _, k in looks[:i]], default=float("inf")) for i, (_, kd) in enumerate(looks))
     assert len(best) == lowest_so_far
     steps = [row for row in rows if "loss" in row]
@@ -454,14 +457,26 @@ def test_training_lowers_the_held_out_loss_and_tells_of_it(student, readers):
     assert history.tokens == 25 * 8 * 32 and history.seconds > 0
 
 
-def test_the_held_out_loss_is_the_run_logs_measure(student, teacher, readers):
+@pytest.mark.parametrize("micro_batch", [1, 12])
+@pytest.mark.parametrize("kind", list(LossKind))
+def test_held_out_are_the_loss_that_is_trained_and_the_run_logs_measure(student, teacher, readers, kind, micro_batch):
     batch = readers[1].batch(torch.arange(readers[1].rows))
     logits = tiny.exact_logits(teacher, student, tiny.exact_weights(student), batch.input_ids).detach()
-    expected = exact_loss(LossKind.topk_kl, teacher, batch, logits)
-    for micro_batch in (1, 12):
-        assert trainer_of(student, readers, micro_batch=micro_batch).kd_loss() == pytest.approx(
-            expected.item(), rel=1e-4
-        )
+    beside = teacher.load(torch.float32, tiny.CPU) if kind is LossKind.full_kl else None
+    loss = Loss(kind, 2.0 if kind is LossKind.topk_kl else 1.0, teacher=beside)
+    found = trainer_of(student, readers, loss=loss, micro_batch=micro_batch).held_out()
+    assert found.loss == pytest.approx(exact_loss(kind, teacher, batch, logits).item(), rel=1e-4)
+    assert found.kd_loss == pytest.approx(exact_loss(LossKind.topk_kl, teacher, batch, logits).item(), rel=1e-4)
+
+
+def test_the_best_student_is_the_one_whose_trained_loss_is_lowest(student, readers, monkeypatch):
+    looks = iter([HeldOut(1.0, 2.0), HeldOut(0.8, 2.5), HeldOut(0.9, 1.5)])
+    trainer, best = trainer_of(student, readers, train=replace(TRAIN, steps=2, eval_every=1)), []
+    monkeypatch.setattr(trainer, "held_out", lambda: next(looks))
+    history = trainer.run(lambda row: None, lambda: best.append(trainer.history.step))
+    assert best == [0, 1] and history.best_step == 1
+    assert (history.loss_initial, history.loss_best, history.loss_final) == (1.0, 0.8, 0.9)
+    assert (history.kd_loss_initial, history.kd_loss_best, history.kd_loss_final) == (2.0, 2.5, 1.5)
 
 
 CAP = 5.0
@@ -508,7 +523,10 @@ def test_the_head_gives_the_loss_and_gradient_of_whole_logits(teacher, capped, r
         p, at = logprobs.double().exp(), q.gather(-1, ids)
         p, at = (torch.cat([x, (1 - x.sum(-1, keepdim=True)).clamp_min(1e-6)], -1) for x in (p, at))
         expected = (p * (p / at).log()).sum(-1)
-    total = ((expected - hard * q.gather(-1, ids[:, :1])[:, 0].log()) * weight).sum()
+    expected = expected - hard * q.gather(-1, ids[:, :1])[:, 0].log()
+    found = head.losses(hidden, ids, logprobs, beside if loss.teacher else None)
+    assert torch.allclose(found.double(), expected, rtol=1e-4, atol=1e-5)
+    total = (expected * weight).sum()
     total.backward()
     assert value == pytest.approx(total.item(), rel=1e-4)
     assert torch.allclose(grad.double(), exact.grad, rtol=1e-3, atol=1e-4 * exact.grad.abs().max())

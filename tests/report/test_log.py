@@ -87,6 +87,70 @@ def test_conversions_say_their_own_losses_whether_a_run_used_them_or_not(outputs
     assert "| `tiny_q2a4_init` | {:.4f} | {:.4f} | 3.5600 |".format(*before) in text
 
 
+def changed(outputs, run_id, **words):
+    """Rewrites what a run says of itself."""
+    path = next(run.folder for run in records.runs(outputs) if run.run_id == run_id) / "result.json"
+    synthetic.write(path, json.loads(path.read_text()) | words)
+
+
+def test_what_trains_nothing_is_one_line_and_no_run(outputs):
+    evaluated = {"models": {"SR-001": {}, "teacher": {}}, "on": "wiki.txt, windows of 9 tokens, stride 3"}
+    figures = {"kl": 0.5, "kd_loss": 0.25, "perplexity": 12.0}
+    changed(outputs, "SR-002", stage="evaluate", name="", evaluation=evaluated, metrics=figures)
+    exported = {"checkpoint": {"name": "local", "path": "SR-001/checkpoints/best"}, "export": {"name": "packed"}}
+    size = {"export_bytes": 3.1e7}
+    paths = {"export": "there"}
+    changed(outputs, "SR-003", stage="export", config=exported, metrics={"parity": 2e-6}, memory=size, paths=paths)
+    changed(outputs, "SR-004", stage="cache", status="failed", error="no | text")
+    text = log.render(outputs)
+    assert not any(f"### {name}" in text for name in ("SR-002", "SR-003", "SR-004"))
+    lines = text.split("## Caches, evaluations and exports")[1].splitlines()
+    assert lines[4:7] == [
+        "| SR-002 | evaluate | complete | SR-001, teacher | full KL 0.5000, KD loss 0.2500, perplexity 12.0000 on"
+        " wiki.txt, windows of 9 tokens, stride 3 | 5 min 02 s | `SR-002` |",
+        "| SR-003 | export | complete | SR-001/checkpoints/best | packed, there, 31.0 MB, logits within 2.0e-06 |"
+        " 5 min 03 s | `SR-003` |",
+        "| SR-004 | cache | failed | teacher | no \\| text | 5 min 04 s | `SR-004` |",
+    ]
+
+
+def test_conversions_are_listed_by_instance_and_cores(outputs):
+    made = {"at": "2026-11-28T14:03:59+0000", "seconds": 138.2, "device": "cpu, bfloat16", "instance": "t4", "cores": 2}
+    for name, cores in (("many", 12), ("few", 2)):
+        manifest = {"name": name, "figures": {}, "made": made | {"cores": cores}}
+        synthetic.write(outputs / "artifacts" / "checkpoints" / name / "manifest.json", manifest)
+    text = log.render(outputs).split("## Conversion times")[1].split("##")[0]
+    rows = [line.split(" | ") for line in text.splitlines() if line.startswith("| t4")]
+    where = ["| t4", "cpu, bfloat16"]
+    assert rows[0] == [*where, "12", "`many`", "2 min 18 s", "2026-11-28 14:03", "`artifacts/checkpoints/many` |"]
+    assert rows[1][2:4] == ["2", "`few`"]
+    unknown = "| – | – | – | `tiny_q2a4_init` | – | – | `artifacts/checkpoints/tiny_q2a4_init-abc` |"
+    assert unknown in text  # made before that was recorded
+
+
+def test_a_reused_conversion_says_when_it_was_made_and_how_long_that_took(outputs):
+    made = {"at": "2026-11-28T14:03:59+0000", "seconds": 138.2, "device": "cpu, bfloat16", "cores": 2}
+    changed(outputs, "SR-001", reused={"convert": {"path": "x", "made": made}}, timing={"convert_s": 0.02})
+    changed(outputs, "SR-002", reused={"convert": {"path": "x", "made": None}}, timing={"convert_s": 0.02})
+    text = log.render(outputs)
+    told = "**Conversion**: reused, made 2026-11-28 14:03 in 2 min 18 s on cpu, bfloat16, 2 cores"
+    assert told in text.split("### SR-001")[1].split("###")[0]
+    assert "**Conversion**: reused, made before that was recorded" in text.split("### SR-002")[1].split("###")[0]
+
+
+def test_a_run_says_what_it_was_measured_on_what_is_wrong_with_it_and_that_it_went_on(outputs):
+    ground = {"teacher": {"name": "tiny", "fingerprint": "f"}, "text": "abc", "called": "held-out text of L64"}
+    again = [{"started": "2026-11-28T14:03:59+0000", "command": "python launch.py run.resume=SR-001"}]
+    changed(outputs, "SR-001", measured_on=ground, verdict="worse than its conversion: full KL 2 instead of 1")
+    changed(outputs, "SR-002", resumed=again)
+    text = log.render(outputs)
+    first, second = (text.split(f"### {name}")[1].split("###")[0] for name in ("SR-001", "SR-002"))
+    assert "**Measured on**: tiny, held-out text of L64 (abc)" in first
+    assert "**Result**: **worse than its conversion: full KL 2 instead of 1**; KD loss" in first
+    assert "**Resumed**: once 2026-11-28T14:03:59+0000 by `python launch.py run.resume=SR-001`" in second
+    assert "Measured on" not in second and "Resumed" not in first
+
+
 def test_failure_says_why(outputs):
     assert "**Result**: failed: no space left on the disk" in log.render(outputs).split("### SR-017")[1]
 

@@ -136,6 +136,21 @@ def test_few_runs_make_a_page_too(outputs, count):
     assert ("No complete run has been evaluated yet." in shown) == (count == 0)
 
 
+def test_runs_of_one_teacher_and_text_are_told_from_others(outputs):
+    synthetic.fill(outputs, 12)
+    for number, path in enumerate(sorted(outputs.rglob("result.json"))):
+        ground = {"teacher": {"name": "tiny", "fingerprint": "f"}, "text": f"{number % 2}abcdef", "called": "L64"}
+        given = {"measured_on": ground} if number < 6 else {}
+        stage = {"stage": "evaluate"} if number == 0 else {}
+        path.write_text(json.dumps(json.loads(path.read_text()) | given | stage))
+    runs = page.data(outputs)["runs"]
+    assert [run["trial"] for run in runs] == [run["stage"] != "evaluate" for run in runs] and runs[0]["name"] == ""
+    assert len({run["ground"] for run in runs}) == 3
+    told = [name for name in {run["ground"] for run in runs} if name in ("tiny, L64 (0abcde)", "tiny, L64 (1abcde)")]
+    assert len(told) == 2
+    assert 'run.trial &&' in page.render(outputs)
+
+
 def test_page_asks_for_nothing(outputs):
     synthetic.fill(outputs, 3)
     text = page.write(outputs).read_text()

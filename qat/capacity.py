@@ -1,0 +1,46 @@
+"""How much memory there is for a run: of the computer, of a container's share of it, or of a GPU."""
+
+from pathlib import Path
+
+import psutil
+import torch
+
+# The limit of a container, what it uses, and what of that the system would give back; of cgroup 2, then 1.
+CONTAINERS = (
+    (Path("/sys/fs/cgroup"), "memory.max", "memory.current", "inactive_file"),
+    (Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+)
+
+
+def host() -> tuple[int, int]:
+    """Bytes that this process can still take, and all that there are; what caches hold can be taken."""
+    memory = psutil.virtual_memory()
+    free, whole = memory.available, memory.total
+    for folder, limit, usage, idle in CONTAINERS:
+        most = _number(folder / limit)
+        if most is not None and most < whole:
+            given_back = _listed(folder / "memory.stat").get(idle, 0)
+            free, whole = min(free, most - (_number(folder / usage) or 0) + given_back), most
+    return max(0, free), whole
+
+
+def device(which: torch.device) -> int | None:
+    """Bytes that are free on a GPU; None for a device that shares the computer's memory."""
+    return int(torch.cuda.mem_get_info(which)[0]) if which.type == "cuda" else None
+
+
+def _number(path: Path) -> int | None:
+    """What a file of one number says; None where there is none, or no limit."""
+    try:
+        text = path.read_text().strip()
+    except OSError:
+        return None
+    return int(text) if text.isdigit() else None
+
+
+def _listed(path: Path) -> dict[str, int]:
+    try:
+        pairs = [line.split() for line in path.read_text().splitlines()]
+    except OSError:
+        return {}
+    return {pair[0]: int(pair[1]) for pair in pairs if len(pair) == 2 and pair[1].isdigit()}

@@ -1,0 +1,167 @@
+"""Words stay words: a value of a key that holds text arrives as it was typed.
+
+Hydra's grammar and YAML read `695e0514` as a number and `true` as a switch before anybody asks which key it
+is for; as text these come back as `inf` and `True`. So every such value of a key that holds text, in lists and
+sections too, is quoted before Hydra sees it, on the command line (`quoted`) and in files (`FileConfigSource`).
+"""
+
+import os
+from types import NoneType
+from typing import Any, get_args, get_origin
+
+import yaml
+from antlr4 import CommonTokenStream, InputStream
+from hydra._internal.core_plugins import file_config_source
+from hydra._internal.sources_registry import SourcesRegistry
+from hydra.core.override_parser.overrides_parser import OverridesParser, create_functions
+from hydra.core.override_parser.overrides_visitor import HydraErrorListener, HydraOverrideVisitor
+from hydra.core.override_parser.types import ChoiceSweep, Glob, Override, Quote, QuotedString, Sweep
+from hydra.core.plugins import Plugins
+from hydra.errors import HydraException
+from hydra.grammar.gen.OverrideLexer import OverrideLexer
+from hydra.grammar.gen.OverrideParser import OverrideParser
+from hydra.plugins.config_source import ConfigResult
+from omegaconf import OmegaConf
+from omegaconf._utils import get_yaml_loader
+
+from qat.cli import schema
+from qat.config import Config
+
+PROSE = ("chat.prompt", "run.goal", "run.notes")  # sentences, in which a comma separates no values
+
+TEXT = "tag:yaml.org,2002:str"
+NULL = "tag:yaml.org,2002:null"
+
+
+def quoted(override: str, swept: bool) -> str:
+    """An override in which words that Hydra would take for something else than text are quoted.
+
+    What its grammar does not read at all is left as it is, for those who can say so.
+
+    Args:
+        override: as typed.
+        swept: several values are a sweep, also of a sentence.
+    """
+    key, equals, value = override.partition("=")
+    name = key.lstrip("+")
+    hint = _hint(name, value)
+    if not equals or hint is None:
+        return override
+    try:
+        plain, words = OverridesParser.create().parse_override(override)._value, _words(override)._value
+    except (HydraException, RecursionError):
+        return override
+    if isinstance(plain, Sweep | Glob) and name in PROSE and not swept:
+        found: Any = QuotedString(value, Quote.single)
+    elif isinstance(plain, ChoiceSweep) and isinstance(words, ChoiceSweep):
+        listed = [_element(hint, *pair) for pair in zip(plain.list, words.list, strict=True)]
+        return override if listed == plain.list else f"{key}={_sweep(plain, listed)}"
+    elif isinstance(plain, list | dict) and value[0] in "[{" and not _holds_text(hint):
+        found = _element(hint, plain, words)
+    elif isinstance(plain, str | QuotedString | Sweep | Glob) or (plain is None and _is_optional(hint)):
+        return override
+    else:
+        found = QuotedString(value.strip(), Quote.single) if _holds_text(hint) or hint is Any else plain
+    return override if found == plain else f"{key}={Override._get_value_element_as_str(found)}"
+
+
+class FileConfigSource(file_config_source.FileConfigSource):
+    """Hydra's folders of YAML files, in which words stay words too, and an option is called like its file."""
+
+    def load_config(self, config_path: str) -> ConfigResult:
+        """Reads a file by the schema of the group that it is an option of, or of a whole run."""
+        result = super().load_config(config_path)
+        group, _, option = config_path.removesuffix(".yaml").rpartition("/")
+        whole = not group or result.header.get("package") == "_global_"
+        hint = Config if whole else schema.hint(group)
+        if hint is None or not OmegaConf.is_dict(result.config):
+            return result
+        with open(os.path.join(self.path, self._normalize_file_name(config_path)), encoding="utf-8") as file:
+            content = as_text(file.read(), hint)
+        if not whole and group in schema.groups():
+            content.setdefault("name", option)
+        result.config = OmegaConf.create(content)
+        return result
+
+
+def register() -> None:
+    """Has Hydra read files in this way, here and when it composes a job."""
+    Plugins.instance()  # which enters Hydra's own reader first
+    SourcesRegistry.instance().types["file"] = FileConfigSource
+
+
+class _Words(HydraOverrideVisitor):
+    """Reads every single value as the text that was typed."""
+
+    def visitPrimitive(self, ctx: OverrideParser.PrimitiveContext) -> Any:
+        read = super().visitPrimitive(ctx)
+        return read if isinstance(read, str | QuotedString) else QuotedString(ctx.getText().strip(), Quote.single)
+
+
+def _words(override: str) -> Any:
+    """As `OverridesParser.parse_override`, with the visitor above."""
+    lexer = OverrideLexer(InputStream(override))
+    parser = OverrideParser(CommonTokenStream(lexer))
+    for part in (lexer, parser):
+        part.removeErrorListeners()
+        part.addErrorListener(HydraErrorListener())
+    return _Words(create_functions()).visit(parser.override())
+
+
+def _hint(name: str, value: str) -> Any:
+    """The type of a key; the option of a group is a word."""
+    chosen = name in (*schema.groups(), *schema.EXTRAS) or name.startswith("hydra/")
+    return str if chosen and not value.startswith("{") else schema.hint(name)
+
+
+def _element(hint: Any, plain: Any, words: Any) -> Any:
+    """A value with the words of it that are text, from the value and all of its words."""
+    if isinstance(plain, dict):
+        return {key: _element(schema.hints(hint).get(str(key)), plain[key], words[key]) for key in plain}
+    if isinstance(plain, list):
+        return [_element(_inside(hint), *pair) for pair in zip(plain, words, strict=True)]
+    meant = isinstance(plain, str | QuotedString) or (plain is None and _is_optional(hint))
+    if meant or not (_holds_text(hint) or hint is Any):
+        return plain
+    return words if isinstance(words, QuotedString) else QuotedString(words, Quote.single)  # bare inside choice(…)
+
+
+def _sweep(sweep: ChoiceSweep, listed: list[Any]) -> str:
+    """A sweep over other values, as one types it; Hydra's functions take quotes off, so there are none without need."""
+    text = ",".join(map(Override._get_value_element_as_str, listed))
+    text = f"shuffle({text})" if sweep.shuffle else text
+    return f"tag({','.join(sorted(sweep.tags))},choice({text}))" if sweep.tags else text
+
+
+def as_text(content: str, hint: Any) -> dict[str, Any]:
+    """What a YAML file holds, values of keys that hold text as they are written."""
+    loader = get_yaml_loader()(content)
+    node = loader.get_single_node()
+    _tag(node, hint)
+    return dict(loader.construct_document(node))
+
+
+def _tag(node: yaml.Node, hint: Any) -> None:
+    """Makes text of the plain values below a node that are for text; what is no mapping where one belongs is left."""
+    if isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            _tag(value, schema.hints(hint).get(key.value))
+    elif isinstance(node, yaml.SequenceNode):
+        for value in node.value:
+            _tag(value, _inside(hint))
+    elif (_holds_text(hint) or hint is Any) and not (node.tag == NULL and _is_optional(hint)):
+        node.tag = TEXT
+
+
+def _inside(hint: Any) -> Any:
+    """The type of a list's elements."""
+    hint = schema.required(hint)
+    return hint if hint is Any else next(iter(get_args(hint)), None) if get_origin(hint) is list else None
+
+
+def _holds_text(hint: Any) -> bool:
+    return schema.required(hint) is str
+
+
+def _is_optional(hint: Any) -> bool:
+    return hint is Any or NoneType in get_args(hint)

@@ -1,0 +1,213 @@
+"""What memory a run takes at least, reckoned from shapes before anything is loaded.
+
+Only what must be there at one time is counted, each thing once and at its smallest: a run that is refused
+could not have ended, one that is let through may still run out (a GPU's memory is used up to the last byte
+by smaller micro-batches first, `qat.distill.step`).
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import psutil
+import torch
+from torch import nn
+from transformers import PreTrainedConfig
+
+from qat import capacity
+from qat.cache.format import bytes_a_row
+from qat.config import (
+    Config,
+    DataConfig,
+    DataSource,
+    LossKind,
+    ModeConfig,
+    Stage,
+    Start,
+    TrainConfig,
+)
+from qat.console import size
+from qat.data import mix
+from qat.errors import ConfigError
+from qat.generation.memory import elements
+from qat.machine import Machine
+from qat.quant.convert import STACK_BYTES, stacks
+from qat.quant.layers import Layer
+
+FP32 = 4
+REFERENCE = 8  # bytes of one in a list
+MODEL = "model"  # the key of what no other setting changes
+PROMPTS = 400  # the project's own list has more
+
+
+@dataclass(frozen=True)
+class Part:
+    """What some memory is for, and the key that decides it; `host` where a GPU does not hold it."""
+
+    what: str
+    bytes: float
+    key: str
+    host: bool = False
+
+
+@dataclass(frozen=True)
+class Job:
+    """A quantized student to be made: its layers, and how they are to learn; `prefix` of its keys."""
+
+    layers: list[Layer]
+    mode: ModeConfig
+    train: TrainConfig
+    prefix: str = ""
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """Sizes of a teacher.
+
+    Attributes:
+        weights: how many there are.
+        exact: on the disk they are fp32, and so read from there as they are needed.
+        vocabulary, hidden, inner, depth: tokens, dimensions of hidden states and inside MLPs, decoder layers.
+        remembered: numbers that are kept of a token while text is written.
+    """
+
+    weights: int
+    exact: bool
+    vocabulary: int
+    hidden: int
+    inner: int
+    depth: int
+    remembered: int
+
+    @classmethod
+    def of(cls, model: nn.Module, config: PreTrainedConfig) -> "Shapes":
+        """Those of a model, which needs no memory behind it; what its configuration does not tell counts as none."""
+        text: Any = config.get_text_config()
+        hidden, inner, depth = (
+            int(getattr(text, name, None) or 0) for name in ("hidden_size", "intermediate_size", "num_hidden_layers")
+        )
+        plain = hidden and depth and getattr(text, "num_attention_heads", None)
+        remembered = elements(text) if plain else 0
+        weights = sum(parameter.numel() for parameter in model.parameters())
+        stored = getattr(config, "dtype", None)
+        return cls(weights, stored is torch.float32, int(text.vocab_size), hidden, inner, depth, remembered)
+
+
+def check(config: Config, shapes: Shapes, jobs: list[Job], machine: Machine) -> None:
+    """Refuses a run that this machine has not the memory for.
+
+    Args:
+        config: of the run.
+        shapes: of its teacher.
+        jobs: the students that it makes or trains.
+        machine: that it is to run on.
+
+    Raises:
+        ConfigError: what takes most of the memory, and which key to change.
+    """
+    gpu = capacity.device(machine.device)
+    host = capacity.host()[0] + psutil.swap_memory().free
+    for name, parts in phases(config, shapes, jobs, machine):
+        for free, held in (
+            (gpu, [part for part in parts if not part.host]),
+            (host, [part for part in parts if part.host or gpu is None]),
+        ):
+            if free is not None and sum(part.bytes for part in held) > free:
+                raise ConfigError(_refusal(name, held, free, "" if free == host else " on the GPU"))
+
+
+def phases(config: Config, shapes: Shapes, jobs: list[Job], machine: Machine) -> Iterator[tuple[str, list[Part]]]:
+    """What a run does one after the other, each with what is in memory at that time."""
+    stage, dtype = config.stage, machine.dtype.itemsize
+    teacher = Part("the teacher's weights", shapes.weights * dtype, MODEL)
+    in_memory = 0 if shapes.exact else shapes.weights
+    exact = Part("the teacher's weights in fp32", in_memory * FP32, MODEL, host=True)
+    if stage in (Stage.run, Stage.cache, Stage.convert, Stage.distill) and not config.cache.path:
+        for where, source in _generated(config.data):
+            yield "text", [teacher, *_writing(source, where, shapes, machine)]
+        yield "the cache", [teacher]
+    if stage in (Stage.run, Stage.convert):
+        for job in jobs:
+            yield "conversion", [exact, teacher, *_fit(job, config, machine)]
+    if stage in (Stage.run, Stage.distill):
+        for job in jobs:
+            yield "training", _training(job, config, shapes, machine)
+    if stage in (Stage.run, Stage.evaluate):
+        yield "evaluation", [teacher, Part("the student's weights", shapes.weights * dtype, MODEL)]
+    if stage is Stage.export:
+        yield "export", [exact]
+
+
+def _generated(data: DataConfig) -> Iterator[tuple[str, DataConfig]]:
+    """The sources that the teacher writes, with the beginning of their keys."""
+    for number, part in enumerate(mix.parts(data)):
+        if part.source is DataSource.selfgen:
+            yield f"data.parts[{number}]." if data.parts else "data.", part
+
+
+def _writing(source: DataConfig, where: str, shapes: Shapes, machine: Machine) -> Iterator[Part]:
+    starts = {
+        Start.prompts: PROMPTS if not source.path else 1,
+        Start.tokens: shapes.vocabulary,
+        Start.openings: 1,
+        Start.questions: source.documents or 1,
+    }[source.start]
+    documents = min(starts, source.documents or starts)
+    rows, key = documents * source.answers, "documents" if documents > source.answers else "answers"
+    yield Part("the list of all answers", 2 * REFERENCE * rows, where + key, host=True)
+    at_once = 1 if machine.device.type == "cuda" else min(rows, 64)
+    remembered = at_once * source.answer_tokens * shapes.remembered * machine.dtype.itemsize
+    yield Part("keys and values of answers", remembered, f"{where}answer_tokens")
+
+
+def _fit(job: Job, config: Config, machine: Machine) -> Iterator[Part]:
+    inputs = {layer.source: layer.shape[1] for layer in job.layers}
+    moments = FP32 * sum(width**2 for width in inputs.values())
+    if config.convert.gradients:
+        moments += FP32 * sum(layer.shape[0] ** 2 for layer in job.layers)
+    yield Part("second moments", moments, "convert.gradients" if config.convert.gradients else MODEL, host=True)
+    device = "cuda" if machine.device.type == "cuda" else "cpu"
+    largest = max(stacks(job.layers, STACK_BYTES[device]), key=_equations, default=[])
+    if largest:
+        kind, rank = largest[0].kind, largest[0].rank
+        yield Part(f"equations of rank {rank}", _equations(largest), f"{job.prefix}quant.{kind}.rank")
+
+
+def _equations(stack: list[Layer]) -> float:
+    """The normal equations of every row or column of a stack of layers, and their factors."""
+    return 2.0 * FP32 * sum(max(layer.shape) * layer.rank**2 for layer in stack)
+
+
+def _training(job: Job, config: Config, shapes: Shapes, machine: Machine) -> list[Part]:
+    train, dtype, prefix = job.train, machine.dtype.itemsize, job.prefix
+    learning = [layer for layer in job.layers if {"mlp": job.mode.mlp, "attn": job.mode.attn}[layer.kind]]
+    weights, gpu = sum(layer.weights for layer in learning), machine.device.type == "cuda"
+    here = 1 if gpu else -(-train.batch_size // max(1, config.instance.devices))  # a GPU takes fewer at once
+    tokens = min(machine.micro_batch, here) * config.cache.length
+    kept = shapes.hidden if gpu else 4 * shapes.hidden + 3 * shapes.inner  # a GPU computes the rest twice
+    scales = sum(layer.rank * sum(layer.shape) for layer in learning)
+    meta = {"length": config.cache.length, "top_k": config.cache.top_k, "random": 0, "vocab_size": shapes.vocabulary}
+    row = bytes_a_row(meta | {"train_targets": config.cache.train_targets}, "train")
+    parts = [
+        Part("the student's weights", shapes.weights * dtype, MODEL),
+        Part("gradients of the weights", weights * dtype, f"{prefix}mode"),
+        Part("scales with their gradients and moments", 4 * FP32 * scales, f"{prefix}quant"),
+        Part("activations", tokens * shapes.depth * kept * dtype, "instance.micro_batch"),
+        Part("the sequences of a batch", train.batch_size * row, f"{prefix}train.batch_size", host=True),
+    ]
+    if train.learn.latent > 0:
+        parts.append(Part("latent weights with their moments", 3 * FP32 * weights, f"{prefix}train.learn.latent"))
+    if config.loss.kind is LossKind.full_kl:
+        parts.append(Part("the teacher's weights", shapes.weights * dtype, "loss"))
+    return parts
+
+
+def _refusal(phase: str, parts: list[Part], free: float, where: str) -> str:
+    largest = sorted(parts, key=lambda part: -part.bytes)[:2]
+    told = " and ".join(f"{size(part.bytes)} for {part.what} ({part.key})" for part in largest)
+    keys = [part.key for part in largest if part.key != MODEL]
+    change = f"change {keys[0]}" if keys else "choose a smaller model"
+    return (
+        f"{phase} needs at least {size(sum(part.bytes for part in parts))} of memory{where} and {size(free)} are free:"
+        f" {told}; {change}, or use a machine with more"
+    )

@@ -1,0 +1,52 @@
+"""Caches, evaluations and exports in the run log: they train nothing, so each is one line."""
+
+from collections.abc import Iterator
+
+from qat.console import duration
+from qat.report.markdown import NOTHING, plain
+from qat.report.markdown import table as rendered
+from qat.report.records import Record
+
+FIGURES = {"kl": "full KL", "kd_loss": "KD loss", "perplexity": "perplexity"}
+HEADER = ("run", "stage", "status", "of", "result", "time", "folder")
+
+
+def table(runs: list[Record]) -> Iterator[str]:
+    """Their section; nothing where there are none."""
+    if runs:
+        yield "## Caches, evaluations and exports"
+        yield rendered(HEADER, list(map(_row, runs)))
+
+
+def _row(run: Record) -> list[str]:
+    seconds = run.number("timing", "total_s")
+    told = {"evaluate": _evaluation, "export": _export}.get(run.text("stage"), _cache)
+    result = plain(run.text("error")) if run.status != "complete" else told(run)
+    time = NOTHING if seconds is None else duration(seconds)
+    return [run.run_id, run.text("stage"), run.status, _subject(run), result or NOTHING, time, f"`{run.place}`"]
+
+
+def _subject(run: Record) -> str:
+    """What was looked at."""
+    models = run.section("evaluation", "models")
+    checkpoint = run.text("config", "checkpoint", "path") or run.text("config", "checkpoint", "name")
+    return plain(", ".join(models) or checkpoint)
+
+
+def _evaluation(run: Record) -> str:
+    found = {name: run.number("metrics", key) for key, name in FIGURES.items()}
+    figures = [f"{name} {value:.4f}" for name, value in found.items() if value is not None]
+    on = run.text("evaluation", "on")
+    return plain(" on ".join(part for part in (", ".join(figures), on) if part))
+
+
+def _export(run: Record) -> str:
+    size, error = run.number("memory", "export_bytes"), run.number("metrics", "parity")
+    parts = [run.text("config", "export", "name"), run.text("paths", "export")]
+    parts += [] if size is None else [f"{size / 1e6:,.1f} MB"]
+    parts += [] if error is None else [f"logits within {error:.1e}"]
+    return plain(", ".join(parts))
+
+
+def _cache(run: Record) -> str:
+    return plain(run.text("paths", "cache"))

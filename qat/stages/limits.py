@@ -1,0 +1,92 @@
+"""Sizes that cannot work with this teacher on this machine, found before the run does anything."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from qat import checkpoints, footprint
+from qat.checkpoint_files import find
+from qat.config import Config, DataSource, ExportFormat, Stage
+from qat.data import mix
+from qat.errors import ConfigError
+from qat.footprint import Job, Shapes
+from qat.machine import Machine
+from qat.models import ModelFolder
+from qat.quant.layers import select
+
+CONVERTS = (Stage.run, Stage.convert)
+TRAINS = (Stage.run, Stage.distill)
+
+
+def check(config: Config, teacher: ModelFolder, machine: Machine) -> None:
+    """Looks at ranks, lengths, counts and memory.
+
+    Raises:
+        ConfigError: the first that cannot work, with its bound or what takes the memory.
+    """
+    check_lengths(config, teacher)
+    _check_vocabulary(config, teacher.vocab_size())
+    jobs = list(_jobs(config, teacher))
+    for job in jobs if config.stage in CONVERTS else []:
+        _check_ranks(job, teacher)
+    footprint.check(config, Shapes.of(teacher.skeleton(), teacher.settings()), jobs, machine)
+
+
+def check_lengths(config: Config, teacher: ModelFolder) -> None:
+    """No text is longer than the model was made for.
+
+    Raises:
+        ConfigError: one would be.
+    """
+    longest = teacher.context()
+    for key, tokens in _lengths(config):
+        if longest is not None and tokens > longest:
+            raise ConfigError(f"{key}={tokens}: {teacher.name} is made for at most {longest} tokens")
+
+
+def _lengths(config: Config) -> Iterator[tuple[str, int]]:
+    """Tokens that are seen at once, by the key that says how many."""
+    stage = config.stage
+    if stage is Stage.chat:
+        yield "chat.max_tokens", config.chat.max_tokens
+    if stage is Stage.export and config.export.format is ExportFormat.coreml:
+        yield "export.context", config.export.context
+    if stage is Stage.evaluate and config.evaluate.text:
+        yield "evaluate.context", config.evaluate.context
+    if stage in (Stage.run, Stage.evaluate):
+        yield "evaluate.sample_tokens", config.evaluate.sample_tokens
+    if stage in (Stage.chat, Stage.export) or config.cache.path:
+        return
+    yield "cache.length", config.cache.length
+    for number, part in enumerate(mix.parts(config.data)):
+        if part.source is DataSource.selfgen:
+            where = f"data.parts[{number}]" if config.data.parts else "data"
+            yield f"{where}.answer_tokens", part.answer_tokens
+
+
+def _check_vocabulary(config: Config, tokens: int) -> None:
+    for key, count in (("cache.top_k", config.cache.top_k), ("cache.random", config.cache.random)):
+        if count > tokens and not config.cache.path:
+            raise ConfigError(f"{key}={count}: model={config.model.name} has only {tokens} tokens")
+
+
+def _jobs(config: Config, teacher: ModelFolder) -> Iterator[Job]:
+    """The students of a run, the one that is trained first first."""
+    if config.first and config.stage is Stage.run:
+        yield Job(select(teacher.skeleton(), config.first.quant), config.first.mode, config.first.train, "first.")
+    start = config.checkpoint.path
+    if config.stage is Stage.run or (config.stage is Stage.convert):
+        yield Job(select(teacher.skeleton(), config.quant), config.mode, config.train)
+    elif config.stage is Stage.distill and start and (found := find(Path(start).expanduser())).is_dir():
+        layers = checkpoints.layers_of(checkpoints.native.opened(found))
+        yield Job(layers, config.mode, config.train)
+
+
+def _check_ranks(job: Job, teacher: ModelFolder) -> None:
+    """No rank is above the smaller side of a matrix, where more of it says nothing more."""
+    for layer in job.layers:
+        if layer.rank > min(layer.shape):
+            key, (outputs, inputs) = f"{job.prefix}quant.{layer.kind}.rank", layer.shape
+            raise ConfigError(
+                f"{key}={layer.rank}: {layer.name} of {teacher.name} has {outputs} outputs and {inputs} inputs, so no"
+                f" rank above {min(layer.shape)} adds anything"
+            )

@@ -1,0 +1,177 @@
+"""What a run takes at least: never more than what is there, and refused by what takes most of it."""
+
+from dataclasses import replace
+
+import psutil
+import pytest
+import torch
+import transformers
+
+from qat import capacity, checkpoints, footprint
+from qat.cache.reader import CacheReader
+from qat.cli import arguments, main
+from qat.config import LearnConfig, LossKind, ModeConfig, TrainConfig
+from qat.distill.loss import Loss
+from qat.distill.trainer import Trainer
+from qat.errors import ConfigError
+from qat.footprint import Job, Shapes
+from qat.quant import scales
+from qat.quant.layers import Layer, select
+from qat.quant.linear import quantized
+from tests import tiny
+
+GB = 10**9
+BOTH = ModeConfig("e2e", True, True)
+
+
+@pytest.fixture(scope="module")
+def config():
+    return main.check(arguments.parse(["model=tiny", "cache.top_k=8", "cache.random=8"])).configs[0]
+
+
+@pytest.fixture(scope="module")
+def large():
+    """A model of 14 billion weights, none of them in memory."""
+    shape = transformers.LlamaConfig(
+        vocab_size=128_000,
+        hidden_size=5_120,
+        intermediate_size=17_408,
+        num_hidden_layers=40,
+        num_attention_heads=40,
+        num_key_value_heads=8,
+        dtype="bfloat16",
+    )
+    with torch.device("meta"):
+        return transformers.AutoModelForCausalLM.from_config(shape), shape
+
+
+@pytest.fixture
+def room(monkeypatch):
+    """Sets how many bytes are free."""
+
+    def free(count, swap=0, gpu=None):
+        monkeypatch.setattr(capacity, "host", lambda: (count, 10**12))
+        monkeypatch.setattr(capacity, "device", lambda device: gpu)
+        monkeypatch.setattr(psutil, "swap_memory", lambda: type("Swap", (), {"free": swap}))
+
+    return free
+
+
+def job_of(model, config, prefix=""):
+    return Job(select(model, config.quant), config.mode, config.train, prefix)
+
+
+def needed(config, shapes, jobs, machine=tiny.FP32):
+    return {name: sum(part.bytes for part in parts) for name, parts in footprint.phases(config, shapes, jobs, machine)}
+
+
+def test_a_run_that_fits_to_the_byte_is_let_through_and_one_byte_less_is_refused(config, large, room):
+    model, shape = large
+    shapes, jobs = Shapes.of(model, shape), [job_of(model, config)]
+    most = int(max(needed(config, shapes, jobs).values()))
+    assert most > 50 * GB
+    for free, swap in ((most, 0), (most - GB, GB)):
+        room(free, swap)
+        footprint.check(config, shapes, jobs, tiny.FP32)
+    room(most - 1)
+    with pytest.raises(ConfigError, match="conversion needs at least"):
+        footprint.check(config, shapes, jobs, tiny.FP32)
+
+
+def test_the_two_largest_parts_and_the_key_to_change_are_told(config, large, room):
+    model, shape = large
+    room(70 * GB)
+    wide = replace(config, quant=replace(config.quant, mlp=replace(config.quant.mlp, rank=2000)))
+    with pytest.raises(ConfigError) as refused:
+        footprint.check(wide, Shapes.of(model, shape), [job_of(model, wide)], tiny.FP32)
+    told = str(refused.value)
+    assert f"{2 * 4 * 17_408 * 2000**2 / 1e9:.0f} GB for equations of rank 2000 (quant.mlp.rank) and" in told
+    assert "for the teacher's weights in fp32 (model); change quant.mlp.rank, or use a machine with more" in told
+    assert "and 70 GB are free" in told
+
+
+@pytest.mark.parametrize(
+    ("words", "phase", "told"),
+    [
+        (["train.batch_size=1000000000"], "training", "the sequences of a batch (train.batch_size)"),
+        (["data=prompts", "data.answers=1000000000"], "text", "the list of all answers (data.answers)"),
+        (["data=questions", "data.documents=1000000000000"], "text", "all answers (data.documents)"),
+        (["data.answers=1000000000"], "text", "all answers (data.parts[0].answers)"),
+        (["train.batch_size=100000", "instance.micro_batch=100000"], "training", "activations (instance.micro_batch)"),
+    ],
+)
+def test_counts_without_an_end_of_their_own_are_refused_by_their_key(teacher, room, words, phase, told):
+    config = main.check(arguments.parse(["model=tiny", "cache.random=8", *words])).configs[0]
+    model = teacher.skeleton()
+    room(20 * GB)
+    machine = replace(tiny.FP32, micro_batch=config.instance.micro_batch)
+    with pytest.raises(ConfigError) as refused:
+        footprint.check(config, Shapes.of(model, teacher.settings()), [job_of(model, config)], machine)
+    assert str(refused.value).startswith(f"{phase} needs at least") and told in str(refused.value)
+
+
+def test_a_gpu_is_asked_for_what_it_must_hold_alone(config, large, room):
+    model, shape = large
+    shapes, jobs = Shapes.of(model, shape), [job_of(model, config)]
+    machine = replace(tiny.FP32, device=torch.device("cuda"), dtype=torch.bfloat16)
+    whole = shapes.weights * 2
+    room(10**12, gpu=whole - 1)
+    with pytest.raises(ConfigError, match="of memory on the GPU"):
+        footprint.check(config, shapes, jobs, machine)
+    room(10**12, gpu=3 * whole)
+    footprint.check(config, shapes, jobs, machine)
+    room(shapes.weights * 4 - 1, gpu=3 * whole)
+    with pytest.raises(ConfigError, match=r"conversion needs at least .* of memory and"):
+        footprint.check(config, shapes, jobs, machine)
+
+
+def test_what_training_is_said_to_hold_is_there(teacher, cache, config, tmp_path):
+    """Each part against the tensors of a trainer that has made a step."""
+    folder = tiny.checkpoint_in(tmp_path / "checkpoint", teacher, cache)
+    student, manifest = checkpoints.load(folder, teacher, tiny.FP32, latents=True)
+    layers, modules = checkpoints.layers_of(manifest), quantized(student)
+    train = TrainConfig(steps=1, batch_size=8, learn=LearnConfig(latent=1.0))
+    readers = CacheReader(cache, "train"), CacheReader(cache, "eval")
+    named = {layer.name: (layer.kind, modules[layer.name]) for layer in layers}
+    trainer = Trainer(student, named, readers, train, BOTH, Loss(LossKind.bucket_kl), tiny.FP32, 0)
+    trainer.run(lambda row: None, lambda: None)
+    like = replace(config, cache=replace(config.cache, length=32, top_k=8))
+    shapes = Shapes.of(teacher.skeleton(), teacher.settings())
+    parts = {part.what: part.bytes for part in footprint._training(Job(layers, BOTH, train), like, shapes, tiny.FP32)}
+    held = dict.fromkeys(("scales", "codebooks", "latent"), 0)
+    for parameter in trainer.learners.parameters:
+        moments = trainer.optimizer.adam.state[parameter.value]
+        held[parameter.kind] += sum(x.nbytes for x in (parameter.value, moments["exp_avg"], moments["exp_avg_sq"]))
+    assert parts["latent weights with their moments"] == held["latent"]
+    gradients = sum(grad.nbytes for stack in trainer.learners._stacks for grad in stack.grads.values())
+    assert 0.9 * (held["scales"] + gradients) < parts["scales with their gradients and moments"]
+    assert parts["scales with their gradients and moments"] <= held["scales"] + gradients
+    assert parts["gradients of the weights"] <= trainer.learners._weights.sums.nbytes
+    model = teacher.load(torch.float32, tiny.CPU)
+    assert parts["the student's weights"] == sum(parameter.nbytes for parameter in model.parameters())
+    batch = readers[0].batch(torch.arange(8))
+    assert parts["the sequences of a batch"] <= sum(tensor.nbytes for tensor in batch.stored.values())
+
+
+def test_equations_of_a_rank_are_there_at_one_time(monkeypatch):
+    layer, seen = Layer("up_proj", "mlp", (48, 40), 2, 24), []
+    real = scales._solver
+    monkeypatch.setattr(scales, "_solver", lambda gram: seen.append(gram.nbytes) or real(gram))
+    draw = torch.Generator().manual_seed(0)
+    Q, A, B = (torch.randn(*shape, generator=draw) for shape in ((1, 48, 40), (1, 48, 24), (1, 24, 40)))
+    scales.rows(Q, B, torch.ones(1, 40)), scales.columns(Q, A, torch.ones(1, 40))
+    assert footprint._equations([layer]) == 2 * max(seen)  # and as much for the factors
+
+
+def test_weights_that_are_read_from_the_disk_as_they_are_needed_take_no_memory(config, large):
+    model, shape = large
+    shapes = Shapes.of(model, shape)
+    lazy = needed(config, replace(shapes, exact=True), [job_of(model, config)])
+    assert needed(config, shapes, [job_of(model, config)])["conversion"] - lazy["conversion"] == 4 * shapes.weights
+
+
+@pytest.mark.parametrize("stage", ["cache", "evaluate", "export"])
+def test_a_stage_that_makes_no_student_needs_no_job(config, large, stage):
+    model, shape = large
+    other = replace(config, stage=type(config.stage)[stage])
+    assert all(count > GB for count in needed(other, Shapes.of(model, shape), []).values())
