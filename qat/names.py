@@ -153,17 +153,19 @@ def cached(config: Config) -> Path | None:
 
 
 def cache_names(config: Config) -> list[str]:
-    """What the configured cache is called in a store: a registered one's names, or that of the run log for its text.
+    """What the configured cache is called in a store: its own name, or those that the old run log has for its text.
 
-    Caches of other text are made from the configuration and keyed by content, so a name says too little.
+    Whatever random sample those kept beside. Caches of other text are made from the configuration and keyed by
+    content, so a name says too little.
     """
     given, data = config.cache, config.data
     if given.path:
         return aliases(given.path, group="cache")
     if data.source is not DataSource.alpaca or data.path:
         return []
-    shape = f"L{given.length}_K{given.top_k}_R{given.random}"
-    return [f"{data.name}_chat_think_{data.thinking}_{shape}"]
+    name = f"{data.name}_chat_think_{data.thinking}_L{given.length}_K{given.top_k}_R"
+    registered = [archive for archive in _options("cache").values() if archive.startswith(name)]
+    return list(dict.fromkeys([*registered, f"{name}{given.random}"]))
 
 
 def archive_file(word: str) -> Path | None:
