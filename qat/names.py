@@ -48,8 +48,7 @@ def checkpoint(word: str, outputs: Path, archive: str | None = None) -> Path | N
     """
     if word == TEACHER:
         return None
-    file = Path(os.path.expanduser(word))
-    if archives.is_archive(word) and file.is_file():
+    if file := archive_file(word):
         return _unpacked(file, outputs, "checkpoints")
     names = [] if _is_path(word) else aliases(word, archive)
     found = _distinct([*_meant(word, outputs), *(local_folder(outputs, "checkpoints", name) for name in names)])
@@ -68,6 +67,8 @@ def checkpoint(word: str, outputs: Path, archive: str | None = None) -> Path | N
 def start(config: Config) -> Path | None:
     """The same of the configured checkpoint."""
     given = config.checkpoint
+    if given.name == "local" and not given.path:
+        return None
     return checkpoint(given.path or given.name, Path(config.outputs), given.archive)
 
 
@@ -93,7 +94,7 @@ def settled(given: CheckpointConfig, outputs: Path) -> CheckpointConfig:
         return given
     if place is None:
         return CheckpointConfig(TEACHER)
-    if archives.is_archive(given.path) or not place.exists():
+    if archive_file(given.path) or not place.exists():
         return given
     return replace(given, path=_shown(place) if given.path.startswith("./") else str(place))
 
@@ -144,25 +145,33 @@ def cached(config: Config) -> Path | None:
     pulled = [local_folder(outputs, "caches", name) for name in cache_names(config)]
     if not word:
         return next((path for path in pulled if is_there(path, "caches")), None)
+    if file := archive_file(word):
+        return _unpacked(file, outputs, "caches")
     path = Path(os.path.expanduser(word))
-    if archives.is_archive(word) and path.is_file():
-        return _unpacked(path, outputs, "caches")
     found = _distinct([path, outputs / path, *pulled])
     return _only(word, found) if found else pulled[0]
 
 
 def cache_names(config: Config) -> list[str]:
-    """What the configured cache is called in a store: a registered one's names, or that of the run log for its text.
+    """What the configured cache is called in a store: its own name, or those that the old run log has for its text.
 
-    Caches of other text are made from the configuration and keyed by content, so a name says too little.
+    Whatever random sample those kept beside. Caches of other text are made from the configuration and keyed by
+    content, so a name says too little.
     """
     given, data = config.cache, config.data
     if given.path:
         return aliases(given.path, group="cache")
     if data.source is not DataSource.alpaca or data.path:
         return []
-    shape = f"L{given.length}_K{given.top_k}_R{given.random}"
-    return [f"{data.name}_chat_think_{data.thinking}_{shape}"]
+    name = f"{data.name}_chat_think_{data.thinking}_L{given.length}_K{given.top_k}_R"
+    registered = [archive for archive in _options("cache").values() if archive.startswith(name)]
+    return list(dict.fromkeys([*registered, f"{name}{given.random}"]))
+
+
+def archive_file(word: str) -> Path | None:
+    """The archive at hand that a word is the path of."""
+    file = Path(os.path.expanduser(word))
+    return file if archives.is_archive(word) and os.path.isfile(file) else None
 
 
 def called(path: Path, outputs: Path) -> str:

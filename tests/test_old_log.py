@@ -69,6 +69,8 @@ def test_sr_001_as_single_commands(drive, tmp_path):
 
     export = ("stage=export", "export=anemll_v2", f"export.output={tmp_path}/export")
     assert desk.runs("SR-005", *export, "checkpoint=SR-001", *STUDENT)["metrics"]["parity"] < 1e-5
+    card = (tmp_path / "export" / "README.md").read_text()
+    assert "| run | SR-001 |" in card and "train.steps" not in card  # it was converted, not trained
 
     text = (desk.outputs / "RUNS.md").read_text()
     assert "| `q4_fp32` | 0.7312 |" in text and "| `alpaca_L64` |" in text

@@ -1,35 +1,45 @@
-"""`checkpoint=<path>` and `checkpoint=SR-007` as the option `local` and its path; `qat.names` knows what they mean."""
+"""`checkpoint=SR-007` and `cache=<path>` as the option `local` and its path; `qat.names` knows what they mean."""
 
 import os
+from collections.abc import Callable
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, QuotedString
 from hydra.errors import HydraException
 
+from qat import names
 from qat.cli.arguments import quote
 
 
-def rewrite(overrides: list[str], options: list[str]) -> list[str]:
-    """Replaces every `checkpoint=<value>` with a value that is not an option of the group.
+def rewrite(overrides: list[str], options: Callable[[str], list[str]]) -> list[str]:
+    """Replaces every `checkpoint=<value>` and `cache=<value>` with a value that is not an option of the group.
 
     Args:
         overrides: the command line.
-        options: of the group.
+        options: the options of a group.
     """
     written: list[str] = []
     for override in overrides:
         key, equals, value = override.partition("=")
-        named = key in ("checkpoint", "+checkpoint") and equals
-        written += _rewrite(value, options) or [override] if named else [override]
+        group = key.lstrip("+")
+        named = group in ("checkpoint", "cache") and equals
+        written += _rewrite(group, value, options(group)) or [override] if named else [override]
     return written
 
 
-def _rewrite(value: str, options: list[str]) -> list[str]:
-    """The overrides that `checkpoint=<value>` stands for; none when it already is one Hydra reads."""
+def _rewrite(group: str, value: str, options: list[str]) -> list[str]:
+    """The overrides that `<group>=<value>` stands for; none when it already is one Hydra reads.
+
+    Whatever else `cache` is given is a mistyped option: a cache has no names besides its own.
+    """
     words = _values(value)
-    if all(word in options for word in words):
+    if all(word in options for word in words) or (group == "cache" and not all(map(_is_cache, words))):
         return []
-    return ["checkpoint=local", f"checkpoint.path={','.join(map(quote, words))}"]
+    return [f"{group}=local", f"{group}.path={','.join(map(quote, words))}"]
+
+
+def _is_cache(word: str) -> bool:
+    return os.path.exists(os.path.expanduser(word)) or names.registered(word, "cache") is not None
 
 
 def _values(text: str) -> list[str]:

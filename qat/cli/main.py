@@ -71,7 +71,7 @@ def check(command: CommandLine) -> Checked:
         ConfigError: the first mistake in it, in one sentence.
     """
     composer = Composer(command.flags)
-    command.overrides = checkpoints.rewrite(command.overrides, composer.options("checkpoint"))
+    command.overrides = checkpoints.rewrite(command.overrides, composer.options)
     parsed = overrides.read(command.overrides, composer, command.multirun)
     command.overrides = [str(override.input_line) for override in parsed]
     _check_folders(parsed)

@@ -1,12 +1,10 @@
 """Registered checkpoints and caches, which are known by name: there, or in a store that the run may ask."""
 
-import os
 from pathlib import Path
 
 from qat import names
 from qat.config import Config, StoreKind
 from qat.errors import MissingError
-from qat.store.archives import is_archive
 
 
 def check(config: Config) -> None:
@@ -27,7 +25,7 @@ def check(config: Config) -> None:
 
 
 def _check(group: str, word: str, place: Path | None) -> None:
-    if place is None or place.exists() or (is_archive(word) and os.path.isfile(os.path.expanduser(word))):
+    if place is None or place.exists() or names.archive_file(word):
         return
     option = names.registered(word, group) or word
     raise MissingError(

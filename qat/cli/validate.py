@@ -248,7 +248,7 @@ def check_cache(config: Config) -> None:
     cache = config.cache
     if cache.name == "local" and not cache.path:
         raise ConfigError("cache=local needs a cache folder: cache.path=<folder>")
-    if cache.path and not (_cached(config) or _in_a_store(config)):
+    if cache.path and not (_cached(config) or names.archive_file(cache.path) or _in_a_store(config)):
         raise ConfigError(
             f"cache.path={cache.path}: no such folder or archive, and none of that name in {config.outputs}/caches"
         )

@@ -17,6 +17,8 @@ FIGURES = {
 RECIPE = (
     ("data", "name"),
     ("cache", "length"),
+)
+TRAINING = (
     ("mode", "name"),
     ("loss", "name"),
     ("train", "steps"),
@@ -54,7 +56,7 @@ def write(source: Source, folder: Path, settings: ExportConfig, parity: str) -> 
         USE[settings.format].format(folder=Path(str(settings.output)).name),
         *_bits(source.quant),
         *_table("Figures", "on text held apart from training", _figures(source.result)),
-        *_table("Recipe", "of the last training run", _recipe(source)),
+        *_table("Recipe", "of the run that made it", _recipe(source)),
     ]
     (folder / "README.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
 
@@ -104,7 +106,8 @@ def _recipe(source: Source) -> dict[str, str]:
         said["run"] = str(source.result["run_id"])
     if git := source.result.get("environment", {}).get("git"):
         said["commit"] = str(git)
-    for section, key in RECIPE:
+    trained = source.result.get("stage") != "convert"
+    for section, key in (*RECIPE, *(TRAINING if trained else ())):
         if section in source.recipe:
             said[section if key == "name" else f"{section}.{key}"] = str(source.recipe[section][key])
     origin = source.manifest.get("source", {})

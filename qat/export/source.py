@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from qat import checkpoints, model_files
+from qat import checkpoints, model_files, names
 from qat.config import ExportType
 from qat.errors import NumericsError
 from qat.machine import Machine
@@ -73,8 +73,9 @@ def open_source(teacher: ModelFolder, checkpoint: Path | None) -> Source:
     if checkpoint is None:
         return Source(teacher, teacher.load(torch.float32, CPU))
     model, manifest = checkpoints.load(checkpoint, teacher, EXACT)
-    run = checkpoint.resolve().parent.parent  # checkpoints/best lies two below the run's folder
-    return Source(teacher, model, manifest, checkpoints.latent(checkpoint), _result(run), _recipe(run))
+    run = names.run_of(checkpoint)
+    made = (_result(run), _recipe(run)) if run else ({}, {})
+    return Source(teacher, model, manifest, checkpoints.latent(checkpoint), *made)
 
 
 def copy_tokenizer(teacher: ModelFolder, folder: Path) -> None:

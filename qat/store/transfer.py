@@ -3,7 +3,6 @@
 import hashlib
 import itertools
 import logging
-import os
 import re
 import shutil
 import tempfile
@@ -164,10 +163,9 @@ def _state(folder: Path) -> list[tuple[str, int, int]]:
 
 def _fetched(store: StoreConfig, place: Path, kind: str, word: str, wanted: list[str]) -> Path:
     """What lies at a place, brought there first if need be."""
-    file = Path(os.path.expanduser(word))
     if place.exists():
         return place
-    if archives.is_archive(word) and file.is_file():
+    if file := names.archive_file(word):
         with _made(place, kind, str(file)) as unpacked:
             if unpacked is not None:
                 archives.unpack(file, unpacked)

@@ -61,6 +61,22 @@ def test_checkpoint_sweeps(here, checkpoint):
     ]
 
 
+@pytest.mark.parametrize("word", ["here/cache", "here/cache.tgz", "alpaca_chat_think_both_L64_K64_R128", "Alpaca_L64"])
+def test_cache_by_path_or_name(word, compose, here):
+    (here / "here" / "cache").mkdir(parents=True)
+    (here / "here" / "cache.tgz").touch()
+    config = compose("stage=cache", f"cache={word}")
+    assert (config.cache.name, config.cache.path) == ("local", word)
+
+
+def test_a_sweep_may_mix_names_and_paths(here, checkpoint):
+    checkpoint("outputs/SR-007/checkpoints/best")
+    command = arguments.parse(["-m", "checkpoint=teacher,SR-007,q4_fp32,./outputs/SR-007"])
+    best = "outputs/SR-007/checkpoints/best"
+    found = [(config.checkpoint.name, config.checkpoint.path) for config in main.check(command).configs]
+    assert found == [("teacher", None), ("local", best), ("local", "q4_fp32"), ("local", f"./{best}")]
+
+
 def test_sweep_is_every_combination(here):
     assert len(swept("train.lr=1e-4,3e-4,1e-3", "quant=q2a4,q4a4")) == 6
     assert [job[0] for job in swept("quant=glob(q4*)")] == ["quant=q4a4", "quant=q4a4_r32"]
