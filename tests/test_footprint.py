@@ -86,7 +86,7 @@ def test_the_two_largest_parts_and_the_key_to_change_are_told(config, large, roo
         footprint.check(wide, Shapes.of(model, shape), [job_of(model, wide)], tiny.FP32)
     told = str(refused.value)
     assert f"{2 * 4 * 17_408 * 2000**2 / 1e9:.0f} GB for equations of rank 2000 (quant.mlp.rank) and" in told
-    assert "for the teacher's weights in fp32 (model); change quant.mlp.rank, or use a machine with more" in told
+    assert "and 61.1 GB for second moments (model); change quant.mlp.rank, or use a machine with more" in told
     assert "and 70 GB are free" in told
 
 

@@ -96,3 +96,14 @@ def test_another_architecture_is_refused():
     config = transformers.GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=16)
     with pytest.raises(UnavailableError, match="this one is gpt2"):
         Decoder(transformers.AutoModelForCausalLM.from_config(config), 16, True)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("context", [1, 5])
+def test_a_context_shorter_than_the_prompt_that_is_compared_is_written(best, export, student, context):
+    folder = export(best, "coreml", "fp16", context=context)
+    recorded = np.load(folder / "reference.npz")
+    assert recorded["logits"].shape[0] == context
+    ids = torch.from_numpy(recorded["input_ids"])[None]
+    made, expected = Interpreted(folder / coreml.PACKAGE)(ids).logits, student(ids).logits
+    assert (made - expected).norm() < 5e-3 * expected.norm()
