@@ -15,7 +15,7 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from qat import capacity
-from qat.cache.format import bytes_a_row
+from qat.cache.format import FORMAT_VERSION, bytes_a_row
 from qat.config import (
     Config,
     DataConfig,
@@ -187,7 +187,7 @@ def _training(job: Job, config: Config, shapes: Shapes, machine: Machine) -> lis
     kept = shapes.hidden if gpu else 4 * shapes.hidden + 3 * shapes.inner  # a GPU computes the rest twice
     scales = sum(layer.rank * sum(layer.shape) for layer in learning)
     meta = {"length": config.cache.length, "top_k": config.cache.top_k, "random": 0, "vocab_size": shapes.vocabulary}
-    row = bytes_a_row(meta | {"train_targets": config.cache.train_targets}, "train")
+    row = bytes_a_row(meta | {"format": FORMAT_VERSION, "train_targets": config.cache.train_targets}, "train")
     parts = [
         Part("the student's weights", shapes.weights * dtype, MODEL),
         Part("gradients of the weights", weights * dtype, f"{prefix}mode"),

@@ -37,7 +37,7 @@ def test_null_is_none_where_a_key_may_be_none(compose):
 
 def test_lists_sections_and_parts(compose, here):
     for name in ("1e3", "007"):
-        (here / name).touch()
+        (here / name).write_text("a text\n")
     parts = "[{source:text,path:1e3,weight:1e1},{source:text,path:[1e3,007]}]"
     config = compose("stage=cache", "data=mix", f"data.parts={parts}", "run={notes:1e3}", "evaluate={sample_tokens:9}")
     assert [part.path for part in config.data.parts] == ["1e3", ["1e3", "007"]]
@@ -46,7 +46,8 @@ def test_lists_sections_and_parts(compose, here):
 
 def test_folders(compose, here):
     (here / "1e3").mkdir()
-    (here / "1e3" / "config.json").write_text("{}")
+    (here / "1e3" / "config.json").write_text('{"model_type": "llama"}')
+    (here / "1e3" / "model.safetensors").touch()
     config = compose("model=local", "model.path=1e3", "outputs=12e4", "hydra.run.dir=2e5")
     assert (config.model.path, config.outputs) == ("1e3", "12e4")
     assert parse(["hydra.run.dir=2e5"]).overrides == ["hydra.run.dir='2e5'"]
