@@ -34,6 +34,7 @@ from qat.errors import ConfigError
 from qat.evaluate import evaluate
 from qat.evaluate.windows import Windows, read
 from qat.fidelity import Sample, settle
+from qat.models.tiny import byte_tokenizer
 from qat.quant.convert import install, quantize
 from qat.quant.layers import select
 from qat.quant.moments import gather
@@ -79,7 +80,7 @@ class Family:
     def __init__(self, name, folder, text):
         self.folder, self.text = folder, text
         zoo.tiny(zoo.architectures()[name]).save_pretrained(folder / "model")
-        models._byte_tokenizer().save_pretrained(folder / "model")
+        byte_tokenizer().save_pretrained(folder / "model")
         self.teacher = models.locate(ModelConfig("it", ModelSource.folder, path=str(folder / "model")), folder)
         self.own = transformers.AutoModelForCausalLM.from_pretrained(folder / "model", attn_implementation="eager")
 
