@@ -3,6 +3,8 @@
 `benchmarks/architectures.py` takes all there are, through whole jobs.
 """
 
+from dataclasses import replace
+
 import architectures
 import pytest
 import torch
@@ -107,7 +109,7 @@ def test_what_is_recorded_and_measured_is_what_the_model_says(name, tmp_path, te
 
 @pytest.mark.parametrize("name", ["bert", "doge"])
 def test_what_depends_on_later_tokens_is_refused_in_one_sentence(name, tmp_path, text):
-    with pytest.raises(ConfigError, match=r"^model \(\w+\) says something else of rows") as error:
+    with pytest.raises(ConfigError, match="says something else of rows|sees what comes later") as error:
         Family(name, tmp_path, text).cache()
     assert "\n" not in str(error.value) and not list((tmp_path / "caches").glob("[!.]*"))
 
@@ -126,13 +128,13 @@ def test_a_student_is_converted_trained_and_measured_as_it_computes_itself(name,
     found = evaluate(student, teacher, held_out, 8, tiny.FP32)
     kl, kd_loss = own_losses(family.own, student, held_out)
     assert found.kl == pytest.approx(kl, rel=1e-3)
-    assert history.final != history.initial
-    assert history.final == pytest.approx(kd_loss, rel=1e-2)  # the cache is rounded to 16 bits
+    assert history.kd_loss_final != history.kd_loss_initial
+    assert history.kd_loss_final == pytest.approx(kd_loss, rel=1e-2)  # the cache is rounded to 16 bits
 
 
 def converted(model, training, gradients):
     """Puts tables into a model; the quantized layers with their kinds."""
-    chosen, text = select(model, tiny.QUANT), [training.batch(torch.arange(training.rows))]
+    chosen, text = select(model, replace(tiny.QUANT, partial=True)), [training.batch(torch.arange(training.rows))]
     moments, settings = gather(model, chosen, text, gradients), ConvertConfig("", rounds=2)
     weights = {layer.name: models.linear(model, layer.name).weight for layer in chosen}
     exact = KMeansConfig("", KMeansBackend.exact)
