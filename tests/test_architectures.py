@@ -109,7 +109,7 @@ def test_what_is_recorded_and_measured_is_what_the_model_says(name, tmp_path, te
 
 @pytest.mark.parametrize("name", ["bert", "doge"])
 def test_what_depends_on_later_tokens_is_refused_in_one_sentence(name, tmp_path, text):
-    with pytest.raises(ConfigError, match="says something else of rows|sees what comes later") as error:
+    with pytest.raises(ConfigError, match=r"says something else of rows|sees what comes later") as error:
         Family(name, tmp_path, text).cache()
     assert "\n" not in str(error.value) and not list((tmp_path / "caches").glob("[!.]*"))
 
