@@ -104,7 +104,7 @@ def test_a_whole_job_under_torchrun_is_that_of_one_process(alone, tmp_path):
     ("words", "says"),
     [
         (("train.stepz=3",), "error: unknown key train.stepz (did you mean train.steps?)"),
-        (("model=local", "model.path=nowhere", "stage=cache"), "error: model.path=nowhere"),
+        (("model=local", "model.path=nowhere", "stage=cache"), "error: nowhere holds no config.json"),
         (("train.batch_size=1",), "error: train.batch_size=1: fewer sequences than"),
     ],
 )
