@@ -50,9 +50,9 @@ class DataSource(Enum):
     """Where the cached text comes from."""
 
     selfgen = "what the teacher writes, as data.start says"
-    alpaca = "instruction rows, a local JSON file or a hub data set"
-    chat_jsonl = "conversations, one JSON object a line"
-    text = "plain text files"
+    alpaca = "instruction rows, of files or a hub data set"
+    chat_jsonl = "conversations, or questions with answers, a row each"
+    text = "plain text, or the texts of rows"
     mix = "several sources by weight, data.parts"
 
 
@@ -190,7 +190,7 @@ class DataConfig:
 
     name: str = MISSING
     source: DataSource = MISSING
-    path: Any = None  # a file, a glob or a list of them; for selfgen, of prompts or of text for openings
+    path: Any = None  # a file, folder, glob or a list of them; for selfgen, of prompts or of text for openings
     repo: str | None = None  # a hub data set, owner/name, where there is no path
     revision: str | None = None  # of the data set: branch, tag or commit
     thinking: str = "false"  # false, true or both: the chat template's own switch

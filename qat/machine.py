@@ -148,7 +148,7 @@ def _medium_is_exact() -> bool:
     """
     if torch.cuda.is_available():
         return False
-    a = torch.randn(2, 512, 512, generator=torch.Generator().manual_seed(0))
+    a = torch.randn(2, 512, 512, generator=torch.Generator().manual_seed(0), dtype=torch.float32)
     with _matmul_precision("medium"):
         product = (a @ a).double()
     exact = a.double() @ a.double()
@@ -172,7 +172,8 @@ def peak_bytes(device: torch.device) -> int:
 
 def matmul_flops(machine: Machine, size: int = 2048, repeats: int = 4) -> float:
     """Operations a second of a large square product in the compute type: the ceiling that mfu is measured by."""
-    a = torch.randn(size, size, device=machine.device).to(machine.dtype)
+    draw = torch.Generator(machine.device).manual_seed(0)
+    a = torch.randn(size, size, generator=draw, dtype=torch.float32, device=machine.device).to(machine.dtype)
     _timed_products(a, 1)
     return 2 * size**3 * repeats / _timed_products(a, repeats)
 

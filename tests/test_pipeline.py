@@ -5,11 +5,13 @@ import io
 import json
 import logging
 import math
+import random
 import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hydra.core.global_hydra import GlobalHydra
@@ -19,6 +21,7 @@ from qat import machine, stages
 from qat.artifacts import open_artifact
 from qat.cli import job, main
 from qat.stages import distill
+from tests import launching, making
 
 ROOT = Path(__file__).resolve().parents[1]
 ALONE = """
@@ -246,6 +249,32 @@ def test_second_run_trains_at_once_and_gives_the_same(first, shop):
     assert timing["cache_s"] + timing["convert_s"] < 0.5 * (took["cache_s"] + took["convert_s"])
     for key in METRICS:
         assert again.result["metrics"][key] == pytest.approx(first.result["metrics"][key], rel=1e-4)
+
+
+def odd_defaults():
+    """What some library, or another thread that loads a model, may leave behind in a process."""
+    torch.set_default_dtype(torch.bfloat16)
+    torch.manual_seed(7)
+    np.random.seed(7)
+    random.seed(7)
+
+
+def test_defaults_of_the_process_shape_no_result(first, shop, tmp_path):
+    again = launching.Launch(tmp_path, "+debug=tiny", before=odd_defaults)
+    assert again.ended()[::2] == (0, "")
+    one, other = results(shop.outputs), results(tmp_path)
+    assert one == other and len(one) > 6
+
+
+def results(outputs):
+    """SHA-256 of what the first run and its artifacts hold; a state keeps the generators as they are."""
+    found = [making.hashes(outputs / where) for where in ("artifacts", "SR-001/checkpoints")]
+    return {
+        name: digest
+        for hashes in found
+        for name, digest in hashes.items()
+        if name.endswith((".safetensors", ".jsonl")) and not name.startswith("state-")
+    }
 
 
 def test_recorded_run_repeats_itself(first, shop):

@@ -24,8 +24,8 @@ BLOCKS = 64  # that a program holds at once
 def summary(logits_XV: Tensor) -> tuple[Tensor, Tensor]:
     """Log-sum-exp [X] and the largest value of each block [X, N], both fp32."""
     positions, vocabulary = logits_XV.shape
-    log_sum = torch.empty(positions, device=logits_XV.device)
-    maxima = torch.empty(positions, triton.cdiv(vocabulary, BLOCK), device=logits_XV.device)
+    log_sum = torch.empty(positions, dtype=torch.float32, device=logits_XV.device)
+    maxima = torch.empty(positions, triton.cdiv(vocabulary, BLOCK), dtype=torch.float32, device=logits_XV.device)
     _summary[(positions,)](logits_XV.contiguous(), log_sum, maxima, vocabulary, maxima.shape[1], BLOCK, BLOCKS)
     return log_sum, maxima
 

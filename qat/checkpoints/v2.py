@@ -180,7 +180,7 @@ def _module(where: str, parts: State, settings: dict[str, Any], bias: Tensor | N
 def _scales(parts: State, settings: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
     """A [O, R], B [R, I] and g [R] as used: as they are when baked, else made positive if asked, and normalised."""
     A, B, g = (parts[name].float() for name in SCALES)
-    if int(parts.get("_scales_baked_flag", torch.zeros(1)).flatten()[0]):
+    if int(parts.get("_scales_baked_flag", torch.zeros(1, dtype=torch.int8)).flatten()[0]):
         return A, B, g
     if settings.get("force_positive_scales"):
         method = settings.get("positive_scale_method", "abs")

@@ -143,13 +143,21 @@ def _check_splits(path: Path, counts: dict[str, int], data: DataConfig) -> None:
     with open(path, encoding="utf-8") as file:
         shares = {_share(json.loads(line)["origin"]) for line in file}
     said = f"data={data.name} has no document for the {empty} split ({sum(counts.values())} in all)"
-    if len(shares) == 1:
-        separate = "blank lines separate documents" if data.source is DataSource.text else "one question stays together"
-        raise ConfigError(f"{said}: give more text; {separate}")
+    if len(shares) < 2:
+        raise ConfigError(f"{said}: {_advice(data)}")
     below, above = sorted(shares)[:2] if empty == "eval" else sorted(shares)[-2:]
     between = (round((below + above) / 2, digits) for digits in range(1, 18))
     shortest = next(fraction for fraction in between if below < fraction <= above)
     raise ConfigError(f"{said}: give more text or set data.eval_fraction={shortest}")
+
+
+def _advice(data: DataConfig) -> str:
+    """Where more documents come from that differ in what their side is decided by."""
+    if data.source is DataSource.text:
+        return "give more text; blank lines separate documents"
+    if data.source is DataSource.selfgen:
+        return "have the teacher write more, with data.documents, or longer texts, with data.answer_tokens"
+    return "give conversations with other questions; those with one question stay together"
 
 
 def _share(origin: str) -> float:

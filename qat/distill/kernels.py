@@ -28,7 +28,7 @@ ACROSS = 512
 def dot_rows(weight_VD: Tensor, ids_PK: Tensor, hidden_PD: Tensor) -> Tensor:
     """`weight[ids] · hidden` [P, K] in fp32."""
     positions, tokens = ids_PK.shape
-    out = torch.empty(positions, tokens, device=hidden_PD.device)
+    out = torch.empty(positions, tokens, dtype=torch.float32, device=hidden_PD.device)
     constants = {"K": tokens, "TOKENS": triton.next_power_of_2(tokens), "WIDTH": NARROW}
     _dot_rows[(positions,)](
         weight_VD, ids_PK.contiguous(), hidden_PD.contiguous(), out, hidden_PD.shape[1], **constants
@@ -50,7 +50,7 @@ def combine_rows(weight_VD: Tensor, ids_PK: Tensor, factor_PK: Tensor, dtype: to
 
 def log_sum_exp(logits_PV: Tensor) -> Tensor:
     """Log-sum-exp [P] in fp32, in one pass."""
-    out = torch.empty(len(logits_PV), device=logits_PV.device)
+    out = torch.empty(len(logits_PV), dtype=torch.float32, device=logits_PV.device)
     _log_sum_exp[(len(logits_PV),)](logits_PV, out, logits_PV.shape[1], WIDTH=WIDE, num_warps=8)
     return out
 
@@ -70,7 +70,8 @@ def divergence(student_PV: Tensor, teacher_PV: Tensor, temperature: float) -> tu
     All three are fp32 [P], the KL not yet times the square of the temperature; one pass over both logits.
     """
     positions, vocabulary = student_PV.shape
-    kl, student_sum, teacher_sum = (torch.empty(positions, device=student_PV.device) for _ in range(3))
+    device = student_PV.device
+    kl, student_sum, teacher_sum = (torch.empty(positions, dtype=torch.float32, device=device) for _ in range(3))
     outputs = (kl, student_sum, teacher_sum)
     _divergence[(positions,)](
         student_PV, teacher_PV, *outputs, vocabulary, 1 / temperature, WIDTH=WIDE // 2, num_warps=8

@@ -26,9 +26,9 @@ class Optimizer:
         for parameter, size in zip(parameters, sizes, strict=True):
             rate = train.lr * getattr(train.learn, parameter.kind) * max(size, 1e-8)
             groups.setdefault(float(f"{rate:.1e}"), []).append(parameter.value)
-        self._base = torch.tensor(list(groups), device=device)
+        self._base = torch.tensor(list(groups), dtype=torch.float32, device=device)
         self._rates = self._base.clone()
-        self._factor = torch.ones((), device=device)
+        self._factor = torch.ones((), dtype=torch.float32, device=device)
         self.adam = torch.optim.AdamW(
             [{"params": tensors, "lr": rate} for tensors, rate in zip(groups.values(), self._rates, strict=True)],
             betas=(0.9, 0.95),

@@ -7,6 +7,7 @@ are all that is exchanged. A loss or gradient that is not finite leaves everythi
 
 import logging
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -51,8 +52,8 @@ class Scaler:
 
     def __init__(self, machine: Machine) -> None:
         self.active = machine.dtype == torch.float16
-        self.scale = torch.full((), self.FIRST if self.active else 1.0, device=machine.device)
-        self.good = torch.zeros((), device=machine.device)
+        self.scale = torch.full((), self.FIRST if self.active else 1.0, dtype=torch.float32, device=machine.device)
+        self.good = torch.zeros((), dtype=torch.float32, device=machine.device)
 
     def update(self, skipped: Tensor) -> None:
         """After a step; `skipped` is 0 or 1."""
@@ -81,8 +82,8 @@ class Step:
         self.train, self.machine, self.ranks = train, machine, ranks
         self.head = Head(student, loss)
         self.scaler = Scaler(machine)
-        self.total, self.skip, self.stop = (torch.zeros((), device=machine.device) for _ in range(3))
-        self.figures = torch.zeros(4, device=machine.device)
+        zeros = partial(torch.zeros, dtype=torch.float32, device=machine.device)
+        self.total, self.skip, self.stop, self.figures = zeros(()), zeros(()), zeros(()), zeros(4)
         plain = all(used(model).plain for model in (student, loss.teacher) if model is not None)
         self.recorder = Recorder(_stream(machine) if plain else None)
         self._held: dict[tuple[torch.Size, ...], dict[str, Tensor]] = {}

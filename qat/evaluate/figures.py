@@ -85,7 +85,8 @@ class Comparison:
             [torch.randint(rows, (rows,), generator=draw).bincount(minlength=rows) for _ in range(RESAMPLES)]
         ).double()
         means = (drawn @ self.sums_NF) / (drawn @ self.counts_N.double())[:, None]
-        ends = means.quantile(torch.tensor([(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2]).double(), dim=0)
+        places = torch.tensor([(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2], dtype=torch.float32)
+        ends = means.quantile(places.double(), dim=0)
         low, high = (asdict(_metrics(end)) for end in ends)
         return {name: (low[name], high[name]) for name in low}
 

@@ -58,7 +58,7 @@ class Sample:
         rows = _telling(loss_mask, document_starts)
         if document_starts is None:
             return cls(input_ids[rows].long(), _ends(loss_mask[rows]), None, pad)
-        ends = torch.full((len(rows),), input_ids.shape[1])
+        ends = torch.full((len(rows),), input_ids.shape[1], dtype=torch.long)
         return cls(input_ids[rows].long(), ends, document_starts[rows].bool(), pad)
 
     @classmethod
@@ -139,4 +139,6 @@ def _telling(loss_mask: Tensor, document_starts: Tensor | None) -> Tensor:
 def _spread(count: int, share: float) -> Tensor:
     """A share of the numbers below `count`, the last among them."""
     chosen = max(1, round(count * share))
-    return torch.linspace(0, count - 1, chosen).round().long() if chosen < count else torch.arange(count)
+    if chosen >= count:
+        return torch.arange(count)
+    return torch.linspace(0, count - 1, chosen, dtype=torch.float32).round().long()

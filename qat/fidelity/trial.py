@@ -158,7 +158,7 @@ class Trial:
             hidden_XD = hidden_states(self.model, inputs)[places]
             return hidden_XD, OutputHead(self.model).logits(hidden_XD).log_softmax(-1)
         log.debug("%s by %s: %s", self.who, how, failed)
-        return places, torch.full((1, 1), math.nan, device=places.device)
+        return places, torch.full((1, 1), math.nan, dtype=torch.float32, device=places.device)
 
     def _is_product(self, hidden_XD: Tensor, wanted: Tensor) -> bool:
         weight = output_weight(self.model)

@@ -52,7 +52,7 @@ def choose(logits_RV: Tensor, uniform_R: Tensor, temperature: float) -> Tensor:
     """See `qat.generation.sampling.choose`."""
     rows, vocabulary = logits_RV.shape
     blocks = triton.cdiv(vocabulary, TOKENS)
-    top, mass = (torch.empty(rows, blocks, device=logits_RV.device) for _ in range(2))
+    top, mass = (torch.empty(rows, blocks, dtype=torch.float32, device=logits_RV.device) for _ in range(2))
     chosen = torch.empty(rows, dtype=torch.long, device=logits_RV.device)
     _weigh[(rows, blocks)](logits_RV, top, mass, 1 / temperature, vocabulary, blocks, TOKENS)
     _choose[(rows,)](

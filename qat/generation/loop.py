@@ -89,7 +89,7 @@ class Writer:
         self.model, self.sampling, self.compiled, self.turn = model, sampling, compiled, turn
         self.body, self.head = body(model), OutputHead(model)
         self.memory = Memory(model, rows, _positions(longest, sampling))
-        self.uniform_AR = torch.zeros(sampling.tokens, rows, device=model.device)
+        self.uniform_AR = torch.zeros(sampling.tokens, rows, dtype=torch.float32, device=model.device)
         self.written_AR = torch.zeros(sampling.tokens, rows, dtype=torch.int32, device=model.device)
         self.token_R = torch.zeros(rows, dtype=torch.long, device=model.device)
         self.ended_R = torch.zeros(rows, dtype=torch.bool, device=model.device)
@@ -194,7 +194,8 @@ class Writer:
 
 def drawn(sampling: Sampling, rows: int, seed: int) -> Tensor:
     """Where in the cumulative distribution each token [A, R] lies; below 0 it is the most likely one."""
-    uniform_AR = torch.rand((sampling.tokens, rows), generator=torch.Generator().manual_seed(seed))
+    draw = torch.Generator().manual_seed(seed)
+    uniform_AR = torch.rand((sampling.tokens, rows), generator=draw, dtype=torch.float32)
     uniform_AR[: sampling.greedy] = -1
     return uniform_AR
 

@@ -143,4 +143,4 @@ class _Trial:
             places = [torch.arange(first, first + len(seen[row])) for row, first in enumerate(firsts)]
             return texts, places, torch.stack([one for row in range(len(self.prompts)) for one in seen[row]])
         log.debug("%s by %s: %s", self.who, loop, failed)
-        return [], [], torch.empty(0)
+        return [], [], torch.empty(0, dtype=torch.float32)

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
+from threading import Lock
 from typing import Any, cast
 
 import torch
@@ -22,6 +23,10 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from qat import faults, model_files
 from qat.errors import ConfigError, reason
+
+# transformers sets the default type of the whole process while it loads: of two loads at once the later one to
+# end would leave the earlier one's there for good. Nothing else may rely on that default, whoever loads.
+LOADING = Lock()
 
 SAFE = {"local_files_only": True, "trust_remote_code": False}
 NAMED = 3  # tensors in a message
@@ -94,7 +99,7 @@ def read(
     Raises:
         ConfigError: a tensor is missing, has no place or is misshapen, or a file is damaged.
     """
-    with understood(f"{folder} {failing}"), _naming_unconverted(folder):
+    with LOADING, understood(f"{folder} {failing}"), _naming_unconverted(folder):
         model, report = auto.from_pretrained(
             folder, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **SAFE | how
         )

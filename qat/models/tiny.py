@@ -31,7 +31,8 @@ def write(folder: Path, vocabulary: int) -> None:
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        AutoModelForCausalLM.from_config(shape, trust_remote_code=False).save_pretrained(folder)
+        model = AutoModelForCausalLM.from_config(shape, dtype=torch.float32, trust_remote_code=False)
+        model.save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)
 
 

@@ -56,7 +56,7 @@ def _quantiles(x_M: Tensor, weight_M: Tensor) -> Tensor:
     """Values at evenly spaced places of the weighted distribution."""
     x, order = x_M.double().sort()
     mass = weight_M.double()[order].cumsum(0)
-    places = (torch.arange(SAMPLES, device=x.device) + 0.5) / SAMPLES * mass[-1]
+    places = (torch.arange(SAMPLES, dtype=torch.float32, device=x.device) + 0.5) / SAMPLES * mass[-1]
     return x[torch.searchsorted(mass, places).clamp_max(len(x) - 1)].cpu()
 
 

@@ -41,7 +41,8 @@ class Curvature:
 def damp(moment_NXX: Tensor, share: float = INPUT_DAMPING) -> Tensor:
     """The matrix with a share of its mean diagonal added, so that directions never seen cost something too."""
     mean = moment_NXX.diagonal(dim1=1, dim2=2).mean(1).clamp_min(1e-10)
-    return moment_NXX + share * mean[:, None, None] * torch.eye(moment_NXX.shape[1], device=moment_NXX.device)
+    one_XX = torch.eye(moment_NXX.shape[1], dtype=moment_NXX.dtype, device=moment_NXX.device)
+    return moment_NXX + share * mean[:, None, None] * one_XX
 
 
 def normalized(G_NOO: Tensor) -> tuple[Tensor, Tensor]:

@@ -76,7 +76,7 @@ def gradients(
     layers, outputs, inputs = indices.shape
     A, B = A.contiguous(), B.contiguous()
     rows, columns = triton.cdiv(outputs, TILE), triton.cdiv(inputs, TILE)
-    partial = torch.empty(layers, rows, lut.shape[1], device=lut.device)
+    partial = torch.empty(layers, rows, lut.shape[1], dtype=torch.float32, device=lut.device)
     sizes = (outputs, inputs, A.shape[2])
     # A gradient of 16 bits has no more digits than TF32.
     precision = _precision(grads) if grads.dtype == torch.float32 else _precision(grads).removesuffix("x3")

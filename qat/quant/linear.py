@@ -77,10 +77,10 @@ class QuantLinear(nn.Module):
         self.bits, self.rank = bits, rank
         self.indices: Tensor
         self.register_buffer("indices", torch.zeros(outputs, inputs, dtype=torch.uint8))
-        self.lut = nn.Parameter(torch.zeros(2**bits))
-        self.scale_A = nn.Parameter(torch.zeros(outputs, rank))
-        self.scale_B = nn.Parameter(torch.zeros(rank, inputs))
-        self.rank_magnitude = nn.Parameter(torch.ones(rank))
+        self.lut = nn.Parameter(torch.zeros(2**bits, dtype=torch.float32))
+        self.scale_A = nn.Parameter(torch.zeros(outputs, rank, dtype=torch.float32))
+        self.scale_B = nn.Parameter(torch.zeros(rank, inputs, dtype=torch.float32))
+        self.rank_magnitude = nn.Parameter(torch.ones(rank, dtype=torch.float32))
         self.latent: nn.Parameter | None = None
         self.curvature: tuple[Tensor, Tensor] | None = None
         self.bias = bias
@@ -130,7 +130,8 @@ def grow(layer: QuantLinear, rank: int) -> QuantLinear:
     outputs, inputs = layer.indices.shape
     grown = QuantLinear(outputs, inputs, layer.bits, rank, layer.bias).to(layer.lut.device)
     draw = torch.Generator().manual_seed(0)
-    new_A, new_B = torch.randn(outputs, rank, generator=draw), torch.randn(rank, inputs, generator=draw)
+    new_A = torch.randn(outputs, rank, generator=draw, dtype=torch.float32)
+    new_B = torch.randn(rank, inputs, generator=draw, dtype=torch.float32)
     grown.scale_A.copy_(new_A / new_A.norm(dim=0))
     grown.scale_B.copy_(new_B / new_B.norm(dim=1, keepdim=True))
     grown.rank_magnitude.zero_()

@@ -172,7 +172,7 @@ def _slopes(flow: Flow, draw: torch.Generator) -> list[Tensor]:
     slopes: list[Tensor] = []
     head = OutputHead(flow.model)
     for n, states in enumerate(flow.states):
-        uniform = torch.rand(states.shape[:2], generator=draw)  # the same for any micro-batch
+        uniform = torch.rand(states.shape[:2], generator=draw, dtype=torch.float32)  # the same for any micro-batch
         with torch.enable_grad():
             states = states.detach().requires_grad_()
             hidden = flow.last(n, states)
@@ -199,7 +199,7 @@ def _backward_whole(
     observer, head = Observer(body(model), model, layers), OutputHead(model)
     with observer.watching(gradients=True), _learning_embeddings(model):
         for batch in text:
-            uniform = torch.rand(batch.input_ids.shape, generator=draw)
+            uniform = torch.rand(batch.input_ids.shape, generator=draw, dtype=torch.float32)
             with torch.enable_grad():
                 hidden = run_body(model, batch.to(model.device).inputs())
             if not hidden.requires_grad:

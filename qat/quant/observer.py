@@ -105,7 +105,7 @@ class Observer:
 
     def _add(self, key: tuple[str, bool], x: Tensor, weight: Tensor | None = None) -> None:
         if key not in self.totals:
-            self.totals[key] = torch.zeros(x.shape[1], x.shape[1], device=x.device)
-            self.weights[key] = torch.zeros((), device=x.device)
+            self.totals[key] = torch.zeros(x.shape[1], x.shape[1], dtype=torch.float32, device=x.device)
+            self.weights[key] = torch.zeros((), dtype=torch.float32, device=x.device)
         add_square(self.totals[key], x, weight)
         self.weights[key] += len(x) if weight is None else weight.sum()

@@ -27,7 +27,7 @@ def initial(weight_NOI: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     inputs = weight_NOI.shape[2]
     groups = min(inputs, max(rank, -(-inputs // 64)))
     means = torch.nn.functional.adaptive_avg_pool1d(weight_NOI.abs(), groups) * 2
-    spread = torch.zeros(groups, inputs, device=weight_NOI.device)
+    spread = torch.zeros(groups, inputs, dtype=torch.float32, device=weight_NOI.device)
     column = torch.arange(inputs, device=weight_NOI.device)
     spread[(column * groups) // inputs, column] = 1.0
     if groups == rank:

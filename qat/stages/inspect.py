@@ -94,7 +94,7 @@ def _batches(reader: CacheReader) -> list[Batch]:
 
 def _spread(rows: int, count: int) -> Tensor:
     """At most so many row numbers, evenly spread."""
-    return torch.linspace(0, rows - 1, min(rows, count)).long()
+    return torch.linspace(0, rows - 1, min(rows, count), dtype=torch.float32).long()
 
 
 def _examples(reader: CacheReader, tokenizer: PreTrainedTokenizerBase) -> None:

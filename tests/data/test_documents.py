@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qat.config import DataConfig, DataSource
+from qat.config import DataConfig, DataSource, Start
 from qat.data.documents import Document, obtain_documents, read_documents
 from qat.errors import ArtifactError, ConfigError
 
@@ -120,6 +120,12 @@ def test_text_without_blank_lines_is_one_document_and_told_so(documents, text, t
     (tmp_path / "text.txt").write_text("\n".join(f"Line {number}." for number in range(40)))
     with pytest.raises(ConfigError, match=r"\(1 in all\): give more text; blank lines separate documents"):
         documents(text)
+
+
+def test_a_teacher_that_brought_no_question_to_an_end_is_told(documents):
+    asked = DataConfig("questions", DataSource.selfgen, start=Start.questions, documents=2, answer_tokens=1)
+    with pytest.raises(ConfigError, match=r"\(0 in all\): have the teacher write more"):
+        documents(asked)
 
 
 def test_manifest_counts_what_was_left_out(documents, text, tmp_path):

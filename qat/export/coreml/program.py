@@ -90,7 +90,7 @@ class Decoder:
     def _rotations(self) -> tuple[Array, Array]:
         """Cosines and sines [1, 1, C, D] of every position."""
         positions = torch.arange(self.context)[None]
-        cos, sin = cast(Any, self.model).model.rotary_emb(torch.zeros(1), positions)
+        cos, sin = cast(Any, self.model).model.rotary_emb(torch.zeros(1, dtype=torch.float32), positions)
         return half("rotary_emb", cos[None]), half("rotary_emb", sin[None])
 
     def _heads(self, x: Any, attention: Any, part: str) -> Any:
