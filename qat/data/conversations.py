@@ -65,7 +65,7 @@ def conversation(row: dict[str, Any]) -> Conversation:
     messages = _instructed(messages, _first(row, SYSTEMS)[1])
     if not any(message["content"].strip() or "tool_calls" in message for message in messages):
         raise Unusable("nothing said", damaged=False)
-    if any(_is_empty(message) for message in messages):
+    if any(is_empty(message) for message in messages):
         raise Unusable("an empty answer", damaged=False)
     return Conversation(messages, _tools(row.get("tools")))
 
@@ -237,7 +237,7 @@ def _value(said: Any, reason: str) -> Any:
         raise Unusable(reason, str(error)) from None
 
 
-def _is_empty(message: dict[str, Any]) -> bool:
+def is_empty(message: dict[str, Any]) -> bool:
     """True for an answer that would teach to say nothing."""
     return message["role"] == "assistant" and not message["content"].strip() and "tool_calls" not in message
 

@@ -48,6 +48,7 @@ class Marks:
         special = {token.content for token in known if token.special}
         written = {token.content for token in known if not token.content.isspace() and token.content in template}
         self._all = _any_of(special | written)
+        self._whole = re.compile(f"{OPEN}?(?:{self._all.pattern}){CLOSE}?")
         # An assistant's thoughts and calls are in its words the same marks as in the template's.
         self._answers = _any_of(special.difference(THINKING))
 
@@ -86,7 +87,7 @@ class Marks:
     def _cut(self, text: str, end: int) -> int:
         space = max(text.rfind(sign, end - PIECE // 2, end) for sign in (" ", "\n"))
         end = space if space > 0 else end
-        around = self._all.finditer(text, end - LONGEST, end + LONGEST)
+        around = self._whole.finditer(text, end - LONGEST, end + LONGEST)
         return next((match.start() for match in around if match.start() < end < match.end()), end)
 
 

@@ -110,7 +110,7 @@ def check(text: str) -> None:
     """Refuses text that nobody wrote.
 
     Raises:
-        Unusable: it holds bytes that were no UTF-8, half of a surrogate pair, or NUL.
+        Unusable: it holds bytes that were no UTF-8, or half of a surrogate pair.
     """
     strange = None if text.isascii() else _SURROGATE.search(text)
     if strange is None:

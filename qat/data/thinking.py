@@ -13,11 +13,12 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from qat.data import marks
-from qat.data.conversations import Conversation, Messages
+from qat.data.conversations import Conversation, Messages, is_empty
 from qat.data.tally import Unusable
 from qat.errors import ConfigError, reason
 
-BLOCK = re.compile(r"<think>(.*?)</think>\s*", re.DOTALL)
+THOUGHT, ANSWER = "<think>", "</think>"  # what either begins with
+SPACE = re.compile(r"\s*")
 EMPTY = r"(?:<think>\s*</think>\s*)?"  # which some templates put before any answer
 
 # A template is a program over messages: besides its own errors it raises what Python does for what it computes.
@@ -85,8 +86,8 @@ def _in_known_roles(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> M
 def _in_mode(tokenizer: PreTrainedTokenizerBase, messages: Messages, tools: list[Any], mode: str) -> list[str]:
     """One rendering, or none where an answer was all thought and thoughts are left out."""
     if mode == "false":
-        messages = [_of_assistant(message, BLOCK.sub("", message["content"])) for message in messages]
-        if any(_is_silent(message) for message in messages):
+        messages = [_of_assistant(message, _apart(message["content"])[0]) for message in messages]
+        if any(is_empty(message) for message in messages):
             return []
 
     def render(messages: Messages) -> str:
@@ -100,15 +101,21 @@ def _in_mode(tokenizer: PreTrainedTokenizerBase, messages: Messages, tools: list
 
 
 def _check_shown(messages: Messages, text: str, render: Callable[[Messages], str]) -> None:
-    """Refuses a text in which a template has passed over what it does not know: it comes out the same without."""
+    """Refuses a text in which a template has passed over what it does not know: it comes out the same without.
+
+    Of messages of one kind, which a template treats alike, the first is looked at.
+    """
+    kinds: dict[tuple[str, bool, bool], int] = {}
     for number, message in enumerate(messages):
-        before, behind = messages[:number], messages[number + 1 :]
-        if "tool_calls" in message:
+        kinds.setdefault((message["role"], "tool_calls" in message, bool(message["content"].strip())), number)
+    for (role, calls, speaks), number in kinds.items():
+        before, message, behind = messages[:number], messages[number], messages[number + 1 :]
+        if calls:
             what, without = "calls of tools", [*before, _without_calls(message), *behind]
-        elif message["role"] in ("user", "assistant") or message["content"].strip() in text:
+        elif role in ("user", "assistant") or not speaks or message["content"].strip() in text:
             continue
         else:
-            what, without = f"messages of the role {message['role']}", [*before, *behind]
+            what, without = f"messages of the role {role}", [*before, *behind]
         try:
             overlooked = render(without) == text
         except Unusable:  # the template missed it
@@ -118,9 +125,9 @@ def _check_shown(messages: Messages, text: str, render: Callable[[Messages], str
 
 
 def _thinking(tokenizer: PreTrainedTokenizerBase, messages: Messages, tools: list[Any]) -> str:
-    thoughts = [t.strip() for m in messages if m["role"] == "assistant" for t in BLOCK.findall(m["content"])]
+    thoughts = [t.strip() for m in messages if m["role"] == "assistant" for t in _apart(m["content"])[1]]
     rendered = _template(tokenizer, messages, "true", tools)
-    if all(thought in rendered for thought in thoughts):
+    if _in_order(thoughts, rendered):
         return rendered
     stand_ins = [f"answer-{number}-of-{len(messages)}-here" for number in range(len(messages))]
     told = [_of_assistant(message, name) for message, name in zip(messages, stand_ins, strict=True)]
@@ -130,16 +137,33 @@ def _thinking(tokenizer: PreTrainedTokenizerBase, messages: Messages, tools: lis
     return text
 
 
+def _apart(said: str) -> tuple[str, list[str]]:
+    """What was said without its think blocks and the space behind them, and what was thought in each."""
+    answer, thoughts, at = [], [], 0
+    while (begin := said.find(THOUGHT, at)) >= 0 and (end := said.find(ANSWER, begin)) >= 0:
+        answer.append(said[at:begin])
+        thoughts.append(said[begin + len(THOUGHT) : end])
+        at = end + len(ANSWER)
+        at += len(space[0]) if (space := SPACE.match(said, at)) else 0
+    return "".join([*answer, said[at:]]), thoughts
+
+
+def _in_order(parts: list[str], text: str) -> bool:
+    """Whether all parts come in a text, one behind the other."""
+    at = 0
+    for part in parts:
+        at = text.find(part, at) + len(part)
+        if at < len(part):
+            return False
+    return True
+
+
 def _of_assistant(message: dict[str, Any], content: str) -> dict[str, Any]:
     return message | {"content": content} if message["role"] == "assistant" else message
 
 
 def _without_calls(message: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in message.items() if key != "tool_calls"}
-
-
-def _is_silent(message: dict[str, Any]) -> bool:
-    return message["role"] == "assistant" and not message["content"].strip() and "tool_calls" not in message
 
 
 def _template(

@@ -88,16 +88,21 @@ def test_a_tokenizer_that_makes_marks_of_plain_text_is_told():
     assert not said.value.damaged
 
 
-@given(st.lists(st.sampled_from(["word", " ", "\n", "<|end|>", "x" * 30, "é"]), max_size=60), st.booleans())
-def test_pieces_are_the_text_cut_between_words_and_never_in_a_mark(tiny, parts, hidden):
-    hiding, text = marks.of(tiny.tokenizer()), "".join(parts)
+SAID = st.lists(st.sampled_from(["word", " ", "\n", "<|end|>", "x" * 11, "é"]), max_size=60)
+
+
+@given(SAID, st.booleans())
+def test_pieces_are_the_text_and_no_mark_is_cut(tiny, parts, hidden):
+    tokenizer, text = tiny.tokenizer(), "".join(parts)
+    hiding = marks.of(tokenizer)
     text = hiding.hide(text) if hidden else text
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(marks, "PIECE", 20)
         found = list(hiding.pieces(text))
-    assert "".join(found) == text
-    assert all(len(piece) <= 20 for piece in found)
-    assert sum(piece.count("<|end|>") for piece in found) == text.count("<|end|>")
+    assert "".join(found) == text and all(len(piece) <= 20 for piece in found)
+    ids = [token for piece in found for token in hiding.tokens(piece)]
+    assert tokenizer.decode(ids) == marks.shown(text)
+    assert ids.count(tokenizer.eos_token_id) == (0 if hidden else text.count("<|end|>"))
 
 
 def test_pieces_end_between_words_where_there_are_any(tokenizer, monkeypatch):

@@ -1,11 +1,15 @@
 """Thinking modes of conversations that exist: stripped for the one variant, whole for the other."""
 
+import re
+
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from qat.data import marks
 from qat.data.conversations import Conversation
 from qat.data.tally import Unusable
-from qat.data.thinking import chat_tokens, renderings
+from qat.data.thinking import _apart, chat_tokens, renderings
 from qat.errors import ConfigError
 
 IGNORES = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
@@ -147,3 +151,18 @@ def test_a_developer_is_a_system_where_the_template_has_none(shown):
 def test_whatever_a_template_raises_is_a_refusal(shown, template):
     with pytest.raises(Unusable, match="refused by the chat template"):
         shown(template, [{"role": "user", "content": "q"}])
+
+
+BLOCK = re.compile(r"<think>(.*?)</think>\s*", re.DOTALL)
+
+
+@given(st.lists(st.sampled_from(["<think>", "</think>", " ", "\n", "a", "<"])))
+def test_thoughts_are_what_stands_between_their_marks(parts):
+    said = "".join(parts)
+    assert _apart(said) == (BLOCK.sub("", said), BLOCK.findall(said))
+
+
+def test_thoughts_without_end_take_no_time():
+    """A search for the end of each would go through 1.4 MB 200,000 times."""
+    said = "</think>" + "<think>" * 200_000
+    assert _apart(said) == (said, [])
