@@ -98,7 +98,8 @@ class Sample:
 
     def told(self) -> tuple[Tensor, Tensor]:
         """Token ids [X, K] and log-probabilities [X, K] that are recorded of the places."""
-        ids, logprobs = self.recorded or (torch.empty(0), torch.empty(0))
+        nothing = torch.empty(0, dtype=torch.float32)
+        ids, logprobs = self.recorded or (nothing, nothing)
         at = [(row, first + places) for (row, first, _), places in zip(self.documents, self.places, strict=True)]
         return torch.cat([ids[place] for place in at]), torch.cat([logprobs[place] for place in at])
 
