@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,9 +11,10 @@ from qat import models
 from qat.cache import origin
 from qat.cache.local import open_local
 from qat.cache.older import import_older, open_older
-from qat.config import ModelConfig, ModelSource, Tail
-from qat.errors import ArtifactError
+from qat.config import CacheConfig, Config, DataConfig, LossConfig, LossKind, ModelConfig, ModelSource, Tail
+from qat.errors import ArtifactError, ConfigError
 from qat.machine import Machine
+from qat.stages import cache as stage
 
 CPU = Machine(torch.device("cpu"), torch.float32, 4)
 BF16 = Machine(torch.device("cpu"), torch.bfloat16, 4)
@@ -63,6 +65,21 @@ def test_the_cache_of_another_model_is_refused_although_its_tokens_are_known(rec
 def test_a_vocabulary_of_another_size_is_refused_as_the_cache_states_it(recorded, smaller, tiny):
     with pytest.raises(ArtifactError, match="of a vocabulary of 384 tokens, tiny has 512: it was made with another"):
         open_local(recorded(smaller, vocab_size=384), tiny, 0.3, Tail.exact)
+
+
+def test_rows_longer_than_the_teacher_was_made_for_are_refused(recorded, tiny):
+    data, loss = DataConfig("", eval_fraction=0.3), LossConfig("", LossKind.topk_kl)
+    config = Config(data=data, cache=CacheConfig("local"), loss=loss)
+    work = SimpleNamespace(config=config, teacher=Short(tiny.name, tiny.path, tiny.fingerprint), machine=CPU)
+    with pytest.raises(ConfigError, match="has rows of 16 tokens, tiny is made for at most 15"):
+        stage._local(work, recorded(tiny))
+
+
+class Short(models.ModelFolder):
+    """A teacher that was made for rows of 15 tokens."""
+
+    def context(self):
+        return LENGTH - 1
 
 
 def test_how_far_two_models_are_apart_is_their_divergence_over_the_cached_tokens(recorded, tiny, monkeypatch):
