@@ -167,6 +167,7 @@ def test_code_in_a_folder_is_never_run(folder, tmp_path):
         ({"num_attention_heads": 7}, r"does not describe a model .*not a multiple of the number of attention heads"),
         ({"hidden_act": "none such"}, "makes no model .*none such"),
         ({"vocab_size": 600}, r"model\.embed_tokens\.weight \(\[512, 64\], not \[600, 64\]\)"),
+        ({"num_hidden_layers": 2**70}, r"asks for num_hidden_layers=\d+, which no model has"),
         ({"num_hidden_layers": 1}, r"no place for, model\.layers\.1\..* and 6 more"),
         ({"architectures": ["LlamaForSequenceClassification"]}, "a LlamaForSequenceClassification, which is no causal"),
         ({"architectures": ["LlamaModel"]}, "a LlamaModel, which is no causal language model"),
