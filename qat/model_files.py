@@ -23,6 +23,7 @@ TEXT = (
     *("chat_template*", GENERATION),
 )
 REMEDY = "copy or download it again"
+LAYERS = 10_000  # more than any model has; transformers would make them one after the other
 HINTS = {
     PACKED: "a packed export of this project: name its teacher, and with checkpoint= the run that it was made from",
     "*.gguf": "{}, and GGUF files in a folder are not read: name the model that it was made from",
@@ -52,6 +53,7 @@ def check(folder: Path) -> None:
     refuse_code(described, folder / CONFIG)
     if not isinstance(described.get("model_type"), str):
         raise ConfigError(f"{folder / CONFIG} names no model_type, so nobody knows how to compute this model")
+    _refuse_endless(described, folder / CONFIG)
     weights(folder)
 
 
@@ -119,6 +121,14 @@ def read(path: Path) -> dict[str, Any]:
         ConfigError: it cannot be read, or holds something else.
     """
     return _json(path) if path.is_file() else {}
+
+
+def _refuse_endless(described: dict[str, Any], path: Path) -> None:
+    for name, value in described.items():
+        if isinstance(value, dict):
+            _refuse_endless(value, path)
+        elif "layer" in name and isinstance(value, int) and value > LAYERS:
+            raise ConfigError(f"{path} asks for {name}={value}, which no model has: {REMEDY}")
 
 
 def _json(path: Path) -> dict[str, Any]:

@@ -21,7 +21,7 @@ def check(config: PreTrainedConfig, where: object) -> None:
     if type(text) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         part = " and its text part" if text is not config else ""
         raise ConfigError(f"{where} holds a {name}, and transformers has no causal language model of it{part} alone")
-    if text is config and config.architectures and not any(str(a).endswith(CAUSAL) for a in config.architectures):
+    if text is config and not any(str(named).endswith(CAUSAL) for named in config.architectures or CAUSAL):
         raise ConfigError(f"{where} holds a {name}, which is no causal language model: name a folder with one")
 
 

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.quantizers.auto import AutoHfQuantizer, AutoQuantizationConfig
 
 from qat import model_files
+from qat.artifacts import require_space
 from qat.errors import ConfigError
 from qat.models import architecture, reading
 from qat.models.reading import understood
@@ -60,6 +61,8 @@ def save(model: PreTrainedModel, folder: Path) -> None:
         del settings.quantization_config  # the weights are plain numbers from here on
     with torch.device("meta"):  # no second set of weights
         made = AutoModelForCausalLM.from_config(settings, trust_remote_code=False)
+    needed = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    require_space(folder, needed, f"the plain weights of {folder.name}")
     made.load_state_dict(model.state_dict(), assign=True)
     made.tie_weights()
     made.save_pretrained(folder)
@@ -128,8 +131,8 @@ def _ends(source: Path) -> list[int] | None:
     described = model_files.settings(source)
     inner = [part for part in described.values() if isinstance(part, dict) and "vocab_size" in part]
     named = [part.get("eos_token_id") for part in (described, *inner)]
-    flat = {token for entry in named for token in (entry if isinstance(entry, list) else [entry]) if token is not None}
-    return sorted(flat) or None
+    flat = [token for entry in named for token in (entry if isinstance(entry, list) else [entry])]
+    return sorted({token for token in flat if isinstance(token, int)}) or None
 
 
 @torch.no_grad()

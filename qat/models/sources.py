@@ -132,9 +132,11 @@ def _usable(name: str, path: Path, fingerprint: str, artifacts: Path, text: str 
     """A folder that others made, as it is or as an artifact of plain weights."""
     model_files.check(path)
     config = reading.settings(path)
-    architecture.check(config, path)
+    with reading.understood(f"{path / model_files.CONFIG} does not describe a model that transformers can compute"):
+        architecture.check(config, path)
+        is_plain = architecture.is_plain(config)
     held = tensors.stored(model_files.weights(path))
-    if architecture.is_plain(config):
+    if is_plain:
         tensors.refuse_ambiguous(path, reading.skeleton(config, path), held)
         return ModelFolder(name, path, fingerprint, text)
     inputs = {"folder": fingerprint, "text": text}

@@ -51,7 +51,8 @@ def check(folder: Path, found: PreTrainedTokenizerBase, vocab_size: int) -> None
             f" model knows {vocab_size}: take the model's own tokenizer, or resize its embeddings"
             " (resize_token_embeddings)"
         )
-    ids = found(SENTENCE, add_special_tokens=False)["input_ids"]
+    with understood(f"the tokenizer of {folder} cannot be used"):
+        ids = found(SENTENCE, add_special_tokens=False)["input_ids"]
     if not ids or set(ids) == {found.unk_token_id}:
         raise ConfigError(f"the tokenizer of {folder} makes nothing of a sentence: its vocabulary is missing")
     for name in ("bos_token", "eos_token"):

@@ -8,6 +8,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -91,8 +92,8 @@ def kind_of(name: str) -> str | None:
     return next((kind for kind, leaves in KINDS.items() if leaf in leaves), None)
 
 
-def decoder_weights(model: nn.Module) -> dict[str, int]:
-    """How large each weight is that hidden states are multiplied with: all but embeddings, head and convolutions.
+def decoder_weights(model: nn.Module) -> dict[str, torch.Size]:
+    """Shapes of all weights that hidden states are multiplied with: not of embeddings, head and convolutions.
 
     A weight goes by its layer's name, one that is no layer's `weight` (a stack of experts) by its own.
     """
@@ -104,7 +105,7 @@ def decoder_weights(model: nn.Module) -> dict[str, int]:
         module = owners[owner]
         outside = module is head or isinstance(module, nn.Embedding | nn.modules.conv._ConvNd)
         if parameter.dim() > 1 and not outside and not leaf.endswith("bias"):
-            found[owner if leaf == "weight" else name] = parameter.numel()
+            found[owner if leaf == "weight" else name] = parameter.shape
     return found
 
 
@@ -114,11 +115,12 @@ def dense(model: nn.Module, layers: list[Layer]) -> dict[str, float]:
     `model` has its weights as they were before quantization; what chooses experts is not told of.
     """
     weights, quantized = decoder_weights(model), {layer.name for layer in layers}
-    left = {name: count for name, count in weights.items() if name not in quantized and not _routes(model, name)}
+    whole = sum(shape.numel() for shape in weights.values())
     shares: dict[str, float] = {}
-    for name, count in left.items():
-        pattern = NUMBER.sub(".*", name)
-        shares[pattern] = shares.get(pattern, 0.0) + count / sum(weights.values())
+    for name, shape in weights.items():
+        if name not in quantized and not _routes(name, shape):
+            pattern = NUMBER.sub(".*", name)
+            shares[pattern] = shares.get(pattern, 0.0) + shape.numel() / whole
     return shares
 
 
@@ -179,10 +181,9 @@ def _places(pattern: str) -> list[str]:
     return [kind for kind, place in PLACES.items() if place.search(pattern.lower())] or list(PLACES)
 
 
-def _routes(model: nn.Module, name: str) -> bool:
+def _routes(name: str, shape: torch.Size) -> bool:
     """Whether a weight chooses experts, of which there are fewer than hidden dimensions."""
-    weight = getattr(model.get_submodule(name), "weight", None) if ROUTER.search(name) else None
-    return isinstance(weight, nn.Parameter) and weight.dim() == 2 and weight.shape[0] < weight.shape[1]
+    return ROUTER.search(name) is not None and len(shape) == 2 and shape[0] < shape[1]
 
 
 def _bits_of_model(layers: list[Layer], model: nn.Module) -> float:

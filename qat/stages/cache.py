@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from qat.artifacts import Artifact
-from qat.cache import older, origin
+from qat.cache import older
 from qat.cache.local import open_local
 from qat.cache.reader import CacheReader
 from qat.cache.writer import obtain_cache
@@ -61,7 +61,7 @@ def _local(work: Workspace, path: Path) -> Artifact:
         length = cache.manifest["length"]
         raise ConfigError(f"{path} has rows of {length} tokens, {work.teacher.name} is made for at most {longest}")
     if cache.manifest["teacher"]["fingerprint"] is None:  # it does not know whose it is
-        origin.check(cache, work.teacher, work.machine)
+        work.settle(CacheReader(cache, "eval"))
     if cache.manifest["tail"] == "missing" and config.loss.kind is LossKind.bucket_kl and config.stage in TRAINS:
         raise ConfigError(
             f"loss=bucket_kl needs the probability outside the top-k, which {path} does not hold: use loss=topk_kl,"

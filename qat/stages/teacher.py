@@ -47,12 +47,10 @@ def makes_text(config: Config) -> bool:
 
 def check_text(config: Config, teacher: ModelFolder) -> None:
     """Whether there is a tokenizer of the model's, and a chat template where the text needs one."""
-    tokenizer, context = teacher.tokenizer(), teacher.context()
+    tokenizer = teacher.tokenizer()
     tokenizers.check(teacher.path, tokenizer, teacher.vocab_size())
     if config.cache.path or config.evaluate.text or config.evaluate.tasks:
         return
-    if context is not None and config.cache.length > context:
-        raise ConfigError(f"cache.length={config.cache.length}: {teacher.name} is made for at most {context} tokens")
     for part in mix.parts(config.data):
         if _talks(part):
             asked(tokenizer, "?")

@@ -1,6 +1,8 @@
 """What lies on the disk is what is loaded: anything else is refused by name."""
 
+import json
 import os
+import random
 import shutil
 
 import pytest
@@ -10,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from qat import model_files
 from qat.errors import ConfigError
+from qat.models import tokenizers
 
 UP = "model.layers.1.mlp.up_proj.weight"
 
@@ -164,6 +167,7 @@ def test_code_in_a_folder_is_never_run(folder, tmp_path):
         ({"num_attention_heads": 7}, r"does not describe a model .*not a multiple of the number of attention heads"),
         ({"hidden_act": "none such"}, "makes no model .*none such"),
         ({"vocab_size": 600}, r"model\.embed_tokens\.weight \(\[512, 64\], not \[600, 64\]\)"),
+        ({"num_hidden_layers": 2**70}, r"asks for num_hidden_layers=\d+, which no model has"),
         ({"num_hidden_layers": 1}, r"no place for, model\.layers\.1\..* and 6 more"),
         ({"architectures": ["LlamaForSequenceClassification"]}, "a LlamaForSequenceClassification, which is no causal"),
         ({"architectures": ["LlamaModel"]}, "a LlamaModel, which is no causal language model"),
@@ -231,3 +235,22 @@ def test_an_adapter_is_told_with_its_base(tmp_path):
 def test_settings_that_are_no_json_object_are_told(folder, content):
     (folder.path / "config.json").write_text(content)
     refused(folder, r"config\.json (cannot be read as JSON|does not hold a JSON object)")
+
+
+WEIRD = (None, "x", -1, 0, 1.5, 1e30, 2**70, [], [None], [[1]], {}, {"a": 1}, True, "../x")
+KEYS = ("quantization_config", "text_config", "architectures", "eos_token_id", "layer_types", "transformers_weights")
+
+
+@pytest.mark.parametrize("seed", range(24))
+def test_any_settings_are_a_model_or_one_sentence(folder, seed):
+    draw = random.Random(seed)
+    name = draw.choice(("config.json", "config.json", "generation_config.json", "tokenizer_config.json"))
+    described = json.loads((folder.path / name).read_text())
+    described[draw.choice([*described, *KEYS])] = draw.choice(WEIRD)
+    (folder.path / name).write_text(json.dumps(described))
+    try:
+        found = folder.located()
+        assert folder.load() and found.vocab_size() and isinstance(found.ends(), tuple)
+        tokenizers.check(found.path, found.tokenizer(), found.vocab_size())
+    except ConfigError as error:
+        assert "\n" not in str(error)

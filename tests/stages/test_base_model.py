@@ -24,6 +24,9 @@ def place(teacher, tmp_path_factory):
     for file in bare.glob("tokenizer*"):
         file.unlink()
     write_text(place / "text.txt")
+    said = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "Because."}]
+    (place / "chat_jsonl.json").write_text(json.dumps({"messages": said}))
+    (place / "alpaca.json").write_text(json.dumps([{"instruction": "Why?", "output": "Because."}]))
     return place
 
 
@@ -75,7 +78,7 @@ def test_training_text_may_come_from_the_model_itself(job):
 @pytest.mark.parametrize("data", ["selfgen", "prompts", "questions", "alpaca", "chat_jsonl"])
 def test_what_needs_a_chat_template_is_refused_before_anything_is_made(job, place, data):
     before = set((place / "outputs" / "artifacts").rglob("*"))
-    own = [f"data.path={place / 'text.txt'}"] if data in ("alpaca", "chat_jsonl") else []
+    own = [f"data.path={place / data}.json"] if data in ("alpaca", "chat_jsonl") else []
     with pytest.raises(ConfigError, match="no chat template: use data=tokens, openings or text"):
         job("base", f"data={data}", *own)
     assert set((place / "outputs" / "artifacts").rglob("*")) == before

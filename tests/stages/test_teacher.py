@@ -97,14 +97,6 @@ def test_a_student_that_is_trained_first_has_its_layers_too(check_of, other):
         check_of(teacher=phi3, experiment="progressive", quant__partial=True)
 
 
-def test_rows_longer_than_the_teacher_was_made_for_are_told(check_of, other):
-    short = other("Llama", max_position_embeddings=12)
-    with pytest.raises(ConfigError, match=r"cache\.length=16: other is made for at most 12 tokens"):
-        check_of(teacher=short)
-    check_of(teacher=short, cache__length=12)
-    check_of("export", short)
-
-
 def test_a_layer_of_zeros_is_told_where_it_is_to_be_quantized(check_of, teacher, tmp_path):
     folder = shutil.copytree(teacher.path, tmp_path / "zeros")
     tensors = load_file(folder / "model.safetensors")
