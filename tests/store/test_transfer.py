@@ -3,8 +3,6 @@
 import hashlib
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,8 +14,8 @@ from qat.names import cache_names
 from qat.store import names, places, transfer
 from qat.store.places import Place
 from tests.store.test_archives import SMALL, compressed, entry, tar_of
+from tests.test_pipeline import Shop
 
-ROOT = Path(__file__).resolve().parents[2]
 V2 = [(entry("q4_fp32/config.json"), b'{"version": "v2"}'), (entry("q4_fp32/model.pt"), b"tensors")]
 
 
@@ -282,22 +280,15 @@ def test_mirror_that_fails_fails_no_run(tmp_path, caplog):
     assert "SR-001 was not mirrored" in caplog.text
 
 
-def launch(*words, cwd):
-    command = [sys.executable, str(ROOT / "launch.py"), *words]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=100)
-
-
-def test_stages_in_processes(tmp_path, drive):
-    checkpoint = tmp_path / "outputs" / "SR-001" / "checkpoints" / "best"
+def test_stages_as_commands(outputs, drive):
+    checkpoint = outputs / "SR-001" / "checkpoints" / "best"
     checkpoint.mkdir(parents=True)
     manifest = {"kind": "checkpoint", "quant": {"name": "q2a4"}, "files": {}}
     (checkpoint / "manifest.json").write_text(json.dumps(manifest))
-    (tmp_path / "outputs" / "SR-001" / "result.json").write_text(
-        '{"run_id": "SR-001", "name": "v2_q2a4_mlp_0.73_fp32"}'
-    )
-    words = ("store=gdrive", f"store.path={drive}/qat")
-    pushed = launch("stage=push", "checkpoint=SR-001", *words, cwd=tmp_path)
-    assert (pushed.returncode, pushed.stderr) == (0, "")
+    (outputs / "SR-001" / "result.json").write_text('{"run_id": "SR-001", "name": "v2_q2a4_mlp_0.73_fp32"}')
+    shop, words = Shop(outputs), ("store=gdrive", f"store.path={drive}/qat")
+    pushed = shop.launch("stage=push", "checkpoint=SR-001", *words)
+    assert (pushed.code, pushed.err) == (0, "")
     name = "SR-001_v2_q2a4_mlp_0.73_fp32"
     assert listing(drive) == [
         "qat",
@@ -305,11 +296,11 @@ def test_stages_in_processes(tmp_path, drive):
         f"qat/checkpoints/{name}.tgz",
         f"qat/checkpoints/{name}.tgz.sha256",
     ]
-    listed = launch("stage=store", *words, cwd=tmp_path)
-    assert (listed.returncode, f"checkpoints/{name}.tgz" in listed.stdout) == (0, True)
-    pulled = launch("stage=pull", f"store.archive={name}", *words, cwd=tmp_path)
-    assert (pulled.returncode, pulled.stderr) == (0, "")
-    assert json.loads((tmp_path / "outputs" / "checkpoints" / name / "manifest.json").read_text()) == manifest
-    wrong = launch("stage=pull", "store.archive=SR-001_v2_q2a4_mlp_0.37_fp32", *words, cwd=tmp_path)
-    assert (wrong.returncode, wrong.stderr.count("\n")) == (1, 1)
-    assert f"did you mean {name}?" in wrong.stderr
+    listed = shop.launch("stage=store", *words)
+    assert (listed.code, f"checkpoints/{name}.tgz" in listed.out) == (0, True)
+    pulled = shop.launch("stage=pull", f"store.archive={name}", *words)
+    assert (pulled.code, pulled.err) == (0, "")
+    assert json.loads((outputs / "checkpoints" / name / "manifest.json").read_text()) == manifest
+    wrong = shop.launch("stage=pull", "store.archive=SR-001_v2_q2a4_mlp_0.37_fp32", *words)
+    assert (wrong.code, wrong.err.count("\n")) == (1, 1)
+    assert f"did you mean {name}?" in wrong.err
