@@ -50,6 +50,7 @@ SMALL = [
     "cache.top_k=16",
     "quant.mlp.bits=6",
     "quant.attn.bits=6",
+    "quant.partial=true",
     "convert.calibration_tokens=512",
     "convert.rounds=1",
     "train.steps=2",

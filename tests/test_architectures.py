@@ -3,6 +3,8 @@
 `benchmarks/architectures.py` takes all there are, through whole jobs.
 """
 
+from dataclasses import replace
+
 import architectures
 import pytest
 import torch
@@ -34,6 +36,7 @@ from qat.errors import ConfigError
 from qat.evaluate import evaluate
 from qat.evaluate.windows import Windows, read
 from qat.fidelity import Sample, settle
+from qat.models.tiny import byte_tokenizer
 from qat.quant.convert import install, quantize
 from qat.quant.layers import select
 from qat.quant.moments import gather
@@ -79,7 +82,7 @@ class Family:
     def __init__(self, name, folder, text):
         self.folder, self.text = folder, text
         zoo.tiny(zoo.architectures()[name]).save_pretrained(folder / "model")
-        models._byte_tokenizer().save_pretrained(folder / "model")
+        byte_tokenizer().save_pretrained(folder / "model")
         self.teacher = models.locate(ModelConfig("it", ModelSource.folder, path=str(folder / "model")), folder)
         self.own = transformers.AutoModelForCausalLM.from_pretrained(folder / "model", attn_implementation="eager")
 
@@ -106,7 +109,7 @@ def test_what_is_recorded_and_measured_is_what_the_model_says(name, tmp_path, te
 
 @pytest.mark.parametrize("name", ["bert", "doge"])
 def test_what_depends_on_later_tokens_is_refused_in_one_sentence(name, tmp_path, text):
-    with pytest.raises(ConfigError, match=r"^model \(\w+\) says something else of rows") as error:
+    with pytest.raises(ConfigError, match=r"says something else of rows|sees what comes later") as error:
         Family(name, tmp_path, text).cache()
     assert "\n" not in str(error.value) and not list((tmp_path / "caches").glob("[!.]*"))
 
@@ -131,7 +134,7 @@ def test_a_student_is_converted_trained_and_measured_as_it_computes_itself(name,
 
 def converted(model, training, gradients):
     """Puts tables into a model; the quantized layers with their kinds."""
-    chosen, text = select(model, tiny.QUANT), [training.batch(torch.arange(training.rows))]
+    chosen, text = select(model, replace(tiny.QUANT, partial=True)), [training.batch(torch.arange(training.rows))]
     moments, settings = gather(model, chosen, text, gradients), ConvertConfig("", rounds=2)
     weights = {layer.name: models.linear(model, layer.name).weight for layer in chosen}
     exact = KMeansConfig("", KMeansBackend.exact)

@@ -135,13 +135,17 @@ def _ends(loss_mask: Tensor) -> Tensor:
 
 
 def _telling(loss_mask: Tensor, document_starts: Tensor | None) -> Tensor:
-    """Numbers of the two rows that show most, in order: of joined documents one or few, and two or few more."""
+    """Numbers of the two rows that show most, in order.
+
+    Of joined documents those are the row with the fewest, whose tokens see farthest, and the one whose first
+    document and positions of others are both many: there it shows most if the others see the first.
+    """
     if document_starts is None:
         shown = _ends(loss_mask)
         return torch.stack([shown.argmin(), shown.argmax()]).unique()
-    shown = document_starts.sum(1)
-    several = torch.where(shown > 1, shown, shown.max() + 1)
-    return torch.stack([shown.argmin(), several.argmin()]).unique()
+    later = document_starts.cumsum(1) > 1
+    others = (later[:, :-1] & loss_mask.bool()).sum(1)
+    return torch.stack([document_starts.sum(1).argmin(), torch.minimum(others, (~later).sum(1)).argmax()]).unique()
 
 
 def _spread(count: int, share: float) -> Tensor:

@@ -7,9 +7,9 @@ from qat.evaluate.windows import Windows
 from qat.fidelity.sample import POSITIONS, Sample
 
 
-def test_of_joined_rows_one_with_one_document_and_one_with_few_are_taken():
+def test_of_joined_rows_one_with_one_document_and_one_with_much_behind_a_boundary_are_taken():
     starts = torch.zeros(4, 6, dtype=torch.uint8)
-    starts[:, 0] = starts[0, [1, 2, 3]] = starts[2, [2, 3]] = 1
+    starts[:, 0] = starts[0, [1, 2, 3]] = starts[2, [2, 3]] = starts[3, 5] = 1
     ids = torch.arange(24).view(4, 6)
     sample = Sample.of(ids, 1 - starts[:, 1:], starts)
     assert sample.input_ids.tolist() == [ids[1].tolist(), ids[2].tolist()]

@@ -12,7 +12,7 @@ from qat.generation import loop as loops
 from qat.models import ModelFolder
 
 END = 257
-GREEDY = Sampling(tokens=20, greedy=20, temperature=1.0, end=END)
+GREEDY = Sampling(tokens=20, greedy=20, temperature=1.0, ends=(END,))
 PROMPTS = [[256, 72, 105], [256, *range(65, 80)], [70]]
 SIZES = {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
 SIZES |= {"num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.3}
@@ -28,7 +28,7 @@ def chosen(model, prompts=PROMPTS, sampling=GREEDY):
 
 
 def said(write, prompts=PROMPTS):
-    return answers(write(prompts, 0, lambda amount=1, note="": None), END)
+    return answers(write(prompts, 0, lambda amount=1, note="": None), (END,))
 
 
 def read_again(model, prompt):
