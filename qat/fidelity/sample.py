@@ -15,7 +15,7 @@ from qat.cache import attention
 from qat.cache.batch import Batch
 
 LOOKED_AT = 256  # rows, of which two are chosen
-POSITIONS = 256  # looked at, at most; of longer documents evenly spread ones
+POSITIONS = 64  # looked at, at most; of longer documents evenly spread ones
 
 
 class Rows(Protocol):
@@ -47,7 +47,7 @@ class Sample:
 
     @classmethod
     def of(cls, input_ids: Tensor, loss_mask: Tensor, document_starts: Tensor | None, pad: int = 0) -> "Sample":
-        """Those two of many rows that show most: of joined documents the fewest and the most, else the most padding.
+        """Two of many rows that show most: with one document and with few, or with the most and the least padding.
 
         Args:
             input_ids: [N, L].
@@ -56,10 +56,14 @@ class Sample:
             pad: see the class.
         """
         rows = _telling(loss_mask, document_starts)
-        if document_starts is None:
-            return cls(input_ids[rows].long(), _ends(loss_mask[rows]), None, pad)
-        ends = torch.full((len(rows),), input_ids.shape[1], dtype=torch.long)
-        return cls(input_ids[rows].long(), ends, document_starts[rows].bool(), pad)
+        starts = None if document_starts is None else document_starts[rows]
+        return cls._made(input_ids[rows], loss_mask[rows], starts, pad)
+
+    @classmethod
+    def _made(cls, input_ids: Tensor, loss_mask: Tensor, starts: Tensor | None, pad: int = 0) -> "Sample":
+        if starts is None:
+            return cls(input_ids.long(), _ends(loss_mask), None, pad)
+        return cls(input_ids.long(), torch.full((len(input_ids),), input_ids.shape[1], dtype=torch.long), starts.bool(), pad)
 
     @classmethod
     def of_rows(cls, rows: Rows) -> "Sample":
@@ -68,7 +72,7 @@ class Sample:
         starts = looked_at.stored["document_starts"] if looked_at.joined else None
         numbers = _telling(looked_at.loss_mask, starts)
         batch = looked_at.rows(numbers)
-        sample = cls.of(batch.input_ids, batch.loss_mask, None if starts is None else starts[numbers])
+        sample = cls._made(batch.input_ids, batch.loss_mask, None if starts is None else starts[numbers])
         told = "topk_ids" in batch.stored and batch.stored["topk_ids"].shape[-1] > 0
         return replace(sample, recorded=(batch.topk_ids, batch.topk_logprobs) if told else None)
 
@@ -132,9 +136,17 @@ def _ends(loss_mask: Tensor) -> Tensor:
 
 
 def _telling(loss_mask: Tensor, document_starts: Tensor | None) -> Tensor:
-    """Numbers of the two rows that show most, in order."""
-    shown = _ends(loss_mask) if document_starts is None else document_starts.sum(1)
-    return torch.stack([shown.argmin(), shown.argmax()]).unique()
+    """Numbers of the two rows that show most, in order.
+
+    Of joined documents those are the row with the fewest, whose tokens see farthest, and the one whose first
+    document and positions of others are both many: there it shows most if the others see the first.
+    """
+    if document_starts is None:
+        shown = _ends(loss_mask)
+        return torch.stack([shown.argmin(), shown.argmax()]).unique()
+    later = document_starts.cumsum(1) > 1
+    others = (later[:, :-1] & loss_mask.bool()).sum(1)
+    return torch.stack([document_starts.sum(1).argmin(), torch.minimum(others, (~later).sum(1)).argmax()]).unique()
 
 
 def _spread(count: int, share: float) -> Tensor:

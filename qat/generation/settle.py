@@ -1,17 +1,16 @@
 """Which loop writes a teacher's text: the fastest one whose logits are those of the model's own forward pass.
 
-Real prompts are gone on with by a few tokens, one of them as long as the longest answer will get, so that
-windows and states are full. What is compared is as in `qat.fidelity`: in fp32 to see whether a loop is right,
-in the model's own type for the kernels.
+Real prompts are gone on with by a few tokens, one of them so long that windows and states are full. What is
+compared is as in `qat.fidelity`: in fp32 to see whether a loop is right, in the model's own type for the kernels.
 
 Shapes: R rows, V vocabulary.
 """
 
 import logging
-from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,6 +27,7 @@ from qat.models import ModelFolder
 log = logging.getLogger(__name__)
 
 TOKENS = 3  # looked at behind each prompt; with more, steps would be recorded
+FEW = 3  # tokens of a short prompt; another one has three times as many
 # `Writer`, and whether logits are a product there; `OwnWriter`, which remembers what it read or reads it anew.
 LOOPS = (("plain", True), ("plain", False), ("own", False), ("anew", False))
 
@@ -61,7 +61,7 @@ def writer(
     key, positions = (model.dtype, model.device.type), longest + sampling.tokens
     proven, loop, product = teacher.found.loops.get(key, (0, "", False))
     if proven < positions:
-        trial = _Trial(f"{teacher.name} ({type(model).__name__})", model, _probes(prompts, positions), sampling)
+        trial = _Trial(f"{teacher.name} ({type(model).__name__})", model, _probes(model, prompts, positions), sampling)
         loop, product = trial.find()
         teacher.found.loops[key] = positions, loop, product
     use(model, replace(used(model), product=product))
@@ -82,18 +82,34 @@ def _made(
     return OwnWriter(model, sampling, rows, loop == "own", turn)
 
 
-def _probes(prompts: list[list[int]], positions: int) -> list[list[int]]:
-    """The longest prompt again and again, up to where the longest answer ends, and the shortest one."""
-    longest, shortest = max(prompts, key=len), min(prompts, key=len)
-    length = max(len(longest), positions - TOKENS)
-    return [(longest * (length // len(longest) + 1))[:length], shortest]
+def _probes(model: PreTrainedModel, prompts: list[list[int]], positions: int) -> list[list[list[int]]]:
+    """Two batches of prompts: the longest one again and again until it is long enough, and two of unlike lengths.
+
+    Whatever a model does otherwise from some length on has that length among the numbers of its settings, so
+    that the largest of them below `positions` is long enough.
+    """
+    longest = max(prompts, key=len)
+    told = max((n for n in numbers(model.config.to_dict()) if n < positions), default=0)
+    length = min(max(told, len(longest)) + 1, positions - TOKENS)
+    return [[(longest * (length // len(longest) + 1))[:length]], [longest[:FEW], longest[: 3 * FEW]]]
+
+
+def numbers(settings: Any) -> Iterator[int]:
+    """All whole numbers in some settings."""
+    if isinstance(settings, dict | list | tuple):
+        for value in settings.values() if isinstance(settings, dict) else settings:
+            yield from numbers(value)
+    elif isinstance(settings, int):
+        yield settings
 
 
 class _Trial:
     """A model that goes on from a few prompts."""
 
-    def __init__(self, who: str, model: PreTrainedModel, prompts: list[list[int]], sampling: Sampling) -> None:
-        self.who, self.model, self.prompts = who, model, prompts
+    def __init__(
+        self, who: str, model: PreTrainedModel, batches: list[list[list[int]]], sampling: Sampling
+    ) -> None:
+        self.who, self.model, self.batches = who, model, batches
         self.sampling = replace(sampling, tokens=TOKENS, greedy=TOKENS)
 
     @torch.no_grad()
@@ -128,19 +144,29 @@ class _Trial:
     def _written(self, loop: str, product: bool) -> tuple[list[Tensor], list[Tensor], Tensor]:
         """Texts, the places in them at which the loop chose a token, and its log-probabilities there."""
         use(self.model, replace(used(self.model), product=product))
-        seen: dict[int, list[Tensor]] = defaultdict(list)
-
-        def watch(rows: Sequence[int], logits_RV: Tensor) -> None:
-            for row, logits in zip(rows, logits_RV, strict=True):
-                seen[row].append(logits.log_softmax(-1))
-
+        texts, places, given = [], [], []
         with trying() as failed:
-            write = _made(loop, self.model, self.sampling, len(self.prompts), max(map(len, self.prompts)))
-            write.watch = watch
-            written = write(self.prompts, 0, lambda amount=1, note="": None).tolist()
-            texts = [torch.tensor([p + w]) for p, w in zip(self.prompts, written, strict=True)]
-            firsts = [len(prompt) - 1 for prompt in self.prompts]
-            places = [torch.arange(first, first + len(seen[row])) for row, first in enumerate(firsts)]
-            return texts, places, torch.stack([one for row in range(len(self.prompts)) for one in seen[row]])
+            for prompts in self.batches:
+                seen = _Seen(len(prompts))
+                write = _made(loop, self.model, self.sampling, len(prompts), max(map(len, prompts)))
+                write.watch = seen.watch
+                written = write(prompts, 0, lambda amount=1, note="": None).tolist()
+                for prompt, answer, logprobs in zip(prompts, written, seen.logprobs, strict=True):
+                    texts.append(torch.tensor([prompt + answer]))
+                    places.append(torch.arange(len(logprobs)) + len(prompt) - 1)
+                    given += logprobs
+            return texts, places, torch.stack(given)
         log.debug("%s by %s: %s", self.who, loop, failed)
         return [], [], torch.empty(0, dtype=torch.float32)
+
+
+class _Seen:
+    """Log-probabilities [V] that a loop chose from, in each row of a batch."""
+
+    def __init__(self, rows: int) -> None:
+        self.logprobs: list[list[Tensor]] = [[] for _ in range(rows)]
+
+    def watch(self, rows: Sequence[int], logits_RV: Tensor) -> None:
+        """Takes those of some rows."""
+        for row, logits in zip(rows, logits_RV, strict=True):
+            self.logprobs[row].append(logits.log_softmax(-1))

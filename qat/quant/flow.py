@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from qat.cache.batch import Batch
 from qat.forward import decoder_layers, run_body, trying
 
-PROBE = 32  # tokens of a row that are enough to see whether layers follow one another
+PROBE = 12  # tokens of a row that are enough to see whether layers follow one another
 ROUNDING = {torch.bfloat16: 2e-2, torch.float16: 2e-3}  # of hidden states, relative to their norm
 
 

@@ -7,14 +7,14 @@ from qat.evaluate.windows import Windows
 from qat.fidelity.sample import POSITIONS, Sample
 
 
-def test_of_joined_rows_those_with_the_most_and_the_fewest_documents_are_taken():
+def test_of_joined_rows_one_with_one_document_and_one_with_much_behind_a_boundary_are_taken():
     starts = torch.zeros(4, 6, dtype=torch.uint8)
-    starts[:, 0] = starts[1, [2, 3]] = starts[3, 4] = 1
+    starts[:, 0] = starts[0, [1, 2, 3]] = starts[2, [2, 3]] = starts[3, 5] = 1
     ids = torch.arange(24).view(4, 6)
     sample = Sample.of(ids, 1 - starts[:, 1:], starts)
-    assert sample.input_ids.tolist() == [ids[0].tolist(), ids[1].tolist()]
+    assert sample.input_ids.tolist() == [ids[1].tolist(), ids[2].tolist()]
     assert sample.documents == [(0, 0, 6), (1, 0, 2), (1, 3, 6)]  # one token predicts nothing
-    assert [ids.tolist() for ids in sample.alone()] == [[[0, 1, 2, 3, 4, 5]], [[6, 7]], [[9, 10, 11]]]
+    assert [ids.tolist() for ids in sample.alone()] == [[[6, 7, 8, 9, 10, 11]], [[12, 13]], [[15, 16, 17]]]
 
 
 def test_together_and_apart_places_are_those_of_the_same_tokens():

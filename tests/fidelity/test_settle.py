@@ -41,10 +41,11 @@ def found(model, sample=JOINED, repack=True):
 
 
 def own(model, sample=JOINED):
-    """Log-probabilities of each document alone, one after the other."""
+    """Log-probabilities of each document alone, one after the other, at the places looked at."""
     use(model, OWN)
+    pairs = zip(sample.alone(), sample.places, strict=True)
     with torch.no_grad():
-        return torch.cat([model(ids).logits[0, :-1].log_softmax(-1) for ids in sample.alone()])
+        return torch.cat([model(ids).logits[0, places].log_softmax(-1) for ids, places in pairs])
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,7 @@ def chosen(model, prompts=PROMPTS, sampling=GREEDY):
 
 
 def said(write, prompts=PROMPTS):
-    return answers(write(prompts, 0, lambda amount=1, note="": None), END)
+    return answers(write(prompts, 0, lambda amount=1, note="": None), (END,))
 
 
 def read_again(model, prompt):
