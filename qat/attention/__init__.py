@@ -15,7 +15,7 @@ from transformers.masking_utils import sdpa_mask
 from qat.attention import kernels, plain
 
 NAME = "qat"  # as transformers' `attn_implementation`
-UNKNOWN = ("dropout", "softcap", "sliding_window", "position_bias", "s_aux", "cache", "output_attentions")
+UNKNOWN = ("dropout", "softcap", "position_bias", "s_aux", "cache", "output_attentions")  # masks hold windows
 
 
 def attend(

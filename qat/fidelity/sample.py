@@ -63,7 +63,8 @@ class Sample:
     def _made(cls, input_ids: Tensor, loss_mask: Tensor, starts: Tensor | None, pad: int = 0) -> "Sample":
         if starts is None:
             return cls(input_ids.long(), _ends(loss_mask), None, pad)
-        return cls(input_ids.long(), torch.full((len(input_ids),), input_ids.shape[1], dtype=torch.long), starts.bool(), pad)
+        ends = torch.full((len(input_ids),), input_ids.shape[1], dtype=torch.long)
+        return cls(input_ids.long(), ends, starts.bool(), pad)
 
     @classmethod
     def of_rows(cls, rows: Rows) -> "Sample":
@@ -93,7 +94,7 @@ class Sample:
     @cached_property
     def places(self) -> list[Tensor]:
         """The places looked at in each document, all but its last one at most."""
-        share = min(1.0, POSITIONS / sum(end - first - 1 for _, first, end in self.documents))
+        share = min(1.0, POSITIONS / max(1, sum(end - first - 1 for _, first, end in self.documents)))
         return [_spread(end - first - 1, share) for _, first, end in self.documents]
 
     def alone(self) -> list[Tensor]:

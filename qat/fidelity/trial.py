@@ -91,7 +91,9 @@ class Trial:
         self.who, self.model, self.sample, self.dtype = who, model, sample, model.dtype
 
     def find(self, repack: bool) -> Pass:
-        """The pass to take; see `settle`."""
+        """The pass to take; see `settle`. Of rows that predict nothing, nothing can be found out."""
+        if not self.sample.documents:
+            return replace(OWN, joined=self.sample.starts is not None)
         with in_fp32(self.model):
             wanted = self.own()
             self._check_recorded(wanted)

@@ -47,9 +47,23 @@ def test_of_long_rows_places_are_spread_and_the_last_is_among_them():
     assert len(places) == POSITIONS and places[0] == 0 and places[-1] == 1998
 
 
-def test_rows_of_a_cache(cache):
+def test_rows_of_a_cache_come_with_what_it_says_of_them(cache):
     reader = CacheReader(cache, "train")
     sample = Sample.of_rows(reader)
     assert sample.shape == (reader.meta["length"], True)
-    rows = reader.batch(torch.arange(reader.rows)).input_ids
-    assert all((rows == ids).all(1).any() for ids in sample.input_ids)
+    whole = reader.batch(torch.arange(reader.rows))
+    numbers = [int((whole.input_ids == ids).all(1).nonzero()[0]) for ids in sample.input_ids]
+    ids, logprobs = sample.told()
+    wanted = [(whole.topk_ids[n], whole.topk_logprobs[n]) for n in numbers]
+    parts = [
+        (wanted[row][0][first + places], wanted[row][1][first + places])
+        for (row, first, _), places in zip(sample.documents, sample.places, strict=True)
+    ]
+    assert torch.equal(ids, torch.cat([part[0] for part in parts]))
+    assert torch.equal(logprobs, torch.cat([part[1] for part in parts]))
+
+
+def test_rows_that_predict_nothing_have_no_documents():
+    starts = torch.ones(2, 4, dtype=torch.uint8)
+    sample = Sample.of(torch.zeros(2, 4), 1 - starts[:, 1:], starts)
+    assert sample.documents == [] and sample.places == []

@@ -1,5 +1,6 @@
 """A pass is taken where it says what the model's own forward pass says of each document alone, and nowhere else."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,10 +9,11 @@ import transformers
 from transformers import AttentionInterface
 
 from qat import attention, forward, head, masks
-from qat.errors import ConfigError, NumericsError
+from qat.cache.reader import CacheReader
+from qat.errors import ArtifactError, ConfigError, NumericsError
 from qat.fidelity import Sample, ready, settle
 from qat.fidelity.exact import in_fp32
-from qat.forward import FAST, FUSED, OWN, Pass, body, hidden_states, use, used
+from qat.forward import FAST, FUSED, OWN, Found, Pass, body, hidden_states, use, used
 from qat.head import OutputHead
 from qat.machine import Machine
 from qat.models import ModelFolder
@@ -150,6 +152,21 @@ def test_nan_never_passes():
     model.model.layers[1].mlp.up_proj.weight.data[0, 0] = torch.nan
     with pytest.raises(NumericsError, match="NaN or infinity"):
         found(model)
+
+
+def test_a_cache_that_says_something_else_is_refused(cache, teacher):
+    rows = Sample.of_rows(CacheReader(cache, "train"))
+    fp32 = Machine(CPU, torch.float32, 2)
+    assert settle(replace(teacher, found=Found()), fp32, rows) == FAST
+    other = teacher.load(torch.float32, CPU)
+    other.model.layers[0].mlp.up_proj.weight.data *= 1.5
+    with pytest.raises(ArtifactError, match=r"the cache does not hold what tiny \(LlamaForCausalLM\) says, by 0\.\d+"):
+        settle(replace(teacher, found=Found()), fp32, rows, other)
+
+
+def test_of_rows_that_predict_nothing_the_models_own_pass_is_taken():
+    starts = torch.ones(2, 4, dtype=torch.uint8)
+    assert found(made("Llama"), Sample.of(torch.zeros(2, 4), 1 - starts[:, 1:], starts)) == OWN
 
 
 def test_it_is_looked_for_once_for_rows_of_a_kind(monkeypatch):
