@@ -58,6 +58,7 @@ def _words(name: str) -> Iterable[str]:
     """The words that a group or key takes; none for numbers and text."""
     if name in RUNS:
         yield from (path.name for path in Path("outputs").glob("SR-*"))
+    name = schema.nested().get(name, name)
     if name in (*schema.groups(), *schema.EXTRAS):
         yield from (option.stem for option in helping.options(name))
         return
