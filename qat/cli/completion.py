@@ -59,6 +59,7 @@ def _words(name: str) -> Iterable[str]:
     """The words that a group or key takes; none for numbers and text."""
     if name in RUNS:
         yield from (run_id for run_id, _ in places(Path("outputs")))
+    name = schema.nested().get(name, name)
     if name in (*schema.groups(), *schema.EXTRAS):
         yield from (option.stem for option in helping.options(name))
         return

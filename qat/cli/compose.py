@@ -25,7 +25,7 @@ from omegaconf.errors import (
 )
 from yaml import YAMLError
 
-from qat.cli import schema, words
+from qat.cli import schema, sections, words
 from qat.config import CONF, Config, Stage
 from qat.errors import ConfigError
 from qat.names import settled
@@ -65,11 +65,11 @@ class Composer:
         """The options of a group, in order."""
         return sorted(self.loader.repository.get_group_options(group, ObjectType.CONFIG))
 
-    def chosen(self) -> set[str]:
-        """Groups that the primary config has an option of; a recorded run has values instead."""
-        if self.is_default:
+    def chosen(self, presets: list[str] | None = None) -> set[str]:
+        """Groups that the primary config, with some presets, has an option of; a recorded run has values instead."""
+        if self.is_default and not presets:
             return set(schema.groups())
-        return set(self.compose([]).hydra.runtime.choices)
+        return set(self.compose(presets or []).hydra.runtime.choices)
 
     def compose(self, overrides: list[str], multirun: bool = False) -> DictConfig:
         """The composed tree, `hydra` included.
@@ -81,7 +81,15 @@ class Composer:
         try:
             return self.loader.load_configuration(self.name, overrides, mode)
         except MISTAKES as error:
-            raise ConfigError(explain(error)) from error
+            raise ConfigError(self._missing(error, overrides) or explain(error)) from error
+
+    def _missing(self, error: BaseException, overrides: list[str]) -> str | None:
+        """Which section a key needs that is null; None for any other error."""
+        inside = [text for text in overrides if sections.around(text)]
+        if not inside or not isinstance(error.__cause__ or error, AssertionError | AttributeError):
+            return None
+        rest = self.compose([text for text in overrides if text not in inside])
+        return next((told for text in inside if (told := sections.lacking(text, rest))), None)
 
 
 def typed(composed: DictConfig) -> Config:
@@ -120,7 +128,8 @@ def explain(error: BaseException) -> str:
     key = getattr(error, "full_key", None) or ""
     first, *rest = str(error).split("\n")
     if isinstance(error, MissingMandatoryValue):
-        return f"{key} has no value"
+        group = key.removesuffix(".name")
+        return f"{group} has no option: choose {group}=<option>" if group in schema.nested() else f"{key} has no value"
     if isinstance(error, ConfigKeyError | ConfigAttributeError) and key:
         return f"unknown key {key}{did_you_mean(key, schema.keys())}"
     if isinstance(error, ValidationError):

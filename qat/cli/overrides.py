@@ -14,6 +14,7 @@ from qat.config import Stage
 from qat.errors import ConfigError
 from qat.suggest import did_you_mean, hint, named, nearest
 
+EXTRAS = tuple(f"{group}=" for group in schema.EXTRAS)
 MOST_JOBS = 256  # each is composed and checked before the first starts
 
 
@@ -27,6 +28,9 @@ def read(overrides: list[str], composer: Composer, multirun: bool) -> list[Overr
         ConfigError: the first override that cannot be meant.
     """
     chosen = composer.chosen()
+    if any(text.lstrip("+").partition("=")[0] in schema.nested() for text in overrides):
+        presets = [f"+{text.lstrip('+')}" for text in overrides if text.lstrip("+").startswith(EXTRAS)]
+        chosen |= composer.chosen(presets)
     parsed = [_parse(text, composer, multirun) for typed in overrides for text in _for_hydra(typed, chosen)]
     for override in parsed:
         _check(override, composer, multirun)
@@ -56,6 +60,9 @@ def _for_hydra(text: str, chosen: set[str]) -> list[str]:
         return [f"+{bare}{equals}{value}"]
     if bare in schema.groups() and bare not in chosen:  # first forget the recorded values
         return [f"+schema@{bare}={bare}", f"+{bare}{equals}{value}"]
+    if bare in schema.nested() and not value.startswith("{"):
+        place = f"{schema.nested()[bare]}@{bare}"
+        return [f"{place}{equals}{value}" if place in chosen else f"+{place}{equals}{value}"]
     return [f"{bare}{equals}{value}"] if bare in known else [text]
 
 
@@ -105,8 +112,9 @@ def _choice(word: str) -> str | None:
 
 def _check_key(key: str) -> None:
     known = [*schema.keys(), *schema.EXTRAS]
-    resets = [f"schema@{group}" for group in schema.groups()]
-    if key not in resets and key not in known:
+    places = [f"schema@{group}" for group in schema.groups()]
+    places += [f"{group}@{name}" for name, group in schema.nested().items()]
+    if key not in places and key not in known:
         raise ConfigError(f"unknown key {key}{did_you_mean(key, known)}")
 
 

@@ -51,7 +51,10 @@ def _section(name: str) -> Iterator[str]:
     if name in schema.groups():
         yield _options(name)
     if name == "first":  # the same keys again
-        yield "Keys as in `quant`, `mode` and `train`, below `first.`: `first.train.steps=200`."
+        yield (
+            "`first.quant=<option> first.mode=<option>` make one; its keys are those of `quant`, `mode`, `train`:"
+            " `first.train.steps=200`."
+        )
         return
     keys = helping.below(name)
     if any(not _is_decided(key) for key in keys):

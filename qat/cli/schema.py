@@ -62,6 +62,13 @@ def groups() -> tuple[str, ...]:
     return tuple(key.name for key in keys().values() if key.is_group)
 
 
+@cache
+def nested() -> dict[str, str]:
+    """Sections further down that are chosen by option as well, each with the group: `first.quant` takes `quant`'s."""
+    types = {keys()[group].type: group for group in groups()}
+    return {key.name: types[key.type] for key in keys().values() if "." in key.name and key.type in types}
+
+
 def written(value: Any) -> str:
     """A value as it is typed on the command line."""
     if isinstance(value, Enum):

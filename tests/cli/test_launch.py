@@ -4,6 +4,8 @@ import json
 import re
 import time
 
+import yaml
+
 from qat.cli import main
 
 
@@ -32,6 +34,17 @@ def test_recorded_run_repeats_itself(launch, here):
     assert changed.code == 0
     result = json.loads((here / "outputs" / "SR-003" / "result.json").read_text())
     assert (result["lr"], result["quant"]) == (0.01, "q2a2")
+
+
+def test_the_first_student_of_a_recorded_run_is_repeated_and_replaced(launch, here):
+    launch("first.quant=q4a4", "first.mode=e2e", "first.quant.mlp.rank=9")
+    assert launch("--config-path", "outputs/SR-001").code == 0
+    changed = launch("--config-path", "outputs/SR-001", "first.quant=q3a4_r8")
+    assert (changed.code, changed.err) == (0, "")
+    found = [yaml.safe_load((here / f"outputs/SR-00{i}/config_resolved.yaml").read_text())["first"] for i in (2, 3)]
+    assert [first["quant"]["name"] for first in found] == ["q4a4", "q3a4_r8"]
+    assert [first["quant"]["mlp"]["rank"] for first in found] == [9, 8]
+    assert [first["mode"]["name"] for first in found] == ["e2e", "e2e"]
 
 
 def test_recorded_run_is_checked_too(launch, here, capfd):

@@ -87,6 +87,21 @@ def test_ways_to_set_a_key(written, compose):
     assert compose(written).train.lr == 0.5
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["first.quant=q4a4", "first.mode=e2e", "first.train.steps=3"],
+        ["+quant@first.quant=q4a4", "+mode@first.mode=e2e", "first.train.steps=3"],
+        ["+experiment=progressive", "first.train.steps=3"],
+        ["experiment=progressive", "first.quant=q4a4", "first.mode=e2e", "first.train.steps=3"],
+    ],
+)
+def test_options_of_the_student_that_is_trained_first(words, compose):
+    first = compose(*words).first
+    assert (first.quant.name, first.quant.mlp.bits, first.mode.name, first.mode.attn) == ("q4a4", 4, "e2e", True)
+    assert first.train.steps == 3
+
+
 def test_flags_anywhere(here):
     command = arguments.parse(["train.lr=1", "-m", "seed=1,2"])
     assert command.argv() == ["--multirun", "train.lr=1", "seed=1,2"]

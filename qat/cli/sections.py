@@ -1,0 +1,54 @@
+"""Why a key cannot be set that lies in a section which is null, and which option has the section."""
+
+from pathlib import Path
+from types import NoneType
+from typing import get_args
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+
+from qat.cli import schema
+from qat.config import CONF
+
+
+def around(override: str) -> list[str]:
+    """Sections around what an override sets that may be null, the outermost first; itself where it is one."""
+    name, _, value = override.lstrip("+").partition("=")
+    parts = name.split(".")
+    sections = [".".join(parts[:count]) for count in range(1, len(parts) + value.startswith("{"))]
+    return [section for section in sections if NoneType in get_args(schema.hint(section)) and _is_section(section)]
+
+
+def lacking(override: str, composed: DictConfig) -> str | None:
+    """What a configuration lacks for an override, and what to choose; None where it has all sections.
+
+    Args:
+        override: as typed.
+        composed: all the rest.
+    """
+    section = next((name for name in around(override) if OmegaConf.select(composed, name) is None), None)
+    if section is None:
+        return None
+    key = override.lstrip("+").partition("=")[0]
+    return f"{key} cannot be set, {section} is null: {_remedy(section, composed)}"
+
+
+def _remedy(section: str, composed: DictConfig) -> str:
+    inside = [name for name in schema.nested() if name.startswith(f"{section}.")]
+    if inside:
+        setting = [path for path in _presets() if f"@{section}." in path.read_text("utf-8")]
+        presets = [f"+{path.parent.name}={path.stem}" for path in setting]
+        return f"say {' '.join(f'{name}=<option>' for name in inside)} as well, or {' or '.join(presets)}, which does"
+    place, _, part = section.rpartition(".")
+    group = schema.nested().get(place, place)
+    options = sorted((CONF / group).glob("*.yaml"))
+    having = [path.stem for path in options if (values := yaml.safe_load(path.read_text("utf-8"))) and values.get(part)]
+    return f"{place}={OmegaConf.select(composed, place).name} has none, these do: {', '.join(having)}"
+
+
+def _presets() -> list[Path]:
+    return sorted(path for group in schema.EXTRAS for path in (CONF / group).glob("*.yaml"))
+
+
+def _is_section(name: str) -> bool:
+    return bool(schema.hints(schema.hint(name)))
