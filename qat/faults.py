@@ -6,6 +6,7 @@ report the same system error as text), anywhere in a run. Here they are told apa
 
 import errno
 import re
+import signal
 
 from qat.errors import MachineError
 
@@ -21,6 +22,11 @@ DISK = {
 }
 REMEDY = "what is complete is kept; make room or choose another outputs=<folder>, then repeat the command"
 
+OUT_OF_MEMORY = (
+    "out of memory: use a smaller instance.micro_batch (the result stays the same), a shorter cache.length or a machine"
+    " with more; what is complete is kept"
+)
+
 _MEMORY = re.compile(r"out of memory|can't allocate memory|not enough memory|bad_alloc", re.IGNORECASE)
 _NUMBER = re.compile(r"os error (\d+)|errno (\d+)", re.IGNORECASE)
 
@@ -28,15 +34,19 @@ _NUMBER = re.compile(r"os error (\d+)|errno (\d+)", re.IGNORECASE)
 def explain(error: BaseException) -> MachineError | None:
     """The sentence for an error of the machine; None for anything else, which is a defect."""
     if _is_memory(error):
-        return MachineError(
-            "out of memory: use a smaller instance.micro_batch (the result stays the same), a shorter cache.length"
-            " or a machine with more; what is complete is kept"
-        )
+        return MachineError(OUT_OF_MEMORY)
     number = _number(error)
     if number not in DISK:
         return None
     where = f" at {error.filename}" if isinstance(error, OSError) and error.filename else ""
     return MachineError(f"{DISK[number]}{where}: {REMEDY}")
+
+
+def death(code: int, told: str) -> MachineError:
+    """The sentence for a process that is gone without one: its exit code, or minus the signal that ended it."""
+    if code == -signal.SIGKILL:
+        return MachineError(f"the process was killed ({told}), as systems do that are {OUT_OF_MEMORY}")
+    return MachineError(f"the process died ({told}), in a library or at the hand of the system; nothing more is known")
 
 
 def _is_memory(error: BaseException) -> bool:

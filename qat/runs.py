@@ -165,6 +165,12 @@ def _identity(config: Config, folder: Path) -> str:
     return run_id
 
 
+def record_death(config: Config, folder: Path, command: str, overrides: Sequence[str], error: str) -> None:
+    """Closes the record of a run whose process is gone, as failed; makes one where it had not come so far."""
+    result = _parsed(_text(folder / RESULT)) or _first(config, folder, folder.name, command, overrides)
+    write_json(folder / RESULT, result | {"status": "failed", "error": error})
+
+
 def _first(config: Config, folder: Path, run_id: str, command: str, overrides: Sequence[str]) -> dict[str, Any]:
     """What `result.json` says of a run that has just been started."""
     trains = config.stage in (Stage.run, Stage.distill)

@@ -1,8 +1,9 @@
 """What happens inside one job: record the configuration, run the stage, report its error."""
 
-import math
+import importlib
 import shlex
 import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -10,18 +11,20 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from qat import gpus, sweeps
+from qat import faults, gpus, runs, sweeps
 from qat.artifacts import write_text
-from qat.cli import ranks
+from qat.cli import apart, ranks
+from qat.cli.apart import Outcome
 from qat.cli.compose import typed
 from qat.config import Config, as_plain
 from qat.errors import QatError
 from qat.identities import RESOLVED, RESULT, remove_empty
+from qat.report import log as run_log
 from qat.runs import UNRECORDED
 from qat.suggest import one_line
 
 # Of this process. Hydra's own return value does not reach `main`, nor do the words typed reach a job.
-failures: list[QatError] = []
+failures: list[Outcome] = []
 words: list[str] = []
 
 LOG = "train.log"  # as conf/hydra/job_logging/qat.yaml has it
@@ -41,23 +44,58 @@ def run(composed: DictConfig) -> float:
     """Runs one job and returns its objective, the full KL; NaN for a job that failed or has none.
 
     A `QatError` is told here, in one line. In a sweep a defect is too, after its traceback in the log, so
-    that the other jobs go on.
+    that the other jobs go on; and each job has a process of its own, so that they do even when it dies.
     """
+    settings = HydraConfig.get()
+    if settings.mode is not RunMode.MULTIRUN or not apart.is_possible():
+        return _noted(_told(composed))
+    if "joblib" in settings.launcher._target_:
+        gpus.take_one(settings.job.num)
+    with suppress(ImportError):  # the job says what is missing
+        importlib.import_module(f"qat.stages.{typed(composed).stage.name}")  # once for all jobs
+    try:
+        return _noted(apart.run(lambda: _told(composed)))
+    except apart.Died as death:
+        error = faults.death(death.code, str(death))
+        one_line(error)
+        _bury(typed(composed), error)
+        return _noted(Outcome(failure=str(error)))
+
+
+def _told(composed: DictConfig) -> Outcome:
+    """Runs a job; an error that ends it is told."""
     swept = HydraConfig.get().mode is RunMode.MULTIRUN
     try:
-        return _run(typed(composed), Path(HydraConfig.get().runtime.output_dir), swept)
+        return Outcome(_run(typed(composed), _folder(), swept))
     except QatError as error:
         if ranks.speaks(error):
             one_line(error)
-        failures.append(error)
+        return Outcome(failure=str(error), exit_code=error.exit_code)
     except Exception as error:
         if not swept:
             if ranks.speaks(error):
                 raise
             raise SystemExit(1) from None
         one_line(error)
-        failures.append(QatError(f"{type(error).__name__}: {error}"))
-    return math.nan
+        return Outcome(failure=f"{type(error).__name__}: {error}")
+
+
+def _noted(outcome: Outcome) -> float:
+    """Keeps a failure for the exit code."""
+    if outcome.failure is not None:
+        failures.append(outcome)
+    return outcome.objective
+
+
+def _folder() -> Path:
+    return Path(HydraConfig.get().runtime.output_dir)
+
+
+def _bury(config: Config, error: QatError) -> None:
+    """Records what a job could not."""
+    overrides = list(HydraConfig.get().overrides.task)
+    runs.record_death(config, _folder(), _sweep_command(_folder().parent), overrides, str(error))
+    run_log.refresh(Path(config.outputs))
 
 
 def command_line(arguments: list[str]) -> str:
@@ -67,8 +105,6 @@ def command_line(arguments: list[str]) -> str:
 
 def _run(config: Config, folder: Path, swept: bool) -> float:
     settings = HydraConfig.get()
-    if swept and "joblib" in settings.launcher._target_:
-        gpus.take_one(settings.job.num)
     if config.stage not in UNRECORDED and config.run.resume is None:  # what is gone on with was recorded
         record(config, folder)
     from qat.stages import run_job  # torch and all: only when there is a job

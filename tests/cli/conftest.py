@@ -15,7 +15,7 @@ from qat.config import Config
 ROOT = Path(__file__).resolve().parents[2]
 
 DRIVER = f"""
-import json, logging, pathlib, runpy, sys, types
+import json, logging, os, pathlib, runpy, signal, sys, types
 sys.path.insert(0, {str(ROOT)!r})
 from qat.errors import MissingError
 
@@ -34,6 +34,11 @@ def run_job(config, folder, command="", overrides=()):
     if config.run.goal == "stop" and not pathlib.Path("mended").exists():
         leave("interrupted")
         raise KeyboardInterrupt
+    if config.run.goal in ("die", "crash", "vanish") and not pathlib.Path("mended").exists():
+        if config.run.goal == "die":
+            leave("interrupted")
+            os.kill(os.getpid(), signal.SIGKILL)
+        os.kill(os.getpid(), signal.SIGSEGV) if config.run.goal == "crash" else os._exit(3)
     if config.run.goal == "break" and not pathlib.Path("mended").exists():
         leave("failed", "ZeroDivisionError: division by zero")
         1 / 0

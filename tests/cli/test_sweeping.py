@@ -121,6 +121,27 @@ def test_another_sweep_is_another_sweep(launch, here, rates):
     assert len(launch("-m", f"train.lr={rates}", "run.goal=a,fail").ran) == 4
 
 
+@pytest.mark.parametrize(
+    ("goal", "told"),
+    [
+        ("die", "the process was killed (SIGKILL), as systems do that are out of memory: use a smaller instance.micro"),
+        ("crash", "the process died (SIGSEGV)"),
+        ("vanish", "the process died (exit code 3)"),
+    ],
+)
+def test_a_job_that_dies_is_told_recorded_and_stops_nothing(launch, here, sweep, goal, told):
+    done = launch("-m", f"run.goal=a,{goal},b")
+    assert done.code == 1 and done.err.startswith(f"error: {told}") and done.err.count("\n") == 1
+    assert done.ran == [name for name in ("SR-001", "SR-002", "SR-003") if name != "SR-002" or goal == "die"]
+    assert statuses(sweep) == {"SR-001": "complete", "SR-003": "complete", "SR-002": "failed"}
+    result = json.loads((sweep / "SR-002" / "result.json").read_text())
+    assert (result["status"], result["run_id"]) == ("failed", "SR-002") and result["error"].startswith(told)
+    assert result["command"] == f"python launch.py -m run.goal=a,{goal},b"
+    assert f"SR-002 failed: {told}" in done.out and "### SR-002" in (here / "outputs" / "RUNS.md").read_text()
+    (here / "mended").touch()
+    assert launch("sweep.resume=outputs/sweep-001").ran == ["SR-002"]
+
+
 def test_defect_is_told_and_stops_nothing(launch, sweep):
     done = launch("-m", "run.goal=break,a")
     assert (done.code, done.err) == (1, "error: division by zero\n")
