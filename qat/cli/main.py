@@ -12,7 +12,19 @@ from types import FrameType
 from hydra.core.override_parser.types import Override
 
 from qat import sweeps
-from qat.cli import arguments, checkpoints, completion, job, overrides, ranks, registered, resume, sweeping, validate
+from qat.cli import (
+    arguments,
+    checkpoints,
+    completion,
+    job,
+    overrides,
+    ranks,
+    registered,
+    resume,
+    streams,
+    sweeping,
+    validate,
+)
 from qat.cli.arguments import CommandLine
 from qat.cli.compose import Composer, typed
 from qat.cli.folders import claim
@@ -51,6 +63,7 @@ def main(argv: list[str], launch: Callable[[], None]) -> int:
         launch: the function under `hydra.main`, which reads `sys.argv`.
     """
     job.words[:] = argv
+    streams.outlive_readers()
     try:
         with _told_by_sigterm():
             return _main(argv, launch)
