@@ -90,7 +90,8 @@ def _content(path: Path) -> bytes:
     if path.name != "manifest.json":
         return path.read_bytes()
     manifest = json.loads(path.read_text())
-    assert manifest.pop("made")["seconds"] > 0
+    made = manifest.pop("made", None)  # a run's own checkpoints do not say
+    assert made is None or made["seconds"] > 0
     return json.dumps(manifest).encode()
 
 
