@@ -297,9 +297,9 @@ class LearningHead(head.Head):
     ) -> tuple[Tensor, Tensor]:
         if teacher is None or self.loss.hard:
             raise SystemExit("embedding.py: the head learns under loss=full_kl alone")
-        value, grad = self._full(widened(hidden, self.weight), teacher, weight, hidden.dtype)
+        value, grad = self._full(self.head.logits(hidden), teacher, weight, hidden.dtype)
         self._sums().add_(widened(grad.T, hidden.T))
-        return value, grad @ self.weight
+        return value, grad @ self.head.weight
 
 
 def evaluate(options: argparse.Namespace) -> None:
