@@ -29,7 +29,16 @@ import torch
 from qat import checkpoints, machine
 from qat.artifacts import publish, write_json
 from qat.cache.batch import Batch
-from qat.config import ConvertConfig, InstanceConfig, KMeansBackend, KMeansConfig, ModelConfig, ModelSource, QuantConfig, TableConfig
+from qat.config import (
+    ConvertConfig,
+    InstanceConfig,
+    KMeansBackend,
+    KMeansConfig,
+    ModelConfig,
+    ModelSource,
+    QuantConfig,
+    TableConfig,
+)
 from qat.distill.parameters import Parameter
 from qat.models import ModelFolder, linear, locate
 from qat.quant.convert import Converted, install, quantize
@@ -56,7 +65,8 @@ def convert(options: argparse.Namespace) -> None:
     place = machine.resolve(InstanceConfig(name="auto"))
     folder = locate(ModelConfig(name="model", source=ModelSource.folder, path=options.model), Path())
     text, exact = embedding.calibration(Path(options.cache)), folder.load(torch.float32, torch.device("cpu"))
-    settings, kmeans = ConvertConfig(name="thorough", gradients=True, sweeps=2), KMeansConfig(name="exact", backend=KMeansBackend.exact)
+    settings = ConvertConfig(name="thorough", gradients=True, sweeps=2)
+    kmeans = KMeansConfig(name="exact", backend=KMeansBackend.exact)
 
     def weights(name: str) -> torch.Tensor:
         return linear(exact, name).weight
@@ -180,7 +190,8 @@ def train(path: Path, words: list[str]) -> int:
         return [replace(p, kind=f"latent{bits[p.name]}") if p.kind == "latent" else p for p in found]
 
     os.environ["QAT_EMBEDDING_RATE"] = str(RATES[embedding.parse(path.stem)[1]] / rate)
-    with patch.object(embedding.WithEmbedding, "_of", by_bits), patch.object(embedding.WithEmbedding, "__init__", begin):
+    owner = embedding.WithEmbedding
+    with patch.object(owner, "_of", by_bits), patch.object(owner, "__init__", begin):
         return embedding.train(path, words)
 
 
