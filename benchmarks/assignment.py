@@ -17,16 +17,16 @@ from conversion import preset
 
 from qat.cache.batch import Text
 from qat.config import DataConfig, DataSource, ModelConfig, ModelSource, Packing
+from qat.convert.convert import STACK_BYTES, stacks
+from qat.convert.moments import gather
 from qat.data import packing, texts, thinking
 from qat.data.documents import Document
 from qat.machine import exact_matmul
 from qat.models import linear, locate
 from qat.quant import assign, codebook, scales
-from qat.quant.convert import STACK_BYTES, stacks
 from qat.quant.curvature import Curvature, Factor
 from qat.quant.fit import alternate, importance, start
 from qat.quant.layers import select
-from qat.quant.moments import gather
 
 
 def main() -> None:

@@ -39,12 +39,12 @@ from qat.config import (
     QuantConfig,
     TableConfig,
 )
+from qat.convert.convert import Converted, install, quantize
+from qat.convert.moments import Moments, gather
 from qat.distill.parameters import Parameter
 from qat.models import ModelFolder, linear, locate
-from qat.quant.convert import Converted, install, quantize
 from qat.quant.layers import Layer, select
 from qat.quant.linear import QuantLinear
-from qat.quant.moments import Moments, gather
 
 FORMATS = ((2, 4), (2, 8), (2, 16), (3, 4), (3, 8), (4, 4), (4, 8), (5, 4), (6, 4))
 LEFT = {2: 0.31, 3: 0.45, 4: 0.48, 5: 0.5, 6: 0.5}  # trained KL over converted KL of the records of so many bits

@@ -30,12 +30,12 @@ from qat.config import (
     QuantConfig,
     TableConfig,
 )
+from qat.convert.convert import Converted, convert, install
 from qat.data import packing, sources
 from qat.data.documents import Document
 from qat.data.tally import Tally
 from qat.evaluate import evaluate
 from qat.models import ModelFolder, linear, locate
-from qat.quant.convert import Converted, convert, install
 from qat.quant.layers import Layer, bits_per_weight, select
 
 CONF = Path(__file__).parent.parent / "conf"

@@ -18,11 +18,12 @@ from transformers import AutoModelForCausalLM, Qwen3Config
 from qat import machine as machines
 from qat.cache.batch import Batch, Text
 from qat.config import ConvertConfig, InstanceConfig, KMeansBackend, KMeansConfig, QuantConfig, TableConfig
+from qat.convert import convert
+from qat.convert.moments import Moments, gather
 from qat.machine import exact_matmul, peak_bytes
 from qat.models import linear
-from qat.quant import codebook, convert, fit
+from qat.quant import codebook, fit
 from qat.quant.layers import Layer, select
-from qat.quant.moments import Moments, gather
 
 VOCABULARY = 151936
 PRESETS = {"q2a4": QuantConfig("q2a4", TableConfig(2, 32), TableConfig(4, 8))}

@@ -37,17 +37,17 @@ from qat.artifacts import open_artifact
 from qat.cache.reader import Batch, CacheReader
 from qat.checkpoints import native
 from qat.config import InstanceConfig, LearnConfig, ModelConfig, ModelSource
+from qat.convert.convert import module
+from qat.convert.moments import LOGITS
 from qat.distill import head, trainer
 from qat.distill.parameters import KINDS, Learners, Parameter
 from qat.machine import Machine, exact_matmul, widened
 from qat.models import locate
 from qat.quant import assign, codebook, latent, packing, scales
-from qat.quant.convert import module
 from qat.quant.curvature import Factor
 from qat.quant.fit import CG_ITERATIONS, Problem, Tables, fit
 from qat.quant.layers import Layer
 from qat.quant.linear import QuantLinear
-from qat.quant.moments import LOGITS
 
 NAME = "lm_head"
 FILE = "embedding.safetensors"

@@ -49,9 +49,9 @@ from transformers import PreTrainedModel
 
 from qat.artifacts import obtain
 from qat.config import QuantConfig, TableConfig
+from qat.convert.convert import install
 from qat.errors import ConfigError, QatError, UnavailableError
 from qat.models import linear
-from qat.quant.convert import install
 from qat.quant.layers import Layer, select
 
 ATTENTION = (4, 64)

@@ -30,7 +30,6 @@ from qat import machine as machines
 from qat.cache.batch import Batch
 from qat.cache.format import encode_ids
 from qat.config import LearnConfig, LossKind, TrainConfig
-from qat.distill.distributed import Ranks, joined
 from qat.distill.head import Head
 from qat.distill.loss import Loss
 from qat.distill.optim import Optimizer
@@ -38,6 +37,7 @@ from qat.distill.parameters import Learners
 from qat.distill.step import Step
 from qat.forward import FAST, prepare, use
 from qat.machine import Machine
+from qat.processes import Ranks, joined, place
 from qat.quant.linear import QuantLinear, look_up
 
 LENGTH, TOP_K = 64, 64
@@ -143,7 +143,7 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="  %(message)s")
     device = torch.device(options.device)
     if device.type == "cuda":
-        device = torch.device("cuda", machines.own_index())
+        device = torch.device("cuda", place().local)
         torch.cuda.set_device(device)
         if options.memory_fraction < 1:
             torch.cuda.set_per_process_memory_fraction(options.memory_fraction, device)

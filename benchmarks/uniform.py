@@ -36,9 +36,10 @@ from qat.config import (
     QuantConfig,
     TableConfig,
 )
+from qat.convert import convert
 from qat.distill import parameters
 from qat.models import ModelFolder, locate
-from qat.quant import assign, convert, scales
+from qat.quant import assign, scales
 from qat.quant.fit import CG_ITERATIONS, Cluster, Problem, Tables
 from qat.quant.layers import Layer, select
 

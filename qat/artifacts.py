@@ -24,7 +24,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
-from qat import provenance
+from qat import processes, provenance
 from qat.console import size, waiting
 from qat.errors import ArtifactError, ConfigError, MissingError
 
@@ -82,7 +82,7 @@ def obtain(
     """
     folder, fresh = place(root, kind, name, inputs), False
     if not folder.exists():
-        if os.environ.get("RANK", "0") != "0":
+        if not processes.place().first:
             time.sleep(HEAD_START)
         with locked(folder):
             if not folder.exists():

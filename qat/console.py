@@ -1,7 +1,6 @@
 """What a person sees while work goes on: a bar on a terminal, plain lines anywhere else."""
 
 import logging
-import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -18,13 +17,15 @@ from rich.progress import (
 )
 from rich.table import Table
 
+from qat.processes import place
+
 log = logging.getLogger(__name__)
 
 PLAIN_SECONDS = 10.0  # between two plain progress lines
 WAITING_SECONDS = 30.0  # between two lines that say what is waited for
 
 # Brackets in a path or an answer are text. Of processes that train together only the first speaks.
-console = Console(highlight=False, markup=False, quiet=os.environ.get("RANK", "0") != "0")
+console = Console(highlight=False, markup=False, quiet=not place().first)
 
 
 class Advance(Protocol):

@@ -27,11 +27,11 @@ from qat.config import (
     TrainConfig,
 )
 from qat.console import size
+from qat.convert.convert import STACK_BYTES, stacks
 from qat.data import mix
 from qat.errors import ConfigError
 from qat.generation.memory import elements
 from qat.machine import Machine
-from qat.quant.convert import STACK_BYTES, stacks
 from qat.quant.layers import Layer
 
 FP32 = 4

@@ -4,7 +4,6 @@ Nothing here changes a result. Numerics that need full precision (second moments
 factorisations) ask for `exact_matmul`, whatever the rest of the run uses.
 """
 
-import os
 import resource
 import sys
 import time
@@ -18,6 +17,7 @@ import torch
 
 from qat.config import Device, InstanceConfig, Precision
 from qat.errors import MissingError
+from qat.processes import place
 
 DTYPES = {Precision.bf16: torch.bfloat16, Precision.fp16: torch.float16, Precision.fp32: torch.float32}
 
@@ -80,7 +80,7 @@ def _precision(device: torch.device) -> Precision:
 
 def _device(instance: InstanceConfig) -> torch.device:
     device = _kind(instance)
-    together = instance.devices > 1 or int(os.environ.get("WORLD_SIZE", "1")) > 1
+    together = instance.devices > 1 or place().count > 1
     return _own_gpu(instance) if device.type == "cuda" and together else device
 
 
@@ -102,16 +102,11 @@ def _kind(instance: InstanceConfig) -> torch.device:
 
 def _own_gpu(instance: InstanceConfig) -> torch.device:
     """The GPU of this process among those that share the batches."""
-    index, here = own_index(), torch.cuda.device_count()
+    index, here = place().local, torch.cuda.device_count()
     if max(instance.devices, index + 1) > here:
         raise MissingError(f"instance.devices={max(instance.devices, index + 1)}: this computer has {here}")
     torch.cuda.set_device(index)
     return torch.device("cuda", index)
-
-
-def own_index() -> int:
-    """The number of this process on this computer, as torchrun counts."""
-    return int(os.environ.get("LOCAL_RANK", "0"))
 
 
 def computes_bf16(device: torch.device) -> bool:

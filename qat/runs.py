@@ -8,7 +8,6 @@ beside it has a line for each training step and evaluation.
 import json
 import logging
 import math
-import os
 import platform
 import subprocess
 import time
@@ -18,7 +17,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from qat import provenance
+from qat import processes, provenance
 from qat.artifacts import Artifact, write_json, write_text
 from qat.config import Config, Stage, as_plain
 from qat.identities import RESULT, RUN, claim_run, give_back, note, recorded
@@ -158,7 +157,7 @@ class Run:
 def _identity(config: Config, folder: Path) -> str:
     """That of the run that is gone on with, of the folder's name, or a new one; noted where the folder is its own."""
     outputs, earlier = Path(config.outputs), recorded(folder) if config.run.resume else None
-    if os.environ.get("RANK", "0") != "0":  # beside the first process, in a scratch folder
+    if not processes.place().first:  # beside the first process, in a scratch folder
         return folder.name
     run_id = earlier or (folder.name if RUN.fullmatch(folder.name) else claim_run(outputs))
     note(outputs, run_id, folder)

@@ -29,6 +29,8 @@ from qat.config import (
     Packing,
     TrainConfig,
 )
+from qat.convert.convert import install, quantize
+from qat.convert.moments import gather
 from qat.data.documents import obtain_documents
 from qat.distill.loss import Loss
 from qat.distill.trainer import Trainer
@@ -37,9 +39,7 @@ from qat.evaluate import evaluate
 from qat.evaluate.windows import Windows, read
 from qat.fidelity import Sample, settle
 from qat.models.tiny import byte_tokenizer
-from qat.quant.convert import install, quantize
 from qat.quant.layers import select
-from qat.quant.moments import gather
 from tests import tiny
 
 # Whether the model's own code computes attention and what follows the head, and whether documents may share rows.

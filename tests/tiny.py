@@ -24,13 +24,13 @@ from qat.config import (
     QuantConfig,
     TableConfig,
 )
+from qat.convert.convert import install, quantize
+from qat.convert.moments import gather
 from qat.data.documents import obtain_documents
 from qat.machine import Machine
 from qat.models import ModelFolder
-from qat.quant.convert import install, quantize
 from qat.quant.layers import Layer, select
 from qat.quant.linear import QuantLinear, quantized
-from qat.quant.moments import gather
 
 CPU = torch.device("cpu")
 FP32 = Machine(CPU, torch.float32, 4)

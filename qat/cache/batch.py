@@ -6,7 +6,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from qat.cache import attention
+from qat import rows
 from qat.cache.format import decode_ids
 
 
@@ -46,7 +46,7 @@ class Batch:
 
     def inputs(self) -> dict[str, Tensor]:
         """Arguments of a model's forward pass, for `qat.forward`."""
-        return attention.inputs(self.input_ids, self.stored["document_starts"] if self.joined else None)
+        return rows.inputs(self.input_ids, self.stored["document_starts"] if self.joined else None)
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch on a device; from pinned memory the copy runs beside what the GPU does."""

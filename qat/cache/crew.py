@@ -6,7 +6,6 @@ No process group is needed, so this works beside any that training may want. Whe
 torchrun ends the others, and the next start goes on with the shards that are there.
 """
 
-import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,9 +13,12 @@ from pathlib import Path
 
 import torch
 
+from qat import processes
 from qat.artifacts import POLL_SECONDS, write_text
 from qat.console import waiting
+from qat.processes import Ranks
 
+ALONE = Ranks()
 CALL = ".crew"
 
 
@@ -25,39 +27,30 @@ class Crew:
     """This process's place among those of its torchrun; alone without one.
 
     Attributes:
-        rank: from 0.
-        size: processes in all.
-        local_rank: from 0 on this host; the number of the GPU to use.
+        ranks: its place.
         name: what only this crew is called.
     """
 
-    rank: int = 0
-    size: int = 1
-    local_rank: int = 0
+    ranks: Ranks = ALONE
     name: str = ""
 
     @classmethod
     def here(cls) -> "Crew":
-        """The crew of this process, as torchrun describes it in the environment."""
-        if "RANK" not in os.environ:
-            return cls()
-        rank, size, local = (int(os.environ[key]) for key in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
-        # torchrun is the parent of all, and a restart of its workers is counted.
-        restart, port = (os.environ.get(key, "") for key in ("TORCHELASTIC_RESTART_COUNT", "MASTER_PORT"))
-        name = f"{os.getppid()}:{port}:{restart}:{size}"
-        return cls(rank, size, local, name)
+        """The crew of this process."""
+        return cls(processes.place(), processes.name()) if processes.started() else cls()
 
     def device(self, device: torch.device) -> torch.device:
         """The GPU of this process, where it works on GPUs."""
-        return torch.device("cuda", self.local_rank) if device.type == "cuda" and self.size > 1 else device
+        several = device.type == "cuda" and self.ranks.count > 1
+        return torch.device("cuda", self.ranks.local) if several else device
 
     def takes(self, number: int) -> bool:
         """True where it is this process's turn."""
-        return number % self.size == self.rank
+        return number % self.ranks.count == self.ranks.rank
 
     def call(self, folder: Path) -> None:
         """The first process says that the folder is ready."""
-        if self.size > 1:
+        if self.ranks.count > 1:
             write_text(folder / CALL, self.name)
 
     def called(self, folder: Path) -> bool:

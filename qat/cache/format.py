@@ -32,6 +32,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from qat.artifacts import sync_folder
+from qat.seeds import generator
 
 FORMAT_VERSION = 3
 READABLE = (2, FORMAT_VERSION)
@@ -119,20 +120,6 @@ def write_shard(folder: Path, name: str, tensors: dict[str, Tensor], key: str) -
 def random_ids(seed: int, split: str, shard: int, shape: tuple[int, int, int], vocab_size: int) -> Tensor:
     """Token ids [N, L-1, R] int64 of the random sample of one shard, the same on every machine."""
     return torch.randint(vocab_size, shape, generator=generator(seed, (shard << 1) + (split == "eval")))
-
-
-def generator(seed: int, number: int) -> torch.Generator:
-    """One generator for each number below a seed."""
-    return torch.Generator().manual_seed(mixed(seed, number))
-
-
-def mixed(seed: int, number: int) -> int:
-    """A seed of 32 bits for each number below another.
-
-    torch reads the low 32 bits of a seed alone, so the two are mixed there; the factor is odd, so no
-    two seeds of 32 bits share their first one.
-    """
-    return (seed * 0x9E3779B9 + number) % 2**32
 
 
 def _shifts(bits: int, like: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from qat.cache.format import generator
+from qat.seeds import generator
 
 
 def training_rows(rows: int, step: int, size: int, seed: int) -> Tensor:

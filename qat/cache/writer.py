@@ -29,7 +29,6 @@ from qat.artifacts import (
     require_space,
     write_json,
 )
-from qat.cache.attention import inputs
 from qat.cache.author import MADE_WITH, Author
 from qat.cache.crew import CALL, Crew
 from qat.cache.format import (
@@ -54,6 +53,7 @@ from qat.forward import Pass, hidden_states
 from qat.head import OutputHead
 from qat.machine import Machine
 from qat.models import ModelFolder
+from qat.rows import inputs
 
 log = logging.getLogger(__name__)
 
@@ -139,7 +139,7 @@ def obtain_cache(
         meta, shards = _plan(cache, documents, teacher, seed, how)
         _record(meta, shards, content_key(key), author, how, _sample(cache, documents, teacher), scratch, folder)
 
-    if crew.rank == 0:
+    if crew.ranks.first:
         return obtain(artifacts, "caches", full_name, key, make, resumable=True, at=machine.place())
     scratch = partial(folder)
     crew.wait(lambda: folder.exists() or crew.called(scratch), f"the first process prepares {folder}")

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from hydra.core.override_parser.types import Override
 
-from qat import names
+from qat import names, processes
 from qat.cli import ranks
 from qat.cli.arguments import quote
 from qat.config import Config, Stage
@@ -20,7 +20,7 @@ def claim(config: Config, parsed: list[Override], multirun: bool) -> list[str]:
     Raises:
         ConfigError: the outputs folder cannot be written.
     """
-    if config.stage is Stage.doctor or (ranks.rank() > 0 and config.stage not in UNRECORDED):
+    if config.stage is Stage.doctor or (not processes.place().first and config.stage not in UNRECORDED):
         return ranks.scratch()
     if config.run.resume:  # what Hydra recorded of the command that started it stays
         resumed = names.run(config.run.resume, Path(config.outputs))

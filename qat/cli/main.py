@@ -33,6 +33,7 @@ from qat.cli.job import failures
 from qat.cli.words import quoted
 from qat.config import Config
 from qat.errors import ConfigError, QatError, RankError
+from qat.processes import place, started
 from qat.runs import UNRECORDED
 from qat.suggest import one_line
 from qat.sweeps import Sweep
@@ -72,7 +73,7 @@ def main(argv: list[str], launch: Callable[[], None]) -> int:
             one_line(error)
         return error.exit_code
     except KeyboardInterrupt as stop:
-        if ranks.rank() == 0:
+        if place().first:
             print("interrupted", file=sys.stderr)
         return TERMINATED if isinstance(stop, Terminated) else INTERRUPTED
 
@@ -133,14 +134,14 @@ def _main(argv: list[str], launch: Callable[[], None]) -> int:
             return _sweep(command, checked, going_on, launch)
         first = checked.configs[0]
         if done := resume.finished(first):
-            return _print(done) if ranks.rank() == 0 else 0
+            return _print(done) if place().first else 0
         devices = 1 if first.stage in UNRECORDED else first.instance.devices
-        if devices > 1 and not ranks.started():
+        if devices > 1 and not started():
             return ranks.launch(argv, devices)
         command.overrides += claim(first, checked.parsed, command.multirun)
     sys.argv[1:] = command.argv()
     launch()
-    if command.starts_jobs and ranks.rank() == 0:
+    if command.starts_jobs and place().first:
         sweeping.tell_of_job(first)
     return _exit_code(command.multirun)
 

@@ -8,7 +8,6 @@ that would repeat it wait for that.
 
 import atexit
 import logging
-import os
 import shutil
 import signal
 import socket
@@ -21,20 +20,11 @@ from types import FrameType
 
 from qat.cli.arguments import quote
 from qat.errors import RankError
+from qat.processes import environment, place, started
 
 LAUNCH = Path(__file__).resolve().parents[2] / "launch.py"
 GRACE = 20.0  # seconds in which the others may save what they have once one has failed
 PATIENCE = 5.0  # seconds in which a process that knows better can tell why all of them end
-
-
-def rank() -> int:
-    """The number of this process among those that train together; 0 is the first, or alone."""
-    return int(os.environ.get("RANK", "0"))
-
-
-def started() -> bool:
-    """True in a process that was started as one of several."""
-    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
 def speaks(error: BaseException) -> bool:
@@ -43,17 +33,17 @@ def speaks(error: BaseException) -> bool:
     Beside the first process that is the first, which as a rule fails in the same way; where all that is known
     is that another process is gone, it is that one.
     """
-    if started() and (rank() > 0 or isinstance(error, RankError)):
+    if started() and (not place().first or isinstance(error, RankError)):
         try:
             time.sleep(PATIENCE)
         except KeyboardInterrupt:  # the error was told: all are ended
-            return rank() == 0
+            return place().first
     return True
 
 
 def scratch() -> list[str]:
     """Overrides that keep a process out of everything that is recorded: one beside the first, or a diagnosis."""
-    if rank():
+    if not place().first:
         logging.lastResort = logging.NullHandler()  # warnings of loggers with no handler
     folder = tempfile.mkdtemp(prefix="qat-rank-")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
@@ -82,9 +72,7 @@ def launch(argv: list[str], count: int) -> int:
 
 
 def _start(argv: list[str], index: int, count: int, port: str) -> "subprocess.Popen[bytes]":
-    place = {"RANK": index, "LOCAL_RANK": index, "WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    environment = os.environ | {name: str(value) for name, value in place.items()}
-    return subprocess.Popen([sys.executable, str(LAUNCH), *argv], env=environment)
+    return subprocess.Popen([sys.executable, str(LAUNCH), *argv], env=environment(index, count, port))
 
 
 def _wait(ranks: "list[subprocess.Popen[bytes]]") -> int | None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qat import gpus, model_files, names, provenance
+from qat import gpus, model_files, names, processes, provenance
 from qat.artifacts import MANIFEST
 from qat.checkpoint_files import find
 from qat.cli import schema
@@ -396,7 +396,7 @@ def check_training(config: Config) -> None:
             f"train.batch_size={config.train.batch_size}: fewer sequences than instance.devices="
             f"{config.instance.devices}, so some would have nothing to do"
         )
-    together = int(os.environ.get("WORLD_SIZE", "1"))  # as torchrun says
+    together = processes.place().count
     if config.train.batch_size < together:
         raise ConfigError(
             f"train.batch_size={config.train.batch_size}: fewer sequences than the {together} processes that share"

@@ -22,7 +22,6 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from qat.artifacts import content_key, write_bytes
-from qat.cache.format import mixed
 from qat.config import DataConfig, Start, as_plain
 from qat.console import progress
 from qat.data import starts
@@ -31,6 +30,7 @@ from qat.errors import ConfigError
 from qat.generation import OwnWriter, Sampling, Writer, answers, bytes_a_row, writer
 from qat.machine import Machine
 from qat.models import ModelFolder
+from qat.seeds import mixed
 
 PROMPTS_AT_ONCE = {"cpu": 64, "mps": 64, "cuda": 4096}
 SHARE = 0.25  # of a GPU's memory: the sources of a mixture write side by side

@@ -8,10 +8,10 @@ import torch
 from transformers import PreTrainedModel
 
 from qat.cache.reader import CacheReader
-from qat.distill.distributed import Ranks
+from qat.convert.moments import gather
+from qat.processes import Ranks
 from qat.quant.layers import Layer
 from qat.quant.linear import QuantLinear
-from qat.quant.moments import gather
 
 TOKENS = 8_192
 ROWS = 32  # in a batch

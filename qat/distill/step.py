@@ -15,7 +15,6 @@ from transformers import PreTrainedModel
 
 from qat.cache.batch import Batch
 from qat.config import TrainConfig
-from qat.distill.distributed import Ranks
 from qat.distill.head import Head
 from qat.distill.loss import Loss
 from qat.distill.optim import Optimizer
@@ -25,6 +24,7 @@ from qat.fidelity import Sample, ready
 from qat.forward import hidden_states, prepare, used
 from qat.graphs import Recorder, recording_stream
 from qat.machine import Machine
+from qat.processes import Ranks
 
 log = logging.getLogger(__name__)
 

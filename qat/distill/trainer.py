@@ -20,7 +20,6 @@ from qat.cache.reader import CacheReader
 from qat.config import ModeConfig, TrainConfig
 from qat.console import progress
 from qat.distill import curvature, optim
-from qat.distill.distributed import Ranks
 from qat.distill.loss import KD_TEMPERATURE, Loss, topk_kl
 from qat.distill.optim import Optimizer
 from qat.distill.parameters import Learners
@@ -30,6 +29,7 @@ from qat.errors import ArtifactError, ConfigError, NumericsError
 from qat.fidelity import Sample
 from qat.forward import hidden_states, prepare
 from qat.machine import Machine
+from qat.processes import Ranks
 from qat.quant.linear import QuantLinear
 
 log = logging.getLogger(__name__)

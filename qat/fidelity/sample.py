@@ -11,11 +11,41 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from qat.cache import attention
-from qat.cache.batch import Batch
+from qat.rows import inputs
 
 LOOKED_AT = 256  # rows, of which two are chosen
 POSITIONS = 64  # looked at, at most; of longer documents evenly spread ones
+
+
+class Batch(Protocol):
+    """Some rows, with what is recorded of them; see `qat.cache.batch`."""
+
+    @property
+    def stored(self) -> dict[str, Tensor]:
+        """The tensors as they are recorded."""
+
+    @property
+    def joined(self) -> bool:
+        """True where rows hold several documents."""
+
+    @property
+    def input_ids(self) -> Tensor:
+        """Token ids [B, L] int64."""
+
+    @property
+    def loss_mask(self) -> Tensor:
+        """True [B, L-1] where the position counts."""
+
+    @property
+    def topk_ids(self) -> Tensor:
+        """Most likely next tokens [B, L-1, K] int64."""
+
+    @property
+    def topk_logprobs(self) -> Tensor:
+        """Their log-probabilities [B, L-1, K] fp32."""
+
+    def rows(self, numbers: Tensor) -> "Batch":
+        """Some of its rows."""
 
 
 class Rows(Protocol):
@@ -121,8 +151,8 @@ class Sample:
             ids, starts = self._apart(), None
             origins = [(row, 0) for row in range(len(ids))]
         at = [row * (length - 1) + first + place for (row, first), place in zip(origins, self.places, strict=True)]
-        inputs = attention.inputs(ids.to(device), None if starts is None else starts.to(device))
-        return inputs, torch.cat(at).to(device)
+        given = inputs(ids.to(device), None if starts is None else starts.to(device))
+        return given, torch.cat(at).to(device)
 
     def _apart(self) -> Tensor:
         rows = self.input_ids.new_full((len(self.documents), self.input_ids.shape[1]), self.pad)

@@ -14,9 +14,9 @@ from qat.cache.batch import Batch
 from qat.cache.reader import CacheReader
 from qat.config import Config, as_plain
 from qat.console import console, table
+from qat.convert.convert import convert, install
 from qat.evaluate import Metrics, evaluate
 from qat.models import linear
-from qat.quant.convert import convert, install
 from qat.quant.layers import KINDS, Layer, bits_per_weight, recorded, select, summary, told
 from qat.quant.linear import QuantLinear, grow, quantized
 from qat.runs import Run

@@ -10,11 +10,11 @@ from qat import checkpoints, machine, names, plots, sweeps
 from qat.artifacts import Artifact
 from qat.cache.reader import CacheReader
 from qat.config import Config, LossKind
-from qat.distill.distributed import Ranks, joined
 from qat.distill.loss import Loss
 from qat.distill.state import States
 from qat.distill.trainer import History, Trainer
 from qat.forward import use
+from qat.processes import Ranks, joined
 from qat.quant.layers import Layer, summary
 from qat.quant.linear import quantized
 from qat.runs import Run, checkpoint_name

@@ -7,8 +7,8 @@ from qat import checkpoints, provenance
 from qat.artifacts import Artifact
 from qat.config import Config
 from qat.console import console, duration, table
-from qat.distill.distributed import place
 from qat.evaluate import Metrics
+from qat.processes import place
 from qat.quant.layers import KINDS, told
 from qat.runs import Run
 from qat.stages import cache, convert, distill, evaluate, first

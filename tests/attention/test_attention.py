@@ -12,7 +12,7 @@ import transformers
 from torch.nn.functional import scaled_dot_product_attention
 
 from qat import attention
-from qat.cache import attention as masks
+from qat import rows as masks
 from qat.forward import FAST, hidden_states, prepare, use
 from qat.masks import of_documents
 from tests.devices import DEVICES

@@ -13,9 +13,9 @@ from peers import rtn
 
 from qat import checkpoints
 from qat.config import ModelConfig, ModelSource
+from qat.convert.convert import Converted
 from qat.errors import ArtifactError
 from qat.models import locate
-from qat.quant.convert import Converted
 from qat.quant.layers import bits_per_weight
 from qat.quant.linear import quantized
 from tests import tiny

@@ -14,8 +14,8 @@ from qat import checkpoints
 from qat.cache.batch import Text
 from qat.checkpoint_files import BEST
 from qat.cli import arguments, main
+from qat.convert.convert import install
 from qat.evaluate import evaluate
-from qat.quant.convert import install
 from qat.quant.linear import quantized
 from qat.runs import Run
 from tests import tiny

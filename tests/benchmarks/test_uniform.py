@@ -12,11 +12,11 @@ from qat import checkpoints
 from qat.cache.batch import Text
 from qat.cache.reader import CacheReader
 from qat.config import ConvertConfig, LearnConfig, LossKind, ModeConfig, TrainConfig
+from qat.convert.convert import install
 from qat.distill import parameters
 from qat.distill.loss import Loss
 from qat.distill.trainer import Trainer
 from qat.evaluate import evaluate
-from qat.quant.convert import install
 from qat.quant.linear import quantized
 from tests import tiny
 

@@ -19,7 +19,7 @@ if device == "cpu":
     os.environ["TRITON_INTERPRET"] = "1"
 import torch, transformers
 from torch import nn
-from qat.cache import attention as masks
+from qat import rows as masks
 from qat.decoder import Decoder, decoder
 from qat.forward import FAST, FUSED, hidden_states, use
 from qat.quant.linear import QuantLinear

@@ -1,10 +1,10 @@
 import torch
 
+from qat.convert.moments import gather
 from qat.distill import curvature
-from qat.distill.distributed import Ranks
+from qat.processes import Ranks
 from qat.quant.layers import Layer
 from qat.quant.linear import quantized
-from qat.quant.moments import gather
 
 
 def test_it_is_the_diagonal_of_what_conversion_goes_by(student, readers, monkeypatch):

@@ -13,7 +13,6 @@ import transformers
 from qat import checkpoints
 from qat.cache.reader import CacheReader
 from qat.config import LearnConfig, LossKind, ModeConfig, TrainConfig
-from qat.distill.distributed import Ranks
 from qat.distill.head import Head
 from qat.distill.loss import Loss
 from qat.distill.state import State, States
@@ -23,6 +22,7 @@ from qat.errors import ArtifactError, MissingError, NumericsError
 from qat.fidelity import Sample, settle
 from qat.forward import FAST, use
 from qat.norms import learned
+from qat.processes import Ranks
 from qat.quant.linear import quantized
 from tests import tiny
 

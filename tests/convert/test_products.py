@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from qat.quant import products
-from qat.quant.transfer import to_host
+from qat.convert import products
+from qat.convert.transfer import to_host
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]
 

@@ -4,7 +4,7 @@
 gradients g at its outputs, the loss being the surprise at next tokens drawn from the model itself (the true
 Fisher information, Martens & Grosse 2015), and inputs are weighed by the size of the gradient that meets
 them (Kim et al. 2025, "GuidedQuant", arXiv 2505.07004, which weighs by its square; the root lets fewer
-tokens decide and did better here). Sums are exact products added up in fp32 (`qat/quant/products.py`).
+tokens decide and did better here). Sums are exact products added up in fp32 (`qat/convert/products.py`).
 
 One decoder layer at a time takes the whole text, so the moments of one are on the device at a time. For
 gradients the inputs of decoder layers must be kept until the backward pass: of as many as fit, from the top,
@@ -24,14 +24,14 @@ from transformers import PreTrainedModel
 
 from qat.cache.batch import Batch
 from qat.console import progress
+from qat.convert.flow import Flow, flows, micro_batches
+from qat.convert.observer import Mean, Observer
 from qat.errors import ConfigError, NumericsError
 from qat.forward import body, decoder_layers, run_body
 from qat.head import OutputHead, output_weight
 from qat.machine import exact_matmul
-from qat.quant.flow import Flow, flows, micro_batches
 from qat.quant.layers import Layer
 from qat.quant.linear import baked
-from qat.quant.observer import Mean, Observer
 
 STATES = {"cuda": 1 << 22, "cpu": 1 << 20}  # numbers in the hidden states that go through a layer at one time
 LOGITS = {"cuda": 1 << 26, "cpu": 1 << 22}  # that exist at one time

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from qat.convert.products import add_square, mirrored
+from qat.convert.transfer import to_host
 from qat.quant.layers import Layer
-from qat.quant.products import add_square, mirrored
-from qat.quant.transfer import to_host
 
 
 @dataclass(frozen=True)

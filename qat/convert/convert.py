@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from qat.cache.batch import Batch
 from qat.config import ConvertConfig, KMeansBackend, KMeansConfig
 from qat.console import progress
+from qat.convert.moments import Moments, gather
 from qat.errors import NumericsError
 from qat.machine import exact_matmul
 from qat.quant import backends, codebook
@@ -20,7 +21,6 @@ from qat.quant.curvature import Curvature, Factor
 from qat.quant.fit import Cluster, Problem, Tables, fit, improve
 from qat.quant.layers import Layer
 from qat.quant.linear import QuantLinear
-from qat.quant.moments import Moments, gather
 
 STACK_BYTES = {"cpu": 2e8, "cuda": 3e9}  # of work space: what caches still help with; what hides launches
 

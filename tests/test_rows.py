@@ -6,8 +6,8 @@ import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qat.cache.attention import inputs
 from qat.masks import of_documents
+from qat.rows import inputs
 
 SHAPE = {
     "vocab_size": 90,

@@ -1,4 +1,4 @@
-"""What keeps documents that share a row from seeing each other: positions that restart.
+"""Rows of tokens as a model takes them. Documents that share one are kept apart by positions that restart.
 
 transformers makes the masks of them that a model's layers need, whatever these are (`qat.masks`), but only
 without a key-value cache; with one it ignores the restarts without a word.

@@ -4,12 +4,12 @@ from torch import nn
 
 from qat.cache.batch import Text
 from qat.config import ConvertConfig, KMeansBackend, KMeansConfig
+from qat.convert.convert import convert, install, quantize, stacks, workspace
+from qat.convert.moments import Moments, gather
 from qat.errors import NumericsError
 from qat.evaluate import evaluate
-from qat.quant.convert import convert, install, quantize, stacks, workspace
 from qat.quant.curvature import damp
 from qat.quant.layers import Layer, select
-from qat.quant.moments import Moments, gather
 from tests import tiny
 
 EXACT = KMeansConfig("exact", KMeansBackend.exact)
@@ -57,7 +57,7 @@ def test_the_model_is_not_changed(teacher, model, rows):
 
 
 def test_tables_do_not_depend_on_how_layers_are_stacked(monkeypatch, model, rows, made):
-    monkeypatch.setattr("qat.quant.convert.STACK_BYTES", {"cpu": 1})
+    monkeypatch.setattr("qat.convert.convert.STACK_BYTES", {"cpu": 1})
     for name, (_, module, errors) in tiny.tables_of(model, rows).items():
         assert errors["output_error"] == pytest.approx(made[name][2]["output_error"], rel=0.02)
         assert (module.indices == made[name][1].indices).float().mean() > 0.98

@@ -9,15 +9,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from qat import models
 from qat.cache.batch import Text
 from qat.config import DataConfig, DataSource, Packing, QuantConfig, TableConfig
+from qat.convert.convert import STACK_BYTES, stacks
+from qat.convert.moments import gather
 from qat.data import packing, texts, thinking
 from qat.data.documents import Document
 from qat.models.sources import _gguf_file
 from qat.quant import assign, codebook, scales
-from qat.quant.convert import STACK_BYTES, stacks
 from qat.quant.curvature import Curvature, Factor
 from qat.quant.fit import alternate, importance, start
 from qat.quant.layers import select
-from qat.quant.moments import gather
 
 QUANT = QuantConfig(name="q2a4", mlp=TableConfig(bits=2, rank=4), attn=TableConfig(bits=4, rank=2))
 EVERY, LAST = 5, 25  # of 30 blocks; benchmarks/assignment.py does all

@@ -6,11 +6,11 @@ import zoo
 from torch import nn
 
 from qat.cache.batch import Batch, Text
+from qat.convert import flow, moments
+from qat.convert.convert import install
+from qat.convert.moments import gather
 from qat.errors import NumericsError
-from qat.quant import flow, moments
-from qat.quant.convert import install
 from qat.quant.layers import select
-from qat.quant.moments import gather
 from tests import tiny
 
 
