@@ -9,6 +9,7 @@ from qat import checkpoints
 from qat.config import LearnConfig, LossKind, ModeConfig, TrainConfig
 from qat.distill.loss import Loss
 from qat.distill.trainer import Trainer
+from qat.forward import FAST, use
 from qat.quant.linear import quantized
 from tests import tiny
 
@@ -24,6 +25,7 @@ def trained(checkpoint, teacher, readers, device, loss=LOSSES[LossKind.bucket_kl
     """Loss and gradient norm of each step, and the parameters after the last."""
     machine = replace(tiny.FP32, **({"device": device, "micro_batch": 8} | machine))
     student, _ = checkpoints.load(checkpoint, teacher, machine, latents=train.learn.latent > 0)
+    use(student, FAST)
     layers = {name: ("mlp" if ".mlp." in name else "attn", module) for name, module in quantized(student).items()}
     trainer = Trainer(student, layers, readers, train, ModeConfig("e2e", True, True), loss, machine, 0)
     if plain:
@@ -99,6 +101,7 @@ def test_checkpointed_layers_can_be_compiled_and_recorded(checkpoint, teacher, r
 def test_a_step_that_is_not_finite_is_skipped_while_recorded(checkpoint, teacher, readers):
     machine = replace(tiny.FP32, device=GPU, micro_batch=8)
     student, _ = checkpoints.load(checkpoint, teacher, machine)
+    use(student, FAST)
     layers = {name: ("mlp", module) for name, module in quantized(student).items()}
     trainer = Trainer(
         student, layers, readers, TRAIN, ModeConfig("mlp", True, False), LOSSES[LossKind.bucket_kl], machine, 0
