@@ -21,7 +21,15 @@ from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
 
-IMPORTED = ["launch", "qat.stages.run", "qat.plots", "hydra._internal.hydra", "tests.making", "torch.distributed.run"]
+IMPORTED = [
+    "launch",
+    "qat.stages.run",
+    "qat.plots",
+    "hydra._internal.hydra",
+    "torch.distributed.run",
+    "tests.making",
+    "tests.warm",
+]
 LAUNCH = str(Path(__file__).resolve().parents[1] / "launch.py")
 
 
@@ -95,24 +103,22 @@ def python(*words: str, stdin: str = "", env: Mapping[str, str] | None = None) -
 
 def fork_pythons() -> None:
     """From now on this process forks the interpreters that it would start."""
-    subprocess.Popen = Forked  # type: ignore[misc]
+    execute = subprocess.Popen._execute_child  # type: ignore[attr-defined]
 
-
-class Forked(subprocess.Popen):  # type: ignore[type-arg]
-    """A process forked from this one where it would be another `python`."""
-
-    def _execute_child(self, args: Any, executable: Any, *rest: Any) -> None:
+    def fork(process: Any, args: Any, executable: Any, *rest: Any) -> None:
         if isinstance(args, str) or os.fspath(args[0]) != sys.executable:
-            super()._execute_child(args, executable, *rest)  # type: ignore[misc]
+            execute(process, args, executable, *rest)
             return
         _, _, _, cwd, env, _, _, _, given, _, _, out, _, err, *_ = rest
-        self.pid = os.fork()
-        if not self.pid:
+        process.pid = os.fork()
+        if not process.pid:
             _afresh(tuple(word for word in args[1:] if word != "-u"), [given, out, err], cwd, env)
-        self._child_created = True
+        process._child_created = True
         for end in (given, out, err):
             if end >= 0:
                 os.close(end)
+
+    subprocess.Popen._execute_child = fork  # type: ignore[attr-defined]
 
 
 def _afresh(words: tuple[str, ...], streams: list[int], cwd: str | None, env: Mapping[str, str] | None) -> None:
