@@ -3,13 +3,12 @@
 import json
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from qat.cli import arguments, job, main
+from tests.launching import LAUNCH, python
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOK = json.loads((ROOT / "docs" / "colab.ipynb").read_text(encoding="utf-8"))
@@ -59,8 +58,7 @@ def test_a_command_of_a_document_composes(line, runs, capfd):
 
 @pytest.mark.parametrize("line", in_notebook())
 def test_a_command_of_the_notebook_composes_in_a_process(line, runs):
-    command = [sys.executable, str(ROOT / "launch.py"), *words(line), "--cfg", "job"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    done = python(LAUNCH, *words(line), "--cfg", "job")
     assert (done.returncode, done.stderr) == (0, "")
     assert "qwen3_0_6b" in done.stdout or "--config-path" in line or "stage=" in line
 

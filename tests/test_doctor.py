@@ -2,9 +2,6 @@
 
 import importlib.metadata
 import os
-import subprocess
-import sys
-from pathlib import Path
 
 import psutil
 import pytest
@@ -12,9 +9,9 @@ import torch
 
 from qat import capacity, machine
 from qat.cli import arguments, main
+from qat.config import CONF
 from qat.stages import doctor
-
-ROOT = Path(__file__).resolve().parents[1]
+from tests.launching import LAUNCH, python
 
 
 @pytest.fixture
@@ -30,11 +27,11 @@ def examined(tmp_path, monkeypatch):
     return examine
 
 
-def test_in_a_process(tmp_path):
+def test_in_a_process(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     environment = os.environ | {"WANDB_API_KEY": "k" * 40, "HF_TOKEN": "hf_secret"}
     words = ["stage=doctor", "model=tiny", "instance.devices=2", "store=url", f"store.path=file://{tmp_path}/gone"]
-    command = [sys.executable, str(ROOT / "launch.py"), *words]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=tmp_path, env=environment)
+    done = python(LAUNCH, *words, env=environment)
     assert (done.returncode, done.stderr) == (0, "")
     for row in ("computer", "memory", "instance=auto", "disk", "packages", "extras", "model=tiny"):
         assert row in done.stdout
@@ -67,7 +64,7 @@ GPUS = [("Tesla T4", "t4"), ("NVIDIA A100-SXM4-40GB", "a100"), ("NVIDIA H200", "
 
 
 def test_what_a_gpu_is_advised_is_an_option():
-    assert set(doctor.MADE) <= {path.stem for path in (ROOT / "conf" / "instance").glob("*.yaml")}
+    assert set(doctor.MADE) <= {path.stem for path in (CONF / "instance").glob("*.yaml")}
 
 
 @pytest.mark.parametrize(("name", "made"), GPUS)

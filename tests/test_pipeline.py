@@ -323,15 +323,11 @@ def test_a_student_that_is_no_better_than_its_conversion_is_called_so(first, sho
     assert f"**Result**: **{verdict}**" in (shop.outputs / "RUNS.md").read_text()
 
 
-def test_cache_alone(first, shop):
-    done = shop.tiny("stage=cache")
+def test_cache_alone_can_be_looked_at(first, shop):
+    done = shop.tiny("stage=cache", "cache.inspect=true")
     assert (done.result["status"], done.result["stage"]) == ("complete", "cache")
     assert done.result["paths"]["cache"] == first.result["paths"]["cache"]
     assert not (done.folder / "checkpoints").exists()
-
-
-def test_cache_can_be_looked_at(first, shop):
-    done = shop.tiny("stage=cache", "cache.inspect=true")
     assert (done.folder / "tail.png").read_bytes().startswith(b"\x89PNG")
     for part in ("the teacher expects", "share of positions that count", "bytes a position"):
         assert part in done.out
@@ -350,12 +346,6 @@ def test_text_alone_trains_as_a_whole_cache_does_where_the_teacher_runs_beside(f
     assert "the teacher expects" in shown.out and 0 < shown.result["cache"]["tail_mean"] < 1
     refused = shop.launch("+debug=tiny", "stage=distill", start, "cache=local", f"cache.path={folder}")
     assert refused.code == 2 and f"{folder} keeps their text alone" in refused.err
-
-
-def test_cache_by_path_is_the_cache(first, shop, conversion):
-    by_path = ["cache=local", f"cache.path={first.result['paths']['cache']}"]
-    done = shop.tiny("stage=distill", f"checkpoint={conversion}", *by_path)
-    assert done.result["metrics"]["kd_loss_final"] == pytest.approx(first.result["metrics"]["kd_loss_final"], rel=1e-4)
 
 
 def test_older_cache_trains_where_it_lies_and_can_be_imported(first, shop, conversion, teacher, tmp_path):
@@ -408,17 +398,14 @@ def test_a_student_at_more_bits_is_trained_first_once_and_converted_further(firs
     assert again.result["paths"]["first"] == done.result["paths"]["first"]
 
 
-def test_training_alone_is_the_training_of_the_whole_job(first, shop, conversion):
-    done = shop.tiny("stage=distill", f"checkpoint={conversion}")
+@pytest.mark.parametrize("by_path", [False, True])
+def test_training_alone_is_the_training_of_the_whole_job(first, shop, conversion, by_path):
+    cache = ["cache=local", f"cache.path={first.result['paths']['cache']}"] if by_path else []
+    done = shop.tiny("stage=distill", f"checkpoint={conversion}", *cache)
     for key in ("kd_loss_initial", "kd_loss_final", "kd_loss_best"):
         assert done.result["metrics"][key] == pytest.approx(first.result["metrics"][key], rel=1e-4)
     assert learned(conversion, done) == {"mlp"}
     assert open_artifact(done.folder / "checkpoints" / "best").manifest["run"] == done.folder.name
-
-
-def test_a_trained_checkpoint_is_named_by_its_own_tables(shop, conversion):
-    done = shop.tiny("stage=distill", f"checkpoint={conversion}", "quant=q4a4")
-    assert done.result["name"].startswith("v2_q2a4_mlp_")
 
 
 def test_evaluation_alone_is_the_evaluation_of_the_whole_job(first, shop):
@@ -442,7 +429,7 @@ def test_chat_answers_and_leaves_no_run(first, shop, checkpoint):
 def test_export_lands_where_asked_and_is_replaced_when_asked_again(first, shop, checkpoint, name):
     folder = shop.outputs.parent / f"{name}-{checkpoint}"
     words = ("stage=export", f"checkpoint={checkpoint}", f"export={name}", f"export.output={folder}")
-    for _ in range(2):
+    for _ in range(2 if checkpoint == "SR-001" and name == "hf" else 1):
         done = shop.tiny(*words)
         assert str(folder) in done.out and (folder / "README.md").is_file()
         assert done.result["metrics"]["parity"] < (5e-2 if name == "packed" else 1e-5)
@@ -467,11 +454,11 @@ def test_every_loss_trains(first, shop, conversion, loss):
     assert done.result["metrics"]["kd_loss_final"] < 0.97 * done.result["metrics"]["kd_loss_initial"]
 
 
-@pytest.mark.parametrize(("mode", "kinds"), [("mlp", {"mlp"}), ("attn", {"attn"}), ("e2e", {"mlp", "attn"})])
+@pytest.mark.parametrize(("mode", "kinds"), [("attn", {"attn"}), ("e2e", {"mlp", "attn"})])  # mlp: see above
 def test_every_mode_trains_its_layers_and_no_others(first, shop, conversion, mode, kinds):
-    done = shop.tiny("stage=distill", f"checkpoint={conversion}", f"mode={mode}")
+    done = shop.tiny("stage=distill", f"checkpoint={conversion}", f"mode={mode}", "quant=q4a4")
     assert learned(conversion, done) == kinds
-    assert f"_q2a4_{mode}_" in done.result["name"]
+    assert f"_q2a4_{mode}_" in done.result["name"]  # by its own tables
 
 
 def test_attention_can_stay_in_full_precision(first, shop):

@@ -4,9 +4,6 @@ import hashlib
 import json
 import os
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -14,8 +11,8 @@ import pytest
 from qat.artifacts import MANIFEST
 from qat.cli import main
 from qat.errors import RankError
+from tests.launching import LAUNCH, Python, fork_pythons
 
-ROOT = Path(__file__).resolve().parents[1]
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 TINY = ("+debug=tiny", "instance.precision=fp32", "data=prompts", "train.batch_size=5", "mode=e2e")
 LONG = (*TINY, "train.steps=100000", "train.eval_every=50000", "train.save_every=20")
@@ -23,17 +20,17 @@ OURS = ("error: ", "interrupted", "this is a defect", "Traceback")
 
 
 def start(outputs, *words, together="torchrun"):
-    """A launch in two processes."""
-    before, after = {"torchrun": (TORCHRUN, []), "devices": ([], ["instance.devices=2"]), "alone": ([], [])}[together]
-    command = [sys.executable, *before, str(ROOT / "launch.py"), *words, *after, f"outputs={outputs}"]
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    """A launch in two processes; those of torchrun are interpreters of their own."""
+    before = fork_pythons if together == "devices" else None
+    first, after = {"torchrun": (TORCHRUN, []), "devices": ([], ["instance.devices=2"]), "alone": ([], [])}[together]
+    return Python(*first, LAUNCH, *words, *after, f"outputs={outputs}", before=before)
 
 
 def ended(process) -> tuple[int, str, list[str]]:
     """Exit code, standard output, and of standard error what is said before torchrun's own account of it."""
-    out, err = process.communicate(timeout=300)
+    code, out, err = process.ended(300)
     lines = err.split("torch/distributed/elastic/multiprocessing/api.py:1002] failed")[0].splitlines()
-    return process.returncode, out, [line for line in lines if line.startswith(OURS)]
+    return code, out, [line for line in lines if line.startswith(OURS)]
 
 
 def record(outputs, run="SR-001") -> dict:
@@ -58,21 +55,15 @@ def hashes(outputs, kind) -> dict[str, str]:
 
 
 def wait_for_steps(process, outputs, run="SR-001", count=25):
-    end = time.monotonic() + 120
     path = outputs / run / "metrics.jsonl"
-    while not (path.exists() and path.read_text().count("\n") > count):
-        assert process.poll() is None and time.monotonic() < end, process.communicate()
-        time.sleep(0.02)
+    process.wait_for(lambda: path.exists() and path.read_text().count("\n") > count)
 
 
-def ranks_of(process) -> dict[int, int]:
-    """Process numbers by rank."""
+def ranks_of(process) -> list[int]:
+    """Process numbers by rank, in which they were started."""
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    found = {}
-    for child in children:
-        entries = Path(f"/proc/{child}/environ").read_bytes().split(b"\0")
-        found |= {int(entry[5:]): int(child) for entry in entries if entry.startswith(b"RANK=")}
-    return found
+    assert len(children) == 2
+    return sorted(map(int, children))
 
 
 @pytest.fixture(scope="module")
@@ -136,7 +127,7 @@ def test_a_signal_to_the_one_that_started_them_saves_first(alone, together):
     run = next_run(alone)
     process = start(alone, *LONG, together=together)
     wait_for_steps(process, alone, run)
-    process.send_signal(signal.SIGTERM)
+    process.send(signal.SIGTERM)
     code, _, said = ended(process)
     assert code > 0 and said[:1] == ["interrupted"]
     assert record(alone, run)["status"] == "interrupted"

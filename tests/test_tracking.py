@@ -3,16 +3,12 @@
 import builtins
 import json
 import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
 from qat import tracking
 from qat.config import Config, ModeConfig, QuantConfig, TrackerConfig, TrackerKind, as_plain
-
-ROOT = Path(__file__).resolve().parents[1]
+from tests.launching import python
 
 COMMON = """
 import json, pathlib, sys
@@ -61,15 +57,8 @@ print(json.dumps(said))
 def process(tmp_path, script):
     """Runs a script with a home of its own and nothing in the environment that tells wandb what to do."""
     kept = {key: value for key, value in os.environ.items() if not key.startswith("WANDB_")}
-    done = subprocess.run(
-        [sys.executable, "-c", COMMON + script, str(tmp_path)],
-        cwd=ROOT,
-        env=kept | {"HOME": str(tmp_path), "WANDB_SILENT": "true", "WANDB_CACHE_DIR": str(tmp_path / "cache")},
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=100,
-    )
+    env = kept | {"HOME": str(tmp_path), "WANDB_SILENT": "true", "WANDB_CACHE_DIR": str(tmp_path / "cache")}
+    done = python("-c", COMMON + script, str(tmp_path), env=env)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 

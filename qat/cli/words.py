@@ -5,9 +5,10 @@ is for; as text these come back as `inf` and `True`. So every such value of a ke
 sections too, is quoted before Hydra sees it, on the command line (`quoted`) and in files (`FileConfigSource`).
 """
 
-import os
+import copy
+from pathlib import Path
 from types import NoneType
-from typing import Any, get_args, get_origin
+from typing import Any, ClassVar, get_args, get_origin
 
 import yaml
 from antlr4 import CommonTokenStream, InputStream
@@ -68,16 +69,28 @@ def quoted(override: str, swept: bool) -> str:
 class FileConfigSource(file_config_source.FileConfigSource):
     """Hydra's folders of YAML files, in which words stay words too, and an option is called like its file."""
 
+    read: ClassVar[dict[tuple[str, str, str], ConfigResult]] = {}  # by folder, name and content
+
     def load_config(self, config_path: str) -> ConfigResult:
-        """Reads a file by the schema of the group that it is an option of, or of a whole run."""
+        """Reads a file by the schema of the group that it is an option of, or of a whole run.
+
+        What it held is parsed once, as a launch composes up to three times and every job of a sweep once more.
+        """
+        file = Path(self.path, self._normalize_file_name(config_path))
+        content = file.read_text(encoding="utf-8") if file.is_file() else ""  # which Hydra tells
+        key = (f"{self.provider}:{self.path}", config_path, content)
+        if key not in self.read:
+            self.read[key] = self._parsed(config_path, content)
+        return copy.deepcopy(self.read[key])
+
+    def _parsed(self, config_path: str, text: str) -> ConfigResult:
         result = super().load_config(config_path)
         group, _, option = config_path.removesuffix(".yaml").rpartition("/")
         whole = not group or result.header.get("package") == "_global_"
         hint = Config if whole else schema.hint(group)
         if hint is None or not OmegaConf.is_dict(result.config):
             return result
-        with open(os.path.join(self.path, self._normalize_file_name(config_path)), encoding="utf-8") as file:
-            content = as_text(file.read(), hint)
+        content = as_text(text, hint)
         if not whole and group in schema.groups():
             content.setdefault("name", option)
         result.config = OmegaConf.create(content)

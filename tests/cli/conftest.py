@@ -11,6 +11,7 @@ import pytest
 
 from qat.cli import arguments, main
 from qat.config import Config
+from tests.launching import python
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -85,16 +86,22 @@ def compose(here: Path) -> Callable[..., Config]:
 @pytest.fixture
 def launch(here: Path) -> Callable[..., Outcome]:
     """Runs launch.py in a process of its own, its stages replaced by a trace."""
+    return lambda *argv: outcome(python("-c", DRIVER, *argv))
 
-    def run(*argv: str) -> Outcome:
-        done = subprocess.run([sys.executable, "-c", DRIVER, *argv], capture_output=True, text=True, timeout=60)
-        imported, trace = Path("imported.json"), Path("trace.txt")
-        heavy = json.loads(imported.read_text())
-        ran = trace.read_text().split() if trace.exists() else []
-        imported.unlink(), trace.unlink(missing_ok=True)
-        return Outcome(done.returncode, done.stdout, done.stderr, heavy, ran)
 
-    return run
+@pytest.fixture(scope="session")
+def launch_alone() -> Callable[..., Outcome]:
+    """The same in an interpreter that has imported nothing yet, in the current directory."""
+    alone = [sys.executable, "-c", DRIVER]
+    return lambda *argv: outcome(subprocess.run([*alone, *argv], capture_output=True, text=True, timeout=60))
+
+
+def outcome(done: "subprocess.CompletedProcess[str]") -> Outcome:
+    imported, trace = Path("imported.json"), Path("trace.txt")
+    heavy = json.loads(imported.read_text())
+    ran = trace.read_text().split() if trace.exists() else []
+    imported.unlink(), trace.unlink(missing_ok=True)
+    return Outcome(done.returncode, done.stdout, done.stderr, heavy, ran)
 
 
 @pytest.fixture

@@ -22,8 +22,8 @@ def test_a_v2_checkpoint_passes(state_dict, compose, stage, path):
     assert (config.checkpoint.name, config.checkpoint.path) == ("local", path)
 
 
-def test_in_a_process_without_torch(state_dict, launch):
-    done = launch("stage=evaluate", "checkpoint=old/best_state_dict.pt")
+def test_in_a_process_without_torch(state_dict, launch_alone):
+    done = launch_alone("stage=evaluate", "checkpoint=old/best_state_dict.pt")
     assert (done.code, done.err, done.heavy) == (0, "", [])
 
 

@@ -81,8 +81,8 @@ def test_in_a_real_bash():
     assert offered == ["quant=q3a4_r8", "stage=distill", "train.learn."]
 
 
-def test_fish_gets_one_a_line(launch, monkeypatch, here):
+def test_fish_gets_one_a_line(launch_alone, monkeypatch, here):
     monkeypatch.setenv("COMP_LINE", "python launch.py stage=d")
-    done = launch("--shell-completion", "query=fish")
+    done = launch_alone("--shell-completion", "query=fish")
     assert (done.code, done.out, done.heavy) == (0, "stage=distill\nstage=doctor\n", [])
     assert list(here.iterdir()) == []

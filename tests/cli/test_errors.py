@@ -263,8 +263,8 @@ def test_mistake_is_one_helpful_line(line, hint, littered, capfd):
 
 
 @pytest.mark.parametrize("line", ["trian.lr=1", "--foo", "-m train.lr=1,0"])
-def test_mistake_in_a_process(line, launch, here):
-    done = launch(*line.split())
+def test_mistake_in_a_process(line, launch_alone, here):
+    done = launch_alone(*line.split())
     assert done.code == 2
     assert done.err.startswith("error: ") and done.err.count("\n") == 1
     assert done.heavy == []

@@ -53,8 +53,8 @@ def test_no_such_topic():
         page(["trian"])
 
 
-def test_a_topic_in_a_process_imports_no_torch_and_claims_nothing(launch, here):
-    done = launch("--help", "quant", "train.lr")
+def test_a_topic_in_a_process_imports_no_torch_and_claims_nothing(launch_alone, here):
+    done = launch_alone("--help", "quant", "train.lr")
     assert (done.code, done.err, done.heavy) == (0, "", [])
     assert "q3a4_r8" in done.out and "train.lr=0.001" in done.out
     assert list(here.iterdir()) == []

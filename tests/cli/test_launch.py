@@ -9,8 +9,8 @@ import yaml
 from qat.cli import main
 
 
-def test_single_run_lands_in_its_folder(launch, here):
-    done = launch("train.lr=0.5", "outputs=out")
+def test_single_run_lands_in_its_folder(launch_alone, here):
+    done = launch_alone("train.lr=0.5", "outputs=out")
     assert (done.code, done.out, done.err) == (0, "at work\n", "")
     run = here / "out" / "SR-001"
     assert {path.name for path in run.iterdir()} == {
@@ -80,9 +80,9 @@ def test_chat_leaves_no_run(launch, here):
     assert {path.name for path in (here / "outputs" / "chat").iterdir()} == {"result.json", "train.log"}
 
 
-def test_help_answers_fast_and_claims_nothing(launch, here):
+def test_help_answers_fast_and_claims_nothing(launch_alone, here):
     started = time.monotonic()
-    done = launch("--help")
+    done = launch_alone("--help")
     assert time.monotonic() - started < 5  # 0.5 s alone; slack for a busy machine
     assert done.code == 0 and done.heavy == []
     for word in ("stage=chat", "q3a4_r8", "train.lr=0.001", "outputs/SR-001", "+experiment"):

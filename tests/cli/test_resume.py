@@ -14,9 +14,9 @@ def interrupted(launch, here):
     return here / "outputs" / "SR-001"
 
 
-def test_the_same_command_goes_on_in_the_same_folder(launch, here, interrupted):
+def test_the_same_command_goes_on_in_the_same_folder(launch_alone, here, interrupted):
     (interrupted / "result.json").unlink()
-    done = launch("train.lr=0.5", "run.resume=SR-001")
+    done = launch_alone("train.lr=0.5", "run.resume=SR-001")
     assert (done.code, done.err, done.heavy) == (0, "", [])
     assert [path.name for path in (here / "outputs").glob("SR-*")] == ["SR-001"]
     assert json.loads((interrupted / "result.json").read_text())["lr"] == 0.5

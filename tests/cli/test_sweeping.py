@@ -1,6 +1,7 @@
 """Sweeps in real processes: one failure does not stop the rest, and the same command goes on where it stopped."""
 
 import json
+import shutil
 import sys
 
 import pytest
@@ -25,8 +26,24 @@ def sweep(here):
     return here / "outputs" / "sweep-001"
 
 
-def test_failed_jobs_are_told_and_stop_nothing(launch, sweep):
-    done = launch(*FOUR)
+@pytest.fixture(scope="module")
+def first(launch_alone, tmp_path_factory):
+    """A directory in which the sweep `FOUR` ran, and what a person sees of that."""
+    folder = tmp_path_factory.mktemp("four")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        return folder, launch_alone(*FOUR)
+
+
+@pytest.fixture
+def swept(first, here):
+    """A copy of that directory to be in; what a person sees."""
+    shutil.copytree(first[0], here, dirs_exist_ok=True)
+    return first[1]
+
+
+def test_failed_jobs_are_told_and_stop_nothing(swept, sweep):
+    done = swept
     assert (done.code, done.err) == (1, "error: nothing there\n" * 2)
     assert done.ran == ["SR-001", "SR-002", "SR-003", "SR-004"]
     assert statuses(sweep) == {"SR-003": "complete", "SR-001": "complete", "SR-002": "failed", "SR-004": "failed"}
@@ -36,8 +53,7 @@ def test_failed_jobs_are_told_and_stop_nothing(launch, sweep):
     assert done.heavy == ["numpy"]  # of the plot alone
 
 
-def test_table_and_plot_are_left(launch, sweep):
-    launch(*FOUR)
+def test_table_and_plot_are_left(swept, sweep):
     text = (sweep / "summary.md").read_text()
     assert "python launch.py -m train.lr=4,3 run.goal=a,fail" in text
     assert "| SR-003 | 3 | a | 3.0000 | complete |" in text
@@ -46,8 +62,7 @@ def test_table_and_plot_are_left(launch, sweep):
 
 
 @pytest.mark.parametrize("words", [FOUR, ["sweep.resume='outputs/sweep-001'"]])
-def test_sweep_goes_on_with_what_is_not_complete(launch, here, sweep, words):
-    launch(*FOUR)
+def test_sweep_goes_on_with_what_is_not_complete(swept, launch, here, sweep, words):
     kept = {name: (sweep / name / "result.json").stat().st_mtime_ns for name in ("SR-001", "SR-003")}
     (here / "mended").touch()
     again = launch(*words)
@@ -58,8 +73,7 @@ def test_sweep_goes_on_with_what_is_not_complete(launch, here, sweep, words):
     assert not list((here / "outputs").glob("SR-*"))
 
 
-def test_a_sweep_goes_on_with_what_changes_no_result(launch, here, sweep):
-    launch(*FOUR)
+def test_a_sweep_goes_on_with_what_changes_no_result(swept, launch, here):
     (here / "mended").touch()
     words = ("instance.micro_batch=3", "tracker=none", "train.save_every=7", "train.keep=1")
     assert launch("sweep.resume=outputs/sweep-001", *words).ran == ["SR-002", "SR-004"]
@@ -73,8 +87,7 @@ def test_only_the_folder_of_a_planned_job_holds_what_is_gone_on_with(launch, her
     assert [sweeps.has_job(folder) for folder in folders] == [True, True, False, False]
 
 
-def test_what_may_change_does(launch, here, sweep):
-    launch(*FOUR)
+def test_what_may_change_does(swept, launch, here, sweep):
     (here / "mended").touch()
     assert launch("sweep.resume=sweep-001", "instance=cpu", "instance.micro_batch=2").ran == ["SR-002", "SR-004"]
     texts = [(sweep / name / "config_resolved.yaml").read_text() for name in ("SR-001", "SR-002")]
@@ -116,8 +129,7 @@ def test_complete_sweep_typed_again_is_a_new_one(launch, here):
 
 
 @pytest.mark.parametrize("rates", ["4,2", "3,4"])
-def test_another_sweep_is_another_sweep(launch, here, rates):
-    launch(*FOUR)
+def test_another_sweep_is_another_sweep(swept, launch, rates):
     assert len(launch("-m", f"train.lr={rates}", "run.goal=a,fail").ran) == 4
 
 
@@ -198,8 +210,7 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(("line", "hint"), REFUSED)
-def test_refused_in_one_line(launch, here, capfd, line, hint):
-    launch(*FOUR)
+def test_refused_in_one_line(swept, here, capfd, line, hint):
     before = sorted(here.rglob("*"))
     assert main.main(line.split(), lambda: pytest.fail("launched")) in (1, 2)
     told = capfd.readouterr().err
@@ -207,24 +218,21 @@ def test_refused_in_one_line(launch, here, capfd, line, hint):
     assert sorted(here.rglob("*")) == before
 
 
-def test_changed_options_end_a_sweep(launch, here, capfd, monkeypatch):
-    launch(*FOUR)
+def test_changed_options_end_a_sweep(swept, here, capfd):
     plan = here / "outputs" / "sweep-001" / "sweep.json"
     plan.write_text(plan.read_text().replace("train.lr=4", "train.lr=5"))
     assert main.main(["sweep.resume=outputs/sweep-001"], lambda: pytest.fail("launched")) == 2
     assert "planned with another configuration than SR-001 has now" in capfd.readouterr().err
 
 
-def test_one_sweep_is_run_by_one_process(launch, here):
-    launch(*FOUR)
+def test_one_sweep_is_run_by_one_process(swept, launch, here):
     with sweeps.held(sweeps.load(here / "outputs" / "sweep-001")):
         done = launch(*FOUR)
     assert (done.code, done.ran) == (2, [])
     assert "another process is running it" in done.err
 
 
-def test_damaged_plan_is_told_or_passed_over(launch, here, capfd):
-    launch(*FOUR)
+def test_damaged_plan_is_told_or_passed_over(swept, launch, here, capfd):
     (here / "outputs" / "sweep-001" / "sweep.json").write_text("{")
     assert main.main(["sweep.resume=outputs/sweep-001"], lambda: pytest.fail("launched")) == 1
     assert "not a readable plan" in capfd.readouterr().err

@@ -2,18 +2,17 @@
 
 import hashlib
 import json
-import multiprocessing
 import os
 import random
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests import launching
+
 TRAINING = [
     "stage=distill",
     "instance.precision=fp32",
@@ -40,8 +39,7 @@ def job(words: list[str]) -> None:
 @pytest.fixture(scope="module")
 def start():
     """Launches in processes that have imported everything already."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["launch", "qat.stages.run", "qat.plots"])
+    context = launching.processes()
 
     def launched(outputs, *words):
         process = context.Process(target=job, args=(["+debug=tiny", f"outputs={outputs}", *words],))
@@ -135,9 +133,9 @@ def test_two_processes_train_as_one(outputs, training, whole, start, launcher):
     one = max(outputs.glob("SR-*"))
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     before, after = (torchrun, []) if launcher == "torchrun" else ([], [launcher])
-    command = [sys.executable, *before, "launch.py", "+debug=tiny", f"outputs={outputs}", *plain, *after]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
+    words = (*before, launching.LAUNCH, "+debug=tiny", f"outputs={outputs}", *plain, *after)
+    code, _, err = launching.Python(*words, before=None if before else launching.fork_pythons).ended()
+    assert code == 0, err
     two = max(outputs.glob("SR-*"))
     assert int(two.name[3:]) == int(one.name[3:]) + 1
     for ours, theirs in zip(rows(two), rows(one), strict=True):

@@ -1,13 +1,11 @@
 """An outputs folder with two students of the tiny model, and launches into it as a user makes them."""
 
 import json
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.launching import LAUNCH, python
 
 
 @pytest.fixture(scope="module")
@@ -24,18 +22,17 @@ def outputs(teacher, cache, tmp_path_factory):
 def command(outputs):
     """The words of a launch of the tiny job."""
     tiny = ["+debug=tiny", "instance.precision=fp32", f"outputs={outputs}"]
-    return lambda *words: [sys.executable, str(ROOT / "launch.py"), *tiny, *words]
+    return lambda *words: [sys.executable, LAUNCH, *tiny, *words]
 
 
 @pytest.fixture
-def launch(command, outputs):
+def launch(command, outputs, monkeypatch):
     """Runs the tiny job in a process of its own; returns it, and the record that it left."""
 
     def run(*words, code=0):
         before = set(outputs.glob("SR-*"))
-        done = subprocess.run(
-            command(*words), cwd=outputs.parent, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=200
-        )
+        monkeypatch.chdir(outputs.parent)
+        done = python(*command(*words)[1:])
         assert done.returncode == code, done.stderr
         new = set(outputs.glob("SR-*")) - before
         return done, json.loads((new.pop() / "result.json").read_text()) if new else None

@@ -10,6 +10,7 @@ from qat.errors import ConfigError
 from qat.models import ModelFolder
 from qat.models.tiny import TEMPLATE
 from qat.stages import chat
+from tests.launching import python
 
 WORDS = ("stage=chat", "chat.max_tokens=200")
 
@@ -31,10 +32,11 @@ def test_an_answer_arrives_in_pieces(command, outputs):
     assert len(pieces) > 5 and b"".join(pieces).endswith(b"\n")
 
 
-def test_a_conversation_with_both_side_by_side(command, outputs):
+def test_a_conversation_with_both_side_by_side(command, outputs, monkeypatch):
     words = command(*WORDS, "chat.max_tokens=8", "checkpoint=SR-001", "chat.teacher=true")
     before = sorted(outputs.glob("SR-*"))
-    done = subprocess.run(words, cwd=outputs.parent, input="hi\nagain\n\n", capture_output=True, text=True, timeout=300)
+    monkeypatch.chdir(outputs.parent)
+    done = python(*words[1:], stdin="hi\nagain\n\n")
     assert (done.returncode, done.stderr) == (0, "")
     said = [line.removeprefix("you: ") for line in done.stdout.splitlines()]
     assert [line for line in said if line in ("teacher:", "student:")] == ["teacher:", "student:"] * 2
