@@ -6,6 +6,7 @@ sections too, is quoted before Hydra sees it, on the command line (`quoted`) and
 """
 
 import os
+from pathlib import Path
 from types import NoneType
 from typing import Any, get_args, get_origin
 
@@ -24,7 +25,7 @@ from hydra.plugins.config_source import ConfigResult
 from omegaconf import OmegaConf
 from omegaconf._utils import get_yaml_loader
 
-from qat.cli import schema
+from qat.cli import schema, trusted
 from qat.config import Config
 
 PROSE = ("chat.prompt", "run.goal", "run.notes")  # sentences, in which a comma separates no values
@@ -69,15 +70,20 @@ class FileConfigSource(file_config_source.FileConfigSource):
     """Hydra's folders of YAML files, in which words stay words too, and an option is called like its file."""
 
     def load_config(self, config_path: str) -> ConfigResult:
-        """Reads a file by the schema of the group that it is an option of, or of a whole run."""
+        """Reads a file by the schema of the group that it is an option of, or of a whole run.
+
+        Raises:
+            ConfigError: it lies among what a run left or a store gave, however it was come by.
+        """
+        file = os.path.join(self.path, self._normalize_file_name(config_path))
+        trusted.refuse_data(Path(file), file)
         result = super().load_config(config_path)
         group, _, option = config_path.removesuffix(".yaml").rpartition("/")
         whole = not group or result.header.get("package") == "_global_"
         hint = Config if whole else schema.hint(group)
         if hint is None or not OmegaConf.is_dict(result.config):
             return result
-        with open(os.path.join(self.path, self._normalize_file_name(config_path)), encoding="utf-8") as file:
-            content = as_text(file.read(), hint)
+        content = as_text(Path(file).read_text(encoding="utf-8"), hint)
         if not whole and group in schema.groups():
             content.setdefault("name", option)
         result.config = OmegaConf.create(content)
@@ -119,7 +125,7 @@ def _element(hint: Any, plain: Any, words: Any) -> Any:
     if isinstance(plain, dict):
         return {key: _element(schema.hints(hint).get(str(key)), plain[key], words[key]) for key in plain}
     if isinstance(plain, list):
-        return [_element(_inside(hint), *pair) for pair in zip(plain, words, strict=True)]
+        return [_element(inside(hint), *pair) for pair in zip(plain, words, strict=True)]
     meant = isinstance(plain, str | QuotedString) or (plain is None and _is_optional(hint))
     if meant or not (_holds_text(hint) or hint is Any):
         return plain
@@ -148,12 +154,12 @@ def _tag(node: yaml.Node, hint: Any) -> None:
             _tag(value, schema.hints(hint).get(key.value))
     elif isinstance(node, yaml.SequenceNode):
         for value in node.value:
-            _tag(value, _inside(hint))
+            _tag(value, inside(hint))
     elif (_holds_text(hint) or hint is Any) and not (node.tag == NULL and _is_optional(hint)):
         node.tag = TEXT
 
 
-def _inside(hint: Any) -> Any:
+def inside(hint: Any) -> Any:
     """The type of a list's elements."""
     hint = schema.required(hint)
     return hint if hint is Any else next(iter(get_args(hint)), None) if get_origin(hint) is list else None
