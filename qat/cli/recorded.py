@@ -15,6 +15,7 @@ import yaml
 from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 
+from qat import references
 from qat.cli import schema, words
 from qat.config import Config, as_plain
 from qat.errors import ConfigError
@@ -31,7 +32,6 @@ HEADER = f"""\
 {yaml.safe_dump({"defaults": DEFAULTS}, sort_keys=False)}
 """
 
-_REFERENCE = re.compile(r"(\\*)\$\{")
 _Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
@@ -42,7 +42,7 @@ def is_meant(flags: dict[str, Any]) -> bool:
 
 def written(config: Config) -> str:
     """The whole configuration as the file that repeats a run."""
-    return HEADER + OmegaConf.to_yaml(OmegaConf.create(_texts(as_plain(config), _escaped)))
+    return HEADER + OmegaConf.to_yaml(OmegaConf.create(_texts(as_plain(config), references.escaped)))
 
 
 def read(file: Path) -> dict[str, Any]:
@@ -51,7 +51,7 @@ def read(file: Path) -> dict[str, Any]:
     Raises:
         ConfigError: it cannot be read, or holds anything but values of our own keys.
     """
-    return dict(_texts(_sections(file), _unescaped))
+    return dict(_texts(_sections(file), references.unescaped))
 
 
 def offer(file: Path) -> None:
@@ -119,7 +119,7 @@ def _strange(value: Any, hint: Any, key: str) -> Iterator[str]:
     elif isinstance(value, list):
         for part in value:
             yield from _strange(part, words.inside(hint), key)
-    elif isinstance(value, str) and _is_reference(value):
+    elif isinstance(value, str) and references.is_live(value):
         yield f"{key}={value}"
 
 
@@ -139,16 +139,3 @@ def _texts(value: Any, change: Any) -> Any:
     if isinstance(value, list):
         return [_texts(item, change) for item in value]
     return change(value) if isinstance(value, str) else value
-
-
-def _escaped(text: str) -> str:
-    r"""Text in which Hydra sees no reference: `\${` for `${`, and each backslash before it twice."""
-    return _REFERENCE.sub(r"\1\1\\${", text)
-
-
-def _unescaped(text: str) -> str:
-    return _REFERENCE.sub(lambda found: "\\" * (len(found[1]) // 2) + "${", text)
-
-
-def _is_reference(text: str) -> bool:
-    return any(len(found[1]) % 2 == 0 for found in _REFERENCE.finditer(text))
