@@ -5,10 +5,13 @@ is checked whenever it is read and before it is written.
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any, get_type_hints
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
 
 from qat import bounded, references
 from qat.config import Config
@@ -70,7 +73,26 @@ def _is_ours(override: str) -> bool:
     places = key.lstrip("+").split("@")
     sections = {re.split("[./]", place)[0] for place in places}
     is_path = places[0] in _GROUPS and "/" in value and not value.startswith("{")
-    return bool(equals and _KEY.fullmatch(key)) and sections <= _SECTIONS and not (is_path or references.is_live(value))
+    return bool(equals and _KEY.fullmatch(key)) and sections <= _SECTIONS and not is_path and _is_value(override)
+
+
+def _is_value(override: str) -> bool:
+    """Whether an override, read as Hydra reads it, sets one value without a reference in it."""
+    try:
+        read = OverridesParser.create().parse_override(override)
+    except (HydraException, RecursionError, ValueError):
+        return False
+    return not read.is_sweep_override() and not any(map(references.is_live, _texts(read.value())))
+
+
+def _texts(value: Any) -> Iterator[str]:
+    if isinstance(value, dict):
+        value = [*value, *value.values()]
+    if isinstance(value, list):
+        for part in value:
+            yield from _texts(part)
+    elif isinstance(value, str):
+        yield value
 
 
 def _job(entry: Any, path: Path) -> Job:

@@ -19,6 +19,7 @@ from qat.cli import (
     job,
     overrides,
     ranks,
+    recorded,
     registered,
     resume,
     streams,
@@ -37,6 +38,8 @@ from qat.runs import UNRECORDED
 from qat.suggest import one_line
 from qat.sweeps import Sweep
 
+TASKS = "evaluate.tasks"
+SUFFIXES = (".yaml", ".yml")  # of a file of tasks; anything else is a name that lm-eval knows
 INTERRUPTED = 130  # what a shell reports for Ctrl-C
 TERMINATED = 143  # and for SIGTERM
 
@@ -187,10 +190,22 @@ def _check_job(command: CommandLine, job: list[str], composer: Composer) -> Conf
     config = typed(composer.compose(job))
     if command.starts_jobs:  # a configuration may be looked at before it is complete
         validate.check(config)
+        _check_tasks(config, command)
         resume.check(config)
         if config.run.resume and command.multirun:
             raise ConfigError(f"run.resume={config.run.resume} goes on with one run: leave out -m")
     return config
+
+
+def _check_tasks(config: Config, command: CommandLine) -> None:
+    """A file of tasks may name code, which lm-eval runs: one that a record names is not taken from there."""
+    told = not (recorded.is_meant(command.flags) or command.values(sweeping.RESUME)) or command.values(TASKS)
+    for task in map(os.path.expanduser, [] if told else config.evaluate.tasks):
+        if task.endswith(SUFFIXES):
+            raise ConfigError(
+                f"{TASKS}={task} comes from what was recorded, and such a file may have code run: say {TASKS} yourself"
+                " if you trust it, and of a sweep its own command instead of sweep.resume"
+            )
 
 
 def _check_folders(parsed: list[Override]) -> None:

@@ -68,9 +68,11 @@ def _sections(file: Path) -> dict[str, Any]:
     text = _text(file)
     try:
         _check_form(text, file)
-        content = words.as_text(text, Config)
+        content = words.as_text(text, Config) if text.strip() else {}
     except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
         raise ConfigError(f"{file} cannot be read as YAML: {' '.join(str(error).split())}") from None
+    if not content:
+        raise ConfigError(f"{file} is empty: name the folder of a run that recorded its configuration")
     if any(default not in DEFAULTS for default in _listed(content.pop("defaults", []))):
         raise _foreign(file, "defaults")
     for key in _strange(content, Config, ""):

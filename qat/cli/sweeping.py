@@ -34,18 +34,24 @@ def resumed(command: CommandLine) -> Sweep | None:
     """The sweep that `sweep.resume=<folder>` names; None without these words.
 
     Raises:
-        ConfigError: beside it stands what would make it another sweep.
-        MissingError: there is no sweep.
+        ConfigError: there is no such plan, or beside it stands what would make it another sweep.
     """
     named = command.values(RESUME)
     if not named or named[-1] in ("", "null"):
         return None
-    sweep = sweeps.load(names.sweep(named[-1], command.outputs))
+    sweep = _load(names.sweep(named[-1], command.outputs))
     _check_options(sweep, command)
     for text in changes(command):
         if not _may_change(text):
             raise _would_change(sweep, text)
     return sweep
+
+
+def _load(folder: Path) -> Sweep:
+    try:
+        return sweeps.load(folder)
+    except QatError as error:
+        raise ConfigError(str(error)) from None
 
 
 def _check_options(sweep: Sweep, command: CommandLine) -> None:
@@ -146,7 +152,7 @@ def plan(command: CommandLine, typed: str, configs: list[Config], jobs: list[lis
             raise _alike(configs[first], configs[second])
     outputs = Path(configs[0].outputs)
     if folder is not None and os.path.isfile(folder / sweeps.PLAN):
-        there = sweeps.load(folder)
+        there = _load(folder)
         if [job.key for job in there.jobs] != keys:
             raise ConfigError(f"{folder} holds another sweep: choose another folder, or go on with {RESUME}={folder}")
         return there
