@@ -22,7 +22,7 @@ from qat import bounded, provenance
 from qat.artifacts import Artifact, write_json, write_text
 from qat.config import Config, Stage, as_plain
 from qat.errors import ArtifactError
-from qat.identities import RESULT, RUN, claim_run, give_back, note, recorded
+from qat.identities import RESULT, RUN, claim_run, give_back, note, places, recorded
 from qat.tracking import Tracker, open_tracker
 
 log = logging.getLogger(__name__)
@@ -30,6 +30,7 @@ log = logging.getLogger(__name__)
 SCHEMA = 1
 ARCHITECTURE = "v2"  # table ⊙ low-rank scale, in the run log's naming convention
 METRICS = "metrics.jsonl"
+LOG = "train.log"  # as conf/hydra/job_logging/qat.yaml has it
 SAVE_SECONDS = 10.0  # between two records of a run that trains
 
 # Stages that are no runs: no identity, no record, no line in the log.
@@ -169,12 +170,25 @@ class Run:
 
 def _identity(config: Config, folder: Path) -> str:
     """That of the run that is gone on with, of the folder's name, or a new one; noted where the folder is its own."""
-    outputs, earlier = Path(config.outputs), recorded(folder) if config.run.resume else None
+    outputs, earlier = Path(config.outputs), _earlier(config, folder) if config.run.resume else None
     if os.environ.get("RANK", "0") != "0":  # beside the first process, in a scratch folder
         return folder.name
     run_id = earlier or (folder.name if RUN.fullmatch(folder.name) else claim_run(outputs))
     note(outputs, run_id, folder)
     return run_id
+
+
+def _earlier(config: Config, folder: Path) -> str | None:
+    """What the run in a folder is called, also where its record is damaged."""
+    place = os.path.realpath(folder)
+    noted = (run_id for run_id, path in places(Path(config.outputs)) if os.path.realpath(path) == place)
+    return recorded(folder) or next(filter(RUN.fullmatch, noted), None)
+
+
+def owner(folder: Path) -> dict[str, str]:
+    """What tells the run in a folder from every other, on other machines too: its identity and when it was started."""
+    record = bounded.said(folder / RESULT)
+    return {key: str(record.get(key)) for key in ("run_id", "started")}
 
 
 def record_death(config: Config, folder: Path, command: str, overrides: Sequence[str], error: str) -> None:

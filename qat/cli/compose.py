@@ -12,7 +12,7 @@ from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra._internal.utils import create_config_search_path
 from hydra.core.config_search_path import ConfigSearchPath, SearchPathQuery
 from hydra.core.object_type import ObjectType
-from hydra.core.utils import setup_globals
+from hydra.core.utils import JobRuntime, setup_globals
 from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
@@ -59,6 +59,7 @@ class Composer:
         """
         version.setbase("1.3")
         setup_globals()
+        JobRuntime.instance().set("name", "launch")  # as Hydra will call it, after launch.py
         schema.register()
         words.register()
         self.name = flags.get("config_name") or "config"

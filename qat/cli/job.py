@@ -19,14 +19,12 @@ from qat.config import Config
 from qat.errors import QatError
 from qat.identities import RESULT, remove_empty
 from qat.report import log as run_log
-from qat.runs import UNRECORDED
+from qat.runs import LOG, UNRECORDED
 from qat.suggest import one_line
 
 # Of this process. Hydra's own return value does not reach `main`, nor do the words typed reach a job.
 failures: list[Outcome] = []
 words: list[str] = []
-
-LOG = "train.log"  # as conf/hydra/job_logging/qat.yaml has it
 
 
 def run(composed: DictConfig) -> float:

@@ -12,6 +12,7 @@ from hydra.core.override_parser.types import Override
 
 from qat import gpus, names, sweeps
 from qat.cli.arguments import CommandLine, quote
+from qat.cli.folders import check_free
 from qat.config import Config, as_plain
 from qat.errors import ConfigError, QatError, UnavailableError
 from qat.plans import FLAGS
@@ -156,6 +157,8 @@ def plan(command: CommandLine, typed: str, configs: list[Config], jobs: list[lis
         if [job.key for job in there.jobs] != keys:
             raise ConfigError(f"{folder} holds another sweep: choose another folder, or go on with {RESUME}={folder}")
         return there
+    if folder is not None:
+        check_free("hydra.sweep.dir", folder)
     known = None if folder else sweeps.find(outputs, keys)
     if known is not None:
         done = len(known.jobs) - len(known.remaining())

@@ -119,8 +119,8 @@ def test_the_name_is_told(run, refused, name, hint):
         ["--config-dir", "link/.hydra"],
         ["--config-name", "{up}/outputs/SR-001/config"],
         ["--config-path", "file://{here}/outputs/SR-001", "--config-name", "mine"],
-        ["hydra.searchpath=[file://{here}/outputs/SR-001]", "quant=mine"],
-        ["hydra.searchpath=['{here}/link']", "quant=mine"],
+        ["hydra.searchpath=[file://{here}/outputs/SR-001]", "hydra/launcher=mine"],
+        ["hydra.searchpath=['{here}/link']", "hydra/launcher=mine"],
         ["--config-path", "own", "--config-name", "linked"],
         ["--config-path", "own", "--config-name", "including"],
     ],
@@ -129,10 +129,10 @@ def test_options_are_read_from_ones_own_folders_alone(run, refused, here, words)
     folder = run()
     evil = yaml.safe_dump({"defaults": ["schema"], **FOREIGN["callbacks"]})
     for place in ("outputs/SR-001", "outputs/SR-001/.hydra", "outputs/artifacts/checkpoints/q4", "outputs/sweep-001"):
-        (here / place / "quant").mkdir(parents=True)
+        (here / place / "hydra" / "launcher").mkdir(parents=True)
+        (here / place / "hydra" / "launcher" / "mine.yaml").write_text(yaml.safe_dump(TARGET))
         for name in ("config", "mine"):
             (here / place / f"{name}.yaml").write_text(evil)
-        (here / place / "quant" / "mine.yaml").write_text("mlp: {bits: 2, rank: 4}\nattn: null\n")
     (here / "outputs" / "sweep-001" / "sweep.json").write_text("{}")
     (here / "link").symlink_to(folder, target_is_directory=True)
     (here / "own").mkdir()
