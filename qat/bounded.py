@@ -35,7 +35,7 @@ def read(path: Path) -> dict[str, Any]:
     if not os.path.isfile(path):
         raise ArtifactError(f"{path} is not there, or no file")
     try:
-        value = json.loads(_content(path))
+        value = json.loads(_content(path).decode("utf-8"))
     except OSError as error:
         raise ArtifactError(f"{path} cannot be read: {error.strerror}") from None
     except (ValueError, RecursionError, MemoryError) as error:
@@ -72,7 +72,7 @@ def rows(path: Path) -> Iterator[dict[str, Any]]:
 def row(line: bytes) -> dict[str, Any] | None:
     """The JSON object in a line; None where it is none."""
     try:
-        value = json.loads(line)
+        value = json.loads(line.decode("utf-8"))
     except (ValueError, RecursionError):
         return None
     return dict(_plain(value, 0)) if isinstance(value, dict) else None
