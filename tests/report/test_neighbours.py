@@ -1,4 +1,4 @@
-"""Records of other runs, damaged in every way that a generator thinks of: who reads them goes on, and names them once."""
+"""Records of other runs, damaged in every way that a generator thinks of: who reads them goes on, naming them once."""
 
 import contextlib
 import copy
@@ -25,9 +25,9 @@ ODD = [
     *([[[]]], [None], {"": {}}, {"a": 10**400}, "SR-" + "9" * 5_000, "SR-٣٤٥", "../../x", "99999-12-31T00:00:00Z"),
     *("\x1b]0;owned\x07", "</script><script>", "| a | `b` |\n# c", "[x](javascript:x)", "\u202eevil", float("nan")),
 ]
-WHOLE = [b"", b"null", b"[]", b"3", b'"x"', b"{", b"\xff\xfe", DEEP.encode(), b'{"a": ' + b"9" * 5_000 + b"}", b"\0" * 99]
-FILES = ["SR-001/result.json", "SR-002/metrics.jsonl", "SR-003/samples.md", "SR-005x/result.json", "sweep-001/sweep.json"]
-FILES += [".ids/SR-004/folders", "artifacts/caches/L64-abc/manifest.json", "sweep-001/SR-005/result.json"]
+WHOLE = [b"", b"null", b"[]", b"3", b'"x"', b"{", b"\xff\xfe", DEEP.encode(), b'{"a": ' + b"9" * 5_000 + b"}", b"\0"]
+FILES = ["SR-001/result.json", "SR-002/metrics.jsonl", "SR-003/samples.md", "SR-005x/result.json"]
+FILES += ["sweep-001/sweep.json", ".ids/SR-004/folders", "artifacts/caches/L64-abc/manifest.json", "sweep-001/SR-005/result.json"]
 FILES += ["artifacts/checkpoints/tiny_q2a4_init-abc/manifest.json"]
 FOLDERS = ["SR-", "SR-²", "SR-٣٤٥", "SR-00", "SR-" + "9" * 200, "sweep-", "sweep-٣", "SR-007-", "sr-008", "SR-009\n# x"]
 FOLDERS += ["sweep-\x1b[31m", "SR-1`|<b>"]
@@ -79,7 +79,7 @@ def damage(outputs: Path, good: dict[str, bytes], draw: random.Random) -> None:
             path.write_bytes(mutated(path.read_bytes() or b"{}", draw))
             continue
         path.unlink()
-        draw.choice([path.mkdir, lambda: path.symlink_to(path.name), lambda: os.mkfifo(path)])()
+        draw.choice([Path.mkdir, lambda path: path.symlink_to(path.name), os.mkfifo])(path)
     for name in draw.sample(FOLDERS, 2):
         (outputs / name).mkdir()
         (outputs / name / "result.json").write_bytes(mutated(good["SR-001/result.json"], draw))
