@@ -36,8 +36,8 @@ def held(node, lock=False):
     if isinstance(node, ast.With):
         lock = lock or any(ast.unparse(item.context_expr).endswith("LOADING") for item in node.items)
     if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
-        made = ast.unparse(node.func)
-        if node.func.attr in ("from_pretrained", "from_config") and not made.startswith(("AutoConfig", "AutoTokenizer")):
+        is_model = not ast.unparse(node.func).startswith(("AutoConfig", "AutoTokenizer"))
+        if node.func.attr in ("from_pretrained", "from_config") and is_model:
             yield node.lineno, lock
     for inside in ast.iter_child_nodes(node):
         yield from held(inside, lock)
