@@ -59,7 +59,7 @@ def told(made: dict[str, Any] | None) -> str:
         return UNKNOWN
     at, seconds = str(made.get("at", "")), made.get("seconds")
     words = ["made", at[:16].replace("T", " ")]
-    words += ["in", duration(seconds)] if isinstance(seconds, int | float) else []
+    words += ["in", duration(seconds)] if isinstance(seconds, int | float) and seconds >= 0 else []
     where = [str(made["device"])] if made.get("device") else []
     where += [f"{made['cores']} cores"] if made.get("cores") else []
     return " ".join([*words, *(["on", ", ".join(where)] if where else [])])

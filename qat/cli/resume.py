@@ -1,14 +1,12 @@
 """`run.resume=SR-007`: an interrupted run goes on in its own folder, as what it was."""
 
 from pathlib import Path
-from typing import Any
-
-import yaml
 
 from qat import names
+from qat.cli import recorded
 from qat.config import Config, Stage, as_plain
 from qat.errors import ConfigError
-from qat.identities import RESOLVED, RESULT
+from qat.identities import RESULT
 from qat.report.records import read
 from qat.shaping import flat, shaping
 
@@ -24,17 +22,14 @@ def check(config: Config) -> None:
         return
     if config.stage not in (Stage.run, Stage.distill):
         raise ConfigError(f"run.resume={name}: only training goes on, with stage=run or stage=distill")
-    file = _folder(config, name) / f"{RESOLVED}.yaml"
-    try:
-        before = dict(flat(names.comparable(yaml.safe_load(file.read_text(encoding="utf-8")) or {})))
-    except (OSError, yaml.YAMLError) as error:
-        raise ConfigError(f"{file} cannot be read: {error}") from error
+    file = _folder(config, name) / recorded.FILE
+    before = dict(flat(names.comparable(recorded.read(file))))
     kept = dict(flat(shaping(config)))
     for key, value in flat(names.comparable(as_plain(config))):
-        recorded = _unescaped(before.get(key, value))
-        if key in kept and recorded != value:
+        was = before.get(key, value)
+        if key in kept and was != value:
             raise ConfigError(
-                f"run.resume={name}: {key} was {recorded} there and is {value} here;"
+                f"run.resume={name}: {key} was {was} there and is {value} here;"
                 f" `python launch.py --config-path {file.parent} run.resume={name}` goes on with it as it was"
             )
 
@@ -54,8 +49,3 @@ def _folder(config: Config, name: str) -> Path:
         return names.run(name, Path(config.outputs))
     except ConfigError as error:
         raise ConfigError(f"run.resume={error}") from error
-
-
-def _unescaped(value: Any) -> Any:
-    """Text with `${` as it was before it was recorded."""
-    return value.replace(r"\${", "${") if isinstance(value, str) else value

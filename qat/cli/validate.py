@@ -12,7 +12,7 @@ from typing import Any
 from qat import gpus, model_files, names, processes, provenance
 from qat.artifacts import MANIFEST
 from qat.checkpoint_files import find
-from qat.cli import schema
+from qat.cli import schema, trusted
 from qat.config import (
     Config,
     DataConfig,
@@ -444,8 +444,11 @@ def _check_tasks(tasks: list[str]) -> None:
     if tasks and importlib.util.find_spec("lm_eval") is None:
         raise UnavailableError("evaluate.tasks needs lm-eval: run `pip install 'qat-speedrun[lm_eval]'`")
     for task in tasks:
-        if task.endswith((".yaml", ".yml")) and not os.path.isfile(os.path.expanduser(task)):
+        if not task.endswith((".yaml", ".yml")):
+            continue
+        if not os.path.isfile(os.path.expanduser(task)):
             raise ConfigError(f"evaluate.tasks={task}: no such file")
+        trusted.refuse_data(Path(os.path.expanduser(task)), f"evaluate.tasks={task}")  # which may have code run
 
 
 def check_export(config: Config) -> None:

@@ -1,7 +1,8 @@
 """The whole state of training on disk: from it a killed run goes on to the same numbers, bit for bit.
 
 A state is written while training goes on: its tensors are first copied into memory, then a thread of its
-own writes them. It appears whole or not at all, the newest `keep` stay, and a damaged one is passed over.
+own writes them. It appears whole or not at all, the newest `keep` stay, and a damaged one is passed over. Each says
+which run it is of, and is restored by that run alone.
 """
 
 import logging
@@ -15,7 +16,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from qat.artifacts import open_artifact, publish
+from qat import bounded
+from qat.artifacts import MANIFEST, open_artifact, publish
 from qat.errors import ArtifactError
 
 log = logging.getLogger(__name__)
@@ -33,11 +35,11 @@ class State:
 
 
 class States:
-    """The states in one folder."""
+    """The states of one run in a folder."""
 
-    def __init__(self, folder: Path, keep: int) -> None:
-        """Nothing is read or made yet."""
-        self.folder, self.keep = folder, keep
+    def __init__(self, folder: Path, keep: int, whose: dict[str, str]) -> None:
+        """Nothing is read or made yet; `whose` is what tells the run from every other."""
+        self.folder, self.keep, self.whose = folder, keep, whose
         self._writer = ThreadPoolExecutor(1, "state")
         self._pending: Future[None] | None = None
 
@@ -54,22 +56,23 @@ class States:
             self._pending = None
 
     def newest(self) -> State | None:
-        """The newest state that is whole."""
+        """The newest state of the run that is whole."""
         for folder in reversed(self._folders()):
             try:
                 facts = open_artifact(folder).manifest
-                return State(int(facts["step"]), load_file(folder / FILE), facts)
+                if facts.get("whose") == self.whose:
+                    return State(int(facts["step"]), load_file(folder / FILE), facts)
+                log.warning("%s is of another run, or does not say whose it is: it is not gone on from", folder)
             except ArtifactError as error:
                 log.warning("%s: going on from the state before it", error)
         return None
 
     def _write(self, state: State) -> None:
-        with publish(self.folder / f"state-{state.step:08d}", {"kind": "state", "step": state.step, **state.facts}) as (
-            scratch,
-            _,
-        ):
+        described = {"kind": "state", "whose": self.whose, "step": state.step, **state.facts}
+        with publish(self.folder / f"state-{state.step:08d}", described) as (scratch, _):
             save_file(state.tensors, scratch / FILE)
-        for folder in self._folders()[: -self.keep]:
+        own = [path for path in self._folders() if bounded.said(path / MANIFEST).get("whose") == self.whose]
+        for folder in own[: -self.keep]:
             shutil.rmtree(folder)
 
     def _folders(self) -> list[Path]:
