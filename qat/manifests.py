@@ -118,8 +118,9 @@ CACHE = record(
 
 LOSS = number(finite=False)  # before anything is known, infinite or none
 STATE = record(
-    {"step": whole(1), "unlearned": text},
+    {"step": whole(1)},
     {
+        "unlearned": text,
         **dict.fromkeys(("best_step", "tokens", "skipped", "skipped_in_a_row", "logged"), whole()),
         **{f"{loss}_{when}": LOSS for loss in ("loss", "kd_loss") for when in ("initial", "best", "final")},
         "seconds": number(),
@@ -136,6 +137,16 @@ TEXTS = record(
 )
 
 OF_KIND: dict[str, Rule] = {"checkpoint": _checkpoint, "caches": _cache, "state": STATE, "documents": TEXTS}
+
+# `config.json` of a packed export.
+PACKED = record(
+    {
+        "base_config": record({"model_type": text}),
+        "quantization_config": record(
+            {"bits_per_weight": number(), "layers": fields.mapping(text, TABLE, least=1)}
+        ),
+    }
+)
 
 # Beside files of the older scripts, whose fields may all be missing.
 V2_SETTINGS = record(

@@ -104,9 +104,9 @@ def load(folder: Path, teacher: ModelFolder, machine: Machine) -> tuple[PreTrain
         ArtifactError: the files are damaged or no checkpoint's, or the checkpoint belongs to another teacher.
     """
     manifest = check(folder, teacher)
-    model = teacher.load(machine.dtype, machine.device)
     layers = layers_of(manifest)
     tensors = tensor_files.read(folder / FILE, _tables(layers), REMEDY)
+    model = teacher.load(machine.dtype, machine.device)
     for layer in layers:
         with machine.device:
             module = QuantLinear(*layer.shape, layer.bits, layer.rank, linear(model, layer.name).bias)

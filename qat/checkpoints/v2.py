@@ -60,8 +60,8 @@ def load(file: Path, teacher: ModelFolder, machine: Machine) -> tuple[PreTrained
         ArtifactError: the file cannot be read, lacks a tensor, contradicts itself or fits another model.
     """
     state, settings = read(file), read_settings(file)
+    names = _layer_names(file, state, teacher.skeleton(), settings)
     model = teacher.load(torch.float32, torch.device("cpu"))
-    names = _layer_names(file, state, model, settings)
     own, unused = _own_parameters(file, state, model, names)
     if unused:
         log.warning("%s: not used are %s", file, _listed(unused))

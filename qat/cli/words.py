@@ -5,7 +5,7 @@ is for; as text these come back as `inf` and `True`. So every such value of a ke
 sections too, is quoted before Hydra sees it, on the command line (`quoted`) and in files (`FileConfigSource`).
 """
 
-import os
+from pathlib import Path
 from types import NoneType
 from typing import Any, get_args, get_origin
 
@@ -24,8 +24,8 @@ from hydra.plugins.config_source import ConfigResult
 from omegaconf import OmegaConf
 from omegaconf._utils import get_yaml_loader
 
-from qat.cli import schema
-from qat.config import Config
+from qat.cli import bounded, schema
+from qat.config import CONF, Config
 
 PROSE = ("chat.prompt", "run.goal", "run.notes")  # sentences, in which a comma separates no values
 
@@ -69,15 +69,21 @@ class FileConfigSource(file_config_source.FileConfigSource):
     """Hydra's folders of YAML files, in which words stay words too, and an option is called like its file."""
 
     def load_config(self, config_path: str) -> ConfigResult:
-        """Reads a file by the schema of the group that it is an option of, or of a whole run."""
+        """Reads a file by the schema of the group that it is an option of, or of a whole run.
+
+        Raises:
+            ConfigError: it is larger or nested deeper than any configuration is.
+        """
+        file = Path(self.path, self._normalize_file_name(config_path))
+        if file.is_file() and not file.is_relative_to(CONF):
+            bounded.check(file)
         result = super().load_config(config_path)
         group, _, option = config_path.removesuffix(".yaml").rpartition("/")
         whole = not group or result.header.get("package") == "_global_"
         hint = Config if whole else schema.hint(group)
         if hint is None or not OmegaConf.is_dict(result.config):
             return result
-        with open(os.path.join(self.path, self._normalize_file_name(config_path)), encoding="utf-8") as file:
-            content = as_text(file.read(), hint)
+        content = as_text(file.read_text(encoding="utf-8"), hint)
         if not whole and group in schema.groups():
             content.setdefault("name", option)
         result.config = OmegaConf.create(content)

@@ -277,7 +277,7 @@ class Trainer:
         Raises:
             ArtifactError: it is of a training in which other tensors learned, or of another student.
         """
-        if state.facts["unlearned"] != self.unlearned:
+        if state.facts.get("unlearned") != self.unlearned:
             raise ArtifactError(
                 f"the state after step {state.step} belongs to a student with other indices or fixed tables: give the"
                 " checkpoint that the run began with, or start a new run"

@@ -13,7 +13,7 @@ from qat import model_files
 from qat.artifacts import obtain
 from qat.config import ModelConfig, ModelSource
 from qat.errors import MissingError, reason
-from qat.models import architecture, plain, reading, tensors, tiny
+from qat.models import architecture, gguf_header, plain, reading, tensors, tiny
 from qat.models.folder import ModelFolder
 
 log = logging.getLogger(__name__)
@@ -75,10 +75,16 @@ def _from_wheel(config: ModelConfig, artifacts: Path) -> ModelFolder:
 
 
 def dequantize(gguf: Path, folder: Path) -> None:
-    """Writes the model and tokenizer of a GGUF file as a Hugging Face folder with fp32 safetensors."""
+    """Writes the model and tokenizer of a GGUF file as a Hugging Face folder with fp32 safetensors.
+
+    Raises:
+        ConfigError: the file is damaged, or no model that transformers reads.
+    """
+    gguf_header.check(gguf)
     log.info("converting %s to safetensors", gguf.name)
     plain.save(reading.read(gguf.parent, torch.float32, gguf_file=gguf.name), folder)
-    AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name, **reading.SAFE).save_pretrained(folder)
+    with reading.understood(f"the tokenizer in {gguf} cannot be read"):
+        AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name, **reading.SAFE).save_pretrained(folder)
 
 
 def _gguf_file(package: str) -> Path:

@@ -2,9 +2,9 @@
 
 An archive is a compressed tar: `.tgz`, `.tar.gz`, `.tar.lz4`, `.tar.zst` or plain `.tar`. Reading one
 extracts regular files and folders into an empty folder and refuses everything else: links, devices,
-absolute and parent paths, names twice, more files or bytes than a cap, data cut short. The stream is read
-once from front to back, never more than a megabyte at a time, so a bomb costs neither memory nor, beyond
-the cap, disk.
+absolute and parent paths, names twice, more entries or bytes than a cap, data that unpack to many times the
+archive's size, data cut short. The stream is read once from front to back, never more than a megabyte at a time,
+so a bomb costs neither memory nor time nor, beyond the cap, disk.
 """
 
 import gzip
@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, cast
 
-from qat.compression import MISREAD, gunzip, unlz4, unzstd
+from qat.compression import MISREAD, RATIO, gunzip, most, unlz4, unzstd
 from qat.errors import ArtifactError
 
 SUFFIXES = (".tgz", ".tar.gz", ".tar.lz4", ".tar.zst", ".tar")
@@ -33,7 +33,7 @@ CLUTTER = ("__MACOSX", ".DS_Store")
 class Caps:
     """The most that an archive may hold."""
 
-    files: int = 100_000
+    files: int = 100_000  # and folders, each time that one is named
     bytes: int = 64 << 30  # unpacked; four of the largest caches seen
 
 
@@ -82,7 +82,7 @@ def unpack(path: Path, folder: Path, caps: Caps = CAPS) -> int:
         stream = _Stream(raw, caps.bytes, path)
         try:
             with tarfile.open(fileobj=cast(IO[bytes], stream), mode="r:", errorlevel=2) as tar:
-                for entry in _entries(tar):
+                for entry in _entries(tar, caps, path):
                     parts = _checked(entry, seen, caps, path)
                     if entry.isdir():
                         folder.joinpath(*parts).mkdir(parents=True, exist_ok=True)
@@ -93,7 +93,7 @@ def unpack(path: Path, folder: Path, caps: Caps = CAPS) -> int:
                     else:
                         written += _extract(stream, entry.size, folder.joinpath(*parts), path)
             stream.finish()
-        except (tarfile.TarError, EOFError, UnicodeError, ValueError, OverflowError) as error:
+        except (tarfile.TarError, EOFError, UnicodeError, ValueError, OverflowError, RecursionError) as error:
             raise ArtifactError(f"{path.name} is damaged or cut short ({error})") from None
     return written
 
@@ -125,10 +125,14 @@ def safe_parts(name: str, source: str) -> tuple[str, ...]:
     return tuple(parts)
 
 
-def _entries(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
-    """The members as they come, none of them kept: a list of millions is a bomb too."""
+def _entries(tar: tarfile.TarFile, caps: Caps, path: Path) -> Iterator[tarfile.TarInfo]:
+    """The members as they come, none of them kept, and counted whatever they are: a list of millions is a bomb too."""
+    count = 0
     while (entry := tar.next()) is not None:
         tar.members = []  # type: ignore[attr-defined]
+        count += 1
+        if count > caps.files:
+            raise ArtifactError(f"{path.name} holds more than {caps.files} files: nothing was taken over")
         yield entry
 
 
@@ -174,6 +178,7 @@ class _Stream:
 
     def __init__(self, raw: IO[bytes], cap: int, path: Path) -> None:
         self.raw, self.cap, self.path = raw, cap, path
+        self.most = most(path.stat().st_size)
         self.position = 0
         self.last = b""
 
@@ -190,6 +195,8 @@ class _Stream:
         # Headers and padding count too; names and sizes alone can be a bomb.
         if self.position > self.cap + (self.cap >> 4) + CHUNK:
             raise ArtifactError(f"{self.path.name} unpacks to more than {self.cap} bytes: nothing was taken over")
+        if self.position > self.most:
+            raise ArtifactError(f"{self.path.name} unpacks to more than {RATIO} times its size: nothing was taken over")
         return self.last
 
     def tell(self) -> int:

@@ -203,6 +203,9 @@ class Shrunk:
     def __init__(self, teacher, layers):
         self.inner, self.layers = teacher, layers
 
+    def skeleton(self):
+        return self.load(torch.float32, tiny.CPU)
+
     def load(self, dtype, device):
         model = self.inner.load(dtype, device)
         layers = [*model.model.layers, *copy.deepcopy(model.model.layers)]
