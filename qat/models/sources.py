@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 from qat import model_files
 from qat.artifacts import obtain
 from qat.config import ModelConfig, ModelSource
-from qat.errors import MissingError, reason
+from qat.errors import ConfigError, MissingError, reason
 from qat.models import architecture, gguf_header, plain, reading, tensors, tiny
 from qat.models.folder import ModelFolder
 
@@ -142,6 +142,12 @@ def _usable(name: str, path: Path, fingerprint: str, artifacts: Path, text: str 
         architecture.check(config, path)
         is_plain = architecture.is_plain(config)
     held = tensors.stored(model_files.weights(path))
+    layers = getattr(architecture.text_of(config), "num_hidden_layers", None) or 0
+    if layers > len(held):  # which transformers would make one after the other first
+        raise ConfigError(
+            f"{path / model_files.CONFIG} asks for num_hidden_layers={layers}, and the folder has {len(held)} tensors in"
+            f" all: {model_files.REMEDY}"
+        )
     if is_plain:
         tensors.refuse_ambiguous(path, reading.skeleton(config, path), held)
         return ModelFolder(name, path, fingerprint, text)

@@ -9,6 +9,7 @@ import pytest
 
 from qat.cli import arguments, main, validate
 from qat.errors import ConfigError, QatError
+from tests.cli.conftest import CACHE
 
 MISTAKES = [
     # flags
@@ -245,7 +246,7 @@ def littered(here, checkpoint):
     (here / "older").mkdir()
     (here / "older" / "shard_00000.pt").write_text("")
     (here / "imported").mkdir()
-    (here / "imported" / "manifest.json").write_text(json.dumps({"kind": "caches", "tail": "missing"}))
+    (here / "imported" / "manifest.json").write_text(json.dumps(CACHE))
     return here
 
 
