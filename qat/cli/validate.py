@@ -81,7 +81,7 @@ BOUNDS = {
     "convert.passes": COUNT,
     "convert.rounds": COUNT,
     "convert.sweeps": Bound(low=0),
-    "loss.temperature": POSITIVE,
+    "loss.temperature": Bound(0.01, 1000),  # beyond, a softmax in fp32 is one token or all alike
     "loss.hard": Bound(low=0),
     "train.steps": COUNT,
     "train.batch_size": COUNT,

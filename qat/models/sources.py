@@ -145,8 +145,8 @@ def _usable(name: str, path: Path, fingerprint: str, artifacts: Path, text: str 
     layers = getattr(architecture.text_of(config), "num_hidden_layers", None) or 0
     if layers > len(held):  # which transformers would make one after the other first
         raise ConfigError(
-            f"{path / model_files.CONFIG} asks for num_hidden_layers={layers}, and the folder has {len(held)} tensors in"
-            f" all: {model_files.REMEDY}"
+            f"{path / model_files.CONFIG} asks for num_hidden_layers={layers}, and the folder has {len(held)} tensors:"
+            f" {model_files.REMEDY}"
         )
     if is_plain:
         tensors.refuse_ambiguous(path, reading.skeleton(config, path), held)

@@ -77,13 +77,14 @@ def unpack(path: Path, folder: Path, caps: Caps = CAPS) -> int:
         UnavailableError: its compression needs a package that is not installed.
     """
     seen: dict[str, bool] = {}  # normalised name to whether it is a folder
+    listed: set[str] = set()  # those that have an entry of their own
     written = 0
     with _decompressed(path) as raw:
         stream = _Stream(raw, caps.bytes, path)
         try:
             with tarfile.open(fileobj=cast(IO[bytes], stream), mode="r:", errorlevel=2) as tar:
                 for entry in _entries(tar, caps, path):
-                    parts = _checked(entry, seen, caps, path)
+                    parts = _checked(entry, seen, listed, caps, path)
                     if entry.isdir():
                         folder.joinpath(*parts).mkdir(parents=True, exist_ok=True)
                     elif written + entry.size > caps.bytes:
@@ -136,23 +137,25 @@ def _entries(tar: tarfile.TarFile, caps: Caps, path: Path) -> Iterator[tarfile.T
         yield entry
 
 
-def _checked(entry: tarfile.TarInfo, seen: dict[str, bool], caps: Caps, path: Path) -> tuple[str, ...]:
+def _checked(
+    entry: tarfile.TarInfo, seen: dict[str, bool], listed: set[str], caps: Caps, path: Path
+) -> tuple[str, ...]:
     """The parts of an entry's name, once it is known to be a new plain file or a folder."""
     if not (entry.isreg() or entry.isdir()) or entry.issparse():
         kind = "a link" if entry.issym() or entry.islnk() else "neither a file nor a folder"
         raise ArtifactError(f"{path.name} holds {_shown(entry.name)}, {kind}: nothing was taken over")
-    if entry.isdir() and not entry.name.strip("./"):
-        return ()
     if entry.size < 0 or entry.size > caps.bytes:
         raise ArtifactError(f"{path.name} holds a file of {entry.size} bytes, over the cap of {caps.bytes}")
-    parts = safe_parts(entry.name, path.name)
-    names = [_folded("/".join(parts[: depth + 1])) for depth in range(len(parts))]
+    top = entry.isdir() and not entry.name.strip("./")
+    parts = () if top else safe_parts(entry.name, path.name)
+    names = [""] if top else [_folded("/".join(parts[: depth + 1])) for depth in range(len(parts))]
     for parent in names[:-1]:
         if not seen.setdefault(parent, True):
             raise ArtifactError(f"{path.name} holds {_shown(entry.name)} below a file: nothing was taken over")
-    if names[-1] in seen and not (entry.isdir() and seen[names[-1]]):
+    if names[-1] in listed or (names[-1] in seen and not (entry.isdir() and seen[names[-1]])):
         raise ArtifactError(f"{path.name} holds {_shown(entry.name)} twice: nothing was taken over")
     seen[names[-1]] = entry.isdir()
+    listed.add(names[-1])
     if len(seen) > caps.files:
         raise ArtifactError(f"{path.name} holds more than {caps.files} files: nothing was taken over")
     return parts

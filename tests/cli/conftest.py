@@ -11,6 +11,7 @@ import pytest
 
 from qat.cli import arguments, main
 from qat.config import Config
+from tests import described
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -58,14 +59,6 @@ finally:
 """
 
 
-FILES = {"tables.safetensors": {"bytes": 1, "sha256": "0" * 64}}  # which nobody opens here
-CACHE = {
-    **{"kind": "caches", "files": FILES, "key": "0" * 12, "format": 3, "teacher": {"name": "t", "fingerprint": "t"}},
-    **{"vocab_size": 512, "length": 8, "top_k": 4, "random": 0, "packing": "rows", "tail": "missing", "seed": 0},
-    **{"shard_rows": 8, "sequences": {"train": 1, "eval": 1}},
-}
-
-
 @dataclass
 class Outcome:
     """What a person sees of a launch."""
@@ -110,14 +103,9 @@ def checkpoint(here: Path) -> Callable[..., Path]:
     """Makes a checkpoint folder that only has a manifest."""
 
     def make(folder: str, mlp: bool = True, attn: bool = True) -> Path:
-        table = {"bits": 2, "rank": 4}
-        quant = {"name": "made", "mlp": table if mlp else None, "attn": table if attn else None}
-        layers = {kind: {"kind": kind, "shape": [64, 64], **table} for kind in ("mlp", "attn") if quant[kind]}
         path = here / folder
         path.mkdir(parents=True)
-        manifest = {"kind": "checkpoint", "model": "tiny", "teacher": "t", "quant": quant, "layers": layers, "files": FILES}
-        manifest["bits_per_weight"] = 4.1
-        (path / "manifest.json").write_text(json.dumps(manifest))
+        (path / "manifest.json").write_text(json.dumps(described.checkpoint(mlp, attn)))
         return path
 
     return make

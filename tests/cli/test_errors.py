@@ -9,7 +9,7 @@ import pytest
 
 from qat.cli import arguments, main, validate
 from qat.errors import ConfigError, QatError
-from tests.cli.conftest import CACHE
+from tests.described import CACHE
 
 MISTAKES = [
     # flags
@@ -211,7 +211,8 @@ VALUES = [
     ("train.save_every", 0, "at least 1"),
     ("train.keep", 0, "at least 1"),
     ("loss.hard", -0.1, "at least 0"),
-    ("loss.temperature", 0.0, "above 0"),
+    ("loss.temperature", 0.0, "at least 0.01 and at most 1000"),
+    ("loss.temperature", 1e300, "at least 0.01 and at most 1000"),
     ("cache.length", 1, "at least 2"),
     ("cache.sequences", 0, "at least 1"),
 ]
