@@ -57,6 +57,7 @@ class Bound:
 
 POSITIVE = Bound(low=0, open=True)
 COUNT = Bound(low=1)
+TEMPERATURE = Bound(0.01, 1000)  # beyond, a softmax in fp32 is one token or all alike
 TINY = Bound(261, 2**20)  # tokens of a model over bytes, with five markers
 
 BOUNDS = {
@@ -67,7 +68,7 @@ BOUNDS = {
     "data.answers": COUNT,
     "data.answer_tokens": COUNT,
     "data.greedy_tokens": Bound(low=0),
-    "data.temperature": POSITIVE,
+    "data.temperature": TEMPERATURE,
     "data.eval_fraction": Bound(0, 1, open=True),
     "quant.mlp.bits": Bound(1, 8),
     "quant.mlp.rank": COUNT,
@@ -81,7 +82,7 @@ BOUNDS = {
     "convert.passes": COUNT,
     "convert.rounds": COUNT,
     "convert.sweeps": Bound(low=0),
-    "loss.temperature": Bound(0.01, 1000),  # beyond, a softmax in fp32 is one token or all alike
+    "loss.temperature": TEMPERATURE,
     "loss.hard": Bound(low=0),
     "train.steps": COUNT,
     "train.batch_size": COUNT,
@@ -105,7 +106,7 @@ BOUNDS = {
     "evaluate.examples": COUNT,
     "export.context": COUNT,
     "chat.max_tokens": COUNT,
-    "chat.temperature": Bound(low=0),
+    "chat.temperature": Bound(0, TEMPERATURE.high),
 }
 
 BOUNDS |= {f"first.{key}": bound for key, bound in BOUNDS.items() if key.startswith(("quant.", "train."))}
@@ -154,6 +155,8 @@ def check_values(config: Config) -> None:
         bound = BOUNDS.get(key)
         if bound is not None and not bound.holds(value):
             raise ConfigError(f"{key}={value}: must be {bound}")
+    if 0 < config.chat.temperature < TEMPERATURE.low:
+        raise ConfigError(f"chat.temperature={config.chat.temperature}: must be 0 or {TEMPERATURE}")
 
 
 def check_folder(key: str, folder: str) -> None:
