@@ -5,6 +5,7 @@ the file ends with them. Pickles (`.pt`) are opened for plain tensors alone.
 """
 
 import json
+import warnings
 import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -117,14 +118,25 @@ def unpickled(path: Path, where: str | None = None, mapped: bool = False) -> Any
         ValueError: it holds more, is damaged or cut short; the text says which.
     """
     try:
-        mapped = mapped and zipfile.is_zipfile(path)
-        return torch.load(path, map_location=where, weights_only=True, mmap=mapped)
+        zipped = zipfile.is_zipfile(path)
+        if zipped:
+            _refuse_compressed(path)
+        with warnings.catch_warnings(action="ignore"):  # torch wonders at some pickles before it refuses them
+            return torch.load(path, map_location=where, weights_only=True, mmap=mapped and zipped)
     except UnpicklingError:
         raise ValueError("it is damaged or holds more than plain tensors, which could run code") from None
     except RecursionError:
         raise ValueError("it is nested too deep") from None
     except UNREADABLE as error:
         raise ValueError(reason(error)) from None
+
+
+def _refuse_compressed(path: Path) -> None:
+    """Refuses what torch would unpack without end, or take for numbers as it lies there: it writes parts as they are."""
+    with zipfile.ZipFile(path) as file:
+        for part in file.infolist():
+            if part.compress_type != zipfile.ZIP_STORED or part.file_size != part.compress_size:
+                raise ValueError(f"its part {ascii(part.filename)[1:-1]} is compressed, which torch.save never does")
 
 
 def is_plain(value: Any) -> bool:

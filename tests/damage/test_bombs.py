@@ -6,12 +6,14 @@ import json
 import resource
 import tarfile
 import time
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
-from qat import compression, json_objects
+from qat import compression, json_objects, tensor_files
 from qat.cli import arguments, main
 from qat.cli.bounded import VALUES
 from qat.data import rows as tables
@@ -182,3 +184,17 @@ def test_a_number_of_ten_thousand_digits_is_no_number():
     with pytest.raises(ValueError, match="digits"):
         json_objects.parsed(b'{"a": ' + b"9" * 10_000 + b"}")
     assert json_objects.parsed(json.dumps({"a": 1}).encode()) == {"a": 1}
+
+
+@pytest.mark.parametrize("part", ["data.pkl", "data/0"])
+def test_state_dicts_that_are_compressed_are_none_of_torch(tmp_path, part):
+    torch.save({"x.lut": torch.arange(4.0)}, tmp_path / "plain.pt")
+    with (
+        zipfile.ZipFile(tmp_path / "plain.pt") as plain,
+        zipfile.ZipFile(tmp_path / "a.pt", "w", zipfile.ZIP_DEFLATED) as made,
+    ):
+        for name in plain.namelist():
+            made.writestr(name, bytes(1 << 28) if name.endswith(part) else plain.read(name))
+    for mapped in (True, False):
+        with pytest.raises(ValueError, match="is compressed, which torch.save never does"):
+            tensor_files.unpickled(tmp_path / "a.pt", "cpu", mapped)
