@@ -132,7 +132,7 @@ def unpickled(path: Path, where: str | None = None, mapped: bool = False) -> Any
 
 
 def _refuse_compressed(path: Path) -> None:
-    """Refuses what torch would unpack without end, or take for numbers as it lies there: it writes parts as they are."""
+    """Refuses parts that torch would unpack without end, or take for numbers as they lie there."""
     with zipfile.ZipFile(path) as file:
         for part in file.infolist():
             if part.compress_type != zipfile.ZIP_STORED or part.file_size != part.compress_size:

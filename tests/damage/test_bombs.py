@@ -196,5 +196,5 @@ def test_state_dicts_that_are_compressed_are_none_of_torch(tmp_path, part):
         for name in plain.namelist():
             made.writestr(name, bytes(1 << 28) if name.endswith(part) else plain.read(name))
     for mapped in (True, False):
-        with pytest.raises(ValueError, match="is compressed, which torch.save never does"):
+        with pytest.raises(ValueError, match=r"is compressed, which torch\.save never does"):
             tensor_files.unpickled(tmp_path / "a.pt", "cpu", mapped)
