@@ -283,7 +283,7 @@ class Trainer:
                 " checkpoint that the run began with, or start a new run"
             )
         facts, parameters, tensors = state.facts, self.learners.parameters, state.tensors
-        if "loss_best" not in facts:
+        if any(item.name not in facts for item in fields(Progress)):
             raise ArtifactError(f"the state after step {state.step} is of an older version: start a new run")
         if wrong := misfit(state, parameters):
             raise ArtifactError(f"the state after step {state.step} {wrong}: start a new run")
