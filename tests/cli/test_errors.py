@@ -213,7 +213,7 @@ VALUES = [
     ("loss.hard", -0.1, "at least 0"),
     ("loss.temperature", 0.0, "at least 0.01 and at most 1000"),
     ("chat.temperature", 1e-300, "0 or at least 0.01"),
-    ("loss.temperature", 1e300, "at least 0.01 and at most 1000"),
+    ("loss.temperature", 1e6, "at least 0.01 and at most 1000"),
     ("cache.length", 1, "at least 2"),
     ("cache.sequences", 0, "at least 1"),
 ]
