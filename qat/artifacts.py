@@ -24,7 +24,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
-from qat import processes, provenance
+from qat import json_objects, manifests, processes, provenance
 from qat.console import size, waiting
 from qat.errors import ArtifactError, ConfigError, MissingError
 
@@ -94,7 +94,10 @@ def obtain(
                     manifest.update(make(scratch))
                     manifest["made"] = provenance.made(clock(), at or {})
                 fresh = True
-    return replace(open_artifact(folder), fresh=fresh)
+    made = open_artifact(folder)
+    if {made.manifest.get("key"), content_key(made.manifest.get("inputs"))} != {content_key(inputs)}:
+        raise ArtifactError(f"{folder / MANIFEST} was altered (it is of other inputs): delete {folder} and run again")
+    return replace(made, fresh=fresh)
 
 
 def place(root: Path, kind: str, name: str, inputs: dict[str, Any]) -> Path:
@@ -202,21 +205,35 @@ def require_space(folder: Path, needed: int, what: str) -> None:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest alone, with no look at the files it lists.
+    """The manifest alone, as `qat.manifests` has it, with no look at the files it lists.
 
     Raises:
-        ArtifactError: it is missing or unreadable.
+        ArtifactError: it is missing, unreadable, or says what no manifest does.
     """
-    path = folder / MANIFEST
+    path, remedy = folder / MANIFEST, f"delete {folder} and run again, or copy it again from where it came"
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
+        manifest = json_objects.read(path)
+        manifests.check(manifest)
     except FileNotFoundError:
         raise ArtifactError(f"{folder} holds no {MANIFEST}: it is not a complete artifact of this project") from None
+    except manifests.Wrong as wrong:
+        raise ArtifactError(f"{path} is not a manifest of this project ({wrong}): {remedy}") from None
     except (ValueError, OSError) as error:
-        raise ArtifactError(f"{path} cannot be read ({error}): delete {folder} and run again") from None
-    if not isinstance(manifest, dict) or not isinstance(manifest.get("files"), dict):
-        raise ArtifactError(f"{path} is not a manifest of this project: delete {folder} and run again")
+        raise ArtifactError(f"{path} cannot be read ({error}): {remedy}") from None
     return manifest
+
+
+def require(artifact: Artifact, rule: manifests.Rule) -> None:
+    """Looks whether an artifact's manifest says what whoever made it leaves there.
+
+    Raises:
+        ArtifactError: it does not.
+    """
+    try:
+        rule(artifact.manifest, "")
+    except manifests.Wrong as wrong:
+        path = artifact.folder / MANIFEST
+        raise ArtifactError(f"{path} was altered ({wrong}): delete {artifact.folder} and run again") from None
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -228,12 +245,9 @@ def read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        return json_objects.read(path)
     except (OSError, ValueError) as error:
         raise ArtifactError(f"{path} cannot be read ({error}): delete or mend it") from None
-    if not isinstance(value, dict):
-        raise ArtifactError(f"{path} does not hold a JSON object: delete or mend it")
-    return value
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -8,6 +8,7 @@ beside it has a line for each training step and evaluation.
 import json
 import logging
 import math
+import os
 import platform
 import subprocess
 import time

@@ -43,6 +43,7 @@ from qat.cache.format import (
     write_shard,
 )
 from qat.cache.topk import outputs
+from qat.cache.values import checked
 from qat.config import CacheConfig, Packing
 from qat.console import Advance, progress
 from qat.data.documents import SPLITS, read_documents
@@ -140,13 +141,13 @@ def obtain_cache(
         _record(meta, shards, content_key(key), author, how, _sample(cache, documents, teacher), scratch, folder)
 
     if crew.ranks.first:
-        return obtain(artifacts, "caches", full_name, key, make, resumable=True, at=machine.place())
+        return checked(obtain(artifacts, "caches", full_name, key, make, resumable=True, at=machine.place()))
     scratch = partial(folder)
     crew.wait(lambda: folder.exists() or crew.called(scratch), f"the first process prepares {folder}")
     if not folder.exists():
         help_make(scratch)
     crew.wait(folder.exists, f"the first process publishes {folder}")
-    return open_artifact(folder)
+    return checked(open_artifact(folder))
 
 
 def _sample(cache: CacheConfig, documents: Artifact, teacher: ModelFolder) -> Sample:

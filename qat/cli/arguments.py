@@ -64,8 +64,10 @@ def parse(argv: list[str]) -> CommandLine:
     """Splits the words typed into flags and overrides.
 
     Raises:
-        ConfigError: an unknown flag, a flag's wrong value, or flags that exclude each other.
+        ConfigError: an unknown flag, a flag's wrong value, flags that exclude each other, or bytes that are no text.
     """
+    for word in argv:
+        _check_word(word)
     parser = get_args_parser()
     parser.allow_abbrev = False
     # argparse would print its usage on two lines more and exit.
@@ -92,6 +94,16 @@ def flag_names() -> list[str]:
     """Every flag by its long name."""
     actions = get_args_parser()._actions
     return [name for action in actions for name in action.option_strings if name.startswith("--")]
+
+
+def _check_word(word: str) -> None:
+    """A word of bytes that are text, as the record of a run must hold it."""
+    try:
+        word.encode()
+    except UnicodeEncodeError:
+        raise ConfigError(
+            f"{ascii(word)[1:-1]} is not UTF-8: type it in UTF-8, or rename the file that it is the name of"
+        ) from None
 
 
 def _refuse(message: str) -> NoReturn:

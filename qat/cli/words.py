@@ -26,8 +26,8 @@ from hydra.plugins.config_source import ConfigResult
 from omegaconf import OmegaConf
 from omegaconf._utils import get_yaml_loader
 
-from qat.cli import schema, trusted
-from qat.config import Config
+from qat.cli import bounded, schema, trusted
+from qat.config import CONF, Config
 
 PROSE = ("chat.prompt", "run.goal", "run.notes")  # sentences, in which a comma separates no values
 
@@ -78,10 +78,13 @@ class FileConfigSource(file_config_source.FileConfigSource):
         What it held is parsed once, as a launch composes up to three times and every job of a sweep once more.
 
         Raises:
-            ConfigError: it lies among what a run left or a store gave, however it was come by.
+            ConfigError: it lies among what a run left or a store gave, however it was come by, or is larger or nested
+                deeper than any configuration is.
         """
         file = Path(os.path.join(self.path, self._normalize_file_name(config_path)))
         trusted.refuse_data(file, str(file))
+        if file.is_file() and not file.is_relative_to(CONF):
+            bounded.check(file)
         content = file.read_text(encoding="utf-8") if file.is_file() else ""  # which Hydra tells
         key = (f"{self.provider}:{self.path}", config_path, content)
         if key not in self.read:

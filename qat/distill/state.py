@@ -13,12 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
-from qat import bounded
+from qat import bounded, tensor_files
 from qat.artifacts import MANIFEST, open_artifact, publish
+from qat.distill.parameters import Parameter
 from qat.errors import ArtifactError
+from qat.tensor_files import Wanted, difference, known
 
 log = logging.getLogger(__name__)
 
@@ -32,6 +34,20 @@ class State:
     step: int
     tensors: dict[str, Tensor]
     facts: dict[str, Any]
+
+
+def misfit(state: State, parameters: list[Parameter]) -> str:
+    """How a state's tensors differ from those of a training in which these parameters learn; nothing where they fit."""
+    number = Wanted(("F32",), ())
+    wanted = {"scaler.scale": number, "scaler.good": number}
+    for parameter in parameters:
+        whole = Wanted(("F32",), tuple(parameter.value.shape))
+        wanted[f"parameter.{parameter.name}"] = whole
+        if state.step:
+            adam = {"step": number, "exp_avg": whole, "exp_avg_sq": whole}
+            wanted |= {f"adam.{parameter.name}.{part}": one for part, one in adam.items()}
+    found = {name: known(value) for name, value in state.tensors.items() if name != "random.cuda"}
+    return difference(found, wanted | {"random.cpu": Wanted(("U8",), tuple(torch.get_rng_state().shape))})
 
 
 class States:
@@ -61,7 +77,7 @@ class States:
             try:
                 facts = open_artifact(folder).manifest
                 if facts.get("whose") == self.whose:
-                    return State(int(facts["step"]), load_file(folder / FILE), facts)
+                    return State(facts["step"], tensor_files.read(folder / FILE, None, f"delete {folder}"), facts)
                 log.warning("%s is of another run, or does not say whose it is: it is not gone on from", folder)
             except ArtifactError as error:
                 log.warning("%s: going on from the state before it", error)

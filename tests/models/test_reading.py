@@ -140,7 +140,7 @@ def test_an_older_file_of_tensors_is_read_and_one_of_code_is_not(folder, teacher
     torch.save(tensors, folder.path / "pytorch_model.bin")
     assert torch.equal(folder.load().get_parameter(UP), tensors[UP])
     torch.save({UP: Code()}, folder.path / "pytorch_model.bin")
-    refused(folder, r"pytorch_model\.bin is damaged or holds more than tensors, which could run code")
+    refused(folder, r"pytorch_model\.bin cannot be read \(it is damaged or holds more than plain tensors")
     assert not (tmp_path / "ran").exists()
 
 

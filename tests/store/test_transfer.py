@@ -13,6 +13,7 @@ from qat.errors import ArtifactError, MissingError, UnavailableError
 from qat.names import cache_names
 from qat.store import names, places, transfer
 from qat.store.places import Place
+from tests import described
 from tests.store.test_archives import SMALL, compressed, entry, tar_of
 from tests.test_pipeline import Shop
 
@@ -283,8 +284,7 @@ def test_mirror_that_fails_fails_no_run(tmp_path, caplog):
 def test_stages_as_commands(outputs, drive):
     checkpoint = outputs / "SR-001" / "checkpoints" / "best"
     checkpoint.mkdir(parents=True)
-    manifest = {"kind": "checkpoint", "quant": {"name": "q2a4"}, "files": {}}
-    (checkpoint / "manifest.json").write_text(json.dumps(manifest))
+    (checkpoint / "manifest.json").write_text(json.dumps(described.checkpoint()))
     (outputs / "SR-001" / "result.json").write_text('{"run_id": "SR-001", "name": "v2_q2a4_mlp_0.73_fp32"}')
     shop, words = Shop(outputs), ("store=gdrive", f"store.path={drive}/qat")
     pushed = shop.launch("stage=push", "checkpoint=SR-001", *words)
@@ -300,7 +300,7 @@ def test_stages_as_commands(outputs, drive):
     assert (listed.code, f"checkpoints/{name}.tgz" in listed.out) == (0, True)
     pulled = shop.launch("stage=pull", f"store.archive={name}", *words)
     assert (pulled.code, pulled.err) == (0, "")
-    assert json.loads((outputs / "checkpoints" / name / "manifest.json").read_text()) == manifest
+    assert json.loads((outputs / "checkpoints" / name / "manifest.json").read_text()) == described.checkpoint()
     wrong = shop.launch("stage=pull", "store.archive=SR-001_v2_q2a4_mlp_0.37_fp32", *words)
     assert (wrong.code, wrong.err.count("\n")) == (1, 1)
     assert f"did you mean {name}?" in wrong.err
