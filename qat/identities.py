@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
+from qat import scratch
 from qat.artifacts import write_text
 
 RUN = re.compile(r"SR-\d{3,}(-\d+)?")  # the second number: of several machines' runs of one number
@@ -74,6 +75,17 @@ def places(outputs: Path) -> Iterator[tuple[str, Path]]:
         for folder in (outputs / line for line in _lines(path)):
             if recorded(folder) in (run_id, None):  # else another run was put there since
                 yield run_id, folder
+
+
+def sweep(outputs: Path) -> None:
+    """Removes what killed processes left half-made in an outputs folder, and empty folders of sweeps never planned."""
+    kinds = [outputs / kind for kind in ("checkpoints", "caches")]
+    runs = [place for _, folder in places(outputs) for place in (folder, folder / "checkpoints")]
+    sweeps = list(outputs.glob("sweep-*"))
+    for folder in (outputs, *outputs.glob("artifacts/*"), *kinds, *outputs.glob(f"{IDS}/*"), *runs, *sweeps):
+        scratch.sweep(folder)
+    for folder in sweeps:
+        scratch.remove_if_empty(folder)
 
 
 def recorded(folder: Path) -> str | None:

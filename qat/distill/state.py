@@ -5,7 +5,6 @@ own writes them. It appears whole or not at all, the newest `keep` stay, and a d
 """
 
 import logging
-import shutil
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from qat import scratch
 from qat.artifacts import open_artifact, publish
 from qat.errors import ArtifactError
 
@@ -65,12 +65,12 @@ class States:
 
     def _write(self, state: State) -> None:
         with publish(self.folder / f"state-{state.step:08d}", {"kind": "state", "step": state.step, **state.facts}) as (
-            scratch,
+            made,
             _,
         ):
-            save_file(state.tensors, scratch / FILE)
+            save_file(state.tensors, made / FILE)
         for folder in self._folders()[: -self.keep]:
-            shutil.rmtree(folder)
+            scratch.discard(folder)
 
     def _folders(self) -> list[Path]:
         return sorted(self.folder.glob("state-*"))
