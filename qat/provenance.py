@@ -68,5 +68,5 @@ def _spent(folder: Path) -> float:
         seconds, since = float(said["seconds"]), said.get("since")
     except (OSError, ValueError, KeyError, TypeError):
         return 0.0
-    newest = max((path.stat().st_mtime for path in folder.rglob("*")), default=0.0)
+    newest = max((path.stat().st_mtime for path in folder.rglob("*") if path.name != NOTE), default=0.0)
     return seconds + (max(0.0, newest - since) if isinstance(since, float) else 0.0)

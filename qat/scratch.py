@@ -134,6 +134,8 @@ def _is_abandoned(path: Path) -> bool:
 
 def _remove(path: Path) -> None:
     """Removes scratch; what it was to replace goes back to its place if nothing is there."""
+    if not path.exists():  # it has another name by now
+        return
     match, kept = _NAME.fullmatch(path.name), path / REPLACED
     if match and kept.exists() and not (place := path.parent / match["target"]).exists():
         os.rename(kept, place)
