@@ -66,8 +66,8 @@ def attempt(case: Any, home: Path, tried: dict[str, Any], options: argparse.Name
         shutil.rmtree(root, ignore_errors=True)
         kills[str(number)] = problems
         for problem in problems:
-            told = operations[number - 1].replace(str(home / "undisturbed"), "")
-            print(f"{case.name}, before {number} ({told}): {problem.replace(str(root), '')}", file=sys.stderr, flush=True)
+            before, found = operations[number - 1].replace(f"{home}/undisturbed", ""), problem.replace(str(root), "")
+            print(f"{case.name}, before {number} ({before}): {found}", file=sys.stderr, flush=True)
 
     with ThreadPoolExecutor(options.processes) as pool:
         for count, _ in enumerate(pool.map(one, [n for n in sorted(chosen) if str(n) not in kills]), start=1):

@@ -149,7 +149,7 @@ def digests(folder: Path, names: Iterable[str]) -> dict[str, str]:
     beside the folder with size, time of change and inode, and holds while those do; a file changed in
     the last moments is never noted, and where the note cannot be written everything is read again.
     """
-    note = folder.parent / f".{folder.name}.checked"
+    note = _note(folder)
     known = _noted(note)
     states = {name: _state(folder / name) for name in names}
     unread = [name for name, state in states.items() if known.get(name, [None])[:-1] != state]
@@ -161,6 +161,12 @@ def digests(folder: Path, names: Iterable[str]) -> dict[str, str]:
         with suppress(OSError):
             write_json(note, known | fresh)
     return found
+
+
+def discard(folder: Path) -> None:
+    """Removes an artifact: under its name there is all of it, or nothing."""
+    _note(folder).unlink(missing_ok=True)
+    scratch.discard(folder)
 
 
 def hashed(paths: list[Path]) -> list[str]:
@@ -327,6 +333,11 @@ def _sha256(path: Path) -> str:
 def _state(path: Path) -> list[int]:
     seen = path.stat()
     return [seen.st_size, seen.st_mtime_ns, seen.st_ino]
+
+
+def _note(folder: Path) -> Path:
+    """Where the digests of its files are noted."""
+    return folder.parent / f".{folder.name}.checked"
 
 
 def _noted(note: Path) -> dict[str, list[Any]]:

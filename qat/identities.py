@@ -8,6 +8,7 @@ wherever that is, the claim of its identity keeps a note, so that it is found an
 import json
 import os
 import re
+import tempfile
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -78,11 +79,12 @@ def places(outputs: Path) -> Iterator[tuple[str, Path]]:
 
 
 def sweep(outputs: Path) -> None:
-    """Removes what killed processes left half-made in an outputs folder, and empty folders of sweeps never planned."""
+    """Removes what killed processes left, in an outputs folder and among temporary files, and sweeps never planned."""
     kinds = [outputs / kind for kind in ("checkpoints", "caches")]
     runs = [place for _, folder in places(outputs) for place in (folder, folder / "checkpoints")]
     sweeps = list(outputs.glob("sweep-*"))
-    for folder in (outputs, *outputs.glob("artifacts/*"), *kinds, *outputs.glob(f"{IDS}/*"), *runs, *sweeps):
+    artifacts, claims = outputs.glob("artifacts/*"), outputs.glob(f"{IDS}/*")
+    for folder in (outputs, *artifacts, *kinds, *claims, *runs, *sweeps, Path(tempfile.gettempdir())):
         scratch.sweep(folder)
     for folder in sweeps:
         scratch.remove_if_empty(folder)

@@ -34,6 +34,7 @@ TINY = (
 )
 STORE = ("store=gdrive", "store.path={root}/store")
 EXPORT = ("+debug=tiny", "stage=export", "export.output={root}/export")
+FORMS = ("hf", "packed", "anemll_v2")
 HIDDEN = (".hydra", ".ids")
 Problems = Iterator[str]
 
@@ -83,17 +84,16 @@ def undisturbed(case: Case, base: Path, root: Path) -> tuple[list[str], Any]:
 
 
 def trial(case: Case, base: Path, root: Path, number: int, expected: Any) -> list[str]:
-    """What is wrong after a kill before the n-th operation, and after the same command again; nothing if all is well."""
+    """What is wrong after a kill before the n-th operation, and after the same command again."""
     shutil.copytree(base, root)
     launch = case.launch(root, number)
-    code, out, err = launch.ended()
+    code, _, err = launch.ended()
     if code == 0:
         return []  # threads took turns in another order, and there was no such operation
     problems = [f"lost: {problem}" for problem in (*whole(root), *case.held(root))]
     if code != -9:
         problems.append(f"ended with {code}: {err[-300:]}")
-    again = case.launch(root, 0)
-    code, out, err = again.ended()
+    code, _, err = case.launch(root, 0).ended()
     if code != 0:
         return [*problems, f"wrong: the command again ends with {code}: {err[-300:]}"]
     problems += [f"lost: {problem}" for problem in (*whole(root), *case.held(root))]
@@ -219,8 +219,9 @@ def in_store(kind: str, name: str) -> Callable[[Path], Problems]:
 
 
 def export_files(root: Path) -> Any:
-    """The files of the export."""
-    return open_artifact(root / "export").manifest["files"]
+    """The files of the export, wherever it was made."""
+    files = open_artifact(root / "export").manifest["files"]
+    return {name: (root / "export" / name).read_bytes().replace(str(root).encode(), b"") for name in files}
 
 
 def store_files(root: Path) -> Any:
@@ -296,6 +297,7 @@ def cases() -> list[Case]:
     resume = (*TINY, "run.resume=SR-001")
     push = ("+debug=tiny", "stage=push", "checkpoint=SR-002", "store.archive=student", *STORE)
     pull = ("+debug=tiny", "stage=pull", "store.archive=student", *STORE)
+    export = (*EXPORT, "checkpoint=SR-002")
     mirror = (*resume, *STORE, "store.mirror=true")
     return [
         Case("run", TINY, empty, nothing, newest_run),
@@ -304,9 +306,6 @@ def cases() -> list[Case]:
         Case("push", push, two_runs, in_store("checkpoints", "student"), store_files),
         Case("pull", pull, stored, nothing, pulled_files),
         Case("mirror", mirror, stopped, in_store("runs", "SR-001"), mirrored_run, ("store", "tmp")),
-        *(
-            Case(f"export {form}", (*EXPORT, f"export={form}", "checkpoint=SR-002"), exported(form), export_there, export_files)
-            for form in ("hf", "packed", "anemll_v2")
-        ),
+        *(Case(f"export {f}", (*export, f"export={f}"), exported(f), export_there, export_files) for f in FORMS),
         Case("report", ("+debug=tiny", "stage=report"), two_runs, nothing, reports),
     ]

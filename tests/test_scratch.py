@@ -65,7 +65,7 @@ def test_what_another_host_makes_is_nobodys_after_a_day(tmp_path):
     assert not made.exists()
 
 
-@pytest.mark.parametrize("name", [".x.scratch", ".x.zzzzzzzz-abcd_123.scratch", "x.00000000-abcd_123.scratch", ".x.lock"])
+@pytest.mark.parametrize("name", [".x.scratch", ".x.zzzzzzzz-abcd_123.scratch", "x.00000000-abcd_123.scratch"])
 def test_other_files_are_left_alone(tmp_path, name):
     (tmp_path / name).write_text("mine")
     scratch.sweep(tmp_path)

@@ -14,8 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from qat import scratch
-from qat.artifacts import open_artifact, publish
+from qat.artifacts import discard, open_artifact, publish
 from qat.errors import ArtifactError
 
 log = logging.getLogger(__name__)
@@ -70,7 +69,7 @@ class States:
         ):
             save_file(state.tensors, made / FILE)
         for folder in self._folders()[: -self.keep]:
-            scratch.discard(folder)
+            discard(folder)
 
     def _folders(self) -> list[Path]:
         return sorted(self.folder.glob("state-*"))

@@ -207,6 +207,7 @@ def _made(target: Path, kind: str, what: str) -> Iterator[Path | None]:
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     with locked(target):
+        scratch.sweep(target.parent, target.name)
         if store_names.is_there(target, kind):
             yield None
             return
