@@ -15,6 +15,7 @@ import random
 import shutil
 import sys
 import tempfile
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -42,29 +43,30 @@ def main() -> int:
         if not options.only or case.name in options.only:
             with tempfile.TemporaryDirectory(prefix="kills-") as home:
                 os.environ["HOME"] = home
-                attempt(case, Path(home), results.setdefault(case.name, {}), options)
-            write_json(options.results, results)
+                attempt(case, Path(home), results, options)
     print(table(results))
     return int(any(problems for tried in results.values() for problems in tried["kills"].values()))
 
 
-def attempt(case: Any, home: Path, tried: dict[str, Any], options: argparse.Namespace) -> None:
+def attempt(case: Any, home: Path, results: dict[str, Any], options: argparse.Namespace) -> None:
     """Kills one command at what was not tried yet."""
     from tests.kills import trial, undisturbed
 
-    base = home / "base"
+    base, writing = home / "base", threading.Lock()
     case.prepare(base)
     operations, expected = undisturbed(case, base, home / "undisturbed")
     numbers = range(1, len(operations) + 1)
     chosen = random.Random(options.seed).sample(numbers, min(options.sample or len(numbers), len(numbers)))
-    tried["operations"] = len(operations)
-    kills = tried.setdefault("kills", {})
+    kills = results.setdefault(case.name, {}).setdefault("kills", {})
+    results[case.name]["operations"] = len(operations)
 
     def one(number: int) -> None:
         root = home / f"killed-{number}"
         problems = trial(case, base, root, number, expected)
         shutil.rmtree(root, ignore_errors=True)
-        kills[str(number)] = problems
+        with writing:
+            kills[str(number)] = problems
+            write_json(options.results, results)
         for problem in problems:
             before, found = operations[number - 1].replace(f"{home}/undisturbed", ""), problem.replace(str(root), "")
             print(f"{case.name}, before {number} ({before}): {found}", file=sys.stderr, flush=True)
