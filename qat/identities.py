@@ -7,11 +7,12 @@ wherever that is, the claim of its identity keeps a note, so that it is found an
 
 import os
 import re
+import tempfile
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
-from qat import bounded
+from qat import bounded, scratch
 from qat.artifacts import write_text
 
 RUN = re.compile(r"SR-[0-9]{3,12}(-[0-9]{1,9})?")  # the second number: of several machines' runs of one number
@@ -75,6 +76,18 @@ def places(outputs: Path) -> Iterator[tuple[str, Path]]:
         for folder in (outputs / line for line in _lines(path) if RUN.fullmatch(run_id)):
             if recorded(folder) in (run_id, None):  # else another run was put there since
                 yield run_id, folder
+
+
+def sweep(outputs: Path) -> None:
+    """Removes what killed processes left, in an outputs folder and among temporary files, and sweeps never planned."""
+    kinds = [outputs / kind for kind in ("checkpoints", "caches")]
+    runs = [place for _, folder in places(outputs) for place in (folder, folder / "checkpoints")]
+    sweeps = list(outputs.glob("sweep-*"))
+    artifacts, claims = outputs.glob("artifacts/*"), outputs.glob(f"{IDS}/*")
+    for folder in (outputs, *artifacts, *kinds, *claims, *runs, *sweeps, Path(tempfile.gettempdir())):
+        scratch.sweep(folder)
+    for folder in sweeps:
+        scratch.remove_if_empty(folder)
 
 
 def recorded(folder: Path) -> str | None:

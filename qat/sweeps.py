@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from qat import bounded, names, plans
+from qat import bounded, names, plans, scratch
 from qat.artifacts import content_key, write_json, write_text
 from qat.config import Config
 from qat.errors import ArtifactError, ConfigError, MissingError
@@ -111,11 +111,12 @@ def create(
         raise ConfigError(f"{text}: a sweep keeps its settings in a plan, which takes values alone: write it out")
     folder = folder or claim_sweep(outputs)
     folder.mkdir(parents=True, exist_ok=True)
-    planned = [Job(claim_run(outputs), overrides, key) for key, overrides in jobs.items()]
-    for job in planned:
-        note(outputs, job.run_id, folder / job.run_id)
-    sweep = Sweep(folder, command, flags, planned, outputs.resolve())
-    _save(sweep)
+    with scratch.locked(folder):  # empty, it would be nobody's
+        planned = [Job(claim_run(outputs), overrides, key) for key, overrides in jobs.items()]
+        for job in planned:
+            note(outputs, job.run_id, folder / job.run_id)
+        sweep = Sweep(folder, command, flags, planned, outputs.resolve())
+        _save(sweep)
     return sweep
 
 

@@ -14,7 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from qat import faults, runs
-from qat.artifacts import hashed, open_artifact
+from qat.artifacts import hashed, open_artifact, publish
 from qat.config import Config, ModeConfig, QuantConfig, TrackerConfig, TrackerKind
 from qat.distill import step
 from qat.errors import MachineError
@@ -22,6 +22,7 @@ from qat.report import records
 from tests.launching import Launch
 
 TINY = ("+debug=tiny", "quant=q2a16", "data.documents=64", "instance.precision=fp32", "evaluate.sample_tokens=1")
+BIG = {"a": torch.zeros(1 << 18)}
 LONG = (*TINY, "train.steps=100000", "train.eval_every=50000")
 
 
@@ -67,6 +68,18 @@ def test_full_disk_is_told_and_leaves_nothing_half_made(small_disk, words, said)
         if folder.is_dir():
             open_artifact(folder)
     assert results(outputs)[0]["status"] in ("failed", "interrupted")
+
+
+@pytest.mark.parametrize("small_disk", ["64k"], indirect=True)
+@pytest.mark.parametrize("write", [lambda path: path.write_bytes(bytes(1 << 20)), lambda path: save_file(BIG, path)])
+def test_full_disk_leaves_an_older_export_in_its_place(small_disk, write):
+    place = small_disk / "export"
+    with publish(place, {}) as (made, _):
+        (made / "x").write_text("older")
+    with pytest.raises(MachineError, match=f"^the disk is full at {place}: "), publish(place, {}) as (made, _):
+        write(made / "x")
+    open_artifact(place)
+    assert (place / "x").read_text() == "older" and [path.name for path in small_disk.iterdir()] == ["export"]
 
 
 def test_read_only_outputs_are_refused_before_anything_starts(tmp_path):

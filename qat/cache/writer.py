@@ -54,6 +54,7 @@ from qat.forward import Pass, hidden_states
 from qat.head import OutputHead
 from qat.machine import Machine
 from qat.models import ModelFolder
+from qat.provenance import NOTE
 from qat.rows import inputs
 
 log = logging.getLogger(__name__)
@@ -231,7 +232,7 @@ def _prepare(
         there = []
     names = {shard.name for shard in there}
     for path in scratch.iterdir():
-        if path.name not in names:
+        if path.name not in {*names, NOTE}:
             path.unlink()
     if there:
         log.info("going on with %d of %d shards that are there already", len(there), len(shards))

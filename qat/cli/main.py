@@ -137,8 +137,8 @@ def _main(argv: list[str], launch: Callable[[], None]) -> int:
         if checked.jobs is not None:
             return _sweep(command, checked, going_on, launch)
         first = checked.configs[0]
-        if done := resume.finished(first):
-            return _print(done) if place().first else 0
+        if resume.is_complete(first):
+            return _print(resume.conclude(first)) if place().first else 0
         devices = 1 if first.stage in UNRECORDED else first.instance.devices
         if devices > 1 and not started():
             return ranks.launch(argv, devices)

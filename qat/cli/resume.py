@@ -6,8 +6,8 @@ from qat import names
 from qat.cli import recorded
 from qat.config import Config, Stage, as_plain
 from qat.errors import ConfigError
-from qat.identities import RESULT
-from qat.report.records import read
+from qat.identities import RESULT, sweep
+from qat.report.records import Record, read
 from qat.shaping import flat, shaping
 
 
@@ -34,14 +34,26 @@ def check(config: Config) -> None:
             )
 
 
-def finished(config: Config) -> str | None:
-    """What to say of a run that is complete, of which nothing is left to do; None of any other."""
-    if config.run.resume is None:
-        return None
-    record = read(_folder(config, config.run.resume), Path(config.outputs))
-    if record.status != "complete":
-        return None
+def is_complete(config: Config) -> bool:
+    """True for the configuration that goes on with a run of which nothing is left to do."""
+    return config.run.resume is not None and _record(config).status == "complete"
+
+
+def conclude(config: Config) -> str:
+    """Does for such a run what a kill right after its end left undone; returns what to say of it."""
+    from qat.report import log as run_log
+    from qat.store import transfer
+
+    record, outputs = _record(config), Path(config.outputs)
+    sweep(outputs)
+    run_log.refresh(outputs)
+    with transfer.mirrored(config.store, record.folder, record.run_id):
+        pass  # it is copied at the end
     return f"{record.run_id} is complete and stays as it is: {record.folder / RESULT}"
+
+
+def _record(config: Config) -> Record:
+    return read(_folder(config, str(config.run.resume)), Path(config.outputs))
 
 
 def _folder(config: Config, name: str) -> Path:

@@ -10,7 +10,7 @@ from typing import Any
 
 from hydra.core.override_parser.types import Override
 
-from qat import gpus, names, sweeps
+from qat import gpus, identities, names, sweeps
 from qat.cli.arguments import CommandLine, quote
 from qat.cli.folders import check_free
 from qat.config import Config, as_plain
@@ -210,6 +210,7 @@ def importable() -> Iterator[None]:
 def run(sweep: Sweep, launch: Callable[[], None]) -> int:
     """Runs what is left and tells what came of it; returns the exit code, 0 only when all jobs are complete."""
     with sweeps.held(sweep), importable():
+        identities.sweep(sweep.outputs or sweep.folder.parent)
         _register()
         try:
             launch()

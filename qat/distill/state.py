@@ -6,7 +6,6 @@ which run it is of, and is restored by that run alone.
 """
 
 import logging
-import shutil
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from qat import bounded, tensor_files
-from qat.artifacts import MANIFEST, open_artifact, publish
+from qat.artifacts import MANIFEST, discard, open_artifact, publish
 from qat.distill.parameters import Parameter
 from qat.errors import ArtifactError
 from qat.tensor_files import Wanted, difference, known
@@ -85,11 +84,11 @@ class States:
 
     def _write(self, state: State) -> None:
         described = {"kind": "state", "whose": self.whose, "step": state.step, **state.facts}
-        with publish(self.folder / f"state-{state.step:08d}", described) as (scratch, _):
-            save_file(state.tensors, scratch / FILE)
+        with publish(self.folder / f"state-{state.step:08d}", described) as (made, _):
+            save_file(state.tensors, made / FILE)
         own = [path for path in self._folders() if bounded.said(path / MANIFEST).get("whose") == self.whose]
         for folder in own[: -self.keep]:
-            shutil.rmtree(folder)
+            discard(folder)
 
     def _folders(self) -> list[Path]:
         return sorted(self.folder.glob("state-*"))

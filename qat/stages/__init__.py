@@ -13,8 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 
-from qat import faults, sweeps
-from qat.config import Config
+from qat import faults, identities, sweeps
+from qat.config import Config, Stage
 from qat.errors import MachineError, NumericsError, QatError, RankError
 from qat.report import log as run_log
 from qat.runs import RESULT, UNRECORDED, Run
@@ -42,6 +42,8 @@ def run_job(config: Config, folder: Path, command: str = "", overrides: Sequence
         QatError: in one sentence, what the user can do; recorded in `result.json` too.
     """
     stage = importlib.import_module(f"qat.stages.{config.stage.name}")
+    if config.stage is not Stage.doctor:  # it only looks
+        identities.sweep(Path(config.outputs))
     if config.stage in UNRECORDED:
         stage.main(config)
         return math.nan

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, cast
 
+from qat import faults
 from qat.compression import MISREAD, RATIO, gunzip, most, unlz4, unzstd
 from qat.errors import ArtifactError
 
@@ -165,7 +166,7 @@ def _extract(stream: "_Stream", size: int, target: Path, path: Path) -> int:
     """Copies the next `size` bytes to a new file."""
     target.parent.mkdir(parents=True, exist_ok=True)
     handle = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0), 0o644)
-    with os.fdopen(handle, "wb") as file:
+    with faults.located(target), os.fdopen(handle, "wb") as file:
         left = size
         while left:
             data = stream.read(min(left, CHUNK))

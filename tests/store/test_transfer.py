@@ -252,7 +252,7 @@ def test_run_is_mirrored_while_it_goes_on_and_when_it_ends(tmp_path, drive, outp
     pulled = transfer.pull(place, entries, names.find(entries, ["SR-007"]), outputs, "runs")
     assert pulled == outputs / "SR-007"
     assert json.loads((pulled / "result.json").read_text())["status"] == "complete"
-    assert not list(drive.rglob("*.partial"))
+    assert not list(drive.rglob("*.scratch"))
 
 
 def test_mirror_leaves_another_machines_run_of_the_same_number_alone(tmp_path, drive, outputs, caplog):
