@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from qat import transfer
 from qat.artifacts import MANIFEST, open_artifact
 from qat.errors import QatError
 from qat.store import names as store_names
-from qat.store import transfer
 from qat.store.places import Place
 from tests.killing import Killed
 from tests.launching import Launch

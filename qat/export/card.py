@@ -6,8 +6,8 @@ from typing import Any
 from qat.config import ExportConfig, ExportFormat
 from qat.export.source import Source
 from qat.quant.layers import KINDS
+from qat.records import Record
 from qat.report.markdown import code, plain, table
-from qat.report.records import Record
 
 FIGURES = {
     "kl": "KL(teacher‖student), whole vocabulary",

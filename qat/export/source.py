@@ -16,7 +16,7 @@ from qat.errors import NumericsError
 from qat.machine import Machine
 from qat.models import ModelFolder
 from qat.quant.layers import Layer, summary
-from qat.report.records import Record, read
+from qat.records import Record, read
 
 CPU = torch.device("cpu")
 EXACT = Machine(CPU, torch.float32, 1)

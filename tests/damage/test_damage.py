@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from qat import checkpoints, models, names
+from qat import checkpoints, models, names, records
 from qat.artifacts import MANIFEST
 from qat.cache.format import META
 from qat.cache.local import open_local
@@ -26,7 +26,6 @@ from qat.data.tally import Tally
 from qat.distill.state import State, States
 from qat.errors import QatError
 from qat.models import gguf_header, reading, tokenizers
-from qat.report import records
 from qat.store import archives
 from qat.store.archives import Caps
 from tests import tiny
