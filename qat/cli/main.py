@@ -15,6 +15,7 @@ from qat import sweeps
 from qat.cli import (
     arguments,
     checkpoints,
+    checks,
     completion,
     job,
     overrides,
@@ -23,9 +24,9 @@ from qat.cli import (
     resume,
     streams,
     sweeping,
-    validate,
 )
 from qat.cli.arguments import CommandLine
+from qat.cli.checks.outputs import check_folder
 from qat.cli.compose import Composer, typed
 from qat.cli.folders import claim
 from qat.cli.helping import page
@@ -186,7 +187,7 @@ def _check_sweep(command: CommandLine, parsed: list[Override], composer: Compose
 def _check_job(command: CommandLine, job: list[str], composer: Composer) -> Config:
     config = typed(composer.compose(job))
     if command.starts_jobs:  # a configuration may be looked at before it is complete
-        validate.check(config)
+        checks.check(config)
         resume.check(config)
         if config.run.resume and command.multirun:
             raise ConfigError(f"run.resume={config.run.resume} goes on with one run: leave out -m")
@@ -197,7 +198,7 @@ def _check_folders(parsed: list[Override]) -> None:
     """Folders that the user names for Hydra, which would fail on them with a traceback."""
     for override in parsed:
         if override.key_or_group in ("hydra.run.dir", "hydra.sweep.dir"):
-            validate.check_folder(override.key_or_group, str(override.value()))
+            check_folder(override.key_or_group, str(override.value()))
 
 
 def _exit_code(multirun: bool) -> int:
