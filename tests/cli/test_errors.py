@@ -263,7 +263,9 @@ def test_mistake_is_one_helpful_line(line, hint, littered, capfd):
     assert sorted(littered.rglob("*")) == before
 
 
-@pytest.mark.parametrize("line", ["trian.lr=1", "--foo", "-m train.lr=1,0"])
+@pytest.mark.parametrize(
+    "line", ["trian.lr=1", "--foo", "-m train.lr=1,0", "stage=export export=packed export.output=new"]
+)
 def test_mistake_in_a_process(line, launch, here):
     done = launch(*line.split())
     assert done.code == 2

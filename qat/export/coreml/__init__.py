@@ -4,8 +4,8 @@ Core ML itself runs on Apple's systems only, so what is written is compared by a
 it is published, and `check.py` beside the package compares it again where it is used.
 """
 
-import importlib.util
 import logging
+from importlib.util import find_spec
 
 from qat.config import Config, ExportType
 from qat.errors import UnavailableError
@@ -20,7 +20,7 @@ def refuse(config: Config) -> None:
     Raises:
         UnavailableError: they are not installed.
     """
-    if importlib.util.find_spec("coremltools") is None:
+    if find_spec("coremltools") is None:
         raise UnavailableError(
             f"export={config.export.name} needs coremltools: run `pip install 'qat-speedrun[coreml]'`"
         )
