@@ -80,5 +80,6 @@ def test_a_new_format_is_checked_by_its_package_alone(tmp_path):
     (tmp_path / "made" / "manifest.json").write_text('{"kind": "checkpoint", "quant": {"name": "made"}}')
     code = "import sys\nfrom qat.cli import main\nfor line in sys.argv[1:]: main.main(line.split(), None)"
     lines = [f"stage=export export=mine export.output=new checkpoint=made {said}" for said in REFUSED]
-    done = subprocess.run([sys.executable, "-c", code, *lines], cwd=tmp_path, capture_output=True, text=True, timeout=100)
+    command = [sys.executable, "-c", code, *lines]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=100)
     assert done.stderr.splitlines() == [f"error: {told}" for told in REFUSED.values()]
