@@ -11,7 +11,7 @@ from qat import config as package
 from qat.cli import arguments, checks, completion, compose, helping, main, reference, schema
 from qat.cli.checks import values
 from qat.config import Config, DataConfig, DataPart, DataSource
-from qat.config.keys import hints, key, like, required, said, section
+from qat.config.keys import Bound, hints, key, like, required, said, section
 from qat.errors import ConfigError
 from qat.shaping import is_neutral, shaping
 
@@ -146,3 +146,11 @@ def test_a_field_like_another_says_the_same():
     with pytest.raises(ConfigError, match=r"^metres=1: must be at least 2"):
         values.check(Other(1))
     values.check(Other())
+
+
+def test_only_numbers_are_bounded_and_only_text_has_words():
+    for kind in SECTIONS:
+        for found in fields(kind):
+            spoken, typed = said(found), required(hints(kind)[found.name])
+            assert typed in (int, float) or spoken.bound == Bound()
+            assert typed is str or not (spoken.words or spoken.prose)
