@@ -12,8 +12,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from qat.config import QuantConfig, TableConfig, as_plain
+from qat.config import QuantConfig, TableConfig
 from qat.errors import ConfigError
+from qat.shaping import shaping
 
 KINDS = {
     "mlp": ("gate_proj", "up_proj", "down_proj"),
@@ -83,7 +84,7 @@ def select(model: nn.Module, quant: QuantConfig) -> list[Layer]:
 
 def recorded(quant: QuantConfig) -> dict[str, Any]:
     """What of `quant` shapes a student: `partial` only says what is not refused."""
-    return {key: value for key, value in as_plain(quant).items() if key != "partial"}
+    return {key: value for key, value in shaping(quant).items() if key != "partial"}
 
 
 def kind_of(name: str) -> str | None:

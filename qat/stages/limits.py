@@ -5,9 +5,10 @@ from pathlib import Path
 
 from qat import checkpoints, footprint
 from qat.checkpoint_files import find
-from qat.config import Config, DataSource, ExportFormat, Stage
+from qat.config import Config, DataSource, Stage
 from qat.data import mix
 from qat.errors import ConfigError
+from qat.export.exporter import exporter
 from qat.footprint import Job, Shapes
 from qat.machine import Machine
 from qat.models import ModelFolder
@@ -48,7 +49,7 @@ def _lengths(config: Config) -> Iterator[tuple[str, int]]:
     stage = config.stage
     if stage is Stage.chat:
         yield "chat.max_tokens", config.chat.max_tokens
-    if stage is Stage.export and config.export.format is ExportFormat.coreml:
+    if stage is Stage.export and exporter(config.export.format).bounded:
         yield "export.context", config.export.context
     if stage is Stage.evaluate and config.evaluate.text:
         yield "evaluate.context", config.evaluate.context
