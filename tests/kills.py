@@ -138,7 +138,7 @@ def _is_scratch(path: Path) -> bool:
     if not path.name.startswith("."):
         empty = path.is_dir() and path.name.startswith("sweep-") and not any(path.iterdir())
         return empty or bool(re.search(r"partial|\.tmp|scratch", path.name))
-    note = re.fullmatch(r"\.(.+)\.(lock|checked)", path.name)
+    note = re.fullmatch(r"\.(.+)\.(lock|checked|looked_at)", path.name)
     kept = note is not None and (path.with_name(note[1]).exists() or note[2] == "lock")
     return path.name not in (*HIDDEN, ".lock") and not kept
 
