@@ -105,8 +105,9 @@ class Shop:
 
     def artifacts(self):
         """Every file of every artifact, with the moment it was written; notes of what was checked are none."""
-        files = (self.outputs / "artifacts").rglob("*")
-        return {path: path.stat().st_mtime_ns for path in files if path.is_file() and path.suffix not in (".checked", ".looked_at")}
+        notes = (".checked", ".looked_at")
+        files = [path for path in (self.outputs / "artifacts").rglob("*") if path.is_file()]
+        return {path: path.stat().st_mtime_ns for path in files if path.suffix not in notes}
 
 
 @pytest.fixture(scope="module")
