@@ -16,7 +16,8 @@ from transformers import PreTrainedModel
 from qat import checkpoints
 from qat.config import ExportConfig, ExportType
 from qat.export.source import DTYPES, EXACT, Source, cast, copy_tokenizer
-from qat.quant.linear import QuantLinear, look_up, quantized
+from qat.quant.linear import QuantLinear, quantized
+from qat.quant.lookup import look_up
 
 FILE = "best_state_dict.pt"
 
@@ -52,7 +53,7 @@ def state_dict(source: Source, snapped: bool) -> dict[str, Tensor]:
 
 
 def _plain(module: QuantLinear) -> dict[str, Tensor]:
-    return module.normalized() | _indices(module, module.lut.detach()) | {"_scales_baked_flag": _flag(0)}
+    return module.normalized() | _indices(module, module.parts()["lut"].detach()) | {"_scales_baked_flag": _flag(0)}
 
 
 def _snapped(name: str, module: QuantLinear) -> dict[str, Tensor]:

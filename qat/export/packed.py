@@ -1,6 +1,6 @@
-"""Bit-packed tables for transformers: what a student weighs on disk is what its bits per weight say.
+"""Bit-packed weights for transformers: what a student weighs on disk is what its bits per weight say.
 
-Indices are the bit stream of `qat.quant.packing`, tables and scales fp16, everything else in `export.dtype`.
+Indices are the bit stream of `qat.quant.packing`, the parts of formats fp16, everything else in `export.dtype`.
 `qat.packed` is the side that reads it; `docs/FORMATS.md` describes it.
 """
 
@@ -41,7 +41,7 @@ def tensors(source: Source, dtype: torch.dtype) -> dict[str, Tensor]:
     modules = quantized(source.model)
     made: dict[str, Tensor] = {}
     for name, module in modules.items():
-        made[f"{name}.indices"] = packing.pack(module.indices, module.bits)
+        made[f"{name}.indices"] = packing.pack(module.indices, module.format.bits)
         parts = module.normalized()
         made |= {f"{name}.{part}": cast(name, value, SIXTEEN).contiguous() for part, value in parts.items()}
     for name, parameter in source.model.named_parameters():
@@ -55,13 +55,13 @@ def description(source: Source, dtype: torch.dtype) -> dict[str, Any]:
     """`config.json`: the architecture's own, wrapped so that plain transformers refuses it."""
     base = source.teacher.settings().to_dict()
     base |= {"dtype": str(dtype).removeprefix("torch."), "architectures": [type(source.model).__name__]}
-    layers = {layer.name: {"bits": layer.bits, "rank": layer.rank} for layer in source.layers}
+    layers = {layer.name: layer.format.settings() for layer in source.layers}
     method = {"quant_method": METHOD, "bits_per_weight": source.quant["bits_per_weight"], "layers": layers}
     return {"model_type": METHOD, "base_config": base, "quantization_config": method}
 
 
 def rounding(settings: ExportConfig) -> torch.dtype:
-    """The coarsest type that a weight is rounded to: tables and scales are fp16 in any case."""
+    """The coarsest type that a weight is rounded to: the parts of formats are fp16 in any case."""
     return torch.bfloat16 if settings.dtype is ExportType.bf16 else SIXTEEN
 
 

@@ -15,6 +15,8 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from qat.packed import FILE, METHOD
 from qat.packed.linear import PackedLinear
+from qat.quant import formats
+from qat.quant.formats import Format
 
 
 class PackedConfig(PreTrainedConfig):
@@ -36,11 +38,11 @@ class PackedQuantizationConfig(QuantizationConfigMixin):
     """`quantization_config` of a packed export.
 
     Attributes:
-        layers: bits and rank of each quantized layer, by name.
+        layers: the format of each quantized layer, by name, as `Format.settings` says it.
         bits_per_weight: over all of them, scales and tables included.
     """
 
-    def __init__(self, layers: dict[str, dict[str, int]], bits_per_weight: float, **kwargs: Any) -> None:
+    def __init__(self, layers: dict[str, dict[str, Any]], bits_per_weight: float, **kwargs: Any) -> None:
         self.quant_method = cast(Any, METHOD)  # a name of ours, none of the enumeration
         self.layers = layers
         self.bits_per_weight = bits_per_weight
@@ -67,8 +69,8 @@ def register_quantizer() -> None:
 
         def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
             with torch.device("meta"):
-                for name, table in self.quantization_config.layers.items():
-                    model.set_submodule(name, packed_like(model.get_submodule(name), **table))
+                for name, settings in self.quantization_config.layers.items():
+                    model.set_submodule(name, packed_like(model.get_submodule(name), formats.of(settings)))
 
         def is_serializable(self) -> bool:
             """Not by `save_pretrained`, which would write a folder that only looks like an export."""
@@ -78,9 +80,9 @@ def register_quantizer() -> None:
     auto.AUTO_QUANTIZER_MAPPING[METHOD] = PackedQuantizer
 
 
-def packed_like(linear: nn.Linear, bits: int, rank: int) -> PackedLinear:
+def packed_like(linear: nn.Linear, format: Format) -> PackedLinear:
     """An empty packed layer in the place of a dense one."""
-    packed = PackedLinear(linear.out_features, linear.in_features, bits, rank, linear.bias is not None)
+    packed = PackedLinear(format, linear.out_features, linear.in_features, linear.bias is not None)
     if packed.bias is not None:
         packed.bias.data = packed.bias.data.to(linear.weight.dtype)
     return packed

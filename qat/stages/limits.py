@@ -18,7 +18,7 @@ TRAINS = (Stage.run, Stage.distill)
 
 
 def check(config: Config, teacher: ModelFolder, machine: Machine) -> None:
-    """Looks at ranks, lengths, counts and memory.
+    """Looks at shapes, lengths, counts and memory.
 
     Raises:
         ConfigError: the first that cannot work, with its bound or what takes the memory.
@@ -27,7 +27,7 @@ def check(config: Config, teacher: ModelFolder, machine: Machine) -> None:
     _check_vocabulary(config, teacher.vocab_size())
     jobs = list(_jobs(config, teacher))
     for job in jobs if config.stage in CONVERTS else []:
-        _check_ranks(job, teacher)
+        _check_shapes(job, teacher)
     footprint.check(config, Shapes.of(teacher.skeleton(), teacher.settings()), jobs, machine)
 
 
@@ -81,12 +81,9 @@ def _jobs(config: Config, teacher: ModelFolder) -> Iterator[Job]:
         yield Job(layers, config.mode, config.train)
 
 
-def _check_ranks(job: Job, teacher: ModelFolder) -> None:
-    """No rank is above the smaller side of a matrix, where more of it says nothing more."""
+def _check_shapes(job: Job, teacher: ModelFolder) -> None:
+    """Every layer's shape suits its format."""
     for layer in job.layers:
-        if layer.rank > min(layer.shape):
-            key, (outputs, inputs) = f"{job.prefix}quant.{layer.kind}.rank", layer.shape
-            raise ConfigError(
-                f"{key}={layer.rank}: {layer.name} of {teacher.name} has {outputs} outputs and {inputs} inputs, so no"
-                f" rank above {min(layer.shape)} adds anything"
-            )
+        if misfit := layer.format.misfit(*layer.shape):
+            key, value = f"{job.prefix}quant.{layer.kind}.{misfit.setting}", layer.format.settings()[misfit.setting]
+            raise ConfigError(f"{key}={value}: {layer.name} of {teacher.name} {misfit.why}")

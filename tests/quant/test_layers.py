@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from qat.config import QuantConfig, TableConfig
 from qat.errors import ConfigError
+from qat.quant.formats import Table
 from qat.quant.layers import bits_per_weight, select, summary
 
 
@@ -149,7 +150,7 @@ def test_bits_of_the_whole_model_count_sixteen_for_what_has_no_table():
 
 def test_a_layer_takes_bits_and_rank_of_its_kind():
     for layer in select(skeleton(num_hidden_layers=1), preset("q2a4")):
-        assert (layer.bits, layer.rank) == ((2, 32) if layer.kind == "mlp" else (4, 8))
+        assert layer.format == Table(*((2, 32) if layer.kind == "mlp" else (4, 8)))
 
 
 @pytest.mark.parametrize(
