@@ -111,7 +111,9 @@ def measure(name: str, folder: Path) -> dict[str, Any]:
     except Exception as error:  # of other people's code, which says what it cannot do
         return {"name": name, "made": False, "why": f"{type(error).__name__}: {first_line(error)}", "wrong": []}
     byte_tokenizer().save_pretrained(folder / "model")
-    teacher = transformers.AutoModelForCausalLM.from_pretrained(folder / "model", attn_implementation="eager").eval()
+    teacher = transformers.AutoModelForCausalLM.from_pretrained(
+        folder / "model", attn_implementation="eager", trust_remote_code=False
+    ).eval()
     row = {"name": name, "made": True, "class": type(model).__name__, "jobs": examine(folder, teacher)}
     return row | {"wrong": [f"{job}: {what}" for job, found in row["jobs"].items() if (what := fault(found))]}
 

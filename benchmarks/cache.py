@@ -117,7 +117,9 @@ def teacher(folder: str | None, device: torch.device) -> PreTrainedModel:
         torch.manual_seed(0)
         shape = transformers.Qwen3Config(**QWEN3)
         with torch.device(device):
-            model = transformers.AutoModelForCausalLM.from_config(shape, dtype=torch.bfloat16)
+            model = transformers.AutoModelForCausalLM.from_config(
+                shape, dtype=torch.bfloat16, trust_remote_code=False
+            )
     use(model, FAST)
     prepare(model, device.type == "cuda")
     return model.to(device).eval().requires_grad_(False)

@@ -65,7 +65,7 @@ def shape(layers: int) -> torch.nn.Module:
         rms_norm_eps=1e-6,
     )  # fmt: skip
     torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).requires_grad_(False)
+    return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, trust_remote_code=False).requires_grad_(False)
 
 
 def random_moments(layers: list[Layer], gradients: bool, device: torch.device) -> Moments:

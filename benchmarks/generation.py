@@ -113,7 +113,7 @@ def teacher(arguments: argparse.Namespace, device: torch.device) -> PreTrainedMo
     config = kind(**SHAPES[arguments.shape], tie_word_embeddings=True, use_cache=False)
     torch.manual_seed(0)
     with device:
-        model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
     return used_fast(model.eval().requires_grad_(False))
 
 

@@ -96,7 +96,9 @@ def architectures() -> dict[str, type[PreTrainedConfig]]:
 def tiny(kind: type[PreTrainedConfig]) -> PreTrainedModel:
     """A model of a few hundred thousand weights, in fp32, the same every time."""
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(small(kind()), dtype=torch.float32, attn_implementation="eager").eval()
+    model = AutoModelForCausalLM.from_config(
+        small(kind()), dtype=torch.float32, attn_implementation="eager", trust_remote_code=False
+    ).eval()
     draw = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():

@@ -1,11 +1,11 @@
 """Results on disk: keyed by what shaped them, published whole or not at all.
 
 An artifact is a folder below `<outputs>/artifacts/<kind>/`, named `<name>-<key>`, where the key
-hashes exactly the inputs that decide its content. It is made in a temporary folder beside its
-final place and renamed once complete, so a killed process leaves nothing that looks finished. Its
-`manifest.json` lists every file with size and SHA-256, checked whenever the artifact is opened.
+hashes exactly the inputs that decide its content. It is made in scratch (`qat/scratch.py`) and
+renamed once complete, so a killed process leaves nothing that looks finished. Its `manifest.json`
+lists every file with size and SHA-256, checked whenever the artifact is opened.
 
-What takes long is made `resumable`: its temporary folder has a name of its own and outlives the
+What takes long is made `resumable`: in a partial folder, which has a name of its own and outlives the
 process, and whoever asks for the artifact next goes on in it.
 """
 
@@ -15,16 +15,15 @@ import json
 import os
 import shutil
 import socket
-import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
-from qat import processes, provenance
+from qat import faults, json_objects, manifests, processes, provenance, scratch
 from qat.console import size, waiting
 from qat.errors import ArtifactError, ConfigError, MissingError
 
@@ -87,14 +86,14 @@ def obtain(
         with locked(folder):
             if not folder.exists():
                 described = {"kind": kind, "name": name, "key": content_key(inputs), "inputs": inputs}
-                with (
-                    provenance.clocked(folder.parent / f".{folder.name}.time", partial(folder)) as clock,
-                    publish(folder, described, resumable) as (scratch, manifest),
-                ):
-                    manifest.update(make(scratch))
+                with publish(folder, described, resumable) as (made, manifest), provenance.clocked(made) as clock:
+                    manifest.update(make(made))
                     manifest["made"] = provenance.made(clock(), at or {})
                 fresh = True
-    return replace(open_artifact(folder), fresh=fresh)
+    found = open_artifact(folder)
+    if {found.manifest.get("key"), content_key(found.manifest.get("inputs"))} != {content_key(inputs)}:
+        raise ArtifactError(f"{folder / MANIFEST} was altered (it is of other inputs): delete {folder} and run again")
+    return replace(found, fresh=fresh)
 
 
 def place(root: Path, kind: str, name: str, inputs: dict[str, Any]) -> Path:
@@ -116,27 +115,14 @@ def publish(folder: Path, manifest: dict[str, Any], resumable: bool = False) -> 
     is asked for next has another key.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
-    scratch = _scratch(folder, resumable)
-    try:
-        scratch.chmod(0o755)
-        yield scratch, manifest
-        files = _files(scratch)
-        for path in files:
-            path.chmod(0o644)  # safetensors makes its files private
-            _flush(path)
-        names = [path.relative_to(scratch).as_posix() for path in files]
-        manifest["files"] = {
-            name: {"bytes": (scratch / name).stat().st_size, "sha256": digest}
-            for name, digest in zip(names, hashed(files), strict=True)
-        }
-        write_json(scratch / MANIFEST, manifest)
-        _replace_folder(scratch, folder)
-    except ConfigError:
-        resumable = False
-        raise
-    finally:
-        if not resumable:
-            shutil.rmtree(scratch, ignore_errors=True)
+    with ExitStack() as stack:
+        stack.enter_context(faults.located(folder))
+        made = stack.enter_context(_resumed(folder) if resumable else scratch.folder(folder))
+        made.chmod(0o755)
+        yield made, manifest
+        _describe(made, manifest)
+        (made / provenance.NOTE).unlink(missing_ok=True)
+        scratch.replace_folder(made, folder)
 
 
 def open_artifact(folder: Path) -> Artifact:
@@ -166,7 +152,7 @@ def digests(folder: Path, names: Iterable[str]) -> dict[str, str]:
     beside the folder with size, time of change and inode, and holds while those do; a file changed in
     the last moments is never noted, and where the note cannot be written everything is read again.
     """
-    note = folder.parent / f".{folder.name}.checked"
+    note = _note(folder)
     known = _noted(note)
     states = {name: _state(folder / name) for name in names}
     unread = [name for name, state in states.items() if known.get(name, [None])[:-1] != state]
@@ -178,6 +164,12 @@ def digests(folder: Path, names: Iterable[str]) -> dict[str, str]:
         with suppress(OSError):
             write_json(note, known | fresh)
     return found
+
+
+def discard(folder: Path) -> None:
+    """Removes an artifact: under its name there is all of it, or nothing."""
+    _note(folder).unlink(missing_ok=True)
+    scratch.discard(folder)
 
 
 def hashed(paths: list[Path]) -> list[str]:
@@ -202,21 +194,35 @@ def require_space(folder: Path, needed: int, what: str) -> None:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest alone, with no look at the files it lists.
+    """The manifest alone, as `qat.manifests` has it, with no look at the files it lists.
 
     Raises:
-        ArtifactError: it is missing or unreadable.
+        ArtifactError: it is missing, unreadable, or says what no manifest does.
     """
-    path = folder / MANIFEST
+    path, remedy = folder / MANIFEST, f"delete {folder} and run again, or copy it again from where it came"
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
+        manifest = json_objects.read(path)
+        manifests.check(manifest)
     except FileNotFoundError:
         raise ArtifactError(f"{folder} holds no {MANIFEST}: it is not a complete artifact of this project") from None
+    except manifests.Wrong as wrong:
+        raise ArtifactError(f"{path} is not a manifest of this project ({wrong}): {remedy}") from None
     except (ValueError, OSError) as error:
-        raise ArtifactError(f"{path} cannot be read ({error}): delete {folder} and run again") from None
-    if not isinstance(manifest, dict) or not isinstance(manifest.get("files"), dict):
-        raise ArtifactError(f"{path} is not a manifest of this project: delete {folder} and run again")
+        raise ArtifactError(f"{path} cannot be read ({error}): {remedy}") from None
     return manifest
+
+
+def require(artifact: Artifact, rule: manifests.Rule) -> None:
+    """Looks whether an artifact's manifest says what whoever made it leaves there.
+
+    Raises:
+        ArtifactError: it does not.
+    """
+    try:
+        rule(artifact.manifest, "")
+    except manifests.Wrong as wrong:
+        path = artifact.folder / MANIFEST
+        raise ArtifactError(f"{path} was altered ({wrong}): delete {artifact.folder} and run again") from None
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -228,12 +234,9 @@ def read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        return json_objects.read(path)
     except (OSError, ValueError) as error:
         raise ArtifactError(f"{path} cannot be read ({error}): delete or mend it") from None
-    if not isinstance(value, dict):
-        raise ArtifactError(f"{path} does not hold a JSON object: delete or mend it")
-    return value
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -248,25 +251,20 @@ def write_text(path: Path, text: str) -> None:
 
 def write_bytes(path: Path, content: bytes) -> None:
     """Writes a file atomically: to one beside it, flushed to disk, then renamed."""
-    handle, scratch = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
+    with faults.located(path), scratch.file(path) as made:
+        with open(made, "wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(scratch, 0o644)
-        os.replace(scratch, path)
-    except BaseException:
-        os.unlink(scratch)
-        raise
+        os.chmod(made, 0o644)
+        os.replace(made, path)
 
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Holds the lock of one artifact; a process that finds it taken says who has it, and waits.
 
-    The lock lives as long as the process that took it, so a killed one blocks nobody. What a killed
-    one left half-made is swept away by the next holder, unless it is to be gone on with.
+    The lock lives as long as the process that took it, so a killed one blocks nobody.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     with open(folder.parent / f".{folder.name}.lock", "a+", encoding="utf-8") as file:
@@ -278,8 +276,6 @@ def locked(folder: Path) -> Iterator[None]:
         file.truncate(0)
         file.write(json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%H:%M:%S")}))
         file.flush()
-        for leftover in folder.parent.glob(f".{folder.name}.*{PARTIAL}"):
-            shutil.rmtree(leftover, ignore_errors=True)
         yield
 
 
@@ -311,15 +307,31 @@ def _holder(file: IO[str]) -> str:
         return "it has just begun"
 
 
-def _scratch(folder: Path, resumable: bool) -> Path:
-    if not resumable:
-        return Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=PARTIAL, dir=folder.parent))
-    partial(folder).mkdir(exist_ok=True)
-    return partial(folder)
+@contextmanager
+def _resumed(folder: Path) -> Iterator[Path]:
+    """The partial folder as an earlier process left it, without what it left for itself alone."""
+    made = partial(folder)
+    made.mkdir(exist_ok=True)
+    scratch.sweep(made)
+    (made / MANIFEST).unlink(missing_ok=True)
+    try:
+        yield made
+    except ConfigError:
+        scratch.discard(made)
+        raise
 
 
-def _files(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.rglob("*") if path.is_file())
+def _describe(made: Path, manifest: dict[str, Any]) -> None:
+    """Puts all files on disk, lists them in the manifest and writes that."""
+    files = sorted(path for path in made.rglob("*") if path.is_file() and path != made / provenance.NOTE)
+    for path in files:
+        path.chmod(0o644)  # safetensors makes its files private
+        _flush(path)
+    manifest["files"] = {
+        path.relative_to(made).as_posix(): {"bytes": path.stat().st_size, "sha256": digest}
+        for path, digest in zip(files, hashed(files), strict=True)
+    }
+    write_json(made / MANIFEST, manifest)
 
 
 def _flush(path: Path) -> None:
@@ -337,19 +349,14 @@ def _state(path: Path) -> list[int]:
     return [seen.st_size, seen.st_mtime_ns, seen.st_ino]
 
 
+def _note(folder: Path) -> Path:
+    """Where the digests of its files are noted."""
+    return folder.parent / f".{folder.name}.checked"
+
+
 def _noted(note: Path) -> dict[str, list[Any]]:
     try:
         noted = json.loads(note.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     return noted if isinstance(noted, dict) else {}
-
-
-def _replace_folder(scratch: Path, folder: Path) -> None:
-    """Renames `scratch` to `folder`; an older `folder` (a checkpoint of the same run) makes way first."""
-    if folder.exists():
-        with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as old:
-            os.rename(folder, Path(old) / "old")
-            os.rename(scratch, folder)
-    else:
-        os.rename(scratch, folder)

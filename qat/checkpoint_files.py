@@ -26,15 +26,15 @@ def find(path: Path) -> Path:
     Raises:
         ArtifactError: neither is there, or several state dicts and none that says it is the one.
     """
-    while path.is_dir():
+    while os.path.isdir(path):
         files = sorted(path.glob("*.pt"))
-        if (path / MANIFEST).is_file() and not (files and read_manifest(path).get("kind") == "export"):
+        if os.path.isfile(path / MANIFEST) and not (files and read_manifest(path).get("kind") == "export"):
             return path
         if files:
             return path / chosen([file.name for file in files], path)
-        if (path / BEST).is_dir():
+        if os.path.isdir(path / BEST):
             return path / BEST
-        if (path / RESULT).is_file():
+        if os.path.isfile(path / RESULT):
             return _of_run(read(path, path.parent))
         inside = [entry for entry in path.iterdir() if entry.is_dir() and entry.name[0] not in "._"]
         if len(inside) != 1:
@@ -43,9 +43,9 @@ def find(path: Path) -> Path:
                 " checkpoint=SR-007, a checkpoint folder or a V2 state dict"
             )
         path = inside[0]
-    if not path.exists():
+    if not os.path.exists(path):
         raise ArtifactError(f"there is no checkpoint {path}: name a checkpoint folder, a run or a V2 state dict (*.pt)")
-    if path.is_file() and path.suffix != ".pt":
+    if os.path.isfile(path) and path.suffix != ".pt":
         raise ArtifactError(f"{path} is no checkpoint: name a checkpoint folder or a V2 state dict (*.pt)")
     return path
 
@@ -69,7 +69,7 @@ def _of_run(run: Record) -> Path:
         raise ArtifactError(f"{run.folder} has no checkpoint: {_why(run)}")
     name = os.path.basename(conversion)
     around = [parent / "artifacts" / "checkpoints" / name for parent in run.folder.resolve().parents]
-    there = next((path for path in (*around, Path(conversion)) if path.is_dir()), None)
+    there = next((path for path in (*around, Path(conversion)) if os.path.isdir(path)), None)
     if there is None:
         raise ArtifactError(f"{run.folder} has no checkpoint: its conversion {name} is gone; {_again(run)}")
     return there

@@ -20,7 +20,13 @@ MISREAD: tuple[type[Exception], ...] = (
     *(lzma.LZMAError, RuntimeError, ValueError),
 )
 
+BOMB, RATIO = 1 << 28, 1000  # bytes from which on content must not be so many times its file's size
 FEED = 1 << 12  # compressed bytes at once; at the very worst four of them turn into 128 KiB
+
+
+def most(packed: int) -> int:
+    """Bytes that a file of so many may unpack to, whatever it is packed with."""
+    return max(BOMB, RATIO * packed)
 
 
 def gunzip(file: IO[bytes]) -> IO[bytes]:

@@ -4,7 +4,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from typing import Protocol
+from typing import Any, Protocol
 
 from rich.console import Console
 from rich.progress import (
@@ -16,16 +16,27 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.table import Table
+from rich.text import Text
 
 from qat.processes import place
+from qat.shown import shown
 
 log = logging.getLogger(__name__)
 
 PLAIN_SECONDS = 10.0  # between two plain progress lines
 WAITING_SECONDS = 30.0  # between two lines that say what is waited for
 
-# Brackets in a path or an answer are text. Of processes that train together only the first speaks.
-console = Console(highlight=False, markup=False, quiet=not place().first)
+
+class Harmless(Console):
+    """A console on which text is text, whoever wrote it: no markup, no sequences for the terminal."""
+
+    def render_str(self, text: str, **how: Any) -> Text:
+        """Every text that is printed, cells of tables too, comes by here."""
+        return super().render_str(shown(text), **how)
+
+
+# Of processes that train together only the first speaks.
+console = Harmless(highlight=False, markup=False, emoji=False, quiet=not place().first)
 
 
 class Advance(Protocol):
@@ -43,10 +54,10 @@ def progress(what: str, total: float, unit: str) -> Iterator[Advance]:
         total: units in all.
         unit: what is counted, in the plural.
     """
-    shown = _bar(what, total, unit) if console.is_terminal else _lines(what, total, unit)
+    bar = _bar(what, total, unit) if console.is_terminal else _lines(what, total, unit)
     started = time.monotonic()
     done = 0.0
-    with shown as advance:
+    with bar as advance:
 
         def count(amount: float = 1, note: str = "") -> None:
             nonlocal done
@@ -106,14 +117,14 @@ def waiting(why: str) -> Iterator[Callable[[], None]]:
     def still() -> None:
         nonlocal said
         now = time.monotonic()
-        if shown:
-            shown.update(f"waiting for {duration(now - started)}: {why}")
+        if status:
+            status.update(Text(shown(f"waiting for {duration(now - started)}: {why}")))
         elif now - said >= WAITING_SECONDS:
             said = now
             log.info("waiting for %s: %s", duration(now - started), why)
 
-    shown = console.status(f"waiting: {why}") if console.is_terminal else None
-    with shown or nullcontext():
+    status = console.status(Text(shown(f"waiting: {why}"))) if console.is_terminal else None
+    with status or nullcontext():
         yield still
 
 
@@ -121,13 +132,13 @@ def table(title: str, header: list[str], rows: list[list[str]], words: bool = Fa
     """Prints a table, first column left, the others right, as figures are; with `words` all left and on one line."""
     if title:  # one of the table's own would be broken where the table is narrower
         console.print(title, style="bold", soft_wrap=True)
-    shown = Table()
+    grid = Table()
     for index, name in enumerate(header):
         left = index == 0 or words
-        shown.add_column(name, justify="left" if left else "right", no_wrap=left)
+        grid.add_column(name, justify="left" if left else "right", no_wrap=left)
     for row in rows:
-        shown.add_row(*row)
-    console.print(shown)
+        grid.add_row(*row)
+    console.print(grid)
 
 
 def duration(seconds: float) -> str:

@@ -7,12 +7,16 @@ report the same system error as text), anywhere in a run. Here they are told apa
 import errno
 import re
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 from qat.errors import MachineError
 
 DISK = {
     errno.ENOSPC: "the disk is full",
     errno.EDQUOT: "the disk quota is used up",
+    errno.EFBIG: "the file is larger than the system allows",
     errno.EROFS: "the file system is read-only",
     errno.EACCES: "writing is not permitted",
     errno.EPERM: "writing is not permitted",
@@ -20,7 +24,11 @@ DISK = {
     errno.ENOTCONN: "the mounted place is gone",
     errno.ESTALE: "the mounted place is gone",
 }
-REMEDY = "what is complete is kept; make room or choose another outputs=<folder>, then repeat the command"
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+REMEDY = (
+    "what is complete is kept; make room or choose another folder (outputs, store.path, export.output), then repeat the"
+    " command"
+)
 
 OUT_OF_MEMORY = (
     "out of memory: use a smaller instance.micro_batch (the result stays the same), a shorter cache.length or a machine"
@@ -40,6 +48,22 @@ def explain(error: BaseException) -> MachineError | None:
         return None
     where = f" at {error.filename}" if isinstance(error, OSError) and error.filename else ""
     return MachineError(f"{DISK[number]}{where}: {REMEDY}")
+
+
+@contextmanager
+def located(path: Path) -> Iterator[None]:
+    """Says where it was written to when a disk is full; the system does not, once a file is open.
+
+    Raises:
+        MachineError: it is.
+    """
+    try:
+        yield
+    except Exception as error:
+        number = _number(error)
+        if number is None or number not in FULL:
+            raise
+        raise MachineError(f"{DISK[number]} at {path}: {REMEDY}") from error
 
 
 def death(code: int, told: str) -> MachineError:

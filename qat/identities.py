@@ -5,16 +5,18 @@ second. Most runs lie there or in a sweep; of one with a folder of its own (`hyd
 wherever that is, the claim of its identity keeps a note, so that it is found and listed like the others.
 """
 
-import json
 import os
 import re
+import tempfile
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
+from qat import bounded, scratch
 from qat.artifacts import write_text
 
-RUN = re.compile(r"SR-\d{3,}(-\d+)?")  # the second number: of several machines' runs of one number
+RUN = re.compile(r"SR-[0-9]{3,12}(-[0-9]{1,9})?")  # the second number: of several machines' runs of one number
+NUMBERED = re.compile(r"(?:SR|sweep)-([0-9]{1,9})(?:-[0-9]{1,9})?")
 RESULT = "result.json"  # in a run's folder
 RESOLVED = "config_resolved"  # beside it, a configuration (.yaml) that repeats the run
 PLAN = "sweep.json"  # in a sweep's folder
@@ -49,7 +51,7 @@ def claim_sweep(outputs: Path) -> Path:
 
 def note(outputs: Path, run_id: str, folder: Path) -> None:
     """Remembers a run's folder where nobody would look for it."""
-    place, home = folder.resolve(), outputs.resolve()
+    place, home = Path(os.path.realpath(folder)), Path(os.path.realpath(outputs))
     if place.parent == home and RUN.fullmatch(place.name):
         return
     if place.parent.parent == home and place.parent.name.startswith("sweep-"):
@@ -67,30 +69,42 @@ def places(outputs: Path) -> Iterator[tuple[str, Path]]:
     for folder in (*sorted(outputs.glob("SR-*")), *sorted(outputs.glob("sweep-*/*"))):
         if RUN.fullmatch(folder.name):
             yield folder.name, folder
-        elif (folder / RESULT).is_file():
+        elif os.path.isfile(folder / RESULT):
             yield recorded(folder) or folder.name, folder
     for path in sorted((outputs / IDS).glob(f"*/{NOTE}")):
         run_id = path.parent.name
-        for folder in (outputs / line for line in _lines(path)):
+        for folder in (outputs / line for line in _lines(path) if RUN.fullmatch(run_id)):
             if recorded(folder) in (run_id, None):  # else another run was put there since
                 yield run_id, folder
 
 
+def sweep(outputs: Path) -> None:
+    """Removes what killed processes left, in an outputs folder and among temporary files, and sweeps never planned."""
+    kinds = [outputs / kind for kind in ("checkpoints", "caches")]
+    runs = [place for _, folder in places(outputs) for place in (folder, folder / "checkpoints")]
+    sweeps = list(outputs.glob("sweep-*"))
+    artifacts, claims = outputs.glob("artifacts/*"), outputs.glob(f"{IDS}/*")
+    for folder in (outputs, *artifacts, *kinds, *claims, *runs, *sweeps, Path(tempfile.gettempdir())):
+        scratch.sweep(folder)
+    for folder in sweeps:
+        scratch.remove_if_empty(folder)
+
+
 def recorded(folder: Path) -> str | None:
     """The identity that a run's folder says it has; None where it says nothing, or cannot be read."""
-    try:
-        result = json.loads((folder / RESULT).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    run_id = result.get("run_id") if isinstance(result, dict) else None
-    return run_id if isinstance(run_id, str) else None
+    return identity(bounded.said(folder / RESULT).get("run_id"))
+
+
+def identity(said: object) -> str | None:
+    """What a record says of its run's identity; None where that is none."""
+    return said if isinstance(said, str) and RUN.fullmatch(said) else None
 
 
 def _claim(parent: Path, prefix: str, outputs: Path) -> Path:
     """A new folder in `parent`, numbered above every one there and above what `outputs` shows."""
     parent.mkdir(parents=True, exist_ok=True)
     names = [path.name for folder in (parent, outputs) for path in folder.glob(f"{prefix}-*")]
-    taken = [int(name.rsplit("-", 1)[1]) for name in names if name.rsplit("-", 1)[1].isdigit()]
+    taken = [int(match[1]) for name in names if (match := NUMBERED.fullmatch(name))]
     number = max(taken, default=0) + 1
     while True:
         path = parent / f"{prefix}-{number:03d}"
@@ -102,4 +116,4 @@ def _claim(parent: Path, prefix: str, outputs: Path) -> Path:
 
 
 def _lines(path: Path) -> list[str]:
-    return path.read_text(encoding="utf-8").splitlines() if os.path.isfile(path) else []
+    return [line for line in bounded.text(path).splitlines() if line and "\0" not in line]

@@ -4,10 +4,10 @@ transformers looks for weights by a list of names and takes the first it finds; 
 not count. `weights` follows the same list, so that what is hashed and examined is what is loaded.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
+from qat import json_objects
 from qat.errors import ConfigError
 from qat.packed import FILE as PACKED
 
@@ -133,12 +133,9 @@ def _refuse_endless(described: dict[str, Any], path: Path) -> None:
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        return json_objects.read(path)
+    except (OSError, ValueError) as error:
         raise ConfigError(f"{path} cannot be read as JSON ({error}): {REMEDY}") from None
-    if not isinstance(value, dict):
-        raise ConfigError(f"{path} does not hold a JSON object: {REMEDY}")
-    return value
 
 
 def _listed(code: Any) -> str:

@@ -56,7 +56,7 @@ def checkpoint(word: str, outputs: Path, archive: str | None = None) -> Path | N
     usable = [path for path in found if path not in wrong]
     if usable:
         place = _only(word, usable)
-        return place / BEST if (place / BEST).is_dir() else place
+        return place / BEST if os.path.isdir(place / BEST) else place
     if wrong:
         raise ConfigError(next(iter(wrong.values())))
     if archive or (names and registered(word)):
@@ -94,7 +94,7 @@ def settled(given: CheckpointConfig, outputs: Path) -> CheckpointConfig:
         return given
     if place is None:
         return CheckpointConfig(TEACHER)
-    if archive_file(given.path) or not place.exists():
+    if archive_file(given.path) or not os.path.exists(place):
         return given
     return replace(given, path=_shown(place) if given.path.startswith("./") else str(place))
 
@@ -127,9 +127,9 @@ def sweep(word: str, outputs: Path) -> Path:
     """
     name = word.rstrip("/")
     own = [folder.parent for _, folder in places(outputs) if folder.parent.name == name]
-    found = _distinct([path for path in (*_meant(word, outputs), *own) if (path / PLAN).is_file()])
+    found = _distinct([path for path in (*_meant(word, outputs), *own) if os.path.isfile(path / PLAN)])
     if not found:
-        known = {folder.parent.name for _, folder in places(outputs) if (folder.parent / PLAN).is_file()}
+        known = {folder.parent.name for _, folder in places(outputs) if os.path.isfile(folder.parent / PLAN)}
         hint = did_you_mean(name, known)
         raise ConfigError(f"{word}: no {PLAN} there{hint}; name the folder of a sweep, such as {outputs}/sweep-001")
     return _only(word, found)
@@ -179,18 +179,18 @@ def called(path: Path, outputs: Path) -> str:
     folder = run_of(path)
     if folder is not None:
         identity = folder.name if RUN.fullmatch(folder.name) else recorded(folder) or folder.name
-        return identity if path.name == "best" or (path / RESULT).is_file() else f"{identity}/{path.name}"
-    if path.resolve().parent == (outputs / "checkpoints").resolve():
+        return identity if path.name == "best" or os.path.isfile(path / RESULT) else f"{identity}/{path.name}"
+    if os.path.dirname(os.path.realpath(path)) == os.path.realpath(outputs / "checkpoints"):
         return registered(path.name) or path.name
     return str(path)
 
 
 def run_of(path: Path) -> Path | None:
     """The folder of the run that a path is, or is a checkpoint of."""
-    if (path / RESULT).is_file():
+    if os.path.isfile(path / RESULT):
         return path
     folder = path.absolute().parent.parent
-    of_run = path.parent.name == "checkpoints" and ((folder / RESULT).is_file() or RUN.fullmatch(folder.name))
+    of_run = path.parent.name == "checkpoints" and (os.path.isfile(folder / RESULT) or RUN.fullmatch(folder.name))
     return folder if of_run else None
 
 

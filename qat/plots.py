@@ -1,10 +1,13 @@
 """Pictures of a run, for people who would rather look than read."""
 
+from io import BytesIO
 from itertools import cycle
 from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
+
+from qat.artifacts import write_bytes
 
 TRAINING, HELD_OUT, KD = "#9aa5b1", "#1d4ed8", "#c2410c"
 LEAVES = ("#1d4ed8", "#0891b2", "#0f766e", "#7c3aed", "#c2410c", "#ca8a04", "#be185d")
@@ -35,7 +38,7 @@ def loss_curve(rows: list[dict[str, float]], title: str, path: Path) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", alpha=0.3)
     axes.legend(frameon=False)
-    figure.savefig(path)
+    _save(figure, path)
 
 
 def error_by_depth(errors: dict[str, float], title: str, path: Path) -> None:
@@ -55,7 +58,7 @@ def error_by_depth(errors: dict[str, float], title: str, path: Path) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", alpha=0.3)
     axes.legend(frameon=False, ncols=4, fontsize="small")
-    figure.savefig(path)
+    _save(figure, path)
 
 
 def tail_mass(tails: dict[str, list[float]], title: str, path: Path) -> None:
@@ -81,7 +84,7 @@ def tail_mass(tails: dict[str, list[float]], title: str, path: Path) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", alpha=0.3)
     axes.legend(frameon=False)
-    figure.savefig(path)
+    _save(figure, path)
 
 
 def sweep(points: list[tuple[dict[str, str], float | None]], objective: str, title: str, path: Path) -> None:
@@ -122,7 +125,7 @@ def sweep(points: list[tuple[dict[str, str], float | None]], objective: str, tit
     axes.set_title(title)
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y" if axis else "x", alpha=0.3)
-    figure.savefig(path)
+    _save(figure, path)
 
 
 def _number(text: str) -> float | None:
@@ -130,3 +133,10 @@ def _number(text: str) -> float | None:
         return float(text)
     except ValueError:
         return None
+
+
+def _save(figure: Figure, path: Path) -> None:
+    """Writes a picture, atomically."""
+    content = BytesIO()
+    figure.savefig(content, format="png")
+    write_bytes(path, content.getvalue())

@@ -9,37 +9,33 @@ import os
 import platform
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from qat.console import duration
 
 UNKNOWN = "made before that was recorded"
+NOTE = ".time"  # in what is being made: the seconds of goes that were not the last one
 
 
 @contextmanager
-def clocked(note: Path, scratch: Path) -> Iterator[Callable[[], float]]:
-    """Gives a clock that tells the seconds of all goes so far.
+def clocked(folder: Path) -> Iterator[Callable[[], float]]:
+    """Gives a clock that tells the seconds of all goes so far at what is made in a folder.
 
-    Args:
-        note: where a go that is not the last one leaves its time.
-        scratch: the folder in which each goes on.
+    A note in the folder keeps them for the next go.
     """
-    earlier, began = _spent(note, scratch), time.monotonic()
+    note, earlier, began = folder / NOTE, _spent(folder), time.monotonic()
 
     def clock() -> float:
         return earlier + time.monotonic() - began
 
-    note.parent.mkdir(parents=True, exist_ok=True)
     note.write_text(json.dumps({"seconds": earlier, "since": time.time()}), encoding="utf-8")
     try:
         yield clock
     finally:
-        if scratch.is_dir():  # something is left to go on with
+        with suppress(OSError):  # a full disk is told by what it ended
             note.write_text(json.dumps({"seconds": clock()}), encoding="utf-8")
-        else:
-            note.unlink()
 
 
 def made(seconds: float, place: dict[str, Any]) -> dict[str, Any]:
@@ -59,20 +55,18 @@ def told(made: dict[str, Any] | None) -> str:
         return UNKNOWN
     at, seconds = str(made.get("at", "")), made.get("seconds")
     words = ["made", at[:16].replace("T", " ")]
-    words += ["in", duration(seconds)] if isinstance(seconds, int | float) else []
+    words += ["in", duration(seconds)] if isinstance(seconds, int | float) and seconds >= 0 else []
     where = [str(made["device"])] if made.get("device") else []
     where += [f"{made['cores']} cores"] if made.get("cores") else []
     return " ".join([*words, *(["on", ", ".join(where)] if where else [])])
 
 
-def _spent(note: Path, scratch: Path) -> float:
-    """Seconds of earlier goes at what lies in `scratch`; none where nothing is left of them."""
-    if not scratch.is_dir():
-        return 0.0
+def _spent(folder: Path) -> float:
+    """Seconds of earlier goes at what lies in a folder; none where they are not known."""
     try:
-        said = json.loads(note.read_text(encoding="utf-8"))
+        said = json.loads((folder / NOTE).read_text(encoding="utf-8"))
         seconds, since = float(said["seconds"]), said.get("since")
     except (OSError, ValueError, KeyError, TypeError):
         return 0.0
-    newest = max((path.stat().st_mtime for path in scratch.rglob("*")), default=0.0)
+    newest = max((path.stat().st_mtime for path in folder.rglob("*") if path.name != NOTE), default=0.0)
     return seconds + (max(0.0, newest - since) if isinstance(since, float) else 0.0)

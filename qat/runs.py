@@ -8,6 +8,7 @@ beside it has a line for each training step and evaluation.
 import json
 import logging
 import math
+import os
 import platform
 import subprocess
 import time
@@ -17,10 +18,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from qat import processes, provenance
+from qat import bounded, processes, provenance
 from qat.artifacts import Artifact, write_json, write_text
 from qat.config import Config, Stage, as_plain
-from qat.identities import RESULT, RUN, claim_run, give_back, note, recorded
+from qat.errors import ArtifactError
+from qat.identities import RESULT, RUN, claim_run, give_back, note, places, recorded
 from qat.tracking import Tracker, open_tracker
 
 log = logging.getLogger(__name__)
@@ -28,6 +30,7 @@ log = logging.getLogger(__name__)
 SCHEMA = 1
 ARCHITECTURE = "v2"  # table ⊙ low-rank scale, in the run log's naming convention
 METRICS = "metrics.jsonl"
+LOG = "train.log"  # as conf/hydra/job_logging/qat.yaml has it
 SAVE_SECONDS = 10.0  # between two records of a run that trains
 
 # Stages that are no runs: no identity, no record, no line in the log.
@@ -62,7 +65,7 @@ class Run:
         """
         self.folder, self._config = folder, config
         self._replaced = _text(folder / RESULT)
-        earlier = _parsed(self._replaced) if goes_on else {}
+        earlier = bounded.said(folder / RESULT) if goes_on else {}
         run_id = _identity(config, folder)
         self.result = _first(config, folder, run_id, command, overrides)
         if earlier:
@@ -90,11 +93,22 @@ class Run:
             self.save()
 
     def rewind(self, rows: int) -> list[dict[str, float]]:
-        """Forgets all figures after the first `rows`, which are returned: a resumed run logs the rest again."""
+        """Forgets all figures after the first `rows`, which are returned: a resumed run logs the rest again.
+
+        Raises:
+            ArtifactError: not so many are whole.
+        """
         path = self.folder / METRICS
-        kept = path.read_text(encoding="utf-8").splitlines(keepends=True)[:rows]
-        self._metrics.truncate(sum(len(line.encode()) for line in kept))
-        return [{key: math.nan if value is None else value for key, value in json.loads(row).items()} for row in kept]
+        kept = path.read_bytes().splitlines(keepends=True)[:rows]
+        read = [bounded.row(line) for line in kept]
+        found = [{key: math.nan if value is None else value for key, value in row.items()} for row in read if row]
+        if len(found) < rows:
+            raise ArtifactError(
+                f"{path} has {len(found)} whole rows of the {rows} that were logged when the state was saved from which"
+                " this run would go on: begin it again without run.resume"
+            )
+        self._metrics.truncate(sum(map(len, kept)))
+        return found
 
     @contextmanager
     def timed(self, what: str) -> Iterator[None]:
@@ -156,7 +170,7 @@ class Run:
 
 def _identity(config: Config, folder: Path) -> str:
     """That of the run that is gone on with, of the folder's name, or a new one; noted where the folder is its own."""
-    outputs, earlier = Path(config.outputs), recorded(folder) if config.run.resume else None
+    outputs, earlier = Path(config.outputs), _earlier(config, folder) if config.run.resume else None
     if not processes.place().first:  # beside the first process, in a scratch folder
         return folder.name
     run_id = earlier or (folder.name if RUN.fullmatch(folder.name) else claim_run(outputs))
@@ -164,9 +178,22 @@ def _identity(config: Config, folder: Path) -> str:
     return run_id
 
 
+def _earlier(config: Config, folder: Path) -> str | None:
+    """What the run in a folder is called, also where its record is damaged."""
+    place = os.path.realpath(folder)
+    noted = (run_id for run_id, path in places(Path(config.outputs)) if os.path.realpath(path) == place)
+    return recorded(folder) or next(filter(RUN.fullmatch, noted), None)
+
+
+def owner(folder: Path) -> dict[str, str]:
+    """What tells the run in a folder from every other, on other machines too: its identity and when it was started."""
+    record = bounded.said(folder / RESULT)
+    return {key: str(record.get(key)) for key in ("run_id", "started")}
+
+
 def record_death(config: Config, folder: Path, command: str, overrides: Sequence[str], error: str) -> None:
     """Closes the record of a run whose process is gone, as failed; makes one where it had not come so far."""
-    result = _parsed(_text(folder / RESULT)) or _first(config, folder, folder.name, command, overrides)
+    result = bounded.said(folder / RESULT) or _first(config, folder, folder.name, command, overrides)
     write_json(folder / RESULT, result | {"status": "failed", "error": error})
 
 
@@ -205,9 +232,17 @@ def _as_started(earlier: dict[str, Any], now: dict[str, Any], overrides: Sequenc
     """What stays of an earlier record when its run goes on; the user's own words unless there are new ones."""
     kept = ("command", "overrides", "config", "started", "timing", "memory", "made", "reused", "paths", "goal", "notes")
     said = [text.partition("=")[0].lstrip("+") for text in overrides]
-    stays = {key: earlier[key] for key in kept if key in earlier and f"run.{key}" not in said}
+    fitting = {key: earlier[key] for key in (*kept, "resumed") if isinstance(earlier.get(key), type(now[key]))}
+    stays = {key: value for key, value in fitting.items() if f"run.{key}" not in said}
+    for key in ("timing", "memory"):
+        stays[key] = {name: count for name, count in stays.get(key, {}).items() if isinstance(count, int | float)}
+    stays["reused"] = {what: found for what, found in stays.get("reused", {}).items() if _is_reuse(found)}
     again = {"started": now["started"], "command": now["command"]}
-    return stays | {"resumed": [*earlier.get("resumed", []), again]}
+    return stays | {"resumed": [*stays.get("resumed", []), again]}
+
+
+def _is_reuse(found: Any) -> bool:
+    return isinstance(found, dict) and isinstance(found.get("made"), dict | None)
 
 
 def _text(path: Path) -> str:
@@ -215,15 +250,6 @@ def _text(path: Path) -> str:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError):
         return ""
-
-
-def _parsed(text: str) -> dict[str, Any]:
-    """What a record says; a damaged one says nothing."""
-    try:
-        result = json.loads(text)
-    except ValueError:
-        return {}
-    return result if isinstance(result, dict) else {}
 
 
 def environment(device: str, instance: str = "") -> dict[str, Any]:

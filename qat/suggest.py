@@ -4,6 +4,8 @@ import difflib
 import sys
 from collections.abc import Iterable, Mapping
 
+from qat.shown import line
+
 SIMILAR = 0.6  # share of letters in common, from which a suggestion helps more than it distracts
 BEGINNING = 3  # letters, from which the beginning of a word stands for it
 
@@ -49,4 +51,4 @@ def hint(found: str | None) -> str:
 
 def one_line(error: Exception) -> None:
     """Tells an error on stderr, on one line whatever it says."""
-    print("error: " + " ".join(str(error).split()), file=sys.stderr)
+    print("error: " + line(str(error)), file=sys.stderr)

@@ -6,19 +6,23 @@ run, so the jobs that are complete can be told from the rest whatever happened t
 """
 
 import fcntl
-import json
 import math
+import os
+import shlex
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from qat import names
+from qat import bounded, names, plans, scratch
 from qat.artifacts import content_key, write_json, write_text
 from qat.config import Config
 from qat.errors import ArtifactError, ConfigError, MissingError
-from qat.identities import PLAN, RESULT, claim_run, claim_sweep, note
+from qat.identities import PLAN, RESOLVED, RESULT, claim_run, claim_sweep, note
+from qat.plans import Job
+from qat.report.markdown import code, plain
+from qat.report.markdown import table as rendered
 from qat.report.records import Record, read
 from qat.shaping import shaping
 
@@ -30,15 +34,6 @@ TEXT = "held-out text"  # a column where jobs were not all measured on one
 
 
 @dataclass(frozen=True)
-class Job:
-    """One job: its run, the overrides that compose it, and the key of its configuration."""
-
-    run_id: str
-    overrides: list[str]
-    key: str
-
-
-@dataclass(frozen=True)
 class Sweep:
     """A planned sweep; `flags` are the command line's own, such as `config_path`.
 
@@ -47,14 +42,14 @@ class Sweep:
 
     folder: Path
     command: str
-    flags: dict[str, Any]
+    flags: dict[str, str]
     jobs: list[Job]
     outputs: Path | None = None
 
     def record(self, job: Job) -> Record | None:
         """What the job left; None before it started."""
         folder = self.folder / job.run_id
-        return read(folder, self.folder) if (folder / RESULT).is_file() else None
+        return read(folder, self.folder) if os.path.isfile(folder / RESULT) else None
 
     def status(self, job: Job) -> str:
         """The status of the job's record, or that it was not started."""
@@ -71,6 +66,12 @@ class Sweep:
             record = self.record(job)
             if record and record.status == "failed":
                 yield job, record.text("error")
+
+    def own_options(self) -> list[str]:
+        """The flags that name options of a person's own, which only he can say are to be trusted."""
+        if self.flags.get("config_name") == RESOLVED and "config_dir" not in self.flags:
+            return []
+        return [f"--{name.replace('_', '-')}={value}" for name, value in self.flags.items()]
 
     def swept(self) -> dict[str, list[str]]:
         """Keys in which the jobs differ, each with the value of every job."""
@@ -92,9 +93,12 @@ def changed(overrides: Sequence[str], changes: Sequence[str]) -> list[str]:
 
 
 def create(
-    folder: Path | None, outputs: Path, command: str, flags: dict[str, Any], jobs: dict[str, list[str]]
+    folder: Path | None, outputs: Path, command: str, flags: dict[str, str], jobs: dict[str, list[str]]
 ) -> Sweep:
     """Plans a sweep in a new folder, or in one that the user names, and takes an identity for each job.
+
+    Raises:
+        ConfigError: an override could not be read again as a value.
 
     Args:
         folder: where, if the user says so.
@@ -103,13 +107,16 @@ def create(
         flags: of the command line.
         jobs: each job's key to its overrides, in order.
     """
+    for text in filter(None, map(plans.foreign, jobs.values())):
+        raise ConfigError(f"{text}: a sweep keeps its settings in a plan, which takes values alone: write it out")
     folder = folder or claim_sweep(outputs)
     folder.mkdir(parents=True, exist_ok=True)
-    planned = [Job(claim_run(outputs), overrides, key) for key, overrides in jobs.items()]
-    for job in planned:
-        note(outputs, job.run_id, folder / job.run_id)
-    sweep = Sweep(folder, command, flags, planned, outputs.resolve())
-    _save(sweep)
+    with scratch.locked(folder):  # empty, it would be nobody's
+        planned = [Job(claim_run(outputs), overrides, key) for key, overrides in jobs.items()]
+        for job in planned:
+            note(outputs, job.run_id, folder / job.run_id)
+        sweep = Sweep(folder, command, flags, planned, outputs.resolve())
+        _save(sweep)
     return sweep
 
 
@@ -118,8 +125,9 @@ def find(outputs: Path, keys: Sequence[str]) -> Sweep | None:
     for path in sorted(outputs.glob(f"sweep-*/{PLAN}"), reverse=True):
         try:
             sweep = load(path.parent)
-        except ArtifactError:
-            continue  # a damaged plan is some other sweep's trouble
+        except ArtifactError as error:  # a damaged plan is some other sweep's trouble
+            bounded.tell_once(path, str(error))
+            continue
         if [job.key for job in sweep.jobs] == list(keys) and sweep.remaining():
             return sweep
     return None
@@ -133,15 +141,10 @@ def load(folder: Path) -> Sweep:
         ArtifactError: it cannot be read.
     """
     path = folder / PLAN
-    try:
-        plan = json.loads(path.read_text(encoding="utf-8"))
-        jobs = [Job(str(j["run_id"]), [str(o) for o in j["overrides"]], str(j["key"])) for j in plan["jobs"]]
-        outputs = Path(plan["outputs"]) if plan.get("outputs") else None
-        return Sweep(folder, str(plan["command"]), dict(plan["flags"]), jobs, outputs)
-    except FileNotFoundError:
-        raise MissingError(f"{folder} holds no {PLAN}: name the folder of a sweep, such as outputs/sweep-001") from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ArtifactError(f"{path} is not a readable plan of a sweep ({type(error).__name__})") from None
+    if not os.path.lexists(path):
+        raise MissingError(f"{folder} holds no {PLAN}: name the folder of a sweep, such as outputs/sweep-001")
+    plan = plans.read(path)
+    return Sweep(folder, plan.command, plan.flags, plan.jobs, plan.outputs)
 
 
 @contextmanager
@@ -161,9 +164,13 @@ def held(sweep: Sweep) -> Iterator[None]:
 
 def has_job(folder: Path) -> bool:
     """True for the folder of a planned job: what an earlier attempt left in it is of this very configuration."""
-    if not (folder.parent / PLAN).is_file():
+    if not os.path.isfile(folder.parent / PLAN):
         return False
-    return folder.name in [job.run_id for job in load(folder.parent).jobs]
+    try:
+        return folder.name in [job.run_id for job in load(folder.parent).jobs]
+    except ArtifactError as error:  # a damaged plan is some other sweep's trouble
+        bounded.tell_once(folder.parent / PLAN, str(error))
+        return False
 
 
 def summarize(sweep: Sweep) -> dict[str, Any]:
@@ -215,7 +222,8 @@ def how_to_go_on(sweep: Sweep) -> str:
     left = len(sweep.remaining())
     if not left:
         return ""
-    return f"{left} of {len(sweep.jobs)} jobs are left; to go on: python launch.py sweep.resume={sweep.folder}"
+    again = [*sweep.own_options(), f"sweep.resume={sweep.folder}"]
+    return f"{left} of {len(sweep.jobs)} jobs are left; to go on: python launch.py {shlex.join(again)}"
 
 
 def _save(sweep: Sweep) -> None:
@@ -263,11 +271,10 @@ def _rank(row: dict[str, Any], objective: str) -> tuple[bool, list[str], float]:
 
 def _markdown(sweep: Sweep, summary: dict[str, Any]) -> str:
     header, rows = cells(summary)
-    lines = [header, ["---"] * len(header), *rows]
-    table = "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
-    failed = [f"- {job.run_id} failed: {reason}" for job, reason in sweep.failures()]
-    parts = [f"# {summary['sweep']}", f"    {sweep.command}", table, remark(summary), "\n".join(failed)]
-    parts.append(how_to_go_on(sweep))
+    table = rendered(tuple(map(plain, header)), [list(map(plain, row)) for row in rows])
+    failed = [f"- {job.run_id} failed: {plain(reason)}" for job, reason in sweep.failures()]
+    parts = [f"# {plain(summary['sweep'])}", code(sweep.command), table, remark(summary), "\n".join(failed)]
+    parts.append(plain(how_to_go_on(sweep)))
     return "\n\n".join(part for part in parts if part) + "\n"
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from qat.config import Config, TrackerKind, as_plain
+from qat.shown import shown
 
 log = logging.getLogger(__name__)
 
@@ -89,7 +90,7 @@ def _start_wandb(config: Config, folder: Path, run_id: str) -> Any:
         id=earlier,
         resume="allow" if earlier else None,
         name=run_id,
-        group=folder.parent.name if folder.parent.name.startswith("sweep-") else None,
+        group=shown(folder.parent.name) if folder.parent.name.startswith("sweep-") else None,
         config=as_plain(config),
         dir=str(folder),
         mode=mode,

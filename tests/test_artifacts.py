@@ -244,23 +244,16 @@ def test_two_processes_at_once_make_it_once(tmp_path):
 
 def test_killed_maker_blocks_nobody_and_its_leftovers_are_swept(tmp_path):
     first = start(tmp_path, 60)
-    wait_for(lambda: list(tmp_path.glob("kind/.name-*.partial/first")))
+    wait_for(lambda: list(tmp_path.glob("kind/.name-*.scratch/first")))
     second = start(tmp_path, 0)
     assert second.stdout.readline().startswith("waiting")
     first.send_signal(signal.SIGKILL)
     assert second.communicate(timeout=30)[0].strip() == str(second.pid)
     first.communicate()
     assert (tmp_path / "made").read_text().split() == [str(first.pid), str(second.pid)]
-    assert list(tmp_path.glob("kind/.*.partial")) == []
+    assert list(tmp_path.glob("kind/.*.scratch")) == []
     (folder,) = tmp_path.glob("kind/name-*")
     assert set(open_artifact(folder).manifest["files"]) == {"first", "second"}
-
-
-def test_sweeping_leaves_other_artifacts_in_the_making_alone(tmp_path):
-    other = tmp_path / "kind" / ".name-ffffffffffff.abc.partial"
-    other.mkdir(parents=True)
-    obtain(tmp_path, "kind", "name", {}, fill)
-    assert other.is_dir()
 
 
 def test_json_file_is_readable_text(tmp_path):

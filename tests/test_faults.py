@@ -10,9 +10,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from qat import faults, runs
-from qat.artifacts import open_artifact
+from qat.artifacts import hashed, open_artifact, publish
 from qat.config import Config, ModeConfig, QuantConfig, TrackerConfig, TrackerKind
 from qat.distill import step
 from qat.errors import MachineError
@@ -20,6 +22,7 @@ from qat.report import records
 from tests.launching import Launch
 
 TINY = ("+debug=tiny", "quant=q2a16", "data.documents=64", "instance.precision=fp32", "evaluate.sample_tokens=1")
+BIG = {"a": torch.zeros(1 << 18)}
 LONG = (*TINY, "train.steps=100000", "train.eval_every=50000")
 
 
@@ -65,6 +68,18 @@ def test_full_disk_is_told_and_leaves_nothing_half_made(small_disk, words, said)
         if folder.is_dir():
             open_artifact(folder)
     assert results(outputs)[0]["status"] in ("failed", "interrupted")
+
+
+@pytest.mark.parametrize("small_disk", ["64k"], indirect=True)
+@pytest.mark.parametrize("write", [lambda path: path.write_bytes(bytes(1 << 20)), lambda path: save_file(BIG, path)])
+def test_full_disk_leaves_an_older_export_in_its_place(small_disk, write):
+    place = small_disk / "export"
+    with publish(place, {}) as (made, _):
+        (made / "x").write_text("older")
+    with pytest.raises(MachineError, match=f"^the disk is full at {place}: "), publish(place, {}) as (made, _):
+        write(made / "x")
+    open_artifact(place)
+    assert (place / "x").read_text() == "older" and [path.name for path in small_disk.iterdir()] == ["export"]
 
 
 def test_read_only_outputs_are_refused_before_anything_starts(tmp_path):
@@ -183,6 +198,51 @@ def test_damaged_file_is_told(made, harm, what):
         path.write_bytes(whole)
     assert (code, err.count("\n")) == (1, 1)
     assert str(path) in err and ("bytes instead of" if harm == "cut short" else "was altered") in err
+
+
+def edited(path, change):
+    """Changes the JSON in a file; returns its bytes from before."""
+    whole = path.read_bytes()
+    said = json.loads(whole)
+    change(said)
+    path.write_text(json.dumps(said))
+    return whole
+
+
+def test_damaged_manifest_is_told_before_anything_starts(made):
+    path = made / "SR-001" / "checkpoints" / "best" / "manifest.json"
+    whole = edited(path, lambda said: next(iter(said["layers"].values())).update(bits=0))
+    try:
+        code, _, err = Launch(made, *TINY, "stage=evaluate", "checkpoint=SR-001").ended()
+    finally:
+        path.write_bytes(whole)
+    assert (code, err.count("\n")) == (2, 1)
+    assert str(path) in err and "bits is 0, and a whole number from 1 to 8 belongs there" in err
+
+
+def test_numbers_that_are_none_in_a_cache_are_told(made):
+    path = next(made.glob("artifacts/caches/*/train-00000.safetensors"))
+    manifest, whole = path.parent / "manifest.json", path.read_bytes()
+    with safe_open(path, framework="pt") as file:
+        said = file.metadata()
+    tensors = load_file(path)
+    tensors["topk_logprobs"][1, 2, 3] = torch.nan
+    save_file(tensors, path, metadata=said)
+    entry = {path.name: {"bytes": path.stat().st_size, "sha256": hashed([path])[0]}}
+    listed = edited(manifest, lambda said: said["files"].update(entry))
+    try:
+        code, _, err = Launch(made, *TINY).ended()
+    finally:
+        path.write_bytes(whole)
+        manifest.write_bytes(listed)
+    assert (code, err.count("\n")) == (1, 1)
+    assert "NaN or infinity is among the log-probabilities in row 1 of train-00000.safetensors" in err
+
+
+def test_a_run_that_learns_nothing_has_failed(made):
+    code, _, err = Launch(made, *TINY, "train.lr=1e-30").ended()
+    assert (code, err.count("\n")) == (1, 1) and "steps have changed nothing" in err
+    assert results(made)[-1]["status"] == "failed" and "changed nothing" in results(made)[-1]["error"]
 
 
 def test_teacher_that_is_not_there_is_told(tmp_path):

@@ -1,99 +1,131 @@
-"""`kill -9` at any moment: nothing half-made that looks finished, an honest record, a next run that goes through."""
+"""`kill -9` at any moment: nothing half-made that looks finished, an honest record, a next run that goes through.
 
+What makes files is killed before each of its operations, in processes that are forked here; a whole run before a
+few, drawn with a seed. `benchmarks/kills.py` does that to every command and every operation.
+"""
+
+import itertools
 import json
-import signal
-import time
+import random
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
-from qat.artifacts import open_artifact
-from tests.launching import Launch
+from qat import scratch
+from qat.artifacts import obtain, open_artifact, publish, write_json
+from qat.distill.state import State, States
+from tests import kills
+from tests.killing import killed
 
-# Rising so slowly that every look finds a better student: it saves all the time.
-FOREVER = ["train.steps=100000", "train.eval_every=1", "train.warmup=0.9", "train.lr=30", "instance.precision=fp32"]
-
-
-@pytest.fixture(scope="module")
-def outputs(tmp_path_factory):
-    return tmp_path_factory.mktemp("kill") / "outputs"
-
-
-class Job(Launch):
-    """One launch of the tiny job."""
-
-    def __init__(self, outputs, *words):
-        self.before = set(outputs.glob("SR-*"))
-        super().__init__(outputs, "+debug=tiny", "quant=q2a16", "data.documents=64", *words)
-
-    @property
-    def folder(self):
-        return next(iter(set(self.outputs.glob("SR-*")) - self.before), None)
-
-    def kill_once(self, there, seconds=0.0):
-        """Kills the process so long after something is there."""
-        self.wait_for(lambda: there(self))
-        time.sleep(seconds)
-        self.send(signal.SIGKILL)
-        assert self.ended()[0] == -signal.SIGKILL
+SAMPLE = 3  # operations of a run
+FILES = {"a.safetensors", "b.txt"}
 
 
-def half_made(kind):
-    """An artifact of this kind is in the making."""
-    return lambda job: list((job.outputs / "artifacts" / kind).glob(".*.partial"))
+def fill(folder, says=1.0):
+    """Two files, of which one is there already where somebody was killed."""
+    if not (folder / "b.txt").exists():
+        (folder / "half").write_text("b")
+        (folder / "half").rename(folder / "b.txt")
+    save_file({"a": torch.full((4,), says)}, folder / "a.safetensors")
+    for path in folder.glob(".tmp*"):
+        path.unlink()
+    return {"says": says}
 
 
-def saving_after(steps):
-    """Training has done some steps and is about to replace its best checkpoint."""
-
-    def there(job):
-        path = job.folder and job.folder / "metrics.jsonl"
-        done = path and path.is_file() and path.read_text().count('"loss"') >= steps
-        return done and list(job.folder.glob("checkpoints/.best.*"))
-
-    return there
-
-
-def check_all_is_whole(outputs):
-    """Every folder under its final name is complete; returns how many there are of each kind."""
-    artifacts = [path for path in outputs.glob("artifacts/*/*") if path.is_dir() and not path.name.startswith(".")]
-    checkpoints = [path for path in outputs.glob("SR-*/checkpoints/*") if not path.name.startswith(".")]
-    for folder in artifacts + checkpoints:
-        open_artifact(folder)
-    return sorted(folder.parent.name for folder in artifacts)
+def each(tmp_path, work, least):
+    """Kills some work before each operation, each time in a folder of its own."""
+    for number in itertools.count(1):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        yield folder, (going := killed(lambda folder=folder: work(folder), [folder], number, tmp_path))
+        if not going:
+            break
+    assert number > least
 
 
-def check_interrupted(folder):
-    result = json.loads((folder / "result.json").read_text())
-    assert (result["status"], result["run_id"], result["error"]) == ("interrupted", folder.name, None)
+def hidden(folder):
+    return [path for path in folder.rglob(".*") if path.suffix not in (".lock", ".checked")]
 
 
-def check_complete(folder):
-    result = json.loads((folder / "result.json").read_text())
-    assert (result["status"], result["error"]) == ("complete", None)
-    for name in ("best", "last"):
-        open_artifact(folder / "checkpoints" / name)
+@pytest.mark.parametrize("resumable", [False, True])
+def test_an_artifact_is_made_again_whole_wherever_its_maker_was_killed(tmp_path, resumable):
+    def make(folder):
+        return obtain(folder, "kind", "name", {}, fill, resumable)
+
+    for folder, _ in each(tmp_path, make, 15):
+        found = [path for path in folder.glob("kind/*") if not path.name.startswith(".")]
+        assert all(set(open_artifact(path).manifest["files"]) == FILES for path in found)
+        made = make(folder)
+        listed = {path.name for path in made.folder.iterdir()} - {"manifest.json"}
+        assert set(made.manifest["files"]) == listed == FILES
+        scratch.sweep(folder / "kind")
+        assert hidden(folder) == []
 
 
-def test_job_killed_in_every_stage_leaves_only_whole_artifacts_and_the_next_goes_on(outputs):
-    made = []
-    for kind in ("models", "documents", "caches", "checkpoints"):
-        job = Job(outputs)
-        job.kill_once(half_made(kind))
-        assert check_all_is_whole(outputs) == sorted(made)
-        check_interrupted(job.folder)
-        made.append(kind)
-    last = Job(outputs)
-    assert last.ended()[0] == 0
-    assert check_all_is_whole(outputs) == sorted(made)
-    check_complete(last.folder)
-    assert list(outputs.glob("artifacts/*/.*.partial")) == []
+def test_a_checkpoint_is_the_older_or_the_newer_one_wherever_its_writer_is_killed(tmp_path):
+    def save(folder, says):
+        with publish(folder / "best", {}) as (made, manifest):
+            manifest.update(fill(made, says))
+
+    seen = []
+
+    def replace(folder):
+        save(folder, 2.0)
+
+    for number in itertools.count(1):
+        folder = tmp_path / str(number)
+        save(folder, 1.0)
+        going = killed(lambda folder=folder: replace(folder), [folder], number, tmp_path)
+        seen.append(open_artifact(folder / "best").manifest["says"])
+        replace(folder)
+        assert open_artifact(folder / "best").manifest["says"] == 2.0 and hidden(folder) == []
+        if not going:
+            break
+    assert number > 15 and seen == sorted(seen) and (seen[0], seen[-1]) == (1.0, 2.0)
 
 
-def test_training_killed_while_it_saves_leaves_valid_checkpoints_or_none(outputs):
-    for number in range(4):
-        job = Job(outputs, "data=prompts", *FOREVER)
-        job.kill_once(saving_after(number), seconds=0.002 * number)
-        check_all_is_whole(outputs)
-        check_interrupted(job.folder)
-        rows = (job.folder / "metrics.jsonl").read_text().split("\n")
-        assert all(json.loads(row) for row in rows[:-1])
+def test_the_newest_state_is_whole_wherever_its_writer_is_killed(tmp_path):
+    def save(folder, *steps):
+        states = States(folder, keep=1)
+        for step in steps:
+            states.save(State(step, {"step": torch.tensor(step)}, {}))
+        states.wait()
+
+    for number in itertools.count(1):
+        folder = tmp_path / str(number)
+        save(folder, 1)
+        going = killed(lambda folder=folder: save(folder, 2), [folder], number, tmp_path)
+        newest = States(folder, keep=1).newest()
+        assert newest is not None and newest.tensors["step"] == newest.step in (1, 2)
+        for path in folder.glob("state-*"):
+            open_artifact(path)
+        save(folder, 3)
+        scratch.sweep(folder)
+        assert [path.name for path in folder.iterdir()] == ["state-00000003"]
+        if not going:
+            break
+    assert number > 15
+
+
+def test_a_text_is_the_older_or_the_newer_one_wherever_its_writer_is_killed(tmp_path):
+    for number in itertools.count(1):
+        path = tmp_path / str(number) / "x.json"
+        path.parent.mkdir()
+        write_json(path, 1)
+        going = killed(lambda path=path: write_json(path, 2), [path.parent], number, tmp_path)
+        assert json.loads(path.read_text()) in (1, 2)
+        write_json(path, 3)
+        assert [path.name for path in path.parent.iterdir()] == ["x.json"]
+        if not going:
+            break
+    assert number > 3
+
+
+def test_a_run_killed_anywhere_is_made_again_to_the_same_bytes(tmp_path):
+    case = next(case for case in kills.cases() if case.name == "run")
+    case.prepare(tmp_path / "base")
+    operations, expected = kills.undisturbed(case, tmp_path / "base", tmp_path / "undisturbed")
+    for number in random.Random(0).sample(range(1, len(operations) + 1), SAMPLE):
+        root = tmp_path / f"killed-{number}"
+        assert kills.trial(case, tmp_path / "base", root, number, expected) == [], operations[number - 1]

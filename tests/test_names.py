@@ -11,6 +11,7 @@ from qat.checkpoint_files import find
 from qat.config import CacheConfig, CheckpointConfig, Config, DataConfig, DataSource
 from qat.errors import ArtifactError, ConfigError
 from qat.report import log, records
+from tests import described
 from tests.report.synthetic import write
 
 OUTPUTS = Path("outputs")
@@ -28,7 +29,7 @@ def run(folder: Path, run_id: str, stage: str = "run", status: str = "complete",
 
 def trained(folder: Path, run_id: str) -> Path:
     for name in ("best", "last"):
-        write(folder / "checkpoints" / name / "manifest.json", {"kind": "checkpoint", "files": {}})
+        write(folder / "checkpoints" / name / "manifest.json", described.checkpoint())
     return run(folder, run_id)
 
 
@@ -36,7 +37,7 @@ def trained(folder: Path, run_id: str) -> Path:
 def here(tmp_path, monkeypatch):
     """A current directory with an outputs folder that has a run of each sort; two lie in folders of their own."""
     monkeypatch.chdir(tmp_path)
-    write(OUTPUTS / CONVERSION / "manifest.json", {"kind": "checkpoint", "name": "tiny_q2a4_init", "files": {}})
+    write(OUTPUTS / CONVERSION / "manifest.json", described.checkpoint(name="tiny_q2a4_init"))
     run(OUTPUTS / "SR-001", "SR-001", "convert", conversion=f"outputs/{CONVERSION}")
     trained(OUTPUTS / "SR-002", "SR-002")
     trained(OUTPUTS / "sweep-001" / "SR-003", "SR-003")

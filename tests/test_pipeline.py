@@ -21,7 +21,7 @@ from qat import machine, stages
 from qat.artifacts import open_artifact
 from qat.cli import job, main
 from qat.stages import distill
-from tests import launching, making
+from tests import described, launching, making
 
 ROOT = Path(__file__).resolve().parents[1]
 ALONE = """
@@ -489,7 +489,8 @@ def test_a_refusal_before_any_work_takes_no_number_and_leaves_nothing(first, sho
     before = sorted([*shop.outputs.glob("*"), *shop.outputs.glob(".ids/*"), *shop.outputs.parent.glob("*")])
     log = (shop.outputs / "RUNS.md").read_bytes()
     (other := tmp_path / "damaged").mkdir()
-    (other / "manifest.json").write_text('{"kind": "checkpoint", "quant": {"mlp": {"bits": 2}}, "files": {"gone": {}}}')
+    files = {"gone": {"bytes": 1, "sha256": "0" * 64}}
+    (other / "manifest.json").write_text(json.dumps(described.checkpoint(files=files)))
     done = shop.launch("+debug=tiny", "stage=distill", f"checkpoint={other}", *words)
     assert (done.code, done.err.count("\n"), done.folder) == (1, 1, None) and "gone is missing" in done.err
     assert sorted([*shop.outputs.glob("*"), *shop.outputs.glob(".ids/*"), *shop.outputs.parent.glob("*")]) == before

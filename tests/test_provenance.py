@@ -58,14 +58,13 @@ def test_goes_add_up(tmp_path, clock):
             made(tmp_path, clock, 20, error)
         clock.now += 5000
     assert made(tmp_path, clock, 2).manifest["made"]["seconds"] == 42.0
-    assert {path.name for path in (tmp_path / "kind").iterdir() if path.suffix == ".time"} == set()
+    assert list((tmp_path / "kind").glob("**/.time")) == []
 
 
 def test_a_go_that_was_killed_counts_up_to_the_last_file_it_wrote(tmp_path, clock):
-    folder = place(tmp_path, "kind", "name", {})
-    note, scratch = folder.parent / f".{folder.name}.time", partial(folder)
+    scratch = partial(place(tmp_path, "kind", "name", {}))
     scratch.mkdir(parents=True)
-    note.write_text(json.dumps({"seconds": 10.0, "since": 500.0}))
+    (scratch / provenance.NOTE).write_text(json.dumps({"seconds": 10.0, "since": 500.0}))
     (scratch / "shard").touch()
     os.utime(scratch / "shard", (530.0, 530.0))
     assert made(tmp_path, clock, 2).manifest["made"]["seconds"] == 42.0
@@ -75,7 +74,7 @@ def test_a_go_that_was_killed_counts_up_to_the_last_file_it_wrote(tmp_path, cloc
 def test_a_damaged_note_counts_nothing(tmp_path, clock, note):
     folder = place(tmp_path, "kind", "name", {})
     partial(folder).mkdir(parents=True)
-    (folder.parent / f".{folder.name}.time").write_text(note)
+    (partial(folder) / provenance.NOTE).write_text(note)
     assert made(tmp_path, clock, 2).manifest["made"]["seconds"] == 2.0
 
 
@@ -83,7 +82,7 @@ def test_a_damaged_note_counts_nothing(tmp_path, clock, note):
 def test_what_leaves_nothing_leaves_no_time(tmp_path, clock, error, resumable):
     with pytest.raises(type(error)):
         made(tmp_path, clock, 20, error, resumable)
-    assert not list((tmp_path / "kind").glob("*.time"))
+    assert not list((tmp_path / "kind").glob("**/.time"))
     assert made(tmp_path, clock, 2).manifest["made"]["seconds"] == 2.0
 
 

@@ -8,7 +8,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 TEXT = (ROOT / "docs" / "RELIABILITY.md").read_text(encoding="utf-8")
-ROWS = [line.strip("|").split(" | ") for line in TEXT.splitlines() if line.startswith("| ")][2:]
+FAULTS = TEXT.partition("\n## ")[0].splitlines()
+ROWS = [line.strip("|").split(" | ") for line in FAULTS if line.startswith("| ")][2:]
 
 
 def functions(file: Path) -> list[str]:

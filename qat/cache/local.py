@@ -6,6 +6,7 @@ from pathlib import Path
 from qat.artifacts import MANIFEST, Artifact, open_artifact
 from qat.cache import older
 from qat.cache.older import SHARDS
+from qat.cache.values import checked
 from qat.config import Tail
 from qat.errors import ArtifactError
 from qat.models import ModelFolder
@@ -18,10 +19,10 @@ def open_local(folder: Path, teacher: ModelFolder, eval_fraction: float, tail: T
         ArtifactError: the folder holds no cache, a damaged one, or another teacher's.
     """
     if (folder / MANIFEST).is_file():
-        return _ours(folder, teacher)
+        return checked(_ours(folder, teacher))
     if any(folder.glob(SHARDS)):
         _check_vocabulary(folder, older.described_as(folder).get("vocab_size"), teacher, _sizes(teacher))
-        return older.open_older(folder, teacher.vocab_size(), eval_fraction, tail)
+        return checked(older.open_older(folder, teacher.vocab_size(), eval_fraction, tail))
     inside = next((path.parent for name in (MANIFEST, SHARDS) for path in folder.glob(f"*/{name}")), None)
     hint = f": did you mean {inside}?" if inside else ""
     raise ArtifactError(f"cache.path={folder} holds neither a {MANIFEST} nor {SHARDS}, so no teacher cache{hint}")

@@ -10,7 +10,6 @@ fake tensors), which says where in the file each tensor begins. What they lack:
 
 import hashlib
 import logging
-import pickle
 import re
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from qat import manifests, tensor_files
 from qat.artifacts import Artifact, content_key, digests, obtain, read_json, require_space, write_json
 from qat.cache.format import FORMAT_VERSION, META, SHARD_ROWS, bytes_a_row, encode_ids, shard_name, write_shard
 from qat.cache.rows import Field, RowFile, RowFiles
@@ -32,6 +32,19 @@ FORMAT = "pt"
 SHARDS = "shard_*.pt"
 NEEDED = ("input_ids", "topk_idx", "topk_logits")
 SAMPLE = ("rand_idx", "rand_logits")
+# Dimensions of each tensor, in letters, and the types it may have: N rows of L tokens, P = L - 1 positions, K and R
+# tokens kept at each.
+WHOLE = (torch.int16, torch.int32, torch.int64)
+REAL = (torch.float16, torch.bfloat16, torch.float32)
+SHAPES = {
+    "input_ids": ("NL", WHOLE),
+    "topk_idx": ("NPK", WHOLE),
+    "topk_logits": ("NPK", REAL),
+    "rand_idx": ("NPR", WHOLE),
+    "rand_logits": ("NPR", REAL),
+    "attention_mask": ("NL", (torch.uint8, torch.bool, *WHOLE)),
+}
+REMEDY = "copy it again from where it came"
 
 
 def open_older(folder: Path, vocab_size: int, eval_fraction: float, tail: Tail) -> Artifact:
@@ -116,6 +129,9 @@ class OlderShards:
             raise ArtifactError(f"a shard has token {int(ids.max())}, the model only {self.meta['vocab_size']}")
         if self.meta["tail"] == "estimated":
             logits = estimated(ids, logits, found["rand_idx"], found["rand_logits"], self.meta["vocab_size"])
+            if not (fine := logits.isfinite().flatten(1).all(1)).all():
+                where = self._files.place(int(numbers[~fine][0]))
+                raise ArtifactError(f"the random sample of {where} holds numbers that are none: use cache.tail=exact")
         starts = torch.zeros(found["input_ids"].shape, dtype=torch.uint8)
         starts[:, :1] = 1
         stored = {
@@ -126,6 +142,10 @@ class OlderShards:
             "topk_logprobs": logits,
         }
         return {name: tensor.pin_memory() for name, tensor in stored.items()} if pinned else stored
+
+    def place(self, row: int) -> str:
+        """Where a row lies, for a person."""
+        return self._files.place(int(self._numbers[row]))
 
     def input_ids(self, rows: Tensor) -> Tensor:
         """Token ids [B, L] alone."""
@@ -204,6 +224,10 @@ def described_as(folder: Path) -> dict[str, Any]:
         ArtifactError: it cannot be read, or names another format.
     """
     found = read_json(folder / META)
+    try:
+        manifests.OLDER_META(found, "")
+    except manifests.Wrong as wrong:
+        raise ArtifactError(f"{folder / META} describes no cache ({wrong}): mend or remove it") from None
     if found.get("format", "qwen_kd_topk_cache_v1") != "qwen_kd_topk_cache_v1":
         raise ArtifactError(f"{folder / META} describes no cache of the older scripts (qwen_kd_topk_cache_v1)")
     return found
@@ -213,28 +237,43 @@ def _file(path: Path) -> RowFile:
     """Where the tensors of a shard lie in its file, without reading them."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    remedy = "copy it again from where it came"
     try:
         with FakeTensorMode():
-            content = torch.load(path, weights_only=True)
-    except (OSError, RuntimeError, ValueError, KeyError, EOFError, pickle.UnpicklingError) as error:
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise ArtifactError(f"{path} is no shard, or not all of one ({reason}): {remedy}") from None
-    missing = [name for name in NEEDED if not isinstance(content, dict) or not isinstance(content.get(name), Tensor)]
+            content = tensor_files.unpickled(path)
+    except ValueError as error:
+        raise ArtifactError(f"{path} is no shard, or not all of one ({error}): {REMEDY}") from None
+    missing = [name for name in NEEDED if not isinstance(content, dict) or not tensor_files.is_plain(content.get(name))]
     if missing:
         raise ArtifactError(f"{path} holds no {' and no '.join(missing)}, so it is no shard of a teacher cache")
-    tensors = {name: content[name] for name in (*NEEDED, *SAMPLE, "attention_mask") if name in content}
+    tensors = {name: content[name] for name in SHAPES if tensor_files.is_plain(content.get(name))}
     if content["input_ids"].ndim == 1:  # one sequence, without the leading dimension
         tensors = {name: tensor.unsqueeze(0) for name, tensor in tensors.items()}
-    rows, length = tensors["input_ids"].shape
-    places = length - 1
-    wanted = {"input_ids": length, "attention_mask": length}
+    sizes: dict[str, int] = {}
     for name, tensor in tensors.items():
-        if tensor.shape[0] != rows or tensor.shape[1] != wanted.get(name, places) or not tensor.is_contiguous():
-            raise ArtifactError(f"{path}: {name} has shape {list(tensor.shape)} beside {rows} rows of {length} tokens")
-        if tensor.untyped_storage()._checkpoint_offset is None:
-            raise ArtifactError(f"{path} is in torch's file format of before 1.6: load it and torch.save it again")
-    return RowFile(path, rows, {name: _field(tensor) for name, tensor in tensors.items()})
+        _check_tensor(path, name, tensor, sizes)
+    if SAMPLE[0] in tensors and SAMPLE[1] not in tensors:
+        raise ArtifactError(f"{path} holds {SAMPLE[0]} without {SAMPLE[1]}: {REMEDY}")
+    return RowFile(path, sizes["N"], {name: _field(tensor) for name, tensor in tensors.items()})
+
+
+def _check_tensor(path: Path, name: str, tensor: Tensor, sizes: dict[str, int]) -> None:
+    """Looks at type, shape and place of a tensor; `sizes` are those of the letters so far, and get its own."""
+    letters, types = SHAPES[name]
+    given = dict(zip(letters, tensor.shape, strict=False))
+    fits = tensor.ndim == len(letters) and all(sizes.get(letter, size) == size for letter, size in given.items())
+    if not (fits and tensor.is_contiguous()):
+        beside = f" beside {sizes['N']} rows of {sizes['L']} tokens" if sizes else ""
+        raise ArtifactError(f"{path}: {name} has shape {list(tensor.shape)}{beside}: {REMEDY}")
+    if not tensor.numel() or given.get("L", 2) < 2:
+        raise ArtifactError(f"{path}: {name} has shape {list(tensor.shape)}, in which there is nothing: {REMEDY}")
+    if tensor.dtype not in types:
+        raise ArtifactError(f"{path}: {name} holds {str(tensor.dtype).removeprefix('torch.')}: {REMEDY}")
+    if tensor.untyped_storage()._checkpoint_offset is None:
+        raise ArtifactError(f"{path} is in torch's file format of before 1.6: load it and torch.save it again")
+    field = _field(tensor)
+    if not 0 <= field.offset <= path.stat().st_size - tensor.shape[0] * field.row_bytes:
+        raise ArtifactError(f"{path}: {name} goes on behind the end of the file: {REMEDY}")
+    sizes |= given | ({"P": given["L"] - 1} if "L" in given else {})
 
 
 def _field(tensor: Tensor) -> Field:

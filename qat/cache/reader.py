@@ -31,6 +31,9 @@ class Source(Protocol):
     def input_ids(self, rows: Tensor) -> Tensor:
         """Token ids [B, L] alone."""
 
+    def place(self, row: int) -> str:
+        """Where a row lies, for a person."""
+
 
 class CacheReader:
     """One split of a cache.
@@ -73,6 +76,10 @@ class CacheReader:
                     yield waiting.popleft().result()
             finally:
                 pool.shutdown(cancel_futures=True)
+
+    def place(self, row: int) -> str:
+        """Where a row lies, for a person: its number in its shard."""
+        return self._source.place(row)
 
     def input_ids(self, count: int) -> Tensor:
         """Token ids [min(count, rows), L] int64 of the first sequences."""

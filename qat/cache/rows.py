@@ -90,6 +90,11 @@ class RowFiles:
                     raise ArtifactError(f"{there.path} was cut short while it was read: make it again")
         return found
 
+    def place(self, row: int) -> str:
+        """Where a row lies, for a person."""
+        file = int(np.searchsorted(self._firsts, row, side="right")) - 1
+        return f"row {row - int(self._firsts[file])} of {self._files[file].path.name}"
+
     def _runs(self, rows: Tensor) -> list[tuple[int, int, int, int]]:
         """Rows that follow each other in a file, together: place in the batch, file, first row, count."""
         numbers = rows.numpy()

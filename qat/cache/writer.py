@@ -43,6 +43,7 @@ from qat.cache.format import (
     write_shard,
 )
 from qat.cache.topk import outputs
+from qat.cache.values import checked
 from qat.config import CacheConfig, Packing
 from qat.console import Advance, progress
 from qat.data.documents import SPLITS, read_documents
@@ -53,6 +54,7 @@ from qat.forward import Pass, hidden_states
 from qat.head import OutputHead
 from qat.machine import Machine
 from qat.models import ModelFolder
+from qat.provenance import NOTE
 from qat.rows import inputs
 
 log = logging.getLogger(__name__)
@@ -140,13 +142,13 @@ def obtain_cache(
         _record(meta, shards, content_key(key), author, how, _sample(cache, documents, teacher), scratch, folder)
 
     if crew.ranks.first:
-        return obtain(artifacts, "caches", full_name, key, make, resumable=True, at=machine.place())
+        return checked(obtain(artifacts, "caches", full_name, key, make, resumable=True, at=machine.place()))
     scratch = partial(folder)
     crew.wait(lambda: folder.exists() or crew.called(scratch), f"the first process prepares {folder}")
     if not folder.exists():
         help_make(scratch)
     crew.wait(folder.exists, f"the first process publishes {folder}")
-    return open_artifact(folder)
+    return checked(open_artifact(folder))
 
 
 def _sample(cache: CacheConfig, documents: Artifact, teacher: ModelFolder) -> Sample:
@@ -230,7 +232,7 @@ def _prepare(
         there = []
     names = {shard.name for shard in there}
     for path in scratch.iterdir():
-        if path.name not in names:
+        if path.name not in {*names, NOTE}:
             path.unlink()
     if there:
         log.info("going on with %d of %d shards that are there already", len(there), len(shards))

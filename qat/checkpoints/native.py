@@ -6,14 +6,17 @@ these too, `own.safetensors` has them; where training kept the weights that the 
 `latent.safetensors` has those.
 """
 
+import math
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
-from qat.artifacts import open_artifact, publish
+from qat import tensor_files
+from qat.artifacts import MANIFEST, open_artifact, publish
+from qat.checkpoints.own import FILE as OWN
 from qat.checkpoints.own import adopt, read_own, write_own
 from qat.config import QuantConfig
 from qat.errors import ArtifactError
@@ -22,11 +25,13 @@ from qat.models import ModelFolder, linear
 from qat.norms import set_learned
 from qat.quant import formats, packing
 from qat.quant import latent as latents
-from qat.quant.layers import KINDS, Layer, bits_per_weight, recorded
+from qat.quant.layers import KINDS, Layer, bits_per_weight, kind_of, recorded
 from qat.quant.linear import QuantLinear, quantized
+from qat.tensor_files import Wanted
 
 FILE = "tables.safetensors"
 LATENT = "latent.safetensors"  # `<layer>.latent`, fp32: where the training of indices goes on from
+REMEDY = "copy the checkpoint again from where it came, or make it again"
 
 
 def describe(teacher: ModelFolder, quant: QuantConfig, layers: list[Layer]) -> dict[str, Any]:
@@ -95,16 +100,17 @@ def load(folder: Path, teacher: ModelFolder, machine: Machine) -> tuple[PreTrain
         ArtifactError: the files are damaged or no checkpoint's, or the checkpoint belongs to another teacher.
     """
     manifest = check(folder, teacher)
+    layers = layers_of(manifest)
+    tensors = tensor_files.read(folder / FILE, _tables(layers), REMEDY)
     model = teacher.load(machine.dtype, machine.device)
-    tensors = load_file(folder / FILE)
-    for layer in layers_of(manifest):
+    for layer in layers:
         with machine.device:
             module = QuantLinear(layer.format, *layer.shape, linear(model, layer.name).bias)
         packed = tensors[f"{layer.name}.indices"].to(machine.device)
         module.indices.copy_(packing.unpack(packed, layer.format.bits, layer.shape))
         module.set_parts({part: tensors[f"{layer.name}.{part}"] for part in module.parts()})
         model.set_submodule(layer.name, module.requires_grad_(False))
-    own = read_own(folder)
+    own = read_own(folder / OWN, model, REMEDY) if _has(folder, manifest, OWN) else {}
     adopt(model, own)
     set_learned(model, own)
     return model, manifest
@@ -122,14 +128,18 @@ def check(folder: Path, teacher: ModelFolder) -> dict[str, Any]:
             f"{folder} was made from {manifest.get('model')} with other weights than those of {teacher.name}:"
             f" use model={manifest.get('model')} and the same revision"
         )
+    _check_layers(folder, manifest, teacher)
     return manifest
 
 
 def latent(folder: Path) -> dict[str, torch.Tensor]:
     """The weights [O, I] behind the tables, by layer; empty where training kept none."""
-    opened(folder)
-    path = folder / LATENT
-    return {name.removesuffix(".latent"): w for name, w in load_file(path).items()} if path.is_file() else {}
+    manifest = opened(folder)
+    if not _has(folder, manifest, LATENT):
+        return {}
+    wanted = {f"{layer.name}.latent": Wanted(("F32",), layer.shape) for layer in layers_of(manifest)}
+    found = tensor_files.read(folder / LATENT, wanted, REMEDY, some=True)
+    return {name.removesuffix(".latent"): weight for name, weight in found.items()}
 
 
 def add_latents(model: PreTrainedModel, known: dict[str, torch.Tensor], teacher: ModelFolder) -> None:
@@ -153,4 +163,47 @@ def opened(folder: Path) -> dict[str, Any]:
     found = open_artifact(folder).manifest
     if found.get("kind") != "checkpoint":
         raise ArtifactError(f"{folder} is not a checkpoint: give a folder such as checkpoints/best of a run")
+    if FILE not in found["files"]:
+        raise ArtifactError(f"{folder / MANIFEST} lists no {FILE}, without which it is no checkpoint: {REMEDY}")
+    layers = layers_of(found)
+    for layer in layers:
+        if misfit := layer.format.misfit(*layer.shape):
+            said, name = f"{misfit.setting} {layer.format.settings()[misfit.setting]}", ascii(layer.name)[1:-1]
+            raise ArtifactError(f"{folder / MANIFEST} says {said} of {name}, which {misfit.why}: {REMEDY}")
+    if abs(found["bits_per_weight"] - bits_per_weight(layers)) > 1e-4:
+        raise ArtifactError(f"{folder / MANIFEST} says other bits per weight than its layers have: {REMEDY}")
     return found
+
+
+def _has(folder: Path, manifest: dict[str, Any], name: str) -> bool:
+    """Whether a checkpoint has a file that not every one has.
+
+    Raises:
+        ArtifactError: it lies there and the manifest does not know it.
+    """
+    if name not in manifest["files"] and (folder / name).exists():
+        raise ArtifactError(f"{folder / name} is not in the {MANIFEST} beside it, and is none of its files: remove it")
+    return name in manifest["files"]
+
+
+def _tables(layers: list[Layer]) -> dict[str, Wanted]:
+    """What the file of tables holds, and nothing else."""
+    wanted: dict[str, Wanted] = {}
+    for layer in layers:
+        wanted[f"{layer.name}.indices"] = Wanted(("U8",), (math.ceil(layer.weights * layer.format.bits / 8),))
+        for name, part in layer.format.parts(*layer.shape).items():
+            wanted[f"{layer.name}.{name}"] = Wanted(("F32",), part.shape)
+    return wanted
+
+
+def _check_layers(folder: Path, manifest: dict[str, Any], teacher: ModelFolder) -> None:
+    """The layers are linear ones of the teacher."""
+    modules = dict(teacher.skeleton().named_modules())
+    for layer in layers_of(manifest):
+        module = modules.get(layer.name)
+        there = tuple(module.weight.shape) if isinstance(module, torch.nn.Linear) else None
+        if there != layer.shape or kind_of(layer.name) != layer.kind:
+            raise ArtifactError(
+                f"{folder / MANIFEST} lists {ascii(layer.name)[1:-1]}, {layer.kind} {list(layer.shape)}, and"
+                f" {teacher.name} has {'no such layer' if there is None else list(there)} there: {REMEDY}"
+            )

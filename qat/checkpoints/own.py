@@ -9,10 +9,13 @@ from pathlib import Path
 from typing import cast
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from qat import tensor_files
 from qat.norms import learned
+from qat.quant.linear import quantized
+from qat.tensor_files import FLOATS, Wanted
 
 FILE = "own.safetensors"
 ATTRIBUTE = "own_parameters"
@@ -31,9 +34,20 @@ def adopt(model: nn.Module, tensors: dict[str, Tensor]) -> None:
     setattr(model, ATTRIBUTE, tensors)
 
 
-def read_own(folder: Path) -> dict[str, Tensor]:
-    """Those of a checkpoint folder."""
-    return load_file(folder / FILE) if (folder / FILE).is_file() else {}
+def read_own(path: Path, model: nn.Module, remedy: str) -> dict[str, Tensor]:
+    """Those of a checkpoint folder's file, for a model whose quantized layers are in place.
+
+    Raises:
+        ArtifactError: it is damaged, or holds what is no parameter of the model besides the quantized ones.
+    """
+    tables = tuple(f"{name}." for name in quantized(model))
+    kept = {
+        name: parameter
+        for name, parameter in model.named_parameters(remove_duplicate=False)
+        if not name.startswith(tables) or name.endswith(".bias")
+    }
+    wanted = {name: Wanted(FLOATS, tuple(parameter.shape)) for name, parameter in kept.items()}
+    return tensor_files.read(path, wanted, remedy, some=True)
 
 
 def write_own(model: nn.Module, folder: Path) -> None:

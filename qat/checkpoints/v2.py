@@ -6,8 +6,6 @@ the scales themselves) is named once. docs/FORMATS.md describes the layout.
 """
 
 import logging
-import pickle
-import zipfile
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -16,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from qat import manifests, tensor_files
 from qat.artifacts import read_json
 from qat.checkpoints.native import describe
 from qat.checkpoints.own import adopt
@@ -40,6 +39,20 @@ ORIGIN = ("model_id", "config_preset", "final_loss", "source_checkpoint")  # kep
 
 State = dict[str, Tensor]
 
+# Dimensions of each part, in letters, and whether it holds floating-point numbers: O outputs, I inputs, R the rank,
+# K table entries, 1 for a scalar.
+SHAPES = {
+    "scale_A": ("OR", True),
+    "scale_B": ("RI", True),
+    "rank_magnitude": ("R", True),
+    "lut": ("K", True),
+    "weight": ("OI", True),
+    "_Q": ("OI", True),
+    "_indices": ("OI", False),
+    "_scales_baked_flag": ("1", False),
+}
+ENTRIES = range(2, 257)  # of a table
+
 
 def load(file: Path, teacher: ModelFolder, machine: Machine) -> tuple[PreTrainedModel, dict[str, Any]]:
     """The student of a V2 state dict, and a manifest as our own checkpoints have it.
@@ -48,8 +61,8 @@ def load(file: Path, teacher: ModelFolder, machine: Machine) -> tuple[PreTrained
         ArtifactError: the file cannot be read, lacks a tensor, contradicts itself or fits another model.
     """
     state, settings = read(file), read_settings(file)
+    names = _layer_names(file, state, teacher.skeleton(), settings)
     model = teacher.load(torch.float32, torch.device("cpu"))
-    names = _layer_names(file, state, model, settings)
     own, unused = _own_parameters(file, state, model, names)
     if unused:
         log.warning("%s: not used are %s", file, _listed(unused))
@@ -79,16 +92,14 @@ def read(file: Path) -> State:
         ArtifactError: no state dict, or one with more than tensors in it.
     """
     try:
-        mapped = zipfile.is_zipfile(file)
-        content = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
-    except (pickle.UnpicklingError, RuntimeError, OSError, EOFError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ArtifactError(f"{file} cannot be read as a state dict of plain tensors ({reason})") from None
+        content = tensor_files.unpickled(file, "cpu", mapped=True)
+    except ValueError as error:
+        raise ArtifactError(f"{file} cannot be read as a state dict of plain tensors ({error})") from None
     if isinstance(content, dict) and isinstance(content.get("model_state_dict"), dict):
         content = content["model_state_dict"]
     if not isinstance(content, dict) or not any(str(key).endswith(".lut") for key in content):
         raise ArtifactError(f"{file} is no V2 checkpoint: it has no tables (keys that end in .lut)")
-    return {str(key): value for key, value in content.items() if isinstance(value, Tensor)}
+    return {str(key): value for key, value in content.items() if tensor_files.is_plain(value)}
 
 
 def read_settings(file: Path) -> dict[str, Any]:
@@ -99,6 +110,10 @@ def read_settings(file: Path) -> dict[str, Any]:
     """
     path = file.parent / "config.json"
     settings = read_json(path)
+    try:
+        manifests.V2_SETTINGS(settings, "")
+    except manifests.Wrong as wrong:
+        raise ArtifactError(f"{path} describes no V2 checkpoint ({wrong}): mend or remove it") from None
     if settings.get("version", "v2") != "v2":
         raise ArtifactError(f"{path} is of version {settings['version']}: only v2 checkpoints can be read")
     return settings
@@ -125,10 +140,39 @@ def _layer_names(file: Path, state: State, model: nn.Module, settings: dict[str,
 
 
 def _shape(file: Path, name: str, state: State) -> tuple[int, ...]:
-    for part in ("scale_A", "scale_B"):
-        if f"{name}.{part}" not in state:
+    """Outputs and inputs of a layer, every part of which is of the shape and type that it should be."""
+    parts = _parts(state, name)
+    for part in SCALES:
+        if part not in parts:
             raise ArtifactError(f"{file} has a table for {name} but no {name}.{part}")
-    return (state[f"{name}.scale_A"].shape[0], state[f"{name}.scale_B"].shape[-1])
+    sizes: dict[str, int] = {"1": 1}
+    for part, (letters, floating) in SHAPES.items():
+        if part in parts:
+            _check_part(f"{file}: {name} has", part, parts[part], letters, floating, sizes)
+    if sizes["R"] > min(sizes["O"], sizes["I"]):
+        raise ArtifactError(
+            f"{file}: {name} has scales of rank {sizes['R']}, and its weight is {sizes['O']}×{sizes['I']}: no rank"
+            " above the smaller side can be meant"
+        )
+    if sizes["K"] not in ENTRIES:
+        raise ArtifactError(f"{file}: {name} has a table of {sizes['K']} entries: from 2 to 256 can be read")
+    return sizes["O"], sizes["I"]
+
+
+def _check_part(has: str, part: str, value: Tensor, letters: str, floating: bool, sizes: dict[str, int]) -> None:
+    """Looks at one part; `sizes` are those that others before it gave to the letters, and get its own."""
+    if part in ("lut", "_scales_baked_flag"):  # written with dimensions of one around it as well
+        value = value.flatten()
+    wanted = tuple(sizes.get(letter, size) for letter, size in zip(letters, value.shape, strict=False))
+    if value.dim() != len(letters) or tuple(value.shape) != wanted or not value.numel():
+        known = "×".join(str(sizes.get(letter, letter)) for letter in letters)
+        raise ArtifactError(f"{has} a {part} of {_times(tuple(value.shape)) or 'no dimensions'} where {known} belongs")
+    if value.is_floating_point() != floating or value.dtype is torch.bool:
+        kind, wanted_kind = str(value.dtype).removeprefix("torch."), "floating-point" if floating else "whole"
+        raise ArtifactError(f"{has} a {part} of {kind}, and {wanted_kind} numbers belong there")
+    if floating and not bool(value.isfinite().all()):
+        raise ArtifactError(f"{has} NaN or infinity in its {part}")
+    sizes.update(zip(letters, value.shape, strict=True))
 
 
 def _check_shape(foreign: str, name: str, stored: tuple[int, ...], expected: tuple[int, ...]) -> None:
@@ -147,6 +191,8 @@ def _own_parameters(file: Path, state: State, model: nn.Module, quantized: list[
             continue
         value = state[name]
         _check_shape(f"{file} does not belong to this model", name, tuple(value.shape), tuple(parameter.shape))
+        if not (value.is_floating_point() and bool(value.isfinite().all())):
+            raise ArtifactError(f"{file} has something else than finite floating-point numbers in {name}")
         home = homes.setdefault(id(parameter), name)
         if home != name and not torch.equal(value, state[home]):
             raise ArtifactError(f"{file}: {name} differs from {home}, and this model ties the two")
@@ -162,14 +208,8 @@ def _parts(state: State, name: str) -> State:
 
 def _module(where: str, parts: State, settings: dict[str, Any], bias: Tensor | None) -> QuantLinear:
     """One quantized layer with the very function that the file's own code computes."""
-    if "rank_magnitude" not in parts:
-        raise ArtifactError(f"{where} has a table but no rank_magnitude")
     A, B, g = _scales(parts, settings)
     table = parts["lut"].float().flatten()
-    if not A.shape[1] == B.shape[0] == len(g):
-        raise ArtifactError(f"{where} has scales of ranks {A.shape[1]}, {B.shape[0]} and {len(g)}: they must agree")
-    if not 2 <= len(table) <= 256:
-        raise ArtifactError(f"{where} has a table of {len(table)} entries: from 2 to 256 can be read")
     bits = (len(table) - 1).bit_length()
     module = QuantLinear(Table(bits, len(g)), A.shape[0], B.shape[1], bias)
     module.indices.copy_(_indices(where, parts, table, (A * g) @ B))
@@ -203,9 +243,6 @@ def _activated(x: Tensor, activation: str) -> Tensor:
 
 def _indices(where: str, parts: State, table: Tensor, S_OI: Tensor) -> Tensor:
     """Indices [O, I] uint8: as stored, else of the stored `_Q`, else nearest to the latent weight over its scale."""
-    for part in ("weight", "_Q", "_indices"):
-        if part in parts and parts[part].shape != S_OI.shape:
-            raise ArtifactError(f"{where} has a {part} of {_times(parts[part].shape)}, its scales {_times(S_OI.shape)}")
     if "_indices" in parts:
         index = _stored(where, parts["_indices"].long(), len(table))
     elif "_Q" in parts:

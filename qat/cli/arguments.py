@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 from hydra._internal.utils import get_args_parser
 
 from qat import names
-from qat.cli import schema, words
+from qat.cli import recorded, schema, trusted, words
 from qat.config import CONF, Config
 from qat.errors import ConfigError
 from qat.identities import RESOLVED
@@ -52,10 +52,11 @@ class CommandLine:
 
     def argv(self) -> list[str]:
         """The same command line for Hydra, flags first: it rejects `a=1 -m b=2`."""
-        given = {name.replace("_", "-"): value for name, value in self.flags.items() if value}
+        own = None if recorded.is_meant(self.flags) else self.flags["config_path"]
+        given = {name.replace("_", "-"): value for name, value in (self.flags | {"config_path": own}).items() if value}
         flags = [f"--{name}" if value is True else f"--{name}={value}" for name, value in given.items()]
-        # A recorded run still needs our logging, and may be given an option of our groups.
-        searchpath = [f"hydra.searchpath=[{quote(f'file://{CONF}')}]"] if self.flags["config_path"] else []
+        # A configuration of one's own still needs our logging, and may be given an option of our groups.
+        searchpath = [f"hydra.searchpath=[{quote(f'file://{CONF}')}]"] if own else []
         return flags + searchpath + self.overrides
 
 
@@ -63,8 +64,10 @@ def parse(argv: list[str]) -> CommandLine:
     """Splits the words typed into flags and overrides.
 
     Raises:
-        ConfigError: an unknown flag, a flag's wrong value, or flags that exclude each other.
+        ConfigError: an unknown flag, a flag's wrong value, flags that exclude each other, or bytes that are no text.
     """
+    for word in argv:
+        _check_word(word)
     parser = get_args_parser()
     parser.allow_abbrev = False
     # argparse would print its usage on two lines more and exit.
@@ -91,6 +94,16 @@ def flag_names() -> list[str]:
     """Every flag by its long name."""
     actions = get_args_parser()._actions
     return [name for action in actions for name in action.option_strings if name.startswith("--")]
+
+
+def _check_word(word: str) -> None:
+    """A word of bytes that are text, as the record of a run must hold it."""
+    try:
+        word.encode()
+    except UnicodeEncodeError:
+        raise ConfigError(
+            f"{ascii(word)[1:-1]} is not UTF-8: type it in UTF-8, or rename the file that it is the name of"
+        ) from None
 
 
 def _refuse(message: str) -> NoReturn:
@@ -131,7 +144,9 @@ def _find_config(command: CommandLine) -> None:
             folder = str(names.run(folder, command.outputs))
     # Hydra would take a relative folder as relative to launch.py.
     flags["config_path"] = os.path.abspath(folder)
-    if not flags["config_name"] and not os.path.exists(os.path.join(folder, "config.yaml")):
+    named = (flags["config_name"] or "").removesuffix(".yaml")
+    is_own = os.path.exists(os.path.join(folder, "config.yaml")) and not trusted.holder(Path(folder))
+    if named == RESOLVED or not (named or is_own):
         flags["config_name"] = RESOLVED
 
 

@@ -4,6 +4,7 @@ Hydra writes the shell's side. Its own answers know neither the words that a key
 are, and show a key's value in Python's spelling, so lines are answered here, from the schema.
 """
 
+import re
 from collections.abc import Iterable
 from enum import Enum
 from pathlib import Path
@@ -15,6 +16,7 @@ from qat.cli.arguments import flag_names
 from qat.identities import places
 
 RUNS = ("checkpoint", "run.resume")  # keys that take a run of the outputs folder
+WORD = re.compile(r"[\w.+-]+")  # what a shell takes for nothing else
 SEPARATORS = {"bash": " ", "zsh": " ", "fish": "\n"}
 
 
@@ -58,7 +60,7 @@ def _values(name: str, begun: str) -> list[str]:
 def _words(name: str) -> Iterable[str]:
     """The words that a group or key takes; none for numbers and text."""
     if name in RUNS:
-        yield from (run_id for run_id, _ in places(Path("outputs")))
+        yield from (run_id for run_id, _ in places(Path("outputs")) if WORD.fullmatch(run_id))
     name = schema.nested().get(name, name)
     if name in (*schema.groups(), *schema.EXTRAS):
         yield from (option.stem for option in helping.options(name))

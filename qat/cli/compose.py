@@ -12,7 +12,7 @@ from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra._internal.utils import create_config_search_path
 from hydra.core.config_search_path import ConfigSearchPath, SearchPathQuery
 from hydra.core.object_type import ObjectType
-from hydra.core.utils import setup_globals
+from hydra.core.utils import JobRuntime, setup_globals
 from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
@@ -25,7 +25,7 @@ from omegaconf.errors import (
 )
 from yaml import YAMLError
 
-from qat.cli import schema, sections, words
+from qat.cli import recorded, schema, sections, trusted, words
 from qat.config import CONF, Config, Stage
 from qat.errors import ConfigError
 from qat.names import settled
@@ -52,14 +52,21 @@ class Composer:
     """Composes the file that the flags name, by default `conf/config.yaml`."""
 
     def __init__(self, flags: dict[str, Any]) -> None:
-        """Registers the schemas and finds the folders that `flags` name."""
+        """Registers the schemas and finds the folders that `flags` name.
+
+        Raises:
+            ConfigError: one is not there, holds data, or is a recorded run with more than our own keys in it.
+        """
         version.setbase("1.3")
         setup_globals()
+        JobRuntime.instance().set("name", "launch")  # as Hydra will call it, after launch.py
         schema.register()
         words.register()
         self.name = flags.get("config_name") or "config"
         self.is_default = self.name == "config" and not flags.get("config_path")
         self.loader = ConfigLoaderImpl(_search_path(flags))
+        if recorded.is_meant(flags):
+            recorded.offer(Path(flags["config_path"]) / recorded.FILE)
 
     def options(self, group: str) -> list[str]:
         """The options of a group, in order."""
@@ -165,11 +172,15 @@ def _wrong_type(key: str, reason: str) -> str:
 
 def _search_path(flags: dict[str, Any]) -> ConfigSearchPath:
     main, extra = flags.get("config_path"), flags.get("config_dir")
+    run = main if recorded.is_meant(flags) else None
     for flag, folder in (("--config-path", main), ("--config-dir", extra)):
         if folder and "://" not in folder and not os.path.isdir(folder):
             raise ConfigError(f"{flag} {folder}: no such folder")
-    path = create_config_search_path(main or str(CONF))
-    if main:
+        if folder and folder is not run:
+            trusted.refuse_data(Path(folder.removeprefix("file://")), f"{flag} {folder}")
+    own = None if run else main
+    path = create_config_search_path(own or str(CONF))
+    if own:
         path.prepend("conf", f"file://{CONF}", SearchPathQuery(provider="schema"))
     if extra:
         path.prepend("command-line", f"file://{os.path.abspath(extra)}", SearchPathQuery(provider="schema"))

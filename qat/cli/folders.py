@@ -3,32 +3,43 @@
 import os
 from pathlib import Path
 
-from hydra.core.override_parser.types import Override
-
 from qat import names, processes
-from qat.cli import ranks
+from qat.cli import ranks, recorded, trusted
 from qat.cli.arguments import quote
 from qat.config import Config, Stage
 from qat.errors import ConfigError
-from qat.identities import claim_run, claim_sweep, places
-from qat.runs import UNRECORDED
+from qat.identities import PLAN, RESULT, claim_run, claim_sweep, places
+from qat.runs import LOG, UNRECORDED
+
+# What a job leaves that was stopped before it began: `qat.runs` writes a record first of all.
+NOT_BEGUN = {".hydra", recorded.FILE, LOG}
 
 
-def claim(config: Config, parsed: list[Override], multirun: bool) -> list[str]:
+def claim(config: Config, named: Path | None, multirun: bool) -> list[str]:
     """Claims a run's identity or a sweep's folder, unless the user says where to go.
 
+    Args:
+        config: of the run, or the first job.
+        named: the folder that the user wants it in.
+        multirun: it is a sweep.
+
     Raises:
-        ConfigError: the outputs folder cannot be written.
+        ConfigError: the outputs folder cannot be written, or the named folder is not free.
     """
     if config.stage is Stage.doctor or (not processes.place().first and config.stage not in UNRECORDED):
         return ranks.scratch()
     if config.run.resume:  # what Hydra recorded of the command that started it stays
         resumed = names.run(config.run.resume, Path(config.outputs))
+        if named and os.path.realpath(named) != os.path.realpath(resumed):
+            raise ConfigError(
+                f"hydra.run.dir={named}: {config.run.resume} goes on in {resumed}, so leave this out"
+            )
         return [_set("hydra.run.dir", resumed), "hydra.output_subdir=null"]
     outputs, key = Path(config.outputs), "hydra.sweep.dir" if multirun else "hydra.run.dir"
-    own = [str(override.value()) for override in parsed if override.key_or_group == key]
-    if own:
-        _check_identity(key, own[-1], outputs)
+    if named:
+        _check_identity(key, named, outputs)
+        if config.stage not in UNRECORDED or trusted.holder(named):
+            check_free(key, named)
         return []
     try:
         return _claim(config.stage, outputs, multirun)
@@ -36,10 +47,27 @@ def claim(config: Config, parsed: list[Override], multirun: bool) -> list[str]:
         raise ConfigError(f"outputs={config.outputs} cannot be written: {error.strerror}") from error
 
 
-def _check_identity(key: str, folder: str, outputs: Path) -> None:
+def check_free(key: str, folder: Path) -> None:
+    """A new run or sweep has a folder to itself.
+
+    Raises:
+        ConfigError: something else is in it, such as a run.
+    """
+    there = sorted(os.listdir(folder)) if os.path.isdir(folder) else []
+    if set(there) <= NOT_BEGUN:
+        return
+    what, remedy = there[0], "name a new or empty folder"
+    if {RESULT, recorded.FILE} & set(there):
+        what, remedy = "a run", f"{remedy}, or go on with that run: --config-path {folder} run.resume={folder}"
+    elif PLAN in there:
+        what = "a sweep"
+    raise ConfigError(f"{key}={folder}: there is {what} in it already: {remedy}")
+
+
+def _check_identity(key: str, folder: Path, outputs: Path) -> None:
     """A folder that is called like a run is not called like another one."""
     for run_id, place in places(outputs):
-        if os.path.basename(os.path.normpath(folder)) == run_id and place.resolve() != Path(folder).resolve():
+        if folder.name == run_id and os.path.realpath(place) != os.path.realpath(folder):
             raise ConfigError(f"{key}={folder}: {run_id} is the run in {place}: choose another name for the folder")
 
 

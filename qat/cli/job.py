@@ -5,39 +5,26 @@ import shlex
 import shutil
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from qat import faults, gpus, runs, sweeps
 from qat.artifacts import write_text
-from qat.cli import apart, ranks
+from qat.cli import apart, ranks, recorded
 from qat.cli.apart import Outcome
 from qat.cli.compose import typed
-from qat.config import Config, as_plain
+from qat.config import Config
 from qat.errors import QatError
-from qat.identities import RESOLVED, RESULT, remove_empty
+from qat.identities import RESULT, remove_empty
 from qat.report import log as run_log
-from qat.runs import UNRECORDED
+from qat.runs import LOG, UNRECORDED
 from qat.suggest import one_line
 
 # Of this process. Hydra's own return value does not reach `main`, nor do the words typed reach a job.
 failures: list[Outcome] = []
 words: list[str] = []
-
-LOG = "train.log"  # as conf/hydra/job_logging/qat.yaml has it
-
-HEADER = """\
-# This run, whole. To repeat it:
-#   python launch.py --config-path <this folder> --config-name {name}
-defaults:
-  - schema
-  - _self_
-  - override hydra/job_logging: qat
-
-"""
 
 
 def run(composed: DictConfig) -> float:
@@ -122,7 +109,7 @@ def _clear(folder: Path, settings: str | None) -> None:
     """Leaves nothing of a run that was refused before it did anything."""
     if settings:
         shutil.rmtree(folder / settings, ignore_errors=True)
-    for name in (f"{RESOLVED}.yaml", LOG):
+    for name in (recorded.FILE, LOG):
         (folder / name).unlink(missing_ok=True)
 
 
@@ -133,16 +120,4 @@ def _sweep_command(folder: Path) -> str:
 
 def record(config: Config, folder: Path) -> None:
     """Writes the file from which this run can be repeated."""
-    write_text(folder / f"{RESOLVED}.yaml", resolved(config))
-
-
-def resolved(config: Config) -> str:
-    """The whole configuration as a file that Hydra reads."""
-    return HEADER.format(name=RESOLVED) + OmegaConf.to_yaml(OmegaConf.create(_escaped(as_plain(config))))
-
-
-def _escaped(value: Any) -> Any:
-    """Text that happens to hold `${…}` stays text when read again."""
-    if isinstance(value, dict):
-        return {key: _escaped(item) for key, item in value.items()}
-    return value.replace("${", r"\${") if isinstance(value, str) else value
+    write_text(folder / recorded.FILE, recorded.written(config))

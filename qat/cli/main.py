@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
 
+from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.types import Override
 
 from qat import sweeps
@@ -19,6 +20,7 @@ from qat.cli import (
     job,
     overrides,
     ranks,
+    recorded,
     registered,
     resume,
     streams,
@@ -26,7 +28,7 @@ from qat.cli import (
     validate,
 )
 from qat.cli.arguments import CommandLine
-from qat.cli.compose import Composer, typed
+from qat.cli.compose import MISTAKES, Composer, explain, typed
 from qat.cli.folders import claim
 from qat.cli.helping import page
 from qat.cli.job import failures
@@ -38,6 +40,8 @@ from qat.runs import UNRECORDED
 from qat.suggest import one_line
 from qat.sweeps import Sweep
 
+TASKS = "evaluate.tasks"
+SUFFIXES = (".yaml", ".yml")  # of a file of tasks; anything else is a name that lm-eval knows
 INTERRUPTED = 130  # what a shell reports for Ctrl-C
 TERMINATED = 143  # and for SIGTERM
 
@@ -53,7 +57,7 @@ class Checked:
     parsed: list[Override]
     configs: list[Config]  # of each job, in order
     jobs: list[list[str]] | None = None  # the overrides of each job of a sweep; None if its sweeper draws them
-    folder: Path | None = None  # where the user wants the sweep
+    folder: Path | None = None  # where the user wants the run or the sweep
 
 
 def main(argv: list[str], launch: Callable[[], None]) -> int:
@@ -88,10 +92,10 @@ def check(command: CommandLine) -> Checked:
     command.overrides = checkpoints.rewrite(command.overrides, composer.options)
     parsed = overrides.read(command.overrides, composer, command.multirun)
     command.overrides = [str(override.input_line) for override in parsed]
-    _check_folders(parsed)
-    if not command.multirun:
-        return Checked(parsed, [_check_job(command, command.overrides, composer)])
-    return _check_sweep(command, parsed, composer)
+    if command.multirun:
+        return _check_sweep(command, parsed, composer)
+    config = _check_job(command, command.overrides, composer)
+    return Checked(parsed, [config], folder=_named_folder("run", command, parsed, composer))
 
 
 def check_resumed(command: CommandLine, sweep: Sweep) -> Checked:
@@ -133,12 +137,12 @@ def _main(argv: list[str], launch: Callable[[], None]) -> int:
         if checked.jobs is not None:
             return _sweep(command, checked, going_on, launch)
         first = checked.configs[0]
-        if done := resume.finished(first):
-            return _print(done) if place().first else 0
+        if resume.is_complete(first):
+            return _print(resume.conclude(first)) if place().first else 0
         devices = 1 if first.stage in UNRECORDED else first.instance.devices
         if devices > 1 and not started():
             return ranks.launch(argv, devices)
-        command.overrides += claim(first, checked.parsed, command.multirun)
+        command.overrides += claim(first, checked.folder, command.multirun)
     sys.argv[1:] = command.argv()
     launch()
     if command.starts_jobs and place().first:
@@ -170,9 +174,10 @@ def _check_sweep(command: CommandLine, parsed: list[Override], composer: Compose
     """Checks every job of a sweep; a sweeper that draws values as it goes is checked on what is fixed."""
     sweeping.check_launcher(parsed, composer.options("hydra/launcher"))
     whole = composer.compose(command.overrides, multirun=True)
+    folder = _named_folder("sweep", command, parsed, composer)
     if "basic_sweeper" not in whole.hydra.sweeper._target_:
         fixed = [str(override.input_line) for override in parsed if not override.is_sweep_override()]
-        return Checked(parsed, [_check_job(command, fixed, composer)])
+        return Checked(parsed, [_check_job(command, fixed, composer)], folder=folder)
     listed_there = (whole.hydra.sweeper.params or {}).items()
     swept = [quoted(f"{key}={value}", swept=True) for key, value in listed_there]
     listed = overrides.read([*swept, *command.overrides], composer, multirun=True)
@@ -180,25 +185,46 @@ def _check_sweep(command: CommandLine, parsed: list[Override], composer: Compose
     configs = [_check_job(command, job, composer) for job in jobs]
     if configs[0].stage in UNRECORDED:
         raise ConfigError(f"stage={configs[0].stage.name} is no run and cannot be swept: leave out -m")
-    named = any(override.key_or_group == "hydra.sweep.dir" for override in parsed)
-    return Checked(parsed, configs, jobs, Path(str(whole.hydra.sweep.dir)) if named else None)
+    return Checked(parsed, configs, jobs, folder)
 
 
 def _check_job(command: CommandLine, job: list[str], composer: Composer) -> Config:
     config = typed(composer.compose(job))
     if command.starts_jobs:  # a configuration may be looked at before it is complete
         validate.check(config)
+        _check_tasks(config, command)
         resume.check(config)
         if config.run.resume and command.multirun:
             raise ConfigError(f"run.resume={config.run.resume} goes on with one run: leave out -m")
     return config
 
 
-def _check_folders(parsed: list[Override]) -> None:
-    """Folders that the user names for Hydra, which would fail on them with a traceback."""
-    for override in parsed:
-        if override.key_or_group in ("hydra.run.dir", "hydra.sweep.dir"):
-            validate.check_folder(override.key_or_group, str(override.value()))
+def _check_tasks(config: Config, command: CommandLine) -> None:
+    """A file of tasks may name code, which lm-eval runs: one that a record names is not taken from there."""
+    told = not (recorded.is_meant(command.flags) or command.values(sweeping.RESUME)) or command.values(TASKS)
+    for task in map(os.path.expanduser, [] if told else config.evaluate.tasks):
+        if task.endswith(SUFFIXES):
+            raise ConfigError(
+                f"{TASKS}={task} comes from what was recorded, and such a file may have code run: say {TASKS} yourself"
+                " if you trust it, and of a sweep its own command instead of sweep.resume"
+            )
+
+
+def _named_folder(of: str, command: CommandLine, parsed: list[Override], composer: Composer) -> Path | None:
+    """The folder of the run or the sweep where the command line names one, which Hydra would take as it is."""
+    key = f"hydra.{of}.dir"
+    if not any(override.key_or_group == key for override in parsed):
+        return None
+    whole, holder = composer.compose(command.overrides, command.multirun), HydraConfig.instance()
+    holder.set_config(whole)  # for `${hydra:…}`
+    try:
+        folder = str(whole.hydra[of].dir)
+    except MISTAKES as error:
+        raise ConfigError(f"{key}: {explain(error)}") from error
+    finally:
+        holder.cfg = None
+    validate.check_folder(key, folder)
+    return Path(folder)
 
 
 def _exit_code(multirun: bool) -> int:

@@ -8,16 +8,17 @@ that would repeat it wait for that.
 
 import atexit
 import logging
-import shutil
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from types import FrameType
 
+from qat import scratch as temporary
 from qat.cli.arguments import quote
 from qat.errors import RankError
 from qat.processes import environment, place, started
@@ -45,11 +46,12 @@ def scratch() -> list[str]:
     """Overrides that keep a process out of everything that is recorded: one beside the first, or a diagnosis."""
     if not place().first:
         logging.lastResort = logging.NullHandler()  # warnings of loggers with no handler
-    folder = tempfile.mkdtemp(prefix="qat-rank-")
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    kept = ExitStack()
+    folder = kept.enter_context(temporary.folder(Path(tempfile.gettempdir()) / "qat-rank"))
+    atexit.register(kept.close)
     return [
         f"hydra.run.dir={quote(f'{folder}/SR-000')}",
-        f"hydra.sweep.dir={quote(folder)}",
+        f"hydra.sweep.dir={quote(str(folder))}",
         "hydra.sweep.subdir=SR-${hydra.job.num}",
         "hydra.output_subdir=null",
         "hydra/job_logging=disabled",

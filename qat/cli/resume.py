@@ -1,15 +1,13 @@
 """`run.resume=SR-007`: an interrupted run goes on in its own folder, as what it was."""
 
 from pathlib import Path
-from typing import Any
-
-import yaml
 
 from qat import names
+from qat.cli import recorded
 from qat.config import Config, Stage, as_plain
 from qat.errors import ConfigError
-from qat.identities import RESOLVED, RESULT
-from qat.report.records import read
+from qat.identities import RESULT, sweep
+from qat.report.records import Record, read
 from qat.shaping import flat, shaping
 
 
@@ -24,29 +22,38 @@ def check(config: Config) -> None:
         return
     if config.stage not in (Stage.run, Stage.distill):
         raise ConfigError(f"run.resume={name}: only training goes on, with stage=run or stage=distill")
-    file = _folder(config, name) / f"{RESOLVED}.yaml"
-    try:
-        before = dict(flat(names.comparable(yaml.safe_load(file.read_text(encoding="utf-8")) or {})))
-    except (OSError, yaml.YAMLError) as error:
-        raise ConfigError(f"{file} cannot be read: {error}") from error
+    file = _folder(config, name) / recorded.FILE
+    before = dict(flat(names.comparable(recorded.read(file))))
     kept = dict(flat(shaping(config)))
     for key, value in flat(names.comparable(as_plain(config))):
-        recorded = _unescaped(before.get(key, value))
-        if key in kept and recorded != value:
+        was = before.get(key, value)
+        if key in kept and was != value:
             raise ConfigError(
-                f"run.resume={name}: {key} was {recorded} there and is {value} here;"
+                f"run.resume={name}: {key} was {was} there and is {value} here;"
                 f" `python launch.py --config-path {file.parent} run.resume={name}` goes on with it as it was"
             )
 
 
-def finished(config: Config) -> str | None:
-    """What to say of a run that is complete, of which nothing is left to do; None of any other."""
-    if config.run.resume is None:
-        return None
-    record = read(_folder(config, config.run.resume), Path(config.outputs))
-    if record.status != "complete":
-        return None
+def is_complete(config: Config) -> bool:
+    """True for the configuration that goes on with a run of which nothing is left to do."""
+    return config.run.resume is not None and _record(config).status == "complete"
+
+
+def conclude(config: Config) -> str:
+    """Does for such a run what a kill right after its end left undone; returns what to say of it."""
+    from qat.report import log as run_log
+    from qat.store import transfer
+
+    record, outputs = _record(config), Path(config.outputs)
+    sweep(outputs)
+    run_log.refresh(outputs)
+    with transfer.mirrored(config.store, record.folder, record.run_id):
+        pass  # it is copied at the end
     return f"{record.run_id} is complete and stays as it is: {record.folder / RESULT}"
+
+
+def _record(config: Config) -> Record:
+    return read(_folder(config, str(config.run.resume)), Path(config.outputs))
 
 
 def _folder(config: Config, name: str) -> Path:
@@ -54,8 +61,3 @@ def _folder(config: Config, name: str) -> Path:
         return names.run(name, Path(config.outputs))
     except ConfigError as error:
         raise ConfigError(f"run.resume={error}") from error
-
-
-def _unescaped(value: Any) -> Any:
-    """Text with `${` as it was before it was recorded."""
-    return value.replace(r"\${", "${") if isinstance(value, str) else value

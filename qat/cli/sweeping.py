@@ -10,11 +10,14 @@ from typing import Any
 
 from hydra.core.override_parser.types import Override
 
-from qat import gpus, names, sweeps
+from qat import gpus, identities, names, sweeps
 from qat.cli.arguments import CommandLine, quote
+from qat.cli.folders import check_free
 from qat.config import Config, as_plain
 from qat.errors import ConfigError, QatError, UnavailableError
+from qat.plans import FLAGS
 from qat.shaping import flat, is_neutral
+from qat.shown import shown
 from qat.suggest import did_you_mean, one_line
 from qat.sweeps import Sweep
 
@@ -32,17 +35,34 @@ def resumed(command: CommandLine) -> Sweep | None:
     """The sweep that `sweep.resume=<folder>` names; None without these words.
 
     Raises:
-        ConfigError: beside it stands what would make it another sweep.
-        MissingError: there is no sweep.
+        ConfigError: there is no such plan, or beside it stands what would make it another sweep.
     """
     named = command.values(RESUME)
     if not named or named[-1] in ("", "null"):
         return None
-    sweep = sweeps.load(names.sweep(named[-1], command.outputs))
+    sweep = _load(names.sweep(named[-1], command.outputs))
+    _check_options(sweep, command)
     for text in changes(command):
         if not _may_change(text):
             raise _would_change(sweep, text)
     return sweep
+
+
+def _load(folder: Path) -> Sweep:
+    try:
+        return sweeps.load(folder)
+    except QatError as error:
+        raise ConfigError(str(error)) from None
+
+
+def _check_options(sweep: Sweep, command: CommandLine) -> None:
+    """Options of one's own are read from where the command line says; a plan alone may name a recorded run."""
+    own = sweep.own_options()
+    if own and _plain(command.flags) != sweep.flags:
+        raise ConfigError(
+            f"{sweep.folder} was planned with {' '.join(own)}: options of your own are read only if you name them"
+            " again, so say so beside sweep.resume"
+        )
 
 
 def _may_change(override: str) -> bool:
@@ -132,15 +152,17 @@ def plan(command: CommandLine, typed: str, configs: list[Config], jobs: list[lis
         if keys[first] == keys[second]:
             raise _alike(configs[first], configs[second])
     outputs = Path(configs[0].outputs)
-    if folder is not None and (folder / sweeps.PLAN).is_file():
-        there = sweeps.load(folder)
+    if folder is not None and os.path.isfile(folder / sweeps.PLAN):
+        there = _load(folder)
         if [job.key for job in there.jobs] != keys:
             raise ConfigError(f"{folder} holds another sweep: choose another folder, or go on with {RESUME}={folder}")
         return there
+    if folder is not None:
+        check_free("hydra.sweep.dir", folder)
     known = None if folder else sweeps.find(outputs, keys)
     if known is not None:
         done = len(known.jobs) - len(known.remaining())
-        print(f"{known.folder} is this sweep and goes on: {done} of {len(known.jobs)} jobs are complete")
+        print(shown(f"{known.folder} is this sweep and goes on: {done} of {len(known.jobs)} jobs are complete"))
         return known
     own = [[text for text in job if not is_hydras(text)] for job in jobs]
     try:
@@ -188,6 +210,7 @@ def importable() -> Iterator[None]:
 def run(sweep: Sweep, launch: Callable[[], None]) -> int:
     """Runs what is left and tells what came of it; returns the exit code, 0 only when all jobs are complete."""
     with sweeps.held(sweep), importable():
+        identities.sweep(sweep.outputs or sweep.folder.parent)
         _register()
         try:
             launch()
@@ -227,9 +250,11 @@ def conclude(sweep: Sweep) -> None:
     for job, reason in sweep.failures():
         console.print(f"{job.run_id} failed: {reason}", soft_wrap=True)
     sys.stdout.flush()
-    print(sweeps.how_to_go_on(sweep) or f"summary.md, summary.json and sweep.png are in {sweep.folder}")
+    print(shown(sweeps.how_to_go_on(sweep) or f"summary.md, summary.json and sweep.png are in {sweep.folder}"))
 
 
-def _plain(flags: dict[str, Any]) -> dict[str, Any]:
-    """The flags that decide what composes."""
-    return {name: flags[name] for name in ("config_path", "config_name", "config_dir") if flags.get(name)}
+def _plain(flags: dict[str, Any]) -> dict[str, str]:
+    """The flags that decide what composes, folders whole."""
+    said = {name: str(flags[name]) for name in FLAGS if flags.get(name)}
+    as_it_is = {name for name, text in said.items() if name == "config_name" or "://" in text}
+    return {name: text if name in as_it_is else os.path.abspath(text) for name, text in said.items()}

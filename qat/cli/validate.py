@@ -1,7 +1,6 @@
 """Values and combinations that cannot work, found before anything is created."""
 
 import importlib.util
-import json
 import math
 import os
 from collections.abc import Iterator
@@ -10,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from qat import gpus, model_files, names, processes, provenance
-from qat.artifacts import MANIFEST
+from qat.artifacts import MANIFEST, read_manifest
 from qat.checkpoint_files import find
-from qat.cli import schema
+from qat.cli import schema, trusted
 from qat.config import (
     Config,
     DataConfig,
@@ -28,7 +27,7 @@ from qat.config import (
     Tail,
 )
 from qat.data import mix, texts
-from qat.errors import ConfigError, UnavailableError
+from qat.errors import ArtifactError, ConfigError, UnavailableError
 from qat.names import TRAINS
 
 PROCESSES_A_CORE = 4  # that share batches on a computer without as many GPUs: beyond, they only wait for each other
@@ -58,6 +57,7 @@ class Bound:
 
 POSITIVE = Bound(low=0, open=True)
 COUNT = Bound(low=1)
+TEMPERATURE = Bound(0.01, 1000)  # beyond, a softmax in fp32 is one token or all alike
 TINY = Bound(261, 2**20)  # tokens of a model over bytes, with five markers
 
 BOUNDS = {
@@ -68,7 +68,7 @@ BOUNDS = {
     "data.answers": COUNT,
     "data.answer_tokens": COUNT,
     "data.greedy_tokens": Bound(low=0),
-    "data.temperature": POSITIVE,
+    "data.temperature": TEMPERATURE,
     "data.eval_fraction": Bound(0, 1, open=True),
     "quant.mlp.bits": Bound(1, 8),
     "quant.mlp.rank": COUNT,
@@ -82,7 +82,7 @@ BOUNDS = {
     "convert.passes": COUNT,
     "convert.rounds": COUNT,
     "convert.sweeps": Bound(low=0),
-    "loss.temperature": POSITIVE,
+    "loss.temperature": TEMPERATURE,
     "loss.hard": Bound(low=0),
     "train.steps": COUNT,
     "train.batch_size": COUNT,
@@ -106,7 +106,7 @@ BOUNDS = {
     "evaluate.examples": COUNT,
     "export.context": COUNT,
     "chat.max_tokens": COUNT,
-    "chat.temperature": Bound(low=0),
+    "chat.temperature": Bound(0, TEMPERATURE.high),
 }
 
 BOUNDS |= {f"first.{key}": bound for key, bound in BOUNDS.items() if key.startswith(("quant.", "train."))}
@@ -155,6 +155,8 @@ def check_values(config: Config) -> None:
         bound = BOUNDS.get(key)
         if bound is not None and not bound.holds(value):
             raise ConfigError(f"{key}={value}: must be {bound}")
+    if 0 < config.chat.temperature < TEMPERATURE.low:
+        raise ConfigError(f"chat.temperature={config.chat.temperature}: must be 0 or {TEMPERATURE}")
 
 
 def check_folder(key: str, folder: str) -> None:
@@ -294,8 +296,9 @@ def _has_targets(config: Config) -> bool:
     if not config.cache.path:
         return config.cache.train_targets
     folder = _cached(config)
-    manifest = folder and folder / MANIFEST
-    return not (manifest and manifest.is_file()) or bool(_read_json(str(manifest)).get("train_targets", True))
+    if folder is None or not (folder / MANIFEST).is_file():
+        return True
+    return bool(_described(folder).get("train_targets", True))
 
 
 def _lacks_tail(config: Config) -> bool:
@@ -304,7 +307,7 @@ def _lacks_tail(config: Config) -> bool:
     if folder is None:
         return False
     if (folder / MANIFEST).is_file():
-        return _read_json(str(folder / MANIFEST)).get("tail") == "missing"
+        return _described(folder).get("tail") == "missing"
     return config.cache.tail is Tail.exact and any(folder.glob("shard_*.pt"))
 
 
@@ -353,7 +356,7 @@ def check_checkpoint(config: Config) -> dict[str, Any] | None:
     if config.stage is Stage.pull:
         return None
     place = _start(config)
-    return _manifest(find(place)) if place and place.exists() else None
+    return _manifest(place) if place and place.exists() else None
 
 
 def _start(config: Config) -> Path | None:
@@ -444,8 +447,11 @@ def _check_tasks(tasks: list[str]) -> None:
     if tasks and importlib.util.find_spec("lm_eval") is None:
         raise UnavailableError("evaluate.tasks needs lm-eval: run `pip install 'qat-speedrun[lm_eval]'`")
     for task in tasks:
-        if task.endswith((".yaml", ".yml")) and not os.path.isfile(os.path.expanduser(task)):
+        if not task.endswith((".yaml", ".yml")):
+            continue
+        if not os.path.isfile(os.path.expanduser(task)):
             raise ConfigError(f"evaluate.tasks={task}: no such file")
+        trusted.refuse_data(Path(os.path.expanduser(task)), f"evaluate.tasks={task}")  # which may have code run
 
 
 def check_export(config: Config) -> None:
@@ -467,8 +473,7 @@ def check_export(config: Config) -> None:
 
 
 def _is_export(folder: Path) -> bool:
-    path = folder / MANIFEST
-    return path.is_file() and _read_json(str(path)).get("kind") == "export"
+    return (folder / MANIFEST).is_file() and _described(folder).get("kind") == "export"
 
 
 def _numbers(config: Config) -> Iterator[tuple[str, float]]:
@@ -495,34 +500,28 @@ def _vocabulary(config: Config) -> int | None:
     model = config.model
     if model.vocab_size is not None or model.source is not ModelSource.folder:
         return model.vocab_size
-    described = _read_json(_config_file(str(model.path)))
-    size = described.get("vocab_size") or described.get("text_config", {}).get("vocab_size")
-    return size if isinstance(size, int) else None
+    described = model_files.settings(Path(str(model.path)).expanduser())
+    sizes = [part.get("vocab_size") for part in (described, described.get("text_config")) if isinstance(part, dict)]
+    return next((size for size in sizes if isinstance(size, int)), None)
 
 
-def _manifest(found: Path) -> dict[str, Any] | None:
-    """The manifest of a checkpoint folder; None for a V2 state dict, whose tensors say what it is."""
-    if found.is_file():
-        return None
-    manifest = _read_json(str(found / MANIFEST))
-    if manifest.get("kind") != "checkpoint" or not isinstance(manifest.get("quant"), dict):
+def _manifest(place: Path) -> dict[str, Any] | None:
+    """The manifest of the checkpoint at a place; None for a V2 state dict, whose tensors say what it is."""
+    try:
+        found = find(place)
+        if found.is_file():
+            return None
+        manifest = read_manifest(found)
+    except ArtifactError as error:
+        raise ConfigError(f"checkpoint={place}: {error}") from None
+    if manifest.get("kind") != "checkpoint":
         raise ConfigError(f"checkpoint={found}: its {MANIFEST} describes no checkpoint")
     return manifest
 
 
-def _read_json(path: str) -> dict[str, Any]:
+def _described(folder: Path) -> dict[str, Any]:
+    """What the manifest in a folder says."""
     try:
-        value = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path} cannot be read: {error}") from error
-    if not isinstance(value, dict):
-        raise ConfigError(f"{path} does not hold a JSON object")
-    return value
-
-
-def _config_file(folder: str) -> str:
-    return os.path.join(os.path.expanduser(folder), "config.json")
-
-
-def _exists(path: str) -> bool:
-    return os.path.exists(os.path.expanduser(path))
+        return read_manifest(folder)
+    except ArtifactError as error:
+        raise ConfigError(str(error)) from None

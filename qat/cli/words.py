@@ -6,6 +6,7 @@ sections too, is quoted before Hydra sees it, on the command line (`quoted`) and
 """
 
 import copy
+import os
 from pathlib import Path
 from types import NoneType
 from typing import Any, ClassVar, get_args, get_origin
@@ -25,8 +26,8 @@ from hydra.plugins.config_source import ConfigResult
 from omegaconf import OmegaConf
 from omegaconf._utils import get_yaml_loader
 
-from qat.cli import schema
-from qat.config import Config
+from qat.cli import bounded, schema, trusted
+from qat.config import CONF, Config
 
 PROSE = ("chat.prompt", "run.goal", "run.notes")  # sentences, in which a comma separates no values
 
@@ -75,8 +76,15 @@ class FileConfigSource(file_config_source.FileConfigSource):
         """Reads a file by the schema of the group that it is an option of, or of a whole run.
 
         What it held is parsed once, as a launch composes up to three times and every job of a sweep once more.
+
+        Raises:
+            ConfigError: it lies among what a run left or a store gave, however it was come by, or is larger or nested
+                deeper than any configuration is.
         """
-        file = Path(self.path, self._normalize_file_name(config_path))
+        file = Path(os.path.join(self.path, self._normalize_file_name(config_path)))
+        trusted.refuse_data(file, str(file))
+        if file.is_file() and not file.is_relative_to(CONF):
+            bounded.check(file)
         content = file.read_text(encoding="utf-8") if file.is_file() else ""  # which Hydra tells
         key = (f"{self.provider}:{self.path}", config_path, content)
         if key not in self.read:
@@ -132,7 +140,7 @@ def _element(hint: Any, plain: Any, words: Any) -> Any:
     if isinstance(plain, dict):
         return {key: _element(schema.hints(hint).get(str(key)), plain[key], words[key]) for key in plain}
     if isinstance(plain, list):
-        return [_element(_inside(hint), *pair) for pair in zip(plain, words, strict=True)]
+        return [_element(inside(hint), *pair) for pair in zip(plain, words, strict=True)]
     meant = isinstance(plain, str | QuotedString) or (plain is None and _is_optional(hint))
     if meant or not (_holds_text(hint) or hint is Any):
         return plain
@@ -161,12 +169,12 @@ def _tag(node: yaml.Node, hint: Any) -> None:
             _tag(value, schema.hints(hint).get(key.value))
     elif isinstance(node, yaml.SequenceNode):
         for value in node.value:
-            _tag(value, _inside(hint))
+            _tag(value, inside(hint))
     elif (_holds_text(hint) or hint is Any) and not (node.tag == NULL and _is_optional(hint)):
         node.tag = TEXT
 
 
-def _inside(hint: Any) -> Any:
+def inside(hint: Any) -> Any:
     """The type of a list's elements."""
     hint = schema.required(hint)
     return hint if hint is Any else next(iter(get_args(hint)), None) if get_origin(hint) is list else None

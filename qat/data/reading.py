@@ -12,14 +12,13 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import IO, Any, cast
 
-from qat.compression import MISREAD, decompressed
+from qat.compression import MISREAD, RATIO, decompressed, most
 from qat.data.files import TextFile
 from qat.data.tally import Unusable
 from qat.errors import ConfigError, MissingError, UnavailableError
 
 LINE = 1 << 25  # characters that are held of a line, and more than one of a row of any use
 PIECE = 1 << 16  # characters that become tokens at once, which take hundreds of bytes each meanwhile
-BOMB, RATIO = 1 << 28, 1000  # characters from which on text must not be so many times its file's size
 MARK = "\ufeff"  # of the byte order, which says nothing more once text is text
 WIDE = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 OTHERS = {b"PK\x03\x04": "a zip archive: unpack it first", b"%PDF": "a PDF: take out its text first"}
@@ -38,7 +37,7 @@ class Text:
     def __init__(self, name: str, raw: IO[bytes]) -> None:
         """Finds out how the bytes of a file are packed and encoded."""
         self._name, self._read = name, 0
-        self._most = max(BOMB, RATIO * os.fstat(raw.fileno()).st_size)
+        self._most = most(os.fstat(raw.fileno()).st_size)
         with self._told():
             plain = io.BufferedReader(cast(Any, decompressed(raw)))
             first = plain.peek(4)

@@ -6,10 +6,12 @@ next row begins, so damage there ends the reading.
 
 import csv
 import json
+import os
 import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from qat.compression import RATIO, most
 from qat.data.conversations import TURNS
 from qat.data.files import TextFile, suffix
 from qat.data.reading import LINE, MARK, Text, check, lines, opened
@@ -21,6 +23,7 @@ Rows = Iterator[tuple[str, Any]]
 LINES = (".jsonl", ".ndjson")  # which promise a row a line
 CHUNK = 1 << 16  # characters read at once
 BATCH = 64  # rows of a table that exist at once
+TABLE = 1 << 28  # bytes of a table that exist at once, as far as a single row lets it
 
 _decode = json.JSONDecoder().raw_decode
 _SPACE = re.compile(rf"[ \t\r\n{MARK}]*")
@@ -212,7 +215,18 @@ def _parquet(file: TextFile) -> Rows:
         from pyarrow.parquet import ParquetFile
     except ImportError:
         raise _needs_pyarrow(file) from None
-    return _table(file, lambda: ParquetFile(file.fetch()).iter_batches(batch_size=BATCH))
+    return _table(file, lambda: _parts(file, ParquetFile(file.fetch())))
+
+
+def _parts(file: TextFile, table: Any) -> Iterator[Any]:
+    """Some rows at a time: fewer where a value may be large, which is stored once for all rows that have it."""
+    about = table.metadata
+    groups = (about.row_group(number) for number in range(about.num_row_groups))
+    sizes = [group.column(place).total_uncompressed_size for group in groups for place in range(about.num_columns)]
+    largest = max(sizes, default=0)
+    if largest > most(os.path.getsize(file.fetch())):
+        raise ConfigError(f"{file.name} unpacks to more than {RATIO} times its size, which no text does")
+    yield from table.iter_batches(batch_size=max(1, min(BATCH, TABLE // max(1, largest))))
 
 
 def _arrow(file: TextFile) -> Rows:
@@ -231,12 +245,22 @@ def _table(file: TextFile, batches: Callable[[], Any]) -> Rows:
     try:
         for batch in batches():
             for first in range(0, len(batch), BATCH):
-                for row in batch.slice(first, BATCH).to_pylist():
+                for row in _plain(batch.slice(first, BATCH)):
                     number += 1
                     yield f"row {number}", row
     except (ArrowException, OSError, ValueError) as error:
         where = f" behind row {number}" if number else ""
         raise ConfigError(f"{file.name} is damaged{where} ({error})") from None
+
+
+def _plain(batch: Any) -> Iterator[Any]:
+    """Rows of a table as plain values; of one that is too long, why it is left out."""
+    if batch.nbytes <= LINE:
+        yield from batch.to_pylist()
+        return
+    for place in range(len(batch)):
+        row = batch.slice(place, 1)
+        yield Unusable(f"longer than {LINE:,} characters") if row.nbytes > LINE else row.to_pylist()[0]
 
 
 def _needs_pyarrow(file: TextFile) -> UnavailableError:

@@ -1,22 +1,25 @@
 """The whole state of training on disk: from it a killed run goes on to the same numbers, bit for bit.
 
 A state is written while training goes on: its tensors are first copied into memory, then a thread of its
-own writes them. It appears whole or not at all, the newest `keep` stay, and a damaged one is passed over.
+own writes them. It appears whole or not at all, the newest `keep` stay, and a damaged one is passed over. Each says
+which run it is of, and is restored by that run alone.
 """
 
 import logging
-import shutil
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
-from qat.artifacts import open_artifact, publish
+from qat import bounded, tensor_files
+from qat.artifacts import MANIFEST, discard, open_artifact, publish
+from qat.distill.parameters import Parameter
 from qat.errors import ArtifactError
+from qat.tensor_files import Wanted, difference, known
 
 log = logging.getLogger(__name__)
 
@@ -32,12 +35,26 @@ class State:
     facts: dict[str, Any]
 
 
-class States:
-    """The states in one folder."""
+def misfit(state: State, parameters: list[Parameter]) -> str:
+    """How a state's tensors differ from those of a training in which these parameters learn; nothing where they fit."""
+    number = Wanted(("F32",), ())
+    wanted = {"scaler.scale": number, "scaler.good": number}
+    for parameter in parameters:
+        whole = Wanted(("F32",), tuple(parameter.value.shape))
+        wanted[f"parameter.{parameter.name}"] = whole
+        if state.step:
+            adam = {"step": number, "exp_avg": whole, "exp_avg_sq": whole}
+            wanted |= {f"adam.{parameter.name}.{part}": one for part, one in adam.items()}
+    found = {name: known(value) for name, value in state.tensors.items() if name != "random.cuda"}
+    return difference(found, wanted | {"random.cpu": Wanted(("U8",), tuple(torch.get_rng_state().shape))})
 
-    def __init__(self, folder: Path, keep: int) -> None:
-        """Nothing is read or made yet."""
-        self.folder, self.keep = folder, keep
+
+class States:
+    """The states of one run in a folder."""
+
+    def __init__(self, folder: Path, keep: int, whose: dict[str, str]) -> None:
+        """Nothing is read or made yet; `whose` is what tells the run from every other."""
+        self.folder, self.keep, self.whose = folder, keep, whose
         self._writer = ThreadPoolExecutor(1, "state")
         self._pending: Future[None] | None = None
 
@@ -54,23 +71,24 @@ class States:
             self._pending = None
 
     def newest(self) -> State | None:
-        """The newest state that is whole."""
+        """The newest state of the run that is whole."""
         for folder in reversed(self._folders()):
             try:
                 facts = open_artifact(folder).manifest
-                return State(int(facts["step"]), load_file(folder / FILE), facts)
+                if facts.get("whose") == self.whose:
+                    return State(facts["step"], tensor_files.read(folder / FILE, None, f"delete {folder}"), facts)
+                log.warning("%s is of another run, or does not say whose it is: it is not gone on from", folder)
             except ArtifactError as error:
                 log.warning("%s: going on from the state before it", error)
         return None
 
     def _write(self, state: State) -> None:
-        with publish(self.folder / f"state-{state.step:08d}", {"kind": "state", "step": state.step, **state.facts}) as (
-            scratch,
-            _,
-        ):
-            save_file(state.tensors, scratch / FILE)
-        for folder in self._folders()[: -self.keep]:
-            shutil.rmtree(folder)
+        described = {"kind": "state", "whose": self.whose, "step": state.step, **state.facts}
+        with publish(self.folder / f"state-{state.step:08d}", described) as (made, _):
+            save_file(state.tensors, made / FILE)
+        own = [path for path in self._folders() if bounded.said(path / MANIFEST).get("whose") == self.whose]
+        for folder in own[: -self.keep]:
+            discard(folder)
 
     def _folders(self) -> list[Path]:
         return sorted(self.folder.glob("state-*"))

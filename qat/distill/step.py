@@ -2,7 +2,8 @@
 
 The result is that of the global batch at once, whatever the micro-batch and however many processes share
 the work: each position counts as one over the number of counted positions of the global batch, and sums
-are all that is exchanged. A loss or gradient that is not finite leaves everything as it was.
+are all that is exchanged. A loss or gradient that is not finite, and a batch in which no position counts,
+leave everything as it was.
 """
 
 import logging
@@ -84,6 +85,7 @@ class Step:
         self.scaler = Scaler(machine)
         zeros = partial(torch.zeros, dtype=torch.float32, device=machine.device)
         self.total, self.skip, self.stop, self.figures = zeros(()), zeros(()), zeros(()), zeros(4)
+        self.counted = zeros(())
         plain = all(used(model).plain for model in (student, loss.teacher) if model is not None)
         self.recorder = Recorder(_stream(machine) if plain else None)
         self._held: dict[tuple[torch.Size, ...], dict[str, Tensor]] = {}
@@ -122,6 +124,7 @@ class Step:
         """Counted positions of the global batch."""
         count = batch.loss_mask.sum().to(self.machine.device, torch.float32)
         self.ranks.sum_([count])
+        self.counted.copy_(count)
         return count.clamp_min(1)
 
     def _accumulate(self, batch: Batch, positions: Tensor) -> None:
@@ -180,7 +183,7 @@ class Step:
     def _update(self) -> None:
         """Unscales, clips and applies the gradients, or none of them; all on the device."""
         norm = nn.utils.get_total_norm(self.learners.grads()) / self.scaler.scale
-        self.skip.copy_(~(norm.isfinite() & self.total.isfinite()))
+        self.skip.copy_(~(norm.isfinite() & self.total.isfinite() & (self.counted > 0)))
         self.learners.shift(self.scaler.scale)
         self.optimizer.step(self.scaler.scale * (norm / self.train.grad_clip).clamp_min(1), self.skip)
         self.scaler.update(self.skip)

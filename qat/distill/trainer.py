@@ -23,7 +23,7 @@ from qat.distill import curvature, optim
 from qat.distill.loss import KD_TEMPERATURE, Loss, topk_kl
 from qat.distill.optim import Optimizer
 from qat.distill.parameters import Learners
-from qat.distill.state import State, States, random_state, set_random_state
+from qat.distill.state import State, States, misfit, random_state, set_random_state
 from qat.distill.step import Figures, Step
 from qat.errors import ArtifactError, ConfigError, NumericsError
 from qat.fidelity import Sample
@@ -34,7 +34,11 @@ from qat.quant.linear import QuantLinear
 
 log = logging.getLogger(__name__)
 
-MOST_SKIPS = 10  # steps in a row whose loss or gradient is not finite
+MOST_SKIPS = 10  # steps in a row that do not count
+SKIPPED = "the loss or its gradient was not finite, or no position counted,"
+REMEDY = "lower train.lr, or use a loss.temperature nearer to 1"
+FEWEST = 0.5  # share of steps that count, below which training was none
+LOOKED_AT = 4096  # numbers of each tensor, by which it shows whether anything was learnt
 
 
 @dataclass(frozen=True)
@@ -64,6 +68,7 @@ class Progress:
     seconds: float = 0.0  # of training steps alone
     skipped: int = 0  # steps in all
     skipped_in_a_row: int = 0
+    changed: bool = False  # what learns is not what it was before the first step
     logged: int = 0  # rows reported
 
 
@@ -119,6 +124,7 @@ class Trainer:
         self.step.confirm(Sample.of_rows(self.training))
         self.unlearned = _fingerprint(layers, {p.name for p in self.learners.parameters})
         self.history = History()
+        self._before = self._some()
         self._shown = math.nan  # the last loss
 
     def run(
@@ -135,7 +141,7 @@ class Trainer:
             states: where states go every `save_every` steps, after the last, and when asked to stop.
 
         Raises:
-            NumericsError: the held-out loss is not finite, or too many steps in a row were not.
+            NumericsError: the held-out loss is not finite, hardly any step counted, or nothing was learnt.
             KeyboardInterrupt: SIGINT or SIGTERM came; the state is on disk.
         """
 
@@ -177,6 +183,7 @@ class Trainer:
                 if stop:
                     raise Stopped
                 advance(1, self._note())
+        self._check_learnt()
 
     def _one(self, batch: Batch, tell: Callable[[dict[str, float]], None], stop: bool) -> bool:
         """One step and its row; True when a process was asked to stop."""
@@ -198,8 +205,8 @@ class Trainer:
         tell(row)
         if history.skipped_in_a_row >= MOST_SKIPS:
             raise NumericsError(
-                f"the loss or its gradient was not finite in {MOST_SKIPS} steps in a row, up to step {history.step}:"
-                " checkpoints/best of this run is the last good one; lower train.lr"
+                f"{SKIPPED} in {MOST_SKIPS} steps in a row, up to step {history.step}: checkpoints/best of"
+                f" this run is the last good one; {REMEDY}"
             )
         return figures.stop
 
@@ -218,9 +225,9 @@ class Trainer:
         history, found = self.history, self.held_out()
         if not math.isfinite(found.loss + found.kd_loss):
             worst = "loss" if not math.isfinite(found.loss) else "kd_loss"
-            raise NumericsError(
-                f"the held-out {worst} is {getattr(found, worst)} after {history.step} steps: lower train.lr"
-            )
+            when = f"after {history.step} steps" if history.step else "before the first step"
+            raise NumericsError(f"the held-out {worst} is {getattr(found, worst)} {when}: {REMEDY}")
+        history.changed = history.changed or not all(map(torch.equal, self._before, self._some()))
         tell({"step": history.step, "held_out_loss": found.loss, "kd_loss": found.kd_loss})
         history.loss_final, history.kd_loss_final = found.loss, found.kd_loss
         if history.step == 0:
@@ -228,6 +235,22 @@ class Trainer:
         if found.loss < history.loss_best:
             history.best_step, history.loss_best, history.kd_loss_best = history.step, found.loss, found.kd_loss
             on_best()
+
+    def _check_learnt(self) -> None:
+        """Refuses training that came to nothing, whose checkpoint would be taken for a trained one."""
+        steps, counted = self.history.step, self.history.step - self.history.skipped
+        if counted < FEWEST * steps:
+            raise NumericsError(f"only {counted} of {steps} steps counted: in the others {SKIPPED}; {REMEDY}")
+        if not self.history.changed:
+            raise NumericsError(
+                f"{steps} steps have changed nothing, as what they would add is rounded away: use a larger train.lr or"
+                " train.grad_clip, or a loss.temperature nearer to 1"
+            )
+
+    def _some(self) -> list[Tensor]:
+        """Some numbers of every tensor that learns."""
+        flat = [parameter.value.detach().flatten() for parameter in self.learners.parameters]
+        return [values[:: max(1, len(values) // LOOKED_AT)].clone() for values in flat]
 
     def batches(self, first: int) -> Generator[Batch, None, None]:
         """This process' rows of every step from `first` (from 0) to the last, each read before it is asked for.
@@ -254,25 +277,25 @@ class Trainer:
         Raises:
             ArtifactError: it is of a training in which other tensors learned, or of another student.
         """
-        if state.facts["unlearned"] != self.unlearned:
+        if state.facts.get("unlearned") != self.unlearned:
             raise ArtifactError(
                 f"the state after step {state.step} belongs to a student with other indices or fixed tables: give the"
                 " checkpoint that the run began with, or start a new run"
             )
         facts, parameters, tensors = state.facts, self.learners.parameters, state.tensors
-        if "loss_best" not in facts:
+        if any(item.name not in facts for item in fields(Progress)):
             raise ArtifactError(f"the state after step {state.step} is of an older version: start a new run")
+        if wrong := misfit(state, parameters):
+            raise ArtifactError(f"the state after step {state.step} {wrong}: start a new run")
         for parameter in parameters:
-            value = tensors.get(f"parameter.{parameter.name}")
-            if value is None or value.shape != parameter.value.shape:
-                raise ArtifactError(f"the state after step {state.step} lacks {parameter.name}: start a new run")
-            parameter.value.copy_(value)
+            parameter.value.copy_(tensors[f"parameter.{parameter.name}"])
         adam = {name.removeprefix("adam."): value for name, value in tensors.items() if name.startswith("adam.")}
         self.optimizer.load(parameters, adam)
         self.step.scaler.scale.copy_(tensors["scaler.scale"])
         self.step.scaler.good.copy_(tensors["scaler.good"])
         set_random_state(tensors)
         self.history = History(**{item.name: facts[item.name] for item in fields(Progress)}, rows=rows)
+        self._before = self._some()
         self.learners.write()
 
     @torch.no_grad()
@@ -293,6 +316,8 @@ class Trainer:
             sums = sums.to(self.machine.device)
             self.ranks.sum_([sums])
         loss, kd_loss, count = sums.tolist()
+        if not count:
+            raise NumericsError("no position of the held-out split counts, so nothing can be measured: record another")
         return HeldOut(loss / count, kd_loss / count)
 
     def _held_out(self, batch: Batch) -> list[Tensor]:

@@ -80,11 +80,12 @@ class Comparison:
         measured on the same rows are moved by the same chance.
         """
         draw = torch.Generator().manual_seed(0)
-        rows = len(self.counts_N)
+        told = self.counts_N > 0  # a row without a position says nothing, also not by itself
+        rows = int(told.sum())
         drawn = torch.stack(
             [torch.randint(rows, (rows,), generator=draw).bincount(minlength=rows) for _ in range(RESAMPLES)]
         ).double()
-        means = (drawn @ self.sums_NF) / (drawn @ self.counts_N.double())[:, None]
+        means = (drawn @ self.sums_NF[told]) / (drawn @ self.counts_N[told].double())[:, None]
         places = torch.tensor([(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2], dtype=torch.float32)
         ends = means.quantile(places.double(), dim=0)
         low, high = (asdict(_metrics(end)) for end in ends)
@@ -127,7 +128,7 @@ def compare(
         machine: compute type and micro-batch.
 
     Raises:
-        NumericsError: a figure is not finite.
+        NumericsError: a figure is not finite, or no position counts.
     """
     found = Comparison(torch.zeros(held_out.rows, 5, dtype=torch.float64), torch.zeros(held_out.rows, dtype=torch.long))
     tokens = held_out.rows * int(held_out.meta["length"])
@@ -138,6 +139,8 @@ def compare(
                 found.sums_NF.index_add_(0, rows[row_X], values_FX.mT)
             found.counts_N[rows] = batch.loss_mask.sum(1).cpu()
             advance(batch.input_ids.numel())
+    if not found.counts_N.any():
+        raise NumericsError("no position of the text that is measured counts, so nothing can be said of a model")
     metrics = found.metrics()
     if not found.sums_NF.isfinite().all():
         raise NumericsError(

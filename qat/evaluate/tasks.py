@@ -7,6 +7,7 @@ their data from the hub; a file may name data on disk.
 import difflib
 import io
 import logging
+import math
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, redirect_stderr
@@ -14,7 +15,7 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from qat.errors import ConfigError, MissingError, reason
+from qat.errors import ConfigError, MissingError, NumericsError, reason
 from qat.machine import Machine
 from qat.quant.linear import baked
 
@@ -48,7 +49,11 @@ class Harness:
                 self._look_up(task)
 
     def run(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, machine: Machine) -> Scores:
-        """Scores of a model; the standard errors are the harness's own."""
+        """Scores of a model; the standard errors are the harness's own.
+
+        Raises:
+            NumericsError: a score is no number.
+        """
         with _quiet(), baked(model, machine.dtype):
             from lm_eval import simple_evaluate
             from lm_eval.models.huggingface import HFLM
@@ -60,7 +65,11 @@ class Harness:
             found = simple_evaluate(
                 model=beside, tasks=asked, task_manager=self._manager, limit=self._examples, log_samples=False
             )
-        return {name: _numbers(figures) for name, figures in found["results"].items()}
+        scores = {name: _numbers(figures) for name, figures in found["results"].items()}
+        for name, figures in scores.items():
+            if wrong := [metric for metric, score in figures.items() if STDERR not in metric and math.isnan(score)]:
+                raise NumericsError(f"evaluate.tasks: {name} gives no {wrong[0]}: none of its examples counts")
+        return scores
 
     def _look_up(self, task: str) -> None:
         from datasets.exceptions import DatasetsError

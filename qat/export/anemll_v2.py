@@ -93,7 +93,8 @@ def description(source: Source) -> dict[str, Any]:
     }
     for kind, table in kinds.items():
         said |= {f"{kind}_lut_bits": table["bits"], f"{kind}_scale_rank": table["rank"]}
-    loss = source.result.get("metrics", {}).get("kd_loss_best", origin.get("final_loss"))
+    loss = source.record.number("metrics", "kd_loss_best")
+    loss = origin.get("final_loss") if loss is None else loss
     return said if loss is None else said | {"final_loss": loss}
 
 

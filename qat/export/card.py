@@ -6,6 +6,8 @@ from typing import Any
 from qat.config import ExportConfig, ExportFormat
 from qat.export.source import Source
 from qat.quant.layers import KINDS
+from qat.report.markdown import code, plain, table
+from qat.report.records import Record
 
 FIGURES = {
     "kl": "KL(teacher‖student), whole vocabulary",
@@ -47,15 +49,15 @@ Open the `.mlpackage` with Core ML; on a Mac, `python check.py` compares it with
 
 def write(source: Source, folder: Path, settings: ExportConfig, parity: str) -> None:
     """Writes `README.md`; `folder` still is a temporary one, its name in the card is the final one."""
-    name = source.result.get("name") or (source.manifest and source.manifest["quant"]["name"]) or "full precision"
+    name = source.record.text("name") or (source.manifest and source.manifest["quant"]["name"]) or "full precision"
     parts = [
         _front_matter(source, settings),
-        f"# {source.teacher.name}, {name}",
+        f"# {plain(source.teacher.name)}, {plain(str(name))}",
         f"Exported as `{settings.name}` ({settings.dtype.name}). {parity}",
         "## Use",
         USE[settings.format].format(folder=Path(str(settings.output)).name),
         *_bits(source.quant),
-        *_table("Figures", "on text held apart from training", _figures(source.result)),
+        *_table("Figures", "on text held apart from training", _figures(source.record)),
         *_table("Recipe", "of the run that made it", _recipe(source)),
     ]
     (folder / "README.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
@@ -87,7 +89,7 @@ def _dense(shares: dict[str, float]) -> list[str]:
         return []
     return [
         f"Left dense, in full precision, are {sum(shares.values()):.1%} of the decoder's weights:"
-        f" {', '.join(f'`{name}` ({share:.1%})' for name, share in shares.items())}."
+        f" {', '.join(f'{code(name)} ({share:.1%})' for name, share in shares.items())}."
     ]
 
 
@@ -95,27 +97,23 @@ def _key(kind: str) -> str:
     return f"{kind}_bits_per_weight"
 
 
-def _figures(result: dict[str, Any]) -> dict[str, str]:
-    metrics = result.get("metrics", {})
-    return {said: f"{metrics[key]:.4g}" for key, said in FIGURES.items() if metrics.get(key) is not None}
+def _figures(record: Record) -> dict[str, str]:
+    found = {said: record.number("metrics", key) for key, said in FIGURES.items()}
+    return {said: f"{value:.4g}" for said, value in found.items() if value is not None}
 
 
 def _recipe(source: Source) -> dict[str, str]:
-    said = {"teacher": source.teacher.name}
-    if source.result.get("run_id"):
-        said["run"] = str(source.result["run_id"])
-    if git := source.result.get("environment", {}).get("git"):
-        said["commit"] = str(git)
-    trained = source.result.get("stage") != "convert"
+    record = source.record
+    said = {"teacher": source.teacher.name, "run": record.text("run_id"), "commit": record.text("environment", "git")}
+    trained = record.text("stage") != "convert"
     for section, key in (*RECIPE, *(TRAINING if trained else ())):
-        if section in source.recipe:
-            said[section if key == "name" else f"{section}.{key}"] = str(source.recipe[section][key])
+        said[section if key == "name" else f"{section}.{key}"] = record.text("config", section, key)
     origin = source.manifest.get("source", {})
-    return said | {key: str(value) for key, value in origin.items()}
+    return {key: text for key, text in said.items() if text} | {key: str(value) for key, value in origin.items()}
 
 
 def _table(title: str, note: str, rows: dict[str, str]) -> list[str]:
     if not rows:
         return []
-    lines = [f"| {title.lower()} | {note} |", "| --- | --- |", *(f"| {key} | {value} |" for key, value in rows.items())]
-    return [f"## {title}", "\n".join(lines)]
+    cells = [[plain(key), plain(value)] for key, value in rows.items()]
+    return [f"## {title}", table((title.lower(), note), cells)]

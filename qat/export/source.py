@@ -1,14 +1,12 @@
 """What is exported: a student or the teacher itself, in fp32 on the CPU, and what is known about it."""
 
 import json
-import logging
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import OmegaConf
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -18,8 +16,7 @@ from qat.errors import NumericsError
 from qat.machine import Machine
 from qat.models import ModelFolder
 from qat.quant.layers import Layer, summary
-
-log = logging.getLogger(__name__)
+from qat.report.records import Record, read
 
 CPU = torch.device("cpu")
 EXACT = Machine(CPU, torch.float32, 1)
@@ -40,16 +37,14 @@ class Source:
         model: in fp32 on the CPU; quantized layers are `QuantLinear`s.
         manifest: what its checkpoint says; empty for the teacher itself.
         latent: the weights that the tables stand for, by layer, where the checkpoint has them.
-        result: the record of the run that made the checkpoint, where there is one.
-        recipe: that run's configuration.
+        record: of the run that made the checkpoint, where there is one.
     """
 
     teacher: ModelFolder
     model: PreTrainedModel
     manifest: dict[str, Any] = field(default_factory=dict)
     latent: dict[str, Tensor] = field(default_factory=dict)
-    result: dict[str, Any] = field(default_factory=dict)
-    recipe: dict[str, Any] = field(default_factory=dict)
+    record: Record = field(default_factory=lambda: Record(Path(), {}, ""))
 
     @property
     def layers(self) -> list[Layer]:
@@ -74,8 +69,8 @@ def open_source(teacher: ModelFolder, checkpoint: Path | None) -> Source:
         return Source(teacher, teacher.load(torch.float32, CPU))
     model, manifest = checkpoints.load(checkpoint, teacher, EXACT)
     run = names.run_of(checkpoint)
-    made = (_result(run), _recipe(run)) if run else ({}, {})
-    return Source(teacher, model, manifest, checkpoints.latent(checkpoint), *made)
+    latent = checkpoints.latent(checkpoint)
+    return Source(teacher, model, manifest, latent, read(run, run)) if run else Source(teacher, model, manifest, latent)
 
 
 def copy_tokenizer(teacher: ModelFolder, folder: Path) -> None:
@@ -100,21 +95,3 @@ def cast(name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
         shown = str(dtype).removeprefix("torch.")
         raise NumericsError(f"{name} has values that {shown} cannot hold: export with export.dtype=fp32")
     return made
-
-
-def _result(run: Path) -> dict[str, Any]:
-    try:
-        return dict(json.loads((run / "result.json").read_text(encoding="utf-8")))
-    except FileNotFoundError:
-        return {}
-    except ValueError as error:
-        log.warning("%s is not readable (%s): the model card goes without figures", run / "result.json", error)
-        return {}
-
-
-def _recipe(run: Path) -> dict[str, Any]:
-    path = run / "config_resolved.yaml"
-    if not path.is_file():
-        return {}
-    recipe = OmegaConf.to_container(OmegaConf.load(path))
-    return {str(key): value for key, value in recipe.items()} if isinstance(recipe, dict) else {}

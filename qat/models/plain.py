@@ -59,7 +59,7 @@ def save(model: PreTrainedModel, folder: Path) -> None:
     settings = model.config
     if hasattr(settings, "quantization_config"):
         del settings.quantization_config  # the weights are plain numbers from here on
-    with torch.device("meta"):  # no second set of weights
+    with reading.LOADING, torch.device("meta"):  # no second set of weights
         made = AutoModelForCausalLM.from_config(settings, trust_remote_code=False)
     needed = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
     require_space(folder, needed, f"the plain weights of {folder.name}")

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
-from threading import Lock
+from threading import RLock
 from typing import Any, cast
 
 import torch
@@ -24,9 +24,10 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from qat import faults, model_files
 from qat.errors import ConfigError, reason
 
-# transformers sets the default type of the whole process while it loads: of two loads at once the later one to
-# end would leave the earlier one's there for good. Nothing else may rely on that default, whoever loads.
-LOADING = Lock()
+# transformers sets the default type of the whole process while it makes or loads a model, and draws from the global
+# generator: of two at once the later one to end would leave the earlier one's type there for good. Nothing else may
+# rely on either, whoever loads.
+LOADING = RLock()
 
 SAFE = {"local_files_only": True, "trust_remote_code": False}
 NAMED = 3  # tensors in a message
@@ -76,7 +77,7 @@ def skeleton(config: PreTrainedConfig, folder: Path) -> PreTrainedModel:
     Raises:
         ConfigError: its values make no model.
     """
-    with understood(f"{folder / model_files.CONFIG} makes no model"), torch.device("meta"):
+    with LOADING, understood(f"{folder / model_files.CONFIG} makes no model"), torch.device("meta"):
         return cast(PreTrainedModel, AutoModelForCausalLM.from_config(config, trust_remote_code=False))
 
 

@@ -12,8 +12,8 @@ from transformers import AutoTokenizer
 from qat import model_files
 from qat.artifacts import obtain
 from qat.config import ModelConfig, ModelSource
-from qat.errors import MissingError, reason
-from qat.models import architecture, plain, reading, tensors, tiny
+from qat.errors import ConfigError, MissingError, reason
+from qat.models import architecture, gguf_header, plain, reading, tensors, tiny
 from qat.models.folder import ModelFolder
 
 log = logging.getLogger(__name__)
@@ -75,10 +75,16 @@ def _from_wheel(config: ModelConfig, artifacts: Path) -> ModelFolder:
 
 
 def dequantize(gguf: Path, folder: Path) -> None:
-    """Writes the model and tokenizer of a GGUF file as a Hugging Face folder with fp32 safetensors."""
+    """Writes the model and tokenizer of a GGUF file as a Hugging Face folder with fp32 safetensors.
+
+    Raises:
+        ConfigError: the file is damaged, or no model that transformers reads.
+    """
+    gguf_header.check(gguf)
     log.info("converting %s to safetensors", gguf.name)
     plain.save(reading.read(gguf.parent, torch.float32, gguf_file=gguf.name), folder)
-    AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name, **reading.SAFE).save_pretrained(folder)
+    with reading.understood(f"the tokenizer in {gguf} cannot be read"):
+        AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name, **reading.SAFE).save_pretrained(folder)
 
 
 def _gguf_file(package: str) -> Path:
@@ -136,6 +142,12 @@ def _usable(name: str, path: Path, fingerprint: str, artifacts: Path, text: str 
         architecture.check(config, path)
         is_plain = architecture.is_plain(config)
     held = tensors.stored(model_files.weights(path))
+    layers = getattr(architecture.text_of(config), "num_hidden_layers", None) or 0
+    if layers > len(held):  # which transformers would make one after the other first
+        raise ConfigError(
+            f"{path / model_files.CONFIG} asks for num_hidden_layers={layers}, and the folder has {len(held)} tensors:"
+            f" {model_files.REMEDY}"
+        )
     if is_plain:
         tensors.refuse_ambiguous(path, reading.skeleton(config, path), held)
         return ModelFolder(name, path, fingerprint, text)

@@ -4,13 +4,12 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from pickle import UnpicklingError
 
 import torch
 from safetensors import safe_open
 from transformers import PreTrainedModel
 
-from qat import model_files
+from qat import model_files, tensor_files
 from qat.errors import ConfigError
 from qat.models.reading import listed, understood
 
@@ -96,10 +95,10 @@ def _safetensors(file: Path) -> dict[str, str]:
 def _pickled(file: Path) -> dict[str, str]:
     """Types as safetensors would write them; nothing but tensors is unpickled."""
     try:
-        content = torch.load(file, map_location="meta", weights_only=True)
-    except UnpicklingError:
-        raise ConfigError(
-            f"{file} is damaged or holds more than tensors, which could run code: save the model as safetensors"
-        ) from None
+        content = tensor_files.unpickled(file, "meta")
+    except ValueError as error:
+        raise ConfigError(f"{file} cannot be read ({error}): save the model as safetensors") from None
+    if not isinstance(content, dict):
+        raise ConfigError(f"{file} holds no tensors by name: save the model as safetensors")
     tensors = {name: value for name, value in content.items() if isinstance(value, torch.Tensor)}
     return {name: KINDS.get(value.dtype, str(value.dtype)) for name, value in tensors.items()}

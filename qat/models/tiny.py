@@ -6,6 +6,8 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
+from qat.models.reading import LOADING
+
 VOCABULARY = 512  # tokens, of which the tokenizer uses the first
 TEMPLATE = (
     "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}<|end|>{% endfor %}"
@@ -29,7 +31,7 @@ def write(folder: Path, vocabulary: int) -> None:
         eos_token_id=257,
         pad_token_id=257,
     )
-    with torch.random.fork_rng(devices=[]):
+    with LOADING, torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(shape, dtype=torch.float32, trust_remote_code=False)
         model.save_pretrained(folder)

@@ -6,6 +6,7 @@ does not look for. Once registered, `PackedConfig` hands out the configuration o
 and the quantizer puts `PackedLinear` where the tables belong.
 """
 
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -13,10 +14,15 @@ from torch import nn
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from qat.errors import ArtifactError
+from qat.manifests import PACKED, Wrong
 from qat.packed import FILE, METHOD
-from qat.packed.linear import PackedLinear
+from qat.packed.linear import SIXTEEN, PackedLinear
 from qat.quant import formats
 from qat.quant.formats import Format
+from qat.tensor_files import FLOATS, Wanted, difference, entries, known
+
+REMEDY = "export the model again"
 
 
 class PackedConfig(PreTrainedConfig):
@@ -29,7 +35,13 @@ class PackedConfig(PreTrainedConfig):
         """The architecture's configuration, told where the weights are and how they are packed."""
         from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+        try:
+            PACKED(config_dict, "")
+        except Wrong as wrong:
+            raise ArtifactError(f"config.json describes no packed export ({wrong}): {REMEDY}") from None
         base = dict(config_dict["base_config"])
+        if base["model_type"] not in CONFIG_MAPPING:
+            raise ArtifactError(f"a packed export of the model type {base['model_type']}, which transformers lacks")
         base |= {"quantization_config": config_dict["quantization_config"], "transformers_weights": FILE}
         return CONFIG_MAPPING[base["model_type"]].from_dict(base, **kwargs)
 
@@ -70,7 +82,8 @@ def register_quantizer() -> None:
         def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
             with torch.device("meta"):
                 for name, settings in self.quantization_config.layers.items():
-                    model.set_submodule(name, packed_like(model.get_submodule(name), formats.of(settings)))
+                    model.set_submodule(name, packed_like(name, linear_of(model, name), formats.of(settings)))
+            check_tensors(model, [Path(file) for file in kwargs.get("checkpoint_files") or []])
 
         def is_serializable(self) -> bool:
             """Not by `save_pretrained`, which would write a folder that only looks like an export."""
@@ -80,8 +93,46 @@ def register_quantizer() -> None:
     auto.AUTO_QUANTIZER_MAPPING[METHOD] = PackedQuantizer
 
 
-def packed_like(linear: nn.Linear, format: Format) -> PackedLinear:
-    """An empty packed layer in the place of a dense one."""
+def linear_of(model: Any, name: str) -> nn.Linear:
+    """A linear layer that a packed export has in few bits.
+
+    Raises:
+        ArtifactError: the model has none of that name.
+    """
+    found = dict(model.named_modules()).get(name)
+    if type(found) is not nn.Linear:
+        raise ArtifactError(f"the packed export has {name} in few bits, and its model no such linear layer: {REMEDY}")
+    return found
+
+
+def check_tensors(model: Any, files: list[Path]) -> None:
+    """Looks whether the files hold the tensors of a model that is on no device yet: of others transformers only warns.
+
+    Raises:
+        ArtifactError: one is missing, of another type or shape, or there is one more.
+    """
+    wanted = {name: Wanted(_kinds(value), tuple(value.shape)) for name, value in model.state_dict().items()}
+    for file in files:
+        found = {name: (entry.kind, entry.shape) for name, entry in entries(file, REMEDY)[0].items()}
+        tied = {name for name in getattr(model, "all_tied_weights_keys", None) or {} if name not in found}
+        if wrong := difference(found, {name: one for name, one in wanted.items() if name not in tied}):
+            raise ArtifactError(f"{file} {wrong}: {REMEDY}")
+
+
+def _kinds(value: torch.Tensor) -> tuple[str, ...]:
+    """What a tensor may be stored as: parts of formats as they are, other numbers in the type of the export."""
+    return FLOATS if value.is_floating_point() and value.dtype is not SIXTEEN else (known(value)[0],)
+
+
+def packed_like(name: str, linear: nn.Linear, format: Format) -> PackedLinear:
+    """An empty packed layer in the place of a dense one.
+
+    Raises:
+        ArtifactError: the format does not suit it.
+    """
+    if misfit := format.misfit(linear.out_features, linear.in_features):
+        value = format.settings()[misfit.setting]
+        raise ArtifactError(f"the packed export says {misfit.setting} {value} of {name}, which {misfit.why}: {REMEDY}")
     packed = PackedLinear(format, linear.out_features, linear.in_features, linear.bias is not None)
     if packed.bias is not None:
         packed.bias.data = packed.bias.data.to(linear.weight.dtype)

@@ -56,14 +56,14 @@ def _converted(outputs: Path, runs: list[Record]) -> Iterator[list[str]]:
     for place, manifest in records.manifests(outputs, "checkpoints"):
         name, own = Path(place).name, Record(outputs / place, manifest, place)
         pulled = not place.startswith("artifacts/")
-        title = called(outputs / place, outputs) if pulled else str(manifest.get("name") or name)
+        title = called(outputs / place, outputs) if pulled else own.text("name") or name
         users = [run for run in runs if Path(run.text("paths", "conversion")).name == name]
         figures = [
             _known(own, users, *LOSSES, ("metrics", "kd_loss_initial")),
             _known(own, users, ("metrics", "after", "kl"), ("metrics", "kl_initial")),
             _known(own, users, ("bits_per_weight",), ("quant", "bits_per_weight")),
         ]
-        yield [code(title), *map(_figure, figures), f"`{place}`"]
+        yield [code(title), *map(_figure, figures), code(place)]
 
 
 def _known(own: Record, users: list[Record], *keys: tuple[str, ...]) -> float | None:
@@ -78,18 +78,19 @@ def _trained(runs: list[Record]) -> Iterator[list[str]]:
         if best is None or run.status != "complete":
             continue
         figures = [best, run.number("metrics", "kl"), run.number("quant", "bits_per_weight")]
-        yield [code(run.text("name")), *map(_figure, figures), f"`{run.place}/checkpoints/best`"]
+        yield [code(run.text("name")), *map(_figure, figures), code(f"{run.place}/checkpoints/best")]
 
 
 def _caches(outputs: Path) -> Iterator[str]:
     yield "## Caches"
     rows = []
     for place, manifest in records.manifests(outputs, "caches"):
-        sequences = manifest.get("sequences")
-        count = sum(sequences.values()) if isinstance(sequences, dict) else NOTHING
-        own = Path(place).name
-        name = str(manifest.get("name") or registered(own, "cache") or own)
-        rows.append([code(name), str(count), f"{records.size(outputs / place) / 1e6:,.1f} MB", f"`{place}`"])
+        own = Record(outputs / place, manifest, place)
+        counts = [own.number("sequences", split) for split in own.section("sequences")]
+        count = f"{sum(number or 0 for number in counts):.0f}" if counts else NOTHING
+        folder = Path(place).name
+        name = own.text("name") or registered(folder, "cache") or folder
+        rows.append([code(name), count, f"{records.size(outputs / place) / 1e6:,.1f} MB", code(place)])
     yield table(("cache", "sequences", "size", "folder"), rows) if rows else "None yet."
 
 
@@ -100,18 +101,19 @@ def _conversions(outputs: Path) -> Iterator[str]:
         if "figures" not in manifest:
             continue
         own = Record(outputs / place, manifest, place)
-        seconds = own.number("made", "seconds")
+        seconds = own.seconds("made", "seconds")
         where = [plain(own.text("made", key)) or NOTHING for key in ("instance", "device", "cores")]
         made = [own.text("made", "at")[:16].replace("T", " ") or NOTHING]
-        name = code(str(manifest.get("name") or Path(place).name))
-        rows.append([*where, name, NOTHING if seconds is None else duration(seconds), *made, f"`{place}`"])
+        name = code(own.text("name") or Path(place).name)
+        rows.append([*where, name, NOTHING if seconds is None else duration(seconds), *made, code(place)])
     if rows:
         yield "## Conversion times"
         yield table(("instance", "device", "cores", "conversion", "time", "made", "folder"), sorted(rows))
 
 
 def _run(run: Record) -> str:
-    head = " · ".join(part for part in (run.run_id, plain(run.text("name") or run.text("stage")), run.status) if part)
+    parts = (plain(run.run_id), plain(run.text("name") or run.text("stage")), run.status)
+    head = " · ".join(part for part in parts if part)
     lines = {
         "Goal": plain(run.text("goal")),
         "Instance": _instance(run),
@@ -123,7 +125,7 @@ def _run(run: Record) -> str:
         "Conversion": _conversion(run),
         "Resumed": _resumed(run),
         "Notes": plain(run.text("notes")),
-        "Folder": f"`{run.place}`",
+        "Folder": code(run.place),
     }
     lines = {name: text for name, text in lines.items() if text or name not in ("Measured on", "Resumed")}
     return f"### {head}\n\n" + "\n".join(f"- **{name}**: {text or NOTHING}" for name, text in lines.items())
@@ -192,8 +194,8 @@ def _ground(run: Record) -> str:
 
 def _conversion(run: Record) -> str:
     """How long it took in this run, or for one that was there: when it was made, and in which time."""
-    reused = run.section("reused", "convert")
-    return f"reused, {plain(provenance.told(reused.get('made')))}" if reused else _seconds(run, "convert_s")
+    made = run.section("reused", "convert", "made")
+    return f"reused, {plain(provenance.told(made))}" if run.section("reused", "convert") else _seconds(run, "convert_s")
 
 
 def _resumed(run: Record) -> str:
@@ -223,5 +225,5 @@ def _percent(share: float | None) -> str:
 
 
 def _seconds(run: Record, key: str) -> str:
-    seconds = run.number("timing", key)
+    seconds = run.seconds("timing", key)
     return "" if seconds is None else duration(seconds)

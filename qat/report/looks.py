@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from qat.console import duration
-from qat.report.markdown import NOTHING, plain
+from qat.report.markdown import NOTHING, code, plain
 from qat.report.markdown import table as rendered
 from qat.report.records import Record
 
@@ -19,11 +19,12 @@ def table(runs: list[Record]) -> Iterator[str]:
 
 
 def _row(run: Record) -> list[str]:
-    seconds = run.number("timing", "total_s")
+    seconds = run.seconds("timing", "total_s")
     told = {"evaluate": _evaluation, "export": _export}.get(run.text("stage"), _cache)
     result = plain(run.text("error")) if run.status != "complete" else told(run)
     time = NOTHING if seconds is None else duration(seconds)
-    return [run.run_id, run.text("stage"), run.status, _subject(run), result or NOTHING, time, f"`{run.place}`"]
+    who = [plain(run.run_id), plain(run.text("stage")), run.status]
+    return [*who, _subject(run), result or NOTHING, time, code(run.place)]
 
 
 def _subject(run: Record) -> str:

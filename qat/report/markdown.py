@@ -2,18 +2,22 @@
 
 import re
 
+from qat import shown
+
 NOTHING = "–"
+
+_SPECIAL = re.compile(r"[\\`*\[\]<>#|~&]|(?<!\w)_|_(?!\w)")
+_PIPE = re.compile(r"(?<!\\)\|")
 
 
 def plain(text: str) -> str:
     """Someone's words as one line of Markdown that shows just these words."""
-    special = re.compile(r"[\\`*\[\]<>#|~&]|(?<!\w)_|_(?!\w)")
-    return special.sub(r"\\\g<0>", " ".join(text.split()))
+    return _SPECIAL.sub(r"\\\g<0>", shown.line(text))
 
 
 def code(text: str) -> str:
     """Text in one line of code, whatever backticks it holds."""
-    text = " ".join(text.split())
+    text = shown.line(text)
     if not text:
         return ""
     fence = "`" * (max((len(ticks) for ticks in re.findall("`+", text)), default=0) + 1)
@@ -21,6 +25,11 @@ def code(text: str) -> str:
 
 
 def table(header: tuple[str, ...], rows: list[list[str]]) -> str:
-    """A table whose first and last columns are words, the others figures."""
+    """A table whose first and last columns are words, the others figures; cells are Markdown on one line."""
     lines = [header, ["---", *["---:"] * (len(header) - 2), "---"], *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return "\n".join(f"| {' | '.join(map(_cell, line))} |" for line in lines)
+
+
+def _cell(text: str) -> str:
+    """A pipe ends a cell even within code."""
+    return _PIPE.sub(r"\|", text)

@@ -12,6 +12,7 @@ from typing import Any
 
 from qat.report import generate, records
 from qat.report.records import Record
+from qat.shown import shown
 
 FILE = "report.html"
 POINTS = 240  # of a curve; more than a chart has pixels for
@@ -38,8 +39,16 @@ def render(outputs: Path) -> str:
 
 def embedded(value: Any) -> str:
     """JSON that may stand inside a script element, whatever text it holds."""
-    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
-    return text.encode("utf-8", "replace").decode("utf-8").translate(ESCAPES)
+    return json.dumps(_seen(value), ensure_ascii=False, separators=(",", ":")).translate(ESCAPES)
+
+
+def _seen(value: Any) -> Any:
+    """The same values, every text in them as it may be seen."""
+    if isinstance(value, dict):
+        return {shown(key): _seen(entry) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [_seen(entry) for entry in value]
+    return shown(value) if isinstance(value, str) else value
 
 
 def data(outputs: Path) -> dict[str, Any]:
@@ -94,7 +103,7 @@ def _run(
         "perplexity": run.number("metrics", "perplexity"),
         "agreement": run.number("metrics", "top1_agreement"),
         "speed": run.number("throughput", "tokens_per_second"),
-        "seconds": run.number("timing", "total_s"),
+        "seconds": run.seconds("timing", "total_s"),
         "conversion": Path(run.text("paths", "conversion")).name,
         "settings": {key: value for key, value in settings.items() if common.get(key) != value},
         "unset": [key for key in common if key not in settings] if settings else [],
@@ -117,12 +126,12 @@ def _curve(rows: list[dict[str, Any]], key: str) -> list[list[float]]:
 def _conversions(outputs: Path, runs: list[Record]) -> dict[str, Any]:
     """Output errors of each conversion that a run used: for each kind of layer, from the first block to the last."""
     used = {Path(run.text("paths", "conversion")).name for run in runs}
-    shown = {}
+    drawn = {}
     for place, manifest in records.manifests(outputs, "checkpoints"):
         name, figures = Path(place).name, manifest.get("figures")
         if name in used and isinstance(figures, dict):
-            shown[name] = _by_leaf(figures)
-    return shown
+            drawn[name] = _by_leaf(figures)
+    return drawn
 
 
 def _by_leaf(figures: dict[str, Any]) -> dict[str, list[float]]:

@@ -1,15 +1,17 @@
 """Reads what runs left, tolerantly: a log must be able to tell of a run whose files are damaged."""
 
-import json
-import math
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qat.identities import PLAN, RESULT, places
+from qat import bounded
+from qat.identities import NUMBERED, PLAN, RESULT, identity, places
 
+LONGEST = 20_000  # characters of a text
+LARGEST = 1e15  # a figure: bytes of a file are the largest there are
 STATUSES = ("complete", "failed", "interrupted")
 # Where a checkpoint's own description gives its KD loss: of a conversion, of a student, of the older scripts.
 LOSSES = (("metrics", "after", "kd_loss"), ("kd_loss_best",), ("final_loss",))
@@ -32,7 +34,7 @@ class Record:
     @property
     def run_id(self) -> str:
         """`SR-007`."""
-        return str(self.result.get("run_id") or self.folder.name)
+        return identity(self.result.get("run_id")) or self.folder.name
 
     @property
     def status(self) -> str:
@@ -44,7 +46,7 @@ class Record:
     def sweep(self) -> str:
         """The sweep it is a job of, or nothing."""
         parent = self.place.rpartition("/")[0]
-        return parent if parent.startswith("sweep-") or (self.folder.parent / PLAN).is_file() else ""
+        return parent if parent.startswith("sweep-") or os.path.isfile(self.folder.parent / PLAN) else ""
 
     @property
     def is_trial(self) -> bool:
@@ -60,13 +62,19 @@ class Record:
     def text(self, *keys: str) -> str:
         """A value of the result as text; empty where there is none."""
         value = self._value(keys)
-        return "" if value is None or isinstance(value, dict | list) else str(value)
+        said = "" if value is None or isinstance(value, dict | list) else str(value)
+        return said if len(said) <= LONGEST else said[:LONGEST] + "…"
 
     def number(self, *keys: str) -> float | None:
-        """A finite number of the result; None where there is none."""
+        """A number of the result; None where there is none, or one that no figure is as large as."""
         value = self._value(keys)
-        usable = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        usable = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < LARGEST
         return value if usable else None
+
+    def seconds(self, *keys: str) -> float | None:
+        """A time of the result; None where there is none."""
+        value = self.number(*keys)
+        return value if value is not None and value >= 0 else None
 
     def first(self, *keys: tuple[str, ...]) -> float | None:
         """The first of several numbers that the result has."""
@@ -86,12 +94,12 @@ class Record:
 
 def read(folder: Path, outputs: Path) -> Record:
     """The record in a run's folder, which may have been chosen to lie outside of `outputs`."""
-    return Record(folder, _json(folder / RESULT), _place(folder, outputs))
+    return Record(folder, bounded.said(folder / RESULT), _place(folder, outputs))
 
 
 def runs(outputs: Path) -> list[Record]:
     """Every run of an outputs folder, in the order of their identities."""
-    records = [read(folder, outputs) for _, folder in places(outputs) if (folder / RESULT).is_file()]
+    records = [read(folder, outputs) for _, folder in places(outputs) if os.path.isfile(folder / RESULT)]
     return sorted(records, key=lambda record: (_number(record.run_id), record.place))
 
 
@@ -106,24 +114,18 @@ def manifests(outputs: Path, kind: str) -> list[tuple[str, dict[str, Any]]]:
 
 def size(folder: Path) -> int:
     """Bytes of all files in a folder."""
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file() and not path.is_symlink())
+    files = (os.path.join(place, name) for place, _, names in os.walk(folder) for name in names)
+    return sum(os.lstat(file).st_size for file in files if os.path.isfile(file) and not os.path.islink(file))
 
 
 def metrics(folder: Path) -> list[dict[str, Any]]:
     """The rows of `metrics.jsonl`, without those that a kill cut short."""
-    try:
-        lines = (folder / "metrics.jsonl").read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        return []
-    return [row for row in map(_parsed, lines) if isinstance(row, dict)]
+    return list(bounded.rows(folder / "metrics.jsonl"))
 
 
 def samples(folder: Path) -> list[dict[str, Any]]:
     """The prompts of `samples.md`, each with the answer of every model: `{"prompt": …, "answers": {name: text}}`."""
-    try:
-        text = (folder / "samples.md").read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return []
+    text = bounded.text(folder / "samples.md")
     return [_sample(part) for part in re.split(r"^## ", text, flags=re.MULTILINE)[1:]]
 
 
@@ -134,21 +136,6 @@ def _sample(part: str) -> dict[str, Any]:
     return {"prompt": prompt.strip(), "answers": answers}
 
 
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        value = _parsed(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError):
-        return {}
-    return value if isinstance(value, dict) else {}
-
-
-def _parsed(text: str) -> Any:
-    try:
-        return json.loads(text, parse_constant=lambda _: None)
-    except (ValueError, RecursionError):
-        return None
-
-
 def _place(folder: Path, outputs: Path) -> str:
     return (folder.relative_to(outputs) if folder.is_relative_to(outputs) else folder).as_posix()
 
@@ -156,14 +143,13 @@ def _place(folder: Path, outputs: Path) -> str:
 def _described(folder: Path) -> dict[str, Any]:
     names = ("manifest.json", "config.json", "meta.json")
     found = (path for name in names for path in (folder / name, *sorted(folder.glob(f"*/{name}"))))
-    return next((said for path in found if (said := _json(path))), {})
+    return next((said for path in found if (said := bounded.said(path))), {})
 
 
 def _folders(parent: Path) -> Iterator[Path]:
-    if parent.is_dir():
-        yield from sorted(path for path in parent.iterdir() if path.is_dir() and not path.name.startswith("."))
+    yield from sorted(path for path in parent.glob("[!.]*") if os.path.isdir(path))
 
 
 def _number(run_id: str) -> tuple[int, str]:
-    digits = run_id.rpartition("-")[2]
-    return (int(digits) if digits.isdecimal() else 10**9, run_id)
+    match = NUMBERED.fullmatch(run_id)
+    return (int(match[1]) if match else 10**9, run_id)

@@ -13,9 +13,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 
-from qat import faults, sweeps
-from qat.config import Config
-from qat.errors import MachineError, QatError, RankError
+from qat import faults, identities, sweeps
+from qat.config import Config, Stage
+from qat.errors import MachineError, NumericsError, QatError, RankError
 from qat.report import log as run_log
 from qat.runs import RESULT, UNRECORDED, Run
 from qat.store import transfer
@@ -42,6 +42,8 @@ def run_job(config: Config, folder: Path, command: str = "", overrides: Sequence
         QatError: in one sentence, what the user can do; recorded in `result.json` too.
     """
     stage = importlib.import_module(f"qat.stages.{config.stage.name}")
+    if config.stage is not Stage.doctor:  # it only looks
+        identities.sweep(Path(config.outputs))
     if config.stage in UNRECORDED:
         stage.main(config)
         return math.nan
@@ -56,6 +58,7 @@ def _main(stage: ModuleType, config: Config, run: Run, planned: bool) -> None:
     """Runs a stage and closes its record, however it ends; a planned job keeps its record in any case."""
     try:
         stage.main(transfer.with_named(config), run)
+        _refuse_no_numbers(run)
         run.finish("complete")
     except BaseException as error:
         told = error if isinstance(error, QatError) else faults.explain(error)
@@ -70,6 +73,13 @@ def _main(stage: ModuleType, config: Config, run: Run, planned: bool) -> None:
     finally:
         if (run.folder / RESULT).exists():
             run_log.refresh(Path(config.outputs))
+
+
+def _refuse_no_numbers(run: Run) -> None:
+    """Refuses a figure that is none, with which no run is complete."""
+    for name, value in run.result["metrics"].items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise NumericsError(f"{name} came out as {value}: nothing can be said of what was made")
 
 
 def _is_refusal(told: QatError | None) -> bool:

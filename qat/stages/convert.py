@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from qat import checkpoints, plots
-from qat.artifacts import Artifact, obtain
+from qat import checkpoints, manifests, plots
+from qat.artifacts import Artifact, obtain, require
 from qat.cache.batch import Batch
 from qat.cache.reader import CacheReader
 from qat.config import Config, as_plain
@@ -55,6 +55,7 @@ def make(work: Workspace, outputs: Artifact) -> Artifact:
             lambda folder: _convert(work, outputs, start, folder),
             at=work.machine.place(),
         )
+    require(made, manifests.CONVERSION)
     work.run.uses("convert", made)
     layers = checkpoints.layers_of(made.manifest)
     work.run.result["quant"] = {"preset": config.quant.name, **summary(layers, work.teacher.skeleton())}

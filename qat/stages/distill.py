@@ -17,7 +17,7 @@ from qat.forward import use
 from qat.processes import Ranks, joined
 from qat.quant.layers import Layer, summary
 from qat.quant.linear import quantized
-from qat.runs import Run, checkpoint_name
+from qat.runs import Run, checkpoint_name, owner
 from qat.stages import cache
 from qat.stages.teacher import check_mode
 from qat.stages.workspace import Workspace, open_workspace, start_folder
@@ -54,7 +54,7 @@ def make(work: Workspace, outputs: Artifact, start: Path) -> Path:
                 checkpoints.save(student, folders[name], description)
 
         trainer = _trainer(work, outputs, student, layers, ranks)
-        states = States(run.folder / "checkpoints", config.train.keep) if ranks.first else None
+        states = _states(work, run.folder) if ranks.first else None
         _resume(work, trainer)
         history = trainer.run(run.log, lambda: save("best"), states)
         save("last")
@@ -83,11 +83,16 @@ def train_into(work: Workspace, outputs: Artifact, start: Path, folder: Path) ->
 def _resume(work: Workspace, trainer: Trainer) -> None:
     """Takes over the newest state of the run that is gone on with; without one, begins at the beginning."""
     run, earlier = work.run, _earlier(work)
-    state = States(earlier / "checkpoints", work.config.train.keep).newest() if earlier else None
+    state = _states(work, earlier).newest() if earlier else None
     rows = run.rewind(state.facts["logged"] if state else 0)
     if state is not None:
         trainer.restore(state, rows)
         log.info("%s goes on after step %d of %d", run.result["run_id"], state.step, work.config.train.steps)
+
+
+def _states(work: Workspace, folder: Path) -> States:
+    """The states of the run in a folder."""
+    return States(folder / "checkpoints", work.config.train.keep, owner(folder))
 
 
 def _earlier(work: Workspace) -> Path | None:

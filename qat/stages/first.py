@@ -6,7 +6,8 @@ It is an artifact: runs that differ in what follows share it, and it is trained 
 from dataclasses import replace
 from pathlib import Path
 
-from qat.artifacts import Artifact, obtain
+from qat import manifests
+from qat.artifacts import Artifact, obtain, require
 from qat.config import CheckpointConfig, FirstConfig, as_plain
 from qat.shaping import shaping
 from qat.stages import convert, distill
@@ -35,6 +36,7 @@ def make(work: Workspace, outputs: Artifact, first: FirstConfig) -> Path:
 
     with work.timed("first"):
         made = obtain(work.artifacts, "checkpoints", name, inputs, train, at=work.machine.place())
+    require(made, manifests.TRAINED)
     work.run.uses("first", made)
     work.run.result["paths"]["first"] = str(made.folder)
     work.run.result["metrics"]["first_kd_loss"] = made.manifest["kd_loss_best"]

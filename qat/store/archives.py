@@ -2,9 +2,9 @@
 
 An archive is a compressed tar: `.tgz`, `.tar.gz`, `.tar.lz4`, `.tar.zst` or plain `.tar`. Reading one
 extracts regular files and folders into an empty folder and refuses everything else: links, devices,
-absolute and parent paths, names twice, more files or bytes than a cap, data cut short. The stream is read
-once from front to back, never more than a megabyte at a time, so a bomb costs neither memory nor, beyond
-the cap, disk.
+absolute and parent paths, names twice, more entries or bytes than a cap, data that unpack to many times the
+archive's size, data cut short. The stream is read once from front to back, never more than a megabyte at a time,
+so a bomb costs neither memory nor time nor, beyond the cap, disk.
 """
 
 import gzip
@@ -18,7 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, cast
 
-from qat.compression import MISREAD, gunzip, unlz4, unzstd
+from qat import faults
+from qat.compression import MISREAD, RATIO, gunzip, most, unlz4, unzstd
 from qat.errors import ArtifactError
 
 SUFFIXES = (".tgz", ".tar.gz", ".tar.lz4", ".tar.zst", ".tar")
@@ -33,7 +34,7 @@ CLUTTER = ("__MACOSX", ".DS_Store")
 class Caps:
     """The most that an archive may hold."""
 
-    files: int = 100_000
+    files: int = 100_000  # and folders, each time that one is named
     bytes: int = 64 << 30  # unpacked; four of the largest caches seen
 
 
@@ -77,13 +78,14 @@ def unpack(path: Path, folder: Path, caps: Caps = CAPS) -> int:
         UnavailableError: its compression needs a package that is not installed.
     """
     seen: dict[str, bool] = {}  # normalised name to whether it is a folder
+    listed: set[str] = set()  # those that have an entry of their own
     written = 0
     with _decompressed(path) as raw:
         stream = _Stream(raw, caps.bytes, path)
         try:
             with tarfile.open(fileobj=cast(IO[bytes], stream), mode="r:", errorlevel=2) as tar:
-                for entry in _entries(tar):
-                    parts = _checked(entry, seen, caps, path)
+                for entry in _entries(tar, caps, path):
+                    parts = _checked(entry, seen, listed, caps, path)
                     if entry.isdir():
                         folder.joinpath(*parts).mkdir(parents=True, exist_ok=True)
                     elif written + entry.size > caps.bytes:
@@ -93,7 +95,7 @@ def unpack(path: Path, folder: Path, caps: Caps = CAPS) -> int:
                     else:
                         written += _extract(stream, entry.size, folder.joinpath(*parts), path)
             stream.finish()
-        except (tarfile.TarError, EOFError, UnicodeError, ValueError, OverflowError) as error:
+        except (tarfile.TarError, EOFError, UnicodeError, ValueError, OverflowError, RecursionError) as error:
             raise ArtifactError(f"{path.name} is damaged or cut short ({error})") from None
     return written
 
@@ -125,30 +127,36 @@ def safe_parts(name: str, source: str) -> tuple[str, ...]:
     return tuple(parts)
 
 
-def _entries(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
-    """The members as they come, none of them kept: a list of millions is a bomb too."""
+def _entries(tar: tarfile.TarFile, caps: Caps, path: Path) -> Iterator[tarfile.TarInfo]:
+    """The members as they come, none of them kept, and counted whatever they are: a list of millions is a bomb too."""
+    count = 0
     while (entry := tar.next()) is not None:
         tar.members = []  # type: ignore[attr-defined]
+        count += 1
+        if count > caps.files:
+            raise ArtifactError(f"{path.name} holds more than {caps.files} files: nothing was taken over")
         yield entry
 
 
-def _checked(entry: tarfile.TarInfo, seen: dict[str, bool], caps: Caps, path: Path) -> tuple[str, ...]:
+def _checked(
+    entry: tarfile.TarInfo, seen: dict[str, bool], listed: set[str], caps: Caps, path: Path
+) -> tuple[str, ...]:
     """The parts of an entry's name, once it is known to be a new plain file or a folder."""
     if not (entry.isreg() or entry.isdir()) or entry.issparse():
         kind = "a link" if entry.issym() or entry.islnk() else "neither a file nor a folder"
         raise ArtifactError(f"{path.name} holds {_shown(entry.name)}, {kind}: nothing was taken over")
-    if entry.isdir() and not entry.name.strip("./"):
-        return ()
     if entry.size < 0 or entry.size > caps.bytes:
         raise ArtifactError(f"{path.name} holds a file of {entry.size} bytes, over the cap of {caps.bytes}")
-    parts = safe_parts(entry.name, path.name)
-    names = [_folded("/".join(parts[: depth + 1])) for depth in range(len(parts))]
+    top = entry.isdir() and not entry.name.strip("./")
+    parts = () if top else safe_parts(entry.name, path.name)
+    names = [""] if top else [_folded("/".join(parts[: depth + 1])) for depth in range(len(parts))]
     for parent in names[:-1]:
         if not seen.setdefault(parent, True):
             raise ArtifactError(f"{path.name} holds {_shown(entry.name)} below a file: nothing was taken over")
-    if names[-1] in seen and not (entry.isdir() and seen[names[-1]]):
+    if names[-1] in listed or (names[-1] in seen and not (entry.isdir() and seen[names[-1]])):
         raise ArtifactError(f"{path.name} holds {_shown(entry.name)} twice: nothing was taken over")
     seen[names[-1]] = entry.isdir()
+    listed.add(names[-1])
     if len(seen) > caps.files:
         raise ArtifactError(f"{path.name} holds more than {caps.files} files: nothing was taken over")
     return parts
@@ -158,7 +166,7 @@ def _extract(stream: "_Stream", size: int, target: Path, path: Path) -> int:
     """Copies the next `size` bytes to a new file."""
     target.parent.mkdir(parents=True, exist_ok=True)
     handle = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0), 0o644)
-    with os.fdopen(handle, "wb") as file:
+    with faults.located(target), os.fdopen(handle, "wb") as file:
         left = size
         while left:
             data = stream.read(min(left, CHUNK))
@@ -174,6 +182,7 @@ class _Stream:
 
     def __init__(self, raw: IO[bytes], cap: int, path: Path) -> None:
         self.raw, self.cap, self.path = raw, cap, path
+        self.most = most(path.stat().st_size)
         self.position = 0
         self.last = b""
 
@@ -190,6 +199,8 @@ class _Stream:
         # Headers and padding count too; names and sizes alone can be a bomb.
         if self.position > self.cap + (self.cap >> 4) + CHUNK:
             raise ArtifactError(f"{self.path.name} unpacks to more than {self.cap} bytes: nothing was taken over")
+        if self.position > self.most:
+            raise ArtifactError(f"{self.path.name} unpacks to more than {RATIO} times its size: nothing was taken over")
         return self.last
 
     def tell(self) -> int:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
+from qat import faults, scratch
 from qat.config import StoreConfig, StoreKind
 from qat.console import progress
 from qat.errors import MissingError, UnavailableError
@@ -18,6 +19,7 @@ from qat.errors import MissingError, UnavailableError
 log = logging.getLogger(__name__)
 
 CHUNK = 1 << 22
+TEXT = 1 << 16  # bytes of a small file
 ATTEMPTS = 3
 PAUSE = 1.0  # seconds before the second attempt, twice as many before each further one
 DEPTH = 3  # folders below a store in which names are looked for
@@ -90,6 +92,7 @@ class Place:
         def copy() -> None:
             with (
                 self.fs.open(self._full(path), "rb") as source,
+                faults.located(target),
                 open(target, "wb") as file,
                 progress(f"pulling {path}", size or 1, "bytes") as advance,
             ):
@@ -100,34 +103,39 @@ class Place:
         self._attempt(f"reading {path}", copy)
 
     def upload(self, source: Path, path: str) -> None:
-        """Copies one file there, with progress; on a mounted folder it appears whole or not at all."""
+        """Copies one file there, with progress; it appears whole or not at all.
+
+        Raises:
+            MachineError: the disk there is full.
+        """
         full = self._full(path)
-        target = f"{full}.partial" if self.is_local else full  # object stores publish a file when it is closed
 
         def copy() -> None:
-            if self.is_local and not Path(self.root).is_dir():  # unmounted meanwhile: fill no empty mount point
+            if not self.is_local:  # object stores publish a file when it is closed
+                self.fs.makedirs(full.rpartition("/")[0], exist_ok=True)
+                self._send(source, full, path)
+                return
+            if not Path(self.root).is_dir():  # unmounted meanwhile: fill no empty mount point
                 raise FileNotFoundError(f"{self.root} is gone")
-            self.fs.makedirs(full.rpartition("/")[0], exist_ok=True)
-            size = source.stat().st_size
-            with (
-                open(source, "rb") as file,
-                self.fs.open(target, "wb") as there,
-                progress(f"pushing {path}", size, "bytes") as advance,
-            ):
-                while data := file.read(CHUNK):
-                    there.write(data)
-                    advance(len(data))
-            if self.fs.size(target) != size:
-                raise OSError(f"{self.fs.size(target)} of {size} bytes arrived")
-            if target != full:
-                Path(target).replace(full)
+            place = Path(full)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            scratch.sweep(place.parent)
+            with faults.located(place), scratch.file(place) as made:
+                self._send(source, str(made), path)
+                made.chmod(0o644)
+                made.replace(place)
 
         self._attempt(f"writing {path}", copy)
+
+    def has(self, path: str) -> bool:
+        """Whether there is such a file."""
+        self.fs.invalidate_cache()
+        return self._attempt(f"looking for {path}", lambda: bool(self.fs.exists(self._full(path))))
 
     def text(self, path: str) -> str:
         """A small file's text."""
         return self._attempt(
-            f"reading {path}", lambda: str(self.fs.cat_file(self._full(path))[:4096], "utf-8", "replace")
+            f"reading {path}", lambda: str(self.fs.cat_file(self._full(path))[:TEXT], "utf-8", "replace")
         )
 
     def files_below(self, path: str) -> list[Entry]:
@@ -138,6 +146,19 @@ class Place:
         return sorted(
             (Entry(name.removeprefix(start), info.get("size")) for name, info in found.items()), key=lambda e: e.path
         )
+
+    def _send(self, source: Path, target: str, path: str) -> None:
+        size = source.stat().st_size
+        with (
+            open(source, "rb") as file,
+            self.fs.open(target, "wb") as there,
+            progress(f"pushing {path}", size, "bytes") as advance,
+        ):
+            while data := file.read(CHUNK):
+                there.write(data)
+                advance(len(data))
+        if self.fs.size(target) != size:
+            raise OSError(f"{self.fs.size(target)} of {size} bytes arrived")
 
     def _walk(self) -> list[Entry]:
         self.fs.invalidate_cache()

@@ -4,7 +4,6 @@ import hashlib
 import itertools
 import logging
 import re
-import shutil
 import tempfile
 import threading
 from collections.abc import Iterator
@@ -12,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from qat import names
+from qat import faults, names, scratch
 from qat.artifacts import locked, write_text
 from qat.checkpoint_files import chosen
 from qat.config import Config, StoreConfig, StoreKind
@@ -95,14 +94,27 @@ def push(place: Place, source: Path, kind: str, name: str) -> str:
         Its path there.
     """
     path = f"{kind}/{name}.tgz"
-    with tempfile.TemporaryDirectory(prefix="qat-push-") as scratch:
-        packed = Path(scratch) / f"{name}.tgz"
-        archives.pack(source, packed, name)
-        listed = Path(scratch) / f"{name}.tgz{CHECKSUM}"
-        listed.write_text(f"{_sha256(packed)}  {packed.name}\n")
-        place.upload(packed, path)
-        place.upload(listed, path + CHECKSUM)
+    with scratch.folder(Path(tempfile.gettempdir()) / "qat-push") as made:
+        packed = made / f"{name}.tgz"
+        with faults.located(packed):
+            archives.pack(source, packed, name)
+        _put(place, packed, path)
     return path
+
+
+def _put(place: Place, packed: Path, path: str) -> None:
+    """Puts an archive and its checksum into the store.
+
+    These are two files, and whoever reads may come at any moment, also after a kill. So while the archive takes the
+    place of an older one, the checksum names both: the one that is there is always whole and known.
+    """
+    line, listed = f"{_sha256(packed)}  {packed.name}\n", packed.with_name(packed.name + CHECKSUM)
+    if place.has(path + CHECKSUM):
+        listed.write_text(f"{place.text(path + CHECKSUM).rstrip()}\n{line}", encoding="utf-8")
+        place.upload(listed, path + CHECKSUM)
+    place.upload(packed, path)
+    listed.write_text(line, encoding="utf-8")
+    place.upload(listed, path + CHECKSUM)
 
 
 @contextmanager
@@ -190,30 +202,26 @@ def _pulled(store: StoreConfig, outputs: Path, kind: str, wanted: list[str]) -> 
 def _made(target: Path, kind: str, what: str) -> Iterator[Path | None]:
     """An empty folder whose content appears at `target` once it is known for one of its kind; None if that is there.
 
-    It lies in a folder of its own that is swept away, by the next holder of the target's lock if need be.
-
     Raises:
         ArtifactError: it is none of its kind, or something else is at `target`.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     with locked(target):
+        scratch.sweep(target.parent, target.name)
         if store_names.is_there(target, kind):
             yield None
             return
         if target.exists():
             raise ArtifactError(f"{target} is there and is none of the {kind}: move it away, then pull again")
-        scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
-        unpacked = scratch / "unpacked"
-        unpacked.mkdir()
-        try:
+        with faults.located(target), scratch.folder(target) as made:
+            unpacked = made / "unpacked"
+            unpacked.mkdir()
             yield unpacked
             inside = archives.content(unpacked)
             if not store_names.is_there(inside, kind):
                 marks = " or ".join(store_names.MARKS[kind])
                 raise ArtifactError(f"{what} is none of the {kind}: no {marks} in it")
             inside.rename(target)
-        finally:
-            shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _pull_archive(place: Place, entries: list[Entry], entry: Entry, unpacked: Path, caps: Caps) -> None:
@@ -226,13 +234,13 @@ def _pull_archive(place: Place, entries: list[Entry], entry: Entry, unpacked: Pa
 
 
 def _check_sum(place: Place, entries: list[Entry], entry: Entry, archive: Path) -> None:
-    """Compares with the checksum beside an archive, where there is one."""
+    """Compares with the checksum beside an archive, where there is one: it may name several, of which one is there."""
     if not any(other.path == entry.path + CHECKSUM for other in entries):
         return
-    expected = re.match(r"\s*\\?([0-9a-fA-F]{64})\b", place.text(entry.path + CHECKSUM))
-    if expected is None:
+    known = re.findall(r"^\s*\\?([0-9a-f]{64})\b", place.text(entry.path + CHECKSUM).lower(), re.MULTILINE)
+    if not known:
         raise ArtifactError(f"{entry.path}{CHECKSUM} in {place.url} holds no SHA-256: remove it or push again")
-    if _sha256(archive) != expected[1].lower():
+    if _sha256(archive) not in known:
         raise ArtifactError(
             f"{entry.path} in {place.url} is not what its {CHECKSUM} says: it was altered or cut short; push again"
         )

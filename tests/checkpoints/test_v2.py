@@ -157,14 +157,26 @@ def put(key, value):
     return lambda state: state.update({key: value})
 
 
+def widen(state, rank):
+    state[f"{LAYER}.scale_A"], state[f"{LAYER}.scale_B"] = torch.ones(128, rank), torch.ones(rank, 64)
+    state[f"{LAYER}.rank_magnitude"] = torch.ones(rank)
+
+
 @pytest.mark.parametrize(
     ("change", "says"),
     [
         (remove(f"{LAYER}.scale_A"), f"a table for {LAYER} but no {LAYER}.scale_A"),
-        (remove(f"{LAYER}.rank_magnitude"), f"{LAYER} has a table but no rank_magnitude"),
-        (cut(f"{LAYER}.rank_magnitude", 3), "scales of ranks 4, 4 and 3"),
-        (cut(f"{LAYER}.scale_A", 100), f"{LAYER} is 100×64 in the checkpoint and 128×64 here"),
-        (cut(f"{LAYER}._Q", 100), "a _Q of 100×64, its scales 128×64"),
+        (remove(f"{LAYER}.rank_magnitude"), f"a table for {LAYER} but no {LAYER}.rank_magnitude"),
+        (cut(f"{LAYER}.rank_magnitude", 3), f"{LAYER} has a rank_magnitude of 3 where 4 belongs"),
+        (cut(f"{LAYER}.scale_A", 100), f"{LAYER} has a weight of 128×64 where 100×64 belongs"),
+        (cut(f"{LAYER}._Q", 100), "a _Q of 100×64 where 128×64 belongs"),
+        (put(f"{LAYER}.lut", torch.tensor(1.0)), "a table of 1 entries"),
+        (put(f"{LAYER}.scale_B", torch.tensor(1.0)), "a scale_B of no dimensions where 4×I belongs"),
+        (put(f"{LAYER}.scale_A", torch.full((128, 4), torch.nan)), "NaN or infinity in its scale_A"),
+        (put(f"{LAYER}.scale_A", torch.ones(128, 4).int()), "a scale_A of int32, and floating-point numbers belong"),
+        (put(f"{LAYER}._indices", torch.zeros(128, 64)), "a _indices of float32, and whole numbers belong there"),
+        (put(f"{LAYER}._scales_baked_flag", torch.zeros(2)), "a _scales_baked_flag of 2 where 1 belongs"),
+        (lambda state: widen(state, 65), "scales of rank 65, and its weight is 128×64"),
         (put(f"{LAYER}._indices", torch.full((128, 64), 4)), "indices from 4 to 4 and 4 table entries"),
         (put(f"{LAYER}._Q", torch.zeros(128, 64)), "away from its table's entries"),
         (put(f"{LAYER}.lut", torch.zeros(300)), "a table of 300 entries"),
@@ -191,6 +203,9 @@ class Shrunk:
 
     def __init__(self, teacher, layers):
         self.inner, self.layers = teacher, layers
+
+    def skeleton(self):
+        return self.load(torch.float32, tiny.CPU)
 
     def load(self, dtype, device):
         model = self.inner.load(dtype, device)

@@ -11,6 +11,7 @@ import pytest
 
 from qat.cli import arguments, main
 from qat.config import Config
+from tests import described
 from tests.launching import python
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -109,12 +110,9 @@ def checkpoint(here: Path) -> Callable[..., Path]:
     """Makes a checkpoint folder that only has a manifest."""
 
     def make(folder: str, mlp: bool = True, attn: bool = True) -> Path:
-        table = {"bits": 2, "rank": 4}
-        quant = {"name": "made", "mlp": table if mlp else None, "attn": table if attn else None}
         path = here / folder
         path.mkdir(parents=True)
-        manifest = {"kind": "checkpoint", "model": "tiny", "quant": quant}
-        (path / "manifest.json").write_text(json.dumps(manifest))
+        (path / "manifest.json").write_text(json.dumps(described.checkpoint(mlp, attn)))
         return path
 
     return make

@@ -9,6 +9,7 @@ import pytest
 
 from qat.cli import arguments, main, validate
 from qat.errors import ConfigError, QatError
+from tests.described import CACHE
 
 MISTAKES = [
     # flags
@@ -113,7 +114,7 @@ MISTAKES = [
     ("data=mix data.parts=[{source:selfgen,thinking:perhaps}]", "data.parts[0].thinking=perhaps: must be"),
     ("data=mix data.parts=[{source:mix}]", "cannot be a part"),
     ("data=mix data.parts=[{source:selfgen,answers:0}]", "data.parts[0].answers=0: must be at least 1"),
-    ("data=mix data.parts=[{source:selfgen,temperature:0}]", "data.parts[0].temperature=0.0: must be above 0"),
+    ("data=mix data.parts=[{source:selfgen,temperature:0}]", "data.parts[0].temperature=0.0: must be at least 0.01"),
     ("data=mix data.parts=[{source:selfgen,start:openings}]", "data.parts[0].start=openings needs a file"),
     ("data.path=broken", "data=selfgen is a mixture, and each of its sources has its own: use data=prompts, text"),
     ("data.repo=owner/name", "use data=text, alpaca, chat_jsonl or openings, or say it in data.parts"),
@@ -210,7 +211,9 @@ VALUES = [
     ("train.save_every", 0, "at least 1"),
     ("train.keep", 0, "at least 1"),
     ("loss.hard", -0.1, "at least 0"),
-    ("loss.temperature", 0.0, "above 0"),
+    ("loss.temperature", 0.0, "at least 0.01 and at most 1000"),
+    ("chat.temperature", 1e-300, "0 or at least 0.01"),
+    ("loss.temperature", 1e6, "at least 0.01 and at most 1000"),
     ("cache.length", 1, "at least 2"),
     ("cache.sequences", 0, "at least 1"),
 ]
@@ -245,7 +248,7 @@ def littered(here, checkpoint):
     (here / "older").mkdir()
     (here / "older" / "shard_00000.pt").write_text("")
     (here / "imported").mkdir()
-    (here / "imported" / "manifest.json").write_text(json.dumps({"kind": "caches", "tail": "missing"}))
+    (here / "imported" / "manifest.json").write_text(json.dumps(CACHE))
     return here
 
 

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from qat.cli import main
+from tests import described
 
 REFUSED = [
     ("checkpoint=q4_fp32", "fetch it with stage=pull checkpoint=q4_fp32 store=<gdrive"),
@@ -22,8 +23,7 @@ REFUSED = [
 def checkpoint(tmp_path):
     folder = tmp_path / "checkpoint"
     folder.mkdir()
-    quant = {"name": "q2a4", "mlp": {"bits": 2, "rank": 32}, "attn": {"bits": 4, "rank": 8}}
-    (folder / "manifest.json").write_text(json.dumps({"kind": "checkpoint", "model": "tiny", "quant": quant}))
+    (folder / "manifest.json").write_text(json.dumps(described.checkpoint()))
     return folder
 
 

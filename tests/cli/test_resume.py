@@ -68,3 +68,42 @@ def test_a_folder_is_not_called_like_another_run(interrupted, here, capfd):
 def test_the_nearest_run_is_named_and_a_sweep_is_refused(launch, here, interrupted):
     assert "did you mean SR-001" in launch("run.resume=SR-010").err
     assert "leave out -m" in launch("-m", "train.lr=0.5", "run.resume=SR-001").err
+
+
+@pytest.mark.parametrize(
+    ("word", "left", "told"),
+    [
+        ("${hydra:job.name}/../mine", {"result.json": '{"status": "complete"}', "config_resolved.yaml": ""}, "a run"),
+        ("link/", {"result.json": '{"status": "failed"}', "train.log": ""}, "a run"),
+        ("mine", {"result.json": "damaged"}, "a run"),
+        ("mine", {"sweep.json": "{}", "summary.md": ""}, "a sweep"),
+        ("mine", {"manifest.json": '{"kind": "checkpoint"}', "tables.safetensors": ""}, "manifest.json"),
+        ("mine", {"notes.txt": ""}, "notes.txt"),
+        ("mine", {".hidden": ""}, ".hidden"),
+    ],
+)
+def test_a_new_run_takes_no_folder_with_something_in_it(here, capfd, word, left, told):
+    (here / "mine").mkdir()
+    (here / "launch").mkdir()
+    (here / "link").symlink_to("mine")
+    for name, text in left.items():
+        (here / "mine" / name).write_text(text)
+    assert main.main([f"hydra.run.dir={word}"], lambda: pytest.fail("launched")) == 2
+    said = capfd.readouterr().err
+    assert f"there is {told} in it already" in said and said.count("\n") == 1
+    assert main.main(["-m", "seed=1,2", "hydra.sweep.dir=mine"], lambda: pytest.fail("launched")) == 2
+    assert {path.name: path.read_text() for path in (here / "mine").iterdir()} == left
+
+
+def test_a_folder_in_which_nothing_was_begun_is_free(launch, here):
+    (here / "mine" / ".hydra").mkdir(parents=True)
+    (here / "mine" / "config_resolved.yaml").write_text("train: {lr: 3}\n")
+    assert launch("hydra.run.dir=mine", "train.lr=0.5").code == 0
+    assert json.loads((here / "mine" / "result.json").read_text())["lr"] == 0.5
+
+
+def test_a_run_goes_on_nowhere_else(interrupted, here, capfd):
+    (interrupted / "result.json").unlink()
+    words = ["train.lr=0.5", "run.goal='costs ${5}'".replace("$", "\\$"), "run.resume=SR-001", "hydra.run.dir=else"]
+    assert main.main(words, lambda: pytest.fail("launched")) == 2
+    assert "SR-001 goes on in outputs/SR-001, so leave this out" in capfd.readouterr().err

@@ -234,8 +234,8 @@ def test_one_sweep_is_run_by_one_process(swept, launch, here):
 
 def test_damaged_plan_is_told_or_passed_over(swept, launch, here, capfd):
     (here / "outputs" / "sweep-001" / "sweep.json").write_text("{")
-    assert main.main(["sweep.resume=outputs/sweep-001"], lambda: pytest.fail("launched")) == 1
-    assert "not a readable plan" in capfd.readouterr().err
+    assert main.main(["sweep.resume=outputs/sweep-001"], lambda: pytest.fail("launched")) == 2
+    assert "cannot be read as JSON" in capfd.readouterr().err
     assert len(launch(*FOUR).ran) == 4
 
 

@@ -7,7 +7,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qat.cli import job, main, words
+from qat.cli import main, recorded, words
 from qat.cli.arguments import parse
 from qat.config import Config, RunConfig
 
@@ -73,7 +73,7 @@ def test_numbers_and_switches_stay_what_they_are(compose):
 
 @given(st.text(st.characters(exclude_categories=["Cs", "Cc"]), max_size=8) | st.sampled_from(LOOKALIKES))
 def test_what_is_recorded_is_read_again(text):
-    written = job.resolved(Config(run=RunConfig(notes=text, goal=text)))
+    written = recorded.written(Config(run=RunConfig(notes=text, goal=text)))
     node = words.as_text(written, Config)["run"]
     again = yaml.safe_load(written)["run"]
     assert node["notes"] == again["notes"] == text.replace("${", r"\${")

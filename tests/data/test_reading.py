@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from qat import compression
 from qat.data import reading
 from qat.data.files import TextFile
 from qat.data.reading import check, lines
@@ -108,7 +109,7 @@ def test_files_that_hold_text_inside_say_so(read, content, said):
 
 
 def test_what_unpacks_without_end_is_given_up(read, monkeypatch):
-    monkeypatch.setattr(reading, "BOMB", 1 << 16)
+    monkeypatch.setattr(compression, "BOMB", 1 << 16)
     plain = read(b" " * (1 << 17) + b"\n")
     assert sum(len(piece) for _, piece in plain) == (1 << 17) + 1
     with pytest.raises(ConfigError, match="unpacks to more than 1000 times its size"):

@@ -26,6 +26,7 @@ from qat.processes import Ranks
 from qat.quant.linear import quantized
 from tests import tiny
 
+WHOSE = {"run_id": "SR-001", "started": "2026-11-29T10:00:00+0000"}
 BOTH = ModeConfig(name="e2e", mlp=True, attn=True)
 MLP = ModeConfig(name="mlp", mlp=True, attn=False)
 ATTENTION = ModeConfig(name="attn", mlp=False, attn=True)
@@ -339,20 +340,20 @@ def test_a_stopped_run_goes_on_to_the_same_bits(checkpoint, teacher, readers, tm
         end = trainer.state().tensors  # moments, scaler and random state too
         return trainer.history.rows, parameters_of(student) | {name: value.clone() for name, value in end.items()}
 
-    rows, expected = trained(States(tmp_path / "whole", 2))
+    rows, expected = trained(States(tmp_path / "whole", 2, WHOSE))
     assert sorted(p.name for p in (tmp_path / "whole").iterdir()) == ["state-00000006", "state-00000007"]
     with pytest.raises(KeyboardInterrupt):
-        trained(States(tmp_path / "cut", 2), stop_after=4)
-    state = States(tmp_path / "cut", 2).newest()
+        trained(States(tmp_path / "cut", 2, WHOSE), stop_after=4)
+    state = States(tmp_path / "cut", 2, WHOSE).newest()
     assert state.step == 5  # the step after the signal
     assert state.tensors["scaler.scale"] == (2**17 if dtype == torch.float16 else 1)
-    again, found = trained(States(tmp_path / "cut", 2), state=state)
+    again, found = trained(States(tmp_path / "cut", 2, WHOSE), state=state)
     assert again == rows
     assert all(value.equal(found[name]) for name, value in expected.items())
 
 
 def test_a_state_is_written_while_training_goes_on_and_as_it_was_then(tmp_path, monkeypatch):
-    states, held, going_on = States(tmp_path, 2), torch.zeros(3), threading.Event()
+    states, held, going_on = States(tmp_path, 2, WHOSE), torch.zeros(3), threading.Event()
     write = states._write
     monkeypatch.setattr(states, "_write", lambda state: (going_on.wait(10), write(state)))
     states.save(State(1, {"x": held}, {}))
@@ -427,7 +428,7 @@ def test_a_state_of_another_student_is_refused(checkpoint, teacher, readers, nam
 
 
 def test_a_damaged_state_is_passed_over(student, readers, tmp_path, caplog):
-    states = States(tmp_path, 3)
+    states = States(tmp_path, 3, WHOSE)
     trainer = trainer_of(student, readers)
     for step in (1, 2):
         trainer.history.step = step
@@ -436,6 +437,22 @@ def test_a_damaged_state_is_passed_over(student, readers, tmp_path, caplog):
     path = tmp_path / "state-00000002" / "state.safetensors"
     path.write_bytes(path.read_bytes()[:-1])
     assert states.newest().step == 1 and "going on from the state before it" in caplog.text
+
+
+def test_a_state_of_another_run_is_neither_restored_nor_deleted(tmp_path, caplog):
+    def saved(step, value, **other):
+        states = States(tmp_path, 1, WHOSE | other)
+        states.save(State(step, {"x": torch.full((2,), float(value), dtype=torch.float32)}, {}))
+        states.wait()
+        return states
+
+    saved(7, 7, started="2026-11-28T10:00:00+0000")
+    saved(8, 8, run_id="SR-002")
+    for step in (1, 2):
+        states = saved(step, step)
+    assert states.newest().step == 2 and caplog.text.count("is of another run") == 2
+    assert [path.name[-1] for path in sorted(tmp_path.glob("state-*"))] == ["2", "7", "8"]
+    assert States(tmp_path, 1, WHOSE | {"run_id": "SR-003"}).newest() is None
 
 
 def test_training_lowers_the_held_out_loss_and_tells_of_it(student, readers):

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from qat import checkpoints
+from qat.cache.batch import Text
 from qat.cache.reader import CacheReader
 from qat.data.asking import asked
 from qat.errors import NumericsError
@@ -149,3 +150,22 @@ def test_answers_do_not_depend_on_the_prompts_beside_them(teacher, student):
     prompts = [asked(tokenizer, prompt) for prompt in PROMPTS]
     together = answers(student, tokenizer, prompts, teacher.ends(), 8, tiny.FP32)
     assert together == [answers(student, tokenizer, [ids], teacher.ends(), 8, tiny.FP32)[0] for ids in prompts]
+
+
+def test_nothing_that_counts_gives_no_figures(teacher, cpu):
+    class Nothing(Text):
+        def batch(self, rows):
+            found = super().batch(rows)
+            found.stored["loss_mask"].zero_()
+            return found
+
+    model = teacher.load(torch.float32, torch.device("cpu"))
+    with pytest.raises(NumericsError, match="no position of the text that is measured counts"):
+        compare(model, model, Nothing(torch.arange(40).reshape(4, 10)), 3, cpu)
+
+
+def test_rows_without_a_position_leave_the_intervals_as_they_are():
+    draw = torch.Generator().manual_seed(0)
+    sums, counts = torch.rand(3, 5, generator=draw, dtype=torch.float64), torch.tensor([4, 5, 6])
+    with_none = Comparison(torch.cat([sums, torch.zeros(9, 5)]), torch.cat([counts, torch.zeros(9, dtype=torch.long)]))
+    assert with_none.intervals() == Comparison(sums, counts).intervals()

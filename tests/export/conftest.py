@@ -43,8 +43,8 @@ def run_folder(teacher, cache, tmp_path_factory) -> Path:
         module.scale_A.mul_(torch.rand(module.scale_A.shape[1], generator=draw) + 0.5)
     checkpoints.save(student, best, checkpoints.heritage(manifest))
     record = {"name": "v2_q2a4_mlp_0.58_fp32", "run_id": "SR-007", "metrics": {"kl": 0.123456, "perplexity": None}}
-    (run / "result.json").write_text(json.dumps(record))
-    (run / "config_resolved.yaml").write_text("mode: {name: mlp}\ntrain: {steps: 77, lr: 0.001, batch_size: 4}\n")
+    config = {"mode": {"name": "mlp"}, "train": {"steps": 77, "lr": 0.001, "batch_size": 4}}
+    (run / "result.json").write_text(json.dumps(record | {"config": config}))
     return run
 
 

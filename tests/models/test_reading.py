@@ -1,9 +1,11 @@
 """What lies on the disk is what is loaded: anything else is refused by name."""
 
+import ast
 import json
 import os
 import random
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from qat import model_files
 from qat.errors import ConfigError
-from qat.models import tokenizers
+from qat.models import reading, tokenizers
 
 UP = "model.layers.1.mlp.up_proj.weight"
 
@@ -138,8 +140,21 @@ def test_an_older_file_of_tensors_is_read_and_one_of_code_is_not(folder, teacher
     torch.save(tensors, folder.path / "pytorch_model.bin")
     assert torch.equal(folder.load().get_parameter(UP), tensors[UP])
     torch.save({UP: Code()}, folder.path / "pytorch_model.bin")
-    refused(folder, r"pytorch_model\.bin is damaged or holds more than tensors, which could run code")
+    refused(folder, r"pytorch_model\.bin cannot be read \(it is damaged or holds more than plain tensors")
     assert not (tmp_path / "ran").exists()
+
+
+def test_every_call_that_could_run_a_folders_code_says_that_it_may_not():
+    root, asked = Path(__file__).parents[2], []
+    for file in [*(root / "qat").rglob("*.py"), *(root / "benchmarks").glob("*.py")]:
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            called = isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func
+            if called and called.attr in ("from_pretrained", "from_config") and "Auto" in ast.unparse(called).title():
+                words = [(word.arg, ast.unparse(word.value)) for word in node.keywords]
+                spread = any(name is None and "SAFE" in value for name, value in words)
+                asked.append((file.name, node.lineno, spread or ("trust_remote_code", "False") in words))
+    assert len(asked) > 12 and [call for call in asked if not call[-1]] == []
+    assert reading.SAFE["trust_remote_code"] is False
 
 
 def test_code_in_a_folder_is_never_run(folder, tmp_path):

@@ -191,8 +191,8 @@ def test_packing_is_reproducible_and_leaves_scratch_out(tmp_path):
     folder = tmp_path / "run"
     (folder / ".hydra").mkdir(parents=True)
     (folder / ".hydra" / "config.yaml").write_text("a: 1")
-    (folder / ".best.x.partial").mkdir()
-    (folder / ".best.x.partial" / "half").write_text("half")
+    (folder / ".best.x.scratch").mkdir()
+    (folder / ".best.x.scratch" / "half").write_text("half")
     for name in ("one.tgz", "two.tgz"):
         archives.pack(folder, tmp_path / name, "run")
     assert (tmp_path / "one.tgz").read_bytes() == (tmp_path / "two.tgz").read_bytes()

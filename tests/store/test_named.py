@@ -26,6 +26,7 @@ from qat.store import transfer
 from qat.store.names import find as find_in_store
 from qat.store.names import own
 from qat.store.places import Place
+from tests import described
 from tests.store.test_archives import compressed, entry, tar_of
 
 OPTIONS = {  # and what each is called on the Drive of the log
@@ -185,7 +186,7 @@ def test_a_state_dict_is_pushed_with_its_configuration_and_comes_back(outputs, d
 
 def test_a_conversion_is_pushed_by_its_run_and_a_pulled_one_by_its_name(outputs, drive):
     made = outputs / "artifacts" / "checkpoints" / "tiny_init-0123"
-    student(made, **{"manifest.json": json.dumps({"kind": "checkpoint", "name": "tiny_init", "files": {}})})
+    student(made, **{"manifest.json": json.dumps(described.checkpoint(name="tiny_init"))})
     said = {"run_id": "SR-001", "stage": "convert", "paths": {"conversion": str(made)}}
     student(outputs / "SR-001", **{"result.json": json.dumps(said)})
     push.main(config(outputs, drive, "SR-001"))

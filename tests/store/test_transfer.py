@@ -13,6 +13,7 @@ from qat.errors import ArtifactError, MissingError, UnavailableError
 from qat.names import cache_names
 from qat.store import names, places, transfer
 from qat.store.places import Place
+from tests import described
 from tests.store.test_archives import SMALL, compressed, entry, tar_of
 from tests.test_pipeline import Shop
 
@@ -251,7 +252,7 @@ def test_run_is_mirrored_while_it_goes_on_and_when_it_ends(tmp_path, drive, outp
     pulled = transfer.pull(place, entries, names.find(entries, ["SR-007"]), outputs, "runs")
     assert pulled == outputs / "SR-007"
     assert json.loads((pulled / "result.json").read_text())["status"] == "complete"
-    assert not list(drive.rglob("*.partial"))
+    assert not list(drive.rglob("*.scratch"))
 
 
 def test_mirror_leaves_another_machines_run_of_the_same_number_alone(tmp_path, drive, outputs, caplog):
@@ -283,8 +284,7 @@ def test_mirror_that_fails_fails_no_run(tmp_path, caplog):
 def test_stages_as_commands(outputs, drive):
     checkpoint = outputs / "SR-001" / "checkpoints" / "best"
     checkpoint.mkdir(parents=True)
-    manifest = {"kind": "checkpoint", "quant": {"name": "q2a4"}, "files": {}}
-    (checkpoint / "manifest.json").write_text(json.dumps(manifest))
+    (checkpoint / "manifest.json").write_text(json.dumps(described.checkpoint()))
     (outputs / "SR-001" / "result.json").write_text('{"run_id": "SR-001", "name": "v2_q2a4_mlp_0.73_fp32"}')
     shop, words = Shop(outputs), ("store=gdrive", f"store.path={drive}/qat")
     pushed = shop.launch("stage=push", "checkpoint=SR-001", *words)
@@ -300,7 +300,7 @@ def test_stages_as_commands(outputs, drive):
     assert (listed.code, f"checkpoints/{name}.tgz" in listed.out) == (0, True)
     pulled = shop.launch("stage=pull", f"store.archive={name}", *words)
     assert (pulled.code, pulled.err) == (0, "")
-    assert json.loads((outputs / "checkpoints" / name / "manifest.json").read_text()) == manifest
+    assert json.loads((outputs / "checkpoints" / name / "manifest.json").read_text()) == described.checkpoint()
     wrong = shop.launch("stage=pull", "store.archive=SR-001_v2_q2a4_mlp_0.37_fp32", *words)
     assert (wrong.code, wrong.err.count("\n")) == (1, 1)
     assert f"did you mean {name}?" in wrong.err

@@ -1,0 +1,124 @@
+"""JSON that other runs, machines and people left, within bounds: what such a file may be is decided here alone.
+
+Whoever lists runs reads many of these, and one that is damaged is not his trouble: it says nothing and is named once.
+What comes out is a tree of plain values: finite numbers that fit 64 bits, text that can be written, no more than
+some levels of it. Everything else in it is null.
+"""
+
+import json
+import logging
+import math
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from qat.errors import ArtifactError
+
+log = logging.getLogger(__name__)
+
+LARGEST = 16_000_000  # bytes of a file; the longest record there is has 100,000
+LONGEST_ROW = 64_000  # bytes of a line of figures
+MOST_ROWS = 256_000_000  # bytes of all of them
+DEEPEST = 32  # levels
+BIGGEST = 2**63  # a whole number is below
+
+_named: set[str] = set()  # files that were told of
+
+
+def read(path: Path) -> dict[str, Any]:
+    """The JSON object in a file, within the bounds above.
+
+    Raises:
+        ArtifactError: it is not there, cannot be read, or is none.
+    """
+    if not os.path.isfile(path):
+        raise ArtifactError(f"{path} is not there, or no file")
+    try:
+        value = json.loads(_content(path).decode("utf-8"))
+    except OSError as error:
+        raise ArtifactError(f"{path} cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError, MemoryError) as error:
+        raise ArtifactError(f"{path} cannot be read as JSON: {' '.join(str(error).split())}") from None
+    if not isinstance(value, dict):
+        raise ArtifactError(f"{path} does not hold a JSON object")
+    return dict(_plain(value, 0))
+
+
+def said(path: Path) -> dict[str, Any]:
+    """The same of a file that is not one's own: nothing where it is not there or cannot be read, which is told once."""
+    if not os.path.lexists(path):
+        return {}
+    try:
+        return read(path)
+    except ArtifactError as error:
+        tell_once(path, str(error))
+        return {}
+
+
+def rows(path: Path) -> Iterator[dict[str, Any]]:
+    """The JSON objects of a file of them, a line each; lines that were cut short or are none are passed over."""
+    if not os.path.isfile(path):
+        return
+    try:
+        with open(path, "rb") as file:
+            while file.tell() < MOST_ROWS and (line := file.readline(LONGEST_ROW)):
+                if (found := row(line)) is not None:
+                    yield found
+    except OSError as error:
+        tell_once(path, f"{path} cannot be read: {error.strerror}")
+
+
+def row(line: bytes) -> dict[str, Any] | None:
+    """The JSON object in a line; None where it is none."""
+    try:
+        value = json.loads(line.decode("utf-8"))
+    except (ValueError, RecursionError):
+        return None
+    return dict(_plain(value, 0)) if isinstance(value, dict) else None
+
+
+def text(path: Path) -> str:
+    """What a small file of text says, as far as it can be read; nothing where it is not there."""
+    if not os.path.isfile(path):
+        return ""
+    try:
+        return _content(path).decode("utf-8", "replace")
+    except (OSError, ValueError) as error:
+        tell_once(path, f"{path} cannot be read: {error}")
+        return ""
+
+
+def tell_once(path: Path, why: str) -> None:
+    """Names what is left out, the first time that this process comes by it."""
+    if str(path) not in _named:
+        _named.add(str(path))
+        log.warning("%s: it is left out", why)
+
+
+def _content(path: Path) -> bytes:
+    with open(path, "rb") as file:
+        content = file.read(LARGEST + 1)
+    if len(content) > LARGEST:
+        raise ValueError(f"it is larger than {LARGEST:,} bytes")
+    return content
+
+
+def _plain(value: Any, depth: int) -> Any:
+    if isinstance(value, str):
+        return _written(value)
+    if isinstance(value, dict | list) and depth == DEEPEST:
+        return None
+    if isinstance(value, dict):
+        return {_written(key): _plain(entry, depth + 1) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [_plain(entry, depth + 1) for entry in value]
+    if isinstance(value, bool) or value is None:
+        return value
+    usable = abs(value) < BIGGEST if isinstance(value, int) else math.isfinite(value)
+    return value if usable else None
+
+
+def _written(text: str) -> str:
+    """Text that a file can hold."""
+    return text.encode("utf-8", "replace").decode("utf-8")

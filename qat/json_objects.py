@@ -1,0 +1,61 @@
+"""JSON that others may have written: an object of a size and depth that files of this project have, or a sentence.
+
+Whoever uses what is read may recurse through it, print it and write it again.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+MOST = 1 << 24  # bytes, a hundred times those of the longest manifest seen
+DEPTH = 64  # of objects and lists within each other
+
+
+def read(path: Path) -> dict[str, Any]:
+    """The object in a file.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it holds something else; the text says what, in a few words.
+    """
+    with open(path, "rb") as file:
+        return parsed(file.read(MOST + 1))
+
+
+def parsed(content: bytes) -> dict[str, Any]:
+    """The object in some bytes.
+
+    Raises:
+        ValueError: as `read`.
+    """
+    if len(content) > MOST:
+        raise ValueError(f"it has more than {MOST:,} bytes")
+    try:
+        value = json.loads(content.decode())
+    except UnicodeDecodeError as error:
+        raise ValueError(f"it is not UTF-8, at byte {error.start:,}") from None
+    except RecursionError:
+        raise ValueError("it is nested too deep") from None
+    if not isinstance(value, dict):
+        raise ValueError("it holds no JSON object")
+    _look(value)
+    return value
+
+
+def _look(whole: Any) -> None:
+    """Refuses what is nested deeper than anything that belongs there, and half characters, which no file can hold."""
+    level = [whole]
+    for _ in range(DEPTH):
+        inner: list[Any] = []
+        for value in level:
+            if isinstance(value, dict):
+                inner += value.keys()
+                inner += value.values()
+            elif isinstance(value, list):
+                inner += value
+            elif isinstance(value, str) and not value.isascii() and any("\ud800" <= sign <= "\udfff" for sign in value):
+                raise ValueError("it holds half of a surrogate pair")
+        if not inner:
+            return
+        level = inner
+    raise ValueError("it is nested too deep")

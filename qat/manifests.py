@@ -1,0 +1,175 @@
+"""What the manifests of this project's folders say, kind by kind, with bounds: the one place that decides it.
+
+Whatever is not in here nobody reads out of a manifest. Nothing here imports torch.
+"""
+
+from typing import Any
+
+from qat import fields
+from qat.fields import LARGEST, Rule, Wrong, number, one_of, optional, record, several, text, truth, whole
+
+SIDE = whole(1, 2**31 - 1)  # of a matrix
+BITS = whole(1, 8)
+KEY = fields.matching("[0-9a-f]{12}", "a key of 12 hexadecimal digits")
+SHA256 = fields.matching("[0-9a-f]{64}", "a SHA-256 of 64 hexadecimal digits")
+VOCABULARY = 2**24  # tokens, the most that a cache has bits for
+KINDS = ("mlp", "attn")
+SPLITS = ("train", "eval")
+
+
+def check(manifest: dict[str, Any]) -> None:
+    """Looks at a manifest, by the rules of its kind.
+
+    Raises:
+        Wrong: it breaks one.
+    """
+    ARTIFACT(manifest, "")
+    if (rule := OF_KIND.get(manifest.get("kind", ""))) is not None:
+        rule(manifest, "")
+
+
+def _path(value: Any, where: str) -> None:
+    """A rule: the path of a file inside, with forward slashes."""
+    text(value, where)
+    if any(part in ("", ".", "..") for part in value.split("/")) or "\\" in value or "\0" in value:
+        raise Wrong(f"{where} is {value!a}, and a path inside the folder belongs there")
+
+
+def _format(value: Any, where: str) -> None:
+    """A rule: a format of quantized weights, a table where no other is named."""
+    NAMED(value, where)
+    FORMATS[value.get("format", "table")](value, where)
+
+
+def _layer(value: Any, where: str) -> None:
+    """A rule: a quantized layer in its format."""
+    LAYER(value, where)
+    _format(value, where)
+
+
+def _checkpoint(manifest: Any, where: str) -> None:
+    """A rule: a checkpoint whose layers are of the kinds that it says are quantized."""
+    CHECKPOINT(manifest, where)
+    for name, layer in manifest["layers"].items():
+        if manifest["quant"][layer["kind"]] is None:
+            raise Wrong(f"quant.{layer['kind']} is null, and {ascii(name)[1:-1][:80]} is a layer of that kind")
+
+
+def _cache(manifest: Any, where: str) -> None:
+    """A rule: a cache that keeps no more tokens at a position than there are."""
+    CACHE(manifest, where)
+    for name in ("top_k", "random"):
+        if manifest[name] > manifest["vocab_size"]:
+            raise Wrong(f"{name} is {manifest[name]} of a vocabulary of {manifest['vocab_size']} tokens")
+
+
+ARTIFACT = record(
+    {
+        "files": fields.mapping(_path, record({"bytes": whole(), "sha256": SHA256}), least=1),
+    },
+    {
+        "kind": text,
+        "key": KEY,
+        "name": text,
+        "made": record({"seconds": number()}, {"at": text, "device": text, "cores": whole()}),
+    },
+)
+
+# What a format's settings are (`qat.quant.formats`).
+FORMATS = {
+    "table": record({"bits": BITS, "rank": SIDE}),
+    "grid": record({"format": text, "bits": BITS, "group": SIDE, "shifts": truth}),
+}
+NAMED = record({}, {"format": one_of(*FORMATS)})
+LAYER = record({"kind": one_of(*KINDS), "shape": several(SIDE, SIDE)})
+CHECKPOINT = record(
+    {
+        "model": text,
+        "teacher": text,
+        "quant": record({"name": text, "mlp": optional(_format), "attn": optional(_format)}),
+        "bits_per_weight": number(),
+        "layers": fields.mapping(text, _layer, least=1),
+    },
+    {"run": text, "source": record({}, {"file": text})},
+)
+
+METRICS = record(dict.fromkeys(("kl", "kd_loss", "perplexity", "teacher_perplexity", "top1_agreement"), number()))
+ERRORS = record({"weight_error": number(), "output_error": number(), "seconds": number()})
+
+# What a checkpoint says besides that a conversion made, and one that was trained on the way to another.
+CONVERSION = record(
+    {
+        "metrics": record({"before": optional(METRICS), "after": METRICS}),
+        "figures": fields.mapping(text, ERRORS),
+    }
+)
+TRAINED = record({"kd_loss_initial": number(), "kd_loss_best": number()})
+
+COUNTS = record(dict.fromkeys(SPLITS, whole(1)))
+CACHE = record(
+    {
+        "key": KEY,
+        "format": whole(),
+        "teacher": record({"name": optional(text), "fingerprint": optional(text)}),
+        "vocab_size": whole(2, VOCABULARY),
+        "length": whole(2, 2**24),
+        "top_k": whole(1, VOCABULARY),
+        "random": whole(0, VOCABULARY),
+        "packing": one_of("joined", "rows", "plain"),
+        "tail": one_of("exact", "estimated", "missing"),
+        "seed": whole(0, 2**32 - 1),
+        "shard_rows": whole(1, 2**24),
+        "sequences": COUNTS,
+    },
+    {"train_targets": truth, "positions": COUNTS, "document_starts": COUNTS, "tokenizer_sha256": SHA256},
+)
+
+LOSS = number(finite=False)  # before anything is known, infinite or none
+STATE = record(
+    {"step": whole(1)},
+    {
+        "unlearned": text,
+        **dict.fromkeys(("best_step", "tokens", "skipped", "skipped_in_a_row", "logged"), whole()),
+        **{f"{loss}_{when}": LOSS for loss in ("loss", "kd_loss") for when in ("initial", "best", "final")},
+        "seconds": number(),
+        "changed": truth,
+    },
+)
+
+TEXTS = record(
+    {
+        "inputs": record({}),
+        "documents": record(dict.fromkeys(SPLITS, whole(0))),
+        "tokens": record(dict.fromkeys(SPLITS, whole(0))),
+    }
+)
+
+OF_KIND: dict[str, Rule] = {"checkpoint": _checkpoint, "caches": _cache, "state": STATE, "documents": TEXTS}
+
+# `config.json` of a packed export.
+PACKED = record(
+    {
+        "base_config": record({"model_type": text}),
+        "quantization_config": record(
+            {"bits_per_weight": number(), "layers": fields.mapping(text, _format, least=1)}
+        ),
+    }
+)
+
+# Beside files of the older scripts, whose fields may all be missing.
+V2_SETTINGS = record(
+    {},
+    {
+        "version": text,
+        "model_id": optional(text),
+        "config_preset": optional(text),
+        "source_checkpoint": optional(text),
+        "final_loss": optional(number(finite=False)),
+        "force_positive_scales": optional(truth),
+        "positive_scale_method": text,
+        "magnitude_activation": text,
+    },
+)
+OLDER_META = record(
+    {}, {"format": text, "teacher_model": optional(text), "vocab_size": optional(whole(2, LARGEST))}
+)

@@ -1,0 +1,40 @@
+"""Other people's words as they may be seen: what would steer a terminal or turn a line around is written out.
+
+Names come from archives, stores and records, and whoever named them may have put in escape sequences, carriage
+returns or marks that reverse the direction of text. Terminal, log files, Markdown and pages all pass through here.
+"""
+
+import logging
+import re
+
+_STEERING = re.compile(
+    "["
+    "\x00-\x08\x0b-\x1f\x7f-\x9f"  # control characters, but the tab and the line feed
+    "\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069"  # directions of text
+    "\u2028\u2029"  # ends of lines and paragraphs
+    "\ufeff\ufff9-\ufffb\U000e0000-\U000e007f"  # what is never seen: byte order mark, annotations, tags
+    "\ud800-\udfff"  # halves of a pair, which no file holds
+    "]"
+)
+
+
+def shown(text: str) -> str:
+    r"""The text with `\x1b` and `\u202e` for what is not seen but acts."""
+    return _STEERING.sub(lambda found: _written(ord(found[0])), text)
+
+
+def line(text: str) -> str:
+    """The same on one line."""
+    return shown(" ".join(text.split()))
+
+
+class Formatter(logging.Formatter):
+    """Messages of the log, which name files and folders of others."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The record as text."""
+        return shown(super().format(record))
+
+
+def _written(code: int) -> str:
+    return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"

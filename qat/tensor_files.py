@@ -1,0 +1,160 @@
+"""Files of tensors, opened in one place: nothing in them is trusted before names, types and shapes are the wanted ones.
+
+safetensors' own reader looks at a file's header: its length, that tensors neither overlap nor leave gaps, and that
+the file ends with them. Pickles (`.pt`) are opened for plain tensors alone.
+"""
+
+import json
+import warnings
+import zipfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from pickle import UnpicklingError
+from struct import error as Unstructured
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from qat.errors import ArtifactError, reason
+
+Known = tuple[str, tuple[int, ...]]  # type and shape
+KINDS = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64", torch.uint8: "U8"}
+FLOATS = ("F32", "F16", "BF16", "F64")
+
+# What torch raises for a file that is not the pickle of a state dict, or not all of one.
+UNREADABLE = (
+    *(OSError, EOFError, UnpicklingError, zipfile.BadZipFile, Unstructured),
+    *(RuntimeError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, AssertionError, MemoryError),
+)
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """Types, as safetensors writes them (`F32`, `U8`), and shape of a tensor."""
+
+    kinds: tuple[str, ...]
+    shape: tuple[int, ...]
+
+    def __str__(self) -> str:
+        """As a message has it."""
+        return f"{' or '.join(self.kinds)} {list(self.shape)}"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Where a tensor lies in its file: type as safetensors writes it, shape, and the byte at which it begins."""
+
+    kind: str
+    shape: tuple[int, ...]
+    offset: int
+
+
+def read(path: Path, wanted: Mapping[str, Wanted] | None, remedy: str, some: bool = False) -> dict[str, Tensor]:
+    """The tensors of a safetensors file, finite where they are of floating-point numbers.
+
+    Args:
+        path: the file.
+        wanted: what it may hold, and holds all of unless `some` will do; None where whoever takes it compares.
+        remedy: what to do about a file that is wrong.
+        some: any of what is wanted may be missing.
+
+    Raises:
+        ArtifactError: it is damaged, or holds something else.
+    """
+    found = _opened(path, remedy, lambda file: _stored(file))
+    if wanted is not None and (wrong := difference(found, wanted, some)):
+        raise ArtifactError(f"{path} {wrong}: {remedy}")
+    tensors = _opened(path, remedy, lambda file: {name: file.get_tensor(name) for name in found})
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+            raise ArtifactError(f"{path} has NaN or infinity in {name}: {remedy}")
+    return tensors
+
+
+def entries(path: Path, remedy: str) -> tuple[dict[str, Entry], dict[str, str]]:
+    """Where the tensors of a safetensors file lie, and the metadata of its header.
+
+    Raises:
+        ArtifactError: it is damaged, cut short or goes on behind its end.
+    """
+    stored, said = _opened(path, remedy, lambda file: (_stored(file), dict(file.metadata() or {})))
+    with open(path, "rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))  # which safetensors has read as well
+    begins = {name: 8 + size + header[name]["data_offsets"][0] for name in stored}
+    return {name: Entry(kind, shape, begins[name]) for name, (kind, shape) in stored.items()}, said
+
+
+def difference(found: Mapping[str, Known], wanted: Mapping[str, Wanted], some: bool = False) -> str:
+    """How types and shapes by name differ from the wanted ones, in a few words; nothing where they do not."""
+    if strange := sorted(found.keys() - wanted.keys()):
+        return f"holds {ascii(strange[0])[1:-1]}, which does not belong there"
+    missing = [] if some else sorted(wanted.keys() - found.keys())
+    if missing:
+        return f"lacks {missing[0]}"
+    for name, (kind, shape) in found.items():
+        if kind not in wanted[name].kinds or shape != wanted[name].shape:
+            return f"holds {name} as {kind} {list(shape)} instead of {wanted[name]}"
+    return ""
+
+
+def known(tensor: Tensor) -> Known:
+    """Type and shape of a tensor as a file would have them."""
+    return KINDS.get(tensor.dtype, str(tensor.dtype)), tuple(tensor.shape)
+
+
+def unpickled(path: Path, where: str | None = None, mapped: bool = False) -> Any:
+    """What lies in a file of `torch.save`, which may hold nothing but tensors in plain containers.
+
+    Args:
+        path: the file.
+        where: the device, if it is to be another than that of the file.
+        mapped: numbers stay in the file until they are used, where its format lets them.
+
+    Raises:
+        ValueError: it holds more, is damaged or cut short; the text says which.
+    """
+    try:
+        zipped = zipfile.is_zipfile(path)
+        if zipped:
+            _refuse_compressed(path)
+        with warnings.catch_warnings(action="ignore"):  # torch wonders at some pickles before it refuses them
+            return torch.load(path, map_location=where, weights_only=True, mmap=mapped and zipped)
+    except UnpicklingError:
+        raise ValueError("it is damaged or holds more than plain tensors, which could run code") from None
+    except RecursionError:
+        raise ValueError("it is nested too deep") from None
+    except UNREADABLE as error:
+        raise ValueError(reason(error)) from None
+
+
+def _refuse_compressed(path: Path) -> None:
+    """Refuses parts that torch would unpack without end, or take for numbers as they lie there."""
+    with zipfile.ZipFile(path) as file:
+        for part in file.infolist():
+            if part.compress_type != zipfile.ZIP_STORED or part.file_size != part.compress_size:
+                raise ValueError(f"its part {ascii(part.filename)[1:-1]} is compressed, which torch.save never does")
+
+
+def is_plain(value: Any) -> bool:
+    """Whether a value of a pickle is an ordinary tensor: strided, in memory, of real numbers."""
+    plain = isinstance(value, Tensor) and value.layout is torch.strided and not value.is_quantized
+    return plain and not value.is_complex() and not value.is_nested
+
+
+def _stored(file: Any) -> dict[str, Known]:
+    slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+    return {name: (str(part.get_dtype()), tuple(part.get_shape())) for name, part in slices.items()}
+
+
+def _opened(path: Path, remedy: str, use: Callable[[Any], Any]) -> Any:
+    try:
+        with safe_open(path, framework="pt") as file:
+            return use(file)
+    except FileNotFoundError:
+        raise ArtifactError(f"{path} is missing: {remedy}") from None
+    except (SafetensorError, ValueError, KeyError) as error:
+        raise ArtifactError(f"{path} is damaged or no file of safetensors ({reason(error)}): {remedy}") from None
