@@ -37,7 +37,7 @@ from qat.config import (
     ModelConfig,
     ModelSource,
     QuantConfig,
-    TableConfig,
+    WeightConfig,
 )
 from qat.convert.convert import Converted, install, quantize
 from qat.convert.moments import Moments, gather
@@ -73,7 +73,7 @@ def convert(options: argparse.Namespace) -> None:
 
     began = time.monotonic()
     model = folder.load(place.dtype, place.device)
-    layers = select(model, QuantConfig(name="any", mlp=TableConfig(bits=4, rank=4), attn=TableConfig(bits=4, rank=4)))
+    layers = select(model, QuantConfig(name="any", mlp=WeightConfig(bits=4, rank=4), attn=WeightConfig(bits=4, rank=4)))
     moments = gather(model, layers, text, gradients=True)
     del model
     print(f"moments: {time.monotonic() - began:.1f} s", flush=True)
@@ -177,7 +177,7 @@ def finish(
         one.module.cpu()
     done = quantize(layers, weights, moments, settings, kmeans, place.device, made)
     modules = {one.layer.name: one.module for one in done}
-    preset = QuantConfig(name="q2a4_r8", mlp=TableConfig(bits=2, rank=8), attn=TableConfig(bits=4, rank=8))
+    preset = QuantConfig(name="q2a4_r8", mlp=WeightConfig(bits=2, rank=8), attn=WeightConfig(bits=4, rank=8))
     with publish(output, checkpoints.describe(folder, preset, layers)) as (scratch, _):
         checkpoints.write_tables(modules, scratch)
 

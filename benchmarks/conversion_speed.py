@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, Qwen3Config
 
 from qat import machine as machines
 from qat.cache.batch import Batch, Text
-from qat.config import ConvertConfig, InstanceConfig, KMeansBackend, KMeansConfig, QuantConfig, TableConfig
+from qat.config import ConvertConfig, InstanceConfig, KMeansBackend, KMeansConfig, QuantConfig, WeightConfig
 from qat.convert import convert
 from qat.convert.moments import Moments, gather
 from qat.machine import exact_matmul, peak_bytes
@@ -27,7 +27,7 @@ from qat.quant.fit import importance
 from qat.quant.layers import Layer, select
 
 VOCABULARY = 151936
-PRESETS = {"q2a4": QuantConfig("q2a4", TableConfig(2, 32), TableConfig(4, 8))}
+PRESETS = {"q2a4": QuantConfig("q2a4", WeightConfig(2, 32), WeightConfig(4, 8))}
 
 
 def main() -> None:

@@ -205,21 +205,35 @@ class DataConfig:
     parts: list[DataPart] = field(default_factory=list)  # mix: the sources, each {source, weight, path, ...}
 
 
-@dataclass
-class TableConfig:
-    """Lookup tables of one kind of layer."""
+class WeightFormat(Enum):
+    """How weights are written in few bits."""
 
-    bits: int = MISSING  # a codebook has 2**bits entries
-    rank: int = MISSING  # of the scale matrix
+    table = "a learned codebook for each layer, times a low-rank scale"
+    grid = "evenly spaced values, with a scale for each group of a row's columns"
+
+
+# The keys of `WeightConfig` that each format has besides its name.
+SETTINGS = {WeightFormat.table: ("bits", "rank"), WeightFormat.grid: ("bits", "group", "shifts")}
+
+
+@dataclass
+class WeightConfig:
+    """What one kind of layers is written in."""
+
+    bits: int = MISSING  # of the index of each weight into 2**bits values
+    rank: int | None = None  # table: of the scale matrix
+    format: WeightFormat = WeightFormat.table
+    group: int | None = None  # grid: columns that share a scale, a divisor of every row's length
+    shifts: bool | None = None  # grid: they share a shift too, as in MLX and Q4_1; None has none
 
 
 @dataclass
 class QuantConfig:
-    """Bits and ranks; a kind that is None stays in full precision."""
+    """Bits and formats; a kind that is None stays in full precision."""
 
     name: str = MISSING
-    mlp: TableConfig | None = None  # gate, up, down
-    attn: TableConfig | None = None  # q, k, v, o
+    mlp: WeightConfig | None = None  # gate, up, down
+    attn: WeightConfig | None = None  # q, k, v, o
     partial: bool = False  # goes on where projections of a model have other names than these, which stay dense
 
 
@@ -282,7 +296,7 @@ class LossConfig:
 class LearnConfig:
     """What learns: the rate of each kind as a multiple of `train.lr`; 0 does not learn."""
 
-    scales: float = 1.0  # A, B and magnitudes
+    scales: float = 1.0  # A, B and magnitudes of tables; scales and shifts of grids
     codebooks: float = 1.0  # table entries
     latent: float = 0.0  # full-precision weights whose nearest entries the indices are
     norms: float = 0.0  # weights of the normalisation layers

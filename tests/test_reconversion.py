@@ -14,9 +14,9 @@ from qat.config import (
     KMeansBackend,
     KMeansConfig,
     QuantConfig,
-    TableConfig,
     TrackerConfig,
     TrackerKind,
+    WeightConfig,
 )
 from qat.quant.formats import Table
 from qat.quant.linear import kept, quantized
@@ -39,7 +39,7 @@ def reconvert(teacher, cache, start, tmp_path):
 
     def work(mlp, attn, folder=start):
         config = Config(outputs=str(tmp_path))
-        config.quant = QuantConfig("other", TableConfig(*mlp), TableConfig(*attn))
+        config.quant = QuantConfig("other", WeightConfig(*mlp), WeightConfig(*attn))
         config.kmeans = KMeansConfig("exact", KMeansBackend.exact)
         config.convert = ConvertConfig(calibration_tokens=256, rounds=2, sweeps=1)
         config.checkpoint = CheckpointConfig("local", str(folder))

@@ -18,7 +18,7 @@ from qat import manifests, tensor_files
 from qat.artifacts import read_json
 from qat.checkpoints.native import describe
 from qat.checkpoints.own import adopt
-from qat.config import QuantConfig, TableConfig
+from qat.config import QuantConfig, WeightConfig
 from qat.errors import ArtifactError
 from qat.machine import Machine
 from qat.models import ModelFolder, linear
@@ -276,10 +276,10 @@ def _layer(name: str, module: QuantLinear) -> Layer:
 
 def _preset(layers: list[Layer]) -> QuantConfig:
     """The bits and ranks that most layers of each kind have; the manifest's layers have the rest."""
-    tables: dict[str, TableConfig | None] = {kind: None for kind in KINDS}
+    tables: dict[str, WeightConfig | None] = {kind: None for kind in KINDS}
     for kind in KINDS:
         if counted := Counter(layer.format for layer in layers if layer.kind == kind):
-            tables[kind] = TableConfig(**counted.most_common(1)[0][0].settings())
+            tables[kind] = WeightConfig(**counted.most_common(1)[0][0].settings())
     bits_of = {kind: table.bits if table else 16 for kind, table in tables.items()}
     return QuantConfig(f"q{bits_of['mlp']}a{bits_of['attn']}", mlp=tables["mlp"], attn=tables["attn"])
 

@@ -11,7 +11,7 @@ from typing import Any
 from qat import gpus, model_files, names, processes, provenance
 from qat.artifacts import MANIFEST, read_manifest
 from qat.checkpoint_files import find
-from qat.cli import schema, trusted
+from qat.cli import schema, trusted, weights
 from qat.config import (
     Config,
     DataConfig,
@@ -72,8 +72,10 @@ BOUNDS = {
     "data.eval_fraction": Bound(0, 1, open=True),
     "quant.mlp.bits": Bound(1, 8),
     "quant.mlp.rank": COUNT,
+    "quant.mlp.group": COUNT,
     "quant.attn.bits": Bound(1, 8),
     "quant.attn.rank": COUNT,
+    "quant.attn.group": COUNT,
     "cache.length": Bound(low=2),
     "cache.top_k": COUNT,
     "cache.random": Bound(low=0),
@@ -128,6 +130,7 @@ def check(config: Config) -> None:
         ConfigError: the first that cannot work.
     """
     check_values(config)
+    weights.check(config)
     if config.stage is not Stage.doctor:  # which tells of it
         check_folder("outputs", config.outputs)
     check_model(config)

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from qat.config import QuantConfig, TableConfig, as_plain
+from qat.config import SETTINGS, QuantConfig, WeightConfig
 from qat.errors import ConfigError
 from qat.quant import formats
 from qat.quant.formats import Format
@@ -160,9 +160,11 @@ def _formats(quant: QuantConfig) -> dict[str, Format | None]:
     return {kind: format_of(settings) if settings else None for kind, settings in chosen.items()}
 
 
-def format_of(settings: TableConfig) -> Format:
+def format_of(settings: WeightConfig) -> Format:
     """The format that a configuration asks for."""
-    return formats.of(as_plain(settings))
+    given = {name: getattr(settings, name) for name in SETTINGS[settings.format]}
+    chosen = {name: value for name, value in given.items() if value is not None}
+    return formats.of({"format": settings.format.name, **chosen})
 
 
 def _refuse_unmatched(model: nn.Module, layers: list[Layer], quant: QuantConfig) -> None:

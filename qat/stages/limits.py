@@ -5,8 +5,9 @@ from pathlib import Path
 
 from qat import checkpoints, footprint
 from qat.checkpoint_files import find
-from qat.config import Config, DataSource, ExportFormat, Stage
+from qat.config import Config, DataSource, ExportFormat, Stage, as_plain
 from qat.data import mix
+from qat.distill.parameters import LATENT, NORMS
 from qat.errors import ConfigError
 from qat.footprint import Job, Shapes
 from qat.machine import Machine
@@ -28,6 +29,8 @@ def check(config: Config, teacher: ModelFolder, machine: Machine) -> None:
     jobs = list(_jobs(config, teacher))
     for job in jobs if config.stage in CONVERTS else []:
         _check_shapes(job, teacher)
+    for job in jobs if config.stage in TRAINS else []:
+        _check_learning(job)
     footprint.check(config, Shapes.of(teacher.skeleton(), teacher.settings()), jobs, machine)
 
 
@@ -79,6 +82,15 @@ def _jobs(config: Config, teacher: ModelFolder) -> Iterator[Job]:
     elif config.stage is Stage.distill and start and (found := find(Path(start).expanduser())).is_dir():
         layers = checkpoints.layers_of(checkpoints.native.opened(found))
         yield Job(layers, config.mode, config.train)
+
+
+def _check_learning(job: Job) -> None:
+    """What has a rate is something that layers have."""
+    learns, rates = {"mlp": job.mode.mlp, "attn": job.mode.attn}, as_plain(job.train.learn)
+    learning = [layer for layer in job.layers if learns[layer.kind]]
+    kinds = {part.kind for layer in learning for part in layer.format.parts(*layer.shape).values()}
+    if not any(rates[kind] for kind in kinds | {LATENT, NORMS}):
+        raise ConfigError(f"{job.prefix}train.learn has no rate for {' and '.join(sorted(kinds))}: nothing would learn")
 
 
 def _check_shapes(job: Job, teacher: ModelFolder) -> None:

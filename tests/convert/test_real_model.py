@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qat import models
 from qat.cache.batch import Text
-from qat.config import DataConfig, DataSource, Packing, QuantConfig, TableConfig
+from qat.config import DataConfig, DataSource, Packing, QuantConfig, WeightConfig
 from qat.convert.convert import STACK_BYTES, stacks
 from qat.convert.moments import gather
 from qat.data import packing, texts, thinking
@@ -20,7 +20,7 @@ from qat.quant.fit import importance
 from qat.quant.formats.table_fit import alternate, start
 from qat.quant.layers import select
 
-QUANT = QuantConfig(name="q2a4", mlp=TableConfig(bits=2, rank=4), attn=TableConfig(bits=4, rank=2))
+QUANT = QuantConfig(name="q2a4", mlp=WeightConfig(bits=2, rank=4), attn=WeightConfig(bits=4, rank=2))
 EVERY, LAST = 5, 25  # of 30 blocks; benchmarks/assignment.py does all
 
 

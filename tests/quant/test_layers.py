@@ -11,7 +11,7 @@ from hydra import compose, initialize_config_dir
 from torch import nn
 from transformers import PreTrainedModel
 
-from qat.config import QuantConfig, TableConfig
+from qat.config import QuantConfig, WeightConfig
 from qat.errors import ConfigError
 from qat.quant.formats import Table
 from qat.quant.layers import bits_per_weight, select, summary
@@ -64,7 +64,7 @@ def preset(name: str) -> QuantConfig:
     conf = Path(__file__).resolve().parents[2] / "conf" / "quant"
     with initialize_config_dir(str(conf), version_base="1.3"):
         values = compose(name)
-    kinds = {kind: TableConfig(**values[kind]) if values[kind] else None for kind in ("mlp", "attn")}
+    kinds = {kind: WeightConfig(**values[kind]) if values[kind] else None for kind in ("mlp", "attn")}
     return QuantConfig(name=values.name, **kinds)
 
 

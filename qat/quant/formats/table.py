@@ -139,7 +139,7 @@ class Table(Format):
         """Triton kernels on CUDA."""
         if device.type != "cuda":
             return None
-        from qat.quant import kernels as table_kernels
+        from qat.quant.formats import table_kernels
 
         return table_kernels if table_kernels.AVAILABLE else None
 
