@@ -18,8 +18,8 @@ def check(config: Config) -> None:
             value = getattr(given, setting)
             if setting not in own and value is not None:
                 raise ConfigError(
-                    f"{key}.{setting}={str(value).lower()}: {key}.format={name} has {', '.join(own)};"
-                    f" {key}.{setting}=null"
+                    f"{key}.{setting}={str(value).lower()}: means nothing to {key}.format={name}, which has"
+                    f" {', '.join(own)}; set it to null"
                 )
             if setting in own and value is None and setting != "shifts":
                 raise ConfigError(f"{key}.{setting} is missing: {key}.format={name} needs it")

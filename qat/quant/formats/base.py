@@ -103,6 +103,7 @@ class Equations:
     setting: str
 
 
+@dataclass(frozen=True)
 class Format(ABC):
     """One way to write weights in few bits.
 
@@ -111,8 +112,9 @@ class Format(ABC):
         bits: of an index, 1 to 8.
     """
 
-    name: ClassVar[str]
     bits: int
+
+    name: ClassVar[str]
 
     @property
     @abstractmethod

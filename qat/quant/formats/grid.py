@@ -36,7 +36,6 @@ class Uniform(Format):
         shifts: whether they share a shift too.
     """
 
-    bits: int
     group: int
     shifts: bool = False
 

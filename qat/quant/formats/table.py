@@ -24,7 +24,6 @@ class Table(Format):
     unit-norm rows; `rank_magnitude` [R]. Operands: `lut`, `A` [O, R] with magnitudes, `B`.
     """
 
-    bits: int
     rank: int
 
     name: ClassVar[str] = "table"
