@@ -23,9 +23,10 @@ from qat.data import packing, texts, thinking
 from qat.data.documents import Document
 from qat.machine import exact_matmul
 from qat.models import linear, locate
-from qat.quant import assign, codebook, scales
+from qat.quant import assign, kmeans, lookup
 from qat.quant.curvature import Curvature, Factor
-from qat.quant.fit import alternate, importance, start
+from qat.quant.fit import importance
+from qat.quant.formats.table_fit import alternate, start
 from qat.quant.layers import select
 
 
@@ -45,7 +46,7 @@ def main() -> None:
         for stack in stacks(layers, STACK_BYTES["cpu"]):
             weight = torch.stack([linear(model, layer.name).weight.float() for layer in stack])
             H = torch.stack([moments.inputs[layer.source] for layer in stack])
-            errors = both(weight, H, 2 ** stack[0].bits, stack[0].rank, options.rounds)
+            errors = both(weight, H, 2 ** stack[0].format.bits, stack[0].format.rank, options.rounds)
             for layer, pair in zip(stack, errors.T.tolist(), strict=True):
                 found[layer.name.rpartition(".")[2]].append((*pair, layer.name))
     print(f"{'':12}{'nearest':>10}{'compensated':>13}{'bettered':>10}   gains least")
@@ -59,12 +60,12 @@ def main() -> None:
 
 def both(weight: torch.Tensor, H: torch.Tensor, entries: int, rank: int, rounds: int) -> torch.Tensor:
     """Relative output errors [2, N] of nearest and of compensated indices."""
-    tables = start(weight, importance(H), entries, rank, codebook.kmeans)
+    tables = start(weight, importance(H), entries, rank, kmeans.kmeans)
     for _ in range(rounds):
         tables = alternate(tables, weight, importance(H))
     S, table = tables.scale(), tables.table_NK
     indices = assign.nearest(weight, S, table), assign.compensated(weight, S, table, Factor.of(H))
-    errors = [Curvature(H).cost(weight - scales.look_up(table, index) * S) for index in indices]
+    errors = [Curvature(H).cost(weight - lookup.look_up(table, index) * S) for index in indices]
     return torch.stack(errors) / Curvature(H).cost(weight)
 
 

@@ -37,20 +37,20 @@ from qat.config import (
     ModelConfig,
     ModelSource,
     QuantConfig,
-    TableConfig,
+    WeightConfig,
 )
 from qat.convert.convert import Converted, install, quantize
 from qat.convert.moments import Moments, gather
 from qat.distill.parameters import Parameter
 from qat.models import ModelFolder, linear, locate
+from qat.quant.formats import Table
 from qat.quant.layers import Layer, select
 from qat.quant.linear import QuantLinear
 
-FORMATS = ((2, 4), (2, 8), (2, 16), (3, 4), (3, 8), (4, 4), (4, 8), (5, 4), (6, 4))
+FORMATS = tuple(Table(*one) for one in ((2, 4), (2, 8), (2, 16), (3, 4), (3, 8), (4, 4), (4, 8), (5, 4), (6, 4)))
 LEFT = {2: 0.31, 3: 0.45, 4: 0.48, 5: 0.5, 6: 0.5}  # trained KL over converted KL of the records of so many bits
 RATES = {2: 10.0, 3: 4.0, 4: 1.75, 5: 0.9, 6: 0.45}  # of latent weights, in thousandths: as the step of a table
 MEGA = 1e6
-Choice = tuple[int, int]
 
 
 def main() -> None:
@@ -73,26 +73,26 @@ def convert(options: argparse.Namespace) -> None:
 
     began = time.monotonic()
     model = folder.load(place.dtype, place.device)
-    layers = select(model, QuantConfig(name="any", mlp=TableConfig(bits=4, rank=4), attn=TableConfig(bits=4, rank=4)))
+    layers = select(model, QuantConfig(name="any", mlp=WeightConfig(bits=4, rank=4), attn=WeightConfig(bits=4, rank=4)))
     moments = gather(model, layers, text, gradients=True)
     del model
     print(f"moments: {time.monotonic() - began:.1f} s", flush=True)
-    fitted: dict[Choice, dict[str, Converted]] = {}
-    costs: dict[Choice, dict[str, float]] = {}
+    fitted: dict[Table, dict[str, Converted]] = {}
+    costs: dict[Table, dict[str, float]] = {}
     for choice in FORMATS:
         began = time.monotonic()
-        members = [replace(layer, bits=choice[0], rank=choice[1]) for layer in layers]
+        members = [replace(layer, format=choice) for layer in layers]
         made = quantize(members, weights, moments, settings, kmeans, place.device)
         fitted[choice] = {one.layer.name: one for one in made}
         costs[choice] = {one.layer.name: cost(one, weights(one.layer.name), moments, place.device) for one in made}
         print(
-            f"{choice}: {size(one.layer for one in made):.2f} MB, {sum(costs[choice].values()):.4f} nats,"
+            f"{named(choice)}: {size(one.layer for one in made):.2f} MB, {sum(costs[choice].values()):.4f} nats,"
             f" {time.monotonic() - began:.1f} s",
             flush=True,
         )
     output = Path(options.output)
     output.mkdir(parents=True, exist_ok=True)
-    write_json(output / "costs.json", {f"{bits}r{rank}": of for (bits, rank), of in costs.items()})
+    write_json(output / "costs.json", {named(choice): of for choice, of in costs.items()})
     for given in options.sizes:
         whole, of_embedding = given.split(":")
         best = chosen(layers, costs, float(whole) - float(of_embedding) - options.rest)
@@ -111,23 +111,23 @@ def cost(one: Converted, weight: torch.Tensor, moments: Moments, device: torch.d
         return float(((G @ error @ H) * error).sum() / 2)
 
 
-def chosen(layers: list[Layer], costs: dict[Choice, dict[str, float]], megabytes: float) -> dict[str, Choice]:
+def chosen(layers: list[Layer], costs: dict[Table, dict[str, float]], megabytes: float) -> dict[str, Table]:
     """A format for each layer: the least cost of at most so many megabytes."""
     low, high = 0.0, 1e9
     for _ in range(200):
         middle = (low * high) ** 0.5 if low else high / 1e6
         best = {layer.name: cheapest(layer, costs, middle) for layer in layers}
-        used = size(replace(layer, bits=best[layer.name][0], rank=best[layer.name][1]) for layer in layers)
+        used = size(replace(layer, format=best[layer.name]) for layer in layers)
         low, high = (middle, high) if used > megabytes else (low, middle)
     return {layer.name: cheapest(layer, costs, high) for layer in layers}
 
 
-def cheapest(layer: Layer, costs: dict[Choice, dict[str, float]], price: float) -> Choice:
+def cheapest(layer: Layer, costs: dict[Table, dict[str, float]], price: float) -> Table:
     """What is best for a layer where a megabyte costs so much."""
 
-    def total(choice: Choice) -> float:
-        paid = price * size([replace(layer, bits=choice[0], rank=choice[1])])
-        return LEFT[choice[0]] * costs[choice][layer.name] + paid
+    def total(choice: Table) -> float:
+        paid = price * size([replace(layer, format=choice)])
+        return LEFT[choice.bits] * costs[choice][layer.name] + paid
 
     return min(costs, key=total)
 
@@ -137,15 +137,25 @@ def size(layers: Iterable[Layer]) -> float:
     return sum(layer.weights * layer.bits_per_weight / 8 for layer in layers) / MEGA
 
 
-def told(made: list[Converted], costs: dict[Choice, dict[str, float]]) -> str:
+def told(made: list[Converted], costs: dict[Table, dict[str, float]]) -> str:
     """Size, cost, and how many layers have which format, by projection."""
     layers = [one.layer for one in made]
-    total = sum(costs[layer.bits, layer.rank][layer.name] for layer in layers)
+    total = sum(costs[table_of(layer)][layer.name] for layer in layers)
     counts: dict[str, dict[str, int]] = {}
     for layer in layers:
         of = counts.setdefault(layer.name.rpartition(".")[2], {})
-        of[f"{layer.bits}r{layer.rank}"] = of.get(f"{layer.bits}r{layer.rank}", 0) + 1
+        of[named(table_of(layer))] = of.get(named(table_of(layer)), 0) + 1
     return f"{size(layers):.2f} MB, {total:.4f} nats, {json.dumps(counts)}"
+
+
+def table_of(layer: Layer) -> Table:
+    """A layer's format, which is one of `FORMATS`."""
+    return next(format for format in FORMATS if format == layer.format)
+
+
+def named(format: Table) -> str:
+    """`2r8` for two bits and rank 8."""
+    return f"{format.bits}r{format.rank}"
 
 
 def finish(
@@ -167,7 +177,7 @@ def finish(
         one.module.cpu()
     done = quantize(layers, weights, moments, settings, kmeans, place.device, made)
     modules = {one.layer.name: one.module for one in done}
-    preset = QuantConfig(name="q2a4_r8", mlp=TableConfig(bits=2, rank=8), attn=TableConfig(bits=4, rank=8))
+    preset = QuantConfig(name="q2a4_r8", mlp=WeightConfig(bits=2, rank=8), attn=WeightConfig(bits=4, rank=8))
     with publish(output, checkpoints.describe(folder, preset, layers)) as (scratch, _):
         checkpoints.write_tables(modules, scratch)
 
@@ -181,15 +191,15 @@ def train(path: Path, words: list[str]) -> int:
     def begin(self, student, layers, learn, *rest):  # type: ignore[no-untyped-def]
         for bits, wanted in RATES.items():
             setattr(learn, f"latent{bits}", wanted / rate)
-        learn.latent = max(RATES[layer.bits] for layer in layers.values()) / rate
+        learn.latent = max(RATES[layer.format.bits] for layer in layers.values()) / rate
         start(self, student, layers, learn, *rest)
 
     def by_bits(self, kind: str, layers: dict[str, QuantLinear]) -> list[Parameter]:  # type: ignore[no-untyped-def]
         found = of_kind(self, kind, layers)
-        bits = {f"{name}.latent": layer.bits for name, layer in layers.items()}
+        bits = {f"{name}.latent": layer.format.bits for name, layer in layers.items()}
         return [replace(p, kind=f"latent{bits[p.name]}") if p.kind == "latent" else p for p in found]
 
-    os.environ["QAT_EMBEDDING_RATE"] = str(RATES[embedding.parse(path.stem)[1]] / rate)
+    os.environ["QAT_EMBEDDING_RATE"] = str(RATES[embedding.parse(path.stem).bits] / rate)
     owner = embedding.WithEmbedding
     with patch.object(owner, "_of", by_bits), patch.object(owner, "__init__", begin):
         return embedding.train(path, words)

@@ -28,7 +28,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from qat.quant import backends, codebook
+from qat.quant import backends, kmeans
 
 SHAPE = (3072, 1024)
 STACK = 20  # layers that a GPU solves together
@@ -126,7 +126,7 @@ def layers() -> list[tuple[str, np.ndarray, np.ndarray | None]]:
 
 def solvers(options: argparse.Namespace) -> dict[str, tuple[Solver, int]]:
     """By name, with how often each is run where that is not the command line's number."""
-    found: dict[str, tuple[Solver, int]] = {"ours": (on("cpu", codebook.kmeans), 0)}
+    found: dict[str, tuple[Solver, int]] = {"ours": (on("cpu", kmeans.kmeans), 0)}
     if installed("kmeans_pytorch"):
         found["kmeans_pytorch 2048"] = (on("cpu", backends.kmeans_pytorch), 0)
         found["kmeans-pytorch"] = (lambda *a: package(*a, "cpu", options.limit), 1)
@@ -138,8 +138,8 @@ def solvers(options: argparse.Namespace) -> dict[str, tuple[Solver, int]]:
         found["scikit-learn k-means++"] = (lambda *a: scikit_learn(*a, "k-means++"), 0)
         found["scikit-learn quantiles"] = (lambda *a: scikit_learn(*a, "quantiles"), 0)
     if options.device == "cuda":
-        found["ours, GPU"] = (on("cuda", codebook.kmeans), 0)
-        found[f"ours, GPU, {STACK} layers"] = (on("cuda", codebook.kmeans, STACK), 0)
+        found["ours, GPU"] = (on("cuda", kmeans.kmeans), 0)
+        found[f"ours, GPU, {STACK} layers"] = (on("cuda", kmeans.kmeans, STACK), 0)
         if installed("kmeans_pytorch"):
             found["kmeans-pytorch, GPU"] = (lambda *a: package(*a, "cuda", options.limit), 1)
     return found

@@ -28,7 +28,7 @@ from qat.config import (
     ModelSource,
     Packing,
     QuantConfig,
-    TableConfig,
+    WeightConfig,
 )
 from qat.convert.convert import Converted, convert, install
 from qat.data import packing, sources
@@ -139,7 +139,7 @@ def convert_option(name: str) -> ConvertConfig:
 def preset(name: str) -> QuantConfig:
     """A `quant` option as the command line would compose it."""
     option = yaml.safe_load((CONF / "quant" / f"{name}.yaml").read_text())
-    kinds = {kind: TableConfig(**option[kind]) if option.get(kind) else None for kind in ("mlp", "attn")}
+    kinds = {kind: WeightConfig(**option[kind]) if option.get(kind) else None for kind in ("mlp", "attn")}
     return QuantConfig(name, **kinds)
 
 

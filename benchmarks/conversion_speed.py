@@ -17,16 +17,17 @@ from transformers import AutoModelForCausalLM, Qwen3Config
 
 from qat import machine as machines
 from qat.cache.batch import Batch, Text
-from qat.config import ConvertConfig, InstanceConfig, KMeansBackend, KMeansConfig, QuantConfig, TableConfig
+from qat.config import ConvertConfig, InstanceConfig, KMeansBackend, KMeansConfig, QuantConfig, WeightConfig
 from qat.convert import convert
 from qat.convert.moments import Moments, gather
 from qat.machine import exact_matmul, peak_bytes
 from qat.models import linear
-from qat.quant import codebook, fit
+from qat.quant import kmeans
+from qat.quant.fit import importance
 from qat.quant.layers import Layer, select
 
 VOCABULARY = 151936
-PRESETS = {"q2a4": QuantConfig("q2a4", TableConfig(2, 32), TableConfig(4, 8))}
+PRESETS = {"q2a4": QuantConfig("q2a4", WeightConfig(2, 32), WeightConfig(4, 8))}
 
 
 def main() -> None:
@@ -93,10 +94,10 @@ def alternating(layers: list[Layer], weights, moments: Moments, device: torch.de
     with torch.no_grad(), exact_matmul():
         for stack in convert.stacks(layers, convert.STACK_BYTES[device.type]):
             weight = torch.stack([weights(layer.name).to(device, torch.float32) for layer in stack])
-            h = fit.importance(torch.stack([moments.inputs[layer.source].to(device) for layer in stack]))
-            tables = fit.start(weight, h, 2 ** stack[0].bits, stack[0].rank, codebook.kmeans)
+            h = importance(torch.stack([moments.inputs[layer.source].to(device) for layer in stack]))
+            made = stack[0].format.start(weight, h, kmeans.kmeans)
             for _ in range(rounds):
-                tables = fit.alternate(tables, weight, h)
+                made = stack[0].format.alternated(made, weight, h)
 
 
 def measured(device: torch.device, what: str, work) -> None:

@@ -5,8 +5,8 @@
     python benchmarks/embedding.py evaluate --model <folder> --evaluation a.json b.txt \
         --students exact=<folder>/t4r16.safetensors trained=<checkpoint>
 
-A format is `t` (a learned table) or `u` (evenly spaced values), its bits, then `r` and a rank (low-rank scales) or
-`g` and a group of columns that share a scale: `t4r16`, `t4g32`, `u4g64`. A tied matrix has two jobs, and to second
+A format is `t` (a learned table with low-rank scales), its bits, `r` and a rank, or `u` (evenly spaced values), its
+bits, `g` and a group of columns that share a scale: `t4r16`, `u4g64`. A tied matrix has two jobs, and to second
 order an error E in it costs `Σ_v E_v (ρ_v H + φ_v Γ) E_vᵀ`: as the head, H being the second moment of the final
 hidden states and ρ_v the mean of p_v (1 − p_v); as the input, Γ being the second moment of the loss's gradient at
 the embedded tokens and φ_v how often token v is one. Since ρ and φ are nearly proportional, rows share one matrix.
@@ -25,7 +25,6 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-import uniform
 from evaluation import Evaluation, add_arguments, teacher_of
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -40,12 +39,13 @@ from qat.config import InstanceConfig, LearnConfig, ModelConfig, ModelSource
 from qat.convert.convert import module
 from qat.convert.moments import LOGITS
 from qat.distill import head, trainer
-from qat.distill.parameters import KINDS, Learners, Parameter
+from qat.distill.parameters import Learners, Parameter
 from qat.machine import Machine, exact_matmul, widened
 from qat.models import locate
-from qat.quant import assign, codebook, latent, packing, scales
+from qat.quant import kmeans, latent, packing
 from qat.quant.curvature import Factor
-from qat.quant.fit import CG_ITERATIONS, Problem, Tables, fit
+from qat.quant.fit import Problem, fit
+from qat.quant.formats import Format, Table, Uniform
 from qat.quant.layers import Layer
 from qat.quant.linear import QuantLinear
 
@@ -77,7 +77,8 @@ def fit_all(options: argparse.Namespace) -> None:
         with torch.no_grad(), exact_matmul():
             made = quantized(model.lm_head.weight.detach(), rho, H, name)
         save(made, name, (rho, H.diagonal()), Path(options.output) / f"{name}.safetensors")
-        print(f"{name}: {bits(made, name):.3f} bits, {time.monotonic() - began:.1f} s", flush=True)
+        bits = made.format.stored_bits(*made.indices.shape) / made.indices.numel()
+        print(f"{name}: {bits:.3f} bits, {time.monotonic() - began:.1f} s", flush=True)
 
 
 def calibration(cache: Path) -> list[Batch]:
@@ -116,68 +117,26 @@ def curvature(model: PreTrainedModel, text: list[Batch]) -> tuple[Tensor, Tensor
 
 def quantized(weight: Tensor, rho: Tensor, H: Tensor, name: str) -> QuantLinear:
     """The matrix in a format."""
-    kind, width, form, size = parse(name)
     problem = Problem(weight[None], H[None], Factor.of(H[None]))
     rows = (rho / rho.mean()).clamp(1e-3, 1e3).sqrt()
     problem.row_NO, problem.weight_NOI = rows[None], weight[None] * rows[None, :, None]
-    if form == "r":
-        tables, rank = fit(problem, width, size, codebook.kmeans, ROUNDS, SWEEPS), size
-    else:
-        rank = weight.shape[1] // size
-        tables = grouped(problem, width, rank, learned=kind == "t")
-    return module(Layer(NAME, "head", (weight.shape[0], weight.shape[1]), width, rank), tables, 0)
+    format = parse(name)
+    made = fit(problem, format, kmeans.kmeans, ROUNDS, SWEEPS)
+    return module(Layer(NAME, "head", (weight.shape[0], weight.shape[1]), format), made, 0)
 
 
-def parse(name: str) -> tuple[str, int, str, int]:
-    """`t4g32` as table or uniform, bits, group or rank, and its size."""
-    return name[0], int(name[1]), name[2], int(name[3:])
-
-
-def grouped(problem: Problem, width: int, groups: int, learned: bool) -> Tables:
-    """One scale for each group of columns, the table fixed or learned."""
-    weight, h = problem.weight_NOI, problem.importance_NI
-    tables = uniform.start(weight, width, groups)
-    for _ in range(ROUNDS):
-        index = assign.nearest(weight, tables.scale(), tables.table_NK)
-        tables = Tables(index, tables.table_NK, refitted(tables, index, weight, h), tables.B_NRI)
-        if learned:
-            linear = scales.table(index, tables.scale(), h, 2**width)
-            table = scales.refit(tables.table_NK, linear, weight, h).sort(dim=1).values
-            tables = Tables(index, table, tables.A_NOR, tables.B_NRI)
-    index = assign.compensated(weight, tables.scale(), tables.table_NK, problem.factor)
-    for sweep in range(SWEEPS + 1):
-        if sweep:
-            index = assign.descended(weight, tables.scale(), tables.table_NK, problem.curvature, tables.index_NOI)
-        tables = Tables(index, tables.table_NK, tables.A_NOR, tables.B_NRI)
-        tables = uniform.refine(problem, tables)
-        if learned:
-            linear = scales.table(index, tables.scale(), h, 2**width)
-            table = scales.conjugate_gradient(tables.table_NK, linear, weight, problem.curvature, CG_ITERATIONS)
-            tables = Tables(index, table, tables.A_NOR, tables.B_NRI)
-    return problem.leave(tables)
-
-
-def refitted(tables: Tables, index: Tensor, weight: Tensor, h: Tensor) -> Tensor:
-    """Scales [N, O, groups] by least weighted squares."""
-    Q, groups = scales.look_up(tables.table_NK, index), tables.B_NRI.mT
-    return ((weight * Q * h[:, None]) @ groups) / ((Q.square() * h[:, None]) @ groups).clamp_min(1e-30)
-
-
-def bits(made: QuantLinear, name: str) -> float:
-    """Stored a weight: indices, scales in 16 bits, a table unless it is even."""
-    kind, width, form, size = parse(name)
-    outputs, inputs = made.indices.shape
-    table = 2**width if kind == "t" else 0
-    numbers = size * (outputs + inputs) if form == "r" else outputs * inputs // size
-    return width + 16 * (numbers + table) / (outputs * inputs)
+def parse(name: str) -> Format:
+    """`t4r16` is a table at rank 16, `u4g32` a grid in groups of 32."""
+    bits, size = int(name[1]), int(name[3:])
+    return Table(bits, size) if name[0] == "t" else Uniform(bits, size)
 
 
 def save(made: QuantLinear, name: str, bends: tuple[Tensor, Tensor], path: Path) -> None:
     """Everything that evaluation and training need."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    tensors = made.normalized() | {"indices": packing.pack(made.indices, made.bits)}
+    tensors = made.normalized() | {"indices": packing.pack(made.indices, made.format.bits)}
     tensors |= {"outputs": bends[0], "inputs": bends[1]}
-    told = {"name": name, "shape": json.dumps(list(made.indices.shape)), "rank": str(made.rank)}
+    told = {"name": name, "shape": json.dumps(list(made.indices.shape))}
     save_file({key: value.cpu().contiguous() for key, value in tensors.items()}, path, told)
 
 
@@ -187,9 +146,9 @@ def load(path: Path, device: torch.device) -> tuple[str, QuantLinear]:
         told = file.metadata()
     tensors = {key: value.to(device) for key, value in load_file(path).items()}
     shape = tuple(json.loads(told["shape"]))
-    made = QuantLinear(*shape, parse(told["name"])[1], int(told["rank"])).to(device)
-    made.indices.copy_(packing.unpack(tensors["indices"], made.bits, shape))
-    made.set_parameters({part: tensors[part] for part in native.PARAMETERS})
+    made = QuantLinear(parse(told["name"]), *shape).to(device)
+    made.indices.copy_(packing.unpack(tensors["indices"], made.format.bits, shape))
+    made.set_parts({part: tensors[part] for part in made.parts()})
     made.curvature = (tensors["outputs"], tensors["inputs"])
     return told["name"], made.requires_grad_(False)
 
@@ -227,7 +186,7 @@ class WithEmbedding(Learners):
         exact = student.lm_head.weight.detach().float()
         made.latent = nn.Parameter(latent.between(made, exact), requires_grad=False)
         learn.embedding = float(os.environ.get("QAT_EMBEDDING_RATE", learn.latent))  # type: ignore[attr-defined]
-        self.made, self.form = made, parse(name)
+        self.made = made
         super().__init__(student, layers | {NAME: made}, learn, machine, snap)
         vars(student)["embedding"], vars(student)["embedding_format"] = made, name
         weights: Any = self._weights
@@ -245,18 +204,8 @@ class WithEmbedding(Learners):
         super().begin(micro_batches)
         self.adding = micro_batches > 1
 
-    def reduce(self) -> None:
-        """What the format has fixed gets no gradient."""
-        super().reduce()
-        fixed = [] if self.form[2] == "r" else ["scale_B", "rank_magnitude"]
-        for part in fixed + ([] if self.form[0] == "t" else ["lut"]):
-            getattr(self.made, part).grad.zero_()
-
     def _of(self, kind: str, layers: dict[str, QuantLinear]) -> list[Parameter]:
         found = list(super()._of(kind, layers))
-        fixed = KINDS["scales"][1:] if self.form[2] == "g" else ()
-        fixed += () if self.form[0] == "t" else KINDS["codebooks"]
-        found = [p for p in found if p.name not in {f"{NAME}.{part}" for part in fixed}]
         own = f"{NAME}.latent"
         return [Parameter(own, "embedding", p.value) if p.name == own else p for p in found]
 

@@ -5,13 +5,12 @@ import hashlib
 import statistics
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-import uniform
 from conversion import texts
 from peers.grid import Grid, mean_bits
 from results import OURS, Results
@@ -20,7 +19,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from qat import checkpoints
 from qat import machine as machines
-from qat.artifacts import read_manifest
+from qat.artifacts import MANIFEST, read_manifest
 from qat.cache.batch import Text
 from qat.checkpoint_files import find
 from qat.config import InstanceConfig, ModelConfig, ModelSource, Precision
@@ -29,6 +28,7 @@ from qat.fidelity import Sample, settle
 from qat.forward import body
 from qat.machine import DTYPES, Machine
 from qat.models import ModelFolder, locate
+from qat.quant.formats import Uniform
 from qat.quant.layers import Layer, bits_per_weight
 
 TOP_K = 64  # tokens that `kd_loss` looks at
@@ -140,33 +140,30 @@ def averaged(figures: list[dict[str, float]]) -> dict[str, Any]:
 
 
 def trained(work: Evaluation, name: str, paths: Iterable[Path]) -> Entry:
-    """Trained students of one preset, ours or on `uniform.py`'s grid, one a seed."""
+    """Trained students of one preset, one a seed."""
     found = [find(path) for path in paths]
-    grids = {_on_grid(path) for path in found}
-    method = "uniform grid" if grids == {True} else OURS
+    method = "uniform grid" if all(_on_grid(path) for path in found) else OURS
     settings = {"checkpoints": [checkpoints.identity(path) for path in found]}
 
     def student(path: Path, dtype: torch.dtype) -> Student:
         machine = Machine(work.machine.device, dtype, work.machine.micro_batch)
         model, manifest = checkpoints.load(path, teacher_of(path, work.folder), machine)
-        layers = checkpoints.layers_of(manifest)
-        if not _on_grid(path):
-            return model, our_bits(layers)
-        return model, bits_of(layers, {layer.name: uniform.grid(layer) for layer in layers})
+        return model, our_bits(checkpoints.layers_of(manifest))
 
     makers = tuple(lambda dtype, path=path: student(path, dtype) for path in found)
     return Entry(f"{method}, trained", name, settings, makers)
 
 
 def _on_grid(path: Path) -> bool:
-    return path.is_dir() and str(read_manifest(path)["quant"]["name"]).startswith(uniform.NAME)
+    return path.is_dir() and all(isinstance(x.format, Uniform) for x in checkpoints.layers_of(read_manifest(path)))
 
 
 def teacher_of(path: Path, folder: ModelFolder) -> ModelFolder:
     """The model by the fingerprint that the checkpoint knows it by: of its files, or the key of its artifact."""
-    artifact = uniform.as_artifact(folder)
-    known = path.is_dir() and read_manifest(path).get("teacher") == artifact.fingerprint
-    return artifact if known else folder
+    if not path.is_dir() or not (folder.path / MANIFEST).is_file():
+        return folder
+    artifact = replace(folder, fingerprint=str(read_manifest(folder.path)["key"]))
+    return artifact if read_manifest(path).get("teacher") == artifact.fingerprint else folder
 
 
 def bits_of(layers: list[Layer], grids: dict[str, Grid]) -> dict[str, float]:
@@ -177,7 +174,7 @@ def bits_of(layers: list[Layer], grids: dict[str, Grid]) -> dict[str, float]:
 
 
 def our_bits(layers: list[Layer]) -> dict[str, float]:
-    """As `bits_of`, for tables with low-rank scales."""
+    """As `bits_of`, for formats of this package."""
     mlp = [layer for layer in layers if layer.kind == "mlp"]
     return {"bits": round(bits_per_weight(mlp), 4), "bits_all": round(bits_per_weight(layers), 4)}
 

@@ -19,9 +19,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 import qat  # noqa: F401 - registers packed exports
-from qat.packed import kernel
-from qat.packed.kernel import Tiling
 from qat.packed.linear import PackedLinear
+from qat.quant.formats import Table
+from qat.quant.formats import table_product as kernel
+from qat.quant.formats.table_product import Tiling
 
 SHAPES = {  # outputs, inputs of Qwen3-0.6B
     "q": (2048, 1024),
@@ -110,17 +111,20 @@ def ranking(times: dict[Tiling, float]) -> str:
 
 def layer(outputs: int, inputs: int, bits: int, rank: int) -> PackedLinear:
     """A packed layer with random content."""
-    made = PackedLinear(outputs, inputs, bits, rank, bias=False).cuda()
+    made = PackedLinear(Table(bits, rank), outputs, inputs, bias=False).cuda()
     made.indices.random_()
-    for part in (made.lut, made.scale_A, made.scale_B, made.rank_magnitude):
+    for part in made.parts().values():
         part.normal_()
     return made
 
 
 def packed_calls(layers: list[PackedLinear], x: Tensor, cut: Tiling) -> list[Callable[[], Tensor]]:
     """One call of the kernel for each layer."""
-    parts = [(m.indices, m.lut, m.scale_A, m.rank_magnitude, m.scale_B, m.bits) for m in layers]
-    return [lambda p=p: kernel.product(x, *p, cut=cut) for p in parts]
+    given = []
+    for made in layers:
+        lut, A, B, magnitudes = made.parts().values()
+        given.append((made.indices, lut, A, magnitudes, B, made.format.bits))
+    return [lambda p=p: kernel.product(x, *p, cut=cut) for p in given]
 
 
 def timed(calls: list[Callable[[], Tensor]]) -> tuple[float, float]:

@@ -48,7 +48,7 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 from qat.artifacts import obtain
-from qat.config import QuantConfig, TableConfig
+from qat.config import QuantConfig, WeightConfig
 from qat.convert.convert import install
 from qat.errors import ConfigError, QatError, UnavailableError
 from qat.models import linear
@@ -183,7 +183,7 @@ def preset(work: Work, name: str, convert: str) -> Entry:
 
 def layers_of(model: PreTrainedModel) -> list[Layer]:
     """Every layer that is quantized, MLP and attention; bits and rank are not theirs."""
-    return select(model, QuantConfig("all", mlp=TableConfig(bits=2, rank=1), attn=TableConfig(bits=2, rank=1)))
+    return select(model, QuantConfig("all", mlp=WeightConfig(bits=2, rank=1), attn=WeightConfig(bits=2, rank=1)))
 
 
 def arguments() -> argparse.Namespace:

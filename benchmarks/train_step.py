@@ -38,7 +38,9 @@ from qat.distill.step import Step
 from qat.forward import FAST, prepare, use
 from qat.machine import Machine
 from qat.processes import Ranks, joined, place
-from qat.quant.linear import QuantLinear, look_up
+from qat.quant.formats import Table
+from qat.quant.linear import QuantLinear
+from qat.quant.lookup import look_up
 
 LENGTH, TOP_K = 64, 64
 BITS_RANK = {"mlp": (2, 32), "attn": (4, 8)}  # q2a4
@@ -96,11 +98,9 @@ class RankByRank(nn.Module):
 
     def __init__(self, layer: QuantLinear, dtype: torch.dtype, learns: bool) -> None:
         super().__init__()
-        self.table = look_up(layer.lut, layer.indices).to(dtype)
-        self.A, self.B, self.g = (
-            nn.Parameter(value.detach().clone(), learns)
-            for value in (layer.scale_A, layer.scale_B, layer.rank_magnitude)
-        )
+        lut, *scales = layer.parts().values()
+        self.table = look_up(lut, layer.indices).to(dtype)
+        self.A, self.B, self.g = (nn.Parameter(value.detach().clone(), learns) for value in scales)
 
     def forward(self, x: Tensor) -> Tensor:
         A, B = (self.A * self.g).to(x.dtype), self.B.to(x.dtype)
@@ -378,12 +378,13 @@ def shape(options: argparse.Namespace) -> PreTrainedModel:
 
 def random_layer(outputs: int, inputs: int, bits: int, rank: int, device: torch.device) -> QuantLinear:
     """Random indices, an even table, scales whose product has about the size of a trained weight."""
-    layer = QuantLinear(outputs, inputs, bits, rank).to(device).requires_grad_(False)
+    layer = QuantLinear(Table(bits, rank), outputs, inputs).to(device).requires_grad_(False)
     layer.indices.random_(0, 2**bits)
-    layer.lut.copy_(torch.linspace(-1, 1, 2**bits))
-    layer.scale_A.normal_(std=1 / math.sqrt(outputs))
-    layer.scale_B.normal_(std=1 / math.sqrt(inputs))
-    layer.rank_magnitude.fill_(math.sqrt(outputs / rank))
+    lut, A, B, magnitudes = layer.parts().values()
+    lut.copy_(torch.linspace(-1, 1, 2**bits))
+    A.normal_(std=1 / math.sqrt(outputs))
+    B.normal_(std=1 / math.sqrt(inputs))
+    magnitudes.fill_(math.sqrt(outputs / rank))
     return layer
 
 

@@ -5,6 +5,7 @@ could not have ended, one that is let through may still run out (a GPU's memory 
 by smaller micro-batches first, `qat.distill.step`).
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -169,13 +170,18 @@ def _fit(job: Job, config: Config, machine: Machine) -> Iterator[Part]:
     device = "cuda" if machine.device.type == "cuda" else "cpu"
     largest = max(stacks(job.layers, STACK_BYTES[device]), key=_equations, default=[])
     if largest:
-        kind, rank = largest[0].kind, largest[0].rank
-        yield Part(f"equations of rank {rank}", _equations(largest), f"{job.prefix}quant.{kind}.rank")
+        told = largest[0].format.equations(*largest[0].shape)
+        yield Part(told.what, _equations(largest), f"{job.prefix}quant.{largest[0].kind}.{told.setting}")
 
 
 def _equations(stack: list[Layer]) -> float:
-    """The normal equations of every row or column of a stack of layers, and their factors."""
-    return 2.0 * FP32 * sum(max(layer.shape) * layer.rank**2 for layer in stack)
+    """Bytes of the linear systems of a stack of layers."""
+    return float(FP32 * sum(layer.format.equations(*layer.shape).numbers for layer in stack))
+
+
+def _scales(layer: Layer) -> int:
+    """Numbers in the parts of a layer that learn as scales."""
+    return sum(math.prod(part.shape) for part in layer.format.parts(*layer.shape).values() if part.kind == "scales")
 
 
 def _training(job: Job, config: Config, shapes: Shapes, machine: Machine) -> list[Part]:
@@ -185,7 +191,7 @@ def _training(job: Job, config: Config, shapes: Shapes, machine: Machine) -> lis
     here = 1 if gpu else -(-train.batch_size // max(1, config.instance.devices))  # a GPU takes fewer at once
     tokens = min(machine.micro_batch, here) * config.cache.length
     kept = shapes.hidden if gpu else 4 * shapes.hidden + 3 * shapes.inner  # a GPU computes the rest twice
-    scales = sum(layer.rank * sum(layer.shape) for layer in learning)
+    scales = sum(_scales(layer) for layer in learning)
     meta = {"length": config.cache.length, "top_k": config.cache.top_k, "random": 0, "vocab_size": shapes.vocabulary}
     row = bytes_a_row(meta | {"format": FORMAT_VERSION, "train_targets": config.cache.train_targets}, "train")
     parts = [

@@ -9,7 +9,7 @@ from qat import fields
 from qat.fields import LARGEST, Rule, Wrong, number, one_of, optional, record, several, text, truth, whole
 
 SIDE = whole(1, 2**31 - 1)  # of a matrix
-BITS, RANK = whole(1, 8), whole(1, 2**31 - 1)
+BITS = whole(1, 8)
 KEY = fields.matching("[0-9a-f]{12}", "a key of 12 hexadecimal digits")
 SHA256 = fields.matching("[0-9a-f]{64}", "a SHA-256 of 64 hexadecimal digits")
 VOCABULARY = 2**24  # tokens, the most that a cache has bits for
@@ -35,11 +35,16 @@ def _path(value: Any, where: str) -> None:
         raise Wrong(f"{where} is {value!a}, and a path inside the folder belongs there")
 
 
+def _format(value: Any, where: str) -> None:
+    """A rule: a format of quantized weights, a table where no other is named."""
+    NAMED(value, where)
+    FORMATS[value.get("format", "table")](value, where)
+
+
 def _layer(value: Any, where: str) -> None:
-    """A rule: a quantized layer, of no rank above its smaller side."""
+    """A rule: a quantized layer in its format."""
     LAYER(value, where)
-    if value["rank"] > min(value["shape"]):
-        raise Wrong(f"{where}.rank is {value['rank']} of {value['shape']}, and none is above the smaller side")
+    _format(value, where)
 
 
 def _checkpoint(manifest: Any, where: str) -> None:
@@ -70,13 +75,18 @@ ARTIFACT = record(
     },
 )
 
-TABLE = record({"bits": BITS, "rank": RANK})
-LAYER = record({"kind": one_of(*KINDS), "shape": several(SIDE, SIDE), "bits": BITS, "rank": RANK})
+# What a format's settings are (`qat.quant.formats`).
+FORMATS = {
+    "table": record({"bits": BITS, "rank": SIDE}),
+    "grid": record({"format": text, "bits": BITS, "group": SIDE, "shifts": truth}),
+}
+NAMED = record({}, {"format": one_of(*FORMATS)})
+LAYER = record({"kind": one_of(*KINDS), "shape": several(SIDE, SIDE)})
 CHECKPOINT = record(
     {
         "model": text,
         "teacher": text,
-        "quant": record({"name": text, "mlp": optional(TABLE), "attn": optional(TABLE)}),
+        "quant": record({"name": text, "mlp": optional(_format), "attn": optional(_format)}),
         "bits_per_weight": number(),
         "layers": fields.mapping(text, _layer, least=1),
     },
@@ -141,7 +151,7 @@ PACKED = record(
     {
         "base_config": record({"model_type": text}),
         "quantization_config": record(
-            {"bits_per_weight": number(), "layers": fields.mapping(text, TABLE, least=1)}
+            {"bits_per_weight": number(), "layers": fields.mapping(text, _format, least=1)}
         ),
     }
 )

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import torch
 
-from qat.config import QuantConfig, TableConfig
+from qat.config import QuantConfig, WeightConfig
 from qat.models import ModelFolder, linear
 from tests import tiny
 from tests.checkpoints.conftest import Variant, write
 
 CACHE = "alpaca_chat_think_both_L64_K64_R128"
-FOUR = QuantConfig(name="q4a4", mlp=TableConfig(4, 8), attn=TableConfig(4, 8))
+FOUR = QuantConfig(name="q4a4", mlp=WeightConfig(4, 8), attn=WeightConfig(4, 8))
 LENGTH, TOP_K, RANDOM = 16, 8, 8
 
 

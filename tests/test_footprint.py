@@ -15,7 +15,8 @@ from qat.distill.loss import Loss
 from qat.distill.trainer import Trainer
 from qat.errors import ConfigError
 from qat.footprint import Job, Shapes
-from qat.quant import scales
+from qat.quant import least_squares
+from qat.quant.formats import Table
 from qat.quant.layers import Layer, select
 from qat.quant.linear import quantized
 from tests import tiny
@@ -154,12 +155,12 @@ def test_what_training_is_said_to_hold_is_there(teacher, cache, config, tmp_path
 
 
 def test_equations_of_a_rank_are_there_at_one_time(monkeypatch):
-    layer, seen = Layer("up_proj", "mlp", (48, 40), 2, 24), []
-    real = scales._solver
-    monkeypatch.setattr(scales, "_solver", lambda gram: seen.append(gram.nbytes) or real(gram))
+    layer, seen = Layer("up_proj", "mlp", (48, 40), Table(2, 24)), []
+    real = least_squares.solver
+    monkeypatch.setattr(least_squares, "solver", lambda gram: seen.append(gram.nbytes) or real(gram))
     draw = torch.Generator().manual_seed(0)
     Q, A, B = (torch.randn(*shape, generator=draw) for shape in ((1, 48, 40), (1, 48, 24), (1, 24, 40)))
-    scales.rows(Q, B, torch.ones(1, 40)), scales.columns(Q, A, torch.ones(1, 40))
+    least_squares.rows(Q, B, torch.ones(1, 40)), least_squares.columns(Q, A, torch.ones(1, 40))
     assert footprint._equations([layer]) == 2 * max(seen)  # and as much for the factors
 
 

@@ -11,6 +11,11 @@ from tests import tiny
 TOO_MUCH = [
     ("quant.mlp.rank=65", "quant.mlp.rank=65: model.layers.0.mlp.gate_proj of tiny has 128 outputs and 64 inputs"),
     ("quant.attn.rank=33", "no rank above 32 adds anything"),
+    ("quant=g2a4_g64 quant.mlp.group=48", "quant.mlp.group=48: model.layers.0.mlp.gate_proj of tiny has rows of 64"),
+    (
+        "quant=g2a4_g64 train.learn.scales=0",  # codebooks have a rate, and grids none of them
+        "train.learn has no rate for scales: nothing would learn",
+    ),
     ("+experiment=progressive model=tiny first.quant.mlp.rank=4000", "first.quant.mlp.rank=4000: "),
     ("stage=convert quant.mlp.rank=4000", "quant.mlp.rank=4000: "),
     ("cache.length=1025", "cache.length=1025: tiny is made for at most 1024 tokens"),

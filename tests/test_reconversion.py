@@ -12,11 +12,12 @@ from qat.config import (
     KMeansBackend,
     KMeansConfig,
     QuantConfig,
-    TableConfig,
     TrackerConfig,
     TrackerKind,
+    WeightConfig,
 )
-from qat.quant.linear import grow, look_up, quantized
+from qat.quant.formats import Table
+from qat.quant.linear import kept, quantized
 from qat.runs import Run
 from qat.stages import convert
 from qat.stages.workspace import Workspace
@@ -36,7 +37,7 @@ def reconvert(teacher, cache, start, tmp_path):
 
     def work(mlp, attn, folder=start):
         config = Config(outputs=str(tmp_path))
-        config.quant = QuantConfig("other", TableConfig(*mlp), TableConfig(*attn))
+        config.quant = QuantConfig("other", WeightConfig(*mlp), WeightConfig(*attn))
         config.kmeans = KMeansConfig("exact", KMeansBackend.exact)
         config.convert = ConvertConfig(calibration_tokens=256, rounds=2, sweeps=1)
         config.checkpoint = CheckpointConfig("local", str(folder))
@@ -58,14 +59,15 @@ def test_growing_ranks_keep_the_function(teacher, start, reconvert):
     before, _ = checkpoints.load(start, teacher, tiny.FP32)
     after, manifest = reconvert(mlp=(2, 9), attn=(4, 5))
     assert torch.allclose(logits(after), logits(before), rtol=1e-5, atol=1e-5)
-    assert {layer.rank for layer in checkpoints.layers_of(manifest)} == {9, 5} and not manifest["figures"]
+    assert {layer.format.rank for layer in checkpoints.layers_of(manifest)} == {9, 5} and not manifest["figures"]
 
 
 def test_new_ranks_can_learn(start, teacher):
     before, _ = checkpoints.load(start, teacher, tiny.FP32)
-    grown = grow(quantized(before)["model.layers.0.self_attn.q_proj"], 6)
+    layer = quantized(before)["model.layers.0.self_attn.q_proj"]
+    grown = kept(layer, Table(layer.format.bits, 6))
     A, g, B = grown.scale_A, grown.rank_magnitude.clone().requires_grad_(), grown.scale_B
-    (look_up(grown.lut, grown.indices) * ((A * g) @ B)).square().sum().backward()
+    (grown.lut[grown.indices.long()] * ((A * g) @ B)).square().sum().backward()
     assert (g.grad[2:].abs() > 1e-6).all()
 
 

@@ -22,7 +22,7 @@ from qat.config import (
     ModelConfig,
     ModelSource,
     QuantConfig,
-    TableConfig,
+    WeightConfig,
 )
 from qat.convert.convert import install, quantize
 from qat.convert.moments import gather
@@ -34,7 +34,7 @@ from qat.quant.linear import QuantLinear, quantized
 
 CPU = torch.device("cpu")
 FP32 = Machine(CPU, torch.float32, 4)
-QUANT = QuantConfig(name="q2a4", mlp=TableConfig(bits=2, rank=4), attn=TableConfig(bits=4, rank=2))
+QUANT = QuantConfig(name="q2a4", mlp=WeightConfig(bits=2, rank=4), attn=WeightConfig(bits=4, rank=2))
 
 
 def teacher_in(folder: Path) -> ModelFolder:

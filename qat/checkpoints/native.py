@@ -18,20 +18,19 @@ from qat import tensor_files
 from qat.artifacts import MANIFEST, open_artifact, publish
 from qat.checkpoints.own import FILE as OWN
 from qat.checkpoints.own import adopt, read_own, write_own
-from qat.config import QuantConfig, as_plain
+from qat.config import QuantConfig
 from qat.errors import ArtifactError
 from qat.machine import Machine
 from qat.models import ModelFolder, linear
 from qat.norms import set_learned
+from qat.quant import formats, packing
 from qat.quant import latent as latents
-from qat.quant import packing
-from qat.quant.layers import Layer, bits_per_weight, kind_of, recorded
+from qat.quant.layers import KINDS, Layer, bits_per_weight, kind_of, recorded
 from qat.quant.linear import QuantLinear, quantized
 from qat.tensor_files import Wanted
 
 FILE = "tables.safetensors"
 LATENT = "latent.safetensors"  # `<layer>.latent`, fp32: where the training of indices goes on from
-PARAMETERS = ("lut", "scale_A", "scale_B", "rank_magnitude")
 REMEDY = "copy the checkpoint again from where it came, or make it again"
 
 
@@ -44,21 +43,15 @@ def describe(teacher: ModelFolder, quant: QuantConfig, layers: list[Layer]) -> d
         "quant": recorded(quant),
         "bits_per_weight": round(bits_per_weight(layers), 4),
         "layers": {
-            layer.name: {
-                "kind": layer.kind,
-                "shape": list(layer.shape),
-                "bits": layer.bits,
-                "rank": layer.rank,
-            }
-            for layer in layers
+            layer.name: {"kind": layer.kind, "shape": list(layer.shape), **layer.format.settings()} for layer in layers
         },
     }
 
 
 def has_tables(manifest: dict[str, Any], quant: QuantConfig) -> bool:
-    """True where a checkpoint's tables are of these bits and ranks."""
-    wanted = as_plain(quant)
-    return all(manifest["quant"].get(kind) == wanted[kind] for kind in ("mlp", "attn"))
+    """True where a checkpoint's layers are in these formats."""
+    wanted = recorded(quant)
+    return all(manifest["quant"].get(kind) == wanted[kind] for kind in KINDS)
 
 
 def heritage(manifest: dict[str, Any]) -> dict[str, Any]:
@@ -69,17 +62,20 @@ def heritage(manifest: dict[str, Any]) -> dict[str, Any]:
 
 def layers_of(manifest: dict[str, Any]) -> list[Layer]:
     """The layers a manifest lists."""
-    entries = manifest["layers"].items()
-    return [Layer(name, e["kind"], tuple(e["shape"]), e["bits"], e["rank"]) for name, e in entries]
+    return [_layer(name, dict(entry)) for name, entry in manifest["layers"].items()]
+
+
+def _layer(name: str, entry: dict[str, Any]) -> Layer:
+    return Layer(name, entry.pop("kind"), tuple(entry.pop("shape")), formats.of(entry))
 
 
 def write_tables(modules: dict[str, QuantLinear], folder: Path) -> None:
-    """Writes the quantized layers, with unit-norm scales; the modules themselves stay as they are."""
+    """Writes the quantized layers, their parts normalized; the modules themselves stay as they are."""
     tensors: dict[str, torch.Tensor] = {}
     for name, module in modules.items():
-        tensors[f"{name}.indices"] = packing.pack(module.indices, module.bits)
-        for parameter, value in module.normalized().items():
-            tensors[f"{name}.{parameter}"] = value.float().cpu().contiguous()
+        tensors[f"{name}.indices"] = packing.pack(module.indices, module.format.bits)
+        for part, value in module.normalized().items():
+            tensors[f"{name}.{part}"] = value.float().cpu().contiguous()
     save_file(tensors, folder / FILE)
 
 
@@ -109,10 +105,10 @@ def load(folder: Path, teacher: ModelFolder, machine: Machine) -> tuple[PreTrain
     model = teacher.load(machine.dtype, machine.device)
     for layer in layers:
         with machine.device:
-            module = QuantLinear(*layer.shape, layer.bits, layer.rank, linear(model, layer.name).bias)
+            module = QuantLinear(layer.format, *layer.shape, linear(model, layer.name).bias)
         packed = tensors[f"{layer.name}.indices"].to(machine.device)
-        module.indices.copy_(packing.unpack(packed, layer.bits, layer.shape))
-        module.set_parameters({parameter: tensors[f"{layer.name}.{parameter}"] for parameter in PARAMETERS})
+        module.indices.copy_(packing.unpack(packed, layer.format.bits, layer.shape))
+        module.set_parts({part: tensors[f"{layer.name}.{part}"] for part in module.parts()})
         model.set_submodule(layer.name, module.requires_grad_(False))
     own = read_own(folder / OWN, model, REMEDY) if _has(folder, manifest, OWN) else {}
     adopt(model, own)
@@ -169,7 +165,12 @@ def opened(folder: Path) -> dict[str, Any]:
         raise ArtifactError(f"{folder} is not a checkpoint: give a folder such as checkpoints/best of a run")
     if FILE not in found["files"]:
         raise ArtifactError(f"{folder / MANIFEST} lists no {FILE}, without which it is no checkpoint: {REMEDY}")
-    if abs(found["bits_per_weight"] - bits_per_weight(layers_of(found))) > 1e-4:
+    layers = layers_of(found)
+    for layer in layers:
+        if misfit := layer.format.misfit(*layer.shape):
+            said, name = f"{misfit.setting} {layer.format.settings()[misfit.setting]}", ascii(layer.name)[1:-1]
+            raise ArtifactError(f"{folder / MANIFEST} says {said} of {name}, which {misfit.why}: {REMEDY}")
+    if abs(found["bits_per_weight"] - bits_per_weight(layers)) > 1e-4:
         raise ArtifactError(f"{folder / MANIFEST} says other bits per weight than its layers have: {REMEDY}")
     return found
 
@@ -189,11 +190,9 @@ def _tables(layers: list[Layer]) -> dict[str, Wanted]:
     """What the file of tables holds, and nothing else."""
     wanted: dict[str, Wanted] = {}
     for layer in layers:
-        (outputs, inputs), rank = layer.shape, layer.rank
-        shapes = ((2**layer.bits,), (outputs, rank), (rank, inputs), (rank,))
-        wanted[f"{layer.name}.indices"] = Wanted(("U8",), (math.ceil(layer.weights * layer.bits / 8),))
-        for part, shape in zip(PARAMETERS, shapes, strict=True):
-            wanted[f"{layer.name}.{part}"] = Wanted(("F32",), shape)
+        wanted[f"{layer.name}.indices"] = Wanted(("U8",), (math.ceil(layer.weights * layer.format.bits / 8),))
+        for name, part in layer.format.parts(*layer.shape).items():
+            wanted[f"{layer.name}.{name}"] = Wanted(("F32",), part.shape)
     return wanted
 
 

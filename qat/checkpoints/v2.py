@@ -18,13 +18,14 @@ from qat import manifests, tensor_files
 from qat.artifacts import read_json
 from qat.checkpoints.native import describe
 from qat.checkpoints.own import adopt
-from qat.config import QuantConfig, TableConfig
+from qat.config import QuantConfig, WeightConfig
 from qat.errors import ArtifactError
 from qat.machine import Machine
 from qat.models import ModelFolder, linear
-from qat.quant import codebook
+from qat.quant.formats import Table
 from qat.quant.layers import KINDS, Layer
-from qat.quant.linear import QuantLinear, look_up
+from qat.quant.linear import QuantLinear
+from qat.quant.lookup import look_up, nearest, relative
 
 log = logging.getLogger(__name__)
 
@@ -210,10 +211,10 @@ def _module(where: str, parts: State, settings: dict[str, Any], bias: Tensor | N
     A, B, g = _scales(parts, settings)
     table = parts["lut"].float().flatten()
     bits = (len(table) - 1).bit_length()
-    module = QuantLinear(A.shape[0], B.shape[1], bits, len(g), bias)
+    module = QuantLinear(Table(bits, len(g)), A.shape[0], B.shape[1], bias)
     module.indices.copy_(_indices(where, parts, table, (A * g) @ B))
     full = torch.cat([table, table[-1:].expand(2**bits - len(table))])
-    module.set_parameters({"lut": full, "scale_A": A, "scale_B": B, "rank_magnitude": g})
+    module.set_parts({"lut": full, "scale_A": A, "scale_B": B, "rank_magnitude": g})
     return module
 
 
@@ -245,9 +246,9 @@ def _indices(where: str, parts: State, table: Tensor, S_OI: Tensor) -> Tensor:
     if "_indices" in parts:
         index = _stored(where, parts["_indices"].long(), len(table))
     elif "_Q" in parts:
-        index = nearest(parts["_Q"].float(), table)
+        index = _nearest(parts["_Q"].float(), table)
     elif "weight" in parts:
-        index = nearest(codebook.relative(parts["weight"].float(), S_OI), table)
+        index = _nearest(relative(parts["weight"].float(), S_OI), table)
     else:
         raise ArtifactError(f"{where} has neither _indices nor _Q nor weight: its values cannot be known")
     if "_Q" in parts:
@@ -263,24 +264,22 @@ def _stored(where: str, index: Tensor, entries: int) -> Tensor:
     return index.to(torch.uint8)
 
 
-def nearest(x_OI: Tensor, table: Tensor) -> Tensor:
+def _nearest(x_OI: Tensor, table: Tensor) -> Tensor:
     """Index, uint8, of the entry nearest to each value, for a table in any order."""
     ascending, order = table.sort()
-    return order.to(torch.uint8)[codebook.nearest(x_OI[None], ascending[None])[0].long()]
+    return order.to(torch.uint8)[nearest(x_OI, ascending).long()]
 
 
 def _layer(name: str, module: QuantLinear) -> Layer:
-    outputs, inputs = module.indices.shape
-    return Layer(name, KIND_OF[_leaf(name)], (outputs, inputs), module.bits, len(module.rank_magnitude))
+    return Layer(name, KIND_OF[_leaf(name)], (module.outputs, module.inputs), module.format)
 
 
 def _preset(layers: list[Layer]) -> QuantConfig:
     """The bits and ranks that most layers of each kind have; the manifest's layers have the rest."""
-    tables: dict[str, TableConfig | None] = {kind: None for kind in KINDS}
+    tables: dict[str, WeightConfig | None] = {kind: None for kind in KINDS}
     for kind in KINDS:
-        if counted := Counter((layer.bits, layer.rank) for layer in layers if layer.kind == kind):
-            bits, rank = counted.most_common(1)[0][0]
-            tables[kind] = TableConfig(bits, rank)
+        if counted := Counter(layer.format for layer in layers if layer.kind == kind):
+            tables[kind] = WeightConfig(**counted.most_common(1)[0][0].settings())
     bits_of = {kind: table.bits if table else 16 for kind, table in tables.items()}
     return QuantConfig(f"q{bits_of['mlp']}a{bits_of['attn']}", mlp=tables["mlp"], attn=tables["attn"])
 

@@ -17,7 +17,15 @@ from qat.config.export import FORMATS, ExportConfig, ExportType, ScaleForm
 from qat.config.instance import Device, InstanceConfig, Precision
 from qat.config.keys import as_plain, key, section
 from qat.config.model import CheckpointConfig, ModelConfig, ModelSource
-from qat.config.quant import ConvertConfig, KMeansBackend, KMeansConfig, QuantConfig, TableConfig
+from qat.config.quant import (
+    SETTINGS,
+    ConvertConfig,
+    KMeansBackend,
+    KMeansConfig,
+    QuantConfig,
+    WeightConfig,
+    WeightFormat,
+)
 from qat.config.run import RunConfig, SweepConfig
 from qat.config.stage import Stage
 from qat.config.store import StoreConfig, StoreKind, TrackerConfig, TrackerKind
@@ -26,6 +34,7 @@ from qat.config.train import FirstConfig, LearnConfig, LossConfig, LossKind, Mod
 __all__ = [
     "CONF",
     "FORMATS",
+    "SETTINGS",
     "CacheConfig",
     "ChatConfig",
     "CheckpointConfig",
@@ -58,11 +67,12 @@ __all__ = [
     "StoreConfig",
     "StoreKind",
     "SweepConfig",
-    "TableConfig",
     "Tail",
     "TrackerConfig",
     "TrackerKind",
     "TrainConfig",
+    "WeightConfig",
+    "WeightFormat",
     "as_plain",
 ]
 

@@ -15,21 +15,35 @@ class KMeansBackend(Enum):
     kmeans_pytorch = "the kmeans-pytorch package, bounded and seeded"
 
 
-@dataclass
-class TableConfig:
-    """Lookup tables of one kind of layer."""
+class WeightFormat(Enum):
+    """How weights are written in few bits."""
 
-    bits: int = key(MISSING, "a codebook has 2**bits entries", low=1, high=8)
-    rank: int = key(MISSING, "of the scale matrix", low=1)
+    table = "a learned codebook for each layer, times a low-rank scale"
+    grid = "evenly spaced values, with a scale for each group of a row's columns"
+
+
+# The keys of `WeightConfig` that each format has besides its name.
+SETTINGS = {WeightFormat.table: ("bits", "rank"), WeightFormat.grid: ("bits", "group", "shifts")}
+
+
+@dataclass
+class WeightConfig:
+    """What one kind of layers is written in."""
+
+    bits: int = key(MISSING, "of the index of each weight into 2**bits values", low=1, high=8)
+    rank: int | None = key(None, "table: of the scale matrix", low=1)
+    format: WeightFormat = key(WeightFormat.table, "how weights are written in few bits")
+    group: int | None = key(None, "grid: columns that share a scale, a divisor of every row's length", low=1)
+    shifts: bool | None = key(None, "grid: they share a shift too, as in MLX and Q4_1; null has none")
 
 
 @dataclass
 class QuantConfig:
-    """Bits and ranks; a kind that is null stays in full precision."""
+    """Bits and formats; a kind that is null stays in full precision."""
 
     name: str = MISSING
-    mlp: TableConfig | None = key(None, "gate, up, down")
-    attn: TableConfig | None = key(None, "q, k, v, o")
+    mlp: WeightConfig | None = key(None, "gate, up, down")
+    attn: WeightConfig | None = key(None, "q, k, v, o")
     partial: bool = key(
         False, "goes on where projections of a model have other names than these, which stay dense"
     )

@@ -1,4 +1,4 @@
-"""A whole model to tables: layers of one shape go through the fit together, a few at a time."""
+"""A whole model quantized: layers of one shape go through the fit together, a few at a time."""
 
 import math
 import time
@@ -16,9 +16,10 @@ from qat.console import progress
 from qat.convert.moments import Moments, gather
 from qat.errors import NumericsError
 from qat.machine import exact_matmul
-from qat.quant import backends, codebook
+from qat.quant import backends, kmeans
 from qat.quant.curvature import Curvature, Factor
-from qat.quant.fit import Cluster, Problem, Tables, fit, improve
+from qat.quant.fit import Problem, fit, improve
+from qat.quant.formats import Cluster, Fitted, Format
 from qat.quant.layers import Layer
 from qat.quant.linear import QuantLinear
 
@@ -88,30 +89,32 @@ def quantize(
     made: dict[str, Converted] = {}
     device = torch.device("cpu") if device.type == "mps" else device  # Apple GPUs have no float64
     factors = _Factors()
-    found = stacks(layers, STACK_BYTES[device.type])
+    queue = stacks(layers, STACK_BYTES[device.type])
     with torch.no_grad(), exact_matmul(), progress("layers quantized", _count(layers), "weights") as advance:
-        for number, stack in enumerate(found):
+        for number, stack in enumerate(queue):
             began = time.monotonic()
             weight = torch.stack([weights(layer.name).to(device, torch.float32) for layer in stack])
             _check(stack, weight)
             inputs = {layer.source: moments.inputs[layer.source] for layer in stack}
             inputs = {source: H.to(device) for source, H in inputs.items()}
-            problem = _problem(stack, weight, inputs, moments.outputs, factors.of(inputs, found[number + 1 :]))
+            problem = _problem(stack, weight, inputs, moments.outputs, factors.of(inputs, queue[number + 1 :]))
             del inputs
+            format = stack[0].format
             if start:
-                tables = improve(problem, _tables([start[layer.name] for layer in stack], device), settings.sweeps)
+                found = fitted(format, [start[layer.name] for layer in stack], device)
+                found = improve(problem, format, found, settings.sweeps)
             else:
-                tables = fit(problem, stack[0].bits, stack[0].rank, cluster, settings.rounds, settings.sweeps)
-            figures = errors(weight, tables, problem.curvature.inputs_NII)
+                found = fit(problem, format, cluster, settings.rounds, settings.sweeps)
+            figures = errors(weight, format.grid(found.operands).at(found.index_NOI), problem.curvature.inputs_NII)
             seconds = (time.monotonic() - began) / len(stack)
             for n, layer in enumerate(stack):
-                made[layer.name] = Converted(layer, module(layer, tables, n), figures[n] | {"seconds": seconds})
+                made[layer.name] = Converted(layer, module(layer, found, n), figures[n] | {"seconds": seconds})
             advance(weight.numel())
     return [made[layer.name] for layer in layers]
 
 
 def _check(stack: list[Layer], weight_NOI: Tensor) -> None:
-    """Names the layer that no table can stand for."""
+    """Names the layer that no format can stand for."""
     largest_N = weight_NOI.abs().amax(dim=(1, 2)).tolist()  # NaN stays NaN
     for layer, largest in zip(stack, largest_N, strict=True):
         if not 0 < largest < math.inf:
@@ -120,7 +123,7 @@ def _check(stack: list[Layer], weight_NOI: Tensor) -> None:
 
 
 BACKENDS: dict[KMeansBackend, Cluster] = {
-    KMeansBackend.exact: codebook.kmeans,
+    KMeansBackend.exact: kmeans.kmeans,
     KMeansBackend.kmeans_pytorch: backends.kmeans_pytorch,
 }
 
@@ -152,10 +155,10 @@ def _problem(
 
 
 def stacks(layers: list[Layer], most_bytes: float) -> list[list[Layer]]:
-    """Layers of one shape, bits and rank, in lists of at most `most_bytes` of work space (one layer at least)."""
+    """Layers of one shape and format, in lists of at most `most_bytes` of work space (one layer at least)."""
     alike: dict[tuple[object, ...], list[Layer]] = defaultdict(list)
     for layer in layers:
-        alike[layer.shape, layer.bits, layer.rank].append(layer)
+        alike[layer.shape, layer.format].append(layer)
     return [stack for members in alike.values() for stack in _pieces(members, int(most_bytes // workspace(members[0])))]
 
 
@@ -174,31 +177,29 @@ def _count(layers: list[Layer]) -> int:
     return sum(layer.weights for layer in layers)
 
 
-def errors(weight_NOI: Tensor, tables: Tables, H_NII: Tensor) -> list[dict[str, float]]:
+def errors(weight_NOI: Tensor, made_NOI: Tensor, H_NII: Tensor) -> list[dict[str, float]]:
     """Squared error of each layer's weight and of its output, relative to their own squares."""
-    difference, outputs = weight_NOI - tables.weight(), Curvature(H_NII)
+    difference, outputs = weight_NOI - made_NOI, Curvature(H_NII)
     weight_error = difference.square().sum((1, 2)) / weight_NOI.square().sum((1, 2)).clamp_min(1e-30)
     output_error = outputs.cost(difference) / outputs.cost(weight_NOI).clamp_min(1e-30)
     pairs = zip(weight_error.tolist(), output_error.tolist(), strict=True)
     return [{"weight_error": weight, "output_error": output} for weight, output in pairs]
 
 
-def module(layer: Layer, tables: Tables, n: int) -> QuantLinear:
-    """Layer n of some tables as a module without bias, in host memory, with unit-norm scales."""
-    made = QuantLinear(*layer.shape, layer.bits, layer.rank).to(tables.table_NK.device)
-    made.indices.copy_(tables.index_NOI[n])
-    made.lut.copy_(tables.table_NK[n])
-    made.scale_A.copy_(tables.A_NOR[n])
-    made.scale_B.copy_(tables.B_NRI[n])
-    made.set_parameters(made.normalized())
-    return made.cpu().requires_grad_(False)
+def module(layer: Layer, made: Fitted, n: int) -> QuantLinear:
+    """Layer n of some fitted ones as a module without bias, in host memory, its parts as files have them."""
+    device = made.index_NOI.device
+    linear = QuantLinear(layer.format, *layer.shape).to(device)
+    linear.indices.copy_(made.index_NOI[n])
+    linear.set_parts(layer.format.stored({name: x[n].contiguous() for name, x in made.operands.items()}))
+    return linear.cpu().requires_grad_(False)
 
 
-def _tables(modules: list[QuantLinear], device: torch.device) -> Tables:
-    """Quantized layers of one shape as one set of tables."""
-    A = [layer.scale_A * layer.rank_magnitude for layer in modules]
-    index, lut, B = ([getattr(m, name) for m in modules] for name in ("indices", "lut", "scale_B"))
-    return Tables(*(torch.stack(part).to(device) for part in (index, lut, A, B)))
+def fitted(format: Format, modules: list[QuantLinear], device: torch.device) -> Fitted:
+    """Quantized layers of one shape as fitting knows them."""
+    each = [module.parts() for module in modules]
+    parts = {name: torch.stack([one[name] for one in each]).to(device) for name in each[0]}
+    return Fitted(torch.stack([module.indices for module in modules]).to(device), format.operands(parts))
 
 
 def install(model: nn.Module, modules: dict[str, QuantLinear]) -> None:

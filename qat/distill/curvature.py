@@ -34,7 +34,7 @@ def measure(
     """
     rows = torch.arange(min(text.rows, max(1, TOKENS // int(text.meta["length"]))))
     batches = [text.batch(part) for part in rows.split(ROWS)]
-    known = [Layer(name, kinds[name], _shape(layer), layer.bits, layer.rank) for name, layer in layers.items()]
+    known = [Layer(name, kinds[name], (layer.outputs, layer.inputs), layer.format) for name, layer in layers.items()]
     moments = gather(student, known, batches, gradients=True)
     for one in known:
         layer = layers[one.name]
@@ -42,8 +42,3 @@ def measure(
         pair = [diagonal.to(layer.indices.device, copy=True) / ranks.count for diagonal in pair]
         ranks.sum_(pair)  # which rounding may have made different
         layer.curvature = (pair[0], pair[1])
-
-
-def _shape(layer: QuantLinear) -> tuple[int, int]:
-    outputs, inputs = layer.indices.shape
-    return outputs, inputs

@@ -1,4 +1,4 @@
-"""What learns, and at which rate: tables, scales, latent weights and norms as one list of fp32 tensors.
+"""What learns, and at which rate: parts of quantized layers, latent weights and norms as one list of fp32 tensors.
 
 The model itself only ever sees tensors in the compute type. `write` computes these from the fp32
 parameters once a step, autograd fills in their gradients, and `reduce` turns those into gradients of the
@@ -20,7 +20,7 @@ from qat.quant.linear import QuantLinear
 from qat.quant.stack import stacks
 from qat.quant.weights import Weights
 
-KINDS = {"codebooks": ("lut",), "scales": ("scale_A", "scale_B", "rank_magnitude"), "latent": ("latent",)}
+NORMS, LATENT = "norms", "latent"  # kinds that are no format's parts
 
 
 @dataclass(frozen=True)
@@ -87,11 +87,11 @@ class Learners:
                 from must bring them if `learn.latent` is above 0, and the curvature of the loss there.
             learn: rates of the kinds relative to `train.lr`; 0 does not learn.
             machine: compute type.
-            snap: tables and scales pass through fp16.
+            snap: parts of quantized layers pass through fp16.
         """
         student.requires_grad_(False)
         self._kinds = [field.name for field in fields(learn) if getattr(learn, field.name) > 0]
-        inside = any(kind in self._kinds for kind in KINDS)
+        inside = any(kind != NORMS for kind in self._kinds)
         self._weights = Weights(list(layers.values()), machine.dtype, learn.latent > 0) if inside and layers else None
         self._stacks = [] if self._weights is None else stacks(self._weights, snap)
         self._norms = Norms(student) if learn.norms > 0 else None
@@ -124,18 +124,30 @@ class Learners:
 
     def grads(self) -> list[Tensor]:
         """Gradients of all parameters, joined where they lie side by side: for norms and reductions."""
-        names = [name for kind in self._kinds if kind != "latent" for name in KINDS.get(kind, ())]
-        joint = [stack.grads[name] for stack in self._stacks for name in names]
+        joint = [
+            stack.grads[name]
+            for stack in self._stacks
+            for kind in self._kinds
+            for name in _of_kind(stack.layers[0], kind)
+            if name in stack.grads
+        ]
         if self._weights is not None and self._weights.latent:
             joint.append(self._weights.sums)
-        return joint + [p.value.grad for p in self.parameters if p.kind == "norms" and p.value.grad is not None]
+        return joint + [p.value.grad for p in self.parameters if p.kind == NORMS and p.value.grad is not None]
 
     def _of(self, kind: str, layers: dict[str, QuantLinear]) -> Iterable[Parameter]:
-        if kind == "norms":
+        if kind == NORMS:
             masters = self._norms.masters if self._norms is not None else {}
             return [Parameter(name, kind, value) for name, value in masters.items()]
         return [
             Parameter(f"{layer}.{name}", kind, getattr(module, name))
             for layer, module in layers.items()
-            for name in KINDS[kind]
+            for name in _of_kind(module, kind)
         ]
+
+
+def _of_kind(layer: QuantLinear, kind: str) -> list[str]:
+    """The names of a layer's parameters that have the rate of a kind."""
+    if kind == LATENT:
+        return [LATENT]
+    return [name for name, part in layer.format.parts(layer.outputs, layer.inputs).items() if part.kind == kind]

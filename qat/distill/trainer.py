@@ -337,11 +337,11 @@ def _fingerprint(layers: dict[str, tuple[str, QuantLinear]], learned: set[str]) 
     """SHA-256 of what a state does not hold of the quantized layers: it must be the same where training goes on."""
     found = hashlib.sha256()
     for layer, (_, module) in sorted(layers.items()):
-        for name in ("indices", "lut", "scale_A", "scale_B", "rank_magnitude"):
+        for name, value in {"indices": module.indices, **module.parts()}.items():
             chosen = name == "indices" and f"{layer}.latent" in learned  # from what the state does hold
             if not chosen and f"{layer}.{name}" not in learned:
                 found.update(f"{layer}.{name}".encode())
-                found.update(getattr(module, name).detach().cpu().contiguous().numpy().tobytes())
+                found.update(value.detach().cpu().contiguous().numpy().tobytes())
     return found.hexdigest()
 
 

@@ -6,6 +6,7 @@ from typing import Any
 from qat.config import ExportConfig
 from qat.export.exporter import exporter
 from qat.export.source import Source
+from qat.quant.formats import Table
 from qat.quant.layers import KINDS
 from qat.records import Record
 from qat.report.markdown import code, plain, table
@@ -48,7 +49,8 @@ def write(source: Source, folder: Path, settings: ExportConfig, parity: str) -> 
 
 def _front_matter(source: Source, settings: ExportConfig) -> str:
     library = exporter(settings.format).library
-    tags = ["text-generation", *(["quantized", "lookup-table"] if source.manifest else [])]
+    tables = any(isinstance(layer.format, Table) for layer in source.layers)
+    tags = ["text-generation", *(["quantized"] if source.layers else []), *(["lookup-table"] if tables else [])]
     return "\n".join(["---", f"library_name: {library}", f"tags: [{', '.join(tags)}]", "---"])
 
 
@@ -59,15 +61,15 @@ def _bits(quant: dict[str, Any]) -> list[str]:
         f"{quant[key]} in {quant[f'{kind}_layers']} {kind} layers" for kind in KINDS if (key := _key(kind)) in quant
     ]
     text = (
-        f"{quant['bits_per_weight']} bits a weight over {quant['layers']} quantized layers, scales and tables"
-        f" included ({', '.join(kinds)}). Embeddings, norms and head are in full precision; with 16 bits for them the"
-        f" whole model has {quant['model_bits_per_weight']} bits a weight."
+        f"{quant['bits_per_weight']} bits a weight over {quant['layers']} quantized layers, scales"
+        f" and the like included ({', '.join(kinds)}). Embeddings, norms and head are in full precision; with 16 bits"
+        f" for them the whole model has {quant['model_bits_per_weight']} bits a weight."
     )
     return ["## Bits", text, *_dense(quant["dense"])]
 
 
 def _dense(shares: dict[str, float]) -> list[str]:
-    """What of the decoder has no table; nothing where all of it has one."""
+    """What of the decoder is not quantized; nothing where all of it is."""
     if not shares:
         return []
     return [

@@ -12,9 +12,10 @@ from transformers import PreTrainedModel
 
 from qat import checkpoints, model_files, names
 from qat.config import ExportType
-from qat.errors import NumericsError
+from qat.errors import ConfigError, NumericsError
 from qat.machine import Machine
 from qat.models import ModelFolder
+from qat.quant.formats import Table
 from qat.quant.layers import Layer, summary
 from qat.records import Record, read
 
@@ -71,6 +72,20 @@ def open_source(teacher: ModelFolder, checkpoint: Path | None) -> Source:
     run = names.run_of(checkpoint)
     latent = checkpoints.latent(checkpoint)
     return Source(teacher, model, manifest, latent, read(run, run)) if run else Source(teacher, model, manifest, latent)
+
+
+def require_tables(source: Source, tool: str) -> None:
+    """Refuses a student with layers in another format than tables.
+
+    Raises:
+        ConfigError: it has one; the sentence says which, and for which tool.
+    """
+    for layer in source.layers:
+        if not isinstance(layer.format, Table):
+            raise ConfigError(
+                f"{tool} knows tables alone, and {layer.name} is in the format {layer.format.name}:"
+                " export=packed and export=hf take any"
+            )
 
 
 def copy_tokenizer(teacher: ModelFolder, folder: Path) -> None:

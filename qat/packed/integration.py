@@ -18,6 +18,8 @@ from qat.errors import ArtifactError
 from qat.manifests import PACKED, Wrong
 from qat.packed import FILE, METHOD
 from qat.packed.linear import SIXTEEN, PackedLinear
+from qat.quant import formats
+from qat.quant.formats import Format
 from qat.tensor_files import FLOATS, Wanted, difference, entries, known
 
 REMEDY = "export the model again"
@@ -48,11 +50,11 @@ class PackedQuantizationConfig(QuantizationConfigMixin):
     """`quantization_config` of a packed export.
 
     Attributes:
-        layers: bits and rank of each quantized layer, by name.
+        layers: the format of each quantized layer, by name, as `Format.settings` says it.
         bits_per_weight: over all of them, scales and tables included.
     """
 
-    def __init__(self, layers: dict[str, dict[str, int]], bits_per_weight: float, **kwargs: Any) -> None:
+    def __init__(self, layers: dict[str, dict[str, Any]], bits_per_weight: float, **kwargs: Any) -> None:
         self.quant_method = cast(Any, METHOD)  # a name of ours, none of the enumeration
         self.layers = layers
         self.bits_per_weight = bits_per_weight
@@ -79,8 +81,8 @@ def register_quantizer() -> None:
 
         def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
             with torch.device("meta"):
-                for name, table in self.quantization_config.layers.items():
-                    model.set_submodule(name, packed_like(linear_of(model, name), **table))
+                for name, settings in self.quantization_config.layers.items():
+                    model.set_submodule(name, packed_like(name, linear_of(model, name), formats.of(settings)))
             check_tensors(model, [Path(file) for file in kwargs.get("checkpoint_files") or []])
 
         def is_serializable(self) -> bool:
@@ -92,14 +94,14 @@ def register_quantizer() -> None:
 
 
 def linear_of(model: Any, name: str) -> nn.Linear:
-    """A linear layer that a packed export has a table for.
+    """A linear layer that a packed export has in few bits.
 
     Raises:
         ArtifactError: the model has none of that name.
     """
     found = dict(model.named_modules()).get(name)
     if type(found) is not nn.Linear:
-        raise ArtifactError(f"the packed export has a table for {name}, and its model no such linear layer: {REMEDY}")
+        raise ArtifactError(f"the packed export has {name} in few bits, and its model no such linear layer: {REMEDY}")
     return found
 
 
@@ -118,16 +120,20 @@ def check_tensors(model: Any, files: list[Path]) -> None:
 
 
 def _kinds(value: torch.Tensor) -> tuple[str, ...]:
-    """What a tensor may be stored as: tables and scales as they are, other numbers in the type of the export."""
+    """What a tensor may be stored as: parts of formats as they are, other numbers in the type of the export."""
     return FLOATS if value.is_floating_point() and value.dtype is not SIXTEEN else (known(value)[0],)
 
 
-def packed_like(linear: nn.Linear, bits: int, rank: int) -> PackedLinear:
-    """An empty packed layer in the place of a dense one."""
-    if rank > min(linear.out_features, linear.in_features):
-        shape = list(linear.weight.shape)
-        raise ArtifactError(f"the packed export has a rank of {rank} for a matrix of {shape}: {REMEDY}")
-    packed = PackedLinear(linear.out_features, linear.in_features, bits, rank, linear.bias is not None)
+def packed_like(name: str, linear: nn.Linear, format: Format) -> PackedLinear:
+    """An empty packed layer in the place of a dense one.
+
+    Raises:
+        ArtifactError: the format does not suit it.
+    """
+    if misfit := format.misfit(linear.out_features, linear.in_features):
+        value = format.settings()[misfit.setting]
+        raise ArtifactError(f"the packed export says {misfit.setting} {value} of {name}, which {misfit.why}: {REMEDY}")
+    packed = PackedLinear(format, linear.out_features, linear.in_features, linear.bias is not None)
     if packed.bias is not None:
         packed.bias.data = packed.bias.data.to(linear.weight.dtype)
     return packed

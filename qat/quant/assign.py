@@ -11,9 +11,9 @@ columns (`_walk`) with different matrices.
 import torch
 from torch import Tensor
 
-from qat.quant import codebook
+from qat.quant import lookup
 from qat.quant.curvature import Curvature, Factor
-from qat.quant.scales import look_up
+from qat.quant.lookup import look_up
 from qat.quant.walk import walk_block
 
 BLOCK = 64  # columns between two updates of everything behind them
@@ -22,7 +22,7 @@ ROWS = 32  # moved at once where outputs are coupled: few enough for their moves
 
 def nearest(weight_NOI: Tensor, S_NOI: Tensor, table_NK: Tensor) -> Tensor:
     """Index [N, O, I] uint8 with the least `|W − LUT[index] ⊙ S|` of each weight alone."""
-    return codebook.nearest(weight_NOI / S_NOI, table_NK)  # under a scale of zero, 0/0 too, all entries are as near
+    return lookup.nearest(weight_NOI / S_NOI, table_NK)  # under a scale of zero, 0/0 too, all entries are as near
 
 
 def compensated(weight_NOI: Tensor, S_NOI: Tensor, table_NK: Tensor, factor: Factor) -> Tensor:

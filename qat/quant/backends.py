@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from qat.errors import NumericsError
-from qat.quant.codebook import check
+from qat.quant.kmeans import check
 
 SAMPLES = 2048  # weighted quantiles that stand for a layer
 MOST_ITERATIONS = 200
@@ -42,10 +42,10 @@ class _Meter:
 
 
 def kmeans_pytorch(x_NM: Tensor, weight_NM: Tensor, entries: int) -> Tensor:
-    """As `codebook.kmeans`, approximately: [N, K] float32, ascending.
+    """As `kmeans.kmeans`, approximately: [N, K] float32, ascending.
 
     Raises:
-        NumericsError: as `codebook.kmeans`, or no start led to `entries` clusters.
+        NumericsError: as `kmeans.kmeans`, or no start led to `entries` clusters.
     """
     check(x_NM, weight_NM)
     rows = [_cluster(_quantiles(x, weight), entries) for x, weight in zip(x_NM, weight_NM, strict=True)]

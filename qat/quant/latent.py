@@ -15,13 +15,12 @@ it: only if that lowers the loss. (CAGE, Tabesh et al. 2025, arXiv 2510.18784, h
 a factor of its own.) h is the product of a layer's curvature at its outputs and at its inputs, which is measured
 once (`qat.distill.curvature`); `qat.quant.stack` adds the term to the gradient.
 
-Shapes: O outputs, I inputs, K table entries.
+Shapes: O outputs, I inputs, K values.
 """
 
 import torch
 from torch import Tensor
 
-from qat.quant.codebook import relative
 from qat.quant.linear import QuantLinear
 
 REACH = 0.8  # of the way: what lies on a border turns at the first step
@@ -32,16 +31,16 @@ def between(layer: QuantLinear, weight_OI: Tensor) -> Tensor:
     """Latent weights [O, I], fp32, of which a layer's own indices are the nearest.
 
     Args:
-        layer: quantized, its table in any order.
+        layer: quantized, its values in any order.
         weight_OI: what the layer stands for. What lies outside of the cell of its index counts as on the
             border; the outer cells are as wide outwards as inwards.
     """
-    table_K, order_K = layer.lut.sort()
+    grid = layer.grid()
+    table_K, order_K = grid.values_NK.sort()
     place_OI = torch.argsort(order_K)[layer.indices.long()]
     middle = (table_K[1:] + table_K[:-1]) / 2
     low_K = torch.cat([2 * table_K[:1] - middle[:1], middle])
     high_K = torch.cat([middle, 2 * table_K[-1:] - middle[-1:]])
-    scale_OI = (layer.scale_A * layer.rank_magnitude) @ layer.scale_B
-    weight_OI = relative(weight_OI.to(scale_OI), scale_OI)
+    weight_OI = grid.relative(weight_OI.to(grid.scale_NOI))
     inside_OI = torch.minimum(torch.maximum(weight_OI, low_K[place_OI]), high_K[place_OI])
-    return torch.lerp(table_K[place_OI], inside_OI, REACH) * scale_OI
+    return grid.absolute(torch.lerp(table_K[place_OI], inside_OI, REACH))

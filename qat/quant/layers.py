@@ -12,9 +12,10 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from qat.config import QuantConfig, TableConfig
+from qat.config import SETTINGS, QuantConfig, WeightConfig
 from qat.errors import ConfigError
-from qat.shaping import shaping
+from qat.quant import formats
+from qat.quant.formats import Format
 
 KINDS = {
     "mlp": ("gate_proj", "up_proj", "down_proj"),
@@ -37,8 +38,7 @@ class Layer:
     name: str
     kind: str
     shape: tuple[int, int]
-    bits: int
-    rank: int
+    format: Format
 
     @property
     def source(self) -> str:
@@ -53,10 +53,8 @@ class Layer:
 
     @property
     def bits_per_weight(self) -> float:
-        """Index bits plus what scales and table add, both counted as 16-bit numbers."""
-        outputs, inputs = self.shape
-        extra = self.rank * (outputs + inputs) + 2**self.bits
-        return self.bits + 16 * extra / self.weights
+        """Index bits plus what the format's parts add, all counted as 16-bit numbers."""
+        return self.format.stored_bits(*self.shape) / self.weights
 
 
 def select(model: nn.Module, quant: QuantConfig) -> list[Layer]:
@@ -65,13 +63,13 @@ def select(model: nn.Module, quant: QuantConfig) -> list[Layer]:
     Raises:
         ConfigError: the model has none, or weights of a kind that `quant` asks for go by names that no kind has.
     """
-    specs = _specs(quant)
+    chosen = _formats(quant)
     found = []
     for name, module in model.named_modules():
         kind = kind_of(name)
-        spec = specs.get(kind) if kind else None
-        if type(module) is nn.Linear and kind and spec:  # a subclass computes something else
-            found.append(Layer(name, kind, (module.out_features, module.in_features), spec.bits, spec.rank))
+        format = chosen.get(kind) if kind else None
+        if type(module) is nn.Linear and kind and format:  # a subclass computes something else
+            found.append(Layer(name, kind, (module.out_features, module.in_features), format))
     if not found:
         leaves = ", ".join(leaf for leaves in KINDS.values() for leaf in leaves)
         raise ConfigError(
@@ -84,7 +82,8 @@ def select(model: nn.Module, quant: QuantConfig) -> list[Layer]:
 
 def recorded(quant: QuantConfig) -> dict[str, Any]:
     """What of `quant` shapes a student: `partial` only says what is not refused."""
-    return {key: value for key, value in shaping(quant).items() if key != "partial"}
+    chosen = _formats(quant).items()
+    return {"name": quant.name} | {kind: format.settings() if format else None for kind, format in chosen}
 
 
 def kind_of(name: str) -> str | None:
@@ -156,17 +155,25 @@ def told(shares: dict[str, float]) -> str:
     return said + (f" and {len(ordered) - NAMED} more" if len(ordered) > NAMED else "")
 
 
-def _specs(quant: QuantConfig) -> dict[str, TableConfig | None]:
-    return {"mlp": quant.mlp, "attn": quant.attn}
+def _formats(quant: QuantConfig) -> dict[str, Format | None]:
+    chosen = {"mlp": quant.mlp, "attn": quant.attn}
+    return {kind: format_of(settings) if settings else None for kind, settings in chosen.items()}
+
+
+def format_of(settings: WeightConfig) -> Format:
+    """The format that a configuration asks for."""
+    given = {name: getattr(settings, name) for name in SETTINGS[settings.format]}
+    chosen = {name: value for name, value in given.items() if value is not None}
+    return formats.of({"format": settings.format.name, **chosen})
 
 
 def _refuse_unmatched(model: nn.Module, layers: list[Layer], quant: QuantConfig) -> None:
     """Refuses a model of which a part that `quant` asks for would stay dense, unless that is asked for too."""
-    specs = _specs(quant)
+    chosen = _formats(quant)
     asked = {
         pattern: share
         for pattern, share in dense(model, layers).items()
-        if any(specs[kind] for kind in _places(pattern))
+        if any(chosen[kind] for kind in _places(pattern))
     }
     if asked and not quant.partial:
         raise ConfigError(

@@ -5,7 +5,7 @@ all of one shape. The weights are written once a step, whatever the number of mi
 are linear in each of their parts, one reduction of their summed gradients (`qat.quant.weights`) at the end
 gives the parts' gradients exactly.
 
-Shapes: N layers, O outputs, I inputs, K table entries, R ranks.
+Shapes: N layers, O outputs, I inputs.
 """
 
 from typing import Any
@@ -13,81 +13,80 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qat.quant import linear
+from qat.quant.formats import Parts
 from qat.quant.linear import QuantLinear
 from qat.quant.weights import Weights
 
-PARTS = ("lut", "scale_A", "scale_B", "rank_magnitude")
-
 
 def stacks(weights: Weights, snap: bool = False) -> list["Stack"]:
-    """Layers in as few stacks as they have shapes, in order of first appearance."""
+    """Layers in as few stacks as they have formats and shapes, in order of first appearance."""
     alike: dict[Any, list[QuantLinear]] = {}
     for layer in weights.layers:
-        alike.setdefault((layer.indices.shape, layer.lut.shape, layer.rank_magnitude.shape), []).append(layer)
+        alike.setdefault((layer.format, layer.indices.shape), []).append(layer)
     return [Stack(members, weights, snap) for members in alike.values()]
 
 
 class Stack:
-    """Layers of one shape. Their parameters and indices become views into joint tensors.
+    """Layers of one format and shape. Their parameters and indices become views into joint tensors.
 
     Attributes:
+        format: of the layers.
         layers: the N modules.
         weights: where their weights and summed gradients lie.
-        indices, lut, scale_A, scale_B, rank_magnitude, latent: the layers' own, joined along N.
+        indices, latent: the layers' own, joined along N.
+        parts: likewise, by name.
         curvature: [N, O] and [N, I], the layers' own; None without latent weights.
-        grads: the gradients of tables and scales, by name; `grad` of each layer's parameter is a view into them.
+        grads: the gradients of the parts, by name; `grad` of each layer's parameter is a view into them.
     """
 
     def __init__(self, layers: list[QuantLinear], weights: Weights, snap: bool = False) -> None:
         """Joins the layers.
 
         Args:
-            layers: of one shape, table size and rank, on one device.
+            layers: of one format and shape, on one device.
             weights: these layers' and others'.
-            snap: tables and scales pass through fp16 on their way into the weight, gradients straight
-                through, so that the student learns to live with an export in fp16.
+            snap: parts pass through fp16 on their way into the weight, gradients straight through, so
+                that the student learns to live with an export in fp16.
         """
-        self.layers, self.weights, self.snap = layers, weights, snap
+        self.format, self.layers, self.weights, self.snap = layers[0].format, layers, weights, snap
         self.indices = torch.stack([layer.indices for layer in layers])
         for layer, view in zip(layers, self.indices, strict=True):
             layer.indices = view
-        self.lut, self.scale_A, self.scale_B, self.rank_magnitude = (self._join(name) for name in PARTS)
+        self.parts = {name: self._join(name) for name in layers[0].parts()}
         self.latent = self._join("latent") if weights.latent else None
         self.curvature = self._curvature() if weights.latent else None
-        self.grads = {name: torch.zeros_like(getattr(self, name)) for name in PARTS}
+        self.grads = {name: torch.zeros_like(joint) for name, joint in self.parts.items()}
         for name, joint in self.grads.items():
             for layer, view in zip(layers, joint, strict=True):
-                getattr(layer, name).grad = view
+                layer.get_parameter(name).grad = view
         self.starts = weights.starts(layers)
 
     @torch.no_grad()
     def write(self) -> None:
         """Computes every weight, and before that the indices where they learn."""
-        lut, A, B = self._parts()
-        if (kernels := _kernels(self.lut)) is not None:
-            kernels.write(self.indices, lut, A, B, self.latent, self.weights.values, self.starts)
+        operands = self.format.operands(self.parts, self.snap)
+        if (fused := self.format.kernels(self.indices.device)) is not None:
+            fused.write(self.indices, *operands.values(), self.latent, self.weights.values, self.starts)
             return
-        for n, indices in enumerate(self.indices):
-            scale = A[n] @ B[n]
+        for n, (layer, indices) in enumerate(zip(self.layers, self.indices, strict=True)):
+            grid = self.format.grid(_of(operands, n))
             if self.latent is not None:
-                indices.copy_(linear.nearest(self.latent[n], lut[n], scale))
-            torch.mul(linear.look_up(lut[n], indices), scale, out=scale)
-            self.weights.value(self.layers[n]).copy_(scale)
+                indices.copy_(grid.nearest(self.latent[n]))
+            self.weights.value(layer).copy_(grid.at(indices))
 
     @torch.no_grad()
     def reduce(self) -> None:
-        """From the weights' summed gradients to those of table and scales, in fp32."""
-        lut, A, B = self._parts()
-        d_A, d_B = torch.empty_like(A), torch.empty_like(B)
-        if (kernels := _kernels(self.lut)) is not None:
-            kernels.gradients(self.weights.sums, self.starts, self.indices, lut, A, B, self.grads["lut"], d_A, d_B)
+        """From the weights' summed gradients to those of the parts, in fp32."""
+        operands = self.format.operands(self.parts, self.snap)
+        found = {name: self.grads[name] if name in self.grads else torch.empty_like(x) for name, x in operands.items()}
+        if (fused := self.format.kernels(self.indices.device)) is not None:
+            fused.gradients(self.weights.sums, self.starts, self.indices, *operands.values(), *found.values())
         else:
             for n, layer in enumerate(self.layers):
-                parts = linear.gradients(self.weights.sum(layer), self.indices[n], lut[n], A[n], B[n])
-                for joint, value in zip((self.grads["lut"], d_A, d_B), parts, strict=True):
-                    joint[n].copy_(value)
-        self._distribute(d_A, d_B)
+                one = self.format.gradients(self.weights.sum(layer), self.indices[n], _of(operands, n))
+                for name, value in one.items():
+                    found[name][n].copy_(value)
+        self.format.distribute(found, self.parts, self.grads, self.snap)
 
     @torch.no_grad()
     def shift(self, factor: Tensor) -> None:
@@ -99,35 +98,13 @@ class Stack:
         if self.latent is None or self.curvature is None:
             return
         outputs, inputs = self.curvature
-        if (kernels := _kernels(self.lut)) is not None:
+        if (kernels := _kernels(self.latent)) is not None:
             weights = self.weights
             kernels.shift(weights.sums, weights.values, self.starts, self.latent, outputs, inputs, factor)
             return
         for n, layer in enumerate(self.layers):
             away = self.latent[n] - self.weights.value(layer)
             self.weights.sum(layer).addcmul_(away.mul_((factor * outputs[n])[:, None]), inputs[n])
-
-    def _distribute(self, d_A: Tensor, d_B: Tensor) -> None:
-        """From the gradients of what entered the weight to those of A, g and B."""
-        magnitude = self.rank_magnitude[:, None]
-        if self.snap:
-            norm = self._norms()
-            d_A, d_B = d_A * norm.mT, d_B / norm
-        torch.mul(d_A, magnitude, out=self.grads["scale_A"])
-        torch.sum(d_A * self.scale_A, 1, out=self.grads["rank_magnitude"])
-        self.grads["scale_B"].copy_(d_B)
-
-    def _parts(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Table, A·g and B as they enter the weight."""
-        A = self.scale_A * self.rank_magnitude[:, None]
-        if not self.snap:
-            return self.lut, A, self.scale_B
-        norm = self._norms()
-        return _snapped(self.lut), _snapped(A * norm.mT), _snapped(self.scale_B / norm)
-
-    def _norms(self) -> Tensor:
-        """Norms [N, R, 1] of B's rows: an export in fp16 keeps them in A."""
-        return self.scale_B.norm(dim=2, keepdim=True).clamp_min(1e-12)
 
     def _curvature(self) -> tuple[Tensor, Tensor]:
         pairs = [layer.curvature for layer in self.layers if layer.curvature is not None]
@@ -144,12 +121,13 @@ class Stack:
         return joint
 
 
-def _snapped(x: Tensor) -> Tensor:
-    return x.half().float()
+def _of(operands: Parts, n: int) -> Parts:
+    """One layer's."""
+    return {name: joint[n] for name, joint in operands.items()}
 
 
 def _kernels(x: Tensor) -> Any:
-    """The fused kernels where they run, else None."""
+    """The fused kernel where it runs, else None."""
     if not x.is_cuda:
         return None
     from qat.quant import kernels

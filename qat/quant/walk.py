@@ -7,7 +7,7 @@ one Triton kernel walks the whole block with the rows in registers. Elsewhere th
 import torch
 from torch import Tensor
 
-from qat.quant import codebook
+from qat.quant import lookup
 
 try:
     import triton
@@ -44,11 +44,11 @@ def _walk_torch(
 ) -> None:
     columns = wanted.mT.contiguous()  # a column's numbers side by side
     scale = S.mT.contiguous()
-    divisor = codebook.nonzero(scale)
+    divisor = lookup.nonzero(scale)
     before = columns if value is None else value.mT.contiguous()
     change = torch.empty_like(columns)
     for j in range(columns.shape[1]):
-        chosen = codebook.nearest(columns[:, j] / divisor[:, j], table)
+        chosen = lookup.nearest(columns[:, j] / divisor[:, j], table)
         index[:, :, j] = chosen
         change[:, j] = table.gather(1, chosen.long()) * scale[:, j] - before[:, j]
         columns[:, j + 1 :] -= spread[:, j, j + 1 :, None] * change[:, j, None]

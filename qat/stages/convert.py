@@ -1,4 +1,4 @@
-"""Stage 2: weights to tables and scales, from the teacher or from a checkpoint with other tables."""
+"""Stage 2: weights to a format of few bits, from the teacher or from a checkpoint in another one."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -18,7 +18,7 @@ from qat.convert.convert import convert, install
 from qat.evaluate import Metrics, evaluate
 from qat.models import linear
 from qat.quant.layers import KINDS, Layer, bits_per_weight, recorded, select, summary, told
-from qat.quant.linear import QuantLinear, grow, quantized
+from qat.quant.linear import QuantLinear, kept, quantized
 from qat.runs import Run
 from qat.shaping import shaping
 from qat.stages import cache
@@ -77,7 +77,7 @@ def _convert(work: Workspace, outputs: Artifact, start: Path | None, folder: Pat
     work.settle(CacheReader(outputs, "train"))
     source = Source(work, start)
     layers = select(source.exact, config.quant)
-    kept = {layer.name: grown for layer in layers if (grown := source.kept(layer))}
+    kept = {layer.name: same for layer in layers if (same := source.kept(layer))}
     fitted = [layer for layer in layers if layer.name not in kept]
     text = _calibration(work, outputs)
     made = convert(fitted, source.load, source.weight, text, config.convert, config.kmeans, work.machine.device)
@@ -110,7 +110,7 @@ class Source:
         self._work, self._start = work, start
         self.exact = work.teacher.load(torch.float32, torch.device("cpu"))
         self._given = self.load() if start else None
-        self._tables = quantized(self._given) if self._given else {}
+        self._made = quantized(self._given) if self._given else {}
         self._latent = checkpoints.latent(start) if start else {}
 
     def load(self) -> PreTrainedModel:
@@ -121,22 +121,20 @@ class Source:
         return checkpoints.load(self._start, self._work.teacher, machine)[0]
 
     def weight(self, name: str) -> Tensor:
-        """What a layer is fitted to: its latent weight, else what its tables say, else the teacher's weight."""
+        """What a layer is fitted to: its latent weight, else its quantized one, else the teacher's."""
         if name in self._latent:
             return self._latent[name]
-        return self._tables[name].weight(torch.float32) if name in self._tables else linear(self.exact, name).weight
+        return self._made[name].weight(torch.float32) if name in self._made else linear(self.exact, name).weight
 
     def write_own(self, folder: Path) -> None:
-        """What the model does not have from the teacher besides its tables."""
+        """What the model does not have from the teacher besides its quantized layers."""
         if self._given:
             checkpoints.write_own(self._given, folder)
 
     def kept(self, layer: Layer) -> QuantLinear | None:
-        """The layer with the same indices and table, where at most its rank has to grow."""
-        table = self._tables.get(layer.name)
-        if table is None or table.bits != layer.bits or table.rank > layer.rank:
-            return None
-        return grow(table, layer.rank).cpu()
+        """The layer with the same indices, where its format can take them over (`Format.kept`)."""
+        made = self._made.get(layer.name)
+        return kept(made, layer.format) if made else None
 
 
 def _measure(

@@ -5,8 +5,9 @@ from pathlib import Path
 
 from qat import checkpoints, footprint
 from qat.checkpoint_files import find
-from qat.config import Config, DataSource, Stage
+from qat.config import Config, DataSource, Stage, as_plain
 from qat.data import mix
+from qat.distill.parameters import LATENT, NORMS
 from qat.errors import ConfigError
 from qat.export.exporter import exporter
 from qat.footprint import Job, Shapes
@@ -19,7 +20,7 @@ TRAINS = (Stage.run, Stage.distill)
 
 
 def check(config: Config, teacher: ModelFolder, machine: Machine) -> None:
-    """Looks at ranks, lengths, counts and memory.
+    """Looks at shapes, lengths, counts and memory.
 
     Raises:
         ConfigError: the first that cannot work, with its bound or what takes the memory.
@@ -28,7 +29,9 @@ def check(config: Config, teacher: ModelFolder, machine: Machine) -> None:
     _check_vocabulary(config, teacher.vocab_size())
     jobs = list(_jobs(config, teacher))
     for job in jobs if config.stage in CONVERTS else []:
-        _check_ranks(job, teacher)
+        _check_shapes(job, teacher)
+    for job in jobs if config.stage in TRAINS else []:
+        _check_learning(job)
     footprint.check(config, Shapes.of(teacher.skeleton(), teacher.settings()), jobs, machine)
 
 
@@ -82,12 +85,18 @@ def _jobs(config: Config, teacher: ModelFolder) -> Iterator[Job]:
         yield Job(layers, config.mode, config.train)
 
 
-def _check_ranks(job: Job, teacher: ModelFolder) -> None:
-    """No rank is above the smaller side of a matrix, where more of it says nothing more."""
+def _check_learning(job: Job) -> None:
+    """What has a rate is something that layers have."""
+    learns, rates = {"mlp": job.mode.mlp, "attn": job.mode.attn}, as_plain(job.train.learn)
+    learning = [layer for layer in job.layers if learns[layer.kind]]
+    kinds = {part.kind for layer in learning for part in layer.format.parts(*layer.shape).values()}
+    if not any(rates[kind] for kind in kinds | {LATENT, NORMS}):
+        raise ConfigError(f"{job.prefix}train.learn has no rate for {' and '.join(sorted(kinds))}: nothing would learn")
+
+
+def _check_shapes(job: Job, teacher: ModelFolder) -> None:
+    """Every layer's shape suits its format."""
     for layer in job.layers:
-        if layer.rank > min(layer.shape):
-            key, (outputs, inputs) = f"{job.prefix}quant.{layer.kind}.rank", layer.shape
-            raise ConfigError(
-                f"{key}={layer.rank}: {layer.name} of {teacher.name} has {outputs} outputs and {inputs} inputs, so no"
-                f" rank above {min(layer.shape)} adds anything"
-            )
+        if misfit := layer.format.misfit(*layer.shape):
+            key, value = f"{job.prefix}quant.{layer.kind}.{misfit.setting}", layer.format.settings()[misfit.setting]
+            raise ConfigError(f"{key}={value}: {layer.name} of {teacher.name} {misfit.why}")

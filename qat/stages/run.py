@@ -80,7 +80,7 @@ def show(run: Run, before: Metrics, after: Metrics, best: Path) -> None:
     lines = {"verdict": result["verdict"]} if result["verdict"] else {}
     lines |= {
         "bits per weight": f"{quant['bits_per_weight']} ({', '.join(kinds)})",
-        "whole model": f"{quant['model_bits_per_weight']} bits per weight, with 16 for what has no table",
+        "whole model": f"{quant['model_bits_per_weight']} bits per weight, with 16 for all else",
         **({"left dense": told(quant["dense"])} if quant["dense"] else {}),
         "time": ", ".join(spent),
         "peak memory": f"{result['memory']['peak_bytes'] / 1e9:.1f} GB",

@@ -83,8 +83,8 @@ def test_everything_else_is_the_teachers(checkpoint, teacher):
 
 def test_indices_are_stored_in_their_bits(checkpoint, teacher):
     layers = checkpoints.layers_of(open_artifact(checkpoint).manifest)
-    numbers = sum(2**layer.bits + layer.rank * (sum(layer.shape) + 1) for layer in layers)
-    content = sum(layer.weights * layer.bits // 8 for layer in layers) + 4 * numbers
+    numbers = sum(2**layer.format.bits + layer.format.rank * (sum(layer.shape) + 1) for layer in layers)
+    content = sum(layer.weights * layer.format.bits // 8 for layer in layers) + 4 * numbers
     size = (checkpoint / checkpoints.FILE).stat().st_size
     assert content < size < content + 20_000  # the names of the tensors
 

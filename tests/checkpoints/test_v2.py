@@ -71,8 +71,9 @@ def test_every_variant_computes_what_the_older_code_does(teacher, variant):
         assert difference(student, expected) < 1e-5
         for layer in checkpoints.layers_of(manifest):
             kind = "mlp" if layer.kind == "mlp" else "self_attn"
-            assert (2**layer.bits >= variant.entries[kind] > 2 ** (layer.bits - 1)) or variant.entries[kind] == 2
-            assert layer.rank == variant.ranks[kind]
+            bits = layer.format.bits
+            assert (2**bits >= variant.entries[kind] > 2 ** (bits - 1)) or variant.entries[kind] == 2
+            assert layer.format.rank == variant.ranks[kind]
 
 
 def test_the_stored_indices_are_taken_exactly(old, teacher):

@@ -7,7 +7,7 @@ import pytest
 
 from qat.cli import schema
 from qat.cli.helping import describe, page
-from qat.config import CONF, LossKind, Stage, TableConfig
+from qat.config import CONF, LossKind, Stage, WeightConfig
 from qat.errors import ConfigError
 
 OPTIONS = [sorted(path.stem for path in (CONF / group).glob("*.yaml")) for group in schema.groups()]
@@ -76,8 +76,8 @@ def test_defaults(compose):
         "tracker": "wandb",
         "export": "hf",
     }
-    assert config.quant.mlp == TableConfig(2, 32)
-    assert config.quant.attn == TableConfig(4, 8)
+    assert config.quant.mlp == WeightConfig(2, 32)
+    assert config.quant.attn == WeightConfig(4, 8)
 
 
 @pytest.mark.parametrize("written", ["experiment=sr_001", "+experiment=sr_001"])

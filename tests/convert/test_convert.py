@@ -9,6 +9,7 @@ from qat.convert.moments import Moments, gather
 from qat.errors import NumericsError
 from qat.evaluate import evaluate
 from qat.quant.curvature import damp
+from qat.quant.formats import Table
 from qat.quant.layers import Layer, select
 from tests import tiny
 
@@ -24,12 +25,12 @@ def test_every_layer_is_handed_over_in_its_form(model, made):
     assert len(made) == 14
     for layer, module, _ in made.values():
         assert (
-            module.bits == layer.bits
+            module.format == layer.format
             and module.indices.shape == layer.shape == model.get_submodule(layer.name).weight.shape
         )
-        assert module.lut.shape == (2**layer.bits,) and (module.lut.diff() >= 0).all()
-        assert torch.allclose(module.scale_A.norm(dim=0), torch.ones(layer.rank), atol=1e-5)
-        assert torch.allclose(module.scale_B.norm(dim=1), torch.ones(layer.rank), atol=1e-5)
+        assert module.lut.shape == (2**layer.format.bits,) and (module.lut.diff() >= 0).all()
+        assert torch.allclose(module.scale_A.norm(dim=0), torch.ones(layer.format.rank), atol=1e-5)
+        assert torch.allclose(module.scale_B.norm(dim=1), torch.ones(layer.format.rank), atol=1e-5)
 
 
 @torch.inference_mode()
@@ -95,7 +96,7 @@ def test_a_layer_that_no_table_can_stand_for_is_refused_by_name(teacher, rows, v
 
 def test_stacks_hold_layers_of_one_form_up_to_a_size():
     def layer(name: str, shape=(4, 8), bits=2, rank=1) -> Layer:
-        return Layer(name, "mlp", shape, bits, rank)
+        return Layer(name, "mlp", shape, Table(bits, rank))
 
     layers = [layer("a"), layer("b", shape=(8, 4)), layer("c"), layer("d", bits=4), layer("e", rank=2), layer("f")]
     names = [[member.name for member in stack] for stack in stacks(layers, 2 * workspace(layers[0]))]

@@ -8,18 +8,19 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qat import models
 from qat.cache.batch import Text
-from qat.config import DataConfig, DataSource, Packing, QuantConfig, TableConfig
+from qat.config import DataConfig, DataSource, Packing, QuantConfig, WeightConfig
 from qat.convert.convert import STACK_BYTES, stacks
 from qat.convert.moments import gather
 from qat.data import packing, texts, thinking
 from qat.data.documents import Document
 from qat.models.sources import _gguf_file
-from qat.quant import assign, codebook, scales
+from qat.quant import assign, kmeans, lookup
 from qat.quant.curvature import Curvature, Factor
-from qat.quant.fit import alternate, importance, start
+from qat.quant.fit import importance
+from qat.quant.formats.table_fit import alternate, start
 from qat.quant.layers import select
 
-QUANT = QuantConfig(name="q2a4", mlp=TableConfig(bits=2, rank=4), attn=TableConfig(bits=4, rank=2))
+QUANT = QuantConfig(name="q2a4", mlp=WeightConfig(bits=2, rank=4), attn=WeightConfig(bits=4, rank=2))
 EVERY, LAST = 5, 25  # of 30 blocks; benchmarks/assignment.py does all
 
 
@@ -48,11 +49,11 @@ def test_compensated_indices_beat_nearest_ones_in_output_error_on_every_layer(sm
     for stack in stacks(layers, STACK_BYTES["cpu"]):
         weight = torch.stack([models.linear(model, layer.name).weight for layer in stack])
         H = torch.stack([moments.inputs[layer.source] for layer in stack])
-        tables = start(weight, importance(H), 2 ** stack[0].bits, stack[0].rank, codebook.kmeans)
+        tables = start(weight, importance(H), 2 ** stack[0].format.bits, stack[0].format.rank, kmeans.kmeans)
         tables = alternate(tables, weight, importance(H))
         S, table = tables.scale(), tables.table_NK
         before, after = (
-            Curvature(H).cost(weight - scales.look_up(table, index) * S)
+            Curvature(H).cost(weight - lookup.look_up(table, index) * S)
             for index in (assign.nearest(weight, S, table), assign.compensated(weight, S, table, Factor.of(H)))
         )
         for layer, nearest, compensated in zip(stack, before, after, strict=True):

@@ -13,7 +13,7 @@ def test_it_is_the_diagonal_of_what_conversion_goes_by(student, readers, monkeyp
     kinds = {name: "mlp" if ".mlp." in name else "attn" for name in layers}
     curvature.measure(student, layers, kinds, readers[0], Ranks())
     assert torch.get_rng_state().equal(state)  # whoever goes on with a run measures it once more
-    known = [Layer(name, kinds[name], tuple(m.indices.shape), m.bits, m.rank) for name, m in layers.items()]
+    known = [Layer(name, kinds[name], tuple(m.indices.shape), m.format) for name, m in layers.items()]
     moments = gather(student, known, [readers[0].batch(torch.arange(8))], gradients=True)
     for layer in known:
         outputs, inputs = layers[layer.name].curvature

@@ -8,9 +8,9 @@ import sys
 import pytest
 import torch
 
-from qat.packed import kernel
-from qat.packed.kernel import Tiling
 from qat.quant import packing
+from qat.quant.formats import table_product as kernel
+from qat.quant.formats.table_product import Tiling
 
 CASES = [
     (1, 16, 64, 1),

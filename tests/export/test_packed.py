@@ -7,6 +7,7 @@ import torch
 from qat.export.packed import writer as packed
 from qat.packed.linear import PackedLinear
 from qat.quant import packing
+from qat.quant.formats import Table
 from qat.quant.linear import quantized
 from tests.cli.conftest import ROOT
 from tests.export.conftest import IDS
@@ -109,7 +110,7 @@ def test_every_weight_is_the_students_to_the_rounding_of_fp16(best, student, exp
     for name, module in quantized(student).items():
         made, expected = model.get_submodule(name).weight(torch.float64), module.weight(torch.float64)
         assert (made - expected).norm() < 1e-3 * expected.norm()
-        index = packing.unpack(model.get_submodule(name).indices, module.bits, tuple(module.indices.shape))
+        index = packing.unpack(model.get_submodule(name).indices, module.format.bits, tuple(module.indices.shape))
         assert torch.equal(index, module.indices)
 
 
@@ -121,7 +122,7 @@ def test_it_cannot_be_saved_as_what_it_is_not(best, export, tmp_path):
 
 def layer(bits, outputs=12, inputs=20, rank=3, bias=True):
     draw = torch.Generator().manual_seed(bits)
-    made = PackedLinear(outputs, inputs, bits, rank, bias)
+    made = PackedLinear(Table(bits, rank), outputs, inputs, bias)
     index = torch.randint(2**bits, (outputs, inputs), generator=draw).to(torch.uint8)
     made.indices.copy_(packing.pack(index, bits))
     for part in (made.lut, made.scale_A, made.scale_B, made.rank_magnitude):

@@ -4,7 +4,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qat.quant import assign, codebook, scales
+from qat.quant import assign, lookup
 from qat.quant.curvature import Curvature, Factor, damp
 
 
@@ -37,7 +37,7 @@ def plain_gptq(weight, S, table, H):
 
 
 def output_error(weight, S, table, index, H):
-    return Curvature(H.double()).cost((weight - scales.look_up(table, index) * S).double())
+    return Curvature(H.double()).cost((weight - lookup.look_up(table, index) * S).double())
 
 
 @pytest.mark.parametrize("inputs", [1, 20, 64, 65, 150])
@@ -88,7 +88,7 @@ def test_nearest_is_the_least_error_of_each_weight_alone_whatever_the_sign_of_it
 def test_a_scale_of_zero_gives_an_index_and_no_nan():
     weight, S, table, H = problem(inputs=20)
     S[:, :, 3], S[:, 4], weight[:, :, 5] = 0, 0, 0
-    assert not codebook.relative(weight, S).isnan().any()
+    assert not lookup.relative(weight, S).isnan().any()
     for index in (assign.nearest(weight, S, table), assign.compensated(weight, S, table, Factor.of(H))):
         assert index.max() <= 3
 

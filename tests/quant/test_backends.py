@@ -4,7 +4,7 @@ import torch
 
 from qat.errors import NumericsError
 from qat.quant.backends import kmeans_pytorch
-from qat.quant.codebook import kmeans
+from qat.quant.kmeans import kmeans
 
 
 def values(rows: int, count: int = 4000):

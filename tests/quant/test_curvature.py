@@ -3,14 +3,19 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qat.quant import assign, codebook, curvature
+from qat.quant import assign, curvature, kmeans
 from qat.quant.curvature import Curvature, Factor, damp
-from qat.quant.fit import Problem, fit, improve, refine, start
+from qat.quant.fit import Problem, fit, improve
+from qat.quant.formats import Table
+from qat.quant.formats.table_fit import Tables, refine, start
 
 
 def second_moment(size, draw, layers=2):
     x = torch.randn(layers, 2 * size, size, generator=draw) @ torch.randn(layers, size, size, generator=draw)
     return x.mT @ x / (2 * size)
+
+
+TABLE = Table(bits=2, rank=4)
 
 
 def problem(seed=0, outputs=40, inputs=70):
@@ -52,7 +57,7 @@ def mean(G):
 def test_neither_descent_nor_refinement_ever_raises_the_coupled_cost(seed):
     weight, H, G = problem(seed, outputs=70, inputs=20)
     posed = Problem(weight, H, Factor.of(H), G)
-    tables = start(posed.weight_NOI, posed.importance_NI, 4, 3, codebook.kmeans)
+    tables = start(posed.weight_NOI, posed.importance_NI, 4, 3, kmeans.kmeans)
     cost = lambda t: exact_cost(posed, t)  # noqa: E731
     index = assign.descended(posed.weight_NOI, tables.scale(), tables.table_NK, posed.curvature, tables.index_NOI)
     moved = type(tables)(index, tables.table_NK, tables.A_NOR, tables.B_NRI)
@@ -69,17 +74,18 @@ def test_knowing_the_outputs_curvature_lowers_the_cost_under_it():
     weight, H, G = problem(outputs=96, inputs=64)
     found = {}
     for known in (None, G):
-        tables = fit(Problem(weight, H, Factor.of(H), known), 2, 4, codebook.kmeans, rounds=4, sweeps=2)
-        found[known is G] = Curvature(H, G).cost(weight - tables.weight())
+        made = fit(Problem(weight, H, Factor.of(H), known), TABLE, kmeans.kmeans, rounds=4, sweeps=2)
+        found[known is G] = Curvature(H, G).cost(weight - Tables.of(made).weight())
     assert (found[True] < 0.9 * found[False]).all()
 
 
 def test_improving_goes_on_from_given_tables():
     weight, H, G = problem()
     posed = Problem(weight, H, Factor.of(H), G)
-    first = fit(posed, 2, 4, codebook.kmeans, rounds=4, sweeps=0)
-    later = improve(posed, first, sweeps=4)
-    assert (exact_cost(posed, posed.enter(later)) < exact_cost(posed, posed.enter(first))).all()
+    first = fit(posed, TABLE, kmeans.kmeans, rounds=4, sweeps=0)
+    later = improve(posed, TABLE, first, sweeps=4)
+    before, after = (exact_cost(posed, Tables.of(posed.enter(TABLE, made))) for made in (first, later))
+    assert (after < before).all()
 
 
 def test_a_joined_factor_is_that_of_the_stack():

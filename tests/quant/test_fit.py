@@ -4,9 +4,11 @@ from itertools import pairwise
 import pytest
 import torch
 
-from qat.quant import assign, codebook, scales
+from qat.quant import assign, kmeans, least_squares
 from qat.quant.curvature import Curvature, Factor, damp
-from qat.quant.fit import RELAXATION, Problem, Tables, alternate, fit, importance, refine, sample, start
+from qat.quant.fit import Problem, fit, importance
+from qat.quant.formats import Table
+from qat.quant.formats.table_fit import RELAXATION, Tables, alternate, refine, sample, start
 
 
 def problem(seed=0, layers=3, outputs=48, inputs=96):
@@ -21,7 +23,7 @@ def problem(seed=0, layers=3, outputs=48, inputs=96):
 
 def fitted(weight, H, bits=2, rank=4, rounds=4, sweeps=0) -> Tables:
     problem = Problem(weight, H, Factor.of(H))
-    return fit(problem, bits, rank, codebook.kmeans, rounds=rounds, sweeps=sweeps)
+    return Tables.of(fit(problem, Table(bits, rank), kmeans.kmeans, rounds=rounds, sweeps=sweeps))
 
 
 def exact(tables: Tables) -> Tables:
@@ -77,7 +79,7 @@ def test_a_weight_of_the_very_form_is_found_again():
 def test_each_step_of_the_fit_lowers_the_output_error():
     weight, H = problem()
     h = importance(H)
-    first = start(weight, h, 4, 4, codebook.kmeans)
+    first = start(weight, h, 4, 4, kmeans.kmeans)
     later = first
     for _ in range(4):
         later = alternate(later, weight, h)
@@ -108,7 +110,7 @@ def test_no_round_raises_the_weighted_error(seed):
     def error(tables: Tables):
         return (h[:, None] * (weight - tables.weight()).double().square()).sum((1, 2))
 
-    tables = start(weight, h, 4, 3, codebook.kmeans)
+    tables = start(weight, h, 4, 3, kmeans.kmeans)
     for _ in range(6):
         better = alternate(tables, weight, h)
         assert (error(better) <= error(tables) * (1 + 1e-4)).all()
@@ -120,8 +122,8 @@ def test_over_relaxed_rounds_come_nearly_as_far_as_twice_as_many_to_the_minimum(
     h = importance(H)
 
     def error_after(rounds, relaxation):
-        monkeypatch.setattr("qat.quant.fit.RELAXATION", relaxation)
-        tables = start(weight, h, 4, 8, codebook.kmeans)
+        monkeypatch.setattr("qat.quant.formats.table_fit.RELAXATION", relaxation)
+        tables = start(weight, h, 4, 8, kmeans.kmeans)
         for _ in range(rounds):
             tables = alternate(tables, weight, h)
         return (h[:, None] * (weight - tables.weight()).square()).sum((1, 2))
@@ -133,7 +135,7 @@ def test_over_relaxed_rounds_come_nearly_as_far_as_twice_as_many_to_the_minimum(
 def test_a_large_layer_has_its_table_fitted_to_a_sample(monkeypatch):
     weight, H = problem(layers=2, outputs=256)
     whole = fitted(weight, H)
-    monkeypatch.setattr("qat.quant.fit.SAMPLE", 96 * 128)
+    monkeypatch.setattr("qat.quant.formats.table_fit.SAMPLE", 96 * 128)
     assert sample(weight) == slice(None, None, 2)
     ratio = output_error(fitted(weight, H), weight, H) / output_error(whole, weight, H)
     assert (ratio < 1.1).all() and not torch.equal(ratio, torch.ones(2))
@@ -156,12 +158,12 @@ def watched(monkeypatch, module, name, objective):
 def test_in_float64_no_sub_step_of_a_round_raises_the_weighted_error(monkeypatch, seed):
     weight, H = problem(seed, outputs=24, inputs=40)
     h = importance(H)
-    tables, weight, h = exact(start(weight, h, 4, 3, codebook.kmeans)), weight.double(), h.double()
+    tables, weight, h = exact(start(weight, h, 4, 3, kmeans.kmeans)), weight.double(), h.double()
 
     def objective(error):
         return (h[:, None] * error.square()).sum((1, 2))
 
-    seen = watched(monkeypatch, scales, "refit", objective)
+    seen = watched(monkeypatch, least_squares, "refit", objective)
     for _ in range(6):
         before = objective(weight - tables.weight())
         tables = alternate(tables, weight, h)
@@ -176,7 +178,7 @@ def test_in_float64_no_sub_step_of_a_round_raises_the_weighted_error(monkeypatch
 def test_in_float64_no_sub_step_of_refinement_and_descent_raises_the_output_error(monkeypatch, seed):
     weight, H = problem(seed, outputs=24, inputs=40)
     tables, weight, H = exact(fitted(weight, H, rank=5, rounds=1)), weight.double(), H.double()
-    seen = watched(monkeypatch, scales, "conjugate_gradient", Curvature(H).cost)
+    seen = watched(monkeypatch, least_squares, "conjugate_gradient", Curvature(H).cost)
     for _ in range(3):
         before = output_error(tables, weight, H)
         index = assign.descended(weight, tables.scale(), tables.table_NK, Curvature(H), tables.index_NOI)
@@ -207,7 +209,7 @@ def test_refinement_never_raises_the_output_error(seed):
 
 def test_refinement_moves_both_scales_and_the_table():
     weight, H = problem()
-    before = alternate(start(weight, importance(H), 4, 4, codebook.kmeans), weight, importance(H))
+    before = alternate(start(weight, importance(H), 4, 4, kmeans.kmeans), weight, importance(H))
     after = refine(before, weight, Curvature(H))
     for name in ("A_NOR", "B_NRI", "table_NK"):
         assert not torch.allclose(getattr(after, name), getattr(before, name), rtol=1e-4), name

@@ -2,7 +2,6 @@ import pytest
 import torch
 
 from qat.quant import latent
-from qat.quant.linear import nearest
 from tests.quant.test_linear import layer
 
 
@@ -36,8 +35,7 @@ def test_the_nearest_entry_is_the_one_that_was_chosen(bits):
     module = layer(outputs=32, inputs=48, bits=bits)
     with torch.no_grad():
         module.scale_A[3] = 0  # a row whose weights are all zero
-    scale = (module.scale_A * module.rank_magnitude) @ module.scale_B
     found = latent.between(module, torch.randn(32, 48, generator=torch.Generator().manual_seed(1)))
     assert torch.isfinite(found).all()
     kept = torch.arange(32) != 3
-    assert torch.equal(nearest(found, module.lut, scale)[kept], module.indices[kept])
+    assert torch.equal(module.grid().nearest(found)[kept], module.indices[kept])

@@ -11,9 +11,10 @@ from hydra import compose, initialize_config_dir
 from torch import nn
 from transformers import PreTrainedModel
 
-from qat.config import QuantConfig, TableConfig
+from qat.config import QuantConfig, WeightConfig
 from qat.config.keys import key
 from qat.errors import ConfigError
+from qat.quant.formats import Table
 from qat.quant.layers import bits_per_weight, recorded, select, summary
 
 
@@ -64,7 +65,7 @@ def preset(name: str) -> QuantConfig:
     conf = Path(__file__).resolve().parents[2] / "conf" / "quant"
     with initialize_config_dir(str(conf), version_base="1.3"):
         values = compose(name)
-    kinds = {kind: TableConfig(**values[kind]) if values[kind] else None for kind in ("mlp", "attn")}
+    kinds = {kind: WeightConfig(**values[kind]) if values[kind] else None for kind in ("mlp", "attn")}
     return QuantConfig(name=values.name, **kinds)
 
 
@@ -150,7 +151,7 @@ def test_bits_of_the_whole_model_count_sixteen_for_what_has_no_table():
 
 def test_a_layer_takes_bits_and_rank_of_its_kind():
     for layer in select(skeleton(num_hidden_layers=1), preset("q2a4")):
-        assert (layer.bits, layer.rank) == ((2, 32) if layer.kind == "mlp" else (4, 8))
+        assert layer.format == Table(*((2, 32) if layer.kind == "mlp" else (4, 8)))
 
 
 @pytest.mark.parametrize(
@@ -211,6 +212,6 @@ def test_what_shapes_no_student_is_not_recorded():
     class Hasty(QuantConfig):
         threads: int = key(1, "that fit at once", low=1, neutral=True)
 
-    plain = QuantConfig("q2a16", mlp=TableConfig(2, 32))
-    assert recorded(Hasty("q2a16", mlp=TableConfig(2, 32), partial=True, threads=8)) == recorded(plain)
+    plain = QuantConfig("q2a16", mlp=WeightConfig(2, 32))
+    assert recorded(Hasty("q2a16", mlp=WeightConfig(2, 32), partial=True, threads=8)) == recorded(plain)
     assert recorded(plain) == {"name": "q2a16", "mlp": {"bits": 2, "rank": 32}, "attn": None}

@@ -2,20 +2,32 @@ import pytest
 import torch
 from torch import nn
 
-from qat.quant.linear import QuantLinear, baked, gradients, nearest, quantized
+from qat.quant.formats import Grid, Table
+from qat.quant.linear import QuantLinear, baked, quantized
 
 PARAMETERS = ("lut", "scale_A", "rank_magnitude", "scale_B")
 
 
 def layer(outputs=6, inputs=10, bits=2, rank=3, bias=False, seed=0) -> QuantLinear:
     draw = torch.Generator().manual_seed(seed)
-    module = QuantLinear(outputs, inputs, bits, rank, torch.randn(outputs, generator=draw) if bias else None)
+    module = QuantLinear(Table(bits, rank), outputs, inputs, torch.randn(outputs, generator=draw) if bias else None)
     module.indices.copy_(torch.randint(2**bits, (outputs, inputs), generator=draw))
     with torch.no_grad():
         for name in PARAMETERS:
             parameter = getattr(module, name)
             parameter.copy_(torch.randn(parameter.shape, generator=draw))
     return module
+
+
+@torch.no_grad()
+def gradients(module: QuantLinear, grad: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Those of the parts from that of the weight, as a stack makes them."""
+    parts = module.parts()
+    operands = module.format.operands(parts)
+    found = {name: torch.empty_like(part) for name, part in parts.items()}
+    of_operands = module.format.gradients(grad, module.indices, operands)
+    module.format.distribute(of_operands, parts, found)
+    return found | {name: value for name, value in of_operands.items() if name in parts}
 
 
 def exact(module: QuantLinear) -> dict[str, torch.Tensor]:
@@ -32,12 +44,7 @@ def test_gradients_are_those_of_the_plain_formula(bits, rank):
     grad = torch.randn(17, 23, generator=torch.Generator().manual_seed(1))
     p = exact(module)
     (exact_weight(module, p) * grad.double()).sum().backward()
-    A = module.scale_A * module.rank_magnitude
-    found = dict(
-        zip(("lut", "A", "scale_B"), gradients(grad, module.indices, module.lut, A, module.scale_B), strict=True)
-    )
-    found["scale_A"] = found["A"] * module.rank_magnitude
-    found["rank_magnitude"] = (found.pop("A") * module.scale_A).sum(0)
+    found = gradients(module, grad)
     for name in PARAMETERS:
         expected = p[name].grad
         assert torch.allclose(found[name].double(), expected, rtol=1e-4, atol=1e-4 * expected.abs().max()), name
@@ -46,7 +53,7 @@ def test_gradients_are_those_of_the_plain_formula(bits, rank):
 def test_an_entry_that_no_index_uses_gets_no_gradient():
     module = layer()
     module.indices[module.indices == 1] = 3
-    d_lut, _, _ = gradients(torch.ones(6, 10), module.indices, module.lut, module.scale_A, module.scale_B)
+    d_lut = gradients(module, torch.ones(6, 10))["lut"]
     assert d_lut[1] == 0 and d_lut[3] != 0
 
 
@@ -54,7 +61,7 @@ def test_the_nearest_entry_is_found_in_a_table_of_any_order():
     draw = torch.Generator().manual_seed(0)
     latent, scale = (torch.randn(20, 30, generator=draw) for _ in range(2))
     lut = torch.tensor([0.5, -2.0, 1.5, -0.1])
-    found = (latent - lut[nearest(latent, lut, scale).long()] * scale).abs()
+    found = (latent - lut[Grid(lut, scale).nearest(latent).long()] * scale).abs()
     best = (latent[..., None] - lut * scale[..., None]).abs().min(-1).values
     assert torch.allclose(found, best, atol=1e-6)
 
@@ -110,7 +117,7 @@ def test_normalized_scales_have_unit_norms_and_give_the_same_weight():
     assert torch.allclose(parts["scale_A"].norm(dim=0), torch.ones(3))
     assert torch.allclose(parts["scale_B"].norm(dim=1), torch.ones(3))
     weight = module.weight(torch.float32)
-    module.set_parameters(parts)
+    module.set_parts(parts)
     assert torch.allclose(module.weight(torch.float32), weight, rtol=1e-4, atol=1e-5)
 
 
@@ -121,7 +128,7 @@ def test_an_idle_rank_is_normalized_to_zero():
         module.scale_B[1] = 0
     parts, weight = module.normalized(), module.weight(torch.float32)
     assert all(torch.isfinite(part).all() for part in parts.values())
-    module.set_parameters(parts)
+    module.set_parts(parts)
     assert torch.allclose(module.weight(torch.float32), weight, atol=1e-5)
 
 

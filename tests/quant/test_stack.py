@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from qat.quant.formats import Table
 from qat.quant.linear import QuantLinear
 from qat.quant.stack import Stack, stacks
 from qat.quant.weights import Weights
@@ -20,7 +21,7 @@ def layers(count, outputs, inputs, bits, rank, device="cpu", latent=False) -> li
     draw = torch.Generator().manual_seed(0)
     made = []
     for _ in range(count):
-        module = QuantLinear(outputs, inputs, bits, rank)
+        module = QuantLinear(Table(bits, rank), outputs, inputs)
         module.indices.copy_(torch.randint(2**bits, (outputs, inputs), generator=draw))
         for name in PARTS:
             parameter = getattr(module, name)
@@ -157,7 +158,7 @@ def test_layers_of_one_shape_share_a_stack_and_keep_their_own_values():
     made = stacks(Weights([first, other, second], torch.float32))
     assert [stack.layers for stack in made] == [[first, second], [other]]
     assert all(layer.weight(torch.float32).equal(w) for layer, w in zip((first, second, other), before, strict=True))
-    made[0].lut[1].zero_()
+    made[0].parts["lut"][1].zero_()
     assert second.lut.abs().sum() == 0 and first.lut.abs().sum() > 0
 
 
@@ -165,7 +166,8 @@ KERNELS = """
 import os
 os.environ["TRITON_INTERPRET"] = "1"
 import torch
-from qat.quant import kernels, linear
+from qat.quant import kernels
+from qat.quant.formats import Table, table_kernels
 draw = torch.Generator().manual_seed(0)
 for N, O, I, K, R in [(2, 70, 100, 4, 5), (1, 64, 64, 16, 20), (2, 33, 130, 2, 1)]:
     shapes = (N, K), (N, O, R), (N, R, I), (N, O, I), (N, O, I)
@@ -175,7 +177,7 @@ for N, O, I, K, R in [(2, 70, 100, 4, 5), (1, 64, 64, 16, 20), (2, 33, 130, 2, 1
     flat, starts = torch.zeros(N * room), torch.arange(N) * room
     layers = flat.view(N, room)[:, : O * I].unflatten(1, (O, I))
     for given in (None, latent):
-        kernels.write(index, lut, A, B, given, flat, starts)
+        table_kernels.write(index, lut, A, B, given, flat, starts)
         scale = A.double() @ B.double()
         exact = torch.stack([lut[n].double()[index[n].long()] for n in range(N)]) * scale
         assert torch.allclose(layers.double(), exact, atol=1e-4)
@@ -189,10 +191,11 @@ for N, O, I, K, R in [(2, 70, 100, 4, 5), (1, 64, 64, 16, 20), (2, 33, 130, 2, 1
     assert torch.allclose(sums.view(N, room)[:, : O * I].unflatten(1, (O, I)), expected, atol=1e-5)
     found = torch.empty_like(lut), torch.empty_like(A), torch.empty_like(B)
     layers.copy_(grad)
-    kernels.gradients(flat, starts, index, lut, A, B, *found)
+    table_kernels.gradients(flat, starts, index, lut, A, B, *found)
     for n in range(N):
-        exact = linear.gradients(grad[n].double(), index[n], lut[n].double(), A[n].double(), B[n].double())
-        assert all(torch.allclose(x[n].double(), y, atol=1e-3) for x, y in zip(found, exact))
+        operands = {"lut": lut[n].double(), "A": A[n].double(), "B": B[n].double()}
+        exact = Table(2, R).gradients(grad[n].double(), index[n], operands)
+        assert all(torch.allclose(x[n].double(), y, atol=1e-3) for x, y in zip(found, exact.values()))
 """
 
 

@@ -10,13 +10,14 @@ from qat.cli.checks import (
     instance,
     model,
     outputs,
+    quant,
     store,
     train,
     values,
 )
 from qat.config import Config
 
-SECTIONS = (values, outputs, model, data, cache, store, checkpoint, train, instance, evaluate, chat, export)
+SECTIONS = (values, quant, outputs, model, data, cache, store, checkpoint, train, instance, evaluate, chat, export)
 
 
 def check(config: Config) -> None:

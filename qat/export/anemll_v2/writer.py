@@ -10,8 +10,9 @@ from transformers import PreTrainedModel
 
 from qat import checkpoints
 from qat.config import ExportConfig, ExportType
-from qat.export.source import DTYPES, EXACT, Source, cast, copy_tokenizer
-from qat.quant.linear import QuantLinear, look_up, quantized
+from qat.export.source import DTYPES, EXACT, Source, cast, copy_tokenizer, require_tables
+from qat.quant.linear import QuantLinear, quantized
+from qat.quant.lookup import look_up
 
 FILE = "best_state_dict.pt"
 
@@ -20,8 +21,10 @@ def write(source: Source, folder: Path, settings: ExportConfig) -> None:
     """Writes the state dict, `config.json` and the tokenizer.
 
     Raises:
+        ConfigError: a layer is no table.
         NumericsError: a value does not fit into fp16.
     """
+    require_tables(source, "export=anemll_v2")
     snapped = settings.dtype is ExportType.fp16
     torch.save(state_dict(source, snapped), folder / FILE)
     (folder / "config.json").write_text(json.dumps(description(source), indent=2) + "\n", encoding="utf-8")
@@ -47,7 +50,7 @@ def state_dict(source: Source, snapped: bool) -> dict[str, Tensor]:
 
 
 def _plain(module: QuantLinear) -> dict[str, Tensor]:
-    return module.normalized() | _indices(module, module.lut.detach()) | {"_scales_baked_flag": _flag(0)}
+    return module.normalized() | _indices(module, module.parts()["lut"].detach()) | {"_scales_baked_flag": _flag(0)}
 
 
 def _snapped(name: str, module: QuantLinear) -> dict[str, Tensor]:

@@ -138,8 +138,9 @@ class Decoder:
 
 def table_of(module: QuantLinear) -> Any:
     """`LUT[indices]` [O, I], packed."""
-    width = next(width for width in WIDTHS if width >= module.bits)
-    lut = torch.cat([module.lut, module.lut[-1:].expand(2**width - len(module.lut))])
+    width = next(width for width in WIDTHS if width >= module.format.bits)
+    lut = module.parts()["lut"]
+    lut = torch.cat([lut, lut[-1:].expand(2**width - len(lut))])
     indices = module.indices.cpu().numpy().astype(string_to_nptype(f"uint{width}"))
     return mb.constexpr_lut_to_dense(indices=indices, lut=half("lut", lut)[None, None, :, None])
 

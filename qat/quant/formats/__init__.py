@@ -1,17 +1,32 @@
 """Formats of quantized weights, by name. A new one is a file here and a line below."""
 
+from dataclasses import fields
 from typing import Any
 
-from qat.quant.formats.base import Format, Grid, Part, Parts
-from qat.quant.formats.grid import Even
+from qat.quant.formats.base import Cluster, Equations, Fitted, Format, Grid, Misfit, Part, Parts, Product
+from qat.quant.formats.grid import Uniform
 from qat.quant.formats.table import Table
 
-__all__ = ["FORMATS", "Even", "Format", "Grid", "Part", "Parts", "Table", "of"]
+__all__ = [
+    "FORMATS",
+    "Cluster",
+    "Equations",
+    "Fitted",
+    "Format",
+    "Grid",
+    "Misfit",
+    "Part",
+    "Parts",
+    "Product",
+    "Table",
+    "Uniform",
+    "of",
+]
 
-FORMATS: dict[str, type[Format]] = {"table": Table, "grid": Even}
+FORMATS: dict[str, type[Format]] = {format.name: format for format in (Table, Uniform)}
 
 
 def of(settings: dict[str, Any]) -> Format:
     """The format that a manifest or a configuration describes; files older than the choice have tables."""
-    made = {key: value for key, value in settings.items() if key != "format"}
-    return FORMATS[settings.get("format", "table")](**made)
+    kind = FORMATS[settings.get("format", Table.name)]
+    return kind(**{field.name: settings[field.name] for field in fields(kind) if field.name in settings})

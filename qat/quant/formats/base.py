@@ -3,23 +3,26 @@
 `W = values[index] ⊙ S + Z`. A format says what values, S and Z are made of: its *parts*, fp32 tensors that learn,
 each like others of its kind. W is linear in its *operands*, which follow from the parts (a product of two of them,
 or a part as it is stored). Everything else that handles quantized weights (stacks, learners, checkpoints, packed
-files, exports) asks the format, so that a new one is a new file here.
+files, exports, conversion) asks the format, so that a new one is a new file here.
 
-All tensors have a first dimension for layers of one shape that are handled together. Shapes: N layers, O outputs,
-I inputs, K values.
+Shapes: N layers of one shape that are handled together, O outputs, I inputs, K values. Where nothing else is said,
+N may be left out of all tensors for a single layer.
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from qat.quant.codebook import nearest, relative
-from qat.quant.scales import look_up
+from qat.quant.curvature import Curvature
+from qat.quant.lookup import look_up, nearest, relative
 
 Parts = dict[str, Tensor]
+Cluster = Callable[[Tensor, Tensor, int], Tensor]  # the best values [N, K] for some numbers [N, M] and their importance
+Product = Callable[[Tensor, Tensor, Parts], Tensor]  # `W x` [O] from x [I], a bit stream of indices, and parts in fp16
 
 
 @dataclass(frozen=True)
@@ -27,7 +30,7 @@ class Part:
     """A tensor that a layer has in a format.
 
     Attributes:
-        shape: without the layers.
+        shape: of one layer.
         kind: whose learning rate it has (a field of `train.learn`).
     """
 
@@ -51,22 +54,56 @@ class Grid:
 
     def at(self, index_NOI: Tensor) -> Tensor:
         """The weights [N, O, I] at some indices."""
-        scaled = look_up(self.values_NK, index_NOI) * self.scale_NOI
+        return self.absolute(look_up(self.values_NK, index_NOI))
+
+    def absolute(self, value_NOI: Tensor) -> Tensor:
+        """Values scaled and shifted."""
+        scaled = value_NOI * self.scale_NOI
         return scaled if self.shift_NOI is None else scaled + self.shift_NOI
+
+    def unshifted(self, weight_NOI: Tensor) -> Tensor:
+        """What scaled values have to make up for: weights without the shifts."""
+        return weight_NOI if self.shift_NOI is None else weight_NOI - self.shift_NOI
 
     def relative(self, weight_NOI: Tensor) -> Tensor:
         """Weights as values before they are scaled and shifted."""
-        return relative(weight_NOI if self.shift_NOI is None else weight_NOI - self.shift_NOI, self.scale_NOI)
+        return relative(self.unshifted(weight_NOI), self.scale_NOI)
 
     def nearest(self, weight_NOI: Tensor) -> Tensor:
         """The index [N, O, I], uint8, at which each weight is nearest to what it is.
 
         Values need not be sorted: training may let two of them pass each other.
         """
-        ascending_NK, order_NK = self.values_NK.sort(dim=1)
+        ascending_NK, order_NK = self.values_NK.sort(dim=-1)
         return look_up(order_NK, nearest(self.relative(weight_NOI), ascending_NK)).to(torch.uint8)
 
 
+@dataclass(frozen=True)
+class Fitted:
+    """Quantized layers, N of them: their indices, and the operands of their format."""
+
+    index_NOI: Tensor  # uint8
+    operands: Parts
+
+
+@dataclass(frozen=True)
+class Misfit:
+    """Why a format does not suit a layer: the setting to change, and what of the layer speaks against it."""
+
+    setting: str
+    why: str
+
+
+@dataclass(frozen=True)
+class Equations:
+    """The linear systems that a fit holds at one time: numbers, what they are, and the setting that they grow with."""
+
+    numbers: int
+    what: str
+    setting: str
+
+
+@dataclass(frozen=True)
 class Format(ABC):
     """One way to write weights in few bits.
 
@@ -75,20 +112,29 @@ class Format(ABC):
         bits: of an index, 1 to 8.
     """
 
-    name: str
     bits: int
+
+    name: ClassVar[str]
+
+    @property
+    @abstractmethod
+    def rowwise(self) -> tuple[str, ...]:
+        """The operands [O, …] that are multiplied where W's rows are."""
 
     @abstractmethod
     def settings(self) -> dict[str, Any]:
-        """What manifests say of it; `formats.of` makes it from that again."""
+        """What files say of it; `formats.of` makes it from that again."""
 
     @abstractmethod
     def parts(self, outputs: int, inputs: int) -> dict[str, Part]:
-        """The tensors of a layer by name, indices apart, in the order in which they are stored."""
+        """The tensors of a layer by name, indices apart, in a fixed order, which training states rely on."""
 
     @abstractmethod
     def operands(self, parts: Parts, snap: bool = False) -> Parts:
-        """What weights are linear in, fp32; with `snap` as a file in fp16 would hold it."""
+        """What weights are linear in, fp32; with `snap` as a file in fp16 would hold it.
+
+        An operand with the name of a part has that part's gradient.
+        """
 
     @abstractmethod
     def grid(self, operands: Parts) -> Grid:
@@ -99,16 +145,53 @@ class Format(ABC):
         """Gradients of the operands from that of the weights (any floating type; reduced in fp32)."""
 
     @abstractmethod
-    def back(self, gradients: Parts, parts: Parts, snap: bool = False) -> Parts:
-        """Gradients of the parts from those of the operands; straight through what `snap` rounds."""
+    def distribute(self, gradients: Parts, parts: Parts, found: Parts, snap: bool = False) -> None:
+        """From gradients of operands to those of the parts they are made of, which are written to `found`.
+
+        They go straight through what `snap` rounds. Nothing to do where every operand is a part.
+        """
 
     @abstractmethod
+    def stored(self, operands: Parts) -> Parts:
+        """Parts that have these operands, as they are stored."""
+
     def normalized(self, parts: Parts) -> Parts:
         """Parts of the same weights as they are stored."""
+        return {name: part.clone() for name, part in self.stored(self.operands(parts)).items()}
+
+    def kept(self, parts: Parts, older: "Format") -> Parts | None:
+        """The parts of an older format with the same indices in this one, for the same weights; None: it cannot."""
+        return dict(parts) if older == self else None
+
+    @abstractmethod
+    def start(self, weight_NOI: Tensor, h_NI: Tensor, cluster: Cluster) -> Fitted:
+        """The fit's beginning (`qat.quant.fit`): indices and operands of a first guess.
+
+        Args:
+            weight_NOI: fp32.
+            h_NI: importance of columns.
+            cluster: makes the first values from relative weights and their importance, if values are learned.
+        """
+
+    @abstractmethod
+    def alternated(self, fitted: Fitted, weight_NOI: Tensor, h_NI: Tensor) -> Fitted:
+        """One round: operands, each better under a diagonal importance given the rest, then the nearest indices."""
+
+    @abstractmethod
+    def refined(self, fitted: Fitted, weight_NOI: Tensor, cost: Curvature) -> Fitted:
+        """Operands under the whole curvature, each weight staying with its value."""
 
     @abstractmethod
     def stored_bits(self, outputs: int, inputs: int) -> int:
         """Bits of a whole layer in a file, parts in 16."""
+
+    @abstractmethod
+    def equations(self, outputs: int, inputs: int) -> Equations:
+        """What a layer's fit has to solve at one time."""
+
+    def misfit(self, outputs: int, inputs: int) -> Misfit | None:
+        """Why a layer of this shape cannot have it, if it cannot."""
+        return None
 
     def weight(self, index_NOI: Tensor, parts: Parts) -> Tensor:
         """W [N, O, I] fp32."""
@@ -116,4 +199,8 @@ class Format(ABC):
 
     def kernels(self, device: torch.device) -> Any:
         """The module with fused forms of writing and reducing, where the device has them; see `table_kernels`."""
+        return None
+
+    def product(self) -> Product | None:
+        """A fused product of one token with a packed layer on CUDA, where there is one; see `table_product`."""
         return None

@@ -4,13 +4,16 @@ Shapes: N layers, O outputs, I inputs, K = 2^bits entries, R ranks.
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from qat.quant.formats.base import Format, Grid, Part, Parts
-from qat.quant.scales import entry_sums, look_up
+from qat.quant.curvature import Curvature
+from qat.quant.formats import table_fit
+from qat.quant.formats.base import Cluster, Equations, Fitted, Format, Grid, Misfit, Part, Parts, Product
+from qat.quant.formats.table_fit import Tables
+from qat.quant.lookup import entry_sums, look_up
 
 
 @dataclass(frozen=True)
@@ -21,13 +24,17 @@ class Table(Format):
     unit-norm rows; `rank_magnitude` [R]. Operands: `lut`, `A` [O, R] with magnitudes, `B`.
     """
 
-    bits: int
     rank: int
 
-    name = "table"
+    name: ClassVar[str] = "table"
+
+    @property
+    def rowwise(self) -> tuple[str, ...]:
+        """A."""
+        return ("A",)
 
     def settings(self) -> dict[str, Any]:
-        """Bits and rank."""
+        """Bits and rank, and no name: files are older than other formats."""
         return {"bits": self.bits, "rank": self.rank}
 
     def parts(self, outputs: int, inputs: int) -> dict[str, Part]:
@@ -41,7 +48,7 @@ class Table(Format):
 
     def operands(self, parts: Parts, snap: bool = False) -> Parts:
         """A file in fp16 keeps the norms of B's rows in A."""
-        A = parts["scale_A"] * parts["rank_magnitude"][:, None]
+        A = parts["scale_A"] * parts["rank_magnitude"][..., None, :]
         if not snap:
             return {"lut": parts["lut"], "A": A, "B": parts["scale_B"]}
         norm = _norms(parts["scale_B"])
@@ -56,50 +63,101 @@ class Table(Format):
         into four addresses. The scales are computed again, which is cheaper than keeping them."""
         lut, A, B = operands["lut"], operands["A"], operands["B"]
         grad_NOI = grad_NOI.to(lut.dtype)
-        d_lut = entry_sums(grad_NOI * (A @ B), index_NOI, lut.shape[1])
+        d_lut = entry_sums(grad_NOI * (A @ B), index_NOI, lut.shape[-1])
         d_scale = grad_NOI * look_up(lut, index_NOI)
         return {"lut": d_lut, "A": d_scale @ B.mT, "B": A.mT @ d_scale}
 
-    def back(self, gradients: Parts, parts: Parts, snap: bool = False) -> Parts:
-        """Those of A are shared by `scale_A` and its magnitudes."""
+    def distribute(self, gradients: Parts, parts: Parts, found: Parts, snap: bool = False) -> None:
+        """That of A is shared by `scale_A` and the magnitudes."""
         d_A, d_B = gradients["A"], gradients["B"]
         if snap:
             norm = _norms(parts["scale_B"])
             d_A, d_B = d_A * norm.mT, d_B / norm
-        return {
-            "lut": gradients["lut"],
-            "scale_A": d_A * parts["rank_magnitude"][:, None],
-            "scale_B": d_B,
-            "rank_magnitude": (d_A * parts["scale_A"]).sum(1),
-        }
+        torch.mul(d_A, parts["rank_magnitude"][..., None, :], out=found["scale_A"])
+        torch.sum(d_A * parts["scale_A"], -2, out=found["rank_magnitude"])
+        found["scale_B"].copy_(d_B)
+
+    def stored(self, operands: Parts) -> Parts:
+        """Magnitudes are the norms of A's columns and B's rows."""
+        ones = torch.ones_like(operands["A"][..., 0, :])
+        parts = {"lut": operands["lut"], "scale_A": operands["A"], "scale_B": operands["B"], "rank_magnitude": ones}
+        return self.normalized(parts)
 
     def normalized(self, parts: Parts) -> Parts:
         """Unit-norm columns of A and rows of B, their norms moved into the magnitudes."""
-        norm_A = parts["scale_A"].norm(dim=1).clamp_min(1e-12)
-        norm_B = parts["scale_B"].norm(dim=2).clamp_min(1e-12)
+        norm_A = parts["scale_A"].norm(dim=-2).clamp_min(1e-12)
+        norm_B = parts["scale_B"].norm(dim=-1).clamp_min(1e-12)
         return {
             "lut": parts["lut"].clone(),
-            "scale_A": parts["scale_A"] / norm_A[:, None],
-            "scale_B": parts["scale_B"] / norm_B[:, :, None],
+            "scale_A": parts["scale_A"] / norm_A[..., None, :],
+            "scale_B": parts["scale_B"] / norm_B[..., None],
             "rank_magnitude": parts["rank_magnitude"] * norm_A * norm_B,
         }
+
+    def kept(self, parts: Parts, older: Format) -> Parts | None:
+        """More ranks may be there: the new ones point anywhere, with magnitude zero, and may learn."""
+        if not isinstance(older, Table) or older.bits != self.bits or older.rank > self.rank:
+            return None
+        draw = torch.Generator().manual_seed(0)
+        A = torch.randn(parts["scale_A"].shape[0], self.rank, generator=draw, dtype=torch.float32)
+        B = torch.randn(self.rank, parts["scale_B"].shape[1], generator=draw, dtype=torch.float32)
+        A, B = (new.to(parts["lut"].device) for new in (A / A.norm(dim=0), B / B.norm(dim=1, keepdim=True)))
+        magnitude = torch.zeros_like(B[:, 0])
+        A[:, : older.rank], B[: older.rank] = parts["scale_A"], parts["scale_B"]
+        magnitude[: older.rank] = parts["rank_magnitude"]
+        return {"lut": parts["lut"], "scale_A": A, "scale_B": B, "rank_magnitude": magnitude}
+
+    def start(self, weight_NOI: Tensor, h_NI: Tensor, cluster: Cluster) -> Fitted:
+        """Scales from group means, then the best codebook for the weights relative to them."""
+        return table_fit.start(weight_NOI, h_NI, 2**self.bits, self.rank, cluster).fitted()
+
+    def alternated(self, fitted: Fitted, weight_NOI: Tensor, h_NI: Tensor) -> Fitted:
+        """Codebook, A, B and indices in turn."""
+        return table_fit.alternate(Tables.of(fitted), weight_NOI, h_NI).fitted()
+
+    def refined(self, fitted: Fitted, weight_NOI: Tensor, cost: Curvature) -> Fitted:
+        """A, B and the codebook by conjugate gradients."""
+        return table_fit.refine(Tables.of(fitted), weight_NOI, cost).fitted()
 
     def stored_bits(self, outputs: int, inputs: int) -> int:
         """Indices, scales with their magnitudes, and the codebook."""
         return self.bits * outputs * inputs + 16 * (self.rank * (outputs + inputs) + 2**self.bits)
 
+    def equations(self, outputs: int, inputs: int) -> Equations:
+        """Normal equations of every row or every column, and their factors."""
+        return Equations(2 * max(outputs, inputs) * self.rank**2, f"equations of rank {self.rank}", "rank")
+
+    def misfit(self, outputs: int, inputs: int) -> Misfit | None:
+        """No rank is above the smaller side of a matrix, where more of it says nothing more."""
+        most = min(outputs, inputs)
+        if self.rank <= most:
+            return None
+        return Misfit("rank", f"has {outputs} outputs and {inputs} inputs, so no rank above {most} adds anything")
+
     def kernels(self, device: torch.device) -> Any:
         """Triton kernels on CUDA."""
         if device.type != "cuda":
             return None
-        from qat.quant import kernels as table_kernels
+        from qat.quant.formats import table_kernels
 
         return table_kernels if table_kernels.AVAILABLE else None
+
+    def product(self) -> Product | None:
+        """A Triton kernel."""
+        from qat.quant.formats import table_product
+
+        return self._product if table_product.AVAILABLE else None
+
+    def _product(self, x_I: Tensor, indices: Tensor, parts: Parts) -> Tensor:
+        from qat.quant.formats import table_product
+
+        lut, A, B, magnitudes = (parts[name] for name in self.parts(0, 0))
+        return table_product.product(x_I, indices, lut, A, magnitudes, B, self.bits)
 
 
 def _norms(B: Tensor) -> Tensor:
     """Norms [N, R, 1] of B's rows."""
-    return B.norm(dim=2, keepdim=True).clamp_min(1e-12)
+    return B.norm(dim=-1, keepdim=True).clamp_min(1e-12)
 
 
 def _half(x: Tensor) -> Tensor:

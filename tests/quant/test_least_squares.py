@@ -4,7 +4,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qat.quant import scales
+from qat.quant import least_squares, lookup
 from qat.quant.curvature import Curvature
 
 
@@ -22,15 +22,15 @@ class Problem:
         x = torch.randn(layers, 4 * inputs, inputs, generator=draw)
         x = x + x.roll(1, dims=2)  # neighbouring inputs go together
         self.H = x.mT @ x / x.shape[1]
-        self.Q = scales.look_up(self.table, self.index)
+        self.Q = lookup.look_up(self.table, self.index)
 
-    def linear(self, kind: str, h: torch.Tensor) -> tuple[torch.Tensor, scales.Linear]:
+    def linear(self, kind: str, h: torch.Tensor) -> tuple[torch.Tensor, least_squares.Linear]:
         """The unknowns of a kind, and how the weight depends on them."""
         if kind == "rows":
-            return self.A, scales.rows(self.Q, self.B, h)
+            return self.A, least_squares.rows(self.Q, self.B, h)
         if kind == "columns":
-            return self.B, scales.columns(self.Q, self.A, h)
-        return self.table, scales.table(self.index, self.A @ self.B, h, self.table.shape[1])
+            return self.B, least_squares.columns(self.Q, self.A, h)
+        return self.table, least_squares.table(self.index, self.A @ self.B, h, self.table.shape[1])
 
     def design(self, kind: str, n: int) -> np.ndarray:
         """Matrix [O·I, unknowns] of layer n from the unknowns, flattened, to its weight, in float64."""
@@ -63,11 +63,11 @@ class Problem:
 KINDS = ["rows", "columns", "table"]
 
 
-def diagonal_error(p: Problem, linear: scales.Linear, x: torch.Tensor) -> torch.Tensor:
+def diagonal_error(p: Problem, linear: least_squares.Linear, x: torch.Tensor) -> torch.Tensor:
     return (p.h[:, None] * (p.W - linear.expand(x)).double().square()).sum((1, 2))
 
 
-def full_error(p: Problem, linear: scales.Linear, x: torch.Tensor) -> torch.Tensor:
+def full_error(p: Problem, linear: least_squares.Linear, x: torch.Tensor) -> torch.Tensor:
     E = (p.W - linear.expand(x)).double()
     return torch.einsum("noi,nij,noj->n", E, p.H.double(), E)
 
@@ -89,7 +89,7 @@ def test_the_weight_depends_on_the_unknowns_as_the_design_matrix_says(kind):
 def test_refit_is_weighted_least_squares_damped_towards_the_last_value(kind):
     p = Problem()
     x, linear = p.linear(kind, p.h)
-    found = scales.refit(x, linear, p.W, p.h)
+    found = least_squares.refit(x, linear, p.W, p.h)
     for n in range(len(p.W)):
         matrix, before = p.design(kind, n), x[n].double().flatten().numpy()
         weight = np.tile(p.h[n].double().numpy(), p.W.shape[1])
@@ -105,14 +105,14 @@ def test_refit_is_weighted_least_squares_damped_towards_the_last_value(kind):
 def test_refit_never_raises_the_weighted_error(seed, kind, rank, relaxation):
     p = Problem(seed, rank=rank)
     x, linear = p.linear(kind, p.h)
-    found = scales.refit(x, linear, p.W, p.h, relaxation)
+    found = least_squares.refit(x, linear, p.W, p.h, relaxation)
     assert (diagonal_error(p, linear, found) <= diagonal_error(p, linear, x) * (1 + 1e-5)).all()
 
 
 def test_relaxation_goes_a_multiple_of_the_way():
     p = Problem()
     x, linear = p.linear("rows", p.h)
-    minimum, beyond = (scales.refit(x, linear, p.W, p.h, relaxation) for relaxation in (1.0, 1.5))
+    minimum, beyond = (least_squares.refit(x, linear, p.W, p.h, relaxation) for relaxation in (1.0, 1.5))
     assert torch.allclose(beyond - x, 1.5 * (minimum - x), rtol=1e-4, atol=1e-5)
 
 
@@ -122,7 +122,7 @@ def test_conjugate_gradients_never_raise_the_output_error(seed, kind, iterations
     p = Problem(seed, rank=rank)
     x, linear = p.linear(kind, p.H.diagonal(dim1=1, dim2=2))
     before = full_error(p, linear, x)
-    after = full_error(p, linear, scales.conjugate_gradient(x, linear, p.W, Curvature(p.H), iterations))
+    after = full_error(p, linear, least_squares.conjugate_gradient(x, linear, p.W, Curvature(p.H), iterations))
     assert (after <= before * (1 + 1e-5)).all()
 
 
@@ -130,7 +130,7 @@ def test_conjugate_gradients_never_raise_the_output_error(seed, kind, iterations
 def test_conjugate_gradients_reach_the_dense_solution(kind):
     p = Problem(outputs=12, rank=2)
     x, linear = p.linear(kind, p.H.diagonal(dim1=1, dim2=2))
-    found = scales.conjugate_gradient(x, linear, p.W, Curvature(p.H), 100)
+    found = least_squares.conjugate_gradient(x, linear, p.W, Curvature(p.H), 100)
     for n in range(len(p.W)):
         matrix = p.design(kind, n)
         H = np.kron(np.eye(p.W.shape[1]), p.H[n].double().numpy())
@@ -143,15 +143,15 @@ def test_a_solved_system_stays_where_it_is(kind):
     p = Problem()
     x, linear = p.linear(kind, p.H.diagonal(dim1=1, dim2=2))
     p.W = linear.expand(x)
-    assert torch.equal(scales.conjugate_gradient(x, linear, p.W, Curvature(p.H), 8), x)
+    assert torch.equal(least_squares.conjugate_gradient(x, linear, p.W, Curvature(p.H), 8), x)
 
 
 def test_an_entry_that_no_index_uses_stays_as_it_is():
     p = Problem()
     p.index[p.index == 2] = 1
     x, linear = p.linear("table", p.h)
-    assert torch.equal(scales.refit(x, linear, p.W, p.h)[:, 2], p.table[:, 2])
-    assert torch.equal(scales.conjugate_gradient(x, linear, p.W, Curvature(p.H), 8)[:, 2], p.table[:, 2])
+    assert torch.equal(least_squares.refit(x, linear, p.W, p.h)[:, 2], p.table[:, 2])
+    assert torch.equal(least_squares.conjugate_gradient(x, linear, p.W, Curvature(p.H), 8)[:, 2], p.table[:, 2])
 
 
 def test_scales_that_multiply_nothing_stay_as_they_are():
@@ -159,7 +159,7 @@ def test_scales_that_multiply_nothing_stay_as_they_are():
     p.B[:, 1] = 0  # an idle rank
     p.Q[:, 3] = 0  # a row of zeros
     x, linear = p.linear("rows", p.h)
-    found = scales.refit(x, linear, p.W, p.h)
+    found = least_squares.refit(x, linear, p.W, p.h)
     assert torch.isfinite(found).all()
     assert torch.equal(found[:, :, 1], p.A[:, :, 1]) and torch.equal(found[:, 3], p.A[:, 3])
 
@@ -169,7 +169,7 @@ def test_entry_sums_and_look_up_are_what_indexing_gives():
     expected = torch.stack(
         [torch.zeros(4).index_add(0, p.index[n].flatten().long(), p.W[n].flatten()) for n in range(len(p.W))]
     )
-    assert torch.allclose(scales.entry_sums(p.W, p.index, 4), expected, atol=1e-5)
+    assert torch.allclose(lookup.entry_sums(p.W, p.index, 4), expected, atol=1e-5)
     assert torch.equal(p.Q[1], p.table[1][p.index[1].long()])
 
 
@@ -180,21 +180,21 @@ SHAPES = [(5, 8), (1, 3), (64, 8), (37, 5), (130, 3), (200, 2), (640, 4), (576, 
 def test_the_first_scales_are_twice_the_magnitude_where_rows_have_one(inputs, rank):
     size = torch.tensor([[0.5, 1.0, 0.0, 2.0, 0.1]])
     sign = torch.randn(1, 5, inputs, generator=torch.Generator().manual_seed(0)).sign()
-    A, B = scales.initial(size[..., None] * sign, rank)
+    A, B = least_squares.initial(size[..., None] * sign, rank)
     assert A.shape == (1, 5, rank) and B.shape == (1, rank, inputs)
     assert torch.allclose(A @ B, (2 * size[..., None]).expand(1, 5, inputs), atol=1e-5)
 
 
 def test_with_as_many_groups_as_ranks_the_first_scales_are_the_group_means():
     W = torch.randn(2, 6, 64, generator=torch.Generator().manual_seed(1))
-    A, B = scales.initial(W, 8)
+    A, B = least_squares.initial(W, 8)
     means = 2 * W.double().abs().reshape(2, 6, 8, 8).mean(3)
     assert torch.allclose((A @ B).double(), means.repeat_interleave(8, dim=2), atol=1e-5)
 
 
 def test_with_more_groups_than_ranks_the_first_scales_are_the_best_approximation_of_the_means():
     W = torch.randn(2, 12, 640, generator=torch.Generator().manual_seed(2))
-    A, B = scales.initial(W, 3)
+    A, B = least_squares.initial(W, 3)
     for n in range(2):
         u, s, v = np.linalg.svd(2 * np.abs(W[n].double().numpy()).reshape(12, 10, 64).mean(2))
         expected = (u[:, :3] * s[:3]) @ v[:3]
@@ -203,6 +203,6 @@ def test_with_more_groups_than_ranks_the_first_scales_are_the_best_approximation
 
 def test_with_fewer_inputs_than_ranks_the_rest_is_idle():
     W = torch.randn(1, 4, 3, generator=torch.Generator().manual_seed(3))
-    A, B = scales.initial(W, 5)
+    A, B = least_squares.initial(W, 5)
     assert torch.allclose(A @ B, 2 * W.abs(), atol=1e-6)
     assert not A[..., 3:].any() and not B[:, 3:].any()

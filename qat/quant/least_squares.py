@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from qat.quant.curvature import Curvature
+from qat.quant.lookup import entry_sums, look_up
 
 SOLVED = 1e-10  # of the first squared residual: as far as conjugate gradients get in fp32
-LOOKED_UP = 1 << 16  # weights at once on a CPU
 DAMPING = 1e-3  # of the mean diagonal, towards the last value: keeps unused directions where they are
 
 
@@ -40,33 +40,6 @@ def initial(weight_NOI: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     return u[..., :rank] * s[:, None, :rank], v[:, :rank] @ spread
 
 
-def entry_sums(value_NOI: Tensor, index_NOI: Tensor, entries: int) -> Tensor:
-    """Sum [N, K] of the values at each index.
-
-    On a GPU one masked reduction an entry: a scatter would queue up at a few addresses. On a CPU one
-    count over all, in float64: it passes over the values once.
-    """
-    if value_NOI.device.type != "cpu":
-        return torch.stack([(value_NOI * (index_NOI == k)).sum(dim=(1, 2)) for k in range(entries)], dim=1)
-    layers = torch.arange(len(value_NOI))[:, None, None] * entries
-    sums = torch.bincount((index_NOI + layers).flatten(), value_NOI.flatten().double(), len(value_NOI) * entries)
-    return sums.view(-1, entries).to(value_NOI.dtype)
-
-
-def look_up(table_NK: Tensor, index_NOI: Tensor) -> Tensor:
-    """`LUT[index]` [N, O, I] for each layer's own table.
-
-    PyTorch gathers by 64-bit indices, which on a CPU are made for some weights at a time: they stay in its caches.
-    """
-    if table_NK.device.type != "cpu":
-        return table_NK.gather(1, index_NOI.flatten(1).long()).view(index_NOI.shape)
-    found_NOI = torch.empty(index_NOI.shape, dtype=table_NK.dtype)
-    for table_K, index_OI, found_OI in zip(table_NK, index_NOI, found_NOI, strict=True):
-        for index, found in zip(index_OI.flatten().split(LOOKED_UP), found_OI.view(-1).split(LOOKED_UP), strict=True):
-            torch.gather(table_K, 0, index.long(), out=found)
-    return found_NOI
-
-
 @dataclass(frozen=True)
 class Linear:
     """A way the quantized weight depends linearly on some unknowns.
@@ -88,14 +61,14 @@ class Linear:
 def rows(Q_NOI: Tensor, B_NRI: Tensor, h_NI: Tensor) -> Linear:
     """The quantized weight as a function of A; every row is a system of its own."""
     importance_NOI = Q_NOI.square().mul_(h_NI[:, None])
-    solve = _solver(_symmetric(importance_NOI @ _pairs(B_NRI).mT, B_NRI.shape[1]))
+    solve = solver(_symmetric(importance_NOI @ _pairs(B_NRI).mT, B_NRI.shape[1]))
     return Linear(lambda A: (A @ B_NRI).mul_(Q_NOI), lambda E: E.mul_(Q_NOI) @ B_NRI.mT, solve, (2,))
 
 
 def columns(Q_NOI: Tensor, A_NOR: Tensor, h_NI: Tensor) -> Linear:
     """The quantized weight as a function of B; a full second moment couples all of its columns."""
     importance_NOI = Q_NOI.square().mul_(h_NI[:, None])
-    solve = _solver(_symmetric((_pairs(A_NOR.mT) @ importance_NOI).mT, A_NOR.shape[2]))
+    solve = solver(_symmetric((_pairs(A_NOR.mT) @ importance_NOI).mT, A_NOR.shape[2]))
     return Linear(
         lambda B: (A_NOR @ B).mul_(Q_NOI),
         lambda E: A_NOR.mT @ E.mul_(Q_NOI),
@@ -130,7 +103,7 @@ def _symmetric(sum_NXP: Tensor, rank: int) -> Tensor:
     return sum_NXP.flatten(0, 1).index_select(1, pair_RR.flatten()).view(*sum_NXP.shape[:2], rank, rank)
 
 
-def _solver(gram_NXRR: Tensor) -> Callable[[Tensor], Tensor]:
+def solver(gram_NXRR: Tensor) -> Callable[[Tensor], Tensor]:
     """Solves many R × R systems, which are damped in place."""
     diagonal_NXR = gram_NXRR.diagonal(dim1=-2, dim2=-1)
     diagonal_NXR.add_(DAMPING * diagonal_NXR.mean(-1, keepdim=True).clamp_min(1e-20))

@@ -86,32 +86,6 @@ def check(x: Tensor, weight: Tensor) -> None:
             raise NumericsError(f"cannot cluster row {row}: all of its weights are zero")
 
 
-def nearest(x: Tensor, codebook_NK: Tensor) -> Tensor:
-    """Index, uint8, of the entry nearest to each value of `x` [N, …]; ties go to the larger entry.
-
-    On a GPU one search, which is one launch. A CPU compares many values at once with each boundary instead.
-    """
-    middle_NK = ((codebook_NK[:, 1:] + codebook_NK[:, :-1]) / 2).contiguous()
-    if x.device.type != "cpu":
-        found = torch.searchsorted(middle_NK, x.flatten(1).contiguous(), right=True, out_int32=True)
-        return found.to(torch.uint8).view(x.shape)
-    index = torch.zeros(x.shape, dtype=torch.uint8)
-    for middle_N in middle_NK.unbind(1):
-        index += (x >= middle_N.view(-1, *[1] * (x.dim() - 1))).view(torch.uint8)
-    return index
-
-
-def relative(weight: Tensor, S: Tensor) -> Tensor:
-    """`W / S` where S may touch zero: such a weight is far out on its own side."""
-    return weight / nonzero(S)
-
-
-def nonzero(S: Tensor) -> Tensor:
-    """S with the smallest normal number where it touches zero."""
-    smallest = torch.finfo(S.dtype).tiny
-    return torch.where(S.abs() < smallest, smallest, S)
-
-
 def _grid(x_NM: Tensor) -> tuple[Tensor, Tensor]:
     """Origin and unit [N, 1] of places, which run from 0 to FINE − 1."""
     low, high = x_NM.amin(1, keepdim=True).double(), x_NM.amax(1, keepdim=True).double()

@@ -7,7 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qat.errors import NumericsError
-from qat.quant.codebook import EXACT, kmeans, nearest
+from qat.quant.kmeans import EXACT, kmeans
+from qat.quant.lookup import nearest
 
 
 def inertia(x, weight, centres) -> float:
@@ -128,8 +129,8 @@ def test_many_values_are_clustered_within_half_a_permille_of_the_optimum(name, e
 @pytest.mark.parametrize("edges", [40, 80])
 @pytest.mark.parametrize("name", ["normal", "laplace", "student", "far outliers"])
 def test_the_dynamic_program_alone_is_as_good_as_its_edges_are_dense(monkeypatch, name, edges):
-    monkeypatch.setattr("qat.quant.codebook.EDGES", edges)
-    monkeypatch.setattr("qat.quant.codebook.LLOYD_STEPS", 0)
+    monkeypatch.setattr("qat.quant.kmeans.EDGES", edges)
+    monkeypatch.setattr("qat.quant.kmeans.LLOYD_STEPS", 0)
     x, weight = many(name)
     found = kmeans(torch.tensor(x)[None], torch.tensor(weight)[None], 16)[0]
     best = least_inertia(x.astype(float), weight.astype(float), 16)
@@ -187,7 +188,7 @@ def test_neither_threads_nor_the_size_of_slices_nor_the_order_of_values_changes_
     expected = kmeans(x, weight, 8)
     shuffled = torch.randperm(300_000, generator=draw)
     assert torch.equal(kmeans(x[:, shuffled], weight[:, shuffled], 8), expected)
-    monkeypatch.setattr("qat.quant.codebook.AT_ONCE", {"cpu": 10_000})
+    monkeypatch.setattr("qat.quant.kmeans.AT_ONCE", {"cpu": 10_000})
     assert torch.equal(kmeans(x, weight, 8), expected)
     threads = torch.get_num_threads()
     try:

@@ -1,0 +1,236 @@
+"""Triton kernels of the format `table`: weights written, and their gradients reduced, in single passes.
+
+One launch serves all layers of a stack. Scales are recomputed from A and B tile by tile instead of being
+stored; nothing of the size of a weight is written but the weight itself. Products are fp32 (`PRECISION`:
+three TF32 products where the hardware has TF32, plain fp32 elsewhere), sums are taken in a fixed order.
+
+Shapes: N layers, O outputs, I inputs, K table entries, R ranks.
+"""
+
+# Triton gives the arguments of kernels its own meaning.
+# mypy: disable-error-code="no-untyped-def"
+
+import torch
+from torch import Tensor
+
+from qat.quant.weights import ALIGNMENT
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # no CUDA build of torch
+    AVAILABLE = False
+else:
+    AVAILABLE = True
+
+TILE = 64  # outputs and inputs a program holds at once
+
+
+def write(
+    indices: Tensor, lut: Tensor, A: Tensor, B: Tensor, latent: Tensor | None, weights: Tensor, starts: Tensor
+) -> None:
+    """`weight = lut[indices] ⊙ A @ B`; with `latent` [N, O, I] the indices are first set to the nearest entry.
+
+    Args:
+        indices: [N, O, I] uint8.
+        lut: [N, K] fp32, in any order.
+        A: [N, O, R] fp32, magnitudes included.
+        B: [N, R, I] fp32.
+        latent: [N, O, I] fp32 or None.
+        weights: flat, in any floating type: where a layer's [O, I] begins, it is overwritten.
+        starts: [N] int64, where the layers begin; see `qat.quant.weights`.
+    """
+    layers, outputs, inputs = indices.shape
+    grid = (triton.cdiv(inputs, TILE), triton.cdiv(outputs, TILE), layers)
+    _write[grid](
+        indices,
+        lut,
+        A.contiguous(),
+        B.contiguous(),
+        indices if latent is None else latent,
+        weights,
+        starts,
+        outputs,
+        inputs,
+        A.shape[2],
+        K=lut.shape[1],
+        RANKS=_padded(A.shape[2]),
+        LATENT=latent is not None,
+        TILE=TILE,
+        PRECISION=_precision(weights),
+    )
+
+
+def gradients(
+    grads: Tensor,
+    starts: Tensor,
+    indices: Tensor,
+    lut: Tensor,
+    A: Tensor,
+    B: Tensor,
+    d_lut: Tensor,
+    d_A: Tensor,
+    d_B: Tensor,
+) -> None:
+    """Gradients of lut, A and B from the weights', which lie as in `write`; the last three are overwritten."""
+    layers, outputs, inputs = indices.shape
+    A, B = A.contiguous(), B.contiguous()
+    rows, columns = triton.cdiv(outputs, TILE), triton.cdiv(inputs, TILE)
+    partial = torch.empty(layers, rows, lut.shape[1], dtype=torch.float32, device=lut.device)
+    sizes = (outputs, inputs, A.shape[2])
+    # A gradient of 16 bits has no more digits than TF32.
+    precision = _precision(grads) if grads.dtype == torch.float32 else _precision(grads).removesuffix("x3")
+    constants = {"K": lut.shape[1], "RANKS": _padded(A.shape[2]), "TILE": TILE, "PRECISION": precision}
+    _reduce_rows[(rows, layers)](grads, starts, indices, lut, A, B, d_A, partial, *sizes, **constants)
+    torch.sum(partial, 1, out=d_lut)
+    # Nothing is read ahead: with what is looked up in tables that takes three times as long.
+    _reduce_columns[(columns, layers)](grads, starts, indices, lut, A, d_B, *sizes, **constants, num_stages=1)
+
+
+def _padded(rank: int) -> int:
+    """Ranks as the matrix units take them: a power of two from 16."""
+    return max(16, triton.next_power_of_2(rank))
+
+
+def _precision(x: Tensor) -> str:
+    return "tf32x3" if x.is_cuda and torch.cuda.get_device_capability(x.device) >= (8, 0) else "ieee"
+
+
+if AVAILABLE:
+    BEGIN = tl.constexpr(ALIGNMENT)
+
+    @triton.jit
+    def _scales(A, B, layer, o, i, r, outputs, inputs, ranks, PRECISION: tl.constexpr):
+        """A tile of B, and its product with one of A [TILE, TILE]."""
+        a = tl.load(
+            A + (layer * outputs + o[:, None]) * ranks + r[None, :],
+            mask=(o[:, None] < outputs) & (r[None, :] < ranks),
+            other=0.0,
+        )
+        b = tl.load(
+            B + (layer * ranks + r[:, None]) * inputs + i[None, :],
+            mask=(r[:, None] < ranks) & (i[None, :] < inputs),
+            other=0.0,
+        )
+        return b, tl.dot(a, b, input_precision=PRECISION)
+
+    @triton.jit
+    def _write(
+        indices,
+        lut,
+        A,
+        B,
+        latent,
+        weights,
+        starts,
+        outputs,
+        inputs,
+        ranks,
+        K: tl.constexpr,
+        RANKS: tl.constexpr,
+        LATENT: tl.constexpr,
+        TILE: tl.constexpr,
+        PRECISION: tl.constexpr,
+    ):
+        layer = tl.program_id(2).to(tl.int64)
+        o = tl.program_id(1) * TILE + tl.arange(0, TILE)
+        i = tl.program_id(0) * TILE + tl.arange(0, TILE)
+        inside = (o[:, None] < outputs) & (i[None, :] < inputs)
+        place = (layer * outputs + o[:, None]) * inputs + i[None, :]
+        _, scale = _scales(A, B, layer, o, i, tl.arange(0, RANKS), outputs, inputs, ranks, PRECISION)
+        if LATENT:
+            wanted = tl.load(latent + place, mask=inside, other=0.0)
+            chosen = tl.zeros([TILE, TILE], tl.int32)
+            closest = tl.full([TILE, TILE], float("inf"), tl.float32)
+            for k in range(K):
+                away = tl.abs(wanted - tl.load(lut + layer * K + k) * scale)
+                chosen = tl.where(away < closest, k, chosen)
+                closest = tl.minimum(away, closest)
+            tl.store(indices + place, chosen.to(tl.uint8), mask=inside)
+        else:
+            chosen = tl.load(indices + place, mask=inside, other=0).to(tl.int32)
+        value = tl.load(lut + layer * K + chosen) * scale
+        there = tl.multiple_of(tl.load(starts + layer), BEGIN) + o[:, None] * inputs + i[None, :]
+        tl.store(weights + there, value.to(weights.dtype.element_ty), mask=inside)
+
+    @triton.jit
+    def _reduce_rows(
+        grads,
+        starts,
+        indices,
+        lut,
+        A,
+        B,
+        d_A,
+        d_lut,
+        outputs,
+        inputs,
+        ranks,
+        K: tl.constexpr,
+        RANKS: tl.constexpr,
+        TILE: tl.constexpr,
+        PRECISION: tl.constexpr,
+    ):
+        """Some rows of dA, and what these rows add to the gradient of the table."""
+        layer = tl.program_id(1).to(tl.int64)
+        begin = tl.multiple_of(tl.load(starts + layer), BEGIN)
+        o = tl.program_id(0) * TILE + tl.arange(0, TILE)
+        r, entry = tl.arange(0, RANKS), tl.arange(0, K)
+        sum_A = tl.zeros([TILE, RANKS], tl.float32)
+        sum_lut = tl.zeros([K], tl.float32)
+        for start in range(0, inputs, TILE):
+            i = start + tl.arange(0, TILE)
+            inside = (o[:, None] < outputs) & (i[None, :] < inputs)
+            place = (layer * outputs + o[:, None]) * inputs + i[None, :]
+            there = begin + o[:, None] * inputs + i[None, :]
+            g = tl.load(grads + there, mask=inside, other=0.0).to(tl.float32)
+            index = tl.load(indices + place, mask=inside, other=0).to(tl.int32)
+            b, scale = _scales(A, B, layer, o, i, r, outputs, inputs, ranks, PRECISION)
+            through = g * scale
+            for k in range(K):
+                part = tl.sum(tl.sum(tl.where(index == k, through, 0.0), 1), 0)
+                sum_lut = tl.where(entry == k, sum_lut + part, sum_lut)
+            d_scale = g * tl.load(lut + layer * K + index)
+            sum_A = tl.dot(d_scale, tl.trans(b), sum_A, input_precision=PRECISION)
+        kept = (o[:, None] < outputs) & (r[None, :] < ranks)
+        tl.store(d_A + (layer * outputs + o[:, None]) * ranks + r[None, :], sum_A, mask=kept)
+        tl.store(d_lut + (layer * tl.num_programs(0) + tl.program_id(0)) * K + entry, sum_lut)
+
+    @triton.jit
+    def _reduce_columns(
+        grads,
+        starts,
+        indices,
+        lut,
+        A,
+        d_B,
+        outputs,
+        inputs,
+        ranks,
+        K: tl.constexpr,
+        RANKS: tl.constexpr,
+        TILE: tl.constexpr,
+        PRECISION: tl.constexpr,
+    ):
+        """Some columns of dB."""
+        layer = tl.program_id(1).to(tl.int64)
+        begin = tl.multiple_of(tl.load(starts + layer), BEGIN)
+        i = tl.program_id(0) * TILE + tl.arange(0, TILE)
+        r = tl.arange(0, RANKS)
+        sum_B = tl.zeros([TILE, RANKS], tl.float32)  # the other way round: A's ranks lie side by side
+        for start in range(0, outputs, TILE):
+            o = start + tl.arange(0, TILE)
+            inside = (o[:, None] < outputs) & (i[None, :] < inputs)
+            place = (layer * outputs + o[:, None]) * inputs + i[None, :]
+            there = begin + o[:, None] * inputs + i[None, :]
+            g = tl.load(grads + there, mask=inside, other=0.0).to(tl.float32)
+            index = tl.load(indices + place, mask=inside, other=0).to(tl.int32)
+            d_scale = g * tl.load(lut + layer * K + index)
+            a = tl.load(
+                A + (layer * outputs + o[:, None]) * ranks + r[None, :],
+                mask=(o[:, None] < outputs) & (r[None, :] < ranks),
+                other=0.0,
+            )
+            sum_B = tl.dot(tl.trans(d_scale), a, sum_B, input_precision=PRECISION)
+        kept = (r[None, :] < ranks) & (i[:, None] < inputs)
+        tl.store(d_B + (layer * ranks + r[None, :]) * inputs + i[:, None], sum_B, mask=kept)

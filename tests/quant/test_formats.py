@@ -1,0 +1,194 @@
+"""What every format promises, against formulas written out in float64 and against trying all values."""
+
+from dataclasses import fields
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from qat import manifests
+from qat.config import SETTINGS, WeightConfig, WeightFormat
+from qat.quant import formats, latent
+from qat.quant.formats import Format, Table, Uniform
+from qat.quant.layers import format_of
+from qat.quant.linear import QuantLinear, kept
+from qat.quant.stack import stacks
+from qat.quant.weights import Weights
+
+OUTPUTS, INPUTS = 20, 48
+FORMATS = [Table(1, 1), Table(3, 5), Uniform(1, 16), Uniform(2, 48), Uniform(4, 8), Uniform(3, 16, shifts=True)]
+every = pytest.mark.parametrize("format", FORMATS, ids=str)
+
+
+def drawn(shape: tuple[int, ...], seed: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def layer_of(format: Format, seed: int = 0) -> QuantLinear:
+    module = QuantLinear(format, OUTPUTS, INPUTS)
+    module.indices.random_(0, 2**format.bits, generator=torch.Generator().manual_seed(seed))
+    module.set_parts({name: drawn(part.shape, seed + n) for n, (name, part) in enumerate(module.parts().items())})
+    return module.requires_grad_(False)
+
+
+def exact(format: Format, index: Tensor, parts: dict[str, Tensor]) -> Tensor:
+    """W in the parts' own type, weight by weight as the format's description has it."""
+    if isinstance(format, Table):
+        scale = sum(
+            parts["rank_magnitude"][r] * torch.outer(parts["scale_A"][:, r], parts["scale_B"][r])
+            for r in range(format.rank)
+        )
+        return parts["lut"][index.long()] * scale
+    group = torch.arange(INPUTS) // format.group
+    if format.shifts:
+        return index * parts["scale"][:, group] + parts["shift"][:, group]
+    return (index - (2**format.bits - 1) / 2) * parts["scale"][:, group]
+
+
+def doubles(module: QuantLinear) -> dict[str, Tensor]:
+    return {name: part.detach().double().requires_grad_() for name, part in module.parts().items()}
+
+
+def halved(format: Format, p: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Parts as they come out of a file in fp16, which of a table keeps the norms of B's rows in A."""
+    through = lambda x: x + (x.detach().float().half().double() - x.detach())  # noqa: E731
+    if not isinstance(format, Table):
+        return {name: through(part) for name, part in p.items()}
+    norm = p["scale_B"].norm(dim=1).detach()
+    A, B = through(p["scale_A"] * p["rank_magnitude"] * norm), through(p["scale_B"] / norm[:, None])
+    return {"lut": through(p["lut"]), "scale_A": A, "scale_B": B, "rank_magnitude": torch.ones_like(norm)}
+
+
+@every
+def test_the_weight_is_what_the_format_says(format):
+    module = layer_of(format)
+    expected = exact(format, module.indices, doubles(module)).detach()
+    assert torch.allclose(module.weight(torch.float64), expected, rtol=1e-5, atol=1e-5)
+
+
+@every
+@pytest.mark.parametrize("snap", [False, True])
+def test_gradients_of_a_stack_are_those_of_autograd(format, snap):
+    members = [layer_of(format, seed) for seed in (0, 9)]
+    (stack,) = stacks(Weights(members, torch.float32), snap)
+    grads = [drawn((OUTPUTS, INPUTS), 20 + n) for n in range(2)]
+    stack.weights.begin(2)
+    stack.write()
+    for _ in range(2):  # two micro-batches
+        for layer, grad in zip(members, grads, strict=True):
+            (layer.dense * grad).sum().backward()
+    stack.reduce()
+    for layer, grad in zip(members, grads, strict=True):
+        p = doubles(layer)
+        weight = exact(format, layer.indices, halved(format, p) if snap else p)
+        assert torch.allclose(layer.dense.double(), weight, rtol=1e-4, atol=1e-4)
+        (2 * weight * grad.double()).sum().backward()
+        for name, part in layer.parts().items():
+            expected = p[name].grad
+            atol = (2e-3 if snap else 1e-5) * expected.abs().max()
+            assert torch.allclose(part.grad.double(), expected, rtol=1e-3, atol=atol), name
+
+
+@every
+def test_the_nearest_index_is_found_among_all(format):
+    module, wanted = layer_of(format), 3 * drawn((OUTPUTS, INPUTS), 30)
+    p = doubles(module)
+    of_index = [exact(format, torch.full_like(module.indices, k), p) for k in range(2**format.bits)]
+    away = (torch.stack(of_index, -1) - wanted[..., None].double()).abs().detach()
+    found = module.grid().nearest(wanted)
+    chosen = away.gather(-1, found.long()[..., None])[..., 0]
+    assert found.dtype is torch.uint8 and torch.allclose(chosen, away.min(-1).values, atol=1e-5)
+
+
+@every
+def test_layers_together_are_each_as_alone(format):
+    members, grad = [layer_of(format, seed) for seed in (0, 9)], drawn((2, OUTPUTS, INPUTS), 40)
+    parts = {name: torch.stack([m.parts()[name] for m in members]) for name in members[0].parts()}
+    index, operands = torch.stack([m.indices for m in members]), format.operands(parts)
+    together = format.gradients(grad, index, operands)
+    nearest = format.grid(operands).nearest(grad)
+    for n, module in enumerate(members):
+        assert torch.allclose(format.weight(index, parts)[n], module.weight(torch.float32), atol=1e-5)
+        assert torch.equal(nearest[n], module.grid().nearest(grad[n]))
+        alone = format.gradients(grad[n], module.indices, format.operands(module.parts()))
+        assert all(torch.allclose(together[name][n], alone[name], rtol=1e-4, atol=1e-4) for name in alone)
+
+
+@every
+def test_normalizing_keeps_the_weight_and_owns_its_numbers(format):
+    module = layer_of(format)
+    before, parts = module.weight(torch.float32), module.normalized()
+    for part in module.parts().values():
+        part.zero_()
+    module.set_parts(parts)
+    assert torch.allclose(module.weight(torch.float32), before, rtol=1e-4, atol=1e-5)
+
+
+@every
+def test_parts_are_made_again_of_their_operands(format):
+    module = layer_of(format)
+    stored = format.stored(format.operands(module.parts()))
+    assert stored.keys() == module.parts().keys()
+    before = module.weight(torch.float32)
+    assert torch.allclose(format.weight(module.indices, stored), before, rtol=1e-4, atol=1e-5)
+
+
+@every
+def test_latent_weights_begin_in_the_cells_of_the_indices(format):
+    module = layer_of(format)
+    found = latent.between(module, 3 * drawn((OUTPUTS, INPUTS), 50))
+    assert torch.equal(module.grid().nearest(found), module.indices)
+
+
+@every
+def test_rows_are_multiplied_through_the_rowwise_operands(format):
+    module, rows = layer_of(format), drawn((OUTPUTS,), 60)[:, None]
+    operands = format.operands(module.parts())
+    scaled = operands | {name: operands[name] * rows for name in format.rowwise}
+    made = format.grid(scaled).at(module.indices)
+    assert torch.allclose(made, module.weight(torch.float32) * rows, rtol=1e-4, atol=1e-4)
+
+
+@every
+def test_bits_are_those_of_what_is_stored(format):
+    module = layer_of(format)
+    sizes = {name: part.numel() for name, part in module.parts().items() if name != "rank_magnitude"}
+    assert format.stored_bits(OUTPUTS, INPUTS) == format.bits * OUTPUTS * INPUTS + 16 * sum(sizes.values())
+
+
+@every
+def test_a_format_is_what_its_settings_say(format):
+    assert formats.of(format.settings()) == format
+    manifests.FORMATS[format.name](format.settings(), "")
+    chosen = {field.name: getattr(format, field.name) for field in fields(format)}
+    assert format_of(WeightConfig(format=WeightFormat[format.name], **chosen)) == format
+
+
+def test_the_settings_of_every_format_are_said_alike_everywhere():
+    assert {choice.name: set(names) for choice, names in SETTINGS.items()} == {
+        name: {field.name for field in fields(kind)} for name, kind in formats.FORMATS.items()
+    }
+    assert manifests.FORMATS.keys() == formats.FORMATS.keys()
+
+
+@every
+def test_a_layer_is_kept_in_its_own_format_alone(format):
+    module = layer_of(format)
+    module.bias = nn.Parameter(torch.ones(OUTPUTS))
+    same = kept(module, format)
+    assert torch.equal(same.weight(torch.float32), module.weight(torch.float32)) and same.bias is module.bias
+    assert all(kept(module, other) is None for other in FORMATS if other != format)
+
+
+@pytest.mark.parametrize(
+    ("format", "setting", "why"),
+    [
+        (Table(2, 21), "rank", "has 20 outputs and 48 inputs, so no rank above 20 adds anything"),
+        (Uniform(2, 32), "group", "has rows of 48 weights, which groups of 32 do not divide"),
+        (Uniform(2, 96), "group", "has rows of 48 weights, which groups of 96 do not divide"),
+    ],
+)
+def test_a_shape_that_a_format_does_not_suit_is_told(format, setting, why):
+    misfit = format.misfit(OUTPUTS, INPUTS)
+    assert (misfit.setting, misfit.why) == (setting, why)
+    assert all(suiting.misfit(OUTPUTS, INPUTS) is None for suiting in FORMATS)
