@@ -224,7 +224,7 @@ class WeightConfig:
     rank: int | None = None  # table: of the scale matrix
     format: WeightFormat = WeightFormat.table
     group: int | None = None  # grid: columns that share a scale, a divisor of every row's length
-    shifts: bool | None = None  # grid: they share a shift too, as in MLX and Q4_1; None has none
+    shifts: bool = False  # grid: they share a shift too, as in MLX and llama.cpp's Q4_1
 
 
 @dataclass
