@@ -32,9 +32,9 @@ class WeightConfig:
 
     bits: int = key(MISSING, "of the index of each weight into 2**bits values", low=1, high=8)
     rank: int | None = key(None, "table: of the scale matrix", low=1)
-    format: WeightFormat = key(WeightFormat.table, "how weights are written in few bits")
+    format: WeightFormat = WeightFormat.table
     group: int | None = key(None, "grid: columns that share a scale, a divisor of every row's length", low=1)
-    shifts: bool | None = key(None, "grid: they share a shift too, as in MLX and Q4_1; null has none")
+    shifts: bool = key(False, "grid: they share a shift too, as in MLX and llama.cpp's Q4_1")
 
 
 @dataclass

@@ -40,7 +40,7 @@ class LossConfig:
 class LearnConfig:
     """What learns: the rate of each kind as a multiple of `train.lr`; 0 does not learn."""
 
-    scales: float = key(1.0, "A, B and magnitudes", low=0)
+    scales: float = key(1.0, "A, B and magnitudes of tables; scales and shifts of grids", low=0)
     codebooks: float = key(1.0, "table entries", low=0)
     latent: float = key(0.0, "full-precision weights whose nearest entries the indices are", low=0)
     norms: float = key(0.0, "weights of the normalisation layers", low=0)

@@ -99,18 +99,23 @@ def quantize(
             inputs = {source: H.to(device) for source, H in inputs.items()}
             problem = _problem(stack, weight, inputs, moments.outputs, factors.of(inputs, queue[number + 1 :]))
             del inputs
-            format = stack[0].format
-            if start:
-                found = fitted(format, [start[layer.name] for layer in stack], device)
-                found = improve(problem, format, found, settings.sweeps)
-            else:
-                found = fit(problem, format, cluster, settings.rounds, settings.sweeps)
-            figures = errors(weight, format.grid(found.operands).at(found.index_NOI), problem.curvature.inputs_NII)
+            found = _solved(problem, stack[0].format, [start[one.name] for one in stack if start], cluster, settings)
+            values = stack[0].format.grid(found.operands).at(found.index_NOI)
+            figures = errors(weight, values, problem.curvature.inputs_NII)
             seconds = (time.monotonic() - began) / len(stack)
             for n, layer in enumerate(stack):
                 made[layer.name] = Converted(layer, module(layer, found, n), figures[n] | {"seconds": seconds})
             advance(weight.numel())
     return [made[layer.name] for layer in layers]
+
+
+def _solved(
+    problem: Problem, format: Format, before: list[QuantLinear], cluster: Cluster, settings: ConvertConfig
+) -> Fitted:
+    """The layers of a problem, from nothing or from those of the pass before."""
+    if not before:
+        return fit(problem, format, cluster, settings.rounds, settings.sweeps)
+    return improve(problem, format, fitted(format, before, problem.weight_NOI.device), settings.sweeps)
 
 
 def _check(stack: list[Layer], weight_NOI: Tensor) -> None:

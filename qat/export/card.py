@@ -61,9 +61,9 @@ def _bits(quant: dict[str, Any]) -> list[str]:
         f"{quant[key]} in {quant[f'{kind}_layers']} {kind} layers" for kind in KINDS if (key := _key(kind)) in quant
     ]
     text = (
-        f"{quant['bits_per_weight']} bits a weight over {quant['layers']} quantized layers, scales"
-        f" and the like included ({', '.join(kinds)}). Embeddings, norms and head are in full precision; with 16 bits"
-        f" for them the whole model has {quant['model_bits_per_weight']} bits a weight."
+        f"{quant['bits_per_weight']} bits a weight over {quant['layers']} quantized layers, scales and"
+        f" the like included ({', '.join(kinds)}). Embeddings, norms and head are in full precision; with 16 bits for"
+        f" them the whole model has {quant['model_bits_per_weight']} bits a weight."
     )
     return ["## Bits", text, *_dense(quant["dense"])]
 

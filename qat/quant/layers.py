@@ -162,8 +162,7 @@ def _formats(quant: QuantConfig) -> dict[str, Format | None]:
 
 def format_of(settings: WeightConfig) -> Format:
     """The format that a configuration asks for."""
-    given = {name: getattr(settings, name) for name in SETTINGS[settings.format]}
-    chosen = {name: value for name, value in given.items() if value is not None}
+    chosen = {name: getattr(settings, name) for name in SETTINGS[settings.format]}
     return formats.of({"format": settings.format.name, **chosen})
 
 

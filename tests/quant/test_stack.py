@@ -196,6 +196,17 @@ for N, O, I, K, R in [(2, 70, 100, 4, 5), (1, 64, 64, 16, 20), (2, 33, 130, 2, 1
         operands = {"lut": lut[n].double(), "A": A[n].double(), "B": B[n].double()}
         exact = Table(2, R).gradients(grad[n].double(), index[n], operands)
         assert all(torch.allclose(x[n].double(), y, atol=1e-3) for x, y in zip(found, exact.values()))
+# and a stack gives them what they take
+from tests.quant import test_stack as plain
+Table.kernels = lambda self, device: table_kernels
+stack = plain.stack_of(plain.layers(2, 70, 100, 2, 5))
+grads = torch.randn(1, 2, 70, 100, generator=draw)
+plain.train(stack, grads)
+for n, layer in enumerate(stack.layers):
+    parts, weight = plain.exact(layer)
+    assert torch.allclose(layer.dense.double(), weight, atol=1e-4)
+    (weight * grads[0, n].double()).sum().backward()
+    assert all(torch.allclose(layer.get_parameter(name).grad.double(), x.grad, atol=2e-2) for name, x in parts.items())
 """
 
 

@@ -1,7 +1,9 @@
 """What layers are written in: every format has settings of its own, and those of another one would do nothing."""
 
 from collections.abc import Iterator
+from dataclasses import fields
 
+from qat.cli.schema import written
 from qat.config import SETTINGS, Config, WeightConfig
 from qat.errors import ConfigError
 
@@ -14,15 +16,15 @@ def check(config: Config) -> None:
     """
     for key, given in _kinds(config):
         own, name = SETTINGS[given.format], given.format.name
-        for setting in ("rank", "group", "shifts"):
-            value = getattr(given, setting)
-            if setting not in own and value is not None:
+        for field in fields(given):
+            value, where = getattr(given, field.name), f"{key}.{field.name}"
+            if field.name in own and value is None:
+                raise ConfigError(f"{where} is missing: {key}.format={name} needs it")
+            if field.name not in (*own, "format") and value != field.default:
                 raise ConfigError(
-                    f"{key}.{setting}={str(value).lower()}: means nothing to {key}.format={name}, which has"
-                    f" {', '.join(own)}; set it to null"
+                    f"{where}={written(value)}: means nothing to {key}.format={name}, which has {', '.join(own)}:"
+                    f" {where}={written(field.default)}"
                 )
-            if setting in own and value is None and setting != "shifts":
-                raise ConfigError(f"{key}.{setting} is missing: {key}.format={name} needs it")
 
 
 def _kinds(config: Config) -> Iterator[tuple[str, WeightConfig]]:
