@@ -31,7 +31,7 @@ from qat.console import size
 from qat.convert.convert import STACK_BYTES, stacks
 from qat.data import mix
 from qat.errors import ConfigError
-from qat.generation.memory import elements
+from qat.generation.memory import elements, number
 from qat.machine import Machine
 from qat.quant.layers import Layer
 
@@ -84,11 +84,9 @@ class Shapes:
     def of(cls, model: nn.Module, config: PreTrainedConfig) -> "Shapes":
         """Those of a model, which needs no memory behind it; what its configuration does not tell counts as none."""
         text: Any = config.get_text_config()
-        hidden, inner, depth = (
-            int(getattr(text, name, None) or 0) for name in ("hidden_size", "intermediate_size", "num_hidden_layers")
-        )
-        plain = hidden and depth and getattr(text, "num_attention_heads", None)
-        remembered = elements(text) if plain else 0
+        names = ("hidden_size", "intermediate_size", "num_hidden_layers")
+        hidden, inner, depth = (number(text, name) for name in names)
+        remembered = elements(text) if number(text, "num_attention_heads") else 0
         weights = sum(parameter.numel() for parameter in model.parameters())
         stored = getattr(config, "dtype", None)
         return cls(weights, stored is torch.float32, int(text.vocab_size), hidden, inner, depth, remembered)

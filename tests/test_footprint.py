@@ -6,6 +6,8 @@ import psutil
 import pytest
 import torch
 import transformers
+from torch import nn
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from qat import capacity, checkpoints, footprint
 from qat.cache.reader import CacheReader
@@ -176,3 +178,17 @@ def test_a_stage_that_makes_no_student_needs_no_job(config, large, stage):
     model, shape = large
     other = replace(config, stage=type(config.stage)[stage])
     assert all(count > GB for count in needed(other, Shapes.of(model, shape), []).values())
+
+
+def test_a_configuration_may_say_something_else_of_each_layer():
+    """Or nothing at all: what holds for no whole model counts as none, whatever the architecture."""
+    looked_at = 0
+    for kind in MODEL_FOR_CAUSAL_LM_MAPPING:
+        try:
+            config = kind()
+            config.get_text_config()
+        except ValueError:  # no model without settings of its own, or of more than one text
+            continue
+        shapes, looked_at = Shapes.of(nn.Linear(2, 3), config), looked_at + 1
+        assert shapes.weights == 9 and min(shapes.hidden, shapes.inner, shapes.depth, shapes.remembered) >= 0
+    assert looked_at > 150

@@ -30,14 +30,23 @@ FILL, DECODE = "qat_fill", "qat_decode"
 def elements(config: PreTrainedConfig) -> int:
     """Numbers that all layers together hold of one token."""
     heads, width = _shape(config)
-    return 2 * config.num_hidden_layers * heads * width
+    return 2 * number(config, "num_hidden_layers") * heads * width
+
+
+def number(config: PreTrainedConfig, name: str) -> int:
+    """A number of a configuration that holds for all layers; 0 where it has none, or one for each layer."""
+    try:
+        value = getattr(config, name, None)
+    except RuntimeError:  # as transformers raises of what differs among layers
+        return 0
+    return value if isinstance(value, int) else 0
 
 
 def _shape(config: PreTrainedConfig) -> tuple[int, int]:
     """Key-value heads and dimensions of a head."""
-    heads = getattr(config, "num_attention_heads", 1)
-    width = getattr(config, "head_dim", None) or config.hidden_size // heads
-    return getattr(config, "num_key_value_heads", None) or heads, width
+    heads = number(config, "num_attention_heads") or 1
+    width = number(config, "head_dim") or number(config, "hidden_size") // heads
+    return number(config, "num_key_value_heads") or heads, width
 
 
 class Memory:
