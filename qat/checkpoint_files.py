@@ -8,7 +8,7 @@ from pathlib import Path
 from qat.artifacts import MANIFEST, read_manifest
 from qat.errors import ArtifactError
 from qat.identities import RESULT
-from qat.report.records import Record, read
+from qat.records import Record, read
 
 # What the V2 scripts call a state dict, the one to take first.
 STATE_DICTS = ("best_state_dict.pt", "model_state_dict.pt", "final_state_dict.pt", "last_state_dict.pt")

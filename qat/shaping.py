@@ -5,10 +5,11 @@ with all ask here, so that a key which shapes a result can be forgotten nowhere.
 """
 
 from collections.abc import Iterator
-from dataclasses import Field, fields, is_dataclass
-from typing import Any, get_args, get_type_hints
+from dataclasses import fields, is_dataclass
+from typing import Any
 
-from qat.config import NEUTRAL, OF_STAGE, Config, as_plain
+from qat.config import Config, as_plain
+from qat.config.keys import hints, required, said
 
 
 def shaping(section: Any) -> dict[str, Any]:
@@ -17,8 +18,8 @@ def shaping(section: Any) -> dict[str, Any]:
     That is what is neutral, and of a whole configuration the sections that belong to another stage than its own.
     """
     stage = getattr(section, "stage", None)
-    own = [field for field in fields(section) if field.metadata.get(OF_STAGE, stage) is stage]
-    return {field.name: _plain(getattr(section, field.name)) for field in own if not _is_neutral(field)}
+    own = [field for field in fields(section) if said(field).stage in (None, stage) and not said(field).neutral]
+    return {field.name: _plain(getattr(section, field.name)) for field in own}
 
 
 def flat(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -35,10 +36,9 @@ def is_neutral(name: str) -> bool:
     section: Any = Config
     for part in name.split("."):
         found = next((field for field in fields(section) if field.name == part), None)
-        if found is None or _is_neutral(found):
+        if found is None or said(found).neutral:
             return found is not None
-        hint = get_type_hints(section)[part]
-        section = next(iter(get_args(hint)), hint)
+        section = required(hints(section)[part])
         if not is_dataclass(section):
             break
     return False
@@ -48,7 +48,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, list):
         return [_plain(one) for one in value]
     return shaping(value) if is_dataclass(value) else as_plain(value)
-
-
-def _is_neutral(field: "Field[Any]") -> bool:
-    return bool(field.metadata.get(NEUTRAL))

@@ -21,9 +21,9 @@ from qat.config import Config
 from qat.errors import ArtifactError, ConfigError, MissingError
 from qat.identities import PLAN, RESOLVED, RESULT, claim_run, claim_sweep, note
 from qat.plans import Job
+from qat.records import Record, read
 from qat.report.markdown import code, plain
 from qat.report.markdown import table as rendered
-from qat.report.records import Record, read
 from qat.shaping import shaping
 
 WAITING = "not started"

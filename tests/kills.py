@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from qat import transfer
 from qat.artifacts import MANIFEST, open_artifact
 from qat.errors import QatError
 from qat.store import names as store_names
-from qat.store import transfer
 from qat.store.places import Place
 from tests.killing import Killed
 from tests.launching import Launch
@@ -138,7 +138,7 @@ def _is_scratch(path: Path) -> bool:
     if not path.name.startswith("."):
         empty = path.is_dir() and path.name.startswith("sweep-") and not any(path.iterdir())
         return empty or bool(re.search(r"partial|\.tmp|scratch", path.name))
-    note = re.fullmatch(r"\.(.+)\.(lock|checked)", path.name)
+    note = re.fullmatch(r"\.(.+)\.(lock|checked|looked_at)", path.name)
     kept = note is not None and (path.with_name(note[1]).exists() or note[2] == "lock")
     return path.name not in (*HIDDEN, ".lock") and not kept
 

@@ -13,12 +13,11 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from qat import faults, runs
+from qat import faults, records, runs
 from qat.artifacts import hashed, open_artifact, publish
 from qat.config import Config, ModeConfig, QuantConfig, TrackerConfig, TrackerKind
 from qat.distill import step
 from qat.errors import MachineError
-from qat.report import records
 from tests.launching import Launch
 
 TINY = ("+debug=tiny", "quant=q2a16", "data.documents=64", "instance.precision=fp32", "evaluate.sample_tokens=1")

@@ -21,6 +21,8 @@ from tests.killing import killed
 SAMPLE = 3  # operations of a run
 FILES = {"a.safetensors", "b.txt"}
 
+WHOSE = {"run_id": "SR-001", "started": "then"}
+
 
 def fill(folder, says=1.0):
     """Two files, of which one is there already where somebody was killed."""
@@ -87,7 +89,7 @@ def test_a_checkpoint_is_the_older_or_the_newer_one_wherever_its_writer_is_kille
 
 def test_the_newest_state_is_whole_wherever_its_writer_is_killed(tmp_path):
     def save(folder, *steps):
-        states = States(folder, keep=1)
+        states = States(folder, 1, WHOSE)
         for step in steps:
             states.save(State(step, {"step": torch.tensor(step)}, {}))
         states.wait()
@@ -96,7 +98,7 @@ def test_the_newest_state_is_whole_wherever_its_writer_is_killed(tmp_path):
         folder = tmp_path / str(number)
         save(folder, 1)
         going = killed(lambda folder=folder: save(folder, 2), [folder], number, tmp_path)
-        newest = States(folder, keep=1).newest()
+        newest = States(folder, 1, WHOSE).newest()
         assert newest is not None and newest.tensors["step"] == newest.step in (1, 2)
         for path in folder.glob("state-*"):
             open_artifact(path)

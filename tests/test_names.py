@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from qat import identities, names
+from qat import identities, names, records
 from qat.checkpoint_files import find
 from qat.config import CacheConfig, CheckpointConfig, Config, DataConfig, DataSource
 from qat.errors import ArtifactError, ConfigError
-from qat.report import log, records
+from qat.report import log
 from tests import described
 from tests.report.synthetic import write
 

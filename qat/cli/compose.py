@@ -3,7 +3,6 @@
 import copy
 import os
 import re
-from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +26,7 @@ from yaml import YAMLError
 
 from qat.cli import recorded, schema, sections, trusted, words
 from qat.config import CONF, Config, Stage
+from qat.config.keys import values
 from qat.errors import ConfigError
 from qat.names import settled
 from qat.suggest import did_you_mean, hint, named
@@ -119,12 +119,9 @@ def typed(composed: DictConfig) -> Config:
     config.outputs = os.path.expanduser(config.outputs)
     if config.stage is not Stage.pull:  # which looks for names elsewhere
         config.checkpoint = settled(config.checkpoint, Path(config.outputs))
-    # YAML's and Hydra's false arrives as "False".
-    config.data.thinking = config.data.thinking.lower()
-    for part in config.data.parts:
-        part.thinking = part.thinking and part.thinking.lower()
-    config.instance.compile = config.instance.compile.lower()
-    config.instance.checkpointing = config.instance.checkpointing.lower()
+    for found in values(config):
+        if found.said.words and found.value:  # YAML's and Hydra's false arrives as "False"
+            setattr(found.owner, found.field.name, found.value.lower())
     return config
 
 
@@ -166,8 +163,7 @@ def _wrong_type(key: str, reason: str) -> str:
     quoted = re.search(r"[Vv]alue '(.*?)'", reason)
     if known is None or quoted is None:
         return f"{key}: {reason[:1].lower()}{reason[1:]}"
-    names = {choice.name: choice.value for choice in known.type} if issubclass(known.type, Enum) else {}
-    return f"{key}={quoted[1]}: expected {known.kind()}{hint(named(quoted[1], names))}"
+    return f"{key}={quoted[1]}: expected {known.kind()}{hint(named(quoted[1], known.words()))}"
 
 
 def _search_path(flags: dict[str, Any]) -> ConfigSearchPath:

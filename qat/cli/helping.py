@@ -1,14 +1,12 @@
-"""The --help pages, put together from `conf/` and the comments in `qat/config.py`."""
+"""The --help pages, put together from `conf/` and what keys say in `qat/config/`."""
 
 from collections.abc import Iterator
-from enum import Enum
 from pathlib import Path
 
 from omegaconf import MISSING, OmegaConf
 
 from qat.cli import schema
 from qat.cli.schema import Key
-from qat.cli.validate import BOUNDS
 from qat.config import CONF, Stage
 from qat.errors import ConfigError
 from qat.suggest import did_you_mean
@@ -78,12 +76,6 @@ def below(section: str) -> list[Key]:
     return [key for key in found if key.name != f"{section}.name"]
 
 
-def takes(key: Key) -> str:
-    """What values a key takes: `a number, above 0`."""
-    bound = BOUNDS.get(key.name)
-    return f"{key.kind()}, {bound}" if bound else key.kind()
-
-
 def _stages() -> Iterator[str]:
     for stage in Stage:
         yield f"  stage={stage.name:<12} {stage.value}"
@@ -141,10 +133,11 @@ def _about(topic: str) -> Iterator[str]:
 
 def _value(key: Key) -> Iterator[str]:
     """A key with what it takes: in brackets after its comment, or one line for each of its words."""
-    if issubclass(key.type, Enum):
+    words = key.words()
+    if any(words.values()):
         yield f"  {key.name}: {key.comment}"
-        for choice in key.type:
-            mark = "*" if key.default is choice else " "
-            yield f"   {mark} {choice.name:<16} {choice.value}"
+        for word, meaning in words.items():
+            mark = "*" if schema.written(key.default) == word else " "
+            yield f"   {mark} {word:<16} {meaning}"
     else:
-        yield f"{_line(key)} ({takes(key)})"
+        yield f"{_line(key)} ({key.takes()})"

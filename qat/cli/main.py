@@ -16,6 +16,7 @@ from qat import sweeps
 from qat.cli import (
     arguments,
     checkpoints,
+    checks,
     completion,
     job,
     overrides,
@@ -25,9 +26,9 @@ from qat.cli import (
     resume,
     streams,
     sweeping,
-    validate,
 )
 from qat.cli.arguments import CommandLine
+from qat.cli.checks.outputs import check_folder
 from qat.cli.compose import MISTAKES, Composer, explain, typed
 from qat.cli.folders import claim
 from qat.cli.helping import page
@@ -191,7 +192,7 @@ def _check_sweep(command: CommandLine, parsed: list[Override], composer: Compose
 def _check_job(command: CommandLine, job: list[str], composer: Composer) -> Config:
     config = typed(composer.compose(job))
     if command.starts_jobs:  # a configuration may be looked at before it is complete
-        validate.check(config)
+        checks.check(config)
         _check_tasks(config, command)
         resume.check(config)
         if config.run.resume and command.multirun:
@@ -223,7 +224,7 @@ def _named_folder(of: str, command: CommandLine, parsed: list[Override], compose
         raise ConfigError(f"{key}: {explain(error)}") from error
     finally:
         holder.cfg = None
-    validate.check_folder(key, folder)
+    check_folder(key, folder)
     return Path(folder)
 
 

@@ -1,10 +1,9 @@
-"""`docs/CONFIG.md`, written from `qat/config.py` and `conf/`: `python -m qat.cli.reference`.
+"""`docs/CONFIG.md`, written from `qat/config/` and `conf/`: `python -m qat.cli.reference`.
 
 A test compares the file with what is written here, so it cannot fall behind.
 """
 
 from collections.abc import Iterable, Iterator
-from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ FILE = Path(__file__).resolve().parents[2] / "docs" / "CONFIG.md"
 INTRO = """\
 # Configuration
 
-Written by `python -m qat.cli.reference` from the schemas in `qat/config.py` and the options in `conf/`; change those.
+Written by `python -m qat.cli.reference` from the schemas in `qat/config/` and the options in `conf/`; change those.
 `python launch.py --help` says the same in a terminal, `--help quant train.lr` a part of it.
 
 Options are chosen (`quant=q2a4`), keys are set (`train.lr=3e-4`), and with `-m` either takes several values
@@ -93,13 +92,13 @@ def _flat(values: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
 
 
 def _keys(keys: Iterable[Key]) -> str:
-    rows = ((f"`{key.name}`", _default(key), helping.takes(key), _words(key)) for key in keys if not _is_decided(key))
+    rows = ((f"`{key.name}`", _default(key), key.takes(), _words(key)) for key in keys if not _is_decided(key))
     return _table(("key", "default", "takes", "is"), rows)
 
 
 def _is_decided(key: Key) -> bool:
     """True for what an option is: its source, format or backend, which nobody sets by hand."""
-    return key.default == MISSING and issubclass(key.type, Enum)
+    return key.default == MISSING and bool(key.words())
 
 
 def _default(key: Key) -> str:
@@ -108,9 +107,10 @@ def _default(key: Key) -> str:
 
 def _words(key: Key) -> str:
     """A key's comment, and what each of its words means."""
-    if not issubclass(key.type, Enum) or key.type is Stage:
+    words = key.words()
+    if key.type is Stage or not any(words.values()):
         return key.comment
-    return f"{key.comment}: " + "; ".join(f"`{choice.name}`, {choice.value}" for choice in key.type)
+    return f"{key.comment}: " + "; ".join(f"`{word}`, {meaning}" for word, meaning in words.items())
 
 
 def _table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:

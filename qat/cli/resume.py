@@ -7,7 +7,7 @@ from qat.cli import recorded
 from qat.config import Config, Stage, as_plain
 from qat.errors import ConfigError
 from qat.identities import RESULT, sweep
-from qat.report.records import Record, read
+from qat.records import Record, read
 from qat.shaping import flat, shaping
 
 
@@ -41,8 +41,8 @@ def is_complete(config: Config) -> bool:
 
 def conclude(config: Config) -> str:
     """Does for such a run what a kill right after its end left undone; returns what to say of it."""
+    from qat import transfer
     from qat.report import log as run_log
-    from qat.store import transfer
 
     record, outputs = _record(config), Path(config.outputs)
     sweep(outputs)

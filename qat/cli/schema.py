@@ -1,26 +1,20 @@
 """The keys of a run, read off the dataclasses in `qat.config`, so that nothing is listed twice."""
 
 import inspect
-import re
 from collections.abc import Iterator
 from dataclasses import MISSING as NO_DEFAULT
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import Field, dataclass, fields, is_dataclass
 from enum import Enum
 from functools import cache
-from types import NoneType
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any, get_origin
 
 from hydra.conf import HydraConf
 from hydra.core.config_store import ConfigStore
 
 from qat.config import Config
+from qat.config.keys import Said, hints, required, said
 
 EXTRAS = ("experiment", "debug")  # groups without a default: presets over several other groups
-
-_COMMENT = re.compile(r"^    (\w+): .*?  # (.+)$", re.MULTILINE)
-
-_NONE = re.compile(r"\bNone\b")  # as Python writes what is typed as null
-
 
 @dataclass(frozen=True)
 class Key:
@@ -29,7 +23,12 @@ class Key:
     name: str
     type: type
     default: Any
-    comment: str
+    said: Said
+
+    @property
+    def comment(self) -> str:
+        """What it is; of a section or a list of words without a comment, what its class says."""
+        return self.said.comment or _summary(self.type)
 
     @property
     def is_section(self) -> bool:
@@ -39,15 +38,25 @@ class Key:
     @property
     def is_group(self) -> bool:
         """True for a section that is chosen by option, as in `quant=q2a4`."""
-        return self.is_section and "." not in self.name and "name" in get_type_hints(self.type)
+        return self.is_section and "." not in self.name and "name" in hints(self.type)
+
+    def words(self) -> dict[str, str]:
+        """The only words it takes, each with what it means where that is said; none for numbers and free text."""
+        if issubclass(self.type, Enum):
+            return {choice.name: choice.value for choice in self.type}
+        return dict.fromkeys(self.said.words, "")
 
     def kind(self) -> str:
         """The type in words a user knows."""
-        if issubclass(self.type, Enum):
-            return "one of " + ", ".join(choice.name for choice in self.type)
-        words = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
-        words |= {list: "a list", Any: "text or a list of texts"}
-        return words.get(self.type, "a section of keys")
+        if words := self.words():
+            return "one of " + ", ".join(words)
+        known = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+        known |= {list: "a list", Any: "text or a list of texts"}
+        return known.get(self.type, "a section of keys")
+
+    def takes(self) -> str:
+        """The values it takes: `a number, above 0`."""
+        return ", ".join(filter(None, [self.kind(), str(self.said.bound)]))
 
 
 @cache
@@ -91,23 +100,6 @@ def hint(name: str) -> Any:
     return found
 
 
-def hints(section: Any) -> dict[str, Any]:
-    """The annotation of each field of a section, optional or not; none for what is no section."""
-    section = required(section)
-    return _hints(section) if hasattr(section, "__dataclass_fields__") else {}
-
-
-@cache
-def _hints(section: Any) -> dict[str, Any]:
-    return get_type_hints(section)
-
-
-def required(hint: Any) -> Any:
-    """`int` for `int | None`; anything else as it is."""
-    parts = [part for part in get_args(hint) if part is not NoneType]
-    return parts[0] if NoneType in get_args(hint) else hint
-
-
 @cache
 def register() -> None:
     """Makes the schemas known to Hydra, once: `schema` for a whole run, `schema/<group>` for one group."""
@@ -118,14 +110,17 @@ def register() -> None:
 
 
 def _walk(section: type, prefix: str) -> Iterator[Key]:
-    comments = dict(_COMMENT.findall(inspect.getsource(section)))
     for field in fields(section):
         kind = _kind(hints(section)[field.name])
-        default = None if field.default is NO_DEFAULT else field.default
-        comment = comments.get(field.name) or _summary(kind)
-        yield Key(prefix + field.name, kind, default, _NONE.sub("null", comment))
+        yield Key(prefix + field.name, kind, _default(field), said(field))
         if is_dataclass(kind):
             yield from _walk(kind, f"{prefix}{field.name}.")
+
+
+def _default(field: "Field[Any]") -> Any:
+    """What a key holds unless it is set; None for a section."""
+    made = field.default_factory() if field.default_factory is not NO_DEFAULT else field.default
+    return None if is_dataclass(made) else made
 
 
 def _kind(hint: Any) -> type:

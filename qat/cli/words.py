@@ -29,8 +29,6 @@ from omegaconf._utils import get_yaml_loader
 from qat.cli import bounded, schema, trusted
 from qat.config import CONF, Config
 
-PROSE = ("chat.prompt", "run.goal", "run.notes")  # sentences, in which a comma separates no values
-
 TEXT = "tag:yaml.org,2002:str"
 NULL = "tag:yaml.org,2002:null"
 
@@ -53,7 +51,7 @@ def quoted(override: str, swept: bool) -> str:
         plain, words = OverridesParser.create().parse_override(override)._value, _words(override)._value
     except (HydraException, RecursionError):
         return override
-    if isinstance(plain, Sweep | Glob) and name in PROSE and not swept:
+    if isinstance(plain, Sweep | Glob) and _is_prose(name) and not swept:
         found: Any = QuotedString(value, Quote.single)
     elif isinstance(plain, ChoiceSweep) and isinstance(words, ChoiceSweep):
         listed = [_element(hint, *pair) for pair in zip(plain.list, words.list, strict=True)]
@@ -133,6 +131,11 @@ def _hint(name: str, value: str) -> Any:
     """The type of a key; the option of a group is a word."""
     chosen = name in (*schema.groups(), *schema.EXTRAS) or name.startswith("hydra/")
     return str if chosen and not value.startswith("{") else schema.hint(name)
+
+
+def _is_prose(name: str) -> bool:
+    known = schema.keys().get(name)
+    return known is not None and known.said.prose
 
 
 def _element(hint: Any, plain: Any, words: Any) -> Any:

@@ -17,12 +17,13 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from qat.artifacts import Artifact, obtain
-from qat.config import DataConfig, DataSource, as_plain
+from qat.config import DataConfig, DataSource
 from qat.data import mix, selfgen, sources, texts
 from qat.data.tally import Tally
 from qat.errors import ArtifactError, ConfigError
 from qat.machine import Machine
 from qat.models import ModelFolder
+from qat.shaping import shaping
 
 FILE = "documents.jsonl"
 SPLITS = ("train", "eval")
@@ -78,7 +79,7 @@ def obtain_documents(data: DataConfig, teacher: ModelFolder, seed: int, machine:
 
     generated = any(part.source is DataSource.selfgen for part in chosen)
     inputs = {
-        "data": _shape(as_plain(data)),
+        "data": _shape(shaping(data)),
         "content": _content(chosen),
         "tokenizer": teacher.fingerprint + teacher.text,
         "seed": seed if generated else None,

@@ -22,7 +22,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from qat.artifacts import content_key, write_bytes
-from qat.config import DataConfig, Start, as_plain
+from qat.config import DataConfig, Start
 from qat.console import progress
 from qat.data import starts
 from qat.data.thinking import user_turn
@@ -31,6 +31,7 @@ from qat.generation import OwnWriter, Sampling, Writer, answers, bytes_a_row, wr
 from qat.machine import Machine
 from qat.models import ModelFolder
 from qat.seeds import mixed
+from qat.shaping import shaping
 
 PROMPTS_AT_ONCE = {"cpu": 64, "mps": 64, "cuda": 4096}
 SHARE = 0.25  # of a GPU's memory: the sources of a mixture write side by side
@@ -128,7 +129,7 @@ class _Author:
         batches = [prompts[first : first + rows] for first in range(0, len(prompts), rows)]
         # Other machines and other starts have other names: what they left is not taken for ours.
         machine = [self.machine.describe(), torch.__version__, compiled]
-        who = content_key([machine, prompts, seed, rows, as_plain(self.data)])
+        who = content_key([machine, prompts, seed, rows, shaping(self.data)])
         files = [self.scratch / f"{ANSWERS}{who}-{number:05d}.safetensors" for number in range(len(batches))]
         return _Plan(batches, files, rows, longest, compiled)
 

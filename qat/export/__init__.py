@@ -1,1 +1,1 @@
-"""Students in the formats of other tools; each module writes one of them and reads it back for comparison."""
+"""Students in the formats of other tools: a package each, which declares a format, writes it and reads it back."""

@@ -3,12 +3,13 @@
 from pathlib import Path
 from typing import Any
 
-from qat.config import ExportConfig, ExportFormat
+from qat.config import ExportConfig
+from qat.export.exporter import exporter
 from qat.export.source import Source
 from qat.quant.formats import Table
 from qat.quant.layers import KINDS
+from qat.records import Record
 from qat.report.markdown import code, plain, table
-from qat.report.records import Record
 
 FIGURES = {
     "kl": "KL(teacher‖student), whole vocabulary",
@@ -28,24 +29,6 @@ TRAINING = (
     ("train", "batch_size"),
     ("train", "lr"),
 )
-USE = {
-    ExportFormat.hf: """\
-```python
-from transformers import AutoModelForCausalLM
-model = AutoModelForCausalLM.from_pretrained("{folder}")
-```""",
-    ExportFormat.packed: """\
-```python
-import qat  # pip install qat-speedrun; registers the format with transformers
-from transformers import AutoModelForCausalLM
-model = AutoModelForCausalLM.from_pretrained("{folder}")  # device_map="cuda" keeps it packed on the GPU
-```""",
-    ExportFormat.anemll_v2: """\
-`best_state_dict.pt` and `config.json` are what the ANEMLL V2 scripts load; `python launch.py` reads them as
-`checkpoint={folder}`.""",
-    ExportFormat.coreml: """\
-Open the `.mlpackage` with Core ML; on a Mac, `python check.py` compares it with the recorded numbers.""",
-}
 
 
 def write(source: Source, folder: Path, settings: ExportConfig, parity: str) -> None:
@@ -56,7 +39,7 @@ def write(source: Source, folder: Path, settings: ExportConfig, parity: str) -> 
         f"# {plain(source.teacher.name)}, {plain(str(name))}",
         f"Exported as `{settings.name}` ({settings.dtype.name}). {parity}",
         "## Use",
-        USE[settings.format].format(folder=Path(str(settings.output)).name),
+        exporter(settings.format).use.format(folder=Path(str(settings.output)).name),
         *_bits(source.quant),
         *_table("Figures", "on text held apart from training", _figures(source.record)),
         *_table("Recipe", "of the run that made it", _recipe(source)),
@@ -65,7 +48,7 @@ def write(source: Source, folder: Path, settings: ExportConfig, parity: str) -> 
 
 
 def _front_matter(source: Source, settings: ExportConfig) -> str:
-    library = {ExportFormat.coreml: "coreml"}.get(settings.format, "transformers")
+    library = exporter(settings.format).library
     tables = any(isinstance(layer.format, Table) for layer in source.layers)
     tags = ["text-generation", *(["quantized"] if source.layers else []), *(["lookup-table"] if tables else [])]
     return "\n".join(["---", f"library_name: {library}", f"tags: [{', '.join(tags)}]", "---"])

@@ -17,7 +17,7 @@ from qat.machine import Machine
 from qat.models import ModelFolder
 from qat.quant.formats import Table
 from qat.quant.layers import Layer, summary
-from qat.report.records import Record, read
+from qat.records import Record, read
 
 CPU = torch.device("cpu")
 EXACT = Machine(CPU, torch.float32, 1)

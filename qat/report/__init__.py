@@ -1,6 +1,5 @@
 """What all runs below one outputs folder come to: the run log and the report.
 
-    records.py   reads results, metrics, samples and manifests, whatever state they are in
     log.py       RUNS.md, the run log
     page.py      report.html, one self-contained page, put together from page.html, page.css and page.js
 

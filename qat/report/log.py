@@ -4,12 +4,12 @@ import logging
 from collections.abc import Iterator
 from pathlib import Path
 
-from qat import provenance
+from qat import provenance, records
 from qat.console import duration
 from qat.names import called, registered
-from qat.report import generate, looks, records
+from qat.records import LOSSES, Record
+from qat.report import generate, looks
 from qat.report.markdown import NOTHING, code, plain, table
-from qat.report.records import LOSSES, Record
 
 log = logging.getLogger(__name__)
 

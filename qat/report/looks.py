@@ -3,9 +3,9 @@
 from collections.abc import Iterator
 
 from qat.console import duration
+from qat.records import Record
 from qat.report.markdown import NOTHING, code, plain
 from qat.report.markdown import table as rendered
-from qat.report.records import Record
 
 FIGURES = {"kl": "full KL", "kd_loss": "KD loss", "perplexity": "perplexity"}
 HEADER = ("run", "stage", "status", "of", "result", "time", "folder")

@@ -10,8 +10,9 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from qat.report import generate, records
-from qat.report.records import Record
+from qat import records
+from qat.records import Record
+from qat.report import generate
 from qat.shown import shown
 
 FILE = "report.html"

@@ -13,12 +13,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 
-from qat import faults, identities, sweeps
+from qat import faults, identities, sweeps, transfer
 from qat.config import Config, Stage
 from qat.errors import MachineError, NumericsError, QatError, RankError
 from qat.report import log as run_log
 from qat.runs import RESULT, UNRECORDED, Run
-from qat.store import transfer
 
 log = logging.getLogger(__name__)
 

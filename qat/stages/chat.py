@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from qat import checkpoints, machine, models
+from qat import checkpoints, machine, models, transfer
 from qat.config import Config
 from qat.console import console
 from qat.data.asking import begun, takes_questions
@@ -21,7 +21,6 @@ from qat.models import ModelFolder, tokenizers
 from qat.quant.linear import baked
 from qat.stages import limits
 from qat.stages.workspace import start_folder
-from qat.store import transfer
 
 
 @dataclass

@@ -12,7 +12,7 @@ from qat import checkpoints, manifests, plots
 from qat.artifacts import Artifact, obtain, require
 from qat.cache.batch import Batch
 from qat.cache.reader import CacheReader
-from qat.config import Config, as_plain
+from qat.config import Config
 from qat.console import console, table
 from qat.convert.convert import convert, install
 from qat.evaluate import Metrics, evaluate
@@ -20,6 +20,7 @@ from qat.models import linear
 from qat.quant.layers import KINDS, Layer, bits_per_weight, recorded, select, summary, told
 from qat.quant.linear import QuantLinear, kept, quantized
 from qat.runs import Run
+from qat.shaping import shaping
 from qat.stages import cache
 from qat.stages.workspace import Workspace, open_workspace, start_folder
 
@@ -42,7 +43,7 @@ def make(work: Workspace, outputs: Artifact) -> Artifact:
         "cache": outputs.key,
         "quant": recorded(config.quant),
         "kmeans": config.kmeans.backend.name,
-        "convert": {key: value for key, value in as_plain(config.convert).items() if key != "name"},
+        "convert": {key: value for key, value in shaping(config.convert).items() if key != "name"},
         "checkpoint": checkpoints.identity(start) if start else None,
     }
     name = f"{work.teacher.name}_{config.quant.name}_init"

@@ -32,7 +32,7 @@ def main(config: Config, run: Run) -> None:
     """`stage=distill`: trains a given checkpoint."""
     work = open_workspace(config, run)
     start = start_folder(config.checkpoint)
-    assert start is not None  # as qat.cli.validate sees to
+    assert start is not None  # as qat.cli.checks sees to
     make(work, cache.make(work), start)
     if run.result["verdict"]:
         log.warning("%s is %s", run.result["run_id"], run.result["verdict"])

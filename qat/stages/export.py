@@ -6,9 +6,10 @@ from types import ModuleType
 from typing import Any
 
 from qat.artifacts import publish
-from qat.config import Config, ExportFormat
+from qat.config import Config
 from qat.console import console
 from qat.export import card, parity
+from qat.export.exporter import exporter
 from qat.export.source import Source, open_source
 from qat.runs import Run
 from qat.stages.workspace import Workspace, open_workspace, start_folder
@@ -19,7 +20,7 @@ KIND = "export"
 def main(config: Config, run: Run) -> None:
     """`stage=export`."""
     work = open_workspace(config, run)
-    writer = importlib.import_module(f"qat.export.{config.export.format.name}")
+    writer = importlib.import_module(f"qat.export.{config.export.format}.writer")
     folder = Path(str(config.export.output)).expanduser()
     with work.timed("export"):
         source = open_source(work.teacher, start_folder(config.checkpoint))
@@ -36,18 +37,16 @@ def make(work: Workspace, writer: ModuleType, source: Source, folder: Path) -> N
     settings = work.config.export
     described: dict[str, Any] = {
         "kind": KIND,
-        "format": settings.format.name,
+        "format": settings.format,
         "model": source.teacher.name,
         "quant": source.quant,
     }
     with publish(folder, described) as (scratch, manifest):
         writer.write(source, scratch, settings)
         made = writer.read(source, scratch)
-        rows = parity.prompts(source.teacher)
-        if settings.format is ExportFormat.coreml:
-            # It is computed token by token in numpy: one prompt takes as long there as all do elsewhere. Of a long
-            # one what its key-value cache holds is computed.
-            rows = [rows[0][:, : settings.context]]
+        form = exporter(settings.format)
+        longest = settings.context if form.bounded else None
+        rows = [row[:, :longest] for row in parity.prompts(source.teacher)[: form.samples]]
         error = parity.check(source.model, made, rows, writer.rounding(settings))
         manifest["parity"] = error
         work.run.result["metrics"]["parity"] = error

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from qat import manifests
 from qat.artifacts import Artifact, obtain, require
-from qat.config import CheckpointConfig, FirstConfig, as_plain
+from qat.config import CheckpointConfig, FirstConfig
 from qat.shaping import shaping
 from qat.stages import convert, distill
 from qat.stages.workspace import Workspace
@@ -24,8 +24,8 @@ def make(work: Workspace, outputs: Artifact, first: FirstConfig) -> Path:
     inputs = {
         "start": start.key,
         "cache": outputs.key,
-        "mode": as_plain(first.mode),
-        "loss": as_plain(earlier.loss),
+        "mode": shaping(first.mode),
+        "loss": shaping(earlier.loss),
         "train": shaping(first.train),
         "seed": earlier.seed,
     }

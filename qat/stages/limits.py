@@ -5,10 +5,11 @@ from pathlib import Path
 
 from qat import checkpoints, footprint
 from qat.checkpoint_files import find
-from qat.config import Config, DataSource, ExportFormat, Stage, as_plain
+from qat.config import Config, DataSource, Stage, as_plain
 from qat.data import mix
 from qat.distill.parameters import LATENT, NORMS
 from qat.errors import ConfigError
+from qat.export.exporter import exporter
 from qat.footprint import Job, Shapes
 from qat.machine import Machine
 from qat.models import ModelFolder
@@ -51,7 +52,7 @@ def _lengths(config: Config) -> Iterator[tuple[str, int]]:
     stage = config.stage
     if stage is Stage.chat:
         yield "chat.max_tokens", config.chat.max_tokens
-    if stage is Stage.export and config.export.format is ExportFormat.coreml:
+    if stage is Stage.export and exporter(config.export.format).bounded:
         yield "export.context", config.export.context
     if stage is Stage.evaluate and config.evaluate.text:
         yield "evaluate.context", config.evaluate.context

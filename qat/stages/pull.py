@@ -2,13 +2,12 @@
 
 from pathlib import Path
 
-from qat import names
+from qat import names, transfer
 from qat.config import Config
 from qat.console import console
 from qat.errors import MissingError
 from qat.report import log as run_log
 from qat.store import names as store_names
-from qat.store import transfer
 from qat.store.places import Entry, Place, open_place
 from qat.suggest import did_you_mean
 

@@ -2,13 +2,12 @@
 
 from pathlib import Path
 
-from qat import names
+from qat import names, transfer
 from qat.artifacts import MANIFEST, read_manifest
 from qat.checkpoint_files import STATE_DICTS, find
 from qat.config import Config
 from qat.console import console
-from qat.report.records import read
-from qat.store import transfer
+from qat.records import read
 from qat.store.places import open_place
 
 

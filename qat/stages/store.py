@@ -5,7 +5,7 @@ from pathlib import Path
 from qat import names
 from qat.config import Config
 from qat.console import console, size
-from qat.report.records import LOSSES, Record, manifests
+from qat.records import LOSSES, Record, manifests
 from qat.store.names import is_offered, own
 from qat.store.places import Entry, open_place
 

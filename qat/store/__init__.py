@@ -3,7 +3,6 @@
     names.py      what a store calls things, and where they lie once they are pulled
     places.py     a store as a folder of files: a mounted Drive, a bucket, a hub repository
     archives.py   packing, and unpacking as if every archive were hostile
-    transfer.py   pull, push and mirror: checksums, retries, verify, then rename
 
-Nothing here imports torch, and nothing here reads a checkpoint: it only moves files.
+Pulling and pushing is `qat.transfer`. Nothing here imports torch or reads a checkpoint.
 """

@@ -7,7 +7,8 @@ from operator import attrgetter
 
 import pytest
 
-from qat.cli import arguments, main, validate
+from qat.cli import arguments, checks, main
+from qat.cli.checks import evaluate
 from qat.errors import ConfigError, QatError
 from tests.described import CACHE
 
@@ -237,11 +238,11 @@ def valid():
 @pytest.mark.parametrize(("key", "value", "hint"), VALUES)
 def test_value_out_of_range(key, value, hint, valid, here):
     config = copy.deepcopy(valid)
-    validate.check(config)
+    checks.check(config)
     section, _, name = key.rpartition(".")
     setattr(attrgetter(section)(config) if section else config, name, value)
     with pytest.raises(ConfigError, match=re.escape(f"{key}={value}: must be ") + ".*" + hint):
-        validate.check(config)
+        checks.check(config)
 
 
 @pytest.fixture
@@ -274,7 +275,9 @@ def test_mistake_is_one_helpful_line(line, hint, littered, capfd):
     assert sorted(littered.rglob("*")) == before
 
 
-@pytest.mark.parametrize("line", ["trian.lr=1", "--foo", "-m train.lr=1,0"])
+@pytest.mark.parametrize(
+    "line", ["trian.lr=1", "--foo", "-m train.lr=1,0", "stage=export export=packed export.output=new"]
+)
 def test_mistake_in_a_process(line, launch_alone, here):
     done = launch_alone(*line.split())
     assert done.code == 2
@@ -299,6 +302,6 @@ def test_a_run_to_compare_with_is_guessed_from_those_there(checkpoint, here):
     ],
 )
 def test_tasks_need_their_package_and_their_files(there, line, says, here, monkeypatch):
-    monkeypatch.setattr(validate.importlib.util, "find_spec", lambda name: object() if there else None)
+    monkeypatch.setattr(evaluate.importlib.util, "find_spec", lambda name: object() if there else None)
     with pytest.raises(QatError, match=re.escape(says)):
         main.check(arguments.parse(["stage=evaluate", line]))

@@ -11,8 +11,8 @@ import torch
 from qat import checkpoints
 from qat.artifacts import MANIFEST, hashed
 from qat.checkpoints.own import adopt
-from qat.config import ExportConfig, ExportFormat, ExportType
-from qat.export import packed
+from qat.config import ExportConfig, ExportType
+from qat.export.packed import writer as packed
 from qat.export.source import Source
 from tests import tiny
 from tests.checkpoints.conftest import Variant, write
@@ -30,7 +30,7 @@ def good(teacher, cache, tmp_path_factory) -> Path:
     record = {"run_id": "SR-001", "status": "complete", "stage": "run", "metrics": {"kl": 0.5}, "paths": {}}
     (run / "result.json").write_text(json.dumps(record))
     write(Variant(), teacher, folder / "v2" / "best_state_dict.pt")
-    settings = ExportConfig(name="packed", format=ExportFormat.packed, dtype=ExportType.fp32)
+    settings = ExportConfig(name="packed", format="packed", dtype=ExportType.fp32)
     source = Source(teacher, student, manifest)
     (folder / "packed").mkdir()
     packed.write(source, folder / "packed", settings)

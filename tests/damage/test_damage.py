@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from qat import checkpoints, models, names
+from qat import checkpoints, models, names, records
 from qat.artifacts import MANIFEST
 from qat.cache.format import META
 from qat.cache.local import open_local
@@ -26,7 +26,6 @@ from qat.data.tally import Tally
 from qat.distill.state import State, States
 from qat.errors import QatError
 from qat.models import gguf_header, reading, tokenizers
-from qat.report import records
 from qat.store import archives
 from qat.store.archives import Caps
 from tests import tiny
@@ -350,7 +349,8 @@ def test_packed_exports(good, copies):
 
 def test_states_of_training(tmp_path):
     folder = tmp_path / "checkpoints"
-    states = States(folder, keep=2)
+    whose = {"run_id": "SR-001", "started": "then"}
+    states = States(folder, 2, whose)
     for step in (1, 2):
         states.save(State(step, {"parameter.x": torch.full((8,), float(step))}, {"logged": step, "loss_best": 0.5}))
     states.wait()
@@ -363,7 +363,7 @@ def test_states_of_training(tmp_path):
             (newest / MANIFEST).write_bytes(mutations.json_text(said, dice))
         else:
             mutations.safetensors(newest / "state.safetensors", dice)
-        trial(lambda: States(tmp_path / "copy", 2).newest().step, f"state {number}", free=True)
+        trial(lambda: States(tmp_path / "copy", 2, whose).newest().step, f"state {number}", free=True)
     assert trial.taken == 40  # of a damaged one the one before is taken
 
 

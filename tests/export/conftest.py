@@ -15,7 +15,6 @@ from qat.config import (
     CheckpointConfig,
     Config,
     ExportConfig,
-    ExportFormat,
     ExportType,
     InstanceConfig,
     ModelConfig,
@@ -74,7 +73,7 @@ def export(tmp_path):
             checkpoint=CheckpointConfig(name="local", path=checkpoint and str(checkpoint)),
             instance=InstanceConfig(name="cpu"),
             tracker=TrackerConfig(name="none", kind=TrackerKind.none),
-            export=ExportConfig(name, ExportFormat[name], ExportType[dtype], output=str(folder), **changes),
+            export=ExportConfig(name, name, ExportType[dtype], output=str(folder), **changes),
         )
         record = tmp_path / f"SR-{len(list(tmp_path.glob('SR-*'))) + 1:03d}"
         record.mkdir()

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from qat import checkpoints
-from qat.export import anemll_v2
+from qat.export.anemll_v2 import writer as anemll_v2
 from qat.export.source import open_source
 from qat.quant.linear import quantized
 from tests import tiny

@@ -8,7 +8,7 @@ import transformers
 pytest.importorskip("coremltools", reason="the extra `coreml` is not installed")
 
 from qat.errors import ArtifactError, UnavailableError
-from qat.export import coreml
+from qat.export.coreml import writer as coreml
 from qat.export.coreml.interpreter import Interpreted
 from qat.export.coreml.program import Decoder
 from qat.quant.linear import quantized

@@ -7,7 +7,8 @@ from transformers import AutoTokenizer
 
 from qat.artifacts import open_artifact
 from qat.errors import ArtifactError, NumericsError
-from qat.export import hf, parity
+from qat.export import parity
+from qat.export.hf import writer as hf
 from qat.quant.linear import quantized
 from tests.checkpoints.conftest import Variant, write
 from tests.export.conftest import IDS

@@ -4,7 +4,7 @@ import struct
 import pytest
 import torch
 
-from qat.export import packed
+from qat.export.packed import writer as packed
 from qat.packed.linear import PackedLinear
 from qat.quant import packing
 from qat.quant.formats import Table

@@ -1,5 +1,5 @@
 import copy
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -12,9 +12,10 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from qat.config import QuantConfig, WeightConfig
+from qat.config.keys import key
 from qat.errors import ConfigError
 from qat.quant.formats import Table
-from qat.quant.layers import bits_per_weight, select, summary
+from qat.quant.layers import bits_per_weight, recorded, select, summary
 
 
 @cache
@@ -204,3 +205,13 @@ def test_a_model_without_such_layers_is_refused_with_the_names_that_it_has(kind)
     told = r"quant=q2a4 finds no layer .*gate_proj.* but (transformer\.h|gpt_neox\.layers)\.\*"
     with pytest.raises(ConfigError, match=told):
         select(skeleton(kind, hidden_size=8), preset("q2a4"))
+
+
+def test_what_shapes_no_student_is_not_recorded():
+    @dataclass
+    class Hasty(QuantConfig):
+        threads: int = key(1, "that fit at once", low=1, neutral=True)
+
+    plain = QuantConfig("q2a16", mlp=WeightConfig(2, 32))
+    assert recorded(Hasty("q2a16", mlp=WeightConfig(2, 32), partial=True, threads=8)) == recorded(plain)
+    assert recorded(plain) == {"name": "q2a16", "mlp": {"bits": 2, "rank": 32}, "attn": None}

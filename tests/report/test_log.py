@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from qat.report import log, records
+from qat import records
+from qat.report import log
 from qat.stages.evaluate import samples
 from tests.report import synthetic
 

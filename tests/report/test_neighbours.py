@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from qat import bounded, names, plots, sweeps
+from qat import bounded, names, plots, records, sweeps
 from qat.cli import completion
 from qat.errors import QatError
 from qat.identities import claim_run, claim_sweep, places
-from qat.report import log, page, records
+from qat.report import log, page
 from qat.shown import shown
 from tests.report import synthetic
 

@@ -8,7 +8,8 @@ import subprocess
 
 import pytest
 
-from qat.report import page, records
+from qat import records
+from qat.report import page
 from qat.shown import shown as seen
 from tests.report import synthetic
 

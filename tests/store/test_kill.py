@@ -7,10 +7,10 @@ import shutil
 
 import pytest
 
-from qat import scratch
+from qat import scratch, transfer
 from qat.config import StoreConfig, StoreKind
 from qat.errors import ArtifactError, MachineError
-from qat.store import names, transfer
+from qat.store import names
 from qat.store.places import Place
 from tests.killing import killed
 from tests.test_faults import small_disk  # noqa: F401 - a fixture

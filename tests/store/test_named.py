@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from qat import names
+from qat import names, transfer
 from qat.checkpoint_files import find
 from qat.config import (
     CacheConfig,
@@ -22,7 +22,6 @@ from qat.errors import ArtifactError, MissingError
 from qat.report import log
 from qat.stages import pull, push
 from qat.stages import store as listing
-from qat.store import transfer
 from qat.store.names import find as find_in_store
 from qat.store.names import own
 from qat.store.places import Place

@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from qat import transfer
 from qat.errors import MissingError
-from qat.store import names, places, transfer
+from qat.store import names, places
 from qat.store.places import Place
 from tests.store.test_archives import compressed, entry, tar_of
 

@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 from fsspec.implementations.local import LocalFileSystem
 
+from qat import transfer
 from qat.config import CacheConfig, CheckpointConfig, Config, DataConfig, DataSource, StoreConfig, StoreKind
 from qat.errors import ArtifactError, MissingError, UnavailableError
 from qat.names import cache_names
-from qat.store import names, places, transfer
+from qat.store import names, places
 from qat.store.places import Place
 from tests import described
 from tests.store.test_archives import SMALL, compressed, entry, tar_of

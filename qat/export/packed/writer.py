@@ -1,8 +1,4 @@
-"""Bit-packed weights for transformers: what a student weighs on disk is what its bits per weight say.
-
-Indices are the bit stream of `qat.quant.packing`, the parts of formats fp16, everything else in `export.dtype`.
-`qat.packed` is the side that reads it; `docs/FORMATS.md` describes it.
-"""
+"""Packed tensors: indices as the bit stream of `qat.quant.packing`, parts of formats in fp16, all else as asked."""
 
 import json
 from pathlib import Path

@@ -1,9 +1,4 @@
-"""The V2 state dict that the ANEMLL tool chain takes on, plain in fp32 or snapped to fp16.
-
-Plain keeps unit-norm scales and magnitudes apart. Snapped multiplies the magnitudes into A, rounds
-everything to fp16 and says so with its flag: what a Core ML conversion of that tool chain starts from.
-`docs/FORMATS.md` describes both.
-"""
+"""The state dict by the names that the V2 scripts know, and the `config.json` beside it."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""A dense Hugging Face folder: weights, tokenizer, chat template; transformers reads it without this package."""
+"""A dense Hugging Face folder, written and read back by transformers."""
 
 from pathlib import Path
 

@@ -1,0 +1,56 @@
+"""The checkpoint that a stage starts from."""
+
+from pathlib import Path
+from typing import Any
+
+from qat import names
+from qat.artifacts import MANIFEST, read_manifest
+from qat.checkpoint_files import find
+from qat.config import Config, Stage
+from qat.errors import ArtifactError, ConfigError
+
+
+def check(config: Config) -> None:
+    """What is named is a checkpoint."""
+    given = config.checkpoint
+    if given.name == "local" and not given.path:
+        raise ConfigError("checkpoint=local needs a name or a path: checkpoint=<run, folder, V2 state dict or archive>")
+    if given.name == names.TEACHER and not given.path and config.stage is Stage.distill:
+        raise ConfigError(
+            "stage=distill needs a quantized start: checkpoint=<path or run>, or stage=run, which converts first"
+        )
+    if config.stage is not Stage.pull:
+        manifest(config)
+
+
+def manifest(config: Config) -> dict[str, Any] | None:
+    """What the checkpoint's folder says of it; None for the teacher, a V2 state dict and where nothing is there yet.
+
+    Raises:
+        ConfigError: what is named is no checkpoint.
+    """
+    place = start(config)
+    if place is None or not place.exists():
+        return None
+    try:
+        found = find(place)
+        if found.is_file():  # a state dict, whose tensors say what it is
+            return None
+        described = read_manifest(found)
+    except ArtifactError as error:
+        raise ConfigError(f"checkpoint={place}: {error}") from None
+    if described.get("kind") != "checkpoint":
+        raise ConfigError(f"checkpoint={found}: its {MANIFEST} describes no checkpoint")
+    return described
+
+
+def start(config: Config) -> Path | None:
+    """Where the checkpoint lies or will lie; None for the teacher.
+
+    Raises:
+        ConfigError: nothing is called that, or several things are.
+    """
+    try:
+        return names.start(config)
+    except ConfigError as error:
+        raise ConfigError(f"checkpoint={error}") from error

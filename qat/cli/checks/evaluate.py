@@ -1,0 +1,48 @@
+"""Evaluation: what is measured is there, and so is everything it is compared with."""
+
+import importlib.util
+import os
+from pathlib import Path
+
+from qat import names
+from qat.cli import trusted
+from qat.config import Config, EvaluateConfig, Stage
+from qat.errors import ConfigError, UnavailableError
+
+
+def check(config: Config) -> None:
+    """What is measured, what it is compared with, and tasks."""
+    evaluate = config.evaluate
+    for key in ("against", "text", "tasks"):
+        if getattr(evaluate, key) and config.stage is not Stage.evaluate:
+            raise ConfigError(f"evaluate.{key} goes with stage=evaluate")
+    _check_text(evaluate)
+    for name in evaluate.against:
+        try:
+            names.checkpoint(name, Path(config.outputs))
+        except ConfigError as error:
+            raise ConfigError(f"evaluate.against={error}") from error
+    _check_tasks(evaluate.tasks)
+
+
+def _check_text(evaluate: EvaluateConfig) -> None:
+    """The file is there, and windows over it leave nothing out."""
+    if evaluate.text and not os.path.isfile(os.path.expanduser(evaluate.text)):
+        raise ConfigError(f"evaluate.text={evaluate.text}: no such file")
+    if evaluate.stride > evaluate.context:
+        raise ConfigError(
+            f"evaluate.stride={evaluate.stride} is longer than evaluate.context={evaluate.context}: tokens between"
+            " two windows would not be scored"
+        )
+
+
+def _check_tasks(tasks: list[str]) -> None:
+    """lm-eval is installed, and tasks that are files are there."""
+    if tasks and importlib.util.find_spec("lm_eval") is None:
+        raise UnavailableError("evaluate.tasks needs lm-eval: run `pip install 'qat-speedrun[lm_eval]'`")
+    for task in tasks:
+        if not task.endswith((".yaml", ".yml")):
+            continue
+        if not os.path.isfile(os.path.expanduser(task)):
+            raise ConfigError(f"evaluate.tasks={task}: no such file")
+        trusted.refuse_data(Path(os.path.expanduser(task)), f"evaluate.tasks={task}")  # which may have code run

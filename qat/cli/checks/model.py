@@ -1,0 +1,33 @@
+"""The teacher, as far as it shows without loading it."""
+
+from pathlib import Path
+
+from qat import model_files
+from qat.config import Config, ModelSource, Stage
+from qat.config.keys import Bound
+from qat.errors import ConfigError
+
+TINY = Bound(low=261, high=2**20)  # tokens of a model over bytes, with five markers
+
+
+def check(config: Config) -> None:
+    """A model on disk is named, there, and one by what shows of it."""
+    model = config.model
+    if model.source is ModelSource.tiny and not TINY.holds(model.vocab_size or TINY.low):
+        raise ConfigError(f"model.vocab_size={model.vocab_size}: must be {TINY} for model={model.name}")
+    if model.source is not ModelSource.folder:
+        return
+    if not model.path:
+        raise ConfigError(f"model={model.name} needs a Hugging Face folder: model.path=<folder>")
+    if config.stage is not Stage.doctor:  # which tells of it
+        model_files.check(Path(model.path).expanduser())
+
+
+def vocabulary(config: Config) -> int | None:
+    """The number of tokens: as configured, else as the folder's config.json says."""
+    model = config.model
+    if model.vocab_size is not None or model.source is not ModelSource.folder:
+        return model.vocab_size
+    described = model_files.settings(Path(str(model.path)).expanduser())
+    sizes = [part.get("vocab_size") for part in (described, described.get("text_config")) if isinstance(part, dict)]
+    return next((size for size in sizes if isinstance(size, int)), None)

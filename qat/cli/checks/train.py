@@ -1,0 +1,64 @@
+"""Training: something learns, from a loss that is defined, and every process has work."""
+
+from qat.cli.checks.checkpoint import manifest
+from qat.config import Config, LossConfig, LossKind, Stage
+from qat.errors import ConfigError
+from qat.names import TRAINS
+from qat.processes import place
+
+
+def check(config: Config) -> None:
+    """The layers that learn have tables, something in them learns, and batches suffice; the loss holds together."""
+    if config.stage in TRAINS:
+        _check_mode(config)
+        _check_learning(config)
+        _check_batches(config)
+    _check_loss(config.loss)
+
+
+def _check_mode(config: Config) -> None:
+    """The layers that learn have tables to learn."""
+    quant, whose = {"mlp": config.quant.mlp, "attn": config.quant.attn}, f"quant={config.quant.name}"
+    described = manifest(config) if config.stage is Stage.distill else None
+    if config.stage is Stage.distill and config.checkpoint.path and described is None:
+        return  # a V2 state dict, whose tensors say what it is
+    if described is not None:
+        quant, whose = described["quant"], f"checkpoint={config.checkpoint.path}"
+    learning = {"mlp": config.mode.mlp, "attn": config.mode.attn}
+    for kind, learns in learning.items():
+        if learns and not quant.get(kind):
+            fitting = [f"mode={kind}" for kind in ("mlp", "attn") if quant.get(kind)]
+            raise ConfigError(
+                f"mode={config.mode.name} trains the {kind} layers, for which {whose} has no tables"
+                + (f": use {fitting[0]}" if fitting else "")
+            )
+    if not any(learning.values()):
+        raise ConfigError("mode.mlp and mode.attn are both false: nothing would learn")
+
+
+def _check_learning(config: Config) -> None:
+    learn = config.train.learn
+    if not any((learn.scales, learn.codebooks, learn.latent, learn.norms)):
+        raise ConfigError("train.learn.scales, codebooks, latent and norms are all 0: nothing would learn")
+
+
+def _check_batches(config: Config) -> None:
+    """Every process has a sequence of each batch."""
+    if config.train.batch_size < config.instance.devices:
+        raise ConfigError(
+            f"train.batch_size={config.train.batch_size}: fewer sequences than instance.devices="
+            f"{config.instance.devices}, so some would have nothing to do"
+        )
+    together = place().count
+    if config.train.batch_size < together:
+        raise ConfigError(
+            f"train.batch_size={config.train.batch_size}: fewer sequences than the {together} processes that share"
+            " each batch, so some would have nothing to do"
+        )
+
+
+def _check_loss(loss: LossConfig) -> None:
+    if loss.kind is LossKind.bucket_kl and loss.temperature != 1:
+        raise ConfigError(
+            f"loss.temperature={loss.temperature}: bucket_kl works at 1, where the cache knows the tail's mass"
+        )

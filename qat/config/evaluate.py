@@ -1,0 +1,30 @@
+"""What is asked of a finished student: figures, and conversation."""
+
+from dataclasses import dataclass
+
+from qat.config.keys import HOT, key
+
+
+@dataclass
+class EvaluateConfig:
+    """What is measured, of which models, and on what; all but `sample_tokens` go with stage=evaluate."""
+
+    sample_tokens: int = key(48, "longest sample answer", low=1)
+    against: list[str] = key([], "further models: teacher, runs (SR-001), registered names, paths")
+    text: str | None = key(None, "a text file that is measured on, in sliding windows; null takes the cache")
+    context: int = key(1024, "text: tokens of a window", low=2)
+    stride: int = key(512, "text: tokens between the beginnings of two windows", low=1)
+    tokens: int | None = key(None, "text: at most so many tokens of the file; null takes all", low=2)
+    tasks: list[str] = key([], "of lm-eval, by name or YAML file, instead of the cache")
+    examples: int | None = key(None, "tasks: at most so many examples of each; null takes all", low=1)
+
+
+@dataclass
+class ChatConfig:
+    """`stage=chat`."""
+
+    prompt: str | None = key(None, "one question, answered at once; null opens a conversation", prose=True)
+    max_tokens: int = key(256, "longest answer", low=1)
+    temperature: float = key(0.0, "0 always takes the most likely token", low=0, high=HOT)
+    thinking: bool = key(False, "the chat template's own switch")
+    teacher: bool = key(False, "the teacher answers as well, before the checkpoint")

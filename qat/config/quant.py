@@ -1,0 +1,69 @@
+"""What a student's weights are made of, and how they are fitted to the teacher's."""
+
+from dataclasses import dataclass
+from enum import Enum
+
+from omegaconf import MISSING
+
+from qat.config.keys import key
+
+
+class KMeansBackend(Enum):
+    """Who computes codebooks."""
+
+    exact = "globally optimal weighted 1-D k-means"
+    kmeans_pytorch = "the kmeans-pytorch package, bounded and seeded"
+
+
+class WeightFormat(Enum):
+    """How weights are written in few bits."""
+
+    table = "a learned codebook for each layer, times a low-rank scale"
+    grid = "evenly spaced values, with a scale for each group of a row's columns"
+
+
+# The keys of `WeightConfig` that each format has besides its name.
+SETTINGS = {WeightFormat.table: ("bits", "rank"), WeightFormat.grid: ("bits", "group", "shifts")}
+
+
+@dataclass
+class WeightConfig:
+    """What one kind of layers is written in."""
+
+    bits: int = key(MISSING, "of the index of each weight into 2**bits values", low=1, high=8)
+    rank: int | None = key(None, "table: of the scale matrix", low=1)
+    format: WeightFormat = WeightFormat.table
+    group: int | None = key(None, "grid: columns that share a scale, a divisor of every row's length", low=1)
+    shifts: bool = key(False, "grid: they share a shift too, as in MLX and llama.cpp's Q4_1")
+
+
+@dataclass
+class QuantConfig:
+    """Bits and formats; a kind that is null stays in full precision."""
+
+    name: str = MISSING
+    mlp: WeightConfig | None = key(None, "gate, up, down")
+    attn: WeightConfig | None = key(None, "q, k, v, o")
+    partial: bool = key(
+        False, "goes on where projections of a model have other names than these, which stay dense"
+    )
+
+
+@dataclass
+class KMeansConfig:
+    """Clustering backend of the codebooks."""
+
+    name: str = MISSING
+    backend: KMeansBackend = MISSING
+
+
+@dataclass
+class ConvertConfig:
+    """How the fit of tables and scales is done."""
+
+    name: str = MISSING
+    calibration_tokens: int = key(16_384, "cached training tokens whose layer inputs weigh the errors", low=1)
+    gradients: bool = key(False, "errors weigh as they change the model's output, not the layer's own")
+    passes: int = key(1, "from the second on, layer inputs are those of the quantized model", low=1)
+    rounds: int = key(8, "alternations of indices, tables and scales in the first pass", low=1)
+    sweeps: int = key(0, "of coordinate descent over the indices in each pass", low=0)

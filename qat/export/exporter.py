@@ -1,0 +1,60 @@
+"""What a format says of itself before anything is written; the command line asks, so nothing here imports torch."""
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from qat.config import FORMATS, Config, ExportType
+from qat.errors import ConfigError
+from qat.names import TEACHER
+
+
+@dataclass(frozen=True)
+class Exporter:
+    """A format, declared as `EXPORTER` by its package in `qat/export/`.
+
+    The package's module `writer` has `write(source, folder, settings)`, `read(source, folder)`, which gives a model
+    to compare with the source, and `rounding(settings)`, the coarsest type that a weight is rounded to.
+
+    Attributes:
+        types: those that weights can be written in.
+        use: how the export is used, for its card; `{folder}` is the name of its folder.
+        library: what reads it, as model hubs call it.
+        takes_teacher: a model without tables can be written too.
+        bounded: it never holds more than `export.context` tokens.
+        samples: prompts that it is compared on, the first ones; None takes all.
+        refuse: raises a `QatError` for anything else that cannot be written.
+    """
+
+    types: tuple[ExportType, ...]
+    use: str
+    library: str = "transformers"
+    takes_teacher: bool = False
+    bounded: bool = False
+    samples: int | None = None
+    refuse: Callable[[Config], None] = lambda config: None
+
+    def check(self, config: Config) -> None:
+        """Whether this can be written as it is configured.
+
+        Raises:
+            ConfigError: not in this type, or not of the teacher.
+            QatError: what the format refuses by itself.
+        """
+        export = config.export
+        if export.dtype not in self.types:
+            known = " or ".join(dtype.name for dtype in self.types)
+            raise ConfigError(f"export.dtype={export.dtype.name}: export={export.name} is written in {known}")
+        if config.checkpoint.name == TEACHER and not self.takes_teacher:
+            others = " or ".join(f"export={name}" for name in FORMATS if exporter(name).takes_teacher)
+            raise ConfigError(
+                f"export={export.name} needs a quantized model: checkpoint=<path>; the teacher takes {others}"
+            )
+        self.refuse(config)
+
+
+def exporter(name: str) -> Exporter:
+    """What the package of a format, one of `qat.config.FORMATS`, declares."""
+    declared = importlib.import_module(f"qat.export.{name}").EXPORTER
+    assert isinstance(declared, Exporter)
+    return declared
