@@ -17,7 +17,7 @@ from qat.cli.checks import (
 )
 from qat.config import Config
 
-SECTIONS = (values, outputs, model, data, quant, cache, store, checkpoint, train, instance, evaluate, chat, export)
+SECTIONS = (values, quant, outputs, model, data, cache, store, checkpoint, train, instance, evaluate, chat, export)
 
 
 def check(config: Config) -> None:
