@@ -16,6 +16,7 @@ from qat.config import SETTINGS, QuantConfig, WeightConfig
 from qat.errors import ConfigError
 from qat.quant import formats
 from qat.quant.formats import Format
+from qat.shaping import shaping
 
 KINDS = {
     "mlp": ("gate_proj", "up_proj", "down_proj"),
@@ -82,8 +83,8 @@ def select(model: nn.Module, quant: QuantConfig) -> list[Layer]:
 
 def recorded(quant: QuantConfig) -> dict[str, Any]:
     """What of `quant` shapes a student: `partial` only says what is not refused."""
-    chosen = _formats(quant).items()
-    return {"name": quant.name} | {kind: format.settings() if format else None for kind, format in chosen}
+    chosen = {kind: format.settings() if format else None for kind, format in _formats(quant).items()}
+    return {key: chosen.get(key, value) for key, value in shaping(quant).items() if key != "partial"}
 
 
 def kind_of(name: str) -> str | None:
