@@ -139,9 +139,9 @@ def phases(config: Config, shapes: Shapes, jobs: list[Job], machine: Machine) ->
 
 def _generated(data: DataConfig) -> Iterator[tuple[str, DataConfig]]:
     """The sources that the teacher writes, with the beginning of their keys."""
-    for number, part in enumerate(mix.parts(data)):
+    for place, part in enumerate(mix.parts(data)):
         if part.source is DataSource.selfgen:
-            yield f"data.parts[{number}]." if data.parts else "data.", part
+            yield f"data.parts[{place}]." if data.parts else "data.", part
 
 
 def _writing(source: DataConfig, where: str, shapes: Shapes, machine: Machine) -> Iterator[Part]:

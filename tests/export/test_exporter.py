@@ -1,6 +1,7 @@
 """A format is a package that declares itself: what it refuses, how it is used, and what writes it."""
 
 import importlib.util
+import json
 import shutil
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from qat.config import CONF, FORMATS, Config, ExportConfig, ExportType
 from qat.errors import UnavailableError
 from qat.export import coreml
 from qat.export.exporter import Exporter, exporter
+from tests import described
 
 DECLARATION = '''
 """Like hf, in one type."""
@@ -77,7 +79,7 @@ def test_a_new_format_is_checked_by_its_package_alone(tmp_path):
     add(tmp_path / "qat" / "export" / "mine")
     (tmp_path / "conf" / "export" / "mine.yaml").write_text("# mine\nformat: mine\n")
     (tmp_path / "made").mkdir()
-    (tmp_path / "made" / "manifest.json").write_text('{"kind": "checkpoint", "quant": {"name": "made"}}')
+    (tmp_path / "made" / "manifest.json").write_text(json.dumps(described.checkpoint()))
     code = "import sys\nfrom qat.cli import main\nfor line in sys.argv[1:]: main.main(line.split(), None)"
     lines = [f"stage=export export=mine export.output=new checkpoint=made {said}" for said in REFUSED]
     command = [sys.executable, "-c", code, *lines]
