@@ -22,7 +22,7 @@ def check(config: Config) -> None:
                 raise ConfigError(f"{where} is missing: {key}.format={name} needs it")
             if field.name not in (*own, "format") and value != field.default:
                 raise ConfigError(
-                    f"{where}={written(value)}: means nothing to {key}.format={name}, which has {', '.join(own)}:"
+                    f"{where}={written(value)}: means nothing to {key}.format={name}, which has {', '.join(own)}: set"
                     f" {where}={written(field.default)}"
                 )
 
