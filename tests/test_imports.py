@@ -65,3 +65,14 @@ def test_no_rooms_know_each_other(below):
         TopologicalSorter(below).prepare()
     except CycleError as error:
         pytest.fail(f"a circle of rooms: {' -> '.join(error.args[1])}")
+
+
+def test_one_file_reads_what_torchrun_says():
+    said = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT", "TORCHELASTIC_RESTART_COUNT"}
+    reading = {
+        file.relative_to(QAT).as_posix()
+        for file in QAT.rglob("*.py")
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Constant) and node.value in said
+    }
+    assert reading == {"processes.py"}
