@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 import zoo
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
@@ -39,7 +38,7 @@ from qat.stages import run, run_job  # noqa: F401
 
 LARGEST = 0.01  # difference of log-probabilities; rounding them to 16 bits alone gives 0.002 to 0.004
 SECONDS = 300  # for one architecture
-FAINT = 2**-10  # of a log-probability below -8, which 16 bits hold more coarsely
+FAINT = 2**-11  # half a unit of a log-probability in 16 bits, relative to it; counted below -8
 CONTEXT, STRIDE = 96, 48  # of evaluation windows
 TEXT = 400  # tokens of them
 
@@ -112,7 +111,7 @@ def measure(name: str, folder: Path) -> dict[str, Any]:
     except Exception as error:  # of other people's code, which says what it cannot do
         return {"name": name, "made": False, "why": f"{type(error).__name__}: {first_line(error)}", "wrong": []}
     byte_tokenizer().save_pretrained(folder / "model")
-    teacher = transformers.AutoModelForCausalLM.from_pretrained(
+    teacher = type(model).from_pretrained(  # AutoModelForCausalLM takes text models alone
         folder / "model", attn_implementation="eager", trust_remote_code=False
     ).eval()
     row = {"name": name, "made": True, "class": type(model).__name__, "jobs": examine(folder, teacher)}

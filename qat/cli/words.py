@@ -26,7 +26,7 @@ from hydra.plugins.config_source import ConfigResult
 from omegaconf import OmegaConf
 from omegaconf._utils import get_yaml_loader
 
-from qat.cli import bounded, schema, trusted
+from qat.cli import extent, schema, trusted
 from qat.config import CONF, Config
 
 TEXT = "tag:yaml.org,2002:str"
@@ -82,7 +82,7 @@ class FileConfigSource(file_config_source.FileConfigSource):
         file = Path(os.path.join(self.path, self._normalize_file_name(config_path)))
         trusted.refuse_data(file, str(file))
         if file.is_file() and not file.is_relative_to(CONF):
-            bounded.check(file)
+            extent.check(file)
         content = file.read_text(encoding="utf-8") if file.is_file() else ""  # which Hydra tells
         key = (f"{self.provider}:{self.path}", config_path, content)
         if key not in self.read:

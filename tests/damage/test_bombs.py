@@ -15,7 +15,7 @@ import torch
 
 from qat import compression, json_objects, tensor_files
 from qat.cli import arguments, main
-from qat.cli.bounded import VALUES
+from qat.cli.extent import VALUES
 from qat.data import rows as tables
 from qat.data.files import TextFile
 from qat.data.rows import rows
