@@ -51,7 +51,11 @@ def describe(teacher: ModelFolder, quant: QuantConfig, layers: list[Layer]) -> d
 def has_tables(manifest: dict[str, Any], quant: QuantConfig) -> bool:
     """True where a checkpoint's layers are in these formats."""
     wanted = recorded(quant)
-    return all(manifest["quant"].get(kind) == wanted[kind] for kind in KINDS)
+    return all(_format(manifest["quant"].get(kind)) == _format(wanted[kind]) for kind in KINDS)
+
+
+def _format(settings: dict[str, Any] | None) -> formats.Format | None:
+    return None if settings is None else formats.of(settings)
 
 
 def heritage(manifest: dict[str, Any]) -> dict[str, Any]:
