@@ -41,7 +41,7 @@ from qat.distill.step import Step
 from qat.forward import FAST, prepare, use
 from qat.machine import Machine
 from qat.processes import Ranks, joined, place
-from qat.quant.formats import Format, Table
+from qat.quant.formats import Codebook, Format
 from qat.quant.layers import select
 from qat.quant.linear import QuantLinear
 from qat.quant.lookup import look_up
@@ -98,18 +98,18 @@ USUAL = [name for name in ROWS if name not in ("full", "record", "full_8", "fp16
 
 
 class RankByRank(nn.Module):
-    """`y = Σ_r g_r·a_r ⊙ (Q @ (b_r ⊙ x))`: R products where one would do; the table stays as it is."""
+    """`y = Σ_r g_r·a_r ⊙ (Q @ (b_r ⊙ x))`: R products where one would do; the codebook stays as it is."""
 
     def __init__(self, layer: QuantLinear, dtype: torch.dtype, learns: bool) -> None:
         super().__init__()
-        lut, *scales = layer.parts().values()
-        self.table = look_up(lut, layer.indices).to(dtype)
+        codebook, *scales = layer.parts().values()
+        self.values = look_up(codebook, layer.indices).to(dtype)
         self.A, self.B, self.g = (nn.Parameter(value.detach().clone(), learns) for value in scales)
 
     def forward(self, x: Tensor) -> Tensor:
         A, B = (self.A * self.g).to(x.dtype), self.B.to(x.dtype)
         return sum(  # type: ignore[return-value]
-            A[:, r] * nn.functional.linear(x * B[r], self.table) for r in range(len(self.g))
+            A[:, r] * nn.functional.linear(x * B[r], self.values) for r in range(len(self.g))
         )
 
 
@@ -383,11 +383,11 @@ def random_layer(format: Format, outputs: int, inputs: int, device: torch.device
     """Random indices, even values, scales that give about the size of a trained weight."""
     layer = QuantLinear(format, outputs, inputs).to(device).requires_grad_(False)
     layer.indices.random_(0, 2**format.bits)
-    if not isinstance(format, Table):
+    if not isinstance(format, Codebook):
         layer.set_parts({name: part.normal_(std=0.02) for name, part in layer.parts().items()})
         return layer
-    lut, A, B, magnitudes = layer.parts().values()
-    lut.copy_(torch.linspace(-1, 1, 2**format.bits))
+    codebook, A, B, magnitudes = layer.parts().values()
+    codebook.copy_(torch.linspace(-1, 1, 2**format.bits))
     A.normal_(std=1 / math.sqrt(outputs))
     B.normal_(std=1 / math.sqrt(inputs))
     magnitudes.fill_(math.sqrt(outputs / format.rank))

@@ -36,9 +36,9 @@ def _path(value: Any, where: str) -> None:
 
 
 def _format(value: Any, where: str) -> None:
-    """A rule: a format of quantized weights, a table where no other is named."""
+    """A rule: a format of quantized weights, a codebook where no other is named."""
     NAMED(value, where)
-    FORMATS[value.get("format", "table")](value, where)
+    FORMATS[value.get("format", "codebook")](value, where)
 
 
 def _layer(value: Any, where: str) -> None:
@@ -77,7 +77,7 @@ ARTIFACT = record(
 
 # What a format's settings are (`qat.quant.formats`).
 FORMATS = {
-    "table": record({"bits": BITS, "rank": SIDE}),
+    "codebook": record({"bits": BITS, "rank": SIDE}),
     "grid": record({"format": text, "bits": BITS, "group": SIDE, "shifts": truth}),
 }
 NAMED = record({}, {"format": one_of(*FORMATS)})

@@ -26,7 +26,7 @@ KINDS = {
 PLACES = {"attn": re.compile(r"attn|attention|mixer"), "mlp": re.compile(r"mlp|ffn|feed_forward|moe|expert")}
 ROUTER = re.compile(r"\.(router|gate|shared_expert_gate)(\.|$)")  # chooses experts: an output for each of them
 NUMBER = re.compile(r"\.\d+(?=\.|$)")
-DENSE_BITS = 16  # that a weight without a table counts as
+DENSE_BITS = 16  # that a weight that is not quantized counts as
 NAMED = 6  # patterns in a message
 
 SAME_INPUT = {"up_proj": "gate_proj", "k_proj": "q_proj", "v_proj": "q_proj"}
@@ -111,7 +111,7 @@ def decoder_weights(model: nn.Module) -> dict[str, torch.Size]:
 
 
 def dense(model: nn.Module, layers: list[Layer]) -> dict[str, float]:
-    """The decoder's weights without a table as shares of all of them, layers that differ in number as one pattern.
+    """The decoder's dense weights as shares of all of them, layers that differ in number as one pattern.
 
     `model` has its weights as they were before quantization; what chooses experts is not told of.
     """
@@ -177,7 +177,7 @@ def _refuse_unmatched(model: nn.Module, layers: list[Layer], quant: QuantConfig)
     }
     if asked and not quant.partial:
         raise ConfigError(
-            f"quant={quant.name} has no table for {told(asked)} of this model: {sum(asked.values()):.0%} of its"
+            f"quant={quant.name} does not cover {told(asked)} of this model: {sum(asked.values()):.0%} of its"
             " decoder's weights would stay dense; quant.partial=true quantizes the rest all the same"
         )
 

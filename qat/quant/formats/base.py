@@ -198,9 +198,9 @@ class Format(ABC):
         return self.grid(self.operands(parts)).at(index_NOI)
 
     def kernels(self, device: torch.device) -> Any:
-        """The module with fused forms of writing and reducing, where the device has them; see `table_kernels`."""
+        """The module with fused forms of writing and reducing, where the device has them; see `codebook_kernels`."""
         return None
 
     def product(self) -> Product | None:
-        """A fused product of one token with a packed layer on CUDA, where there is one; see `table_product`."""
+        """A fused product of one token with a packed layer on CUDA, where there is one; see `codebook_product`."""
         return None
