@@ -36,7 +36,6 @@ __all__ = [
     "write",
     "write_layers",
     "write_own",
-    "write_layers",
 ]
 
 

@@ -5,7 +5,6 @@ from typing import Any
 from qat.quant.formats.base import Cluster, Equations, Fitted, Format, Grid, Misfit, Part, Parts, Product
 from qat.quant.formats.codebook import Codebook
 from qat.quant.formats.grid import Uniform
-from qat.quant.formats.codebook import Codebook
 
 __all__ = [
     "FORMATS",
@@ -19,7 +18,6 @@ __all__ = [
     "Part",
     "Parts",
     "Product",
-    "Codebook",
     "Uniform",
     "of",
 ]
