@@ -66,7 +66,7 @@ class Stack:
         """Computes every weight, and before that the indices where they learn."""
         operands = self.format.operands(self.parts, self.snap)
         if (fused := self.format.kernels(self.indices.device)) is not None:
-            fused.write(self.indices, *operands.values(), self.latent, self.weights.values, self.starts)
+            fused.write(self.indices, operands, self.latent, self.weights.values, self.starts)
             return
         for n, (layer, indices) in enumerate(zip(self.layers, self.indices, strict=True)):
             grid = self.format.grid(_of(operands, n))
@@ -80,7 +80,7 @@ class Stack:
         operands = self.format.operands(self.parts, self.snap)
         found = {name: self.grads[name] if name in self.grads else torch.empty_like(x) for name, x in operands.items()}
         if (fused := self.format.kernels(self.indices.device)) is not None:
-            fused.gradients(self.weights.sums, self.starts, self.indices, *operands.values(), *found.values())
+            fused.gradients(self.weights.sums, self.starts, self.indices, operands, found)
         else:
             for n, layer in enumerate(self.layers):
                 one = self.format.gradients(self.weights.sum(layer), self.indices[n], _of(operands, n))

@@ -17,6 +17,7 @@ from qat.quant.stack import stacks
 from qat.quant.weights import Weights
 
 OUTPUTS, INPUTS = 20, 48
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA"))]
 GRIDS = [
     Uniform(1, 16),
     Uniform(2, 48),
@@ -50,7 +51,7 @@ def exact(format: Format, index: Tensor, parts: dict[str, Tensor]) -> Tensor:
         )
         return parts["codebook"][index.long()] * scale
     group, parts = torch.arange(INPUTS) // format.group, halved(format, parts)
-    scaled = values_of(format)[index.long()] * parts["scale"][:, group]
+    scaled = values_of(format).to(index.device)[index.long()] * parts["scale"][:, group]
     return scaled + parts["shift"][:, group] if format.levels == "shifted" else scaled
 
 
@@ -85,10 +86,11 @@ def test_the_weight_is_what_the_format_says(format):
 
 @every
 @pytest.mark.parametrize("snap", [False, True])
-def test_gradients_of_a_stack_are_those_of_autograd(format, snap):
-    members = [layer_of(format, seed) for seed in (0, 9)]
+@pytest.mark.parametrize("device", DEVICES)
+def test_gradients_of_a_stack_are_those_of_autograd(format, snap, device):
+    members = [layer_of(format, seed).to(device) for seed in (0, 9)]
     (stack,) = stacks(Weights(members, torch.float32), snap)
-    grads = [drawn((OUTPUTS, INPUTS), 20 + n) for n in range(2)]
+    grads = [drawn((OUTPUTS, INPUTS), 20 + n).to(device) for n in range(2)]
     stack.weights.begin(2)
     stack.write()
     for _ in range(2):  # two micro-batches
@@ -104,6 +106,24 @@ def test_gradients_of_a_stack_are_those_of_autograd(format, snap):
             expected = p[name].grad
             atol = (2e-3 if snap else 1e-5) * expected.abs().max()
             assert torch.allclose(part.grad.double(), expected, rtol=1e-3, atol=atol), name
+
+
+@every
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_stack_moves_each_index_to_the_value_nearest_to_its_latent_weight(format, device):
+    members = [layer_of(format, seed).to(device) for seed in (0, 9)]
+    for n, layer in enumerate(members):
+        layer.latent = torch.nn.Parameter(2 * drawn((OUTPUTS, INPUTS), 30 + n).to(device), requires_grad=False)
+        layer.curvature = torch.ones(OUTPUTS, device=device), torch.ones(INPUTS, device=device)
+    (stack,) = stacks(Weights(members, torch.float32, latent=True))
+    stack.write()
+    for layer in members:
+        p = {name: part.detach() for name, part in doubles(layer).items()}
+        of_index = [exact(format, torch.full_like(layer.indices, k), p) for k in range(2**format.bits)]
+        away = (torch.stack(of_index, -1) - layer.latent[..., None].double()).abs()
+        found = away.gather(-1, layer.indices[..., None].long())[..., 0]
+        assert torch.allclose(found, away.min(-1).values, rtol=1e-4, atol=1e-5)
+        assert torch.allclose(layer.dense.double(), exact(format, layer.indices, p), rtol=1e-4, atol=1e-4)
 
 
 @every

@@ -176,8 +176,9 @@ for N, O, I, K, R in [(2, 70, 100, 4, 5), (1, 64, 64, 16, 20), (2, 33, 130, 2, 1
     room = -(-O * I // 16) * 16  # weights begin at multiples of 16
     flat, starts = torch.zeros(N * room), torch.arange(N) * room
     layers = flat.view(N, room)[:, : O * I].unflatten(1, (O, I))
+    operands = {"codebook": codebook, "A": A, "B": B}
     for given in (None, latent):
-        codebook_kernels.write(index, codebook, A, B, given, flat, starts)
+        codebook_kernels.write(index, operands, given, flat, starts)
         scale = A.double() @ B.double()
         exact = torch.stack([codebook[n].double()[index[n].long()] for n in range(N)]) * scale
         assert torch.allclose(layers.double(), exact, atol=1e-4)
@@ -189,13 +190,12 @@ for N, O, I, K, R in [(2, 70, 100, 4, 5), (1, 64, 64, 16, 20), (2, 33, 130, 2, 1
     expected = expected + 3 * outputs[:, :, None] * inputs[:, None] * (latent - layers)
     kernels.shift(sums, flat, starts, latent, outputs, inputs, factor)
     assert torch.allclose(sums.view(N, room)[:, : O * I].unflatten(1, (O, I)), expected, atol=1e-5)
-    found = torch.empty_like(codebook), torch.empty_like(A), torch.empty_like(B)
+    found = {name: torch.empty_like(operand) for name, operand in operands.items()}
     layers.copy_(grad)
-    codebook_kernels.gradients(flat, starts, index, codebook, A, B, *found)
+    codebook_kernels.gradients(flat, starts, index, operands, found)
     for n in range(N):
-        operands = {"codebook": codebook[n].double(), "A": A[n].double(), "B": B[n].double()}
-        exact = Codebook(2, R).gradients(grad[n].double(), index[n], operands)
-        assert all(torch.allclose(x[n].double(), y, atol=1e-3) for x, y in zip(found, exact.values()))
+        exact = Codebook(2, R).gradients(grad[n].double(), index[n], {k: x[n].double() for k, x in operands.items()})
+        assert all(torch.allclose(x[n].double(), exact[name], atol=1e-3) for name, x in found.items())
 # and a stack gives them what they take
 from tests.quant import test_stack as plain
 Codebook.kernels = lambda self, device: codebook_kernels
@@ -210,8 +210,42 @@ for n, layer in enumerate(stack.layers):
 """
 
 
+GRID_KERNELS = """
+import os
+os.environ["TRITON_INTERPRET"] = "1"
+import torch
+from qat.quant.formats import Uniform, grid_kernels
+from qat.quant.formats.grid import LEVELS
+draw = torch.Generator().manual_seed(0)
+formats = Uniform(2, 48), Uniform(4, 32, "shifted"), Uniform(4, 32, "iq4nl"), Uniform(8, 96, "integers")
+for format, N, O, I in zip(formats, (2, 1, 2, 1), (100, 33, 9, 40), (96, 96, 96, 192)):
+    kernels = grid_kernels.GridKernels(tuple(map(float, LEVELS[format.levels](format.bits))), format.group)
+    shapes = {name: (N, *part.shape) for name, part in format.parts(O, I).items()}
+    operands = format.operands({name: torch.randn(*shape, generator=draw) for name, shape in shapes.items()})
+    spread = max(map(abs, kernels.values))
+    latent, grad = (torch.randn(N, O, I, generator=draw) * scale for scale in (spread, 1))
+    index = torch.randint(2**format.bits, (N, O, I), generator=draw, dtype=torch.uint8)
+    room = -(-O * I // 16) * 16
+    flat, starts = torch.zeros(N * room), torch.arange(N) * room
+    layers = flat.view(N, room)[:, : O * I].unflatten(1, (O, I))
+    grid = format.grid({name: operand.double() for name, operand in operands.items()})
+    for given in (None, latent):
+        kernels.write(index, operands, given, flat, starts)
+        assert torch.allclose(layers.double(), grid.at(index), rtol=1e-6, atol=1e-4)
+    every = torch.stack([grid.absolute(v.expand(N, O, I)) for v in grid.values_NK[0]])
+    closest = (latent.double() - every).abs().min(0).values
+    assert torch.allclose((latent.double() - grid.at(index)).abs(), closest, rtol=1e-5, atol=1e-4)
+    layers.copy_(grad)
+    found = {name: torch.empty_like(operand) for name, operand in operands.items()}
+    kernels.gradients(flat, starts, index, operands, found)
+    exact = format.gradients(grad.double(), index, {name: operand.double() for name, operand in operands.items()})
+    assert all(torch.allclose(x.double(), exact[name], rtol=1e-5, atol=1e-3) for name, x in found.items())
+"""
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA is tested itself")
-def test_the_kernels_compute_the_plain_formula_in_tritons_interpreter():
+@pytest.mark.parametrize("script", [KERNELS, GRID_KERNELS], ids=["codebook", "grid"])
+def test_the_kernels_compute_the_plain_formula_in_tritons_interpreter(script):
     pytest.importorskip("triton")
-    done = subprocess.run([sys.executable, "-c", KERNELS], cwd=Path(__file__).parents[2], env=os.environ, text=True)
+    done = subprocess.run([sys.executable, "-c", script], cwd=Path(__file__).parents[2], env=os.environ, text=True)
     assert done.returncode == 0

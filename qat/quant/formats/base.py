@@ -12,7 +12,7 @@ N may be left out of all tensors for a single layer.
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -54,7 +54,8 @@ class Grid:
 
     def at(self, index_NOI: Tensor) -> Tensor:
         """The weights [N, O, I] at some indices."""
-        return self.absolute(look_up(self.values_NK, index_NOI))
+        scaled = look_up(self.values_NK, index_NOI).mul_(self.scale_NOI)
+        return scaled if self.shift_NOI is None else scaled.add_(self.shift_NOI)
 
     def absolute(self, value_NOI: Tensor) -> Tensor:
         """Values scaled and shifted."""
@@ -101,6 +102,24 @@ class Equations:
     numbers: int
     what: str
     setting: str
+
+
+class Kernels(Protocol):
+    """Weights and gradients of a stack of layers, each in one pass or two over memory."""
+
+    def write(self, indices: Tensor, operands: Parts, latent: Tensor | None, weights: Tensor, starts: Tensor) -> None:
+        """Weights from indices and operands; with latent weights, indices are first set to the nearest.
+
+        Args:
+            indices: [N, O, I] uint8.
+            operands: each [N, …] fp32.
+            latent: [N, O, I] fp32 or None.
+            weights: flat, in any floating type: where a layer's [O, I] begins, it is overwritten.
+            starts: [N] int64, where the layers begin; see `qat.quant.weights`.
+        """
+
+    def gradients(self, grads: Tensor, starts: Tensor, indices: Tensor, operands: Parts, found: Parts) -> None:
+        """Gradients of operands, written over `found`, from those of the weights, which lie as in `write`."""
 
 
 @dataclass(frozen=True)
@@ -202,8 +221,8 @@ class Format(ABC):
         """W [N, O, I] fp32."""
         return self.grid(self.operands(parts)).at(index_NOI)
 
-    def kernels(self, device: torch.device) -> Any:
-        """The module with fused forms of writing and reducing, where the device has them; see `codebook_kernels`."""
+    def kernels(self, device: torch.device) -> Kernels | None:
+        """Fused forms of writing and reducing, where the device has them."""
         return None
 
     def product(self) -> Product | None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from qat.quant.curvature import Curvature
 from qat.quant.formats import codebook_fit
-from qat.quant.formats.base import Cluster, Equations, Fitted, Format, Grid, Misfit, Part, Parts, Product
+from qat.quant.formats.base import Cluster, Equations, Fitted, Format, Grid, Kernels, Misfit, Part, Parts, Product
 from qat.quant.formats.codebook_fit import Codebooks
 from qat.quant.lookup import entry_sums, look_up
 
@@ -134,7 +134,7 @@ class Codebook(Format):
             return None
         return Misfit("rank", f"has {outputs} outputs and {inputs} inputs, so no rank above {most} adds anything")
 
-    def kernels(self, device: torch.device) -> Any:
+    def kernels(self, device: torch.device) -> Kernels | None:
         """Triton kernels on CUDA."""
         if device.type != "cuda":
             return None

@@ -13,6 +13,7 @@ Shapes: N layers, O outputs, I inputs, K codebook entries, R ranks.
 import torch
 from torch import Tensor
 
+from qat.quant.formats.base import Parts
 from qat.quant.weights import ALIGNMENT
 
 try:
@@ -26,27 +27,21 @@ else:
 TILE = 64  # outputs and inputs a program holds at once
 
 
-def write(
-    indices: Tensor, codebook: Tensor, A: Tensor, B: Tensor, latent: Tensor | None, weights: Tensor, starts: Tensor
-) -> None:
-    """`weight = codebook[indices] ⊙ A @ B`; with `latent` [N, O, I] the indices are first set to the nearest entry.
+def write(indices: Tensor, operands: Parts, latent: Tensor | None, weights: Tensor, starts: Tensor) -> None:
+    """`weight = codebook[indices] ⊙ A @ B`; as `Kernels.write`.
 
     Args:
-        indices: [N, O, I] uint8.
-        codebook: [N, K] fp32, in any order.
-        A: [N, O, R] fp32, magnitudes included.
-        B: [N, R, I] fp32.
-        latent: [N, O, I] fp32 or None.
-        weights: flat, in any floating type: where a layer's [O, I] begins, it is overwritten.
-        starts: [N] int64, where the layers begin; see `qat.quant.weights`.
+        indices, latent, weights, starts: as there.
+        operands: codebook [N, K], in any order; A [N, O, R], magnitudes included; B [N, R, I].
     """
+    codebook, A, B = operands["codebook"], operands["A"].contiguous(), operands["B"].contiguous()
     layers, outputs, inputs = indices.shape
     grid = (triton.cdiv(inputs, TILE), triton.cdiv(outputs, TILE), layers)
     _write[grid](
         indices,
         codebook,
-        A.contiguous(),
-        B.contiguous(),
+        A,
+        B,
         indices if latent is None else latent,
         weights,
         starts,
@@ -61,30 +56,21 @@ def write(
     )
 
 
-def gradients(
-    grads: Tensor,
-    starts: Tensor,
-    indices: Tensor,
-    codebook: Tensor,
-    A: Tensor,
-    B: Tensor,
-    d_codebook: Tensor,
-    d_A: Tensor,
-    d_B: Tensor,
-) -> None:
-    """Gradients of codebook, A and B from the weights', which lie as in `write`; the last three are overwritten."""
+def gradients(grads: Tensor, starts: Tensor, indices: Tensor, operands: Parts, found: Parts) -> None:
+    """Those of codebook, A and B; as `Kernels.gradients`."""
+    codebook, A, B = operands["codebook"], operands["A"].contiguous(), operands["B"].contiguous()
     layers, outputs, inputs = indices.shape
-    A, B = A.contiguous(), B.contiguous()
     rows, columns = triton.cdiv(outputs, TILE), triton.cdiv(inputs, TILE)
     partial = torch.empty(layers, rows, codebook.shape[1], dtype=torch.float32, device=codebook.device)
     sizes = (outputs, inputs, A.shape[2])
     # A gradient of 16 bits has no more digits than TF32.
     precision = _precision(grads) if grads.dtype == torch.float32 else _precision(grads).removesuffix("x3")
     constants = {"K": codebook.shape[1], "RANKS": _padded(A.shape[2]), "TILE": TILE, "PRECISION": precision}
-    _reduce_rows[(rows, layers)](grads, starts, indices, codebook, A, B, d_A, partial, *sizes, **constants)
-    torch.sum(partial, 1, out=d_codebook)
+    _reduce_rows[(rows, layers)](grads, starts, indices, codebook, A, B, found["A"], partial, *sizes, **constants)
+    torch.sum(partial, 1, out=found["codebook"])
     # Nothing is read ahead: with what is looked up in codebooks that takes three times as long.
-    _reduce_columns[(columns, layers)](grads, starts, indices, codebook, A, d_B, *sizes, **constants, num_stages=1)
+    further = constants | {"num_stages": 1}
+    _reduce_columns[(columns, layers)](grads, starts, indices, codebook, A, found["B"], *sizes, **further)
 
 
 def _padded(rank: int) -> int:

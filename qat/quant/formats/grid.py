@@ -17,7 +17,7 @@ from torch import Tensor
 from qat.quant import least_squares
 from qat.quant.curvature import Curvature
 from qat.quant.formats import groups
-from qat.quant.formats.base import Cluster, Equations, Fitted, Format, Grid, Misfit, Part, Parts
+from qat.quant.formats.base import Cluster, Equations, Fitted, Format, Grid, Kernels, Misfit, Part, Parts
 from qat.quant.least_squares import Linear
 from qat.quant.lookup import look_up
 
@@ -132,6 +132,15 @@ class Uniform(Format):
         if inputs % self.group == 0:
             return None
         return Misfit("group", f"has rows of {inputs} weights, which groups of {self.group} do not divide")
+
+    def kernels(self, device: torch.device) -> Kernels | None:
+        """Triton kernels on CUDA."""
+        if device.type != "cuda":
+            return None
+        from qat.quant.formats import grid_kernels
+
+        values = tuple(map(float, LEVELS[self.levels](self.bits)))
+        return grid_kernels.GridKernels(values, self.group) if grid_kernels.AVAILABLE else None
 
     def _linear(self, fitted: Fitted, h_NI: Tensor) -> Linear:
         """The quantized weight as a function of scales and shifts [N, O, G, P]."""
