@@ -21,12 +21,13 @@ from qat.checkpoints.own import adopt, read_own, write_own
 from qat.config import ROLES, QuantConfig
 from qat.errors import ArtifactError
 from qat.machine import Machine
-from qat.models import ModelFolder, linear
+from qat.models import ModelFolder
 from qat.norms import set_learned
 from qat.quant import formats, packing
 from qat.quant import latent as latents
 from qat.quant.architectures import Layer, bits_per_weight, recorded, role_of
 from qat.quant.linear import QuantLinear, quantized
+from qat.quant.places import bias, matrix, place, put
 from qat.tensor_files import Wanted
 
 FILE = "tables.safetensors"
@@ -105,11 +106,11 @@ def load(folder: Path, teacher: ModelFolder, machine: Machine) -> tuple[PreTrain
     model = teacher.load(machine.dtype, machine.device)
     for layer in layers:
         with machine.device:
-            module = QuantLinear(layer.format, *layer.shape, linear(model, layer.name).bias)
+            module = QuantLinear(layer.format, *layer.shape, bias(model, layer.name))
         packed = tensors[f"{layer.name}.indices"].to(machine.device)
         module.indices.copy_(packing.unpack(packed, layer.format.bits, layer.shape))
         module.set_parts({part: tensors[f"{layer.name}.{part}"] for part in module.parts()})
-        model.set_submodule(layer.name, module.requires_grad_(False))
+        put(model, layer.name, module.requires_grad_(False))
     own = read_own(folder / OWN, model, REMEDY) if _has(folder, manifest, OWN) else {}
     adopt(model, own)
     set_learned(model, own)
@@ -149,7 +150,7 @@ def add_latents(model: PreTrainedModel, known: dict[str, torch.Tensor], teacher:
     for name, layer in layers.items():
         device, value = layer.indices.device, known.get(name)
         if value is None and original is not None:
-            value = latents.between(layer, linear(original, name).weight.to(device))
+            value = latents.between(layer, matrix(original, name).to(device))
         layer.latent = torch.nn.Parameter(cast(torch.Tensor, value).to(device, torch.float32), requires_grad=False)
 
 
@@ -197,11 +198,10 @@ def _tables(layers: list[Layer]) -> dict[str, Wanted]:
 
 
 def _check_layers(folder: Path, manifest: dict[str, Any], teacher: ModelFolder) -> None:
-    """The layers are linear ones of the teacher."""
-    modules = dict(teacher.skeleton().named_modules())
+    """The layers are matrices of the teacher."""
     for layer in layers_of(manifest):
-        module = modules.get(layer.name)
-        there = tuple(module.weight.shape) if isinstance(module, torch.nn.Linear) else None
+        found = place(teacher.skeleton(), layer.name)
+        there = None if found is None else found.shape
         if there != layer.shape or role_of(layer.name) != layer.role:
             raise ArtifactError(
                 f"{folder / MANIFEST} lists {ascii(layer.name)[1:-1]}, {layer.role} {list(layer.shape)}, and"
