@@ -68,7 +68,7 @@ FAMILIES = {
     "recurrent_gemma": "own head, one document a row",
     "rwkv": "fast, one document a row",
 }
-TRAINED = ("gemma2", "gemma3n_text", "granite", "qwen3_5_text")
+TRAINED = ("gemma2", "gemma3n_text", "gpt_oss", "granite", "mixtral", "phi3", "qwen3_5_text")
 LENGTH = 48
 
 
