@@ -299,7 +299,8 @@ def summary(rows: list[dict[str, Any]]) -> str:
     return (
         f"{len(rows)} architectures: {len(made) - len(refused)} computed, {len(refused)} refused,"
         f" {len(rows) - len(made)} not made small, {len(wrong)} wrong; {len(students)} have a student,"
-        f" {sum(not dense for dense in students)} of these with nothing dense in the decoder; {seconds / 60:.0f} minutes"
+        f" {sum(not dense for dense in students)} of these with nothing dense in the decoder;"
+        f" {seconds / 60:.0f} minutes"
     )
 
 

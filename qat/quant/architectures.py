@@ -1,6 +1,6 @@
 """Which layers of a model are quantized, in which role, and which of them see the same input.
 
-What is known of families of models is here, as rules over names: a new one needs its names in these tables, if
+What is known of families of models is here, as rules over names: a new one needs its names in these rules, if
 they are not there already. A weight of a decoder layer that no rule fits is refused, for bits a weight of a part of
 the model say little while the rest is forgotten. Where matrices lie, whatever they are for, is `qat.quant.places`.
 """
@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from qat.config import ROLES, SETTINGS, QuantConfig, WeightConfig
+from qat.config import ROLES, SETTINGS, QuantConfig, WeightConfig, as_plain
 from qat.errors import ConfigError
 from qat.quant import formats
 from qat.quant.experts import stacked
@@ -42,7 +42,7 @@ RULES = (
 SAME_INPUT = {"up_proj": "gate_proj", "k_proj": "q_proj", "v_proj": "q_proj", "w3": "w1"}
 INNER = ("down_proj", "w2", "output_linear")  # of an expert: what it reads was made by the expert itself
 NUMBER = re.compile(r"\.\d+(?=\.|$)")
-DENSE_BITS = 16  # that a weight in no format counts as
+DENSE_BITS = 16  # that a weight that is not quantized counts as
 NAMED = 6  # patterns in a message
 HERE = "qat/quant/architectures.py"
 
@@ -142,7 +142,7 @@ def decoder_weights(model: nn.Module) -> dict[str, torch.Size]:
 
 
 def dense(model: nn.Module, layers: list[Layer]) -> dict[str, float]:
-    """The decoder's weights in no format as shares of all of them, layers that differ in number as one pattern.
+    """The decoder's dense weights as shares of all of them, layers that differ in number as one pattern.
 
     `model` has its weights as they were before quantization; what chooses experts is not told of.
     """
@@ -195,8 +195,8 @@ def _formats(quant: QuantConfig) -> dict[str | None, Format | None]:
 
 def format_of(settings: WeightConfig) -> Format:
     """The format that a configuration asks for."""
-    chosen = {name: getattr(settings, name) for name in SETTINGS[settings.format]}
-    return formats.of({"format": settings.format.name, **chosen})
+    chosen = {name: as_plain(getattr(settings, name)) for name in ("format", *SETTINGS[settings.format])}
+    return formats.of(chosen)
 
 
 def _refuse_unmatched(model: nn.Module, layers: list[Layer], quant: QuantConfig) -> None:
@@ -209,7 +209,7 @@ def _refuse_unmatched(model: nn.Module, layers: list[Layer], quant: QuantConfig)
     }
     if missed and not quant.partial:
         raise ConfigError(
-            f"quant={quant.name} has no format for {told(missed)} of this model: {sum(missed.values()):.0%} of its"
+            f"quant={quant.name} does not cover {told(missed)} of this model: {sum(missed.values()):.0%} of its"
             f" decoder's weights would stay dense. Add a rule for them to {HERE}, or quantize the rest all the same"
             " with quant.partial=true"
         )

@@ -5,7 +5,7 @@ import torch
 import transformers
 
 from qat.quant.experts import parsed
-from qat.quant.formats import Table
+from qat.quant.formats import Codebook
 from qat.quant.linear import QuantLinear, baked, quantized
 from qat.quant.places import matrix, place, places, put
 from qat.quant.weights import Weights
@@ -47,7 +47,7 @@ def quantize(model, names):
     """Puts layers with numbers of their own where matrices are."""
     draw = torch.Generator().manual_seed(2)
     for name in names:
-        layer = QuantLinear(Table(2, 2), *place(model, name).shape)
+        layer = QuantLinear(Codebook(2, 2), *place(model, name).shape)
         layer.indices.random_(4, generator=draw)
         layer.set_parts({name: torch.randn(part.shape, generator=draw) for name, part in layer.parts().items()})
         put(model, name, layer.requires_grad_(False))

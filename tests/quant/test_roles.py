@@ -16,7 +16,7 @@ from qat.config import QuantConfig, WeightConfig
 from qat.config.keys import key
 from qat.errors import ConfigError
 from qat.quant.architectures import bits_per_weight, recorded, select, summary
-from qat.quant.formats import Table
+from qat.quant.formats import Codebook
 from qat.quant.places import bias, matrix
 
 
@@ -72,7 +72,7 @@ def preset(name: str) -> QuantConfig:
 
 
 def by_hand(bits: int, rank: int, *shapes: tuple[int, int]) -> float:
-    """16-bit scales and a 16-bit table on top of the indices, over all weights of some layers."""
+    """16-bit scales and a 16-bit codebook on top of the indices, over all weights of some layers."""
     weights = sum(o * i for o, i in shapes)
     return bits + sum(16 * rank * (o + i) + 16 * 2**bits for o, i in shapes) / weights
 
@@ -128,7 +128,7 @@ def test_layers_that_share_an_input_share_its_source():
     }
 
 
-def test_a_kind_without_tables_is_left_out_and_told():
+def test_a_kind_without_codebooks_is_left_out_and_told():
     layers, model = select(skeleton(), preset("q2a16")), skeleton()
     assert {layer.role for layer in layers} == {"mlp"} and len(layers) == 6
     figures = summary(layers, model)
@@ -140,7 +140,7 @@ def test_a_kind_without_tables_is_left_out_and_told():
     assert figures["dense"] == {name: round(share, 4) for name, share in shares.items()}
 
 
-def test_bits_of_the_whole_model_count_sixteen_for_what_has_no_table():
+def test_bits_of_the_whole_model_count_sixteen_for_what_is_not_quantized():
     layers = select(smollm2(), preset("q2a4"))
     quantized = sum(layer.weights for layer in layers)
     rest = 100 * 576 + 61 * 576  # the tied embedding once, and all norms
@@ -153,7 +153,7 @@ def test_bits_of_the_whole_model_count_sixteen_for_what_has_no_table():
 
 def test_a_layer_takes_bits_and_rank_of_its_kind():
     for layer in select(skeleton(num_hidden_layers=1), preset("q2a4")):
-        assert layer.format == Table(*((2, 32) if layer.role == "mlp" else (4, 8)))
+        assert layer.format == Codebook(*((2, 32) if layer.role == "mlp" else (4, 8)))
 
 
 WHOLE = {
@@ -206,7 +206,7 @@ def test_a_layer_that_no_rule_fits_is_refused_with_its_share_and_the_remedies():
     model, quant = with_another_layer(), preset("q2a16")
     share = 8 * 64 / (8 * 64 + 2 * 8 * 8 + 2 * 8 * 4 + 3 * 8 * 16)
     said = (
-        rf"quant=q2a16 has no format for model\.layers\.\*\.gizmo \({share:.1%}\) of this model: {share:.0%} of its"
+        rf"quant=q2a16 does not cover model\.layers\.\*\.gizmo \({share:.1%}\) of this model: {share:.0%} of its"
         r" decoder's weights would stay dense\. Add a rule for them to qat/quant/architectures\.py, or .*"
         r"quant\.partial=true$"
     )
@@ -242,7 +242,7 @@ def test_a_class_of_linear_layers_is_known_by_what_it_computes():
         if taken:
             assert len(select(model, preset("q2a4"))) == 7
             continue
-        with pytest.raises(ConfigError, match=r"no format for model\.layers\.\*\.self_attn\.o_proj"):
+        with pytest.raises(ConfigError, match=r"does not cover model\.layers\.\*\.self_attn\.o_proj"):
             select(model, preset("q2a4"))
         assert len(select(model, preset("q2a16"))) == 3  # attention is not asked for
 
