@@ -52,14 +52,12 @@ class WeightConfig:
 
 @dataclass
 class QuantConfig:
-    """Bits and formats; a kind that is null stays in full precision."""
+    """Bits and formats; a role that is null stays in full precision."""
 
     name: str = MISSING
-    mlp: WeightConfig | None = key(None, "gate, up, down")
-    attn: WeightConfig | None = key(None, "q, k, v, o")
-    partial: bool = key(
-        False, "goes on where projections of a model have other names than these, which stay dense"
-    )
+    mlp: WeightConfig | None = key(None, "of MLPs, experts included")
+    attn: WeightConfig | None = key(None, "of attention, or of what mixes tokens in its place")
+    partial: bool = key(False, "goes on where no rule says what some weights are for, which stay dense")
 
 
 @dataclass
