@@ -48,8 +48,10 @@ class QuantConfig:
     name: str = MISSING
     mlp: WeightConfig | None = key(None, "gate, up, down")
     attn: WeightConfig | None = key(None, "q, k, v, o")
+    embed: WeightConfig | None = key(None, "rows for tokens; of the head too where the model ties the two")
+    head: WeightConfig | None = key(None, "before the logits; of a tied head null, or what embed is")
     partial: bool = key(
-        False, "goes on where projections of a model have other names than these, which stay dense"
+        False, "goes on where a part of the model would stay dense: projections of other names, one of embed and head"
     )
 
 

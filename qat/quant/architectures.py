@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from qat.config import ROLES, SETTINGS, QuantConfig, WeightConfig
 from qat.errors import ConfigError
-from qat.quant import formats
+from qat.quant import formats, vocabulary
 from qat.quant.formats import Format
 from qat.shaping import shaping
 
@@ -71,6 +71,7 @@ def select(model: nn.Module, quant: QuantConfig) -> list[Layer]:
         format = chosen.get(role) if role else None
         if type(module) is nn.Linear and role and format:  # a subclass computes something else
             found.append(Layer(name, role, (module.out_features, module.in_features), format))
+    found += _of_vocabulary(model, quant)
     if not found:
         leaves = ", ".join(leaf for leaves in LEAVES.values() for leaf in leaves)
         raise ConfigError(
@@ -79,6 +80,14 @@ def select(model: nn.Module, quant: QuantConfig) -> list[Layer]:
         )
     _refuse_unmatched(model, found, quant)
     return found
+
+
+def _of_vocabulary(model: nn.Module, quant: QuantConfig) -> list[Layer]:
+    """Embedding and head."""
+    return [
+        Layer(name, role, tuple(model.get_parameter(f"{name}.weight").shape), format_of(settings))
+        for name, (role, settings) in vocabulary.chosen(model, quant).items()
+    ]
 
 
 def recorded(quant: QuantConfig) -> dict[str, Any]:
