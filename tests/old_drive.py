@@ -7,7 +7,8 @@ from pathlib import Path
 import torch
 
 from qat.config import QuantConfig, WeightConfig
-from qat.models import ModelFolder, linear
+from qat.models import ModelFolder
+from qat.quant.places import matrix
 from tests import tiny
 from tests.checkpoints.conftest import Variant, write
 
@@ -29,7 +30,7 @@ def fill(drive: Path, teacher: ModelFolder) -> None:
 
 
 def student(folder: Path, teacher: ModelFolder, name: str, loss: float) -> Path:
-    """A V2 state dict of random tables, with the `config.json` that tells its loss."""
+    """A V2 state dict of random codebooks, with the `config.json` that tells its loss."""
     write(Variant(), teacher, folder / name)
     (folder / "config.json").write_text(json.dumps({"version": "v2", "final_loss": loss}))
     return folder
@@ -41,10 +42,10 @@ def four(folder: Path, teacher: ModelFolder) -> Path:
     model = teacher.load(torch.float32, tiny.CPU)
     state: dict[str, torch.Tensor] = {}
     rows = torch.randint(teacher.vocab_size(), (16, LENGTH), generator=torch.Generator().manual_seed(1))
-    for name, (_, module, _) in tiny.tables_of(model, rows, quant=FOUR).items():
+    for name, (_, module, _) in tiny.converted(model, rows, quant=FOUR).items():
         state |= {f"{name}.{part}": value.detach().clone() for part, value in module.normalized().items()}
         state[f"{name}._indices"] = module.indices.long()
-        state[f"{name}.weight"] = linear(model, name).weight.detach().clone()
+        state[f"{name}.weight"] = matrix(model, name).detach().clone()
     torch.save(state, folder / "anemll_v2_q4_a4_from_v1_finetuned.pt")
     (folder / "config.json").write_text(json.dumps({"version": "v2", "final_loss": 0.7312}))
     return folder

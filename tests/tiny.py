@@ -31,6 +31,7 @@ from qat.machine import Machine
 from qat.models import ModelFolder
 from qat.quant.architectures import Layer, select
 from qat.quant.linear import QuantLinear, quantized
+from qat.quant.places import matrix
 
 CPU = torch.device("cpu")
 FP32 = Machine(CPU, torch.float32, 4)
@@ -52,21 +53,21 @@ def cache_of(teacher: ModelFolder, folder: Path) -> Artifact:
     return obtain_cache(settings, documents, "text", teacher, 0, FP32, folder)
 
 
-def tables_of(
+def converted(
     model: PreTrainedModel, rows: Tensor, backend: KMeansBackend = KMeansBackend.exact, quant: QuantConfig = QUANT
 ) -> dict[str, tuple[Layer, QuantLinear, dict[str, float]]]:
     """Every layer of a model with its quantized form and the errors that `convert` reports."""
     layers = select(model, quant)
     moments, settings = gather(model, layers, Text(rows).batches(8)), ConvertConfig(rounds=2, sweeps=0)
     made = quantize(
-        layers, lambda name: models.linear(model, name).weight, moments, settings, KMeansConfig("", backend), CPU
+        layers, lambda name: matrix(model, name), moments, settings, KMeansConfig("", backend), CPU
     )
     return {one.layer.name: (one.layer, one.module, one.figures) for one in made}
 
 
 def checkpoint_in(folder: Path, teacher: ModelFolder, cache: Artifact) -> Path:
     model = teacher.load(torch.float32, CPU)
-    made = tables_of(model, CacheReader(cache, "train").input_ids(16))
+    made = converted(model, CacheReader(cache, "train").input_ids(16))
     install(model, {name: module for name, (_, module, _) in made.items()})
     description = checkpoints.describe(teacher, QUANT, [layer for layer, _, _ in made.values()])
     checkpoints.save(model, folder, description)
@@ -74,8 +75,8 @@ def checkpoint_in(folder: Path, teacher: ModelFolder, cache: Artifact) -> Path:
 
 
 def exact_weights(student: PreTrainedModel) -> dict[str, dict[str, Tensor]]:
-    """float64 copies of each layer's table and scales, with gradients."""
-    names = ("lut", "scale_A", "scale_B", "rank_magnitude")
+    """float64 copies of each layer's codebook and scales, with gradients."""
+    names = ("codebook", "scale_A", "scale_B", "rank_magnitude")
     return {
         layer: {name: getattr(module, name).detach().double().requires_grad_() for name in names}
         for layer, module in quantized(student).items()
@@ -89,7 +90,7 @@ def exact_logits(
     weights = {}
     for layer, module in quantized(student).items():
         p = parts[layer]
-        weights[f"{layer}.weight"] = p["lut"][module.indices.long()] * (
+        weights[f"{layer}.weight"] = p["codebook"][module.indices.long()] * (
             p["scale_A"] @ torch.diag(p["rank_magnitude"]) @ p["scale_B"]
         )
     model = teacher.load(torch.float64, CPU)

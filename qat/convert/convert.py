@@ -22,6 +22,7 @@ from qat.quant.curvature import Curvature, Factor
 from qat.quant.fit import Problem, fit, improve
 from qat.quant.formats import Cluster, Fitted, Format
 from qat.quant.linear import QuantLinear
+from qat.quant.places import bias, put
 
 STACK_BYTES = {"cpu": 2e8, "cuda": 3e9}  # of work space: what caches still help with; what hides launches
 
@@ -58,7 +59,7 @@ def convert(
         weights: gives the weight [O, I] of a layer by name, any float type, any device.
         text: for calibration, in micro-batches.
         settings: how the fit is done.
-        kmeans: who makes the first tables.
+        kmeans: who makes the first codebooks.
         device: computes.
     """
     made: list[Converted] = []
@@ -210,6 +211,5 @@ def fitted(format: Format, modules: list[QuantLinear], device: torch.device) -> 
 def install(model: nn.Module, modules: dict[str, QuantLinear]) -> None:
     """Puts quantized layers into a model, on its device, each with the bias of the layer it replaces."""
     for name, made in modules.items():
-        old = model.get_submodule(name)
-        made.bias = old.bias  # type: ignore[assignment]
-        model.set_submodule(name, made.to(next(model.parameters()).device))
+        made.bias = bias(model, name)
+        put(model, name, made.to(next(model.parameters()).device))

@@ -16,9 +16,9 @@ from qat.config import ROLES, Config
 from qat.console import console, table
 from qat.convert.convert import convert, install
 from qat.evaluate import Metrics, evaluate
-from qat.models import linear
 from qat.quant.architectures import Layer, bits_per_weight, recorded, select, summary, told
 from qat.quant.linear import QuantLinear, kept, quantized
+from qat.quant.places import matrix
 from qat.runs import Run
 from qat.shaping import shaping
 from qat.stages import cache
@@ -82,7 +82,7 @@ def _convert(work: Workspace, outputs: Artifact, start: Path | None, folder: Pat
     text = _calibration(work, outputs)
     made = convert(fitted, source.load, source.weight, text, config.convert, config.kmeans, work.machine.device)
     modules = kept | {one.layer.name: one.module for one in made}
-    checkpoints.write_tables({layer.name: modules[layer.name] for layer in layers}, folder)
+    checkpoints.write_layers({layer.name: modules[layer.name] for layer in layers}, folder)
     source.write_own(folder)
     return {
         **checkpoints.describe(work.teacher, config.quant, layers),
@@ -124,7 +124,7 @@ class Source:
         """What a layer is fitted to: its latent weight, else its quantized one, else the teacher's."""
         if name in self._latent:
             return self._latent[name]
-        return self._made[name].weight(torch.float32) if name in self._made else linear(self.exact, name).weight
+        return self._made[name].weight(torch.float32) if name in self._made else matrix(self.exact, name)
 
     def write_own(self, folder: Path) -> None:
         """What the model does not have from the teacher besides its quantized layers."""
