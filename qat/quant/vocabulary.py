@@ -33,6 +33,7 @@ def chosen(model: nn.Module, quant: QuantConfig) -> dict[str, tuple[str, WeightC
         _refuse_two(quant)
     else:
         _refuse_one(quant)
+    _known(model, "head", found.head, nn.Linear)  # what else multiplies with an embedding would miss it
     wanted = {"embed": (found.embed, nn.Embedding)} | ({} if found.tied else {"head": (found.head, nn.Linear)})
     made = {}
     for role, (name, kind) in wanted.items():
@@ -47,8 +48,8 @@ def _known(model: nn.Module, role: str, name: str | None, kind: type[nn.Module])
     known = isinstance(module, nn.Embedding) if kind is nn.Embedding else type(module) is kind
     if name is None or not known:
         raise ConfigError(
-            f"quant.{role} is set, and {type(model).__name__} has no {kind.__name__} of its own there but"
-            f" {type(module).__name__ if module is not None else 'none'}: set quant.{role}=null"
+            f"{type(model).__name__} has {type(module).__name__ if module else 'nothing'} for its {role} and no plain"
+            f" {kind.__name__}, so neither end of it can be quantized: set quant.embed=null quant.head=null"
         )
     return name
 
