@@ -89,7 +89,10 @@ CHECKPOINT = record(
     {
         "model": text,
         "teacher": text,
-        "quant": record({"name": text, "mlp": optional(_format), "attn": optional(_format)}),
+        "quant": record(
+            {"name": text, "mlp": optional(_format), "attn": optional(_format)},
+            {"embed": optional(_format), "head": optional(_format)},
+        ),
         "bits_per_weight": number(),
         "layers": fields.mapping(text, _layer, least=1),
     },

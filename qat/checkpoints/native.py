@@ -23,11 +23,12 @@ from qat.errors import ArtifactError
 from qat.machine import Machine
 from qat.models import ModelFolder
 from qat.norms import set_learned
-from qat.quant import formats, packing
+from qat.quant import formats, packing, vocabulary
 from qat.quant import latent as latents
 from qat.quant.architectures import Layer, bits_per_weight, recorded, role_of
-from qat.quant.linear import QuantLinear, quantized
-from qat.quant.places import bias, matrix, place, put
+from qat.quant.embedding import empty, put
+from qat.quant.linear import Quantized, quantized
+from qat.quant.places import matrix, place
 from qat.tensor_files import Wanted
 
 FILE = "tables.safetensors"  # codebooks had another name once, and checkpoints of that time are to load
@@ -74,7 +75,7 @@ def _layer(name: str, entry: dict[str, Any]) -> Layer:
     return Layer(name, entry.pop("kind"), tuple(entry.pop("shape")), formats.of(entry))
 
 
-def write_layers(modules: dict[str, QuantLinear], folder: Path) -> None:
+def write_layers(modules: dict[str, Quantized], folder: Path) -> None:
     """Writes the quantized layers, their parts normalized; the modules themselves stay as they are."""
     tensors: dict[str, torch.Tensor] = {}
     for name, module in modules.items():
@@ -110,7 +111,7 @@ def load(folder: Path, teacher: ModelFolder, machine: Machine) -> tuple[PreTrain
     model = teacher.load(machine.dtype, machine.device)
     for layer in layers:
         with machine.device:
-            module = QuantLinear(layer.format, *layer.shape, bias(model, layer.name))
+            module = empty(layer)
         packed = tensors[f"{layer.name}.indices"].to(machine.device)
         module.indices.copy_(packing.unpack(packed, layer.format.bits, layer.shape))
         module.set_parts({part: tensors[f"{layer.name}.{part}"] for part in module.parts()})
@@ -203,10 +204,13 @@ def _wanted(layers: list[Layer]) -> dict[str, Wanted]:
 
 def _check_layers(folder: Path, manifest: dict[str, Any], teacher: ModelFolder) -> None:
     """The layers are matrices of the teacher."""
-    for layer in layers_of(manifest):
+    layers = layers_of(manifest)
+    outer = any(layer.role in vocabulary.ROLES for layer in layers)
+    roles = vocabulary.roles(teacher.skeleton()) if outer else {}
+    for layer in layers:
         found = place(teacher.skeleton(), layer.name)
         there = None if found is None else found.shape
-        if there != layer.shape or role_of(layer.name) != layer.role:
+        if there != layer.shape or (roles.get(layer.name) or role_of(layer.name)) != layer.role:
             raise ArtifactError(
                 f"{folder / MANIFEST} lists {ascii(layer.name)[1:-1]}, {layer.role} {list(layer.shape)}, and"
                 f" {teacher.name} has {'no such layer' if there is None else list(there)} there: {REMEDY}"

@@ -57,7 +57,11 @@ class QuantConfig:
     name: str = MISSING
     mlp: WeightConfig | None = key(None, "of MLPs, experts included")
     attn: WeightConfig | None = key(None, "of attention, or of what mixes tokens in its place")
-    partial: bool = key(False, "goes on where no rule says what some weights are for, which stay dense")
+    embed: WeightConfig | None = key(None, "rows for tokens; of the head too where the model ties the two")
+    head: WeightConfig | None = key(None, "before the logits; of a tied head null, or what embed is")
+    partial: bool = key(
+        False, "goes on where a part of the model would stay dense: weights that no rule names, one of embed and head"
+    )
 
 
 @dataclass

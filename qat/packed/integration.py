@@ -3,7 +3,7 @@
 Plain transformers must not load such a folder: it would take their parts for stray tensors and run with
 random weights. So `config.json` names a model type it does not know, and the weights lie in a file it
 does not look for. Once registered, `PackedConfig` hands out the configuration of the real architecture,
-and the quantizer puts `PackedLinear` where the quantized layers belong.
+and the quantizer puts packed modules where dense ones were.
 """
 
 from pathlib import Path
@@ -17,10 +17,10 @@ from qat import older
 from qat.errors import ArtifactError
 from qat.manifests import PACKED, Wrong
 from qat.packed import FILE, METHOD
-from qat.packed.linear import SIXTEEN, PackedLinear
+from qat.packed.linear import SIXTEEN, put
 from qat.quant import formats
 from qat.quant.formats import Format
-from qat.quant.places import Place, bias, place, put
+from qat.quant.places import place
 from qat.tensor_files import FLOATS, Wanted, difference, entries, known
 
 REMEDY = "export the model again"
@@ -83,7 +83,9 @@ def register_quantizer() -> None:
         def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
             with torch.device("meta"):
                 for name, settings in self.quantization_config.layers.items():
-                    put(model, name, packed_like(model, name, formats.of(settings)))
+                    format = formats.of(settings)
+                    check_place(model, name, format)
+                    put(model, name, format)
             check_tensors(model, [Path(file) for file in kwargs.get("checkpoint_files") or []])
 
         def get_weight_conversions(self) -> list[Any]:
@@ -100,16 +102,18 @@ def register_quantizer() -> None:
     auto.AUTO_QUANTIZER_MAPPING[METHOD] = PackedQuantizer
 
 
-def place_of(model: Any, name: str) -> Place:
-    """The matrix of a model that a packed export has in few bits.
+def check_place(model: Any, name: str, format: Format) -> None:
+    """Looks whether a model has something that can be in few bits, of a shape that suits the format.
 
     Raises:
-        ArtifactError: the model has none of that name.
+        ArtifactError: it has not.
     """
     found = place(model, name)
     if found is None:
         raise ArtifactError(f"the packed export has {name} in few bits, and its model no such layer: {REMEDY}")
-    return found
+    if misfit := format.misfit(*found.shape):
+        value = format.settings()[misfit.setting]
+        raise ArtifactError(f"the packed export says {misfit.setting} {value} of {name}, which {misfit.why}: {REMEDY}")
 
 
 def check_tensors(model: Any, files: list[Path]) -> None:
@@ -131,19 +135,3 @@ def check_tensors(model: Any, files: list[Path]) -> None:
 def _kinds(value: torch.Tensor) -> tuple[str, ...]:
     """What a tensor may be stored as: parts of formats as they are, other numbers in the type of the export."""
     return FLOATS if value.is_floating_point() and value.dtype is not SIXTEEN else (known(value)[0],)
-
-
-def packed_like(model: Any, name: str, format: Format) -> PackedLinear:
-    """An empty packed layer for the place of a dense one.
-
-    Raises:
-        ArtifactError: there is none, or the format does not suit it.
-    """
-    old, added = place_of(model, name), bias(model, name)
-    if misfit := format.misfit(*old.shape):
-        value = format.settings()[misfit.setting]
-        raise ArtifactError(f"the packed export says {misfit.setting} {value} of {name}, which {misfit.why}: {REMEDY}")
-    packed = PackedLinear(format, *old.shape, added is not None)
-    if packed.bias is not None:
-        packed.bias.data = packed.bias.data.to(old.weight.dtype)
-    return packed

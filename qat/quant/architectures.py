@@ -13,9 +13,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from qat.config import ROLES, SETTINGS, QuantConfig, WeightConfig, as_plain
+from qat.config import ROLES, SETTINGS, ModeConfig, QuantConfig, WeightConfig, as_plain
 from qat.errors import ConfigError
-from qat.quant import formats
+from qat.quant import formats, vocabulary
 from qat.quant.experts import stacked
 from qat.quant.formats import Format
 from qat.quant.places import places
@@ -42,6 +42,7 @@ RULES = (
 SAME_INPUT = {"up_proj": "gate_proj", "k_proj": "q_proj", "v_proj": "q_proj", "w3": "w1"}
 INNER = ("down_proj", "w2", "output_linear")  # of an expert: what it reads was made by the expert itself
 NUMBER = re.compile(r"\.\d+(?=\.|$)")
+EXACT_BITS = 8  # from which on rounding an embedding to the nearest cannot be measured
 DENSE_BITS = 16  # that a weight that is not quantized counts as
 NAMED = 6  # patterns in a message
 HERE = "qat/quant/architectures.py"
@@ -85,12 +86,22 @@ def select(model: nn.Module, quant: QuantConfig) -> list[Layer]:
         for name, place in places(model).items()
         if place.module not in outside and (role := role_of(name)) and (format := chosen[role])
     ]
+    found += _of_vocabulary(model, quant)
     if not found:
         raise ConfigError(
             f"quant={quant.name} finds no layer to quantize: no rule of {HERE} that it has a format for fits this"
             f" model, which has {told(dense(model, [])) or 'no linear layer at all'}"
         )
     _refuse_unmatched(model, found, quant)
+    return found
+
+
+def _of_vocabulary(model: nn.Module, quant: QuantConfig) -> list[Layer]:
+    """Embedding and head."""
+    found = []
+    for name, (role, settings) in vocabulary.chosen(model, quant).items():
+        tokens, hidden = model.get_parameter(f"{name}.weight").shape
+        found.append(Layer(name, role, (tokens, hidden), format_of(settings)))
     return found
 
 
@@ -155,6 +166,13 @@ def dense(model: nn.Module, layers: list[Layer]) -> dict[str, float]:
             pattern = NUMBER.sub(".*", name)
             shares[pattern] = shares.get(pattern, 0.0) + shape.numel() / whole
     return shares
+
+
+def learns(mode: ModeConfig, role: str, format: Format) -> bool:
+    """Whether a layer learns; an embedding or head of 8 bits costs nothing that training could win back."""
+    if role in vocabulary.ROLES:
+        return mode.embed and format.bits < EXACT_BITS
+    return {"mlp": mode.mlp, "attn": mode.attn}[role]
 
 
 def bits_per_weight(layers: list[Layer]) -> float:

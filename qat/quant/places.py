@@ -62,6 +62,8 @@ def places(model: nn.Module) -> dict[str, Place]:
 def place(model: nn.Module, name: str) -> Place | None:
     """The matrix of that name; None where the model has none."""
     if (module := _module(model, name)) is not None:
+        if isinstance(module, nn.Embedding):
+            return Place(module)
         transposed = _transposed(module)
         return None if transposed is None else Place(module, transposed=transposed)
     owner, number, parameter = experts.parsed(name)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from qat.machine import WIDENING
-from qat.quant.linear import QuantLinear
+from qat.quant.linear import Quantized
 
 ALIGNMENT = 16  # of where a weight begins, in numbers, so that kernels read and write many at once
 
@@ -27,10 +27,10 @@ class Weights:
         values: all weights in the compute type, [total].
     """
 
-    def __init__(self, layers: list[QuantLinear], dtype: torch.dtype, latent: bool = False) -> None:
+    def __init__(self, layers: list[Quantized], dtype: torch.dtype, latent: bool = False) -> None:
         """Makes room; nothing is computed yet."""
         self.layers, self.latent = layers, latent
-        self._starts: dict[QuantLinear, int] = {}
+        self._starts: dict[Quantized, int] = {}
         total = 0
         for layer in _side_by_side(layers):
             self._starts[layer] = total
@@ -38,15 +38,16 @@ class Weights:
         self.values = torch.empty(total, dtype=dtype, device=layers[0].indices.device)
         self._sums: Tensor | None = None
         self._adding = False
+        self._several = [layer for layer in layers if layer.several]
         for layer in layers:
             layer.home, layer.dense = self, self.value(layer).requires_grad_()
             layer.dense.register_post_accumulate_grad_hook(partial(self._take, [layer]))
         self._leaves = {layer: cast(Tensor, layer.dense) for layer in layers}
-        self._stacked: dict[QuantLinear, Tensor] = {}
+        self._stacked: dict[Quantized, Tensor] = {}
 
     @property
     def sums(self) -> Tensor:
-        """The summed gradients [total]: fp32 with several micro-batches or latent weights, else as the weights."""
+        """The summed gradients [total]: as the weights, and fp32 where some are added up or latent weights learn."""
         if self._sums is None:
             raise RuntimeError("gradients before begin()")
         return self._sums
@@ -54,7 +55,8 @@ class Weights:
     def begin(self, micro_batches: int) -> None:
         """Prepares for the gradients of so many micro-batches."""
         self._adding = micro_batches > 1
-        dtype = torch.float32 if self._adding or self.latent else self.values.dtype
+        wide = self._adding or self.latent or self._several
+        dtype = torch.float32 if wide else self.values.dtype
         if self._sums is None or self._sums.dtype != dtype:
             self._sums = None
             self._sums = torch.zeros_like(self.values, dtype=dtype)  # gaps between weights stay zero
@@ -66,29 +68,30 @@ class Weights:
         """Forgets the gradients of an earlier step."""
         for leaf in [*self._leaves.values(), *self._stacked.values()]:
             leaf.grad = None
-        if self._adding:
-            self.sums.zero_()
+        if self._sums is not None:
+            for sums in [self._sums] if self._adding else map(self.sum, self._several):
+                sums.zero_()
 
-    def value(self, layer: QuantLinear) -> Tensor:
+    def value(self, layer: Quantized) -> Tensor:
         """One layer's weight [O, I], a view."""
         return self._cut(self.values, [layer]).detach()
 
-    def sum(self, layer: QuantLinear) -> Tensor:
+    def sum(self, layer: Quantized) -> Tensor:
         """One layer's summed gradient [O, I], a view."""
         return self._cut(self.sums, [layer])
 
-    def starts(self, layers: list[QuantLinear]) -> Tensor:
+    def starts(self, layers: list[Quantized]) -> Tensor:
         """Where the weights of some layers begin, int64 on their device, multiples of `ALIGNMENT`."""
         return torch.tensor([self._starts[layer] for layer in layers], device=self.values.device)
 
-    def joint(self, layers: list[QuantLinear]) -> Tensor | None:
+    def joint(self, layers: list[Quantized]) -> Tensor | None:
         """One weight [ΣO, I] of several layers that share an input, a view; None where they do not lie together."""
         ends = [self._starts.get(layer, -1) + layer.indices.numel() for layer in layers]
         together = all(self._starts.get(layer) == end for layer, end in zip(layers[1:], ends, strict=False))
         return self._cut(self.values, layers).detach() if together and layers[0] in self._starts else None
 
     @torch.inference_mode(False)
-    def stacked(self, layers: list[QuantLinear]) -> Tensor | None:
+    def stacked(self, layers: list[Quantized]) -> Tensor | None:
         """The weights of a stack of experts as a leaf [E, O, I]; None where they do not lie side by side.
 
         Its gradient is added to the sums of all of them.
@@ -106,10 +109,12 @@ class Weights:
         return self._stacked[layers[0]]
 
     @torch.no_grad()
-    def add(self, layers: list[QuantLinear], grad_TO: Tensor, input_TI: Tensor) -> None:
+    def add(self, layers: list[Quantized], grad_TO: Tensor, input_TI: Tensor) -> None:
         """Adds the gradient `gradᵀ input` [ΣO, I] of a joint weight to the sums, without a copy where it is one."""
         place = self._cut(self.sums, layers)
-        if self._adding:
+        if layers[0].several:
+            _add_product(place, grad_TO.mT, input_TI)
+        elif self._adding:
             place.add_(grad_TO.mT @ input_TI)
         elif place.dtype == grad_TO.dtype:
             torch.mm(grad_TO.mT, input_TI, out=place)
@@ -118,27 +123,37 @@ class Weights:
         else:
             place.copy_(grad_TO.mT @ input_TI)
 
-    def _cut(self, whole: Tensor, layers: list[QuantLinear]) -> Tensor:
+    def _cut(self, whole: Tensor, layers: list[Quantized]) -> Tensor:
         start, inputs = self._starts[layers[0]], layers[0].indices.shape[1]
         outputs = sum(layer.indices.shape[0] for layer in layers)
         return whole[start : start + outputs * inputs].view(outputs, inputs)
 
-    def _cut_stack(self, whole: Tensor, layers: list[QuantLinear]) -> Tensor:
+    def _cut_stack(self, whole: Tensor, layers: list[Quantized]) -> Tensor:
         """[E, O, I] of layers of one shape that lie side by side."""
         starts, shape = [self._starts[layer] for layer in layers[:2]], layers[0].indices.shape
         return whole.as_strided((len(layers), *shape), (starts[-1] - starts[0], shape[1], 1), starts[0])
 
-    def _take(self, layers: list[QuantLinear], weight: Tensor) -> None:
+    def _take(self, layers: list[Quantized], weight: Tensor) -> None:
         """Moves a weight's new gradient into the sum, so that it is gone before the next layer's comes."""
         if weight.grad is None:
             raise RuntimeError("a weight without its gradient")
         sums = self.sum(layers[0]) if weight.dim() == 2 else self._cut_stack(self.sums, layers)
-        (sums.add_ if self._adding else sums.copy_)(weight.grad)
+        (sums.add_ if self._adding or layers[0].several else sums.copy_)(weight.grad)
         weight.grad = None
 
 
-def _side_by_side(layers: list[QuantLinear]) -> list[QuantLinear]:
+def _side_by_side(layers: list[Quantized]) -> list[Quantized]:
     """Those of one stack of experts after one another, else as they are."""
     firsts: dict[object, int] = {}
     places = {layer: firsts.setdefault(layer.stack or layer, n) for n, layer in enumerate(layers)}
     return sorted(layers, key=places.__getitem__)
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """Adds a product to an fp32 total of its size, on CUDA without a second tensor of that size."""
+    if total.is_cuda and left.dtype != total.dtype and WIDENING:
+        torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
+    elif left.dtype == total.dtype:
+        total.addmm_(left, right)
+    else:
+        total.add_(left @ right)
