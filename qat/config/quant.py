@@ -32,7 +32,10 @@ class Levels(Enum):
 
 
 # The keys of `WeightConfig` that each format has besides its name.
-SETTINGS = {WeightFormat.codebook: ("bits", "rank"), WeightFormat.grid: ("bits", "group", "levels")}
+SETTINGS = {
+    WeightFormat.codebook: ("bits", "rank"),
+    WeightFormat.grid: ("bits", "group", "levels"),
+}
 
 
 @dataclass
