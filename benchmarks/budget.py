@@ -42,10 +42,11 @@ from qat.config import (
 from qat.convert.convert import Converted, install, quantize
 from qat.convert.moments import Moments, gather
 from qat.distill.parameters import Parameter
-from qat.models import ModelFolder, linear, locate
+from qat.models import ModelFolder, locate
+from qat.quant.architectures import Layer, select
 from qat.quant.formats import Codebook
-from qat.quant.layers import Layer, select
 from qat.quant.linear import QuantLinear
+from qat.quant.places import matrix
 
 FORMATS = tuple(Codebook(*one) for one in ((2, 4), (2, 8), (2, 16), (3, 4), (3, 8), (4, 4), (4, 8), (5, 4), (6, 4)))
 LEFT = {2: 0.31, 3: 0.45, 4: 0.48, 5: 0.5, 6: 0.5}  # trained KL over converted KL of the records of so many bits
@@ -69,7 +70,7 @@ def convert(options: argparse.Namespace) -> None:
     kmeans = KMeansConfig(name="exact", backend=KMeansBackend.exact)
 
     def weights(name: str) -> torch.Tensor:
-        return linear(exact, name).weight
+        return matrix(exact, name)
 
     began = time.monotonic()
     model = folder.load(place.dtype, place.device)

@@ -35,8 +35,9 @@ from qat.data import packing, sources
 from qat.data.documents import Document
 from qat.data.tally import Tally
 from qat.evaluate import evaluate
-from qat.models import ModelFolder, linear, locate
-from qat.quant.layers import Layer, bits_per_weight, select
+from qat.models import ModelFolder, locate
+from qat.quant.architectures import Layer, bits_per_weight, select
+from qat.quant.places import matrix
 
 CONF = Path(__file__).parent.parent / "conf"
 
@@ -68,7 +69,7 @@ def measure(name, folder, teacher, calibration, held_out, options, machine) -> l
     student = folder.load(torch.float32, machine.device)
     install(student, {one.layer.name: one.module for one in made})
     exact = machines.Machine(machine.device, torch.float32, machine.micro_batch)
-    mlp = bits_per_weight([one.layer for one in made if one.layer.kind == "mlp"])
+    mlp = bits_per_weight([one.layer for one in made if one.layer.role == "mlp"])
     rows = []
     for path, ids in held_out.items():
         figures = evaluate(student, teacher, Text(ids), 64, exact)
@@ -104,7 +105,7 @@ def convert_layers(
     return convert(
         layers,
         lambda: folder.load(machine.dtype, machine.device),
-        lambda layer: linear(teacher, layer).weight,
+        lambda layer: matrix(teacher, layer),
         Text(calibration_NL).batches(machine.micro_batch),
         settings,
         KMeansConfig("exact", KMeansBackend.exact),

@@ -41,8 +41,8 @@ from qat.distill.step import Step
 from qat.forward import FAST, prepare, use
 from qat.machine import Machine
 from qat.processes import Ranks, joined, place
+from qat.quant.architectures import select
 from qat.quant.formats import Codebook, Format
-from qat.quant.layers import select
 from qat.quant.linear import QuantLinear
 from qat.quant.lookup import look_up
 

@@ -18,15 +18,16 @@ from qat import older, tensor_files
 from qat.artifacts import MANIFEST, open_artifact, publish
 from qat.checkpoints.own import FILE as OWN
 from qat.checkpoints.own import adopt, read_own, write_own
-from qat.config import QuantConfig
+from qat.config import ROLES, QuantConfig
 from qat.errors import ArtifactError
 from qat.machine import Machine
-from qat.models import ModelFolder, linear
+from qat.models import ModelFolder
 from qat.norms import set_learned
 from qat.quant import formats, packing
 from qat.quant import latent as latents
-from qat.quant.layers import KINDS, Layer, bits_per_weight, kind_of, recorded
+from qat.quant.architectures import Layer, bits_per_weight, recorded, role_of
 from qat.quant.linear import QuantLinear, quantized
+from qat.quant.places import bias, matrix, place, put
 from qat.tensor_files import Wanted
 
 FILE = "tables.safetensors"  # codebooks had another name once, and checkpoints of that time are to load
@@ -43,7 +44,7 @@ def describe(teacher: ModelFolder, quant: QuantConfig, layers: list[Layer]) -> d
         "quant": recorded(quant),
         "bits_per_weight": round(bits_per_weight(layers), 4),
         "layers": {
-            layer.name: {"kind": layer.kind, "shape": list(layer.shape), **layer.format.settings()} for layer in layers
+            layer.name: {"kind": layer.role, "shape": list(layer.shape), **layer.format.settings()} for layer in layers
         },
     }
 
@@ -51,7 +52,7 @@ def describe(teacher: ModelFolder, quant: QuantConfig, layers: list[Layer]) -> d
 def has_formats(manifest: dict[str, Any], quant: QuantConfig) -> bool:
     """True where a checkpoint's layers are in these formats."""
     wanted = recorded(quant)
-    return all(_format(manifest["quant"].get(kind)) == _format(wanted[kind]) for kind in KINDS)
+    return all(_format(manifest["quant"].get(role)) == _format(wanted.get(role)) for role in ROLES)
 
 
 def _format(settings: dict[str, Any] | None) -> formats.Format | None:
@@ -109,11 +110,11 @@ def load(folder: Path, teacher: ModelFolder, machine: Machine) -> tuple[PreTrain
     model = teacher.load(machine.dtype, machine.device)
     for layer in layers:
         with machine.device:
-            module = QuantLinear(layer.format, *layer.shape, linear(model, layer.name).bias)
+            module = QuantLinear(layer.format, *layer.shape, bias(model, layer.name))
         packed = tensors[f"{layer.name}.indices"].to(machine.device)
         module.indices.copy_(packing.unpack(packed, layer.format.bits, layer.shape))
         module.set_parts({part: tensors[f"{layer.name}.{part}"] for part in module.parts()})
-        model.set_submodule(layer.name, module.requires_grad_(False))
+        put(model, layer.name, module.requires_grad_(False))
     own = read_own(folder / OWN, model, REMEDY) if _has(folder, manifest, OWN) else {}
     adopt(model, own)
     set_learned(model, own)
@@ -153,7 +154,7 @@ def add_latents(model: PreTrainedModel, known: dict[str, torch.Tensor], teacher:
     for name, layer in layers.items():
         device, value = layer.indices.device, known.get(name)
         if value is None and original is not None:
-            value = latents.between(layer, linear(original, name).weight.to(device))
+            value = latents.between(layer, matrix(original, name).to(device))
         layer.latent = torch.nn.Parameter(cast(torch.Tensor, value).to(device, torch.float32), requires_grad=False)
 
 
@@ -201,13 +202,12 @@ def _wanted(layers: list[Layer]) -> dict[str, Wanted]:
 
 
 def _check_layers(folder: Path, manifest: dict[str, Any], teacher: ModelFolder) -> None:
-    """The layers are linear ones of the teacher."""
-    modules = dict(teacher.skeleton().named_modules())
+    """The layers are matrices of the teacher."""
     for layer in layers_of(manifest):
-        module = modules.get(layer.name)
-        there = tuple(module.weight.shape) if isinstance(module, torch.nn.Linear) else None
-        if there != layer.shape or kind_of(layer.name) != layer.kind:
+        found = place(teacher.skeleton(), layer.name)
+        there = None if found is None else found.shape
+        if there != layer.shape or role_of(layer.name) != layer.role:
             raise ArtifactError(
-                f"{folder / MANIFEST} lists {ascii(layer.name)[1:-1]}, {layer.kind} {list(layer.shape)}, and"
+                f"{folder / MANIFEST} lists {ascii(layer.name)[1:-1]}, {layer.role} {list(layer.shape)}, and"
                 f" {teacher.name} has {'no such layer' if there is None else list(there)} there: {REMEDY}"
             )

@@ -31,6 +31,10 @@ class Levels(Enum):
     iq4nl = "the sixteen values of IQ4_NL of llama.cpp, dense around zero"
 
 
+# What a weight is for, each with a format of its own: in gated or plain MLPs, in attention, as rows for tokens, before
+# the logits.
+ROLES = ("mlp", "attn", "embed", "head")
+
 # The keys of `WeightConfig` that each format has besides its name.
 SETTINGS = {
     WeightFormat.codebook: ("bits", "rank"),
@@ -51,14 +55,12 @@ class WeightConfig:
 
 @dataclass
 class QuantConfig:
-    """Bits and formats; a kind that is null stays in full precision."""
+    """Bits and formats; a role that is null stays in full precision."""
 
     name: str = MISSING
-    mlp: WeightConfig | None = key(None, "gate, up, down")
-    attn: WeightConfig | None = key(None, "q, k, v, o")
-    partial: bool = key(
-        False, "goes on where projections of a model have other names than these, which stay dense"
-    )
+    mlp: WeightConfig | None = key(None, "of MLPs, experts included")
+    attn: WeightConfig | None = key(None, "of attention, or of what mixes tokens in its place")
+    partial: bool = key(False, "goes on where no rule says what some weights are for, which stay dense")
 
 
 @dataclass

@@ -17,11 +17,12 @@ from qat.convert.moments import Moments, gather
 from qat.errors import NumericsError
 from qat.machine import exact_matmul
 from qat.quant import backends, kmeans
+from qat.quant.architectures import Layer
 from qat.quant.curvature import Curvature, Factor
 from qat.quant.fit import Problem, fit, improve
 from qat.quant.formats import Cluster, Fitted, Format
-from qat.quant.layers import Layer
 from qat.quant.linear import QuantLinear
+from qat.quant.places import bias, put
 
 STACK_BYTES = {"cpu": 2e8, "cuda": 3e9}  # of work space: what caches still help with; what hides launches
 
@@ -210,6 +211,5 @@ def fitted(format: Format, modules: list[QuantLinear], device: torch.device) -> 
 def install(model: nn.Module, modules: dict[str, QuantLinear]) -> None:
     """Puts quantized layers into a model, on its device, each with the bias of the layer it replaces."""
     for name, made in modules.items():
-        old = model.get_submodule(name)
-        made.bias = old.bias  # type: ignore[assignment]
-        model.set_submodule(name, made.to(next(model.parameters()).device))
+        made.bias = bias(model, name)
+        put(model, name, made.to(next(model.parameters()).device))

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch import nn
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
@@ -21,6 +20,7 @@ from qat.packed import FILE, METHOD
 from qat.packed.linear import SIXTEEN, PackedLinear
 from qat.quant import formats
 from qat.quant.formats import Format
+from qat.quant.places import Place, bias, place, put
 from qat.tensor_files import FLOATS, Wanted, difference, entries, known
 
 REMEDY = "export the model again"
@@ -83,7 +83,7 @@ def register_quantizer() -> None:
         def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
             with torch.device("meta"):
                 for name, settings in self.quantization_config.layers.items():
-                    model.set_submodule(name, packed_like(name, linear_of(model, name), formats.of(settings)))
+                    put(model, name, packed_like(model, name, formats.of(settings)))
             check_tensors(model, [Path(file) for file in kwargs.get("checkpoint_files") or []])
 
         def get_weight_conversions(self) -> list[Any]:
@@ -100,15 +100,15 @@ def register_quantizer() -> None:
     auto.AUTO_QUANTIZER_MAPPING[METHOD] = PackedQuantizer
 
 
-def linear_of(model: Any, name: str) -> nn.Linear:
-    """A linear layer that a packed export has in few bits.
+def place_of(model: Any, name: str) -> Place:
+    """The matrix of a model that a packed export has in few bits.
 
     Raises:
         ArtifactError: the model has none of that name.
     """
-    found = dict(model.named_modules()).get(name)
-    if type(found) is not nn.Linear:
-        raise ArtifactError(f"the packed export has {name} in few bits, and its model no such linear layer: {REMEDY}")
+    found = place(model, name)
+    if found is None:
+        raise ArtifactError(f"the packed export has {name} in few bits, and its model no such layer: {REMEDY}")
     return found
 
 
@@ -133,16 +133,17 @@ def _kinds(value: torch.Tensor) -> tuple[str, ...]:
     return FLOATS if value.is_floating_point() and value.dtype is not SIXTEEN else (known(value)[0],)
 
 
-def packed_like(name: str, linear: nn.Linear, format: Format) -> PackedLinear:
-    """An empty packed layer in the place of a dense one.
+def packed_like(model: Any, name: str, format: Format) -> PackedLinear:
+    """An empty packed layer for the place of a dense one.
 
     Raises:
-        ArtifactError: the format does not suit it.
+        ArtifactError: there is none, or the format does not suit it.
     """
-    if misfit := format.misfit(linear.out_features, linear.in_features):
+    old, added = place_of(model, name), bias(model, name)
+    if misfit := format.misfit(*old.shape):
         value = format.settings()[misfit.setting]
         raise ArtifactError(f"the packed export says {misfit.setting} {value} of {name}, which {misfit.why}: {REMEDY}")
-    packed = PackedLinear(format, linear.out_features, linear.in_features, linear.bias is not None)
+    packed = PackedLinear(format, *old.shape, added is not None)
     if packed.bias is not None:
-        packed.bias.data = packed.bias.data.to(linear.weight.dtype)
+        packed.bias.data = packed.bias.data.to(old.weight.dtype)
     return packed

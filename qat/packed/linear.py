@@ -53,11 +53,16 @@ class PackedLinear(nn.Module):
             if one and (product := self.format.product()) is not None:
                 y = product(x.reshape(-1), self.indices, self.parts()).view(*x.shape[:-1], -1)
                 return y if self.bias is None else y + self.bias
-            return nn.functional.linear(x, self.weight(x.dtype), self.bias)
-        if self.dense is None or self.dense.dtype != x.dtype:
+        return nn.functional.linear(x, self.held(x.dtype), self.bias)
+
+    def held(self, dtype: torch.dtype) -> Tensor:
+        """W [O, I], which is kept where that is the faster."""
+        if self.indices.is_cuda:
+            return self.weight(dtype)
+        if self.dense is None or self.dense.dtype != dtype:
             with torch.inference_mode(False), torch.no_grad():
-                self.dense = self.weight(x.dtype)
-        return nn.functional.linear(x, self.dense, self.bias)
+                self.dense = self.weight(dtype)
+        return self.dense
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PackedLinear":
         """Forgets the dense weight when the layer moves or changes its type."""

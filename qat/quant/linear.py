@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from qat.quant.formats import Format, Grid, Parts
 
 if TYPE_CHECKING:
+    from qat.quant.experts import Stack
     from qat.quant.weights import Weights
 
 
@@ -32,6 +33,7 @@ class QuantLinear(nn.Module):
         bias: [O] or None, as in the layer it replaces.
         dense: W in a compute type while it is kept, which training and inference do.
         home: where W lies with others while it learns.
+        stack: the stack of experts that W is a matrix of; None for a layer of its own.
     """
 
     def __init__(self, format: Format, outputs: int, inputs: int, bias: Tensor | None = None) -> None:
@@ -47,6 +49,7 @@ class QuantLinear(nn.Module):
         self.bias = bias
         self.dense: Tensor | None = None
         self.home: Weights | None = None
+        self.stack: Stack | None = None
 
     def parts(self) -> Parts:
         """The format's parts by name, as they are."""
@@ -64,8 +67,11 @@ class QuantLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., I] to [..., O], in the type of x."""
-        weight = self.weight(x.dtype) if self.dense is None else self.dense
-        return nn.functional.linear(x, weight, self.bias)
+        return nn.functional.linear(x, self.held(x.dtype), self.bias)
+
+    def held(self, dtype: torch.dtype) -> Tensor:
+        """W [O, I] as it is kept, else computed."""
+        return self.weight(dtype) if self.dense is None else self.dense
 
     def bake(self, dtype: torch.dtype) -> None:
         """Keeps W until `unbake`: for layers that do not learn, and for inference."""
