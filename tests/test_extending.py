@@ -15,7 +15,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests import launching
+from qat.config import QuantConfig, WeightConfig
+from qat.errors import ConfigError
+from qat.quant.architectures import select
+from tests import family, launching
 
 ROOT = Path(__file__).resolve().parents[1]
 BLOCK = re.compile(
@@ -30,6 +33,8 @@ for name in [name for name in sys.modules if name.partition(".")[0] in ("qat", "
     del sys.modules[name]
 sys.path.insert(0, os.getcwd())
 sys.argv[0] = "launch.py"
+sys.path.append({root!r})
+{before}
 from qat import machine
 machine.matmul_flops = lambda _: 1e11  # a second each time
 runpy.run_path("launch.py", run_name="__main__")
@@ -53,7 +58,7 @@ def project(tmp_path, monkeypatch):
     (tmp_path / "docs").symlink_to(ROOT / "docs")
     monkeypatch.chdir(tmp_path)
 
-    def follow(title):
+    def follow(title, before="pass"):
         blocks, files = recipe(title)
         written = [block for block in blocks if block["path"]]
         assert len([block for block in written if block["path"].startswith("qat/")]) == files
@@ -65,7 +70,7 @@ def project(tmp_path, monkeypatch):
                 python, *words = shlex.split(line)
                 assert (python, words.pop(0)) == ("python", "launch.py")
                 env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-                done = launching.python("-c", OWN, *words, env=env)
+                done = launching.python("-c", OWN.format(before=before, root=str(ROOT)), *words, env=env)
                 assert done.returncode == 0, done.stdout + done.stderr
         return tmp_path
 
@@ -147,6 +152,19 @@ def test_a_loss(project):
     run = folder / "outputs" / "SR-001"
     losses = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert result(run)["status"] == "complete" and losses
+
+
+def test_an_architecture(project, tmp_path):
+    family.register()
+    model = family.write(tmp_path / "family")
+    quant = QuantConfig("q", mlp=WeightConfig(2, 4), attn=WeightConfig(4, 4))
+    with pytest.raises(ConfigError, match=r"no rule of qat/quant/architectures\.py .*layers\.\*\.looker\.ask"):
+        select(model, quant)
+    folder = project("An architecture", "from tests import family; family.register()")
+    found = result(folder / "outputs" / "SR-001")
+    assert (found["quant"]["attn_layers"], found["quant"]["mlp_layers"], found["quant"]["dense"]) == (8, 6, {})
+    (moments,) = {layer.source for layer in changed(folder / "qat/quant/architectures.py").select(model, quant)[:3]}
+    assert moments == "model.layers.0.looker.ask"
 
 
 def test_a_text_source(project):
