@@ -21,7 +21,6 @@ from qat.config import (
     Config,
     DataConfig,
     DataSource,
-    LossKind,
     ModeConfig,
     Stage,
     Start,
@@ -208,7 +207,7 @@ def _training(job: Job, config: Config, shapes: Shapes, machine: Machine) -> lis
     ]
     if train.learn.latent > 0:
         parts.append(Part("latent weights with their moments", 3 * FP32 * weights, f"{prefix}train.learn.latent"))
-    if config.loss.kind is LossKind.full_kl:
+    if config.loss.kind.needs_teacher:
         parts.append(Part("the teacher's weights", shapes.weights * dtype, "loss"))
     return parts
 

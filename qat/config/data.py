@@ -18,6 +18,11 @@ class DataSource(Enum):
     text = "plain text, or the texts of rows"
     mix = "several sources by weight, data.parts"
 
+    @property
+    def plain(self) -> bool:
+        """Whether text is learned from as it stands in files, without a chat template."""
+        return self not in (DataSource.selfgen, DataSource.alpaca, DataSource.chat_jsonl, DataSource.mix)
+
 
 class Start(Enum):
     """What the teacher begins to write from, for selfgen."""

@@ -36,7 +36,10 @@ class Levels(Enum):
 ROLES = ("mlp", "attn", "embed", "head")
 
 # The keys of `WeightConfig` that each format has besides its name.
-SETTINGS = {WeightFormat.codebook: ("bits", "rank"), WeightFormat.grid: ("bits", "group", "levels")}
+SETTINGS = {
+    WeightFormat.codebook: ("bits", "rank"),
+    WeightFormat.grid: ("bits", "group", "levels"),
+}
 
 
 @dataclass

@@ -16,6 +16,16 @@ class LossKind(Enum):
     bucket_kl = "KL over the cached top-k and one bucket for all other tokens"
     full_kl = "KL over the whole vocabulary, the teacher running beside the student"
 
+    @property
+    def needs_tail(self) -> bool:
+        """Whether it looks at the probability outside the cached tokens, which a cache knows at temperature 1."""
+        return self is LossKind.bucket_kl
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether it learns from the teacher beside the student, and not from what a cache says."""
+        return self is LossKind.full_kl
+
 
 @dataclass
 class ModeConfig:

@@ -154,7 +154,7 @@ def _check_splits(path: Path, counts: dict[str, int], data: DataConfig) -> None:
 
 def _advice(data: DataConfig) -> str:
     """Where more documents come from that differ in what their side is decided by."""
-    if data.source is DataSource.text:
+    if data.source.plain:
         return "give more text; blank lines separate documents"
     if data.source is DataSource.selfgen:
         return "have the teacher write more, with data.documents, or longer texts, with data.answer_tokens"

@@ -9,14 +9,13 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path, PurePath
 
-from qat.config import DataConfig, DataSource
+from qat.config import DataConfig
 from qat.errors import ConfigError, MissingError
 
 log = logging.getLogger(__name__)
 
 # What is read of a folder or a hub data set; a path may have any name.
 ROWS = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".arrow")
-PLAIN = (".txt",)
 PACKED = (".gz", ".zst", ".xz", ".bz2", ".lz4")
 ABOUT = ("dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json")  # a data set, and no part of it
 
@@ -33,26 +32,26 @@ class TextFile:
         return f"{PurePath(self.name).name} {where}"
 
 
-def find(data: DataConfig) -> list[TextFile]:
-    """The files of a source, in order.
+def find(data: DataConfig, known: tuple[str, ...] = ROWS) -> list[TextFile]:
+    """The files of a source, in order; of a folder or a hub data set those with a known ending.
 
     Raises:
         ConfigError: neither path nor hub data set is named, or nothing is there.
         MissingError: the hub cannot be reached and has not been before.
     """
-    return _on_disk(data) if data.path else _on_hub(data)[1]
+    return _on_disk(data, known) if data.path else _on_hub(data, known)[1]
 
 
-def content_hash(data: DataConfig) -> str:
+def content_hash(data: DataConfig, known: tuple[str, ...] = ROWS) -> str:
     """SHA-256 of the source, so that an edited file is a different data set; of the hub, of the commit.
 
     Raises:
         MissingError: a file cannot be read.
     """
     if not data.path:
-        commit, files = _on_hub(data)
+        commit, files = _on_hub(data, known)
         return _hash(json.dumps([data.repo, commit, [file.name for file in files]]).encode())
-    digests = [_hash_of(file) for file in _on_disk(data)]
+    digests = [_hash_of(file) for file in _on_disk(data, known)]
     return digests[0] if len(digests) == 1 else _hash("".join(digests).encode())
 
 
@@ -62,28 +61,27 @@ def suffix(name: str) -> str:
     return PurePath(path.stem).suffix if path.suffix in PACKED else path.suffix
 
 
-def _readable(name: str, data: DataConfig) -> bool:
+def _readable(name: str, known: tuple[str, ...]) -> bool:
     """Whether a file among others is one of the source's."""
     path = PurePath(name)
-    known = (*ROWS, *PLAIN) if data.source in (DataSource.text, DataSource.selfgen) else ROWS
     hidden = any(part.startswith(".") for part in path.parts)
     return suffix(name) in known and path.name not in ABOUT and not hidden
 
 
-def _on_disk(data: DataConfig) -> list[TextFile]:
+def _on_disk(data: DataConfig, known: tuple[str, ...]) -> list[TextFile]:
     patterns = [data.path] if isinstance(data.path, str) else data.path
-    found = dict.fromkeys(path for pattern in patterns for path in _matches(pattern, data))
+    found = dict.fromkeys(path for pattern in patterns for path in _matches(pattern, known))
     return [TextFile(path, lambda path=path: Path(path)) for path in found]  # type: ignore[misc]
 
 
-def _matches(pattern: str, data: DataConfig) -> list[str]:
+def _matches(pattern: str, known: tuple[str, ...]) -> list[str]:
     """The file of this name, the files of this folder, or those that a glob finds."""
     path = Path(pattern).expanduser()
     if path.is_dir():
         inside = sorted(file for file in path.rglob("*") if file.is_file())
-        files = [str(file) for file in inside if _readable(str(file.relative_to(path)), data)]
+        files = [str(file) for file in inside if _readable(str(file.relative_to(path)), known)]
         if not files:
-            raise ConfigError(f"data.path={pattern}: this folder has no file of text ({', '.join((*PLAIN, *ROWS))})")
+            raise ConfigError(f"data.path={pattern}: this folder has no file of text ({', '.join(known)})")
         return files
     files = [str(path)] if path.exists() else sorted(glob.glob(str(path), recursive=True))
     files = [file for file in files if Path(file).is_file()]
@@ -92,7 +90,7 @@ def _matches(pattern: str, data: DataConfig) -> list[str]:
     return files
 
 
-def _on_hub(data: DataConfig) -> tuple[str, list[TextFile]]:
+def _on_hub(data: DataConfig, known: tuple[str, ...]) -> tuple[str, list[TextFile]]:
     """The commit and the files of a hub data set, each fetched when it is its turn."""
     if not data.repo:
         raise ConfigError(f"data={data.name} needs data.path=<file> or data.repo=<owner/name of a hub data set>")
@@ -104,9 +102,9 @@ def _on_hub(data: DataConfig) -> tuple[str, list[TextFile]]:
     def fetch(name: str) -> Callable[[], Path]:
         return cache(lambda: Path(hf_hub_download(repo, name, repo_type="dataset", revision=commit)))
 
-    chosen = sorted(name for name in names if _readable(name, data))
+    chosen = sorted(name for name in names if _readable(name, known))
     if not chosen:
-        raise MissingError(f"the data set {repo} has no file of text ({', '.join((*PLAIN, *ROWS))})")
+        raise MissingError(f"the data set {repo} has no file of text ({', '.join(known)})")
     return commit, [TextFile(name, fetch(name)) for name in chosen]
 
 

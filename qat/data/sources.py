@@ -5,8 +5,9 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from qat.config import DataConfig, DataSource
+from qat.config import DataConfig
 from qat.data import conversations, marks, texts
+from qat.data.passages import Passage
 from qat.data.reading import PIECE
 from qat.data.tally import Tally
 from qat.data.thinking import renderings
@@ -18,7 +19,7 @@ ORIGIN = 200  # characters of a text that its side is decided by
 
 def render(data: DataConfig, tokenizer: PreTrainedTokenizerBase, tally: Tally) -> Pairs:
     """Origin and tokens of every document of an existing text; what cannot be one is counted."""
-    if data.source is DataSource.text:
+    if data.source.plain:
         end = [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
         yield from plain(data, tokenizer, tally, end)
         return
@@ -31,14 +32,14 @@ def render(data: DataConfig, tokenizer: PreTrainedTokenizerBase, tally: Tally) -
         for piece in (piece for text in rendered for piece in hiding.pieces(text)):
             yield said.question[:PIECE], hiding.tokens(piece)
 
-    yield from tally.usable(texts.turns(data), made)
+    yield from tally.usable(texts.found(data), made)
 
 
 def plain(data: DataConfig, tokenizer: PreTrainedTokenizerBase, tally: Tally, end: list[int] | None = None) -> Pairs:
     """Origin and tokens of every document of plain text; a text that is long is several, the last one with `end`."""
     hiding = marks.of(tokenizer)
 
-    def made(found: dict[str, Any] | texts.Passage) -> Pairs:
+    def made(found: dict[str, Any] | Passage) -> Pairs:
         passage = texts.passage(found)
         hidden = hiding.hide(passage.text)
         tally.marked += marks.holds_hidden(hidden)
@@ -47,4 +48,4 @@ def plain(data: DataConfig, tokenizer: PreTrainedTokenizerBase, tally: Tally, en
             last = passage.ends and number == len(pieces)
             yield marks.shown(piece)[:ORIGIN], hiding.tokens(piece) + (end or [] if last else [])
 
-    yield from tally.usable(texts.passages(data), made)
+    yield from tally.usable(texts.found(data), made)

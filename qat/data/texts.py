@@ -10,19 +10,32 @@ from typing import Any
 from qat.config import DataConfig, DataSource, Start
 from qat.data import conversations, files
 from qat.data.files import ROWS, TextFile, suffix
+from qat.data.passages import Passage, passages
 from qat.data.reading import PIECE, check, lines
 from qat.data.rows import Rows, rows
 from qat.data.tally import EARLY, Tally, Unusable
 
-PASSAGE = 1 << 20  # characters that are held of a text without a blank line
-
 
 @dataclass(frozen=True)
-class Passage:
-    """Some text of a file, or the part of it that is held; `ends` where nothing follows."""
+class Form:
+    """How text of a source lies in its files.
 
-    text: str
-    ends: bool = True
+    Attributes:
+        endings: of files in a folder or a hub data set that are read.
+        read: what is in a file that does not hold rows by its name, each piece with its place.
+    """
+
+    endings: tuple[str, ...]
+    read: Callable[[TextFile], Rows]
+
+
+TEXT = Form((".txt", *ROWS), passages)
+FORMS = {
+    DataSource.selfgen: TEXT,
+    DataSource.alpaca: Form(ROWS, rows),
+    DataSource.chat_jsonl: Form(ROWS, rows),
+    DataSource.text: TEXT,
+}
 
 
 def prompts(data: DataConfig) -> list[str]:
@@ -39,14 +52,9 @@ def prompts(data: DataConfig) -> list[str]:
     return found
 
 
-def turns(data: DataConfig) -> Rows:
-    """Rows that should hold conversations, or questions with answers."""
-    return _of_files(data, rows)
-
-
-def passages(data: DataConfig) -> Rows:
-    """Passages of plain text, and rows that should hold a text."""
-    return _of_files(data, _passages)
+def found(data: DataConfig) -> Rows:
+    """What is in the files of a source: rows that should hold a conversation or a text, and passages."""
+    return _of_files(data, FORMS[data.source].read)
 
 
 def content_hash(data: DataConfig) -> str:
@@ -54,7 +62,7 @@ def content_hash(data: DataConfig) -> str:
     if data.source is DataSource.selfgen and data.start is not Start.openings and not data.path:
         own = "\n".join(_own_prompts()) if data.start is Start.prompts else ""
         return hashlib.sha256(own.encode()).hexdigest()
-    return files.content_hash(data)
+    return files.content_hash(data, FORMS[data.source].endings)
 
 
 def look(data: DataConfig) -> None:
@@ -63,9 +71,9 @@ def look(data: DataConfig) -> None:
     Raises:
         QatError: in one sentence, why they are not what the source reads.
     """
-    found, make = _kind(data)
+    pieces, make = _kind(data)
     tally = Tally.of(data)
-    for _ in tally.usable(islice(found, EARLY), make):
+    for _ in tally.usable(islice(pieces, EARLY), make):
         return
     tally.ended = tally.rows < EARLY
     tally.check()
@@ -75,18 +83,18 @@ def _kind(data: DataConfig) -> tuple[Rows, Callable[[Any], Any]]:
     """What is in the files of a source, and what takes a document out of it."""
     if data.source is DataSource.selfgen and data.start is Start.prompts:
         return _of_files(data, _prompt_lines), _prompt
-    if data.source in (DataSource.selfgen, DataSource.text):
-        return passages(data), lambda found: [passage(found)]
-    return turns(data), lambda row: [conversations.conversation(row)]
+    if data.source in (DataSource.alpaca, DataSource.chat_jsonl):
+        return found(data), lambda row: [conversations.conversation(row)]
+    return found(data), lambda piece: [passage(piece)]
 
 
-def passage(found: dict[str, Any] | Passage) -> Passage:
+def passage(piece: dict[str, Any] | Passage) -> Passage:
     """A passage, or the text of a row as one.
 
     Raises:
         Unusable: the row has none.
     """
-    return found if isinstance(found, Passage) else Passage(conversations.text(found))
+    return piece if isinstance(piece, Passage) else Passage(conversations.text(piece))
 
 
 def _own_prompts() -> list[str]:
@@ -111,33 +119,5 @@ def _prompt_lines(file: TextFile) -> Rows:
 
 def _of_files(data: DataConfig, read: Callable[[TextFile], Rows]) -> Rows:
     """What is in the files of a source: rows where a file's name says so, else as `read` finds it."""
-    for file in files.find(data):
+    for file in files.find(data, FORMS[data.source].endings):
         yield from rows(file) if suffix(file.name) in ROWS else read(file)
-
-
-def _passages(file: TextFile) -> Rows:
-    """What blank lines separate, in parts where more than `PASSAGE` characters would be held."""
-    held: list[str] = []
-    begin = size = 0
-    for number, piece in lines(file, PASSAGE):
-        blank = not piece.strip()
-        if held and (blank or size >= PASSAGE):
-            yield file.place(f"line {begin}"), _passage("".join(held), blank)
-            held, size = [], 0
-        if not blank:
-            begin = begin if held else number
-            held.append(piece)
-            size += len(piece)
-    if held:
-        yield file.place(f"line {begin}"), _passage("".join(held), True)
-
-
-def _passage(text: str, ends: bool) -> Passage | Unusable:
-    try:
-        check(text)
-    except Unusable as unusable:
-        return unusable
-    if "\0" in text:
-        remedy = "if this is UTF-16, convert it, as `iconv -f utf-16le -t utf-8` does"
-        return Unusable("NUL bytes, which no text has", remedy=remedy)
-    return Passage(text.strip(), ends)

@@ -89,7 +89,7 @@ class Loss:
     def at(self, logits_K: Tensor, log_sum: Tensor, topk_logprobs_K: Tensor) -> Tensor:
         """What the cached tokens [..., K], most likely first, say of each position; for `full_kl` the hard term."""
         hard = self.hard * (log_sum - logits_K[..., 0])
-        if self.kind is LossKind.full_kl:
+        if self.kind.needs_teacher:
             return hard
         if self.kind is LossKind.bucket_kl:
             return bucket_kl(logits_K, log_sum, topk_logprobs_K) + hard

@@ -23,6 +23,7 @@ from qat.data import files, marks
 from qat.data.reading import check, lines
 from qat.data.rows import rows
 from qat.data.tally import Unusable
+from qat.data.texts import TEXT
 from qat.errors import ConfigError
 
 AT_ONCE = 1 << 22  # characters that become tokens at once: some hundred megabytes in the tokenizer
@@ -93,7 +94,7 @@ def _parts(path: str) -> Iterator[str]:
 
 def _pieces(path: str) -> Iterator[str]:
     """Lines, or the texts of rows with blank lines between."""
-    (file,) = files.find(DataConfig(name="text", source=DataSource.text, path=path))
+    (file,) = files.find(DataConfig(name="text", source=DataSource.text, path=path), TEXT.endings)
     if files.suffix(path) not in files.ROWS:
         for number, line in lines(file):
             yield _checked(line, file.place(f"line {number}"))

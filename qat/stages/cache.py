@@ -7,7 +7,7 @@ from qat.cache import older
 from qat.cache.local import open_local
 from qat.cache.reader import CacheReader
 from qat.cache.writer import obtain_cache
-from qat.config import Config, DataSource, LossKind, Stage
+from qat.config import Config, Stage
 from qat.data.documents import obtain_documents
 from qat.errors import ConfigError
 from qat.runs import Run
@@ -45,7 +45,7 @@ def _recorded(work: Workspace) -> Artifact:
     documents = obtain_documents(config.data, work.teacher, config.data.seed, work.machine, work.artifacts)
     if documents.fresh:
         work.run.uses("documents", documents)
-    template = "plain" if config.data.source is DataSource.text else "chat"
+    template = "plain" if config.data.source.plain else "chat"
     name = f"{config.data.name}_{template}_think_{config.data.thinking}"
     cache = obtain_cache(config.cache, documents, name, work.teacher, config.data.seed, work.machine, work.artifacts)
     if cache.fresh and not documents.fresh:
@@ -62,9 +62,9 @@ def _local(work: Workspace, path: Path) -> Artifact:
         raise ConfigError(f"{path} has rows of {length} tokens, {work.teacher.name} is made for at most {longest}")
     if cache.manifest["teacher"]["fingerprint"] is None:  # it does not know whose it is
         work.settle(CacheReader(cache, "eval"))
-    if cache.manifest["tail"] == "missing" and config.loss.kind is LossKind.bucket_kl and config.stage in TRAINS:
+    if cache.manifest["tail"] == "missing" and config.loss.kind.needs_tail and config.stage in TRAINS:
         raise ConfigError(
-            f"loss=bucket_kl needs the probability outside the top-k, which {path} does not hold: use loss=topk_kl,"
-            " which is exact, or cache.tail=estimate where it has a random sample"
+            f"loss={config.loss.name} needs the probability outside the top-k, which {path} does not hold: use"
+            " loss=topk_kl, which is exact, or cache.tail=estimate where it has a random sample"
         )
     return cache

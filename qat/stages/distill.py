@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 from qat import checkpoints, machine, names, plots, sweeps
 from qat.artifacts import Artifact
 from qat.cache.reader import CacheReader
-from qat.config import Config, LossKind
+from qat.config import Config
 from qat.distill.loss import Loss
 from qat.distill.state import States
 from qat.distill.trainer import History, Trainer
@@ -124,7 +124,7 @@ def _trainer(
 
 def _loss(work: Workspace) -> Loss:
     loss = work.config.loss
-    beside = work.teacher.load(work.machine.dtype, work.machine.device) if loss.kind is LossKind.full_kl else None
+    beside = work.teacher.load(work.machine.dtype, work.machine.device) if loss.kind.needs_teacher else None
     return Loss(loss.kind, loss.temperature, loss.hard, beside)
 
 

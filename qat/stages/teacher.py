@@ -115,4 +115,4 @@ def _talks(part: DataConfig) -> bool:
     """Whether a source's text goes through the chat template."""
     if part.source is DataSource.selfgen:
         return part.start in (Start.prompts, Start.questions)
-    return part.source in (DataSource.alpaca, DataSource.chat_jsonl)
+    return not part.source.plain

@@ -7,7 +7,7 @@ import re
 import pytest
 
 from qat.config import DataConfig, DataSource
-from qat.data import files, texts
+from qat.data import files, passages
 from qat.data.sources import render
 from qat.data.tally import Tally
 from qat.data.texts import content_hash, look, prompts
@@ -157,7 +157,7 @@ def test_a_long_conversation_is_several_documents_on_one_side(source, rendered):
 
 
 def test_a_long_paragraph_is_several_documents_of_which_the_last_ends(source, rendered, monkeypatch):
-    monkeypatch.setattr(texts, "PASSAGE", 100_000)
+    monkeypatch.setattr(passages, "PASSAGE", 100_000)
     text = " ".join(f"word{n}" for n in range(40_000))
     found = rendered(source("text", f"{text}\n\nAnother.", "a.txt"))
     assert "".join(text for _, text in found).replace(" ", "") == f"{text}<|end|>Another.<|end|>".replace(" ", "")

@@ -6,7 +6,7 @@ from qat import names
 from qat.artifacts import MANIFEST
 from qat.cli.checks.manifests import described
 from qat.cli.checks.model import vocabulary
-from qat.config import Config, LossKind, Stage, StoreKind, Tail
+from qat.config import Config, Stage, StoreKind, Tail
 from qat.errors import ConfigError
 from qat.names import TRAINS
 
@@ -49,12 +49,12 @@ def _in_a_store(config: Config) -> bool:
 def _check_loss(config: Config) -> None:
     """The cache holds what the loss learns from."""
     cache, loss = config.cache, config.loss
-    if cache.path and loss.kind is LossKind.bucket_kl and _lacks_tail(config):
+    if cache.path and loss.kind.needs_tail and _lacks_tail(config):
         raise ConfigError(
-            f"loss=bucket_kl needs the probability outside the top-k, which {cache.path} does not hold: use"
+            f"loss={loss.name} needs the probability outside the top-k, which {cache.path} does not hold: use"
             " loss=topk_kl, which is exact, or cache.tail=estimate where it has a random sample"
         )
-    full = loss.kind is LossKind.full_kl  # to which the teacher beside the student says everything
+    full = loss.kind.needs_teacher  # to which the teacher beside the student says everything
     if (not full or loss.hard > 0) and not _has_targets(config):
         which = f"loss.hard={loss.hard:g}" if full else f"loss={loss.name}"
         raise ConfigError(

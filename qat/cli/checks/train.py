@@ -1,7 +1,7 @@
 """Training: something learns, from a loss that is defined, and every process has work."""
 
 from qat.cli.checks.checkpoint import manifest
-from qat.config import Config, LossConfig, LossKind, Stage
+from qat.config import Config, LossConfig, Stage
 from qat.errors import ConfigError
 from qat.names import TRAINS
 from qat.processes import place
@@ -58,7 +58,7 @@ def _check_batches(config: Config) -> None:
 
 
 def _check_loss(loss: LossConfig) -> None:
-    if loss.kind is LossKind.bucket_kl and loss.temperature != 1:
+    if loss.kind.needs_tail and loss.temperature != 1:
         raise ConfigError(
-            f"loss.temperature={loss.temperature}: bucket_kl works at 1, where the cache knows the tail's mass"
+            f"loss.temperature={loss.temperature}: {loss.name} works at 1, where the cache knows the tail's mass"
         )

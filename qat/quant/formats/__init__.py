@@ -22,7 +22,10 @@ __all__ = [
     "of",
 ]
 
-FORMATS: dict[str, type[Format]] = {format.name: format for format in (Codebook, Uniform)}
+FORMATS: dict[str, type[Format]] = {
+    Codebook.name: Codebook,
+    Uniform.name: Uniform,
+}
 
 
 def of(settings: dict[str, Any]) -> Format:
