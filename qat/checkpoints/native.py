@@ -6,7 +6,6 @@ these too, `own.safetensors` has them; where training kept the weights that the 
 `latent.safetensors` has those.
 """
 
-import math
 from pathlib import Path
 from typing import Any, cast
 
@@ -190,7 +189,7 @@ def _tables(layers: list[Layer]) -> dict[str, Wanted]:
     """What the file of tables holds, and nothing else."""
     wanted: dict[str, Wanted] = {}
     for layer in layers:
-        wanted[f"{layer.name}.indices"] = Wanted(("U8",), (math.ceil(layer.weights * layer.format.bits / 8),))
+        wanted[f"{layer.name}.indices"] = Wanted(("U8",), (packing.packed_bytes(layer.weights, layer.format.bits),))
         for name, part in layer.format.parts(*layer.shape).items():
             wanted[f"{layer.name}.{name}"] = Wanted(("F32",), part.shape)
     return wanted
