@@ -22,6 +22,10 @@ class WeightFormat(Enum):
     grid = "evenly spaced values, with a scale for each group of a row's columns"
 
 
+# What a weight is for, each with a format of its own: in gated or plain MLPs, in attention, as rows for tokens, before
+# the logits.
+ROLES = ("mlp", "attn", "embed", "head")
+
 # The keys of `WeightConfig` that each format has besides its name.
 SETTINGS = {WeightFormat.table: ("bits", "rank"), WeightFormat.grid: ("bits", "group", "shifts")}
 
