@@ -36,7 +36,8 @@ from qat.data.documents import Document
 from qat.data.tally import Tally
 from qat.evaluate import evaluate
 from qat.models import ModelFolder, linear, locate
-from qat.quant.architectures import Layer, bits_per_weight, select
+from qat.quant.architectures import Layer, select
+from qat.quant.size import bits_per_weight
 
 CONF = Path(__file__).parent.parent / "conf"
 

@@ -28,8 +28,9 @@ from qat.fidelity import Sample, settle
 from qat.forward import body
 from qat.machine import DTYPES, Machine
 from qat.models import ModelFolder, locate
-from qat.quant.architectures import Layer, bits_per_weight
+from qat.quant.architectures import Layer
 from qat.quant.formats import Uniform
+from qat.quant.size import bits_per_weight
 
 TOP_K = 64  # tokens that `kd_loss` looks at
 

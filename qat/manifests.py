@@ -86,7 +86,10 @@ CHECKPOINT = record(
     {
         "model": text,
         "teacher": text,
-        "quant": record({"name": text, "mlp": optional(_format), "attn": optional(_format)}),
+        "quant": record(
+            {"name": text, "mlp": optional(_format), "attn": optional(_format)},
+            {"layers": fields.mapping(text, optional(_format)), "megabytes": number(), "bits": number()},
+        ),
         "bits_per_weight": number(),
         "layers": fields.mapping(text, _layer, least=1),
     },
@@ -103,6 +106,7 @@ CONVERSION = record(
         "figures": fields.mapping(text, ERRORS),
     }
 )
+COSTS = fields.mapping(text, fields.mapping(text, number()))  # of layers by format, in nats
 TRAINED = record({"kd_loss_initial": number(), "kd_loss_best": number()})
 
 COUNTS = record(dict.fromkeys(SPLITS, whole(1)))

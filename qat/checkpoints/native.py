@@ -24,8 +24,9 @@ from qat.models import ModelFolder, linear
 from qat.norms import set_learned
 from qat.quant import formats, packing
 from qat.quant import latent as latents
-from qat.quant.architectures import Layer, bits_per_weight, recorded, role_of
+from qat.quant.architectures import Layer, recorded, role_of
 from qat.quant.linear import QuantLinear, quantized
+from qat.quant.size import bits_per_weight
 from qat.tensor_files import Wanted
 
 FILE = "tables.safetensors"

@@ -63,7 +63,9 @@ def _for_hydra(text: str, chosen: set[str]) -> list[str]:
     if bare in schema.nested() and not value.startswith("{"):
         place = f"{schema.nested()[bare]}@{bare}"
         return [f"{place}{equals}{value}" if place in chosen else f"+{place}{equals}{value}"]
-    return [f"{bare}{equals}{value}"] if bare in known else [text]
+    if bare not in known:
+        return [text]
+    return [f"++{bare}{equals}{value}" if known[bare].type is dict else f"{bare}{equals}{value}"]  # entries are new
 
 
 def _parse(text: str, composer: Composer, multirun: bool) -> Override:

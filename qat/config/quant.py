@@ -48,6 +48,12 @@ class QuantConfig:
     name: str = MISSING
     mlp: WeightConfig | None = key(None, "gate, up, down")
     attn: WeightConfig | None = key(None, "q, k, v, o")
+    layers: "dict[str, WeightConfig | None]" = key(
+        {}, "by patterns of names, {model.layers.0.*: {bits: 4, rank: 8}}: the last that fits wins, null is dense"
+    )
+    megabytes: float | None = key(None, "budget: of the packed file, at most", above=0)
+    bits: float | None = key(None, "budget: a weight over the whole model, at most", above=0, high=16)
+    candidates: list[WeightConfig] = key([], "budget: formats that each layer may get which nothing else names")
     partial: bool = key(
         False, "goes on where projections of a model have other names than these, which stay dense"
     )

@@ -149,10 +149,14 @@ class Learners:
             masters = self._norms.masters if self._norms is not None else {}
             return [Parameter(name, kind, value) for name, value in masters.items()]
         return [
-            Parameter(f"{layer}.{name}", kind, getattr(module, name), PACES[module.format.bits] if kind == LATENT else 1.0)
+            Parameter(f"{layer}.{name}", kind, getattr(module, name), _pace(module, kind))
             for layer, module in layers.items()
             for name in _of_kind(module, kind)
         ]
+
+
+def _pace(layer: QuantLinear, kind: str) -> float:
+    return PACES[layer.format.bits] if kind == LATENT else 1.0
 
 
 def _of_kind(layer: QuantLinear, kind: str) -> list[str]:

@@ -31,7 +31,8 @@ class PackedLinear(nn.Module):
         super().__init__()
         self.format, self.out_features, self.in_features = format, outputs, inputs
         self.indices: Tensor
-        self.register_buffer("indices", torch.zeros(packing.packed_bytes(outputs * inputs, format.bits), dtype=torch.uint8))
+        size = packing.packed_bytes(outputs * inputs, format.bits)
+        self.register_buffer("indices", torch.zeros(size, dtype=torch.uint8))
         for name, part in format.parts(outputs, inputs).items():
             self.register_buffer(name, torch.zeros(part.shape, dtype=SIXTEEN))
         self.bias = nn.Parameter(torch.zeros(outputs), requires_grad=False) if bias else None

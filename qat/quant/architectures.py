@@ -5,6 +5,7 @@ or told: bits a weight of a part of the model say little while the rest is forgo
 """
 
 import re
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,9 +13,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from qat.config import ROLES, SETTINGS, QuantConfig, WeightConfig
+from qat.config import ROLES, QuantConfig, WeightConfig
 from qat.errors import ConfigError
-from qat.quant import formats
+from qat.quant import choice
 from qat.quant.formats import Format
 from qat.shaping import shaping
 
@@ -26,7 +27,6 @@ LEAVES = {
 PLACES = {"attn": re.compile(r"attn|attention|mixer"), "mlp": re.compile(r"mlp|ffn|feed_forward|moe|expert")}
 ROUTER = re.compile(r"\.(router|gate|shared_expert_gate)(\.|$)")  # chooses experts: an output for each of them
 NUMBER = re.compile(r"\.\d+(?=\.|$)")
-DENSE_BITS = 16  # that a weight without a table counts as
 NAMED = 6  # patterns in a message
 
 SAME_INPUT = {"up_proj": "gate_proj", "k_proj": "q_proj", "v_proj": "q_proj"}
@@ -59,32 +59,47 @@ class Layer:
 
 
 def select(model: nn.Module, quant: QuantConfig) -> list[Layer]:
-    """The layers that `quant` covers, in the model's order.
+    """The layers that `quant` covers, in the model's order; those that a budget chooses for in its widest format.
 
     Raises:
-        ConfigError: the model has none, or weights of a role that `quant` asks for go by names that no role has.
+        ConfigError: the model has none, a pattern fits none, or weights of a role that `quant` asks for go by names
+            that no role has.
     """
-    chosen = _formats(quant)
-    found = []
+    found, left = [], []
     for name, module in model.named_modules():
         role = role_of(name)
-        format = chosen.get(role) if role else None
-        if type(module) is nn.Linear and role and format:  # a subclass computes something else
-            found.append(Layer(name, role, (module.out_features, module.in_features), format))
+        if type(module) is nn.Linear and role:  # a subclass computes something else
+            shape = module.out_features, module.in_features
+            allowed = choice.options(name, role, shape, quant)
+            if allowed:
+                widest = max(allowed, key=lambda format: format.stored_bits(*shape))
+                found.append(Layer(name, role, shape, widest))
+            else:
+                left.append(name)
+    choice.refuse_idle(quant, [*(layer.name for layer in found), *left])
     if not found:
         leaves = ", ".join(leaf for leaves in LEAVES.values() for leaf in leaves)
         raise ConfigError(
             f"quant={quant.name} finds no layer to quantize: the model has no linear layer named {leaves}, but"
             f" {told(dense(model, [])) or 'none at all'}"
         )
-    _refuse_unmatched(model, found, quant)
+    _refuse_unmatched(dense(model, found, left), quant)
     return found
 
 
 def recorded(quant: QuantConfig) -> dict[str, Any]:
     """What of `quant` shapes a student: `partial` only says what is not refused."""
-    chosen = {role: format.settings() if format else None for role, format in _formats(quant).items()}
-    return {key: chosen.get(key, value) for key, value in shaping(quant).items() if key != "partial"}
+    chosen = {role: _settings(choice.of_role(role, quant)) for role in ROLES}
+    said = {key: value for key, value in shaping(quant).items() if value or key in ROLES}
+    if quant.layers:
+        said["layers"] = {pattern: _settings(settings) for pattern, settings in quant.layers.items()}
+    if quant.candidates:
+        said["candidates"] = [_settings(settings) for settings in quant.candidates]
+    return {key: value for key, value in (said | chosen).items() if key in said and key != "partial"}
+
+
+def _settings(settings: WeightConfig | None) -> dict[str, Any] | None:
+    return choice.format_of(settings).settings() if settings else None
 
 
 def role_of(name: str) -> str | None:
@@ -110,12 +125,12 @@ def decoder_weights(model: nn.Module) -> dict[str, torch.Size]:
     return found
 
 
-def dense(model: nn.Module, layers: list[Layer]) -> dict[str, float]:
+def dense(model: nn.Module, layers: list[Layer], besides: Collection[str] = ()) -> dict[str, float]:
     """The decoder's weights without a table as shares of all of them, layers that differ in number as one pattern.
 
-    `model` has its weights as they were before quantization; what chooses experts is not told of.
+    `model` has its weights as they were before quantization; what chooses experts is not told of, nor `besides`.
     """
-    weights, quantized = decoder_weights(model), {layer.name for layer in layers}
+    weights, quantized = decoder_weights(model), {layer.name for layer in layers} | {*besides}
     whole = sum(shape.numel() for shape in weights.values())
     shares: dict[str, float] = {}
     for name, shape in weights.items():
@@ -125,30 +140,6 @@ def dense(model: nn.Module, layers: list[Layer]) -> dict[str, float]:
     return shares
 
 
-def bits_per_weight(layers: list[Layer]) -> float:
-    """Mean over all quantized weights."""
-    return sum(layer.weights * layer.bits_per_weight for layer in layers) / sum(layer.weights for layer in layers)
-
-
-def summary(layers: list[Layer], model: nn.Module) -> dict[str, Any]:
-    """Counts, effective bits and what is left dense, as `result.json` has them.
-
-    `model` is the teacher, or its names and shapes. Bits are said of the quantized layers and, with 16 for every
-    other parameter, of the whole model.
-    """
-    roles = {role: [layer for layer in layers if layer.role == role] for role in ROLES}
-    figures: dict[str, Any] = {
-        "bits_per_weight": round(bits_per_weight(layers), 4),
-        "model_bits_per_weight": round(_bits_of_model(layers, model), 4),
-        "layers": len(layers),
-    }
-    for role, members in roles.items():
-        figures[f"{role}_layers"] = len(members)
-        if members:
-            figures[f"{role}_bits_per_weight"] = round(bits_per_weight(members), 4)
-    return figures | {"dense": {pattern: round(share, 4) for pattern, share in dense(model, layers).items()}}
-
-
 def told(shares: dict[str, float]) -> str:
     """Patterns with their share of the decoder's weights, the largest first, in one line."""
     ordered = sorted(shares.items(), key=lambda item: -item[1])
@@ -156,24 +147,12 @@ def told(shares: dict[str, float]) -> str:
     return said + (f" and {len(ordered) - NAMED} more" if len(ordered) > NAMED else "")
 
 
-def _formats(quant: QuantConfig) -> dict[str, Format | None]:
-    chosen = {role: getattr(quant, role, None) for role in ROLES}
-    return {role: format_of(settings) if settings else None for role, settings in chosen.items()}
-
-
-def format_of(settings: WeightConfig) -> Format:
-    """The format that a configuration asks for."""
-    chosen = {name: getattr(settings, name) for name in SETTINGS[settings.format]}
-    return formats.of({"format": settings.format.name, **chosen})
-
-
-def _refuse_unmatched(model: nn.Module, layers: list[Layer], quant: QuantConfig) -> None:
+def _refuse_unmatched(shares: dict[str, float], quant: QuantConfig) -> None:
     """Refuses a model of which a part that `quant` asks for would stay dense, unless that is asked for too."""
-    chosen = _formats(quant)
     asked = {
         pattern: share
-        for pattern, share in dense(model, layers).items()
-        if any(chosen[role] for role in _places(pattern))
+        for pattern, share in shares.items()
+        if any(choice.asks(role, quant) for role in _places(pattern))
     }
     if asked and not quant.partial:
         raise ConfigError(
@@ -192,9 +171,3 @@ def _places(pattern: str) -> list[str]:
 def _routes(name: str, shape: torch.Size) -> bool:
     """Whether a weight chooses experts, of which there are fewer than hidden dimensions."""
     return ROUTER.search(name) is not None and len(shape) == 2 and shape[0] < shape[1]
-
-
-def _bits_of_model(layers: list[Layer], model: nn.Module) -> float:
-    whole = sum(parameter.numel() for parameter in model.parameters())
-    quantized = sum(layer.weights for layer in layers)
-    return (sum(x.weights * x.bits_per_weight for x in layers) + DENSE_BITS * (whole - quantized)) / whole

@@ -4,24 +4,20 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-from transformers import PreTrainedModel
-
 from qat import checkpoints, manifests, plots
 from qat.artifacts import Artifact, obtain, require
-from qat.cache.batch import Batch
 from qat.cache.reader import CacheReader
 from qat.config import ROLES, Config
 from qat.console import console, table
 from qat.convert.convert import convert, install
 from qat.evaluate import Metrics, evaluate
-from qat.models import linear
-from qat.quant.architectures import Layer, bits_per_weight, recorded, select, summary, told
-from qat.quant.linear import QuantLinear, kept, quantized
+from qat.quant.architectures import Layer, recorded, select, told
+from qat.quant.linear import QuantLinear, quantized
+from qat.quant.size import bits_per_weight, summary
 from qat.runs import Run
 from qat.shaping import shaping
-from qat.stages import cache
+from qat.stages import cache, choice
+from qat.stages.source import Source, calibration
 from qat.stages.workspace import Workspace, open_workspace, start_folder
 
 WORST = 3  # layers named
@@ -36,6 +32,7 @@ def main(config: Config, run: Run) -> None:
 
 def make(work: Workspace, outputs: Artifact) -> Artifact:
     """The quantized model before any training, from `outputs/artifacts` when it is already there."""
+    work = choice.make(work, outputs)
     config = work.config
     start = start_folder(config.checkpoint)
     inputs = {
@@ -79,62 +76,18 @@ def _convert(work: Workspace, outputs: Artifact, start: Path | None, folder: Pat
     layers = select(source.exact, config.quant)
     kept = {layer.name: same for layer in layers if (same := source.kept(layer))}
     fitted = [layer for layer in layers if layer.name not in kept]
-    text = _calibration(work, outputs)
+    text = calibration(work, outputs)
     made = convert(fitted, source.load, source.weight, text, config.convert, config.kmeans, work.machine.device)
     modules = kept | {one.layer.name: one.module for one in made}
     checkpoints.write_tables({layer.name: modules[layer.name] for layer in layers}, folder)
     source.write_own(folder)
+    choice.keep(work, folder)
     return {
         **checkpoints.describe(work.teacher, config.quant, layers),
         "figures": {one.layer.name: one.figures for one in made},
         "metrics": _measure(work, outputs, source, modules),
         "measured_on": CacheReader(outputs, "eval").text_key(),
     }
-
-
-def _calibration(work: Workspace, outputs: Artifact) -> list[Batch]:
-    """The first training rows of the cache, in micro-batches."""
-    reader = CacheReader(outputs, "train")
-    rows = max(1, work.config.convert.calibration_tokens // int(reader.meta["length"]))
-    return reader.batch(torch.arange(min(rows, reader.rows))).split(work.machine.micro_batch)
-
-
-class Source:
-    """The model that is converted: the teacher, or the student of a checkpoint.
-
-    Attributes:
-        exact: the teacher in fp32, in host memory.
-    """
-
-    def __init__(self, work: Workspace, start: Path | None) -> None:
-        self._work, self._start = work, start
-        self.exact = work.teacher.load(torch.float32, torch.device("cpu"))
-        self._given = self.load() if start else None
-        self._made = quantized(self._given) if self._given else {}
-        self._latent = checkpoints.latent(start) if start else {}
-
-    def load(self) -> PreTrainedModel:
-        """The model on the machine, new at every call."""
-        machine = self._work.machine
-        if self._start is None:
-            return self._work.teacher.load(machine.dtype, machine.device)
-        return checkpoints.load(self._start, self._work.teacher, machine)[0]
-
-    def weight(self, name: str) -> Tensor:
-        """What a layer is fitted to: its latent weight, else its quantized one, else the teacher's."""
-        if name in self._latent:
-            return self._latent[name]
-        return self._made[name].weight(torch.float32) if name in self._made else linear(self.exact, name).weight
-
-    def write_own(self, folder: Path) -> None:
-        """What the model does not have from the teacher besides its quantized layers."""
-        if self._given:
-            checkpoints.write_own(self._given, folder)
-
-    def kept(self, layer: Layer) -> QuantLinear | None:
-        """The layer with the same indices, where its format can take them over (`Format.kept`)."""
-        made = self._made.get(layer.name)
-        return kept(made, layer.format) if made else None
 
 
 def _measure(

@@ -16,8 +16,8 @@ from qat.config import ModelConfig, ModelSource
 from qat.convert.convert import Converted
 from qat.errors import ArtifactError
 from qat.models import locate
-from qat.quant.architectures import bits_per_weight
 from qat.quant.linear import quantized
+from qat.quant.size import bits_per_weight
 from tests import tiny
 
 

@@ -14,8 +14,9 @@ from transformers import PreTrainedModel
 from qat.config import QuantConfig, WeightConfig
 from qat.config.keys import key
 from qat.errors import ConfigError
-from qat.quant.architectures import bits_per_weight, recorded, select, summary
+from qat.quant.architectures import recorded, select
 from qat.quant.formats import Table
+from qat.quant.size import bits_per_weight, summary
 
 
 @cache
