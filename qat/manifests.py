@@ -48,8 +48,10 @@ def _layer(value: Any, where: str) -> None:
 
 
 def _checkpoint(manifest: Any, where: str) -> None:
-    """A rule: a checkpoint whose layers are of the kinds that it says are quantized."""
+    """A rule: a checkpoint whose layers have roles that it says are quantized, unless it names layers one by one."""
     CHECKPOINT(manifest, where)
+    if manifest["quant"].get("layers"):
+        return
     for name, layer in manifest["layers"].items():
         if manifest["quant"].get(layer["kind"]) is None:
             raise Wrong(f"quant.{layer['kind']} is null, and {ascii(name)[1:-1][:80]} is a layer of that kind")

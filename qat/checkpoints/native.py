@@ -17,14 +17,15 @@ from qat import tensor_files
 from qat.artifacts import MANIFEST, open_artifact, publish
 from qat.checkpoints.own import FILE as OWN
 from qat.checkpoints.own import adopt, read_own, write_own
-from qat.config import ROLES, QuantConfig
+from qat.config import QuantConfig
 from qat.errors import ArtifactError
 from qat.machine import Machine
 from qat.models import ModelFolder, linear
 from qat.norms import set_learned
 from qat.quant import formats, packing
 from qat.quant import latent as latents
-from qat.quant.architectures import Layer, recorded, role_of
+from qat.quant.architectures import Layer, recorded, role_of, select
+from qat.quant.choice import options
 from qat.quant.linear import QuantLinear, quantized
 from qat.quant.size import bits_per_weight
 from qat.tensor_files import Wanted
@@ -48,10 +49,16 @@ def describe(teacher: ModelFolder, quant: QuantConfig, layers: list[Layer]) -> d
     }
 
 
-def has_tables(manifest: dict[str, Any], quant: QuantConfig) -> bool:
-    """True where a checkpoint's layers are in these formats."""
-    wanted = recorded(quant)
-    return all(manifest["quant"].get(role) == wanted.get(role) for role in ROLES)
+def has_tables(manifest: dict[str, Any], quant: QuantConfig, teacher: ModelFolder) -> bool:
+    """True where a checkpoint's layers are in the formats that are asked for, or were chosen by the same budget."""
+    own = {layer.name: layer.format for layer in layers_of(manifest)}
+    wanted = select(teacher.skeleton(), quant)
+    asked, said = recorded(quant), manifest["quant"]
+    return (
+        own.keys() == {layer.name for layer in wanted}
+        and all(own[layer.name] in options(layer.name, layer.role, layer.shape, quant) for layer in wanted)
+        and all(asked.get(size) == said.get(size) for size in ("megabytes", "bits"))
+    )
 
 
 def heritage(manifest: dict[str, Any]) -> dict[str, Any]:

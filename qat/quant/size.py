@@ -78,3 +78,8 @@ def summary(layers: list[Layer], model: nn.Module) -> dict[str, Any]:
         if members:
             figures[f"{role}_bits_per_weight"] = round(bits_per_weight(members), 4)
     return figures | {"dense": {pattern: round(share, 4) for pattern, share in dense(model, layers).items()}}
+
+
+def said(figures: dict[str, Any]) -> str:
+    """The sizes of a whole model in a few words, from what `summary` gives."""
+    return f"{figures['file_bytes'] / 1e6:.1f} MB, {figures['model_bits_per_weight']:.2f} bits a weight"

@@ -13,7 +13,7 @@ from qat.convert.convert import convert, install
 from qat.evaluate import Metrics, evaluate
 from qat.quant.architectures import Layer, recorded, select, told
 from qat.quant.linear import QuantLinear, quantized
-from qat.quant.size import bits_per_weight, summary
+from qat.quant.size import bits_per_weight, said, summary
 from qat.runs import Run
 from qat.shaping import shaping
 from qat.stages import cache, choice
@@ -58,7 +58,7 @@ def make(work: Workspace, outputs: Artifact) -> Artifact:
     layers = checkpoints.layers_of(made.manifest)
     work.run.result["quant"] = {"preset": config.quant.name, **summary(layers, work.teacher.skeleton())}
     work.run.result["paths"]["conversion"] = str(made.folder.absolute())  # the run is a checkpoint, from anywhere
-    _show(layers, made.manifest, work.run.result["quant"]["dense"])
+    _show(layers, made.manifest, work.run.result["quant"])
     if made.manifest["figures"]:  # none where every layer was kept
         _draw(work, made.manifest["figures"])
     return made
@@ -112,7 +112,7 @@ def _draw(work: Workspace, figures: dict[str, dict[str, float]]) -> None:
     work.run.result["paths"]["conversion_errors"] = str(picture)
 
 
-def _show(layers: list[Layer], manifest: dict[str, Any], dense: dict[str, float]) -> None:
+def _show(layers: list[Layer], manifest: dict[str, Any], quant: dict[str, Any]) -> None:
     """One row a role, what of the decoder is in none, then what the conversion did to the model."""
     figures, rows, counts = manifest["figures"], [], []
     for role in ROLES:
@@ -122,8 +122,9 @@ def _show(layers: list[Layer], manifest: dict[str, Any], dense: dict[str, float]
             rows.append([role, str(len(members)), f"{bits_per_weight(members):.2f}", *_figures(members, figures)])
     header = ["role", "layers", "bits/weight", "weight error", "output error", "seconds"]
     table(f"{len(layers)} layers converted ({' + '.join(counts)})", header, rows)
-    if dense:
-        console.print(f"left dense, as shares of the decoder's weights: {told(dense)}", soft_wrap=True)
+    console.print(f"size, packed: {said(quant)} over the whole model", soft_wrap=True)
+    if quant["dense"]:
+        console.print(f"left dense, as shares of the decoder's weights: {told(quant['dense'])}", soft_wrap=True)
     before, after = manifest["metrics"]["before"] or {"kd_loss": 0.0, "kl": 0.0}, manifest["metrics"]["after"]
     names = {"kd_loss": "KD loss (held-out)", "kl": "full KL (held-out)"}
     changes = [[name, f"{before[key]:.4f}", f"{after[key]:.4f}"] for key, name in names.items()]
