@@ -40,6 +40,7 @@ class Source:
         manifest: what its checkpoint says; empty for the teacher itself.
         latent: the weights that the tables stand for, by layer, where the checkpoint has them.
         record: of the run that made the checkpoint, where there is one.
+        dtype: of what is not quantized in the packed file whose size is told.
     """
 
     teacher: ModelFolder
@@ -47,6 +48,7 @@ class Source:
     manifest: dict[str, Any] = field(default_factory=dict)
     latent: dict[str, Tensor] = field(default_factory=dict)
     record: Record = field(default_factory=lambda: Record(Path(), {}, ""))
+    dtype: torch.dtype = torch.bfloat16
 
     @property
     def layers(self) -> list[Layer]:
@@ -55,10 +57,10 @@ class Source:
 
     @property
     def quant(self) -> dict[str, Any]:
-        """Preset, counts and effective bits, as `result.json` has them."""
+        """Preset, counts and sizes, as `result.json` has them."""
         if not self.manifest:
             return {}
-        return {"preset": self.manifest["quant"]["name"], **summary(self.layers, self.teacher.skeleton())}
+        return {"preset": self.manifest["quant"]["name"], **summary(self.layers, self.teacher.skeleton(), self.dtype)}
 
 
 def open_source(teacher: ModelFolder, checkpoint: Path | None) -> Source:

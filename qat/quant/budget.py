@@ -2,7 +2,7 @@
 
 What an error in a layer costs is known for each format (`qat.convert.costs`), and costs add up, so this is a knapsack
 with one choice a layer (Kellerer, Pferschy and Pisinger 2004, "Knapsack Problems", chapter 11). Dynamic programming
-over sizes solves it but for the rounding of sizes up to one in 65,536 of what is to be shared out; a price on bytes,
+over sizes solves it but for the rounding of sizes to one in 65,536 of what is to be shared out; a price on bytes,
 which is quicker, leaves over what the largest layer, mostly the embedding, could not use.
 """
 
@@ -100,12 +100,12 @@ def chosen(quant: QuantConfig, layers: list[Layer], model: nn.Module, costs: Cos
     choices = {layer.name: formats_of(layer, quant) for layer in layers}
     found = [replace(layer, format=choices[layer.name][0]) for layer in layers]
     room = allowed.bits - allowed.measure(found)
-    while True:  # headers of files differ by some bytes
+    while True:  # sizes are rounded down, and headers of files differ by some bytes
         made = _fill(found, choices, costs, max(0.0, room))
         over = allowed.measure(made) - allowed.bits
         if over <= 0:
             return made
-        room -= over
+        room -= max(over, room / UNITS)
 
 
 def _fill(smallest: list[Layer], choices: dict[str, list[Format]], costs: Costs, room: float) -> list[Layer]:
@@ -128,7 +128,7 @@ def _fill(smallest: list[Layer], choices: dict[str, list[Format]], costs: Costs,
 
 def _steps(layer: Layer, format: Format, unit: float) -> int:
     """Units by which a format is larger than the layer's smallest."""
-    return math.ceil((format.stored_bits(*layer.shape) - layer.format.stored_bits(*layer.shape)) / unit)
+    return int((format.stored_bits(*layer.shape) - layer.format.stored_bits(*layer.shape)) / unit)
 
 
 def _after(best: Tensor, step: int) -> Tensor:

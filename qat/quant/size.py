@@ -60,17 +60,17 @@ def stored(layers: Iterable[Layer], model: nn.Module, dtype: torch.dtype) -> dic
     return found
 
 
-def summary(layers: list[Layer], model: nn.Module) -> dict[str, Any]:
+def summary(layers: list[Layer], model: nn.Module, dtype: torch.dtype = torch.bfloat16) -> dict[str, Any]:
     """Sizes, counts and what is left dense, as `result.json` has them.
 
-    Bits are said of the quantized layers and of the whole model, bytes of its packed file in 16 bits. `model` is the
-    teacher, or its names and shapes.
+    Bits are said of the quantized layers and of the whole model, bytes of its packed file with `dtype` for all else.
+    `model` is the teacher, or its names and shapes.
     """
     roles = {role: [layer for layer in layers if layer.role == role] for role in ROLES}
     figures: dict[str, Any] = {
         "bits_per_weight": round(bits_per_weight(layers), 4),
         "model_bits_per_weight": round(model_bits_per_weight(layers, model), 4),
-        "file_bytes": file_bytes(layers, model),
+        "file_bytes": file_bytes(layers, model, dtype),
         "layers": len(layers),
     }
     for role, members in roles.items():

@@ -186,12 +186,11 @@ def _result(run: Record) -> str:
 
 
 def _size(run: Record) -> dict[str, str]:
-    """What the student weighs; nothing where an older run did not say."""
+    """What the whole student weighs; nothing where an older run did not say."""
     sizes = [run.number("quant", name) for name in SIZES]
-    if sizes[0] is None:
-        return {}
-    megabytes, whole, quantized = _sizes(sizes)
-    return {"Size": f"{megabytes} MB packed, {whole} bits a weight, {quantized} over the quantized layers"}
+    units = ("MB packed", "bits a weight", "over the quantized layers")
+    known = [f"{text} {unit}" for text, unit in zip(_sizes(sizes), units, strict=True) if text != NOTHING]
+    return {"Size": ", ".join(known)} if sizes[1] is not None else {}
 
 
 def _dense(run: Record) -> dict[str, str]:

@@ -57,9 +57,9 @@ def test_what_a_run_left_dense_is_told_with_what_it_makes_of_the_whole(outputs):
     path.write_text(json.dumps(result))
     text = log.render(outputs).split("### SR-001")[1].split("### SR-002")[0]
     assert (
-        "- **Left dense**: 75.0% of the decoder's weights (`model.layers.*.mlp.experts.up_proj` 25.0%, `x` 50.0%);"
-        " 9.50 bits a weight over the whole model\n" in text
-    )
+        "- **Left dense**: 75.0% of the decoder's weights (`model.layers.*.mlp.experts.up_proj` 25.0%, `x` 50.0%)\n"
+    ) in text
+    assert "- **Size**: 9.50 bits a weight, " in text and "MB" not in text
 
 
 def test_checkpoints_come_with_losses_and_caches_with_sizes(outputs):
