@@ -90,7 +90,13 @@ CHECKPOINT = record(
         "teacher": text,
         "quant": record(
             {"name": text, "mlp": optional(_format), "attn": optional(_format)},
-            {"layers": fields.mapping(text, optional(_format)), "megabytes": number(), "bits": number()},
+            {
+                "embed": optional(_format),
+                "head": optional(_format),
+                "layers": fields.mapping(text, optional(_format)),
+                "megabytes": number(),
+                "bits": number(),
+            },
         ),
         "bits_per_weight": number(),
         "layers": fields.mapping(text, _layer, least=1),

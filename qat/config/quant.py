@@ -48,6 +48,8 @@ class QuantConfig:
     name: str = MISSING
     mlp: WeightConfig | None = key(None, "gate, up, down")
     attn: WeightConfig | None = key(None, "q, k, v, o")
+    embed: WeightConfig | None = key(None, "rows for tokens; of the head too where the model ties the two")
+    head: WeightConfig | None = key(None, "before the logits; of a tied head null, or what embed is")
     layers: "dict[str, WeightConfig | None]" = key(
         {}, "by patterns of names, {model.layers.0.*: {bits: 4, rank: 8}}: the last that fits wins, null is dense"
     )
@@ -55,7 +57,7 @@ class QuantConfig:
     bits: float | None = key(None, "budget: a weight over the whole model, at most", above=0, high=16)
     candidates: list[WeightConfig] = key([], "budget: formats that each layer may get which nothing else names")
     partial: bool = key(
-        False, "goes on where projections of a model have other names than these, which stay dense"
+        False, "goes on where a part of the model would stay dense: projections of other names, one of embed and head"
     )
 
 

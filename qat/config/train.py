@@ -24,6 +24,7 @@ class ModeConfig:
     name: str = MISSING
     mlp: bool = key(MISSING, "gate, up and down learn")
     attn: bool = key(MISSING, "q, k, v and o learn")
+    embed: bool = key(False, "embedding and head learn too, where they are quantized to fewer than 8 bits")
 
 
 @dataclass

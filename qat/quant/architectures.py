@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from qat.config import ROLES, QuantConfig, WeightConfig
 from qat.errors import ConfigError
-from qat.quant import choice
+from qat.quant import choice, vocabulary
 from qat.quant.formats import Format
 from qat.shaping import shaping
 
@@ -65,26 +65,34 @@ def select(model: nn.Module, quant: QuantConfig) -> list[Layer]:
         ConfigError: the model has none, a pattern fits none, or weights of a role that `quant` asks for go by names
             that no role has.
     """
-    found, left = [], []
-    for name, module in model.named_modules():
-        role = role_of(name)
-        if type(module) is nn.Linear and role:  # a subclass computes something else
-            shape = module.out_features, module.in_features
-            allowed = choice.options(name, role, shape, quant)
-            if allowed:
-                widest = max(allowed, key=lambda format: format.stored_bits(*shape))
-                found.append(Layer(name, role, shape, widest))
-            else:
-                left.append(name)
-    choice.refuse_idle(quant, [*(layer.name for layer in found), *left])
+    known = _known(model, quant)
+    choice.refuse_idle(quant, known)
+    found = []
+    for name, (role, shape) in known.items():
+        if allowed := choice.options(name, role, shape, quant):
+            widest = max(allowed, key=lambda format: format.stored_bits(*shape))
+            found.append(Layer(name, role, shape, widest))
     if not found:
         leaves = ", ".join(leaf for leaves in LEAVES.values() for leaf in leaves)
         raise ConfigError(
             f"quant={quant.name} finds no layer to quantize: the model has no linear layer named {leaves}, but"
             f" {told(dense(model, [])) or 'none at all'}"
         )
-    _refuse_unmatched(dense(model, found, left), quant)
+    _refuse_unmatched(dense(model, found, known), quant)
     return found
+
+
+def _known(model: nn.Module, quant: QuantConfig) -> dict[str, tuple[str, tuple[int, int]]]:
+    """Role and shape of every layer that can be quantized, by name, in the model's order; embedding and head last."""
+    known = {}
+    for name, module in model.named_modules():
+        role = role_of(name)
+        if type(module) is nn.Linear and role:  # a subclass computes something else
+            known[name] = role, (module.out_features, module.in_features)
+    for name, role in vocabulary.matrices(model, quant).items():
+        tokens, hidden = model.get_parameter(f"{name}.weight").shape
+        known[name] = role, (tokens, hidden)
+    return known
 
 
 def recorded(quant: QuantConfig) -> dict[str, Any]:

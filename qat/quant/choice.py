@@ -42,7 +42,7 @@ def asks(role: str, quant: QuantConfig) -> bool:
 
 def of_role(role: str, quant: QuantConfig) -> WeightConfig | None:
     """What a role's layers are written in."""
-    settings: WeightConfig | None = getattr(quant, role, None)
+    settings: WeightConfig | None = getattr(quant, role)
     return settings
 
 

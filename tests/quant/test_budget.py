@@ -53,7 +53,7 @@ def test_nothing_of_that_size_costs_less(teacher, seed, share, unit):
 
 
 def test_a_layer_that_is_named_keeps_its_format(teacher):
-    quant, layers, costs = problem(teacher, megabytes=1.0)
+    quant, _, costs = problem(teacher, megabytes=1.0)
     pinned = replace(quant, layers=SOME | {"*.0.mlp.gate_proj": GRID})
     found = budget.chosen(pinned, select(teacher.skeleton(), pinned), teacher.skeleton(), costs)
     assert {layer.name.rpartition(".")[2]: layer.format.bits for layer in found}["gate_proj"] == 4

@@ -50,7 +50,7 @@ def test_sizes_are_known_before_anything_is_written(teacher, tmp_path, dtype):
 
 
 def test_bits_of_the_whole_model_are_those_of_its_file_but_for_the_header(teacher):
-    model, layers = mixed(teacher)
+    _, layers = mixed(teacher)
     whole = sum(parameter.numel() for parameter in teacher.skeleton().parameters())
     data = file_bytes(layers, teacher.skeleton()) * 8 / whole
     bits = model_bits_per_weight(layers, teacher.skeleton())

@@ -49,7 +49,7 @@ def _quants(config: Config) -> dict[str, QuantConfig]:
 def _named(config: Config) -> Iterator[tuple[str, WeightConfig]]:
     """The formats of a run by their keys."""
     for key, quant in _quants(config).items():
-        named = {role: getattr(quant, role, None) for role in ROLES}
+        named = {role: getattr(quant, role) for role in ROLES}
         named |= {f"layers[{pattern}]": given for pattern, given in quant.layers.items()}
         named |= {f"candidates[{number}]": given for number, given in enumerate(quant.candidates)}
         yield from ((f"{key}.{name}", given) for name, given in named.items() if given is not None)

@@ -1,0 +1,94 @@
+"""Embedding and head: the matrices of vocabulary × hidden, which may be one tensor with two jobs.
+
+Half of a small model's file is in them, so they are quantized like any other weight. A tied pair is one layer, in
+the role of the embedding, whose rows are looked up and whose product makes logits.
+
+Shapes: V tokens, D hidden, X rows.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from qat.config import QuantConfig
+from qat.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Ends:
+    """The modules at either end of a model, by their names in it; None where it has none that is its own module.
+
+    Attributes:
+        tied: both have one tensor.
+    """
+
+    embed: str | None
+    head: str | None
+    tied: bool
+
+
+def ends(model: nn.Module) -> Ends:
+    """Those of a model of transformers."""
+    if not isinstance(model, PreTrainedModel):
+        return Ends(None, None, False)
+    embedding: Any = model.get_input_embeddings()
+    head: Any = model.get_output_embeddings()
+    names = {id(module): name for name, module in model.named_modules()}
+    one = getattr(embedding, "weight", None)
+    tied = one is not None and getattr(head, "weight", None) is one
+    return Ends(names.get(id(embedding)), names.get(id(head)), tied)
+
+
+def matrices(model: nn.Module, quant: QuantConfig) -> dict[str, str]:
+    """The role of each of a model's matrices of vocabulary × hidden that can be quantized, by its name.
+
+    Raises:
+        ConfigError: `quant` says two things of one tensor, or of two tensors only one thing, or there is none such.
+    """
+    found = ends(model)
+    if quant.embed is not None or quant.head is not None:
+        _refuse_two(quant) if found.tied else _refuse_one(quant)
+    wanted = {"embed": (found.embed, nn.Embedding)} | ({} if found.tied else {"head": (found.head, nn.Linear)})
+    made = {}
+    for role, (name, kind) in wanted.items():
+        if name is not None and _is(model.get_submodule(name), kind):
+            made[name] = role
+        elif getattr(quant, role) is not None:
+            _refuse_other(model, role, name, kind)
+    return made
+
+
+def _is(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """An embedding may scale what it looks up; a head that is no plain product computes something else."""
+    return isinstance(module, nn.Embedding) if kind is nn.Embedding else type(module) is kind
+
+
+def _refuse_other(model: nn.Module, role: str, name: str | None, kind: type[nn.Module]) -> None:
+    """A role that is asked for is there."""
+    there = "none" if name is None else type(model.get_submodule(name)).__name__
+    raise ConfigError(
+        f"quant.{role} is set, and {type(model).__name__} has no {kind.__name__} of its own there but {there}: set"
+        f" quant.{role}=null"
+    )
+
+
+def _refuse_two(quant: QuantConfig) -> None:
+    """One tensor has one format."""
+    if quant.head is not None and quant.head != quant.embed:
+        what = "quant.head is set and quant.embed is not" if quant.embed is None else "quant.head is not quant.embed"
+        raise ConfigError(
+            f"{what}: embedding and head are one tensor in this model, which has the format of quant.embed;"
+            f" set {'quant.embed, and ' if quant.embed is None else ''}quant.head=null"
+        )
+
+
+def _refuse_one(quant: QuantConfig) -> None:
+    """Of two tensors none stays dense by mistake."""
+    if (quant.embed is None) != (quant.head is None) and not quant.partial:
+        there, missing = ("embed", "head") if quant.head is None else ("head", "embed")
+        raise ConfigError(
+            f"quant.{there} is set and quant.{missing} is not: embedding and head are two tensors in this model, and"
+            f" one would stay dense; set quant.{missing} too, or quant.partial=true to leave it so on purpose"
+        )
