@@ -1,8 +1,8 @@
 """Our own checkpoint: the quantized layers of a student, in a folder that says what it belongs to.
 
-It holds what quantization made (packed indices, tables, scales) and names the teacher that everything
+It holds what quantization made (packed indices, the parts of formats) and names the teacher that everything
 else (embeddings, norms, head) comes from, by fingerprint. Where a student differs from its teacher in
-these too, `own.safetensors` has them; where training kept the weights that the tables stand for,
+these too, `own.safetensors` has them; where training kept the weights that the quantized ones stand for,
 `latent.safetensors` has those.
 """
 
@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
-from qat import tensor_files
+from qat import older, tensor_files
 from qat.artifacts import MANIFEST, open_artifact, publish
 from qat.checkpoints.own import FILE as OWN
 from qat.checkpoints.own import adopt, read_own, write_own
@@ -30,7 +30,7 @@ from qat.quant.linear import QuantLinear, quantized
 from qat.quant.size import bits_per_weight
 from qat.tensor_files import Wanted
 
-FILE = "tables.safetensors"
+FILE = "tables.safetensors"  # codebooks had another name once, and checkpoints of that time are to load
 LATENT = "latent.safetensors"  # `<layer>.latent`, fp32: where the training of indices goes on from
 REMEDY = "copy the checkpoint again from where it came, or make it again"
 
@@ -49,7 +49,7 @@ def describe(teacher: ModelFolder, quant: QuantConfig, layers: list[Layer]) -> d
     }
 
 
-def has_tables(manifest: dict[str, Any], quant: QuantConfig, teacher: ModelFolder) -> bool:
+def has_formats(manifest: dict[str, Any], quant: QuantConfig, teacher: ModelFolder) -> bool:
     """True where a checkpoint's layers are in the formats that are asked for, or were chosen by the same budget."""
     own = {layer.name: layer.format for layer in layers_of(manifest)}
     wanted = select(teacher.skeleton(), quant)
@@ -76,7 +76,7 @@ def _layer(name: str, entry: dict[str, Any]) -> Layer:
     return Layer(name, entry.pop("kind"), tuple(entry.pop("shape")), formats.of(entry))
 
 
-def write_tables(modules: dict[str, QuantLinear], folder: Path) -> None:
+def write_layers(modules: dict[str, QuantLinear], folder: Path) -> None:
     """Writes the quantized layers, their parts normalized; the modules themselves stay as they are."""
     tensors: dict[str, torch.Tensor] = {}
     for name, module in modules.items():
@@ -94,7 +94,7 @@ def save(model: PreTrainedModel, folder: Path, description: dict[str, Any]) -> N
 
 def write(model: PreTrainedModel, folder: Path) -> None:
     """Writes what a checkpoint holds of a student into a folder that is not published yet."""
-    write_tables(quantized(model), folder)
+    write_layers(quantized(model), folder)
     write_own(model, folder)
     if latents := _latents(model):
         save_file({key: value.float().cpu().contiguous() for key, value in latents.items()}, folder / LATENT)
@@ -108,7 +108,7 @@ def load(folder: Path, teacher: ModelFolder, machine: Machine) -> tuple[PreTrain
     """
     manifest = check(folder, teacher)
     layers = layers_of(manifest)
-    tensors = tensor_files.read(folder / FILE, _tables(layers), REMEDY)
+    tensors = tensor_files.read(folder / FILE, _wanted(layers), REMEDY, names=older.names)
     model = teacher.load(machine.dtype, machine.device)
     for layer in layers:
         with machine.device:
@@ -140,7 +140,7 @@ def check(folder: Path, teacher: ModelFolder) -> dict[str, Any]:
 
 
 def latent(folder: Path) -> dict[str, torch.Tensor]:
-    """The weights [O, I] behind the tables, by layer; empty where training kept none."""
+    """The weights [O, I] that the quantized ones stand for, by layer; empty where training kept none."""
     manifest = opened(folder)
     if not _has(folder, manifest, LATENT):
         return {}
@@ -193,8 +193,8 @@ def _has(folder: Path, manifest: dict[str, Any], name: str) -> bool:
     return name in manifest["files"]
 
 
-def _tables(layers: list[Layer]) -> dict[str, Wanted]:
-    """What the file of tables holds, and nothing else."""
+def _wanted(layers: list[Layer]) -> dict[str, Wanted]:
+    """What `FILE` holds, and nothing else."""
     wanted: dict[str, Wanted] = {}
     for layer in layers:
         wanted[f"{layer.name}.indices"] = Wanted(("U8",), (packing.packed_bytes(layer.weights, layer.format.bits),))

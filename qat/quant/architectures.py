@@ -134,7 +134,7 @@ def decoder_weights(model: nn.Module) -> dict[str, torch.Size]:
 
 
 def dense(model: nn.Module, layers: list[Layer], besides: Collection[str] = ()) -> dict[str, float]:
-    """The decoder's weights without a table as shares of all of them, layers that differ in number as one pattern.
+    """The decoder's dense weights as shares of all of them, layers that differ in number as one pattern.
 
     `model` has its weights as they were before quantization; what chooses experts is not told of, nor `besides`.
     """
@@ -164,7 +164,7 @@ def _refuse_unmatched(shares: dict[str, float], quant: QuantConfig) -> None:
     }
     if asked and not quant.partial:
         raise ConfigError(
-            f"quant={quant.name} has no table for {told(asked)} of this model: {sum(asked.values()):.0%} of its"
+            f"quant={quant.name} does not cover {told(asked)} of this model: {sum(asked.values()):.0%} of its"
             " decoder's weights would stay dense; quant.partial=true quantizes the rest all the same"
         )
 

@@ -6,7 +6,7 @@ With one of them a layer has it, with none it stays dense, and of several the bu
 from collections.abc import Collection
 from fnmatch import fnmatchcase
 
-from qat.config import SETTINGS, QuantConfig, WeightConfig
+from qat.config import SETTINGS, QuantConfig, WeightConfig, as_plain
 from qat.errors import ConfigError
 from qat.quant import formats
 from qat.quant.formats import Format
@@ -17,8 +17,7 @@ Shape = tuple[int, int]
 
 def format_of(settings: WeightConfig) -> Format:
     """The format that a configuration asks for."""
-    chosen = {name: getattr(settings, name) for name in SETTINGS[settings.format]}
-    return formats.of({"format": settings.format.name, **chosen})
+    return formats.of({name: as_plain(getattr(settings, name)) for name in ("format", *SETTINGS[settings.format])})
 
 
 def options(name: str, role: str, shape: Shape, quant: QuantConfig) -> list[Format]:

@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from omegaconf import OmegaConf
 from torch import nn
 
 from qat import checkpoints, json_objects, manifests
 from qat.artifacts import Artifact, obtain, write_json, write_text
 from qat.cache.reader import CacheReader
-from qat.config import ROLES, QuantConfig, WeightConfig, WeightFormat
+from qat.config import ROLES, QuantConfig, WeightConfig
 from qat.console import table
 from qat.convert.costs import costs as measure
 from qat.errors import ArtifactError
@@ -134,8 +135,10 @@ def label(format: Format) -> str:
 
 def configured(format: Format) -> WeightConfig:
     """A format as a configuration asks for it."""
-    said = format.settings()
-    return WeightConfig(**said | {"format": WeightFormat[said.get("format", format.name)]})
+    said = OmegaConf.merge(OmegaConf.structured(WeightConfig), {"format": format.name} | format.settings())
+    made = OmegaConf.to_object(said)
+    assert isinstance(made, WeightConfig)
+    return made
 
 
 def _show(layers: list[Layer], costs: Costs, model: nn.Module, said: str) -> None:

@@ -3,7 +3,7 @@ import pytest
 from qat.config import QuantConfig, WeightConfig, WeightFormat
 from qat.errors import ConfigError
 from qat.quant.architectures import recorded, select
-from qat.quant.formats import Table, Uniform
+from qat.quant.formats import Codebook, Uniform
 
 TWO, THREE, FOUR = (WeightConfig(bits=bits, rank=2) for bits in (2, 3, 4))
 GRID = WeightConfig(bits=4, format=WeightFormat.grid, group=16)
@@ -17,10 +17,10 @@ def formats(teacher, **settings):
 def test_the_last_pattern_that_fits_decides_and_else_the_role(teacher):
     patterns = {"model.layers.0.*": THREE, "*.down_proj": GRID, "model.layers.1.mlp.down_proj": FOUR}
     found = formats(teacher, mlp=TWO, layers=patterns)
-    assert found["model.layers.0.self_attn.q_proj"] == found["model.layers.0.mlp.up_proj"] == Table(3, 2)
+    assert found["model.layers.0.self_attn.q_proj"] == found["model.layers.0.mlp.up_proj"] == Codebook(3, 2)
     assert found["model.layers.0.mlp.down_proj"] == Uniform(4, 16)
-    assert found["model.layers.1.mlp.down_proj"] == Table(4, 2)
-    assert found["model.layers.1.mlp.up_proj"] == Table(2, 2)
+    assert found["model.layers.1.mlp.down_proj"] == Codebook(4, 2)
+    assert found["model.layers.1.mlp.up_proj"] == Codebook(2, 2)
     assert "model.layers.1.self_attn.q_proj" not in found
 
 
