@@ -79,13 +79,13 @@ def test_conversions_say_their_own_losses_whether_a_run_used_them_or_not(outputs
     for folder, manifest in (("q4_init", converted), ("q4_e2e", trained), ("older", {"name": "older"})):
         synthetic.write(outputs / "artifacts" / "checkpoints" / folder / "manifest.json", manifest)
     text = log.render(outputs)
-    assert "| `tiny_q4a4_init` | 1.2500 | 0.7500 | 4.5000 | `artifacts/checkpoints/q4_init` |" in text
-    assert "| `tiny_q4a4_e2e` | 0.5000 | – | 4.5000 | `artifacts/checkpoints/q4_e2e` |" in text
-    assert "| `older` | – | – | – | `artifacts/checkpoints/older` |" in text
+    assert "| `tiny_q4a4_init` | 1.2500 | 0.7500 | – | – | 4.50 | `artifacts/checkpoints/q4_init` |" in text
+    assert "| `tiny_q4a4_e2e` | 0.5000 | – | – | – | 4.50 | `artifacts/checkpoints/q4_e2e` |" in text
+    assert "| `older` | – | – | – | – | – | `artifacts/checkpoints/older` |" in text
     done = [run for run in records.runs(outputs) if run.status == "complete"]
     used = next(run for run in done if run.text("quant", "preset") == "q2a4")
     before = [used.number("metrics", key) for key in ("kd_loss_initial", "kl_initial")]
-    assert "| `tiny_q2a4_init` | {:.4f} | {:.4f} | 3.5600 |".format(*before) in text
+    assert "| `tiny_q2a4_init` | {:.4f} | {:.4f} | – | – | 3.56 |".format(*before) in text
 
 
 def changed(outputs, run_id, **words):
