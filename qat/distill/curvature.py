@@ -11,14 +11,14 @@ from qat.cache.reader import CacheReader
 from qat.convert.moments import gather
 from qat.processes import Ranks
 from qat.quant.architectures import Layer
-from qat.quant.linear import QuantLinear
+from qat.quant.linear import Quantized
 
 TOKENS = 8_192
 ROWS = 32  # in a batch
 
 
 def measure(
-    student: PreTrainedModel, layers: dict[str, QuantLinear], kinds: dict[str, str], text: CacheReader, ranks: Ranks
+    student: PreTrainedModel, layers: dict[str, Quantized], kinds: dict[str, str], text: CacheReader, ranks: Ranks
 ) -> None:
     """Sets the curvature of some layers, the same in every process.
 

@@ -30,7 +30,7 @@ from qat.fidelity import Sample
 from qat.forward import hidden_states, prepare
 from qat.machine import Machine
 from qat.processes import Ranks
-from qat.quant.linear import QuantLinear
+from qat.quant.linear import Quantized
 
 log = logging.getLogger(__name__)
 
@@ -85,7 +85,7 @@ class Trainer:
     def __init__(
         self,
         student: PreTrainedModel,
-        layers: dict[str, tuple[str, QuantLinear]],
+        layers: dict[str, tuple[str, Quantized]],
         cache: tuple[CacheReader, CacheReader],
         train: TrainConfig,
         mode: ModeConfig,
@@ -333,7 +333,7 @@ class Trainer:
         return [values.cpu().double() for values in found]
 
 
-def _fingerprint(layers: dict[str, tuple[str, QuantLinear]], learned: set[str]) -> str:
+def _fingerprint(layers: dict[str, tuple[str, Quantized]], learned: set[str]) -> str:
     """SHA-256 of what a state does not hold of the quantized layers: it must be the same where training goes on."""
     found = hashlib.sha256()
     for layer, (_, module) in sorted(layers.items()):
@@ -346,8 +346,8 @@ def _fingerprint(layers: dict[str, tuple[str, QuantLinear]], learned: set[str]) 
 
 
 def _learning(
-    layers: dict[str, tuple[str, QuantLinear]], learns: dict[str, bool], dtype: torch.dtype
-) -> dict[str, QuantLinear]:
+    layers: dict[str, tuple[str, Quantized]], learns: dict[str, bool], dtype: torch.dtype
+) -> dict[str, Quantized]:
     """The layers that learn; the weights of the others are computed once."""
     for kind, layer in layers.values():
         if not learns[kind]:

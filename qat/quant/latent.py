@@ -21,13 +21,13 @@ Shapes: O outputs, I inputs, K values.
 import torch
 from torch import Tensor
 
-from qat.quant.linear import QuantLinear
+from qat.quant.linear import Quantized
 
 REACH = 0.8  # of the way: what lies on a border turns at the first step
 
 
 @torch.no_grad()
-def between(layer: QuantLinear, weight_OI: Tensor) -> Tensor:
+def between(layer: Quantized, weight_OI: Tensor) -> Tensor:
     """Latent weights [O, I], fp32, of which a layer's own indices are the nearest.
 
     Args:
