@@ -38,7 +38,11 @@ def measure(
     moments = gather(student, known, batches, gradients=True)
     for one in known:
         layer = layers[one.name]
-        pair = [moments.outputs[one.name].diagonal(), moments.inputs[one.source].diagonal()]
+        outer = moments.rows.get(one.name)
+        pair = [moments.outputs[one.name].diagonal(), moments.inputs[one.source].diagonal()] if outer is None else [
+            outer,
+            moments.inputs[one.name].diagonal(),
+        ]
         pair = [diagonal.to(layer.indices.device, copy=True) / ranks.count for diagonal in pair]
         ranks.sum_(pair)  # which rounding may have made different
         layer.curvature = (pair[0], pair[1])

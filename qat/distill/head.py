@@ -1,10 +1,10 @@
 """The head and the loss as one step: hidden states in, the loss and their gradient out.
 
 The gradient of the logits is taken at once, back through the head, while they are there; nothing of the size of the
-vocabulary outlives a chunk of positions but the gradient of a head that learns, which all chunks are added up in.
+vocabulary outlives a chunk of positions but the gradient of a head that learns, in which all chunks are added up.
 Where logits are a product (`qat.head`) with a head that does not learn, `topk_kl` needs no such chunk: it looks at
-the rows of the head that belong to cached tokens, K of them a position instead of V. Other losses on cached tokens differ from it by a multiple of the student's
-softmax, whose factor is the gradient of the log-sum-exp.
+the rows of the head that belong to cached tokens, K of them a position instead of V. Other losses on cached tokens
+differ from it by a multiple of the student's softmax, whose factor is the gradient of the log-sum-exp.
 
 Shapes: P positions, D hidden, V vocabulary, K cached tokens.
 """

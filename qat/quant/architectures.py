@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from qat.config import ROLES, SETTINGS, QuantConfig, WeightConfig
+from qat.config import ROLES, SETTINGS, ModeConfig, QuantConfig, WeightConfig
 from qat.errors import ConfigError
 from qat.quant import formats, vocabulary
 from qat.quant.formats import Format
@@ -26,6 +26,7 @@ LEAVES = {
 PLACES = {"attn": re.compile(r"attn|attention|mixer"), "mlp": re.compile(r"mlp|ffn|feed_forward|moe|expert")}
 ROUTER = re.compile(r"\.(router|gate|shared_expert_gate)(\.|$)")  # chooses experts: an output for each of them
 NUMBER = re.compile(r"\.\d+(?=\.|$)")
+EXACT_BITS = 8  # from which on rounding an embedding to the nearest cannot be measured
 DENSE_BITS = 16  # that a weight without a table counts as
 NAMED = 6  # patterns in a message
 
@@ -132,6 +133,13 @@ def dense(model: nn.Module, layers: list[Layer]) -> dict[str, float]:
             pattern = NUMBER.sub(".*", name)
             shares[pattern] = shares.get(pattern, 0.0) + shape.numel() / whole
     return shares
+
+
+def learns(mode: ModeConfig, role: str, format: Format) -> bool:
+    """Whether a layer learns; an embedding or head of 8 bits costs nothing that training could win back."""
+    if role in ("embed", "head"):
+        return mode.embed and format.bits < EXACT_BITS
+    return {"mlp": mode.mlp, "attn": mode.attn}[role]
 
 
 def bits_per_weight(layers: list[Layer]) -> float:

@@ -8,6 +8,7 @@ Shapes: V tokens, D hidden, X rows.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -16,8 +17,7 @@ from torch.func import functional_call
 from transformers import PreTrainedModel
 
 from qat.quant.formats import Format
-from qat.quant.linear import Quantized, QuantLinear, quantized
-from qat.quant.vocabulary import ends
+from qat.quant.linear import QuantHead, Quantized, QuantLinear, quantized
 
 
 class QuantEmbedding(Quantized):
@@ -79,6 +79,31 @@ class TiedHead(nn.Module):
         return nn.functional.linear(x, weight, self.bias)
 
 
+@dataclass(frozen=True)
+class Ends:
+    """The modules at either end of a model, by their names in it; None where it has none that is its own module.
+
+    Attributes:
+        tied: both have one tensor.
+    """
+
+    embed: str | None
+    head: str | None
+    tied: bool
+
+
+def ends(model: nn.Module) -> Ends:
+    """Those of a model of transformers."""
+    if not isinstance(model, PreTrainedModel):
+        return Ends(None, None, False)
+    embedding: Any = model.get_input_embeddings()
+    head: Any = model.get_output_embeddings()
+    names = {id(module): name for name, module in model.named_modules()}
+    one = vars(embedding).get("_parameters", {}).get("weight") if embedding is not None else None
+    tied = isinstance(head, TiedHead) or (one is not None and getattr(head, "weight", None) is one)
+    return Ends(names.get(id(embedding)), names.get(id(head)), tied)
+
+
 def through(embedding: nn.Module, rows_XD: Tensor, ids: Tensor) -> Tensor:
     """What an embedding's own code makes of tokens [...] if these rows were its whole matrix."""
     padding, plain = embedding.padding_idx, cast(Any, embedding)
@@ -136,6 +161,12 @@ def without_weight(embedding: nn.Module) -> nn.Module:
     return embedding
 
 
+def empty(layer: Any) -> Quantized:
+    """Room for a layer (`architectures.Layer`), as the module that its role asks for."""
+    kinds: dict[str, type[Quantized]] = {"embed": QuantEmbedding, "head": QuantHead}
+    return kinds.get(layer.role, QuantLinear)(layer.format, *layer.shape)
+
+
 def put(model: nn.Module, name: str, made: Quantized) -> None:
     """Puts a quantized matrix in the place of a module of the model's, with what that one does besides."""
     old = model.get_submodule(name)
@@ -148,8 +179,7 @@ def put(model: nn.Module, name: str, made: Quantized) -> None:
 def _tie(model: PreTrainedModel, name: str, made: QuantEmbedding) -> None:
     """The head's product with the embedding's matrix, where it is tied to the embedding that goes."""
     head, found = cast(Any, model.get_output_embeddings()), ends(model)
-    tied = found.tied or isinstance(head, TiedHead)
-    if tied and found.embed == name and found.head is not None:
+    if found.tied and found.embed == name and found.head is not None:
         model.set_submodule(found.head, TiedHead(made, head.bias))
 
 

@@ -79,6 +79,9 @@ class Uniform(Format):
 
     def start(self, weight_NOI: Tensor, h_NI: Tensor, cluster: Cluster) -> Fitted:
         """The best grid for a normal distribution of each group's mean square, or variance with shifts."""
+        return self._started(weight_NOI)
+
+    def _started(self, weight_NOI: Tensor) -> Fitted:
         groups = weight_NOI.unflatten(2, (-1, self.group))
         mean = groups.mean(3) if self.shifts else torch.zeros_like(groups[..., 0])
         deviation = (groups - mean[..., None]).square().mean(3).sqrt()
@@ -86,13 +89,17 @@ class Uniform(Format):
         operands = {"scale": scale} | ({"shift": mean - self._half * scale} if self.shifts else {})
         return Fitted(self.grid(operands).nearest(weight_NOI), operands)
 
-    def alternated(self, fitted: Fitted, weight_NOI: Tensor, h_NI: Tensor) -> Fitted:
+    def continued(self, fitted: Fitted, weight_NOI: Tensor, h_NI: Tensor) -> Fitted:
+        """Rows have nothing in common."""
+        return self._started(weight_NOI)
+
+    def alternated(self, fitted: Fitted, weight_NOI: Tensor, h_NI: Tensor, shared: bool = True) -> Fitted:
         """Scales and shifts by least squares, then indices."""
         linear = self._linear(fitted, h_NI)
         operands = self._named(least_squares.refit(self._together(fitted.operands), linear, weight_NOI, h_NI))
         return Fitted(self.grid(operands).nearest(weight_NOI), operands)
 
-    def refined(self, fitted: Fitted, weight_NOI: Tensor, cost: Curvature) -> Fitted:
+    def refined(self, fitted: Fitted, weight_NOI: Tensor, cost: Curvature, shared: bool = True) -> Fitted:
         """Scales and shifts by conjugate gradients."""
         linear = self._linear(fitted, cost.inputs_NII.diagonal(dim1=1, dim2=2))
         x = self._together(fitted.operands)

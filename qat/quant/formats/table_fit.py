@@ -70,6 +70,30 @@ def alternate(tables: Tables, weight_NOI: Tensor, h_NI: Tensor) -> Tables:
     return Tables(assign.nearest(weight_NOI, A @ B, table), table, A, B)
 
 
+def further(tables: Tables, weight_NOI: Tensor, h_NI: Tensor) -> Tables:
+    """Further rows for fitted ones' table and B: A by least squares from magnitudes, then the nearest indices."""
+    table, B = tables.table_NK, tables.B_NRI
+    typical = lookup.look_up(table, tables.index_NOI).abs().mean(dim=(1, 2), keepdim=True)
+    ones = torch.ones_like(weight_NOI)
+    A = least_squares.rows(ones, B, h_NI).solve((weight_NOI.abs() / typical * h_NI[:, None]) @ B.mT)
+    return Tables(assign.nearest(weight_NOI, A @ B, table), table, A, B)
+
+
+def alternate_rows(tables: Tables, weight_NOI: Tensor, h_NI: Tensor) -> Tables:
+    """As `alternate`, with table and B as they are."""
+    table, B, Q = tables.table_NK, tables.B_NRI, lookup.look_up(tables.table_NK, tables.index_NOI)
+    A = least_squares.refit(tables.A_NOR, least_squares.rows(Q, B, h_NI), weight_NOI, h_NI, RELAXATION)
+    return Tables(assign.nearest(weight_NOI, A @ B, table), table, A, B)
+
+
+def refine_rows(tables: Tables, weight_NOI: Tensor, cost: Curvature) -> Tables:
+    """As `refine`, with table and B as they are."""
+    h_NI = cost.inputs_NII.diagonal(dim1=1, dim2=2)
+    Q = lookup.look_up(tables.table_NK, tables.index_NOI)
+    A = _descend(tables.A_NOR, least_squares.rows(Q, tables.B_NRI, h_NI), weight_NOI, cost)
+    return Tables(tables.index_NOI, tables.table_NK, A, tables.B_NRI)
+
+
 def sample(weight_NOI: Tensor) -> slice:
     """Evenly spread outputs with about `SAMPLE` weights in each layer, or all."""
     return slice(None, None, max(1, weight_NOI[0].numel() // SAMPLE))
