@@ -58,7 +58,7 @@ class Watch:
             self._positions += len(hidden_PD)
 
     def slopes(self, grad_XD: Tensor, rows_XD: Tensor) -> None:
-        """Takes gradients of the loss at rows of tokens; at rows of zeros, as padding has, a norm's is without bound."""
+        """Takes gradients of the loss at rows of tokens, those of zeros left out: behind them a norm's has no bound."""
         self._square("slopes", grad_XD * rows_XD.any(1, keepdim=True))
 
     def moments(self) -> dict[str, tuple[Tensor, Tensor]]:

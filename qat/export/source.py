@@ -75,12 +75,15 @@ def open_source(teacher: ModelFolder, checkpoint: Path | None) -> Source:
 
 
 def require_tables(source: Source, tool: str) -> None:
-    """Refuses a student with layers in another format than tables.
+    """Refuses a student with projections in another format than tables; embedding and head are written dense.
 
     Raises:
         ConfigError: it has one; the sentence says which, and for which tool.
     """
-    for layer in source.layers:
+    inner = [layer for layer in source.layers if layer.role not in ("embed", "head")]
+    if source.layers and not inner:
+        raise ConfigError(f"{tool} holds tables of projections, and none is quantized here: use export=packed or hf")
+    for layer in inner:
         if not isinstance(layer.format, Table):
             raise ConfigError(
                 f"{tool} knows tables alone, and {layer.name} is in the format {layer.format.name}:"

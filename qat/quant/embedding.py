@@ -9,15 +9,17 @@ Shapes: V tokens, D hidden, X rows.
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from transformers import PreTrainedModel
 
 from qat.quant.formats import Format
 from qat.quant.linear import QuantHead, Quantized, QuantLinear, quantized
+
+if TYPE_CHECKING:  # packed exports are registered while transformers is imported
+    from transformers import PreTrainedModel
 
 
 class QuantEmbedding(Quantized):
@@ -50,7 +52,7 @@ class QuantEmbedding(Quantized):
         """Token ids [...] to what the model makes of their rows, [..., D]."""
         if self.dense is not None:
             return through(self.plain, self.dense, input_ids)
-        return through(self.plain, self.rows(input_ids.flatten()), _each(input_ids))
+        return through(self.plain, self.rows(input_ids.flatten()), each(input_ids))
 
     @torch.no_grad()
     def rows(self, ids_X: Tensor) -> Tensor:
@@ -94,10 +96,10 @@ class Ends:
 
 def ends(model: nn.Module) -> Ends:
     """Those of a model of transformers."""
-    if not isinstance(model, PreTrainedModel):
+    if not hasattr(model, "get_input_embeddings"):
         return Ends(None, None, False)
-    embedding: Any = model.get_input_embeddings()
-    head: Any = model.get_output_embeddings()
+    made: Any = model
+    embedding, head = made.get_input_embeddings(), made.get_output_embeddings()
     names = {id(module): name for name, module in model.named_modules()}
     one = vars(embedding).get("_parameters", {}).get("weight") if embedding is not None else None
     tied = isinstance(head, TiedHead) or (one is not None and getattr(head, "weight", None) is one)
@@ -114,7 +116,7 @@ def through(embedding: nn.Module, rows_XD: Tensor, ids: Tensor) -> Tensor:
         plain.padding_idx = padding
 
 
-def rows_of(model: PreTrainedModel, ids: Tensor) -> Tensor:
+def rows_of(model: "PreTrainedModel", ids: Tensor) -> Tensor:
     """The rows [X, D] that tokens [...] have in a model's embedding, quantized or not."""
     embedding: Any = model.get_input_embeddings()
     if isinstance(embedding, QuantEmbedding):
@@ -122,13 +124,13 @@ def rows_of(model: PreTrainedModel, ids: Tensor) -> Tensor:
     return cast(Tensor, embedding.weight.detach()[ids.flatten()])
 
 
-def own_code(model: PreTrainedModel) -> nn.Module:
+def own_code(model: "PreTrainedModel") -> nn.Module:
     """The module that says what a model does with rows of its embedding."""
     embedding: Any = model.get_input_embeddings()
     return embedding.plain if isinstance(embedding, QuantEmbedding) else cast(nn.Module, embedding)
 
 
-def head_matrix(model: PreTrainedModel) -> Quantized | None:
+def head_matrix(model: "PreTrainedModel") -> Quantized | None:
     """The quantized matrix that hidden states are multiplied with, if it is one."""
     head: Any = model.get_output_embeddings()
     if isinstance(head, TiedHead):
@@ -137,14 +139,14 @@ def head_matrix(model: PreTrainedModel) -> Quantized | None:
 
 
 @contextmanager
-def with_rows(model: PreTrainedModel, rows_XD: Tensor) -> Iterator[None]:
+def with_rows(model: "PreTrainedModel", rows_XD: Tensor) -> Iterator[None]:
     """Inside, the embedding takes these for the rows of the tokens it is given, one after the other."""
     embedding, plain = cast(nn.Module, model.get_input_embeddings()), own_code(model)
 
     def forward(input_ids: Tensor) -> Tensor:
         del vars(embedding)["forward"]  # which may be that of `plain`
         try:
-            return through(plain, rows_XD, _each(input_ids))
+            return through(plain, rows_XD, each(input_ids))
         finally:
             vars(embedding)["forward"] = forward
 
@@ -156,8 +158,10 @@ def with_rows(model: PreTrainedModel, rows_XD: Tensor) -> Iterator[None]:
 
 
 def without_weight(embedding: nn.Module) -> nn.Module:
-    """The module with nothing but what its class does, and buffers."""
-    del embedding.weight
+    """The module with nothing but what its class does, and buffers; its weight has no rows and is no parameter."""
+    none, plain = cast(Tensor, embedding.weight).detach().new_empty(0, 1), cast(Any, embedding)
+    del plain.weight
+    plain.weight, plain.padding_idx = none, None
     return embedding
 
 
@@ -170,26 +174,28 @@ def empty(layer: Any) -> Quantized:
 def put(model: nn.Module, name: str, made: Quantized) -> None:
     """Puts a quantized matrix in the place of a module of the model's, with what that one does besides."""
     old = model.get_submodule(name)
-    if isinstance(made, QuantEmbedding) and isinstance(model, PreTrainedModel):
+    if isinstance(made, QuantEmbedding):
         _tie(model, name, made)
     made.take_over(old)
     model.set_submodule(name, made.to(next(model.parameters()).device))
 
 
-def _tie(model: PreTrainedModel, name: str, made: QuantEmbedding) -> None:
+def _tie(model: nn.Module, name: str, made: QuantEmbedding) -> None:
     """The head's product with the embedding's matrix, where it is tied to the embedding that goes."""
-    head, found = cast(Any, model.get_output_embeddings()), ends(model)
+    found = ends(model)
     if found.tied and found.embed == name and found.head is not None:
-        model.set_submodule(found.head, TiedHead(made, head.bias))
+        bias = cast(Tensor | None, model.get_submodule(found.head).bias)
+        model.set_submodule(found.head, TiedHead(made, bias))
 
 
 @torch.no_grad()
-def restore(model: PreTrainedModel) -> None:
+def restore(model: "PreTrainedModel") -> None:
     """Embedding and head as they were, with the weights that they stand for: for who knows no others."""
     found, head = ends(model), head_matrix(model)
     for name, matrix in quantized(model).items():
         if name == found.embed and isinstance(matrix, QuantEmbedding):
             plain: Any = matrix.plain
+            del plain.weight
             plain.weight = nn.Parameter(matrix.weight(matrix.like.dtype), requires_grad=False)
             model.set_submodule(name, plain)
     if head is None or found.head is None:
@@ -202,6 +208,6 @@ def restore(model: PreTrainedModel) -> None:
     model.set_submodule(found.head, made)
 
 
-def _each(ids: Tensor) -> Tensor:
+def each(ids: Tensor) -> Tensor:
     """The places of tokens [...] among rows that are theirs one by one."""
     return torch.arange(ids.numel(), device=ids.device).view(ids.shape)

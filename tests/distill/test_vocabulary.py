@@ -15,8 +15,8 @@ from qat.distill.loss import Loss
 from qat.distill.trainer import Trainer
 from qat.forward import FAST, Pass, use
 from qat.quant.architectures import select
-from qat.quant.embedding import QuantEmbedding, TiedHead, ends
-from qat.quant.linear import QuantHead, quantized
+from qat.quant.embedding import ends
+from qat.quant.linear import quantized
 from tests import tiny
 from tests.distill.test_trainer import TRAIN, exact_loss, grads_of, steps_of
 

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from qat import checkpoints
 from qat.config import ExportConfig, ExportType
 from qat.export.source import DTYPES, EXACT, Source, cast, copy_tokenizer, require_tables
+from qat.quant.embedding import restore
 from qat.quant.linear import QuantLinear, quantized
 from qat.quant.lookup import look_up
 
@@ -25,6 +26,7 @@ def write(source: Source, folder: Path, settings: ExportConfig) -> None:
         NumericsError: a value does not fit into fp16.
     """
     require_tables(source, "export=anemll_v2")
+    restore(source.model)
     snapped = settings.dtype is ExportType.fp16
     torch.save(state_dict(source, snapped), folder / FILE)
     (folder / "config.json").write_text(json.dumps(description(source), indent=2) + "\n", encoding="utf-8")
