@@ -84,12 +84,12 @@ class Shapes:
     def of(cls, model: nn.Module, config: PreTrainedConfig) -> "Shapes":
         """Those of a model, which needs no memory behind it; what its configuration does not tell counts as none."""
         text: Any = config.get_text_config()
-        names = ("hidden_size", "intermediate_size", "num_hidden_layers")
-        hidden, inner, depth = (number(text, name) for name in names)
+        names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
+        vocabulary, hidden, inner, depth = (number(text, name) for name in names)
         remembered = elements(text) if number(text, "num_attention_heads") else 0
         weights = sum(parameter.numel() for parameter in model.parameters())
         stored = getattr(config, "dtype", None)
-        return cls(weights, stored is torch.float32, int(text.vocab_size), hidden, inner, depth, remembered)
+        return cls(weights, stored is torch.float32, vocabulary, hidden, inner, depth, remembered)
 
 
 def check(config: Config, shapes: Shapes, jobs: list[Job], machine: Machine) -> None:

@@ -36,9 +36,9 @@ def _path(value: Any, where: str) -> None:
 
 
 def _format(value: Any, where: str) -> None:
-    """A rule: a format of quantized weights, a table where no other is named."""
+    """A rule: a format of quantized weights, a codebook where no other is named."""
     NAMED(value, where)
-    FORMATS[value.get("format", "table")](value, where)
+    FORMATS[value.get("format", "codebook")](value, where)
 
 
 def _layer(value: Any, where: str) -> None:
@@ -77,8 +77,11 @@ ARTIFACT = record(
 
 # What a format's settings are (`qat.quant.formats`).
 FORMATS = {
-    "table": record({"bits": BITS, "rank": SIDE}),
-    "grid": record({"format": text, "bits": BITS, "group": SIDE, "shifts": truth}),
+    "codebook": record({"bits": BITS, "rank": SIDE}),
+    "grid": record(
+        {"format": text, "bits": BITS, "group": SIDE},
+        {"levels": one_of("halves", "integers", "shifted", "iq4nl"), "shifts": truth},  # the latter in older files
+    ),
 }
 NAMED = record({}, {"format": one_of(*FORMATS)})
 LAYER = record({"kind": one_of(*ROLES), "shape": several(SIDE, SIDE)})

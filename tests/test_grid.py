@@ -14,6 +14,7 @@ from qat.config import (
     ExportConfig,
     ExportType,
     LearnConfig,
+    Levels,
     LossKind,
     ModeConfig,
     QuantConfig,
@@ -37,14 +38,14 @@ from tests import tiny
 GROUP = 32
 GRID = WeightFormat.grid
 QUANT = QuantConfig(
-    "g2a4", Weight(2, format=GRID, group=GROUP), Weight(4, format=GRID, group=GROUP, shifts=True)
+    "g2a4", Weight(2, format=GRID, group=GROUP), Weight(4, format=GRID, group=GROUP, levels=Levels.shifted)
 )
 
 
 @pytest.fixture(scope="module")
 def made(teacher, cache):
     rows = CacheReader(cache, "train").input_ids(16)
-    return tiny.tables_of(teacher.load(torch.float32, tiny.CPU), rows, quant=QUANT)
+    return tiny.converted(teacher.load(torch.float32, tiny.CPU), rows, quant=QUANT)
 
 
 @pytest.fixture
@@ -117,11 +118,11 @@ def test_a_checkpoint_says_the_format_and_gives_the_student_back(teacher, made, 
     ids = torch.arange(12).view(2, 6)
     assert torch.equal(model(ids).logits, student(ids).logits)
     name = "model.layers.0.mlp.up_proj"
-    settings = {"format": "grid", "bits": 2, "group": GROUP, "shifts": False}
+    settings = {"format": "grid", "bits": 2, "group": GROUP, "levels": "halves"}
     assert manifest["quant"]["mlp"] == settings
     assert manifest["layers"][name] == {"kind": "mlp", "shape": [128, 64]} | settings
     assert checkpoints.layers_of(manifest) == [layer for layer, _, _ in made.values()]
-    assert checkpoints.has_tables(manifest, QUANT)
+    assert checkpoints.has_formats(manifest, QUANT)
     with safe_open(checkpoint / "tables.safetensors", "pt") as file:
         assert {key for key in file.keys() if key.startswith(name)} == {f"{name}.indices", f"{name}.scale"}  # noqa: SIM118
         assert file.get_slice(f"{name}.scale").get_shape() == [128, 64 // GROUP]
@@ -143,8 +144,8 @@ def test_packed_and_dense_exports_compute_the_students_weights(teacher, student,
     assert 8 * stored / weights == pytest.approx(config["bits_per_weight"], abs=1e-4)
 
 
-def test_a_tool_that_knows_tables_alone_refuses_grids_by_name(teacher, checkpoint, tmp_path):
+def test_a_tool_that_knows_codebooks_alone_refuses_grids_by_name(teacher, checkpoint, tmp_path):
     source = Source(teacher, *checkpoints.load(checkpoint, teacher, tiny.FP32))
-    with pytest.raises(ConfigError, match=r"export=anemll_v2 knows tables alone, and model\.layers\.0\..* grid"):
+    with pytest.raises(ConfigError, match=r"export=anemll_v2 knows codebooks alone, and model\.layers\.0\..* grid"):
         anemll_v2.write(source, tmp_path, ExportConfig("export", "anemll_v2", ExportType.fp32))
     assert not list(tmp_path.glob("*.pt"))

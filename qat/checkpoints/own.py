@@ -41,18 +41,18 @@ def read_own(path: Path, model: nn.Module, remedy: str) -> dict[str, Tensor]:
     Raises:
         ArtifactError: it is damaged, or holds what is no parameter of the model besides the quantized ones.
     """
-    tables = tuple(f"{name}." for name in quantized(model))
+    inside = tuple(f"{name}." for name in quantized(model))
     kept = {
         name: parameter
         for name, parameter in model.named_parameters(remove_duplicate=False)
-        if not name.startswith(tables) or name.endswith(".bias")
+        if not name.startswith(inside) or name.endswith(".bias")
     }
     wanted = {name: Wanted(FLOATS, tuple(parameter.shape)) for name, parameter in kept.items()}
     return tensor_files.read(path, wanted, remedy, some=True)
 
 
 def write_own(model: nn.Module, folder: Path, besides: Iterable[str] = ()) -> None:
-    """Writes those of a model, and the norms that learned, beside its tables; no file where there are none.
+    """Writes those of a model, and the norms that learned, beside its quantized layers; no file for none.
 
     Not the weights of the modules named `besides`, which are about to be quantized.
     """

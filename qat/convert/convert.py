@@ -60,7 +60,7 @@ def convert(
         weights: gives the weight [O, I] of a layer by name, any float type, any device.
         text: for calibration, in micro-batches.
         settings: how the fit is done.
-        kmeans: who makes the first tables.
+        kmeans: who makes the first codebooks.
         device: computes.
     """
     made: list[Converted] = []

@@ -132,7 +132,7 @@ def _forward(
             flow.advance(depth)
         yield observer
     for n, states in enumerate(flow.states):
-        _watch(watch, model, text[n], lambda n=n, states=states: flow.last(n, states))
+        _watch(watch, model, text[n], flow.last(n, states) if watch.head else states)
 
 
 def _backward(
@@ -188,13 +188,13 @@ def _to_rows(flow: Flow, text: list[Batch], slopes: list[Tensor], watch: Watch) 
         watch.slopes(torch.autograd.grad(entered, rows, slope)[0], rows)
 
 
-def _watch(watch: Watch, model: PreTrainedModel, batch: Batch, last: Callable[[], Tensor]) -> None:
-    """Shows a text and its final hidden states [B, L, D], with what the model says there, if somebody watches."""
+def _watch(watch: Watch, model: PreTrainedModel, batch: Batch, hidden: Tensor) -> None:
+    """Shows a text and, if that is watched, its final hidden states [B, L, D] with what the model says there."""
     watch.text(model, batch)
     if not watch.head:
         return
     head = OutputHead(model)
-    for states in last().flatten(0, 1).split(_at_once(head)):
+    for states in hidden.flatten(0, 1).split(_at_once(head)):
         watch.states(states, head.logits(states).softmax(-1))
 
 
@@ -220,7 +220,7 @@ def _forward_whole(
     with observer.watching(gradients=False):
         for batch in text:
             hidden = run_body(model, batch.to(model.device).inputs())
-            _watch(watch, model, batch, lambda hidden=hidden: hidden)
+            _watch(watch, model, batch, hidden)
     yield observer
 
 

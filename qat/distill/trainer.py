@@ -280,8 +280,8 @@ class Trainer:
         """
         if state.facts.get("unlearned") != self.unlearned:
             raise ArtifactError(
-                f"the state after step {state.step} belongs to a student with other indices or fixed tables: give the"
-                " checkpoint that the run began with, or start a new run"
+                f"the state after step {state.step} belongs to a student with other indices or fixed codebooks: give"
+                " the checkpoint that the run began with, or start a new run"
             )
         facts, parameters, tensors = state.facts, self.learners.parameters, state.tensors
         if any(item.name not in facts for item in fields(Progress)):

@@ -1,6 +1,6 @@
 """Packed exports inside transformers: a configuration that stands for another one, and a quantizer.
 
-Plain transformers must not load such a folder: it would take the tables for stray tensors and run with
+Plain transformers must not load such a folder: it would take their parts for stray tensors and run with
 random weights. So `config.json` names a model type it does not know, and the weights lie in a file it
 does not look for. Once registered, `PackedConfig` hands out the configuration of the real architecture,
 and the quantizer puts packed modules where dense ones were.
@@ -14,6 +14,7 @@ from torch import nn
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from qat import older
 from qat.errors import ArtifactError
 from qat.manifests import PACKED, Wrong
 from qat.packed import FILE, METHOD
@@ -51,7 +52,7 @@ class PackedQuantizationConfig(QuantizationConfigMixin):
 
     Attributes:
         layers: the format of each quantized layer, by name, as `Format.settings` says it.
-        bits_per_weight: over all of them, scales and tables included.
+        bits_per_weight: over all of them, scales and codebooks included.
     """
 
     def __init__(self, layers: dict[str, dict[str, Any]], bits_per_weight: float, **kwargs: Any) -> None:
@@ -87,6 +88,12 @@ def register_quantizer() -> None:
                     put(model, name, format)
             check_tensors(model, [Path(file) for file in kwargs.get("checkpoint_files") or []])
 
+        def get_weight_conversions(self) -> list[Any]:
+            """Older exports call a part otherwise."""
+            from transformers.core_model_loading import WeightRenaming
+
+            return [WeightRenaming(rf"\.{before}$", f".{now}") for before, now in older.PARTS.items()]
+
         def is_serializable(self) -> bool:
             """Not by `save_pretrained`, which would write a folder that only looks like an export."""
             return False
@@ -117,7 +124,9 @@ def check_tensors(model: Any, files: list[Path]) -> None:
     """
     wanted = {name: Wanted(_kinds(value), tuple(value.shape)) for name, value in model.state_dict().items()}
     for file in files:
-        found = {name: (entry.kind, entry.shape) for name, entry in entries(file, REMEDY)[0].items()}
+        stored = entries(file, REMEDY)[0]
+        called = older.names(stored)
+        found = {called[name]: (entry.kind, entry.shape) for name, entry in stored.items()}
         tied = {name for name in getattr(model, "all_tied_weights_keys", None) or {} if name not in found}
         if wrong := difference(found, {name: one for name, one in wanted.items() if name not in tied}):
             raise ArtifactError(f"{file} {wrong}: {REMEDY}")

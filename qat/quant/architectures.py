@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from qat.config import ROLES, SETTINGS, ModeConfig, QuantConfig, WeightConfig
+from qat.config import ROLES, SETTINGS, ModeConfig, QuantConfig, WeightConfig, as_plain
 from qat.errors import ConfigError
 from qat.quant import formats, vocabulary
 from qat.quant.formats import Format
@@ -27,7 +27,7 @@ PLACES = {"attn": re.compile(r"attn|attention|mixer"), "mlp": re.compile(r"mlp|f
 ROUTER = re.compile(r"\.(router|gate|shared_expert_gate)(\.|$)")  # chooses experts: an output for each of them
 NUMBER = re.compile(r"\.\d+(?=\.|$)")
 EXACT_BITS = 8  # from which on rounding an embedding to the nearest cannot be measured
-DENSE_BITS = 16  # that a weight without a table counts as
+DENSE_BITS = 16  # that a weight that is not quantized counts as
 NAMED = 6  # patterns in a message
 
 SAME_INPUT = {"up_proj": "gate_proj", "k_proj": "q_proj", "v_proj": "q_proj"}
@@ -85,10 +85,11 @@ def select(model: nn.Module, quant: QuantConfig) -> list[Layer]:
 
 def _of_vocabulary(model: nn.Module, quant: QuantConfig) -> list[Layer]:
     """Embedding and head."""
-    return [
-        Layer(name, role, tuple(model.get_parameter(f"{name}.weight").shape), format_of(settings))
-        for name, (role, settings) in vocabulary.chosen(model, quant).items()
-    ]
+    found = []
+    for name, (role, settings) in vocabulary.chosen(model, quant).items():
+        tokens, hidden = model.get_parameter(f"{name}.weight").shape
+        found.append(Layer(name, role, (tokens, hidden), format_of(settings)))
+    return found
 
 
 def recorded(quant: QuantConfig) -> dict[str, Any]:
@@ -121,7 +122,7 @@ def decoder_weights(model: nn.Module) -> dict[str, torch.Size]:
 
 
 def dense(model: nn.Module, layers: list[Layer]) -> dict[str, float]:
-    """The decoder's weights without a table as shares of all of them, layers that differ in number as one pattern.
+    """The decoder's dense weights as shares of all of them, layers that differ in number as one pattern.
 
     `model` has its weights as they were before quantization; what chooses experts is not told of.
     """
@@ -180,8 +181,8 @@ def _formats(quant: QuantConfig) -> dict[str, Format | None]:
 
 def format_of(settings: WeightConfig) -> Format:
     """The format that a configuration asks for."""
-    chosen = {name: getattr(settings, name) for name in SETTINGS[settings.format]}
-    return formats.of({"format": settings.format.name, **chosen})
+    chosen = {name: as_plain(getattr(settings, name)) for name in ("format", *SETTINGS[settings.format])}
+    return formats.of(chosen)
 
 
 def _refuse_unmatched(model: nn.Module, layers: list[Layer], quant: QuantConfig) -> None:
@@ -194,7 +195,7 @@ def _refuse_unmatched(model: nn.Module, layers: list[Layer], quant: QuantConfig)
     }
     if asked and not quant.partial:
         raise ConfigError(
-            f"quant={quant.name} has no table for {told(asked)} of this model: {sum(asked.values()):.0%} of its"
+            f"quant={quant.name} does not cover {told(asked)} of this model: {sum(asked.values()):.0%} of its"
             " decoder's weights would stay dense; quant.partial=true quantizes the rest all the same"
         )
 

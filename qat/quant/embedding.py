@@ -36,9 +36,10 @@ class QuantEmbedding(Quantized):
         """Makes room: indices and parts are zero."""
         super().__init__(format, outputs, inputs)
         self.plain: nn.Module = nn.Identity()
-        like = nn.Parameter(torch.empty(0, dtype=torch.float32), requires_grad=False)
-        self.like: nn.Parameter
-        self._parameters = {"like": like} | self._parameters
+        parts = dict(self._parameters)
+        self._parameters.clear()
+        self.like = nn.Parameter(torch.empty(0, dtype=torch.float32), requires_grad=False)
+        self._parameters.update(parts)
 
     def take_over(self, old: nn.Module) -> None:
         """What the class does, and the type of its rows."""
@@ -141,7 +142,7 @@ def head_matrix(model: "PreTrainedModel") -> Quantized | None:
 @contextmanager
 def with_rows(model: "PreTrainedModel", rows_XD: Tensor) -> Iterator[None]:
     """Inside, the embedding takes these for the rows of the tokens it is given, one after the other."""
-    embedding, plain = cast(nn.Module, model.get_input_embeddings()), own_code(model)
+    embedding, plain = model.get_input_embeddings(), own_code(model)
 
     def forward(input_ids: Tensor) -> Tensor:
         del vars(embedding)["forward"]  # which may be that of `plain`

@@ -1,6 +1,6 @@
 """Quantized matrices, W materialised from indices and a format's parts, and linear layers of them.
 
-For tables, computing it rank by rank is the same function at R times the cost. Training does not differentiate
+For codebooks, computing it rank by rank is the same function at R times the cost. Training does not differentiate
 through this module: `qat.quant.stack` writes the weights of many layers at once and turns their gradients into
 those of the parts.
 """

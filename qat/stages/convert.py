@@ -82,7 +82,7 @@ def _convert(work: Workspace, outputs: Artifact, start: Path | None, folder: Pat
     text = _calibration(work, outputs)
     made = convert(fitted, source.load, source.weight, text, config.convert, config.kmeans, work.machine.device)
     modules = kept | {one.layer.name: one.module for one in made}
-    checkpoints.write_tables({layer.name: modules[layer.name] for layer in layers}, folder)
+    checkpoints.write_layers({layer.name: modules[layer.name] for layer in layers}, folder)
     source.write_own(layers, folder)
     return {
         **checkpoints.describe(work.teacher, config.quant, layers),
