@@ -8,7 +8,7 @@ import pytest
 import torch
 import transformers
 
-from qat.config import ConvertConfig, KMeansBackend, KMeansConfig, LossKind, ModeConfig, WeightConfig, WeightFormat
+from qat.config import ConvertConfig, KMeansBackend, KMeansConfig, Levels, LossKind, ModeConfig, WeightConfig, WeightFormat
 from qat.convert.convert import install, quantize
 from qat.convert.moments import gather
 from qat.distill.loss import Loss
@@ -21,7 +21,7 @@ from tests import tiny
 from tests.distill.test_trainer import TRAIN, exact_loss, grads_of, steps_of
 
 E2E = ModeConfig(name="e2e", mlp=True, attn=True, embed=True)
-TABLE, GRID = WeightConfig(bits=3, rank=2), WeightConfig(bits=3, format=WeightFormat.grid, group=16, shifts=True)
+TABLE, GRID = WeightConfig(bits=3, rank=2), WeightConfig(bits=3, format=WeightFormat.grid, group=16, levels=Levels.shifted)
 KINDS = {
     "tied": ("Llama", {"tie_word_embeddings": True}, FAST),
     "untied": ("Llama", {"tie_word_embeddings": False}, FAST),
@@ -85,8 +85,8 @@ def exact(student, name):
 def written(module, parts):
     """A weight spelled out from its parts."""
     index = module.indices.long()
-    if "lut" in parts:
-        return parts["lut"][index] * (parts["scale_A"] @ torch.diag(parts["rank_magnitude"]) @ parts["scale_B"])
+    if "codebook" in parts:
+        return parts["codebook"][index] * (parts["scale_A"] @ torch.diag(parts["rank_magnitude"]) @ parts["scale_B"])
     group = module.format.group
     return index * parts["scale"].repeat_interleave(group, 1) + parts["shift"].repeat_interleave(group, 1)
 
