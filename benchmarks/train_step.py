@@ -26,7 +26,6 @@ from typing import Any, cast
 
 import torch
 from omegaconf import OmegaConf
-from qat.quant.layers import select
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
@@ -42,6 +41,7 @@ from qat.distill.step import Step
 from qat.forward import FAST, prepare, use
 from qat.machine import Machine
 from qat.processes import Ranks, joined, place
+from qat.quant.architectures import select
 from qat.quant.formats import Codebook, Format
 from qat.quant.linear import QuantLinear
 from qat.quant.lookup import look_up

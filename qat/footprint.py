@@ -33,7 +33,7 @@ from qat.data import mix
 from qat.errors import ConfigError
 from qat.generation.memory import elements, number
 from qat.machine import Machine
-from qat.quant.architectures import Layer
+from qat.quant.architectures import Layer, learns
 
 FP32 = 4
 REFERENCE = 8  # bytes of one in a list
@@ -184,7 +184,7 @@ def _scales(layer: Layer) -> int:
 
 def _training(job: Job, config: Config, shapes: Shapes, machine: Machine) -> list[Part]:
     train, dtype, prefix = job.train, machine.dtype.itemsize, job.prefix
-    learning = [layer for layer in job.layers if {"mlp": job.mode.mlp, "attn": job.mode.attn}[layer.role]]
+    learning = [layer for layer in job.layers if learns(job.mode, layer.role, layer.format)]
     weights, gpu = sum(layer.weights for layer in learning), machine.device.type == "cuda"
     here = 1 if gpu else -(-train.batch_size // max(1, config.instance.devices))  # a GPU takes fewer at once
     tokens = min(machine.micro_batch, here) * config.cache.length

@@ -26,7 +26,8 @@ from qat.quant import formats, packing
 from qat.quant import latent as latents
 from qat.quant.architectures import Layer, recorded, role_of, select
 from qat.quant.choice import options
-from qat.quant.linear import QuantLinear, quantized
+from qat.quant.embedding import empty, ends, put
+from qat.quant.linear import Quantized, quantized
 from qat.quant.size import bits_per_weight
 from qat.tensor_files import Wanted
 
@@ -76,7 +77,7 @@ def _layer(name: str, entry: dict[str, Any]) -> Layer:
     return Layer(name, entry.pop("kind"), tuple(entry.pop("shape")), formats.of(entry))
 
 
-def write_layers(modules: dict[str, QuantLinear], folder: Path) -> None:
+def write_layers(modules: dict[str, Quantized], folder: Path) -> None:
     """Writes the quantized layers, their parts normalized; the modules themselves stay as they are."""
     tensors: dict[str, torch.Tensor] = {}
     for name, module in modules.items():
@@ -112,11 +113,11 @@ def load(folder: Path, teacher: ModelFolder, machine: Machine) -> tuple[PreTrain
     model = teacher.load(machine.dtype, machine.device)
     for layer in layers:
         with machine.device:
-            module = QuantLinear(layer.format, *layer.shape, linear(model, layer.name).bias)
+            module = empty(layer)
         packed = tensors[f"{layer.name}.indices"].to(machine.device)
         module.indices.copy_(packing.unpack(packed, layer.format.bits, layer.shape))
         module.set_parts({part: tensors[f"{layer.name}.{part}"] for part in module.parts()})
-        model.set_submodule(layer.name, module.requires_grad_(False))
+        put(model, layer.name, module.requires_grad_(False))
     own = read_own(folder / OWN, model, REMEDY) if _has(folder, manifest, OWN) else {}
     adopt(model, own)
     set_learned(model, own)
@@ -205,11 +206,12 @@ def _wanted(layers: list[Layer]) -> dict[str, Wanted]:
 
 def _check_layers(folder: Path, manifest: dict[str, Any], teacher: ModelFolder) -> None:
     """The layers are linear ones of the teacher."""
-    modules = dict(teacher.skeleton().named_modules())
+    modules, outer = dict(teacher.skeleton().named_modules()), ends(teacher.skeleton())
+    roles = {outer.embed: "embed"} | ({} if outer.tied else {outer.head: "head"})
     for layer in layers_of(manifest):
         module = modules.get(layer.name)
-        there = tuple(module.weight.shape) if isinstance(module, torch.nn.Linear) else None
-        if there != layer.shape or role_of(layer.name) != layer.role:
+        there = tuple(module.weight.shape) if isinstance(module, torch.nn.Linear | torch.nn.Embedding) else None
+        if there != layer.shape or roles.get(layer.name, role_of(layer.name)) != layer.role:
             raise ArtifactError(
                 f"{folder / MANIFEST} lists {ascii(layer.name)[1:-1]}, {layer.role} {list(layer.shape)}, and"
                 f" {teacher.name} has {'no such layer' if there is None else list(there)} there: {REMEDY}"

@@ -5,6 +5,7 @@ they are kept beside the model as they were read, so that saving it again does n
 type that it happened to run in.
 """
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import cast
 
@@ -50,7 +51,12 @@ def read_own(path: Path, model: nn.Module, remedy: str) -> dict[str, Tensor]:
     return tensor_files.read(path, wanted, remedy, some=True)
 
 
-def write_own(model: nn.Module, folder: Path) -> None:
-    """Writes those of a model, and the norms that learned, beside its quantized layers; no file for none."""
-    if tensors := own_parameters(model) | learned(model):
+def write_own(model: nn.Module, folder: Path, besides: Iterable[str] = ()) -> None:
+    """Writes those of a model, and the norms that learned, beside its quantized layers; no file for none.
+
+    Not the weights of the modules named `besides`, which are about to be quantized.
+    """
+    gone = {id(getattr(model.get_submodule(name), "weight", None)) for name in besides}
+    own = {name: value for name, value in own_parameters(model).items() if id(model.get_parameter(name)) not in gone}
+    if tensors := own | learned(model):
         save_file({name: value.cpu().contiguous() for name, value in tensors.items()}, folder / FILE)

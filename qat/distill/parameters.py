@@ -17,7 +17,7 @@ from qat.config import LearnConfig
 from qat.machine import Machine
 from qat.norms import learned, norms, set_learned
 from qat.quant.latent import PACES
-from qat.quant.linear import QuantLinear
+from qat.quant.linear import Quantized
 from qat.quant.stack import stacks
 from qat.quant.weights import Weights
 
@@ -86,7 +86,7 @@ class Learners:
     """
 
     def __init__(
-        self, student: nn.Module, layers: dict[str, QuantLinear], learn: LearnConfig, machine: Machine, snap: bool
+        self, student: nn.Module, layers: dict[str, Quantized], learn: LearnConfig, machine: Machine, snap: bool
     ) -> None:
         """Marks the tensors that learn.
 
@@ -144,7 +144,7 @@ class Learners:
             joint.append(self._weights.sums)
         return joint + [p.value.grad for p in self.parameters if p.kind == NORMS and p.value.grad is not None]
 
-    def _of(self, kind: str, layers: dict[str, QuantLinear]) -> Iterable[Parameter]:
+    def _of(self, kind: str, layers: dict[str, Quantized]) -> Iterable[Parameter]:
         if kind == NORMS:
             masters = self._norms.masters if self._norms is not None else {}
             return [Parameter(name, kind, value) for name, value in masters.items()]
@@ -155,11 +155,11 @@ class Learners:
         ]
 
 
-def _pace(layer: QuantLinear, kind: str) -> float:
+def _pace(layer: Quantized, kind: str) -> float:
     return PACES[layer.format.bits] if kind == LATENT else 1.0
 
 
-def _of_kind(layer: QuantLinear, kind: str) -> list[str]:
+def _of_kind(layer: Quantized, kind: str) -> list[str]:
     """The names of a layer's parameters that have the rate of a kind."""
     if kind == LATENT:
         return [LATENT]

@@ -78,12 +78,15 @@ def open_source(teacher: ModelFolder, checkpoint: Path | None) -> Source:
 
 
 def require_codebooks(source: Source, tool: str) -> None:
-    """Refuses a student with layers in another format than codebooks.
+    """Refuses a student with projections in another format than codebooks; embedding and head are written dense.
 
     Raises:
         ConfigError: it has one; the sentence says which, and for which tool.
     """
-    for layer in source.layers:
+    inner = [layer for layer in source.layers if layer.role not in ("embed", "head")]
+    if source.layers and not inner:
+        raise ConfigError(f"{tool} holds codebooks of projections, and none is quantized here: use export=packed or hf")
+    for layer in inner:
         if not isinstance(layer.format, Codebook):
             raise ConfigError(
                 f"{tool} knows codebooks alone, and {layer.name} is in the format {layer.format.name}:"

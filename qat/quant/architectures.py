@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from qat.config import ROLES, QuantConfig, WeightConfig
+from qat.config import ROLES, ModeConfig, QuantConfig, WeightConfig
 from qat.errors import ConfigError
 from qat.quant import choice, vocabulary
 from qat.quant.formats import Format
@@ -27,6 +27,7 @@ LEAVES = {
 PLACES = {"attn": re.compile(r"attn|attention|mixer"), "mlp": re.compile(r"mlp|ffn|feed_forward|moe|expert")}
 ROUTER = re.compile(r"\.(router|gate|shared_expert_gate)(\.|$)")  # chooses experts: an output for each of them
 NUMBER = re.compile(r"\.\d+(?=\.|$)")
+EXACT_BITS = 8  # from which on rounding an embedding to the nearest cannot be measured
 NAMED = 6  # patterns in a message
 
 SAME_INPUT = {"up_proj": "gate_proj", "k_proj": "q_proj", "v_proj": "q_proj"}
@@ -146,6 +147,13 @@ def dense(model: nn.Module, layers: list[Layer], besides: Collection[str] = ()) 
             pattern = NUMBER.sub(".*", name)
             shares[pattern] = shares.get(pattern, 0.0) + shape.numel() / whole
     return shares
+
+
+def learns(mode: ModeConfig, role: str, format: Format) -> bool:
+    """Whether a layer learns; an embedding or head of 8 bits costs nothing that training could win back."""
+    if role in ("embed", "head"):
+        return mode.embed and format.bits < EXACT_BITS
+    return {"mlp": mode.mlp, "attn": mode.attn}[role]
 
 
 def told(shares: dict[str, float]) -> str:

@@ -25,14 +25,14 @@ Shapes: O outputs, I inputs, K values.
 import torch
 from torch import Tensor
 
-from qat.quant.linear import QuantLinear
+from qat.quant.linear import Quantized
 
 PACES = {1: 1.0, 2: 1.0, 3: 0.4, 4: 0.175, 5: 0.09, 6: 0.045, 7: 0.0225, 8: 0.01125}  # by bits of the index
 REACH = 0.8  # of the way: what lies on a border turns at the first step
 
 
 @torch.no_grad()
-def between(layer: QuantLinear, weight_OI: Tensor) -> Tensor:
+def between(layer: Quantized, weight_OI: Tensor) -> Tensor:
     """Latent weights [O, I], fp32, of which a layer's own indices are the nearest.
 
     Args:

@@ -1,44 +1,14 @@
-"""Embedding and head: the matrices of vocabulary × hidden, which may be one tensor with two jobs.
+"""Which matrices of vocabulary × hidden are quantized: embedding and head, which may be one tensor with two jobs.
 
 Half of a small model's file is in them, so they are quantized like any other weight. A tied pair is one layer, in
 the role of the embedding, whose rows are looked up and whose product makes logits.
-
-Shapes: V tokens, D hidden, X rows.
 """
 
-from dataclasses import dataclass
-from typing import Any
-
 from torch import nn
-from transformers import PreTrainedModel
 
 from qat.config import QuantConfig
 from qat.errors import ConfigError
-
-
-@dataclass(frozen=True)
-class Ends:
-    """The modules at either end of a model, by their names in it; None where it has none that is its own module.
-
-    Attributes:
-        tied: both have one tensor.
-    """
-
-    embed: str | None
-    head: str | None
-    tied: bool
-
-
-def ends(model: nn.Module) -> Ends:
-    """Those of a model of transformers."""
-    if not isinstance(model, PreTrainedModel):
-        return Ends(None, None, False)
-    embedding: Any = model.get_input_embeddings()
-    head: Any = model.get_output_embeddings()
-    names = {id(module): name for name, module in model.named_modules()}
-    one = getattr(embedding, "weight", None)
-    tied = one is not None and getattr(head, "weight", None) is one
-    return Ends(names.get(id(embedding)), names.get(id(head)), tied)
+from qat.quant.embedding import ends
 
 
 def matrices(model: nn.Module, quant: QuantConfig) -> dict[str, str]:

@@ -12,7 +12,7 @@ from qat.console import console, table
 from qat.convert.convert import convert, install
 from qat.evaluate import Metrics, evaluate
 from qat.quant.architectures import Layer, recorded, select, told
-from qat.quant.linear import QuantLinear, quantized
+from qat.quant.linear import Quantized, quantized
 from qat.quant.size import bits_per_weight, said, summary
 from qat.runs import Run
 from qat.shaping import shaping
@@ -80,7 +80,7 @@ def _convert(work: Workspace, outputs: Artifact, start: Path | None, folder: Pat
     made = convert(fitted, source.load, source.weight, text, config.convert, config.kmeans, work.machine.device)
     modules = kept | {one.layer.name: one.module for one in made}
     checkpoints.write_layers({layer.name: modules[layer.name] for layer in layers}, folder)
-    source.write_own(folder)
+    source.write_own(layers, folder)
     choice.keep(work, folder)
     return {
         **checkpoints.describe(work.teacher, config.quant, layers),
@@ -91,7 +91,7 @@ def _convert(work: Workspace, outputs: Artifact, start: Path | None, folder: Pat
 
 
 def _measure(
-    work: Workspace, outputs: Artifact, source: Source, modules: dict[str, QuantLinear]
+    work: Workspace, outputs: Artifact, source: Source, modules: dict[str, Quantized]
 ) -> dict[str, dict[str, float] | None]:
     """KL and the like on held-out text, before and after; nothing is lost before the teacher is quantized."""
     machine, held_out = work.machine, CacheReader(outputs, "eval")

@@ -12,7 +12,7 @@ from qat.cache.batch import Batch
 from qat.cache.reader import CacheReader
 from qat.models import linear
 from qat.quant.architectures import Layer
-from qat.quant.linear import QuantLinear, kept, quantized
+from qat.quant.linear import Quantized, kept, quantized
 from qat.stages.workspace import Workspace
 
 
@@ -48,14 +48,27 @@ class Source:
         """What a layer is fitted to: its latent weight, else its quantized one, else the teacher's."""
         if name in self._latent:
             return self._latent[name]
-        return self._made[name].weight(torch.float32) if name in self._made else linear(self.exact, name).weight
+        if name in self._made:
+            return self._made[name].weight(torch.float32)
+        return self._own.get(name, linear(self.exact, name).weight)
 
-    def write_own(self, folder: Path) -> None:
+    @property
+    def _own(self) -> dict[str, Tensor]:
+        """The weights that a student brings itself, by layer."""
+        if self._given is None:
+            return {}
+        own = checkpoints.own_parameters(self._given)
+        places = {id(self._given.get_parameter(name)): value for name, value in own.items()}
+        modules = self._given.named_modules()
+        found = {name: places.get(id(getattr(module, "weight", None))) for name, module in modules}
+        return {name: value for name, value in found.items() if value is not None}
+
+    def write_own(self, layers: list[Layer], folder: Path) -> None:
         """What the model does not have from the teacher besides its quantized layers."""
         if self._given:
-            checkpoints.write_own(self._given, folder)
+            checkpoints.write_own(self._given, folder, besides=[layer.name for layer in layers])
 
-    def kept(self, layer: Layer) -> QuantLinear | None:
+    def kept(self, layer: Layer) -> Quantized | None:
         """The layer with the same indices, where its format can take them over (`Format.kept`)."""
         made = self._made.get(layer.name)
         return kept(made, layer.format) if made else None

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 from typing import Any
+from typing import cast as cast_type
 
 import torch
 from torch import Tensor
@@ -11,6 +12,7 @@ from transformers import PreTrainedModel
 from qat import checkpoints
 from qat.config import ExportConfig, ExportType
 from qat.export.source import DTYPES, EXACT, Source, cast, copy_tokenizer, require_codebooks
+from qat.quant.embedding import restore
 from qat.quant.linear import QuantLinear, quantized
 from qat.quant.lookup import look_up
 
@@ -25,6 +27,7 @@ def write(source: Source, folder: Path, settings: ExportConfig) -> None:
         NumericsError: a value does not fit into fp16.
     """
     require_codebooks(source, "export=anemll_v2")
+    restore(source.model)
     snapped = settings.dtype is ExportType.fp16
     torch.save(state_dict(source, snapped), folder / FILE)
     (folder / "config.json").write_text(json.dumps(description(source), indent=2) + "\n", encoding="utf-8")
@@ -34,7 +37,7 @@ def write(source: Source, folder: Path, settings: ExportConfig) -> None:
 @torch.no_grad()
 def state_dict(source: Source, snapped: bool) -> dict[str, Tensor]:
     """All tensors of the model: the parts of every quantized layer, and everything else as it is."""
-    modules = quantized(source.model)
+    modules = {name: cast_type(QuantLinear, module) for name, module in quantized(source.model).items()}
     state: dict[str, Tensor] = {}
     for name, module in modules.items():
         latent = source.latent.get(name)

@@ -15,6 +15,7 @@ from qat.export.coreml.interpreter import Interpreted
 from qat.export.coreml.program import Decoder, counts
 from qat.export.parity import prompts
 from qat.export.source import Source, copy_tokenizer, require_codebooks
+from qat.quant.embedding import restore
 from qat.quant.linear import baked
 
 log = logging.getLogger(__name__)
@@ -33,6 +34,7 @@ def write(source: Source, folder: Path, settings: ExportConfig) -> None:
     factored = settings.scales is ScaleForm.factored
     if factored:
         require_codebooks(source, "export=coreml export.scales=factored")
+    restore(source.model)
     with torch.no_grad():
         program = Decoder(source.model, settings.context, factored).program()
     model = ct.convert(program, minimum_deployment_target=ct.target.iOS18, skip_model_load=True)

@@ -179,12 +179,19 @@ class Format(ABC):
         """
 
     @abstractmethod
-    def alternated(self, fitted: Fitted, weight_NOI: Tensor, h_NI: Tensor) -> Fitted:
-        """One round: operands, each better under a diagonal importance given the rest, then the nearest indices."""
+    def continued(self, fitted: Fitted, weight_NOI: Tensor, h_NI: Tensor) -> Fitted:
+        """As `start`, for further rows of fitted matrices, whose operands stay but for those that are `rowwise`."""
 
     @abstractmethod
-    def refined(self, fitted: Fitted, weight_NOI: Tensor, cost: Curvature) -> Fitted:
-        """Operands under the whole curvature, each weight staying with its value."""
+    def alternated(self, fitted: Fitted, weight_NOI: Tensor, h_NI: Tensor, shared: bool = True) -> Fitted:
+        """One round: operands, each better under a diagonal importance given the rest, then the nearest indices.
+
+        Without `shared` no others than `rowwise` change.
+        """
+
+    @abstractmethod
+    def refined(self, fitted: Fitted, weight_NOI: Tensor, cost: Curvature, shared: bool = True) -> Fitted:
+        """Operands under the whole curvature, each weight staying with its value; `shared` as of `alternated`."""
 
     @abstractmethod
     def stored_bits(self, outputs: int, inputs: int) -> int:

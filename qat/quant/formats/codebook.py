@@ -111,13 +111,19 @@ class Codebook(Format):
         """Scales from group means, then the best codebook for the weights relative to them."""
         return codebook_fit.start(weight_NOI, h_NI, 2**self.bits, self.rank, cluster).fitted()
 
-    def alternated(self, fitted: Fitted, weight_NOI: Tensor, h_NI: Tensor) -> Fitted:
-        """Codebook, A, B and indices in turn."""
-        return codebook_fit.alternate(Codebooks.of(fitted), weight_NOI, h_NI).fitted()
+    def continued(self, fitted: Fitted, weight_NOI: Tensor, h_NI: Tensor) -> Fitted:
+        """A that suits the rows' magnitudes, and nearest indices."""
+        return codebook_fit.further(Codebooks.of(fitted), weight_NOI, h_NI).fitted()
 
-    def refined(self, fitted: Fitted, weight_NOI: Tensor, cost: Curvature) -> Fitted:
+    def alternated(self, fitted: Fitted, weight_NOI: Tensor, h_NI: Tensor, shared: bool = True) -> Fitted:
+        """Codebook, A, B and indices in turn; A and indices alone where others are not of these rows alone."""
+        round = codebook_fit.alternate if shared else codebook_fit.alternate_rows
+        return round(Codebooks.of(fitted), weight_NOI, h_NI).fitted()
+
+    def refined(self, fitted: Fitted, weight_NOI: Tensor, cost: Curvature, shared: bool = True) -> Fitted:
         """A, B and the codebook by conjugate gradients."""
-        return codebook_fit.refine(Codebooks.of(fitted), weight_NOI, cost).fitted()
+        refine = codebook_fit.refine if shared else codebook_fit.refine_rows
+        return refine(Codebooks.of(fitted), weight_NOI, cost).fitted()
 
     def stored_bits(self, outputs: int, inputs: int) -> int:
         """Indices, scales with their magnitudes, and the codebook."""

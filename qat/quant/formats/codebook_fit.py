@@ -70,6 +70,30 @@ def alternate(codebooks: Codebooks, weight_NOI: Tensor, h_NI: Tensor) -> Codeboo
     return Codebooks(assign.nearest(weight_NOI, A @ B, codebook), codebook, A, B)
 
 
+def further(codebooks: Codebooks, weight_NOI: Tensor, h_NI: Tensor) -> Codebooks:
+    """Further rows for fitted ones' codebook and B: A by least squares from magnitudes, then the nearest indices."""
+    codebook, B = codebooks.codebook_NK, codebooks.B_NRI
+    typical = lookup.look_up(codebook, codebooks.index_NOI).abs().mean(dim=(1, 2), keepdim=True)
+    ones = torch.ones_like(weight_NOI)
+    A = least_squares.rows(ones, B, h_NI).solve((weight_NOI.abs() / typical * h_NI[:, None]) @ B.mT)
+    return Codebooks(assign.nearest(weight_NOI, A @ B, codebook), codebook, A, B)
+
+
+def alternate_rows(codebooks: Codebooks, weight_NOI: Tensor, h_NI: Tensor) -> Codebooks:
+    """As `alternate`, with codebook and B as they are."""
+    codebook, B, Q = codebooks.codebook_NK, codebooks.B_NRI, lookup.look_up(codebooks.codebook_NK, codebooks.index_NOI)
+    A = least_squares.refit(codebooks.A_NOR, least_squares.rows(Q, B, h_NI), weight_NOI, h_NI, RELAXATION)
+    return Codebooks(assign.nearest(weight_NOI, A @ B, codebook), codebook, A, B)
+
+
+def refine_rows(codebooks: Codebooks, weight_NOI: Tensor, cost: Curvature) -> Codebooks:
+    """As `refine`, with codebook and B as they are."""
+    h_NI = cost.inputs_NII.diagonal(dim1=1, dim2=2)
+    Q = lookup.look_up(codebooks.codebook_NK, codebooks.index_NOI)
+    A = _descend(codebooks.A_NOR, least_squares.rows(Q, codebooks.B_NRI, h_NI), weight_NOI, cost)
+    return Codebooks(codebooks.index_NOI, codebooks.codebook_NK, A, codebooks.B_NRI)
+
+
 def sample(weight_NOI: Tensor) -> slice:
     """Evenly spread outputs with about `SAMPLE` weights in each layer, or all."""
     return slice(None, None, max(1, weight_NOI[0].numel() // SAMPLE))
