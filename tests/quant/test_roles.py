@@ -216,3 +216,43 @@ def test_what_shapes_no_student_is_not_recorded():
     assert recorded(Hasty("q2a16", mlp=WeightConfig(2, 32), partial=True, threads=8)) == recorded(plain)
     nothing = {"attn": None, "embed": None, "head": None}
     assert recorded(plain) == {"name": "q2a16", "mlp": {"bits": 2, "rank": 32}} | nothing
+
+
+EMBED, OTHER = WeightConfig(bits=4, rank=2), WeightConfig(bits=3, rank=2)
+
+
+@pytest.mark.parametrize(
+    ("tied", "chosen", "roles"),
+    [
+        (True, {"embed": EMBED}, {"model.embed_tokens": "embed"}),
+        (True, {"embed": EMBED, "head": EMBED}, {"model.embed_tokens": "embed"}),
+        (False, {"embed": EMBED, "head": OTHER}, {"model.embed_tokens": "embed", "lm_head": "head"}),
+        (False, {"embed": EMBED, "partial": True}, {"model.embed_tokens": "embed"}),
+        (False, {"head": OTHER, "partial": True}, {"lm_head": "head"}),
+    ],
+)
+def test_embedding_and_head_are_one_layer_where_they_are_one_tensor(tied, chosen, roles):
+    model = skeleton(tie_word_embeddings=tied)
+    layers = select(model, QuantConfig("x", mlp=OTHER, **chosen))
+    outer = {layer.name: layer for layer in layers if layer.role in ("embed", "head")}
+    assert {name: layer.role for name, layer in outer.items()} == roles
+    weights = sum(parameter.numel() for parameter in model.parameters())
+    stored = sum(16 * (2 * 108 + 2**layer.format.bits) + layer.format.bits * 800 for layer in outer.values())
+    inner = [layer for layer in layers if layer.role == "mlp"]
+    stored += sum(layer.format.stored_bits(*layer.shape) for layer in inner)
+    stored += 16 * (weights - sum(layer.weights for layer in layers))
+    assert summary(layers, model)["model_bits_per_weight"] == pytest.approx(stored / weights, abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("tied", "chosen", "says"),
+    [
+        (True, {"embed": EMBED, "head": OTHER}, r"quant\.head is not quant\.embed.* one tensor .*set quant\.head=null"),
+        (True, {"head": OTHER}, r"quant\.embed is not.* one tensor .*set quant\.embed"),
+        (False, {"embed": EMBED}, r"quant\.head is not: .*two tensors.*set quant\.head too, or quant\.partial=true"),
+        (False, {"head": EMBED}, r"quant\.embed is not: .*two tensors.*set quant\.embed too, or quant\.partial=true"),
+    ],
+)
+def test_embedding_and_head_that_are_half_said_are_refused(tied, chosen, says):
+    with pytest.raises(ConfigError, match=says):
+        select(skeleton(tie_word_embeddings=tied), QuantConfig("x", mlp=OTHER, **chosen))
