@@ -23,10 +23,10 @@ from qat.errors import ArtifactError
 from qat.machine import Machine
 from qat.models import ModelFolder, linear
 from qat.norms import set_learned
-from qat.quant import formats, packing
+from qat.quant import formats, packing, vocabulary
 from qat.quant import latent as latents
 from qat.quant.architectures import Layer, bits_per_weight, recorded, role_of
-from qat.quant.embedding import empty, ends, put
+from qat.quant.embedding import empty, put
 from qat.quant.linear import Quantized, quantized
 from qat.tensor_files import Wanted
 
@@ -202,10 +202,11 @@ def _wanted(layers: list[Layer]) -> dict[str, Wanted]:
 
 
 def _check_layers(folder: Path, manifest: dict[str, Any], teacher: ModelFolder) -> None:
-    """The layers are linear ones of the teacher."""
-    modules, outer = dict(teacher.skeleton().named_modules()), ends(teacher.skeleton())
-    roles = {outer.embed: "embed"} | ({} if outer.tied else {outer.head: "head"})
-    for layer in layers_of(manifest):
+    """The layers are linear ones of the teacher, or its embedding."""
+    modules, layers = dict(teacher.skeleton().named_modules()), layers_of(manifest)
+    outer = any(layer.role in vocabulary.ROLES for layer in layers)
+    roles = vocabulary.roles(teacher.skeleton()) if outer else {}
+    for layer in layers:
         module = modules.get(layer.name)
         there = tuple(module.weight.shape) if isinstance(module, torch.nn.Linear | torch.nn.Embedding) else None
         if there != layer.shape or roles.get(layer.name, role_of(layer.name)) != layer.role:

@@ -138,7 +138,7 @@ def dense(model: nn.Module, layers: list[Layer]) -> dict[str, float]:
 
 def learns(mode: ModeConfig, role: str, format: Format) -> bool:
     """Whether a layer learns; an embedding or head of 8 bits costs nothing that training could win back."""
-    if role in ("embed", "head"):
+    if role in vocabulary.ROLES:
         return mode.embed and format.bits < EXACT_BITS
     return {"mlp": mode.mlp, "attn": mode.attn}[role]
 
