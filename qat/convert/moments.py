@@ -24,8 +24,10 @@ from transformers import PreTrainedModel
 
 from qat.cache.batch import Batch
 from qat.console import progress
+from qat.convert import routed
 from qat.convert.flow import Flow, flows, micro_batches
 from qat.convert.observer import Mean, Observer
+from qat.convert.routed import Routed, complete
 from qat.convert.vocabulary import Watch
 from qat.errors import ConfigError, NumericsError
 from qat.forward import body, decoder_layers, run_body
@@ -86,7 +88,7 @@ def gather(model: PreTrainedModel, layers: list[Layer], text: list[Batch], gradi
                 arriving = means
                 advance(_tokens(part) / count)
             found.add(arriving())
-        moments = found.of(inner)
+        moments = found.of(inner, routed.stacks(model, inner), _tokens(batches))
         for name, (matrix, row) in watch.moments().items():
             _refuse_not_finite(f"the curvature of {name}", matrix.trace() + row.sum())
             moments.inputs[name], moments.rows[name] = matrix, row
@@ -297,19 +299,22 @@ class _Means:
     def __init__(self) -> None:
         self._moments: dict[tuple[str, bool], Tensor] = {}
         self._weights: dict[tuple[str, bool], float] = {}
+        self._tokens: dict[tuple[str, bool], int] = {}
 
     def add(self, means: list[Mean]) -> None:
         """Those of a further part."""
         for mean in means:
             key = mean.name, mean.output
             weight = self._weights[key] = self._weights.get(key, 0.0) + mean.weight
+            self._tokens[key] = self._tokens.get(key, 0) + mean.tokens
             if key not in self._moments:
                 self._moments[key] = mean.moment
             elif weight > 0:
                 self._moments[key].lerp_(mean.moment, mean.weight / weight)
 
-    def of(self, layers: list[Layer]) -> Moments:
-        """What layers need, in their order."""
+    def of(self, layers: list[Layer], stacks: list[Routed], tokens: int) -> Moments:
+        """What layers need, in their order, of a text of so many tokens."""
+        complete(stacks, self._moments, self._weights, self._tokens, tokens)
         found = Moments()
         for layer in layers:
             if (layer.source, False) not in self._moments:

@@ -1,7 +1,8 @@
 """Which layers of a model are quantized, in which role, and which of them see the same input.
 
-Every weight that hidden states are multiplied with has a role, or is kept dense on purpose (what chooses experts),
-or told: bits a weight of a part of the model say little while the rest is forgotten.
+What is known of families of models is here, as rules over names: a new one needs its names in these rules, if
+they are not there already. A weight of a decoder layer that no rule fits is refused, for bits a weight of a part of
+the model say little while the rest is forgotten. Where matrices lie, whatever they are for, is `qat.quant.places`.
 """
 
 import re
@@ -15,22 +16,36 @@ from transformers import PreTrainedModel
 from qat.config import ROLES, SETTINGS, ModeConfig, QuantConfig, WeightConfig, as_plain
 from qat.errors import ConfigError
 from qat.quant import formats, vocabulary
+from qat.quant.experts import stacked
 from qat.quant.formats import Format
+from qat.quant.places import places
 from qat.shaping import shaping
 
-LEAVES = {
-    "mlp": ("gate_proj", "up_proj", "down_proj"),
-    "attn": ("q_proj", "k_proj", "v_proj", "o_proj"),
-}
-# What a place in a model is called where its weights have names of their own.
-PLACES = {"attn": re.compile(r"attn|attention|mixer"), "mlp": re.compile(r"mlp|ffn|feed_forward|moe|expert")}
-ROUTER = re.compile(r"\.(router|gate|shared_expert_gate)(\.|$)")  # chooses experts: an output for each of them
+# What stays dense in any case: small, and more depends on it than on other weights.
+CHOOSES = r"router\w*|gate|shared_expert_gate|\w*indexer"  # experts, or tokens to attend to
+KEPT = (
+    CHOOSES,
+    r"A_log|x_proj|dt_proj|in_proj_(a|b|ba)|[ab]_proj|[if]gate_preact|time_mix_\w+|sink_proj",  # rates, a few a token
+    r"altup\w*|\w*hyper_connection\w*|\w*_hc|hc_head|\w*_sconv",  # mixes a few streams or neighbours
+    r"encoder_attn|crossattention|cross_attn",  # attends to an encoder, which a causal language model has not
+    r"rel_pos\w*|rel_logits_proj|relative_pos_embeddings|r_proj",  # positions
+)
+# What a matrix is for, by pieces of its name (between dots): the first rule decides whose patterns all fit some piece.
+RULES = (
+    ("mlp", r"mixer", r"(gate|up|gate_up|down)_proj"),  # a block that mixes tokens in one layer and is an MLP in others
+    ("attn", r"\w*(attn|attention)s?|cross_attn_layers"),
+    ("mlp", r"\w*(mlp|ffn|feed_forward|moe|expert)s?(_block|_in|_out)?|ff"),
+    ("attn", r"mixer|mamba\w*|conv|temporal_block|mlstm_layer"),  # mixes tokens in attention's place
+    ("mlp", r"fc[12]|intermediate|output|laurel|per_layer_(input_gate|projection)"),
+)
+# Layers whose input is another one's beside them, at which it is observed.
+SAME_INPUT = {"up_proj": "gate_proj", "k_proj": "q_proj", "v_proj": "q_proj", "w3": "w1"}
+INNER = ("down_proj", "w2", "output_linear")  # of an expert: what it reads was made by the expert itself
 NUMBER = re.compile(r"\.\d+(?=\.|$)")
 EXACT_BITS = 8  # from which on rounding an embedding to the nearest cannot be measured
 DENSE_BITS = 16  # that a weight that is not quantized counts as
 NAMED = 6  # patterns in a message
-
-SAME_INPUT = {"up_proj": "gate_proj", "k_proj": "q_proj", "v_proj": "q_proj"}
+HERE = "qat/quant/architectures.py"
 
 
 @dataclass(frozen=True)
@@ -63,21 +78,19 @@ def select(model: nn.Module, quant: QuantConfig) -> list[Layer]:
     """The layers that `quant` covers, in the model's order.
 
     Raises:
-        ConfigError: the model has none, or weights of a role that `quant` asks for go by names that no role has.
+        ConfigError: the model has none, or weights that `quant` may mean and that no rule has a role for.
     """
-    chosen = _formats(quant)
-    found = []
-    for name, module in model.named_modules():
-        role = role_of(name)
-        format = chosen.get(role) if role else None
-        if type(module) is nn.Linear and role and format:  # a subclass computes something else
-            found.append(Layer(name, role, (module.out_features, module.in_features), format))
+    chosen, outside = _formats(quant), _outside(model)
+    found = [
+        Layer(name, role, place.shape, format)
+        for name, place in places(model).items()
+        if place.module not in outside and (role := role_of(name)) and (format := chosen[role])
+    ]
     found += _of_vocabulary(model, quant)
     if not found:
-        leaves = ", ".join(leaf for leaves in LEAVES.values() for leaf in leaves)
         raise ConfigError(
-            f"quant={quant.name} finds no layer to quantize: the model has no linear layer named {leaves}, but"
-            f" {told(dense(model, [])) or 'none at all'}"
+            f"quant={quant.name} finds no layer to quantize: no rule of {HERE} that it has a format for fits this"
+            f" model, which has {told(dense(model, [])) or 'no linear layer at all'}"
         )
     _refuse_unmatched(model, found, quant)
     return found
@@ -99,25 +112,43 @@ def recorded(quant: QuantConfig) -> dict[str, Any]:
 
 
 def role_of(name: str) -> str | None:
-    """`mlp` or `attn` by the last part of a layer's name; None for any other."""
-    leaf = name.rpartition(".")[2]
-    return next((role for role, leaves in LEAVES.items() if leaf in leaves), None)
+    """The role of a matrix by its name; None for what stays dense, is outside of decoder layers, or fits no rule."""
+    if not NUMBER.search(name) or _kept(name):
+        return None
+    return next((role for role, *patterns in RULES if all(_fits(name, pattern) for pattern in patterns)), None)
+
+
+def _kept(name: str) -> bool:
+    """Whether a weight stays dense on purpose."""
+    return any(_fits(name, pattern) for pattern in KEPT)
+
+
+def _fits(name: str, pattern: str) -> bool:
+    return any(re.fullmatch(pattern, piece) for piece in name.split("."))
+
+
+def _outside(model: nn.Module) -> set[nn.Module]:
+    """Modules whose weights no decoder layer multiplies hidden states with: embeddings, convolutions, the head."""
+    head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
+    apart = (nn.Embedding, nn.modules.conv._ConvNd)
+    return {module for module in model.modules() if module is head or isinstance(module, apart)}
 
 
 def decoder_weights(model: nn.Module) -> dict[str, torch.Size]:
-    """Shapes of all weights that hidden states are multiplied with: not of embeddings, head and convolutions.
+    """Shapes of all weights that hidden states are multiplied with, matrices by their names (`qat.quant.places`).
 
-    A weight goes by its layer's name, one that is no layer's `weight` (a stack of experts) by its own.
+    A weight that is none goes by its own name, as a parameter.
     """
-    head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
-    owners = dict(model.named_modules())
-    found = {}
-    for name, parameter in model.named_parameters():
-        owner, _, leaf = name.rpartition(".")
-        module = owners[owner]
-        outside = module is head or isinstance(module, nn.Embedding | nn.modules.conv._ConvNd)
-        if parameter.dim() > 1 and not outside and not leaf.endswith("bias"):
-            found[owner if leaf == "weight" else name] = parameter.shape
+    found: dict[str, torch.Size] = {}
+    outside = _outside(model)
+    for owner, module in model.named_modules():
+        for leaf, parameter in module._parameters.items() if module not in outside else ():
+            if parameter is None or parameter.dim() < 2 or leaf.endswith("bias"):
+                continue
+            if leaf in stacked(module):
+                found |= {f"{owner}.{number}.{leaf}": matrix.shape for number, matrix in enumerate(parameter)}
+            else:
+                found[owner if leaf == "weight" else f"{owner}.{leaf}"] = parameter.shape
     return found
 
 
@@ -126,11 +157,12 @@ def dense(model: nn.Module, layers: list[Layer]) -> dict[str, float]:
 
     `model` has its weights as they were before quantization; what chooses experts is not told of.
     """
-    weights, quantized = decoder_weights(model), {layer.name for layer in layers}
+    weights, matrices, quantized = decoder_weights(model), places(model), {layer.name for layer in layers}
     whole = sum(shape.numel() for shape in weights.values())
     shares: dict[str, float] = {}
     for name, shape in weights.items():
-        if name not in quantized and not _routes(name, shape):
+        chooses = _fits(name, CHOOSES) and not (name in matrices and shape[0] >= shape[1])  # few of many
+        if name not in quantized and not chooses:
             pattern = NUMBER.sub(".*", name)
             shares[pattern] = shares.get(pattern, 0.0) + shape.numel() / whole
     return shares
@@ -174,7 +206,7 @@ def told(shares: dict[str, float]) -> str:
     return said + (f" and {len(ordered) - NAMED} more" if len(ordered) > NAMED else "")
 
 
-def _formats(quant: QuantConfig) -> dict[str, Format | None]:
+def _formats(quant: QuantConfig) -> dict[str | None, Format | None]:
     chosen = {role: getattr(quant, role, None) for role in ROLES}
     return {role: format_of(settings) if settings else None for role, settings in chosen.items()}
 
@@ -186,30 +218,19 @@ def format_of(settings: WeightConfig) -> Format:
 
 
 def _refuse_unmatched(model: nn.Module, layers: list[Layer], quant: QuantConfig) -> None:
-    """Refuses a model of which a part that `quant` asks for would stay dense, unless that is asked for too."""
+    """Refuses a model of which a part that `quant` may mean would stay dense, unless that is asked for too."""
     chosen = _formats(quant)
-    asked = {
+    missed = {
         pattern: share
         for pattern, share in dense(model, layers).items()
-        if any(chosen[role] for role in _places(pattern))
+        if "*" in pattern and not _kept(pattern) and chosen.get(role_of(pattern.replace("*", "0")), True)
     }
-    if asked and not quant.partial:
+    if missed and not quant.partial:
         raise ConfigError(
-            f"quant={quant.name} does not cover {told(asked)} of this model: {sum(asked.values()):.0%} of its"
-            " decoder's weights would stay dense; quant.partial=true quantizes the rest all the same"
+            f"quant={quant.name} does not cover {told(missed)} of this model: {sum(missed.values()):.0%} of its"
+            f" decoder's weights would stay dense. Add a rule for them to {HERE}, or quantize the rest all the same"
+            " with quant.partial=true"
         )
-
-
-def _places(pattern: str) -> list[str]:
-    """The role of a weight by where it is; both where its place does not tell."""
-    if role := role_of(pattern):
-        return [role]
-    return [role for role, place in PLACES.items() if place.search(pattern.lower())] or list(PLACES)
-
-
-def _routes(name: str, shape: torch.Size) -> bool:
-    """Whether a weight chooses experts, of which there are fewer than hidden dimensions."""
-    return ROUTER.search(name) is not None and len(shape) == 2 and shape[0] < shape[1]
 
 
 def _bits_of_model(layers: list[Layer], model: nn.Module) -> float:

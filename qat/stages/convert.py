@@ -16,9 +16,9 @@ from qat.config import ROLES, Config
 from qat.console import console, table
 from qat.convert.convert import convert, install
 from qat.evaluate import Metrics, evaluate
-from qat.models import linear
 from qat.quant.architectures import Layer, bits_per_weight, recorded, select, summary, told
 from qat.quant.linear import Quantized, kept, quantized
+from qat.quant.places import matrix
 from qat.runs import Run
 from qat.shaping import shaping
 from qat.stages import cache
@@ -126,7 +126,8 @@ class Source:
             return self._latent[name]
         if name in self._made:
             return self._made[name].weight(torch.float32)
-        return self._own.get(name, linear(self.exact, name).weight)
+        own = self._own.get(name)
+        return matrix(self.exact, name) if own is None else own
 
     @property
     def _own(self) -> dict[str, Tensor]:
