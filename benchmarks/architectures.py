@@ -169,6 +169,8 @@ def job(folder: Path, stage: str, *words: str) -> dict[str, Any]:
         found |= {"cache": result["paths"]["cache"], "packing": meta["packing"], "pass": meta["pass"]}
     if "kl" in result["metrics"]:
         found |= {"kl": result["metrics"]["kl"], "perplexity": result["metrics"]["teacher_perplexity"]}
+    if "dense" in result["quant"]:
+        found["dense"] = result["quant"]["dense"]
     return found
 
 
@@ -264,6 +266,8 @@ def line(row: dict[str, Any]) -> str:
     largest = max((found["largest"] for found in jobs.values() if "largest" in found), default=math.nan)
     whole = jobs.get("run", {})
     student = f"KL {whole['kl']:.1e}" if "kl" in whole else f"no student: {whole.get('refused', '')[:60]}"
+    if left := sum(whole.get("dense", {}).values()):
+        student += f", {left:.1%} dense"
     return " ".join([name, f"{way(first(jobs)):34} {largest:.4f}  {loop(jobs):20} {student}", *told])
 
 
@@ -291,9 +295,12 @@ def summary(rows: list[dict[str, Any]]) -> str:
     refused = [row for row in made if "refused" in first(row["jobs"])]
     wrong = [row for row in rows if row["wrong"]]
     seconds = sum(row["seconds"] for row in rows)
+    students = [row["jobs"]["run"]["dense"] for row in made if "dense" in row["jobs"].get("run", {})]
     return (
         f"{len(rows)} architectures: {len(made) - len(refused)} computed, {len(refused)} refused,"
-        f" {len(rows) - len(made)} not made small, {len(wrong)} wrong; {seconds / 60:.0f} minutes"
+        f" {len(rows) - len(made)} not made small, {len(wrong)} wrong; {len(students)} have a student,"
+        f" {sum(not dense for dense in students)} of these with nothing dense in the decoder;"
+        f" {seconds / 60:.0f} minutes"
     )
 
 

@@ -22,12 +22,13 @@ from qat.convert.moments import gather
 from qat.data import packing, texts, thinking
 from qat.data.documents import Document
 from qat.machine import exact_matmul
-from qat.models import linear, locate
+from qat.models import locate
 from qat.quant import assign, kmeans, lookup
 from qat.quant.architectures import select
 from qat.quant.curvature import Curvature, Factor
 from qat.quant.fit import importance
 from qat.quant.formats.codebook_fit import alternate, start
+from qat.quant.places import matrix
 
 
 def main() -> None:
@@ -44,7 +45,7 @@ def main() -> None:
     found = defaultdict(list)
     with torch.no_grad(), exact_matmul():
         for stack in stacks(layers, STACK_BYTES["cpu"]):
-            weight = torch.stack([linear(model, layer.name).weight.float() for layer in stack])
+            weight = torch.stack([matrix(model, layer.name).float() for layer in stack])
             H = torch.stack([moments.inputs[layer.source] for layer in stack])
             errors = both(weight, H, 2 ** stack[0].format.bits, stack[0].format.rank, options.rounds)
             for layer, pair in zip(stack, errors.T.tolist(), strict=True):

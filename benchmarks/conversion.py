@@ -35,8 +35,9 @@ from qat.data import packing, sources
 from qat.data.documents import Document
 from qat.data.tally import Tally
 from qat.evaluate import evaluate
-from qat.models import ModelFolder, linear, locate
+from qat.models import ModelFolder, locate
 from qat.quant.architectures import Layer, select
+from qat.quant.places import matrix
 from qat.quant.size import bits_per_weight
 
 CONF = Path(__file__).parent.parent / "conf"
@@ -105,7 +106,7 @@ def convert_layers(
     return convert(
         layers,
         lambda: folder.load(machine.dtype, machine.device),
-        lambda layer: linear(teacher, layer).weight,
+        lambda layer: matrix(teacher, layer),
         Text(calibration_NL).batches(machine.micro_batch),
         settings,
         KMeansConfig("exact", KMeansBackend.exact),

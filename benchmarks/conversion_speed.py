@@ -21,10 +21,10 @@ from qat.config import ConvertConfig, InstanceConfig, KMeansBackend, KMeansConfi
 from qat.convert import convert
 from qat.convert.moments import Moments, gather
 from qat.machine import exact_matmul, peak_bytes
-from qat.models import linear
 from qat.quant import kmeans
 from qat.quant.architectures import Layer, select
 from qat.quant.fit import importance
+from qat.quant.places import matrix
 
 VOCABULARY = 151936
 PRESETS = {"q2a4": QuantConfig("q2a4", WeightConfig(2, 32), WeightConfig(4, 8))}
@@ -46,7 +46,7 @@ def main() -> None:
         work = partial(gather, model, layers, random_text(options.gather), options.gradients)
         measured(device, f"moments of {options.gather} tokens", work)
         model.cpu()
-    weights = lambda name: linear(model, name).weight  # noqa: E731
+    weights = partial(matrix, model)
     kmeans = KMeansConfig("exact", KMeansBackend.exact)
     measured(device, "warm-up (one block)", partial(alternating, layers[:7], weights, moments, device, 1))
     for rounds in options.rounds:

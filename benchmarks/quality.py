@@ -52,8 +52,8 @@ from qat.artifacts import obtain
 from qat.config import QuantConfig, WeightConfig
 from qat.convert.convert import install
 from qat.errors import ConfigError, QatError, UnavailableError
-from qat.models import linear
 from qat.quant.architectures import Layer, select
+from qat.quant.places import matrix
 
 ATTENTION = (4, 64)
 WEIGHTS = "weights.safetensors"
@@ -143,7 +143,7 @@ def peer(work: Work, peer: Peer, bits: str, quantize: Callable, settings: dict[s
         student = work.folder.load(dtype, work.machine.device)
         with torch.no_grad():
             for name, weight in weights.items():
-                linear(student, name).weight.copy_(weight)
+                matrix(student, name).copy_(weight)
         return student, {**size_of(layers, grids, work.folder), **proof, "seconds": kept.manifest["seconds"]}
 
     return Entry(peer.label, bits, shaping, (make,))
@@ -159,7 +159,7 @@ def proved(
     """
     found: dict[str, dict[str, int]] = {"levels": {}, "teacher_levels": {}}
     for layer in layers:
-        own, grid = linear(exact, layer.name).weight, grids[layer.name]
+        own, grid = matrix(exact, layer.name), grids[layer.name]
         counts = prove(layer.name, weights[layer.name], own, grid), levels(own, grid.group)
         for most, count in zip(found.values(), counts, strict=True):
             most[layer.role] = max(most.get(layer.role, 0), count)

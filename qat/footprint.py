@@ -34,6 +34,7 @@ from qat.errors import ConfigError
 from qat.generation.memory import elements, number
 from qat.machine import Machine
 from qat.quant.architectures import Layer, learns
+from qat.quant.vocabulary import ROLES as VOCABULARY
 
 FP32 = 4
 REFERENCE = 8  # bytes of one in a list
@@ -162,14 +163,19 @@ def _writing(source: DataConfig, where: str, shapes: Shapes, machine: Machine) -
 def _fit(job: Job, config: Config, machine: Machine) -> Iterator[Part]:
     inputs = {layer.source: layer.shape[1] for layer in job.layers}
     moments = FP32 * sum(width**2 for width in inputs.values())
+    outer = [layer for layer in job.layers if layer.role in VOCABULARY]
+    inner = [layer for layer in job.layers if layer not in outer]
     if config.convert.gradients:
-        moments += FP32 * sum(layer.shape[0] ** 2 for layer in job.layers)
+        moments += FP32 * sum(layer.shape[0] ** 2 for layer in inner)
     yield Part("second moments", moments, "convert.gradients" if config.convert.gradients else MODEL, host=True)
     device = "cuda" if machine.device.type == "cuda" else "cpu"
-    largest = max(stacks(job.layers, STACK_BYTES[device]), key=_equations, default=[])
+    largest = max(stacks(inner, STACK_BYTES[device]), key=_equations, default=[])
     if largest:
         told = largest[0].format.equations(*largest[0].shape)
         yield Part(told.what, _equations(largest), f"{job.prefix}quant.{largest[0].role}.{told.setting}")
+    if outer:
+        most = max(outer, key=lambda layer: layer.weights)
+        yield Part(f"the {most.role} matrix in fp32", FP32 * most.weights, f"{job.prefix}quant.{most.role}")
 
 
 def _equations(stack: list[Layer]) -> float:
@@ -187,6 +193,7 @@ def _training(job: Job, config: Config, shapes: Shapes, machine: Machine) -> lis
     learning = [layer for layer in job.layers if learns(job.mode, layer.role, layer.format)]
     weights, gpu = sum(layer.weights for layer in learning), machine.device.type == "cuda"
     here = 1 if gpu else -(-train.batch_size // max(1, config.instance.devices))  # a GPU takes fewer at once
+    added_up = any(layer.role in VOCABULARY for layer in learning)
     tokens = min(machine.micro_batch, here) * config.cache.length
     kept = shapes.hidden if gpu else 4 * shapes.hidden + 3 * shapes.inner  # a GPU computes the rest twice
     scales = sum(_scales(layer) for layer in learning)
@@ -194,7 +201,7 @@ def _training(job: Job, config: Config, shapes: Shapes, machine: Machine) -> lis
     row = bytes_a_row(meta | {"format": FORMAT_VERSION, "train_targets": config.cache.train_targets}, "train")
     parts = [
         Part("the student's weights", shapes.weights * dtype, MODEL),
-        Part("gradients of the weights", weights * dtype, f"{prefix}mode"),
+        Part("gradients of the weights", weights * (FP32 if added_up else dtype), f"{prefix}mode"),
         Part("scales with their gradients and moments", 4 * FP32 * scales, f"{prefix}quant"),
         Part("activations", tokens * shapes.depth * kept * dtype, "instance.micro_batch"),
         Part("the sequences of a batch", train.batch_size * row, f"{prefix}train.batch_size", host=True),

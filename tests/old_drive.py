@@ -7,7 +7,8 @@ from pathlib import Path
 import torch
 
 from qat.config import QuantConfig, WeightConfig
-from qat.models import ModelFolder, linear
+from qat.models import ModelFolder
+from qat.quant.places import matrix
 from tests import tiny
 from tests.checkpoints.conftest import Variant, write
 
@@ -44,7 +45,7 @@ def four(folder: Path, teacher: ModelFolder) -> Path:
     for name, (_, module, _) in tiny.converted(model, rows, quant=FOUR).items():
         state |= {f"{name}.{part}": value.detach().clone() for part, value in module.normalized().items()}
         state[f"{name}._indices"] = module.indices.long()
-        state[f"{name}.weight"] = linear(model, name).weight.detach().clone()
+        state[f"{name}.weight"] = matrix(model, name).detach().clone()
     torch.save(state, folder / "anemll_v2_q4_a4_from_v1_finetuned.pt")
     (folder / "config.json").write_text(json.dumps({"version": "v2", "final_loss": 0.7312}))
     return folder

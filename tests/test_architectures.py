@@ -40,6 +40,7 @@ from qat.evaluate.windows import Windows, read
 from qat.fidelity import Sample, settle
 from qat.models.tiny import byte_tokenizer
 from qat.quant.architectures import select
+from qat.quant.places import matrix
 from tests import tiny
 
 # Whether the model's own code computes attention and what follows the head, and whether documents may share rows.
@@ -67,7 +68,7 @@ FAMILIES = {
     "recurrent_gemma": "own head, one document a row",
     "rwkv": "fast, one document a row",
 }
-TRAINED = ("gemma2", "gemma3n_text", "granite", "qwen3_5_text")
+TRAINED = ("gemma2", "gemma3n_text", "gpt_oss", "granite", "mixtral", "phi3", "qwen3_5_text")
 LENGTH = 48
 
 
@@ -136,7 +137,7 @@ def converted(model, training, gradients):
     """Puts codebooks into a model; the quantized layers with their kinds."""
     chosen, text = select(model, replace(tiny.QUANT, partial=True)), [training.batch(torch.arange(training.rows))]
     moments, settings = gather(model, chosen, text, gradients), ConvertConfig("", rounds=2)
-    weights = {layer.name: models.linear(model, layer.name).weight for layer in chosen}
+    weights = {layer.name: matrix(model, layer.name) for layer in chosen}
     exact = KMeansConfig("", KMeansBackend.exact)
     made = quantize(chosen, weights.__getitem__, moments, settings, exact, tiny.CPU)
     install(model, {one.layer.name: one.module for one in made})

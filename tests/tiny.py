@@ -31,6 +31,7 @@ from qat.machine import Machine
 from qat.models import ModelFolder
 from qat.quant.architectures import Layer, select
 from qat.quant.linear import QuantLinear, quantized
+from qat.quant.places import matrix
 
 CPU = torch.device("cpu")
 FP32 = Machine(CPU, torch.float32, 4)
@@ -59,7 +60,7 @@ def converted(
     layers = select(model, quant)
     moments, settings = gather(model, layers, Text(rows).batches(8)), ConvertConfig(rounds=2, sweeps=0)
     made = quantize(
-        layers, lambda name: models.linear(model, name).weight, moments, settings, KMeansConfig("", backend), CPU
+        layers, lambda name: matrix(model, name), moments, settings, KMeansConfig("", backend), CPU
     )
     return {one.layer.name: (one.layer, one.module, one.figures) for one in made}
 

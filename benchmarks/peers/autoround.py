@@ -10,7 +10,7 @@ from auto_round import AutoRound
 from torch import Tensor, nn
 
 from peers.grid import Grid
-from qat.models import ModelFolder, linear
+from qat.models import ModelFolder
 
 SETTINGS = {"grid": "asymmetric", "iterations": 50, "lr": 5e-3}  # the package's recipe `auto-round-light`
 BATCH = 8
@@ -39,7 +39,7 @@ def quantize(folder: ModelFolder, grids: dict[str, Grid], calibration_NL: Tensor
     )
     quantized = method.quantize()[0]
     with torch.no_grad():
-        return {name: _exact(linear(quantized, name), grid) for name, grid in grids.items()}
+        return {name: _exact(quantized.get_submodule(name), grid) for name, grid in grids.items()}
 
 
 def _row(ids_1L: Tensor) -> dict[str, Tensor]:

@@ -5,7 +5,8 @@ from hqq.core.quantize import Quantizer
 from torch import Tensor
 
 from peers.grid import Grid
-from qat.models import ModelFolder, linear
+from qat.models import ModelFolder
+from qat.quant.places import matrix
 
 SETTINGS = {"axis": 1}
 
@@ -13,7 +14,7 @@ SETTINGS = {"axis": 1}
 def quantize(folder: ModelFolder, grids: dict[str, Grid], calibration_NL: Tensor) -> dict[str, Tensor]:
     """Every layer on its own, with scales and zero points rounded to the fp16 they are stored in."""
     model = folder.load(torch.float32, torch.device("cpu"))
-    return {name: _layer(linear(model, name).weight.data, grid) for name, grid in grids.items()}
+    return {name: _layer(matrix(model, name).data, grid) for name, grid in grids.items()}
 
 
 def _layer(weight_OI: Tensor, grid: Grid) -> Tensor:

@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 
 from peers.grid import Grid
-from qat.models import ModelFolder, linear
+from qat.models import ModelFolder
+from qat.quant.places import matrix
 
 SETTINGS = {"grid": "asymmetric, minimum to maximum"}
 
@@ -12,7 +13,7 @@ SETTINGS = {"grid": "asymmetric, minimum to maximum"}
 def quantize(folder: ModelFolder, grids: dict[str, Grid], calibration_NL: Tensor) -> dict[str, Tensor]:
     """Every layer on its own; text changes nothing."""
     model = folder.load(torch.float32, torch.device("cpu"))
-    return {name: round_to_nearest(linear(model, name).weight, grid) for name, grid in grids.items()}
+    return {name: round_to_nearest(matrix(model, name), grid) for name, grid in grids.items()}
 
 
 def round_to_nearest(weight_OI: Tensor, grid: Grid) -> Tensor:

@@ -20,14 +20,15 @@ from qat.checkpoints.own import adopt, read_own, write_own
 from qat.config import QuantConfig
 from qat.errors import ArtifactError
 from qat.machine import Machine
-from qat.models import ModelFolder, linear
+from qat.models import ModelFolder
 from qat.norms import set_learned
-from qat.quant import formats, packing
+from qat.quant import formats, packing, vocabulary
 from qat.quant import latent as latents
 from qat.quant.architectures import Layer, recorded, role_of, select
 from qat.quant.choice import options
-from qat.quant.embedding import empty, ends, put
+from qat.quant.embedding import empty, put
 from qat.quant.linear import Quantized, quantized
+from qat.quant.places import matrix, place
 from qat.quant.size import bits_per_weight
 from qat.tensor_files import Wanted
 
@@ -157,7 +158,7 @@ def add_latents(model: PreTrainedModel, known: dict[str, torch.Tensor], teacher:
     for name, layer in layers.items():
         device, value = layer.indices.device, known.get(name)
         if value is None and original is not None:
-            value = latents.between(layer, linear(original, name).weight.to(device))
+            value = latents.between(layer, matrix(original, name).to(device))
         layer.latent = torch.nn.Parameter(cast(torch.Tensor, value).to(device, torch.float32), requires_grad=False)
 
 
@@ -205,13 +206,14 @@ def _wanted(layers: list[Layer]) -> dict[str, Wanted]:
 
 
 def _check_layers(folder: Path, manifest: dict[str, Any], teacher: ModelFolder) -> None:
-    """The layers are linear ones of the teacher."""
-    modules, outer = dict(teacher.skeleton().named_modules()), ends(teacher.skeleton())
-    roles = {outer.embed: "embed"} | ({} if outer.tied else {outer.head: "head"})
-    for layer in layers_of(manifest):
-        module = modules.get(layer.name)
-        there = tuple(module.weight.shape) if isinstance(module, torch.nn.Linear | torch.nn.Embedding) else None
-        if there != layer.shape or roles.get(layer.name, role_of(layer.name)) != layer.role:
+    """The layers are matrices of the teacher."""
+    layers = layers_of(manifest)
+    outer = any(layer.role in vocabulary.ROLES for layer in layers)
+    roles = vocabulary.roles(teacher.skeleton()) if outer else {}
+    for layer in layers:
+        found = place(teacher.skeleton(), layer.name)
+        there = None if found is None else found.shape
+        if there != layer.shape or (roles.get(layer.name) or role_of(layer.name)) != layer.role:
             raise ArtifactError(
                 f"{folder / MANIFEST} lists {ascii(layer.name)[1:-1]}, {layer.role} {list(layer.shape)}, and"
                 f" {teacher.name} has {'no such layer' if there is None else list(there)} there: {REMEDY}"

@@ -21,11 +21,12 @@ from qat.checkpoints.own import adopt
 from qat.config import QuantConfig, WeightConfig
 from qat.errors import ArtifactError
 from qat.machine import Machine
-from qat.models import ModelFolder, linear
-from qat.quant.architectures import LEAVES, Layer
+from qat.models import ModelFolder
+from qat.quant.architectures import Layer
 from qat.quant.formats import Codebook
 from qat.quant.linear import QuantLinear
 from qat.quant.lookup import look_up, nearest, relative
+from qat.quant.places import bias
 
 log = logging.getLogger(__name__)
 
@@ -34,6 +35,11 @@ PARTS = (*SCALES, "lut", "weight", "_Q", "_indices", "_scales_baked_flag")
 NORM_EPS = 1e-6  # smallest norm divided by
 MAGNITUDE_EPS = 1e-6  # added to magnitudes that pass through an activation
 OFF_CODEBOOK = 1e-2  # most that a stored `_Q` may differ from its codebook entry, as a share of the largest
+# What the layout has layers for.
+LEAVES = {
+    "mlp": ("gate_proj", "up_proj", "down_proj"),
+    "attn": ("q_proj", "k_proj", "v_proj", "o_proj"),
+}
 ROLE_OF = {leaf: role for role, leaves in LEAVES.items() for leaf in leaves}
 ORIGIN = ("model_id", "config_preset", "final_loss", "source_checkpoint")  # kept in the manifest
 
@@ -70,7 +76,7 @@ def load(file: Path, teacher: ModelFolder, machine: Machine) -> tuple[PreTrained
         model = teacher.load(machine.dtype, machine.device)
     layers = []
     for name in names:
-        module = _module(f"{file}: {name}", _parts(state, name), settings, linear(model, name).bias)
+        module = _module(f"{file}: {name}", _parts(state, name), settings, bias(model, name))
         model.set_submodule(name, module.to(machine.device).requires_grad_(False))
         layers.append(_layer(name, module))
     adopt(model, own)

@@ -24,6 +24,7 @@ from qat.quant.embedding import empty, put
 from qat.quant.fit import Problem, fit, improve
 from qat.quant.formats import Cluster, Fitted, Format
 from qat.quant.linear import Quantized
+from qat.quant.vocabulary import ROLES
 
 STACK_BYTES = {"cpu": 2e8, "cuda": 3e9}  # of work space: what caches still help with; what hides launches
 
@@ -91,7 +92,7 @@ def quantize(
     made: dict[str, Converted] = {}
     device = torch.device("cpu") if device.type == "mps" else device  # Apple GPUs have no float64
     factors = _Factors()
-    most, outer = STACK_BYTES[device.type], [layer for layer in layers if layer.role in vocabulary.OUTER]
+    most, outer = STACK_BYTES[device.type], [layer for layer in layers if layer.role in ROLES]
     queue = stacks([layer for layer in layers if layer not in outer], most)
     with torch.no_grad(), exact_matmul(), progress("layers quantized", _count(layers), "weights") as advance:
         for number, stack in enumerate(queue):

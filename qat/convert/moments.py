@@ -14,7 +14,9 @@ by themselves (they share keys, or streams) is run whole, with the moments of al
 """
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,9 +24,11 @@ from transformers import PreTrainedModel
 
 from qat.cache.batch import Batch
 from qat.console import progress
+from qat.convert import routed
 from qat.convert.flow import Flow, flows, micro_batches
 from qat.convert.observer import Mean, Observer
-from qat.convert.vocabulary import OUTER, Watch
+from qat.convert.routed import Routed, complete
+from qat.convert.vocabulary import Watch
 from qat.errors import ConfigError, NumericsError
 from qat.forward import body, decoder_layers, run_body
 from qat.head import OutputHead, output_weight
@@ -32,6 +36,7 @@ from qat.machine import exact_matmul
 from qat.quant.architectures import Layer
 from qat.quant.embedding import rows_of, with_rows
 from qat.quant.linear import baked
+from qat.quant.vocabulary import ROLES
 
 STATES = {"cuda": 1 << 22, "cpu": 1 << 20}  # numbers in the hidden states that go through a layer at one time
 LOGITS = {"cuda": 1 << 26, "cpu": 1 << 22}  # that exist at one time
@@ -63,7 +68,7 @@ def gather(model: PreTrainedModel, layers: list[Layer], text: list[Batch], gradi
     most = STATES.get(model.device.type, STATES["cpu"])
     batches = micro_batches(text, most // _width(model))
     what, found = "layer curvature" if gradients else "layer inputs", _Means()
-    inner, watch = [layer for layer in layers if layer.role not in OUTER], Watch(model, layers)
+    inner, watch = [layer for layer in layers if layer.role not in ROLES], Watch(model, layers)
     draw = torch.Generator().manual_seed(0)
     with (
         torch.no_grad(),
@@ -83,7 +88,7 @@ def gather(model: PreTrainedModel, layers: list[Layer], text: list[Batch], gradi
                 arriving = means
                 advance(_tokens(part) / count)
             found.add(arriving())
-        moments = found.of(inner)
+        moments = found.of(inner, routed.stacks(model, inner), _tokens(batches))
         for name, (matrix, row) in watch.moments().items():
             _refuse_not_finite(f"the curvature of {name}", matrix.trace() + row.sum())
             moments.inputs[name], moments.rows[name] = matrix, row
@@ -232,16 +237,30 @@ def _backward_whole(
     with observer.watching(gradients=True):
         for batch in text:
             uniform = torch.rand(batch.input_ids.shape, generator=draw, dtype=torch.float32)
-            rows = rows_of(model, batch.input_ids.to(model.device)).requires_grad_()  # so that gradients reach all
-            with torch.enable_grad(), with_rows(model, rows):
+            rows, learning = None, _learning_embeddings(model)
+            if watch.embed:
+                rows = rows_of(model, batch.input_ids.to(model.device)).requires_grad_()
+                learning = with_rows(model, rows)
+            with torch.enable_grad(), learning:
                 hidden = run_body(model, batch.to(model.device).inputs())
             if not hidden.requires_grad:
                 raise ConfigError(f"no gradients reach the layers of {type(model).__name__}: use convert=fast")
             hidden.backward(_surprise(head, hidden.detach(), uniform.to(hidden.device), watch))
             watch.text(model, batch)
-            if watch.embed and rows.grad is not None:
+            if rows is not None and rows.grad is not None:
                 watch.slopes(rows.grad, rows)
     yield observer
+
+
+@contextmanager
+def _learning_embeddings(model: PreTrainedModel) -> Iterator[None]:
+    """Inside, gradients reach every layer although no weight learns."""
+    embeddings: Any = model.get_input_embeddings()
+    hook = embeddings.register_forward_hook(lambda _, __, states: states.detach().requires_grad_().clone())
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 PASSING = {
@@ -280,19 +299,22 @@ class _Means:
     def __init__(self) -> None:
         self._moments: dict[tuple[str, bool], Tensor] = {}
         self._weights: dict[tuple[str, bool], float] = {}
+        self._tokens: dict[tuple[str, bool], int] = {}
 
     def add(self, means: list[Mean]) -> None:
         """Those of a further part."""
         for mean in means:
             key = mean.name, mean.output
             weight = self._weights[key] = self._weights.get(key, 0.0) + mean.weight
+            self._tokens[key] = self._tokens.get(key, 0) + mean.tokens
             if key not in self._moments:
                 self._moments[key] = mean.moment
             elif weight > 0:
                 self._moments[key].lerp_(mean.moment, mean.weight / weight)
 
-    def of(self, layers: list[Layer]) -> Moments:
-        """What layers need, in their order."""
+    def of(self, layers: list[Layer], stacks: list[Routed], tokens: int) -> Moments:
+        """What layers need, in their order, of a text of so many tokens."""
+        complete(stacks, self._moments, self._weights, self._tokens, tokens)
         found = Moments()
         for layer in layers:
             if (layer.source, False) not in self._moments:

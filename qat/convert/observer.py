@@ -2,25 +2,29 @@
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from qat.convert.products import add_square, mirrored
+from qat.convert.routed import Products, one_by_one, watched
 from qat.convert.transfer import to_host
+from qat.quant import experts
 from qat.quant.architectures import Layer
 
 
 @dataclass(frozen=True)
 class Mean:
-    """The mean of products over some tokens: `name` a layer for G, a source for H."""
+    """The mean of products over some tokens, which have weights: `name` a layer for G, a source for H."""
 
     name: str
     output: bool
     moment: Tensor
     weight: float
+    tokens: int
 
 
 @dataclass
@@ -36,12 +40,17 @@ class Observer:
 
     def __init__(self, decoder: nn.Module, model: nn.Module, layers: list[Layer]) -> None:
         self.model, inside = model, set(decoder.modules())
+        self.stacks = watched(model, layers, inside)
+        routed = {name for stack in self.stacks for name in stack.names.values()}
+        self.sources = {layer.name: layer.source for layer in layers if layer.name in routed}
         self.readers: dict[str, list[str]] = defaultdict(list)  # layers by the source of their input
         for layer in layers:
-            if model.get_submodule(layer.name) in inside:
+            elsewhere = layer.name not in routed and experts.home(model, layer.name) is not None
+            if layer.name in routed or (not elsewhere and model.get_submodule(layer.name) in inside):
                 self.readers[layer.source].append(layer.name)
         self.totals: dict[tuple[str, bool], Tensor] = {}
         self.weights: dict[tuple[str, bool], Tensor] = {}
+        self.tokens: dict[tuple[str, bool], int] = defaultdict(int)
         self._calls: dict[str, _Call] = {}  # the last one of each source
 
     @contextmanager
@@ -49,11 +58,15 @@ class Observer:
         """Hooks for as long as the block lasts."""
         find, hooks = self.model.get_submodule, []
         for source, names in self.readers.items():
+            if names[0] in self.sources:
+                continue
             hooks.append(self._reader(source).register_forward_pre_hook(self._input_of(source, gradients)))
             if gradients:
                 hooks += [find(name).register_forward_hook(self._output_of(source, name)) for name in names]
+        seen = partial(self._routed, gradients)
         try:
-            yield
+            with one_by_one(self.stacks), Products(self.stacks, seen) if self.stacks else nullcontext():
+                yield
         finally:
             for hook in hooks:
                 hook.remove()
@@ -73,7 +86,8 @@ class Observer:
 
         def arrived() -> list[Mean]:
             *moments, weights = arriving()
-            return [Mean(*key, *mean) for key, *mean in zip(keys, moments, weights.tolist(), strict=True)]
+            found = zip(keys, moments, weights.tolist(), strict=True)
+            return [Mean(*key, moment, weight, self.tokens[key]) for key, moment, weight in found]
 
         return arrived
 
@@ -89,23 +103,42 @@ class Observer:
 
     def _output_of(self, source: str, name: str):  # type: ignore[no-untyped-def]
         def hook(_: nn.Module, __: tuple[Tensor, ...], output: Tensor) -> None:
-            call = self._calls[source]
-
-            def arrived(gradient: Tensor) -> None:
-                g = gradient.flatten(0, -2)
-                self._add((name, True), g)
-                sizes = torch.linalg.vector_norm(g, dim=1, dtype=torch.float32)
-                call.squares.append(sizes.square() / g.shape[1])
-                if len(call.squares) == len(self.readers[source]):
-                    self._add((source, False), call.inputs, torch.stack(call.squares).sum(0).sqrt())
-
-            output.register_hook(arrived)
+            self._await(source, name, output, lambda gradient: gradient.flatten(0, -2))
 
         return hook
+
+    def _await(self, source: str, name: str, output: Tensor, own: Callable[[Tensor], Tensor]) -> None:
+        """Adds the gradient that will come at an output, of which `own` takes the rows [X, O] that are a layer's."""
+        call = self._calls[source]
+
+        def arrived(gradient: Tensor) -> None:
+            g = own(gradient)
+            self._add((name, True), g)
+            sizes = torch.linalg.vector_norm(g, dim=1, dtype=torch.float32)
+            call.squares.append(sizes.square() / g.shape[1])
+            if len(call.squares) == len(self.readers[source]):
+                self._add((source, False), call.inputs, torch.stack(call.squares).sum(0).sqrt())
+
+        output.register_hook(arrived)
+
+    def _routed(
+        self, gradients: bool, name: str, x: Tensor, output: Tensor, own: Callable[[Tensor], Tensor]
+    ) -> None:
+        """Takes what was sent to an expert, and what comes back for it."""
+        source = self.sources[name]
+        first = self.readers[source][0] == name
+        if not gradients:
+            if first:
+                self._add((source, False), x.detach())
+        elif output.requires_grad:
+            if first:
+                self._calls[source] = _Call(x.detach())
+            self._await(source, name, output, own)
 
     def _add(self, key: tuple[str, bool], x: Tensor, weight: Tensor | None = None) -> None:
         if key not in self.totals:
             self.totals[key] = torch.zeros(x.shape[1], x.shape[1], dtype=torch.float32, device=x.device)
             self.weights[key] = torch.zeros((), dtype=torch.float32, device=x.device)
         add_square(self.totals[key], x, weight)
+        self.tokens[key] += len(x)
         self.weights[key] += len(x) if weight is None else weight.sum()

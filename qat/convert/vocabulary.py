@@ -23,8 +23,8 @@ from qat.quant.curvature import Curvature, Factor
 from qat.quant.embedding import ends
 from qat.quant.fit import Problem, fit, improve
 from qat.quant.formats import Cluster, Fitted, Format
+from qat.quant.vocabulary import ROLES
 
-OUTER = ("embed", "head")  # the roles of layers that are fitted here
 COPIES = 12  # of a weight in fp32 that a fit takes
 LEAST, MOST = 1e-3, 1e3  # of the mean weight of a row: what hardly ever occurs counts a little
 
@@ -37,10 +37,11 @@ class Watch:
     """
 
     def __init__(self, model: PreTrainedModel, layers: list[Layer]) -> None:
-        self._names, self._tied = {one.role: one.name for one in layers if one.role in OUTER}, ends(model).tied
+        self._names = {one.role: one.name for one in layers if one.role in ROLES}
+        self._tied = bool(self._names) and ends(model).tied
         self.embed = "embed" in self._names
         self.head = "head" in self._names or (self.embed and self._tied)
-        self._width = next((one.shape[1] for one in layers if one.role in OUTER), 0)
+        self._width = next((one.shape[1] for one in layers if one.role in ROLES), 0)
         self._sums: dict[str, Tensor] = {}
         self._positions = 0
 
@@ -51,7 +52,7 @@ class Watch:
             self._add("counts", torch.bincount(batch.input_ids.flatten().cpu(), minlength=tokens).float())
 
     def states(self, hidden_PD: Tensor, p_PV: Tensor) -> None:
-        """Takes final hidden states, and what the model says there."""
+        """Takes final hidden states, and the model's distributions there."""
         if self.head:
             self._add("bends", p_PV.sum(0) - torch.linalg.vector_norm(p_PV, dim=0).square())
             self._square("states", hidden_PD)

@@ -61,8 +61,8 @@ def _bits(quant: dict[str, Any]) -> list[str]:
     ]
     text = (
         f"{quant['bits_per_weight']} bits a weight over {quant['layers']} quantized layers, scales and"
-        f" the like included ({', '.join(roles)}). Embeddings, norms and head are in full precision; with 16 bits for"
-        f" them the whole model has {quant['model_bits_per_weight']} bits a weight."
+        f" the like included ({', '.join(roles)}). Whatever is not quantized is in full precision; with 16 bits for"
+        f" it the whole model has {quant['model_bits_per_weight']} bits a weight."
     )
     return ["## Bits", text, *_dense(quant["dense"])]
 

@@ -15,6 +15,7 @@ from qat.config import ExportType
 from qat.errors import ConfigError, NumericsError
 from qat.machine import Machine
 from qat.models import ModelFolder
+from qat.quant import vocabulary
 from qat.quant.architectures import Layer
 from qat.quant.formats import Codebook
 from qat.quant.size import summary
@@ -83,7 +84,7 @@ def require_codebooks(source: Source, tool: str) -> None:
     Raises:
         ConfigError: it has one; the sentence says which, and for which tool.
     """
-    inner = [layer for layer in source.layers if layer.role not in ("embed", "head")]
+    inner = [layer for layer in source.layers if layer.role not in vocabulary.ROLES]
     if source.layers and not inner:
         raise ConfigError(f"{tool} holds codebooks of projections, and none is quantized here: use export=packed or hf")
     for layer in inner:

@@ -8,11 +8,11 @@ fingerprint that changes when the weights do.
 
 import transformers
 
-from qat.models.folder import ModelFolder, generate, linear
+from qat.models.folder import ModelFolder, generate
 from qat.models.reading import read
 from qat.models.sources import locate, whereabouts
 
-__all__ = ["ModelFolder", "generate", "linear", "locate", "read", "whereabouts"]
+__all__ = ["ModelFolder", "generate", "locate", "read", "whereabouts"]
 
 transformers.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()

@@ -110,11 +110,6 @@ class ModelFolder:
         return tuple(sorted({token for token in flat if isinstance(token, int) and 0 <= token < self.vocab_size()}))
 
 
-def linear(model: nn.Module, name: str) -> nn.Linear:
-    """A linear layer by its name."""
-    return cast(nn.Linear, model.get_submodule(name))
-
-
 @torch.inference_mode()
 def generate(
     model: PreTrainedModel, prompts_BT: torch.Tensor, settings: GenerationConfig, **extras: Any

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch import nn
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
@@ -21,6 +20,7 @@ from qat.packed import FILE, METHOD
 from qat.packed.linear import SIXTEEN, put
 from qat.quant import formats
 from qat.quant.formats import Format
+from qat.quant.places import place
 from qat.tensor_files import FLOATS, Wanted, difference, entries, known
 
 REMEDY = "export the model again"
@@ -108,10 +108,10 @@ def check_place(model: Any, name: str, format: Format) -> None:
     Raises:
         ArtifactError: it has not.
     """
-    found = dict(model.named_modules()).get(name)
-    if type(found) is not nn.Linear and not (isinstance(found, nn.Embedding) and found is model.get_input_embeddings()):
-        raise ArtifactError(f"the packed export has {name} in few bits, and its model no such linear layer: {REMEDY}")
-    if misfit := format.misfit(*found.weight.shape):
+    found = place(model, name)
+    if found is None:
+        raise ArtifactError(f"the packed export has {name} in few bits, and its model no such layer: {REMEDY}")
+    if misfit := format.misfit(*found.shape):
         value = format.settings()[misfit.setting]
         raise ArtifactError(f"the packed export says {misfit.setting} {value} of {name}, which {misfit.why}: {REMEDY}")
 

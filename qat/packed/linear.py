@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qat.quant import packing
+from qat.quant import packing, places
 from qat.quant.embedding import each, through, without_weight
 from qat.quant.formats import Format, Parts
+from qat.quant.places import bias, place
 
 SIXTEEN = torch.float16  # parts of formats are of order one or below, where fp16 has three bits more than bf16
 ROWS = 1 << 13  # of a matrix that are multiplied out at one time on CUDA; a multiple of 8, so bytes end where rows do
@@ -52,6 +53,10 @@ class Packed(nn.Module):
         """W [O, I], multiplied out in fp32 and rounded once."""
         index = packing.unpack(self.indices, self.format.bits, (self.out_features, self.in_features))
         return self.format.weight(index, self._wide()).to(dtype)
+
+    def held(self, dtype: torch.dtype) -> Tensor:
+        """W [O, I], which is kept where that is the faster."""
+        return self.weight(dtype) if self.indices.is_cuda else self.kept(dtype)
 
     def kept(self, dtype: torch.dtype) -> Tensor:
         """W [O, I], which stays for the next call."""
@@ -105,7 +110,7 @@ class PackedLinear(Packed):
         """x [..., I] to [..., O], in the type of x."""
         if (y := self.fused(x)) is not None:
             return y if self.bias is None else y + self.bias
-        return nn.functional.linear(x, self.weight(x.dtype) if x.is_cuda else self.kept(x.dtype), self.bias)
+        return nn.functional.linear(x, self.held(x.dtype), self.bias)
 
 
 class PackedHead(PackedLinear):
@@ -159,18 +164,20 @@ def logits(matrix: Packed, x: Tensor, bias: Tensor | None) -> Tensor:
 
 def put(model: Any, name: str, format: Format) -> None:
     """An empty packed module in the place of a dense one, and of the head where that is tied to it."""
-    old, head = model.get_submodule(name), model.get_output_embeddings()
+    old, head, added = place(model, name), model.get_output_embeddings(), bias(model, name)
+    if old is None:
+        raise KeyError(name)
     made: Packed
-    if isinstance(old, nn.Embedding):
-        made = PackedEmbedding(format, old)
+    if isinstance(old.module, nn.Embedding):
+        made = PackedEmbedding(format, old.module)
         if (other := _tied(model, name)) is not None:
             model.set_submodule(other, PackedTiedHead(made, head.bias))
     else:
-        kind = PackedHead if old is head else PackedLinear
-        made = kind(format, old.out_features, old.in_features, old.bias is not None)
+        kind = PackedHead if old.module is head else PackedLinear
+        made = kind(format, *old.shape, added is not None)
         if made.bias is not None:
             made.bias.data = made.bias.data.to(old.weight.dtype)
-    model.set_submodule(name, made)
+    places.put(model, name, made)
 
 
 def _tied(model: Any, name: str) -> str | None:

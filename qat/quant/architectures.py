@@ -1,7 +1,8 @@
 """Which layers of a model are quantized, in which role, and which of them see the same input.
 
-Every weight that hidden states are multiplied with has a role, or is kept dense on purpose (what chooses experts),
-or told: bits a weight of a part of the model say little while the rest is forgotten.
+What is known of families of models is here, as rules over names: a new one needs its names in these rules, if
+they are not there already. A weight of a decoder layer that no rule fits is refused, for bits a weight of a part of
+the model say little while the rest is forgotten. Where matrices lie, whatever they are for, is `qat.quant.places`.
 """
 
 import re
@@ -16,21 +17,35 @@ from transformers import PreTrainedModel
 from qat.config import ROLES, ModeConfig, QuantConfig, WeightConfig
 from qat.errors import ConfigError
 from qat.quant import choice, vocabulary
+from qat.quant.experts import stacked
 from qat.quant.formats import Format
+from qat.quant.places import places
 from qat.shaping import shaping
 
-LEAVES = {
-    "mlp": ("gate_proj", "up_proj", "down_proj"),
-    "attn": ("q_proj", "k_proj", "v_proj", "o_proj"),
-}
-# What a place in a model is called where its weights have names of their own.
-PLACES = {"attn": re.compile(r"attn|attention|mixer"), "mlp": re.compile(r"mlp|ffn|feed_forward|moe|expert")}
-ROUTER = re.compile(r"\.(router|gate|shared_expert_gate)(\.|$)")  # chooses experts: an output for each of them
+# What stays dense in any case: small, and more depends on it than on other weights.
+CHOOSES = r"router\w*|gate|shared_expert_gate|\w*indexer"  # experts, or tokens to attend to
+KEPT = (
+    CHOOSES,
+    r"A_log|x_proj|dt_proj|in_proj_(a|b|ba)|[ab]_proj|[if]gate_preact|time_mix_\w+|sink_proj",  # rates, a few a token
+    r"altup\w*|\w*hyper_connection\w*|\w*_hc|hc_head|\w*_sconv",  # mixes a few streams or neighbours
+    r"encoder_attn|crossattention|cross_attn",  # attends to an encoder, which a causal language model has not
+    r"rel_pos\w*|rel_logits_proj|relative_pos_embeddings|r_proj",  # positions
+)
+# What a matrix is for, by pieces of its name (between dots): the first rule decides whose patterns all fit some piece.
+RULES = (
+    ("mlp", r"mixer", r"(gate|up|gate_up|down)_proj"),  # a block that mixes tokens in one layer and is an MLP in others
+    ("attn", r"\w*(attn|attention)s?|cross_attn_layers"),
+    ("mlp", r"\w*(mlp|ffn|feed_forward|moe|expert)s?(_block|_in|_out)?|ff"),
+    ("attn", r"mixer|mamba\w*|conv|temporal_block|mlstm_layer"),  # mixes tokens in attention's place
+    ("mlp", r"fc[12]|intermediate|output|laurel|per_layer_(input_gate|projection)"),
+)
+# Layers whose input is another one's beside them, at which it is observed.
+SAME_INPUT = {"up_proj": "gate_proj", "k_proj": "q_proj", "v_proj": "q_proj", "w3": "w1"}
+INNER = ("down_proj", "w2", "output_linear")  # of an expert: what it reads was made by the expert itself
 NUMBER = re.compile(r"\.\d+(?=\.|$)")
 EXACT_BITS = 8  # from which on rounding an embedding to the nearest cannot be measured
 NAMED = 6  # patterns in a message
-
-SAME_INPUT = {"up_proj": "gate_proj", "k_proj": "q_proj", "v_proj": "q_proj"}
+HERE = "qat/quant/architectures.py"
 
 
 @dataclass(frozen=True)
@@ -63,8 +78,8 @@ def select(model: nn.Module, quant: QuantConfig) -> list[Layer]:
     """The layers that `quant` covers, in the model's order; those that a budget chooses for in its widest format.
 
     Raises:
-        ConfigError: the model has none, a pattern fits none, or weights of a role that `quant` asks for go by names
-            that no role has.
+        ConfigError: the model has none, a pattern fits none, or weights that `quant` may mean and that no rule has a
+            role for.
     """
     known = _known(model, quant)
     choice.refuse_idle(quant, known)
@@ -74,10 +89,9 @@ def select(model: nn.Module, quant: QuantConfig) -> list[Layer]:
             widest = max(allowed, key=lambda format: format.stored_bits(*shape))
             found.append(Layer(name, role, shape, widest))
     if not found:
-        leaves = ", ".join(leaf for leaves in LEAVES.values() for leaf in leaves)
         raise ConfigError(
-            f"quant={quant.name} finds no layer to quantize: the model has no linear layer named {leaves}, but"
-            f" {told(dense(model, [])) or 'none at all'}"
+            f"quant={quant.name} finds no layer to quantize: no rule of {HERE} that it has a format for fits this"
+            f" model, which has {told(dense(model, [])) or 'no linear layer at all'}"
         )
     _refuse_unmatched(dense(model, found, known), quant)
     return found
@@ -85,11 +99,12 @@ def select(model: nn.Module, quant: QuantConfig) -> list[Layer]:
 
 def _known(model: nn.Module, quant: QuantConfig) -> dict[str, tuple[str, tuple[int, int]]]:
     """Role and shape of every layer that can be quantized, by name, in the model's order; embedding and head last."""
-    known = {}
-    for name, module in model.named_modules():
-        role = role_of(name)
-        if type(module) is nn.Linear and role:  # a subclass computes something else
-            known[name] = role, (module.out_features, module.in_features)
+    outside = _outside(model)
+    known = {
+        name: (role, place.shape)
+        for name, place in places(model).items()
+        if place.module not in outside and (role := role_of(name))
+    }
     for name, role in vocabulary.matrices(model, quant).items():
         tokens, hidden = model.get_parameter(f"{name}.weight").shape
         known[name] = role, (tokens, hidden)
@@ -112,25 +127,43 @@ def _settings(settings: WeightConfig | None) -> dict[str, Any] | None:
 
 
 def role_of(name: str) -> str | None:
-    """`mlp` or `attn` by the last part of a layer's name; None for any other."""
-    leaf = name.rpartition(".")[2]
-    return next((role for role, leaves in LEAVES.items() if leaf in leaves), None)
+    """The role of a matrix by its name; None for what stays dense, is outside of decoder layers, or fits no rule."""
+    if not NUMBER.search(name) or _kept(name):
+        return None
+    return next((role for role, *patterns in RULES if all(_fits(name, pattern) for pattern in patterns)), None)
+
+
+def _kept(name: str) -> bool:
+    """Whether a weight stays dense on purpose."""
+    return any(_fits(name, pattern) for pattern in KEPT)
+
+
+def _fits(name: str, pattern: str) -> bool:
+    return any(re.fullmatch(pattern, piece) for piece in name.split("."))
+
+
+def _outside(model: nn.Module) -> set[nn.Module]:
+    """Modules whose weights no decoder layer multiplies hidden states with: embeddings, convolutions, the head."""
+    head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
+    apart = (nn.Embedding, nn.modules.conv._ConvNd)
+    return {module for module in model.modules() if module is head or isinstance(module, apart)}
 
 
 def decoder_weights(model: nn.Module) -> dict[str, torch.Size]:
-    """Shapes of all weights that hidden states are multiplied with: not of embeddings, head and convolutions.
+    """Shapes of all weights that hidden states are multiplied with, matrices by their names (`qat.quant.places`).
 
-    A weight goes by its layer's name, one that is no layer's `weight` (a stack of experts) by its own.
+    A weight that is none goes by its own name, as a parameter.
     """
-    head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
-    owners = dict(model.named_modules())
-    found = {}
-    for name, parameter in model.named_parameters():
-        owner, _, leaf = name.rpartition(".")
-        module = owners[owner]
-        outside = module is head or isinstance(module, nn.Embedding | nn.modules.conv._ConvNd)
-        if parameter.dim() > 1 and not outside and not leaf.endswith("bias"):
-            found[owner if leaf == "weight" else name] = parameter.shape
+    found: dict[str, torch.Size] = {}
+    outside = _outside(model)
+    for owner, module in model.named_modules():
+        for leaf, parameter in module._parameters.items() if module not in outside else ():
+            if parameter is None or parameter.dim() < 2 or leaf.endswith("bias"):
+                continue
+            if leaf in stacked(module):
+                found |= {f"{owner}.{number}.{leaf}": matrix.shape for number, matrix in enumerate(parameter)}
+            else:
+                found[owner if leaf == "weight" else f"{owner}.{leaf}"] = parameter.shape
     return found
 
 
@@ -139,11 +172,13 @@ def dense(model: nn.Module, layers: list[Layer], besides: Collection[str] = ()) 
 
     `model` has its weights as they were before quantization; what chooses experts is not told of, nor `besides`.
     """
-    weights, quantized = decoder_weights(model), {layer.name for layer in layers} | {*besides}
+    weights, matrices = decoder_weights(model), places(model)
+    quantized = {layer.name for layer in layers} | {*besides}
     whole = sum(shape.numel() for shape in weights.values())
     shares: dict[str, float] = {}
     for name, shape in weights.items():
-        if name not in quantized and not _routes(name, shape):
+        chooses = _fits(name, CHOOSES) and not (name in matrices and shape[0] >= shape[1])  # few of many
+        if name not in quantized and not chooses:
             pattern = NUMBER.sub(".*", name)
             shares[pattern] = shares.get(pattern, 0.0) + shape.numel() / whole
     return shares
@@ -151,7 +186,7 @@ def dense(model: nn.Module, layers: list[Layer], besides: Collection[str] = ()) 
 
 def learns(mode: ModeConfig, role: str, format: Format) -> bool:
     """Whether a layer learns; an embedding or head of 8 bits costs nothing that training could win back."""
-    if role in ("embed", "head"):
+    if role in vocabulary.ROLES:
         return mode.embed and format.bits < EXACT_BITS
     return {"mlp": mode.mlp, "attn": mode.attn}[role]
 
@@ -164,26 +199,19 @@ def told(shares: dict[str, float]) -> str:
 
 
 def _refuse_unmatched(shares: dict[str, float], quant: QuantConfig) -> None:
-    """Refuses a model of which a part that `quant` asks for would stay dense, unless that is asked for too."""
-    asked = {
+    """Refuses a model of which a part that `quant` may mean would stay dense, unless that is asked for too."""
+    missed = {
         pattern: share
         for pattern, share in shares.items()
-        if any(choice.asks(role, quant) for role in _places(pattern))
+        if "*" in pattern and not _kept(pattern) and _means(quant, role_of(pattern.replace("*", "0")))
     }
-    if asked and not quant.partial:
+    if missed and not quant.partial:
         raise ConfigError(
-            f"quant={quant.name} does not cover {told(asked)} of this model: {sum(asked.values()):.0%} of its"
-            " decoder's weights would stay dense; quant.partial=true quantizes the rest all the same"
+            f"quant={quant.name} does not cover {told(missed)} of this model: {sum(missed.values()):.0%} of its"
+            f" decoder's weights would stay dense. Add a rule for them to {HERE}, or quantize the rest all the same"
+            " with quant.partial=true"
         )
 
 
-def _places(pattern: str) -> list[str]:
-    """The role of a weight by where it is; both where its place does not tell."""
-    if role := role_of(pattern):
-        return [role]
-    return [role for role, place in PLACES.items() if place.search(pattern.lower())] or list(PLACES)
-
-
-def _routes(name: str, shape: torch.Size) -> bool:
-    """Whether a weight chooses experts, of which there are fewer than hidden dimensions."""
-    return ROUTER.search(name) is not None and len(shape) == 2 and shape[0] < shape[1]
+def _means(quant: QuantConfig, role: str | None) -> bool:
+    return role is None or choice.asks(role, quant)

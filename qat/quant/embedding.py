@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from qat.quant import places
 from qat.quant.formats import Format
 from qat.quant.linear import QuantHead, Quantized, QuantLinear, quantized
 
@@ -174,17 +175,19 @@ def empty(layer: Any) -> Quantized:
 
 def put(model: nn.Module, name: str, made: Quantized) -> None:
     """Puts a quantized matrix in the place of a module of the model's, with what that one does besides."""
-    old = model.get_submodule(name)
-    if isinstance(made, QuantEmbedding):
+    if isinstance(made, QuantLinear):
+        made.bias = places.bias(model, name)
+    else:
+        old = model.get_submodule(name)
         _tie(model, name, made)
-    made.take_over(old)
-    model.set_submodule(name, made.to(next(model.parameters()).device))
+        made.take_over(old)
+    places.put(model, name, made.to(next(model.parameters()).device))
 
 
-def _tie(model: nn.Module, name: str, made: QuantEmbedding) -> None:
+def _tie(model: nn.Module, name: str, made: Quantized) -> None:
     """The head's product with the embedding's matrix, where it is tied to the embedding that goes."""
     found = ends(model)
-    if found.tied and found.embed == name and found.head is not None:
+    if isinstance(made, QuantEmbedding) and found.tied and found.embed == name and found.head is not None:
         bias = cast(Tensor | None, model.get_submodule(found.head).bias)
         model.set_submodule(found.head, TiedHead(made, bias))
 

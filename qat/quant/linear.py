@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from qat.quant.formats import Format, Grid, Parts
 
 if TYPE_CHECKING:
+    from qat.quant.experts import Stack
     from qat.quant.weights import Weights
 
 
@@ -31,6 +32,7 @@ class Quantized(nn.Module):
         curvature: [O] and [I] fp32, whose product is the loss's second derivative for each latent weight.
         dense: W in a compute type while it is kept, which training and inference do.
         home: where W lies with others while it learns.
+        stack: the stack of experts that W is a matrix of; None for a layer of its own.
     """
 
     several: bool = False  # whether one pass over a model adds to the gradient more than once
@@ -47,6 +49,7 @@ class Quantized(nn.Module):
         self.curvature: tuple[Tensor, Tensor] | None = None
         self.dense: Tensor | None = None
         self.home: Weights | None = None
+        self.stack: Stack | None = None
 
     def take_over(self, old: nn.Module) -> None:
         """What the module in whose place this one comes has besides its weight."""
@@ -65,6 +68,10 @@ class Quantized(nn.Module):
     def weight(self, dtype: torch.dtype) -> Tensor:
         """W [O, I], computed in fp32."""
         return self.format.weight(self.indices, self.parts()).to(dtype)
+
+    def held(self, dtype: torch.dtype) -> Tensor:
+        """W [O, I] as it is kept, else computed."""
+        return self.weight(dtype) if self.dense is None else self.dense
 
     def bake(self, dtype: torch.dtype) -> None:
         """Keeps W until `unbake`: for layers that do not learn, and for inference."""

@@ -14,6 +14,7 @@ from qat import tensor_files
 from qat.config import ROLES
 from qat.quant import packing
 from qat.quant.architectures import Layer, dense
+from qat.quant.experts import parsed
 from qat.tensor_files import KINDS as TYPES
 from qat.tensor_files import Known
 
@@ -49,13 +50,14 @@ def stored(layers: Iterable[Layer], model: nn.Module, dtype: torch.dtype) -> dic
     found: dict[str, Known] = {}
     quantized = set()
     for layer in layers:
-        quantized.add(layer.name)
+        owner, _, leaf = parsed(layer.name)
+        quantized |= {layer.name, f"{owner}.{leaf}"}  # the parameter of a stack
         found[f"{layer.name}.indices"] = "U8", (packing.packed_bytes(layer.weights, layer.format.bits),)
         for name, part in layer.format.parts(*layer.shape).items():
             found[f"{layer.name}.{name}"] = "F16", part.shape
     for name, parameter in model.named_parameters():
         owner, _, leaf = name.rpartition(".")
-        if owner not in quantized or leaf == "bias":
+        if not {owner, name} & quantized or leaf == "bias":
             found[name] = TYPES[dtype], tuple(parameter.shape)
     return found
 

@@ -10,6 +10,15 @@ from qat.config import QuantConfig
 from qat.errors import ConfigError
 from qat.quant.embedding import ends
 
+ROLES = ("embed", "head")
+
+
+def roles(model: nn.Module) -> dict[str, str]:
+    """The role of each of a model's matrices of vocabulary × hidden, by its name; a tied pair is the embedding."""
+    found = ends(model)
+    names = {"embed": found.embed, "head": None if found.tied else found.head}
+    return {name: role for role, name in names.items() if name is not None}
+
 
 def matrices(model: nn.Module, quant: QuantConfig) -> dict[str, str]:
     """The role of each of a model's matrices of vocabulary × hidden that can be quantized, by its name.

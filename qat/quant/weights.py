@@ -6,6 +6,8 @@ product with several layers of one input (query, key and value; gate and up) nee
 
 import math
 from functools import partial
+from itertools import pairwise
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -30,7 +32,7 @@ class Weights:
         self.layers, self.latent = layers, latent
         self._starts: dict[Quantized, int] = {}
         total = 0
-        for layer in layers:
+        for layer in _side_by_side(layers):
             self._starts[layer] = total
             total += math.ceil(layer.indices.numel() / ALIGNMENT) * ALIGNMENT
         self.values = torch.empty(total, dtype=dtype, device=layers[0].indices.device)
@@ -39,7 +41,9 @@ class Weights:
         self._several = [layer for layer in layers if layer.several]
         for layer in layers:
             layer.home, layer.dense = self, self.value(layer).requires_grad_()
-            layer.dense.register_post_accumulate_grad_hook(partial(self._take, layer))
+            layer.dense.register_post_accumulate_grad_hook(partial(self._take, [layer]))
+        self._leaves = {layer: cast(Tensor, layer.dense) for layer in layers}
+        self._stacked: dict[Quantized, Tensor] = {}
 
     @property
     def sums(self) -> Tensor:
@@ -62,9 +66,8 @@ class Weights:
 
     def clear(self) -> None:
         """Forgets the gradients of an earlier step."""
-        for layer in self.layers:
-            if layer.dense is not None:
-                layer.dense.grad = None
+        for leaf in [*self._leaves.values(), *self._stacked.values()]:
+            leaf.grad = None
         if self._sums is not None:
             for sums in [self._sums] if self._adding else map(self.sum, self._several):
                 sums.zero_()
@@ -87,6 +90,24 @@ class Weights:
         together = all(self._starts.get(layer) == end for layer, end in zip(layers[1:], ends, strict=False))
         return self._cut(self.values, layers).detach() if together and layers[0] in self._starts else None
 
+    @torch.inference_mode(False)
+    def stacked(self, layers: list[Quantized]) -> Tensor | None:
+        """The weights of a stack of experts as a leaf [E, O, I]; None where they do not lie side by side.
+
+        Its gradient is added to the sums of all of them.
+        """
+        starts = [self._starts.get(layer, -1) for layer in layers]
+        pitch = starts[1] - starts[0] if len(starts) > 1 else 0
+        even = all(later - start == pitch for start, later in pairwise(starts))
+        leaves = all(layer.dense is self._leaves.get(layer) for layer in layers)
+        if not leaves or not even or pitch < 0 or len({layer.indices.shape for layer in layers}) > 1:
+            return None
+        if layers[0] not in self._stacked:
+            leaf = self._cut_stack(self.values, layers).detach().requires_grad_()
+            leaf.register_post_accumulate_grad_hook(partial(self._take, layers))
+            self._stacked[layers[0]] = leaf
+        return self._stacked[layers[0]]
+
     @torch.no_grad()
     def add(self, layers: list[Quantized], grad_TO: Tensor, input_TI: Tensor) -> None:
         """Adds the gradient `gradᵀ input` [ΣO, I] of a joint weight to the sums, without a copy where it is one."""
@@ -107,12 +128,25 @@ class Weights:
         outputs = sum(layer.indices.shape[0] for layer in layers)
         return whole[start : start + outputs * inputs].view(outputs, inputs)
 
-    def _take(self, layer: Quantized, weight: Tensor) -> None:
+    def _cut_stack(self, whole: Tensor, layers: list[Quantized]) -> Tensor:
+        """[E, O, I] of layers of one shape that lie side by side."""
+        starts, shape = [self._starts[layer] for layer in layers[:2]], layers[0].indices.shape
+        return whole.as_strided((len(layers), *shape), (starts[-1] - starts[0], shape[1], 1), starts[0])
+
+    def _take(self, layers: list[Quantized], weight: Tensor) -> None:
         """Moves a weight's new gradient into the sum, so that it is gone before the next layer's comes."""
         if weight.grad is None:
             raise RuntimeError("a weight without its gradient")
-        (self.sum(layer).add_ if self._adding or layer.several else self.sum(layer).copy_)(weight.grad)
+        sums = self.sum(layers[0]) if weight.dim() == 2 else self._cut_stack(self.sums, layers)
+        (sums.add_ if self._adding or layers[0].several else sums.copy_)(weight.grad)
         weight.grad = None
+
+
+def _side_by_side(layers: list[Quantized]) -> list[Quantized]:
+    """Those of one stack of experts after one another, else as they are."""
+    firsts: dict[object, int] = {}
+    places = {layer: firsts.setdefault(layer.stack or layer, n) for n, layer in enumerate(layers)}
+    return sorted(layers, key=places.__getitem__)
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:

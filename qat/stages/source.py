@@ -10,9 +10,9 @@ from qat import checkpoints
 from qat.artifacts import Artifact
 from qat.cache.batch import Batch
 from qat.cache.reader import CacheReader
-from qat.models import linear
 from qat.quant.architectures import Layer
 from qat.quant.linear import Quantized, kept, quantized
+from qat.quant.places import matrix
 from qat.stages.workspace import Workspace
 
 
@@ -50,7 +50,8 @@ class Source:
             return self._latent[name]
         if name in self._made:
             return self._made[name].weight(torch.float32)
-        return self._own.get(name, linear(self.exact, name).weight)
+        own = self._own.get(name)
+        return matrix(self.exact, name) if own is None else own
 
     @property
     def _own(self) -> dict[str, Tensor]:

@@ -13,9 +13,10 @@ from qat.data.asking import asked
 from qat.data.thinking import user_turn
 from qat.errors import ConfigError
 from qat.machine import Machine
-from qat.models import ModelFolder, linear, tokenizers
+from qat.models import ModelFolder, tokenizers
 from qat.models.reading import listed
 from qat.quant.architectures import Layer, select
+from qat.quant.places import matrix
 
 CONVERTS = (Stage.run, Stage.convert)
 TRAINS = (Stage.run, Stage.distill)
@@ -71,7 +72,7 @@ def check_layers(config: Config, teacher: ModelFolder) -> list[Layer]:
 
 def _refuse_zeros(model: PreTrainedModel, layers: list[Layer], teacher: ModelFolder) -> None:
     """Refuses layers of zeros, to which nothing can be fitted."""
-    empty = [layer.name for layer in layers if not bool(linear(model, layer.name).weight.any())]
+    empty = [layer.name for layer in layers if not bool(matrix(model, layer.name).any())]
     if empty:
         raise ConfigError(f"{teacher.path} has nothing but zeros in {listed(empty)}, to which no format fits")
 

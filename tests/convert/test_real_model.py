@@ -6,7 +6,6 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from qat import models
 from qat.cache.batch import Text
 from qat.config import DataConfig, DataSource, Packing, QuantConfig, WeightConfig
 from qat.convert.convert import STACK_BYTES, stacks
@@ -19,6 +18,7 @@ from qat.quant.architectures import select
 from qat.quant.curvature import Curvature, Factor
 from qat.quant.fit import importance
 from qat.quant.formats.codebook_fit import alternate, start
+from qat.quant.places import matrix
 
 QUANT = QuantConfig(name="q2a4", mlp=WeightConfig(bits=2, rank=4), attn=WeightConfig(bits=4, rank=2))
 EVERY, LAST = 5, 25  # of 30 blocks; benchmarks/assignment.py does all
@@ -47,7 +47,7 @@ def test_compensated_indices_beat_nearest_ones_in_output_error_on_every_layer(sm
     assert len(layers) == 6 * 7
     moments = gather(model, layers, Text(rows).batches(4))
     for stack in stacks(layers, STACK_BYTES["cpu"]):
-        weight = torch.stack([models.linear(model, layer.name).weight for layer in stack])
+        weight = torch.stack([matrix(model, layer.name) for layer in stack])
         H = torch.stack([moments.inputs[layer.source] for layer in stack])
         codebooks = start(weight, importance(H), 2 ** stack[0].format.bits, stack[0].format.rank, kmeans.kmeans)
         codebooks = alternate(codebooks, weight, importance(H))

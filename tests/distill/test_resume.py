@@ -73,7 +73,7 @@ def steps(folder: Path) -> int:
 def outputs(tmp_path_factory, start):
     """A folder with a conversion to start from."""
     folder = tmp_path_factory.mktemp("resume") / "outputs"
-    finish(start(folder, "stage=convert", "instance.precision=fp32"))
+    finish(start(folder, "stage=convert", "instance.precision=fp32", "quant.embed={bits: 3, rank: 4}"))
     return folder
 
 

@@ -30,7 +30,8 @@ from tests import tiny
 from tests.distill.test_trainer import TRAIN, exact_loss, grads_of, steps_of
 
 E2E = ModeConfig(name="e2e", mlp=True, attn=True, embed=True)
-TABLE, GRID = WeightConfig(bits=3, rank=2), WeightConfig(bits=3, format=WeightFormat.grid, group=16, levels=Levels.shifted)
+CODEBOOK = WeightConfig(bits=3, rank=2)
+GRID = WeightConfig(bits=3, format=WeightFormat.grid, group=16, levels=Levels.shifted)
 KINDS = {
     "tied": ("Llama", {"tie_word_embeddings": True}, FAST),
     "untied": ("Llama", {"tie_word_embeddings": False}, FAST),
@@ -39,7 +40,7 @@ KINDS = {
 
 
 @cache
-def model_of(name: str, **_: object) -> tuple[transformers.PreTrainedModel, Pass]:
+def model_of(name: str) -> tuple[transformers.PreTrainedModel, Pass]:
     kind, extra, how = KINDS[name]
     shape = {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.2}
@@ -51,20 +52,20 @@ def model_of(name: str, **_: object) -> tuple[transformers.PreTrainedModel, Pass
 
 
 @cache
-def converted(name: str, head: bool, gradients: bool = False):
+def converted(name: str):
     """A model's quantized matrices."""
     model, _ = model_of(name)
-    quant = replace(tiny.QUANT, embed=TABLE, head=None if ends(model).tied else GRID)
+    quant = replace(tiny.QUANT, embed=CODEBOOK, head=None if ends(model).tied else GRID)
     layers = select(model, quant)
     rows = torch.randint(512, (8, 32), generator=torch.Generator().manual_seed(0))
-    moments = gather(model, layers, tiny.Text(rows).batches(8), gradients)
+    moments = gather(model, layers, tiny.Text(rows).batches(8))
     settings, kmeans = ConvertConfig(rounds=1, sweeps=0), KMeansConfig("", KMeansBackend.exact)
     return quantize(layers, lambda name: model.get_submodule(name).weight, moments, settings, kmeans, tiny.CPU)
 
 
 def student_of(name: str):
     model, how = model_of(name)
-    student, made = copy.deepcopy(model), converted(name, True)
+    student, made = copy.deepcopy(model), converted(name)
     install(student, {one.layer.name: copy.deepcopy(one.module) for one in made})
     use(student, how)
     return student, {one.layer.name: one.layer.role for one in made}

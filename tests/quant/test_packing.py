@@ -3,7 +3,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qat.quant.packing import pack, unpack
+from qat.quant.packing import pack, unpack, unpack_rows
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)
@@ -35,3 +35,12 @@ def test_a_transposed_view_is_packed_in_its_own_order():
 def test_all_ones_survive(bits):
     index = torch.full((3, 5), 2**bits - 1, dtype=torch.uint8)
     assert torch.equal(unpack(pack(index, bits), bits, (3, 5)), index)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(st.integers(1, 8), st.integers(1, 9), st.integers(1, 13), st.integers(0, 1000))
+def test_rows_come_out_alone_wherever_they_begin(bits, rows, columns, seed):
+    draw = torch.Generator().manual_seed(seed)
+    index = torch.randint(2**bits, (rows, columns), generator=draw).to(torch.uint8)
+    some = torch.randint(rows, (5,), generator=draw)
+    assert torch.equal(unpack_rows(pack(index, bits), bits, some, columns), index[some])

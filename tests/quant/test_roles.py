@@ -1,4 +1,5 @@
 import copy
+import re
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -16,6 +17,7 @@ from qat.config.keys import key
 from qat.errors import ConfigError
 from qat.quant.architectures import recorded, select
 from qat.quant.formats import Codebook
+from qat.quant.places import bias, matrix
 from qat.quant.size import bits_per_weight, summary
 
 
@@ -155,57 +157,113 @@ def test_a_layer_takes_bits_and_rank_of_its_kind():
         assert layer.format == Codebook(*((2, 32) if layer.role == "mlp" else (4, 8)))
 
 
-@pytest.mark.parametrize(
-    ("kind", "shape", "left", "share"),
-    [
-        ("Phi3", {"pad_token_id": 0}, ("mlp.gate_up_proj (44.4%)", "self_attn.qkv_proj (22.2%)"), "67%"),
-        ("Mixtral", EXPERTS, ("mlp.experts.gate_up_proj", "mlp.experts.down_proj"), "84%"),
-        ("Qwen3Moe", EXPERTS | {"head_dim": 4}, ("mlp.experts.gate_up_proj", "mlp.experts.down_proj"), "57%"),
-        ("Phi", {"num_key_value_heads": 2}, ("mlp.fc1", "mlp.fc2", "self_attn.dense"), "62%"),
-        ("OPT", {"word_embed_proj_dim": 8, "ffn_dim": 16}, ("fc1", "fc2", "self_attn.out_proj"), "62%"),
-    ],
-)
-def test_a_model_with_projections_of_other_names_is_refused_by_name_unless_part_of_it_will_do(kind, shape, left, share):
-    model, quant = skeleton(kind, **shape), preset("q2a4")
-    with pytest.raises(ConfigError, match=rf"{share} of its decoder's weights .*quant\.partial=true") as refused:
+WHOLE = {
+    "Bloom": ("self_attention.query_key_value", "mlp.dense_4h_to_h"),
+    "Falcon": ("self_attention.query_key_value", "mlp.dense_h_to_4h"),
+    "GPT2": ("attn.c_attn", "mlp.c_proj"),
+    "GPTNeoX": ("attention.query_key_value", "mlp.dense_4h_to_h"),
+    "GptOss": ("self_attn.o_proj", "mlp.experts.2.down_proj"),
+    "Mixtral": ("self_attn.k_proj", "mlp.experts.2.gate_up_proj"),
+    "OPT": ("self_attn.out_proj", "fc2"),
+    "Olmoe": ("self_attn.q_proj", "mlp.experts.0.down_proj"),
+    "Phi": ("self_attn.dense", "mlp.fc1"),
+    "Phi3": ("self_attn.qkv_proj", "mlp.gate_up_proj"),
+    "Qwen2Moe": ("self_attn.v_proj", "mlp.shared_expert.up_proj"),
+    "Qwen3Moe": ("self_attn.o_proj", "mlp.experts.1.gate_up_proj"),
+}
+OTHERS = {"pad_token_id": 0, "word_embed_proj_dim": 8, "ffn_dim": 16}
+
+
+@pytest.mark.parametrize("kind", WHOLE)
+def test_fused_transposed_and_stacked_projections_are_quantized_all(kind):
+    known = dir(getattr(transformers, f"{kind}Config")())
+    shape = {name: value for name, value in (OTHERS | EXPERTS).items() if name in known}
+    model = skeleton(kind, **shape | ({"num_key_value_heads": 2} if kind == "Phi" else {}))
+    layers = select(model, preset("q2a4"))
+    for role, name in zip(("attn", "mlp"), WHOLE[kind], strict=True):
+        assert [layer.role for layer in layers if layer.name.endswith(f".1.{name}")] == [role]
+    assert not summary(layers, model)["dense"]
+    apart = re.compile(r"embed|wte|wpe|lm_head|bias|norm|ln_|router|gate\.|shared_expert_gate|sinks")
+    assert sum(layer.weights for layer in layers) == sum(
+        p.numel() for name, p in model.named_parameters() if not apart.search(name)
+    )
+
+
+def test_what_an_expert_reads_has_its_own_source():
+    layers = {layer.name: layer.source for layer in select(skeleton("Mixtral", **EXPERTS), preset("q2a4"))}
+    assert all(layers[name] == name for name in layers if ".experts." in name)
+    assert len(layers) == 2 * (4 + 3 * 2)
+
+
+def with_another_layer(kind=nn.Linear):
+    """A model with a projection in every decoder layer whose name says nothing."""
+    model = copy.deepcopy(skeleton())
+    for layer in model.model.layers:
+        layer.gizmo = kind(8, 64, bias=False, device="meta")
+    return model
+
+
+def test_a_layer_that_no_rule_fits_is_refused_with_its_share_and_the_remedies():
+    model, quant = with_another_layer(), preset("q2a16")
+    share = 8 * 64 / (8 * 64 + 2 * 8 * 8 + 2 * 8 * 4 + 3 * 8 * 16)
+    said = (
+        rf"quant=q2a16 does not cover model\.layers\.\*\.gizmo \({share:.1%}\) of this model: {share:.0%} of its"
+        r" decoder's weights would stay dense\. Add a rule for them to qat/quant/architectures\.py, or .*"
+        r"quant\.partial=true$"
+    )
+    with pytest.raises(ConfigError, match=said):
         select(model, quant)
-    assert all(f"layers.*.{name}" in str(refused.value) for name in left)
     layers = select(model, replace(quant, partial=True))
+    assert {layer.role for layer in layers} == {"mlp"}
+    assert summary(layers, model)["dense"]["model.layers.*.gizmo"] == round(share, 4)
+
+
+def test_what_stays_dense_on_purpose_is_told_and_not_refused():
+    shape = {"head_dim": 4, "layer_types": ["linear_attention", "full_attention"], "linear_num_value_heads": 2}
+    shape |= {"linear_num_key_heads": 2, "linear_key_head_dim": 4, "linear_value_head_dim": 4}
+    model = skeleton.__wrapped__("Qwen3_5Text", **shape)
+    layers = select(model, preset("q2a4"))
+    assert {"in_proj_qkv", "in_proj_z", "out_proj"} < {layer.name.rpartition(".")[2] for layer in layers}
     told = summary(layers, model)["dense"]
-    assert {pattern.partition(".*.")[2] for pattern in told} == {name.partition(" ")[0] for name in left}
-    matrices = [p for n, p in model.named_parameters() if p.dim() > 1 and "embed" not in n and "lm_head" not in n]
-    kept = sum(p.numel() for p in matrices if p.shape == (3, 8))  # what chooses experts
-    whole = sum(p.numel() for p in matrices)
-    quantized = sum(layer.weights for layer in layers)
-    assert sum(told.values()) == pytest.approx(1 - (quantized + kept) / whole, abs=1e-3)
+    assert set(told) == {f"model.layers.*.linear_attn.in_proj_{x}" for x in "ab"}
 
 
-def test_a_part_that_stays_dense_on_purpose_may_have_any_names():
-    """The attention of this model is one projection, its MLP three ordinary ones."""
-    model = skeleton("Phi3", pad_token_id=0, num_hidden_layers=1)
-    model.model.layers[0].mlp = skeleton(num_hidden_layers=1).model.layers[0].mlp
-    assert {layer.role for layer in select(model, preset("q2a16"))} == {"mlp"}
-    with pytest.raises(ConfigError, match=r"does not cover model\.layers\.\*\.self_attn\.qkv_proj"):
-        select(model, preset("q2a4"))
+def test_a_class_of_linear_layers_is_known_by_what_it_computes():
+    class Renamed(nn.Linear):
+        def forward(self, x):
+            return x @ self.weight.T
 
-
-def test_a_linear_layer_that_computes_something_else_is_none():
     class Scaled(nn.Linear):
-        pass
+        def forward(self, x):
+            return 2 * super().forward(x)
 
-    model = skeleton(num_hidden_layers=1)
-    other = copy.deepcopy(model)
-    other.model.layers[0].self_attn.o_proj = Scaled(8, 8, bias=False, device="meta")
-    assert len(select(model, preset("q2a4"))) == 7
-    with pytest.raises(ConfigError, match=r"does not cover model\.layers\.\*\.self_attn\.o_proj"):
-        select(other, preset("q2a4"))
+    for kind, taken in ((Renamed, True), (Scaled, False)):
+        model = copy.deepcopy(skeleton(num_hidden_layers=1))
+        model.model.layers[0].self_attn.o_proj = kind(8, 8, bias=False, device="meta")
+        if taken:
+            assert len(select(model, preset("q2a4"))) == 7
+            continue
+        with pytest.raises(ConfigError, match=r"does not cover model\.layers\.\*\.self_attn\.o_proj"):
+            select(model, preset("q2a4"))
+        assert len(select(model, preset("q2a16"))) == 3  # attention is not asked for
 
 
-@pytest.mark.parametrize("kind", ["GPT2", "Falcon", "GPTNeoX", "Bloom"])
-def test_a_model_without_such_layers_is_refused_with_the_names_that_it_has(kind):
-    told = r"quant=q2a4 finds no layer .*gate_proj.* but (transformer\.h|gpt_neox\.layers)\.\*"
-    with pytest.raises(ConfigError, match=told):
-        select(skeleton(kind, hidden_size=8), preset("q2a4"))
+def test_a_transposed_weight_is_seen_as_outputs_by_inputs():
+    config = transformers.GPT2Config(vocab_size=20, n_embd=8, n_layer=1, n_head=2, n_positions=16)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    found = matrix(model, "transformer.h.0.attn.c_attn")
+    assert found.shape == (24, 8)
+    x = torch.randn(3, 8)
+    module = model.transformer.h[0].attn.c_attn
+    assert torch.allclose(module(x), nn.functional.linear(x, found, bias(model, "transformer.h.0.attn.c_attn")))
+
+
+def test_a_model_in_which_no_rule_fits_is_refused_with_what_it_has():
+    model = with_another_layer()
+    for layer in model.model.layers:
+        del layer.mlp, layer.self_attn
+    with pytest.raises(ConfigError, match=r"quant=q2a4 finds no layer .* which has model\.layers\.\*\.gizmo \(100"):
+        select(model, preset("q2a4"))
 
 
 def test_what_shapes_no_student_is_not_recorded():
@@ -217,3 +275,43 @@ def test_what_shapes_no_student_is_not_recorded():
     assert recorded(Hasty("q2a16", mlp=WeightConfig(2, 32), partial=True, threads=8)) == recorded(plain)
     nothing = {"attn": None, "embed": None, "head": None}
     assert recorded(plain) == {"name": "q2a16", "mlp": {"bits": 2, "rank": 32}} | nothing
+
+
+EMBED, OTHER = WeightConfig(bits=4, rank=2), WeightConfig(bits=3, rank=2)
+
+
+@pytest.mark.parametrize(
+    ("tied", "chosen", "roles"),
+    [
+        (True, {"embed": EMBED}, {"model.embed_tokens": "embed"}),
+        (True, {"embed": EMBED, "head": EMBED}, {"model.embed_tokens": "embed"}),
+        (False, {"embed": EMBED, "head": OTHER}, {"model.embed_tokens": "embed", "lm_head": "head"}),
+        (False, {"embed": EMBED, "partial": True}, {"model.embed_tokens": "embed"}),
+        (False, {"head": OTHER, "partial": True}, {"lm_head": "head"}),
+    ],
+)
+def test_embedding_and_head_are_one_layer_where_they_are_one_tensor(tied, chosen, roles):
+    model = skeleton(tie_word_embeddings=tied)
+    layers = select(model, QuantConfig("x", mlp=OTHER, **chosen))
+    outer = {layer.name: layer for layer in layers if layer.role in ("embed", "head")}
+    assert {name: layer.role for name, layer in outer.items()} == roles
+    weights = sum(parameter.numel() for parameter in model.parameters())
+    stored = sum(16 * (2 * 108 + 2**layer.format.bits) + layer.format.bits * 800 for layer in outer.values())
+    inner = [layer for layer in layers if layer.role == "mlp"]
+    stored += sum(layer.format.stored_bits(*layer.shape) for layer in inner)
+    stored += 16 * (weights - sum(layer.weights for layer in layers))
+    assert summary(layers, model)["model_bits_per_weight"] == pytest.approx(stored / weights, abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("tied", "chosen", "says"),
+    [
+        (True, {"embed": EMBED, "head": OTHER}, r"quant\.head is not quant\.embed.* one tensor .*set quant\.head=null"),
+        (True, {"head": OTHER}, r"quant\.embed is not.* one tensor .*set quant\.embed"),
+        (False, {"embed": EMBED}, r"quant\.head is not: .*two tensors.*set quant\.head too, or quant\.partial=true"),
+        (False, {"head": EMBED}, r"quant\.embed is not: .*two tensors.*set quant\.embed too, or quant\.partial=true"),
+    ],
+)
+def test_embedding_and_head_that_are_half_said_are_refused(tied, chosen, says):
+    with pytest.raises(ConfigError, match=says):
+        select(skeleton(tie_word_embeddings=tied), QuantConfig("x", mlp=OTHER, **chosen))

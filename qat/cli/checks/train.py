@@ -34,8 +34,8 @@ def _check_mode(config: Config) -> None:
                 f"mode={config.mode.name} trains the {kind} layers, for which {whose} has no format"
                 + (f": use {fitting[0]}" if fitting else "")
             )
-    if not any(learning.values()):
-        raise ConfigError("mode.mlp and mode.attn are both false: nothing would learn")
+    if not any(learning.values()) and not config.mode.embed:
+        raise ConfigError("mode.mlp, mode.attn and mode.embed are all false: nothing would learn")
 
 
 def _check_learning(config: Config) -> None:

@@ -6,11 +6,13 @@ from typing import Any
 from typing import cast as cast_type
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from qat import checkpoints
+from qat.checkpoints import v2
 from qat.config import ExportConfig, ExportType
+from qat.errors import ConfigError
 from qat.export.source import DTYPES, EXACT, Source, cast, copy_tokenizer, require_codebooks
 from qat.quant.embedding import restore
 from qat.quant.linear import QuantLinear, quantized
@@ -23,15 +25,27 @@ def write(source: Source, folder: Path, settings: ExportConfig) -> None:
     """Writes the state dict, `config.json` and the tokenizer.
 
     Raises:
-        ConfigError: a layer is no codebook.
+        ConfigError: a layer is no codebook, or none that the layout has a place for.
         NumericsError: a value does not fit into fp16.
     """
     require_codebooks(source, "export=anemll_v2")
+    _require_layers(source)
     restore(source.model)
     snapped = settings.dtype is ExportType.fp16
     torch.save(state_dict(source, snapped), folder / FILE)
     (folder / "config.json").write_text(json.dumps(description(source), indent=2) + "\n", encoding="utf-8")
     copy_tokenizer(source.teacher, folder)
+
+
+def _require_layers(source: Source) -> None:
+    """Refuses a student with quantized matrices that are no linear layers of the names in the layout."""
+    modules = dict(source.teacher.skeleton().named_modules())
+    for layer in source.layers:
+        if type(modules.get(layer.name)) is not nn.Linear or layer.name.rpartition(".")[2] not in v2.ROLE_OF:
+            raise ConfigError(
+                f"export=anemll_v2 has a place for {', '.join(v2.ROLE_OF)} layers alone, and none for {layer.name}:"
+                " export=packed and export=hf take any"
+            )
 
 
 @torch.no_grad()

@@ -9,8 +9,8 @@ from qat import models
 from qat.checkpoints.own import adopt, own_parameters
 from qat.config import ExportConfig
 from qat.export.source import CPU, DTYPES, Source, cast, copy_tokenizer
-from qat.models import linear
 from qat.quant.linear import quantized
+from qat.quant.places import matrix
 
 
 def write(source: Source, folder: Path, settings: ExportConfig) -> None:
@@ -33,7 +33,7 @@ def dense(source: Source, dtype: torch.dtype) -> PreTrainedModel:
     for name, parameter in model.named_parameters():
         cast(name, parameter, dtype)
     for name, module in quantized(source.model).items():
-        linear(model, name).weight.copy_(cast(name, module.weight(torch.float32), dtype))
+        matrix(model, name).copy_(cast(name, module.weight(torch.float32), dtype))
     return model
 
 
