@@ -6,9 +6,9 @@ from qat.config import ConvertConfig, KMeansBackend, KMeansConfig, QuantConfig, 
 from qat.convert.convert import Converted, quantize
 from qat.convert.costs import cost, costs
 from qat.convert.moments import gather
-from qat.models import linear
 from qat.quant import budget
 from qat.quant.architectures import select
+from qat.quant.places import matrix
 from tests import tiny
 
 QUANT = QuantConfig(name="budget", candidates=[WeightConfig(bits=bits, rank=2) for bits in (2, 4)], megabytes=1.0)
@@ -35,7 +35,7 @@ def test_every_layer_has_a_cost_in_every_format_and_more_bits_cost_less(exact, t
     made = costs(
         choices,
         lambda: teacher.load(torch.float32, tiny.CPU),
-        lambda name: linear(exact, name).weight,
+        lambda name: matrix(exact, name),
         text,
         SETTINGS,
         KMEANS,
@@ -51,8 +51,8 @@ def test_a_cost_is_half_the_quadratic_form_of_the_error(exact, layers, text):
     """Against the Kronecker product written out, in float64."""
     small = [layer for layer in layers if layer.weights <= 1 << 12 or layer.role == "embed"]
     moments = gather(exact, small, text, gradients=True)
-    for made in quantize(small, lambda name: linear(exact, name).weight, moments, SETTINGS, KMEANS, tiny.CPU):
-        name, weight = made.layer.name, linear(exact, made.layer.name).weight
+    for made in quantize(small, lambda name: matrix(exact, name), moments, SETTINGS, KMEANS, tiny.CPU):
+        name, weight = made.layer.name, matrix(exact, made.layer.name)
         E, H = (made.module.weight(torch.float32) - weight).double(), moments.inputs[made.layer.source].double()
         if made.layer.role == "embed":
             expected = torch.einsum("v,vi,ij,vj->", moments.rows[name].double(), E, H, E) / 2
