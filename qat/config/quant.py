@@ -52,11 +52,11 @@ class WeightConfig:
 
 @dataclass
 class QuantConfig:
-    """Bits and formats; a kind that is null stays in full precision."""
+    """Bits and formats; a role that is null stays in full precision."""
 
     name: str = MISSING
-    mlp: WeightConfig | None = key(None, "gate, up, down")
-    attn: WeightConfig | None = key(None, "q, k, v, o")
+    mlp: WeightConfig | None = key(None, "of MLPs, experts included")
+    attn: WeightConfig | None = key(None, "of attention, or of what mixes tokens in its place")
     embed: WeightConfig | None = key(None, "rows for tokens; of the head too where the model ties the two")
     head: WeightConfig | None = key(None, "before the logits; of a tied head null, or what embed is")
     layers: "dict[str, WeightConfig | None]" = key(
@@ -66,7 +66,7 @@ class QuantConfig:
     bits: float | None = key(None, "budget: a weight over the whole model, at most", above=0, high=16)
     candidates: list[WeightConfig] = key([], "budget: formats that each layer may get which nothing else names")
     partial: bool = key(
-        False, "goes on where a part of the model would stay dense: projections of other names, one of embed and head"
+        False, "goes on where a part would stay dense: weights that no rule has a role for, one of embed and head"
     )
 
 

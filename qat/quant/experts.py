@@ -107,6 +107,7 @@ def open(module: nn.Module, parameter: str) -> None:
     if LIKE not in module._buffers:
         module.register_buffer(LIKE, whole.new_empty(0), persistent=False)
     module.__class__ = _opened(type(module), parameter)  # type: ignore[arg-type]
+    vars(module)["_is_hf_initialized"] = True  # else transformers fills with random numbers what it reads here
     vars(module)[STACK + parameter] = Stack(module, parameter, whole.dtype)
 
 

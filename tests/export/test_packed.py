@@ -7,13 +7,23 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from qat import checkpoints
+from qat.config import ExportConfig, ExportType, ModelConfig, ModelSource, QuantConfig
+from qat.errors import ConfigError
+from qat.export.anemll_v2 import writer as anemll_v2
+from qat.export.hf import writer as hf
 from qat.export.packed import writer as packed
+from qat.export.source import Source
+from qat.models import locate
 from qat.packed.linear import PackedLinear
 from qat.quant import packing
+from qat.quant.architectures import Layer
 from qat.quant.formats import Codebook
 from qat.quant.linear import quantized
+from tests import tiny
 from tests.cli.conftest import ROOT
 from tests.export.conftest import IDS
+from tests.quant import test_experts as experts
 
 LOAD = """
 import sys
@@ -177,3 +187,31 @@ def test_a_kept_weight_does_not_outlive_the_type_or_block_gradients():
     assert torch.allclose(x.grad.double(), exact.sum(0).expand(3, -1), rtol=1e-4, atol=1e-4)
     made.double()
     assert made.dense is None and made(x.double()).dtype is torch.float64
+
+
+@pytest.mark.parametrize("kind", ["Mixtral", "GptOss"])
+def test_experts_are_packed_each_by_itself_and_read_back(kind, tmp_path):
+    """By transformers, which fills what it takes for missing with random numbers."""
+    experts.model_of(kind).save_pretrained(tmp_path / "model")
+    teacher = locate(ModelConfig("it", ModelSource.folder, path=str(tmp_path / "model")), tmp_path)
+    student = teacher.load(torch.float32, tiny.CPU)
+    experts.quantize(student, experts.experts_of(student))
+    layers = [Layer(name, "mlp", (one.outputs, one.inputs), one.format) for name, one in quantized(student).items()]
+    source = Source(teacher, student, checkpoints.describe(teacher, QuantConfig("q2a16"), layers))
+    packed.write(source, tmp_path, ExportConfig("packed", "packed", ExportType.fp32))
+    read, expected = packed.read(source, tmp_path), experts.logits(student)
+    assert (experts.logits(read) - expected).norm() < 5e-3 * expected.norm()
+    names = [name for name, module in read.named_modules() if isinstance(module, PackedLinear)]
+    assert names == [layer.name for layer in layers]
+    plain = hf.dense(source, torch.float32)
+    assert torch.allclose(experts.logits(plain), expected, atol=1e-4) and not quantized(plain)
+
+
+def test_a_layout_without_a_place_for_experts_refuses_them_by_name(tmp_path):
+    experts.model_of("Mixtral").save_pretrained(tmp_path / "model")
+    teacher = locate(ModelConfig("it", ModelSource.folder, path=str(tmp_path / "model")), tmp_path)
+    layers = [Layer("model.layers.0.mlp.experts.0.down_proj", "mlp", (16, 12), Codebook(2, 2))]
+    manifest = checkpoints.describe(teacher, QuantConfig("q2a16"), layers)
+    source = Source(teacher, teacher.skeleton(), manifest)
+    with pytest.raises(ConfigError, match=r"export=anemll_v2 .* none for model\.layers\.0\.mlp\.experts\.0\.down_proj"):
+        anemll_v2.write(source, tmp_path, ExportConfig("anemll_v2", "anemll_v2", ExportType.fp32))

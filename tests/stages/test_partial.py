@@ -19,12 +19,12 @@ SHAPE = {
     "eos_token_id": 257,
     "pad_token_id": 257,
 }
-SHARES = {"model.layers.*.self_attn.qkv_proj": 96 / 272, "model.layers.*.mlp.gate_up_proj": 96 / 272}
+SHARES = {"model.layers.*.self_attn.o_proj": 32 / 272, "model.layers.*.self_attn.qkv_proj": 96 / 272}
 
 
 @pytest.fixture(scope="module")
 def place(teacher, tmp_path_factory):
-    """A model with fused projections: of a layer's 272 rows of 32 numbers, codebooks are found for 80."""
+    """A model with fused projections: of a layer's 272 rows of 32 numbers, the MLP has 144."""
     place = tmp_path_factory.mktemp("partial")
     torch.manual_seed(0)
     transformers.AutoModelForCausalLM.from_config(transformers.Phi3Config(**SHAPE)).save_pretrained(place / "phi3")
@@ -35,18 +35,20 @@ def place(teacher, tmp_path_factory):
 
 
 def test_what_stays_dense_is_told_on_the_screen_in_the_record_in_the_log_and_on_the_card(job, place, capsys):
-    _, result = job("phi3", "stage=convert", "data=text", f"data.path={place / 'text.txt'}", "quant.partial=true")
+    read = ("data=text", f"data.path={place / 'text.txt'}")
+    _, result = job("phi3", "stage=convert", *read, "quant=q2a16", "quant.mlp.rank=4")
     assert result["quant"]["dense"] == {name: round(share, 4) for name, share in SHARES.items()}
-    quantized, rest = 2 * 80 * 32, 2 * 192 * 32 + 2 * 300 * 32 + 5 * 32
+    quantized, rest = 2 * 144 * 32, 2 * 128 * 32 + 2 * 300 * 32 + 5 * 32
     bits = (result["quant"]["bits_per_weight"] * quantized + 16 * rest) / (quantized + rest)
     assert result["quant"]["model_bits_per_weight"] == pytest.approx(bits, abs=1e-3)
-    said = "model.layers.*.self_attn.qkv_proj (35.3%), model.layers.*.mlp.gate_up_proj (35.3%)"
+    said = "model.layers.*.self_attn.qkv_proj (35.3%), model.layers.*.self_attn.o_proj (11.8%)"
     assert f"left dense, as shares of the decoder's weights: {said}\n" in capsys.readouterr().out
-    assert "**Left dense**: 70.6% of the decoder's weights (" in (place / "outputs" / "RUNS.md").read_text()
+    left = f"{sum(result['quant']['dense'].values()):.1%} of the decoder's weights"
+    assert f"**Left dense**: {left} (" in (place / "outputs" / "RUNS.md").read_text()
     start, output = f"checkpoint={result['paths']['conversion']}", place / "exports" / "hf"
     _, exported = job("phi3", "stage=export", start, "export=hf", f"export.output={output}")
     assert exported["quant"]["dense"] == result["quant"]["dense"]
     card = (output / "README.md").read_text()
-    told = "Left dense, in full precision, are 70.6% of the decoder's weights: `model.layers.*.self_attn.qkv_proj`"
+    told = f"Left dense, in full precision, are {left}: `model.layers.*.self_attn.o_proj`"
     assert told in card
     assert f"{result['quant']['model_bits_per_weight']} bits a weight over the whole model" in card
