@@ -36,8 +36,9 @@ from qat.data.documents import Document
 from qat.data.tally import Tally
 from qat.evaluate import evaluate
 from qat.models import ModelFolder, locate
-from qat.quant.architectures import Layer, bits_per_weight, select
+from qat.quant.architectures import Layer, select
 from qat.quant.places import matrix
+from qat.quant.size import bits_per_weight
 
 CONF = Path(__file__).parent.parent / "conf"
 

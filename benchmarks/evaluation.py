@@ -28,8 +28,9 @@ from qat.fidelity import Sample, settle
 from qat.forward import body
 from qat.machine import DTYPES, Machine
 from qat.models import ModelFolder, locate
-from qat.quant.architectures import Layer, bits_per_weight
+from qat.quant.architectures import Layer
 from qat.quant.formats import Uniform
+from qat.quant.size import bits_per_weight, file_bytes
 
 TOP_K = 64  # tokens that `kd_loss` looks at
 
@@ -97,7 +98,7 @@ class Evaluation:
                     row |= told | averaged(found[row["text"]])
                     results.add(row | {"device": self.judge.describe(), "date": time.strftime("%Y-%m-%d")})
                     print(
-                        f"{entry.method} {entry.name} {row['text']}: kl {row['kl']:.4f} at {row['bits']:.2f} bits",
+                        f"{entry.method} {entry.name} {row['text']}: kl {row['kl']:.4f} at {row['megabytes']:.1f} MB",
                         flush=True,
                     )
 
@@ -148,7 +149,7 @@ def trained(work: Evaluation, name: str, paths: Iterable[Path]) -> Entry:
     def student(path: Path, dtype: torch.dtype) -> Student:
         machine = Machine(work.machine.device, dtype, work.machine.micro_batch)
         model, manifest = checkpoints.load(path, teacher_of(path, work.folder), machine)
-        return model, our_bits(checkpoints.layers_of(manifest))
+        return model, our_size(checkpoints.layers_of(manifest), work.folder)
 
     makers = tuple(lambda dtype, path=path: student(path, dtype) for path in found)
     return Entry(f"{method}, trained", name, settings, makers)
@@ -166,17 +167,25 @@ def teacher_of(path: Path, folder: ModelFolder) -> ModelFolder:
     return artifact if read_manifest(path).get("teacher") == artifact.fingerprint else folder
 
 
-def bits_of(layers: list[Layer], grids: dict[str, Grid]) -> dict[str, float]:
-    """Mean bits per weight of the MLP and of all quantized layers."""
+def size_of(layers: list[Layer], grids: dict[str, Grid], folder: ModelFolder) -> dict[str, float]:
+    """Mean bits per weight of the MLP and of all quantized layers, and megabytes, with 16 bits for all else."""
     costs = [(layer.role, (layer.weights, grids[layer.name].bits_per_weight)) for layer in layers]
-    mlp = mean_bits(cost for kind, cost in costs if kind == "mlp")
-    return {"bits": round(mlp, 4), "bits_all": round(mean_bits(cost for _, cost in costs), 4)}
+    mlp = mean_bits(cost for role, cost in costs if role == "mlp")
+    whole = sum(parameter.numel() for parameter in folder.skeleton().parameters())
+    rest = whole - sum(layer.weights for layer in layers)
+    megabytes = (sum(weights * bits for _, (weights, bits) in costs) + 16 * rest) / 8e6
+    every = mean_bits(cost for _, cost in costs)
+    return {"bits": round(mlp, 4), "bits_all": round(every, 4), "megabytes": round(megabytes, 3)}
 
 
-def our_bits(layers: list[Layer]) -> dict[str, float]:
-    """As `bits_of`, for formats of this package."""
+def our_size(layers: list[Layer], folder: ModelFolder) -> dict[str, float]:
+    """As `size_of`, for formats of this package, whose megabytes are those of the packed file."""
     mlp = [layer for layer in layers if layer.role == "mlp"]
-    return {"bits": round(bits_per_weight(mlp), 4), "bits_all": round(bits_per_weight(layers), 4)}
+    return {
+        "bits": round(bits_per_weight(mlp), 4),
+        "bits_all": round(bits_per_weight(layers), 4),
+        "megabytes": round(file_bytes(layers, folder.skeleton()) / 1e6, 3),
+    }
 
 
 def digest(ids_NL: torch.Tensor) -> str:

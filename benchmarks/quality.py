@@ -1,4 +1,4 @@
-"""Our presets against other quantizers at equal effective bits: KL to the teacher, as a table and a picture.
+"""Our presets against other quantizers by the megabytes of a file: KL to the teacher, as a table and a picture.
 
     pip install hqq auto-round datasets
     pip install --no-deps gptqmodel pypcre tokenicer logbar device-smi defuser torchao threadpoolctl
@@ -11,11 +11,12 @@
     python benchmarks/quality.py --draw --merge elsewhere.json
 
 `--bits 2:64` quantizes the MLP to 2 bits in groups of 64 consecutive inputs; attention always gets 4 bits in
-groups of 64. Bits per weight are those of the MLP, with scales (16 bits), zero points (as each format stores
-them) and, for ours, codebooks and low-rank scales. Everything that calibrates sees the same tokens; everything
-is measured by one function on the same rows. No weight of a peer counts before every group of every layer was
-found to hold no more values than its bits can tell apart, and to resemble the layer's own. Checkpoints of one
-name are one model trained from several seeds: a point at their mean, with the deviation in its row.
+groups of 64. Megabytes are of all weights: indices, scales (16 bits), zero points (as each format stores them), for
+ours the bytes of the packed file, and 16 bits for what nobody quantized, such as the embedding of all peers.
+Everything that calibrates sees the same tokens; everything is measured by one function on the same rows. No weight of
+a peer counts before every group of every layer was found to hold no more values than its bits can tell apart, and to
+resemble the layer's own. Checkpoints of one name are one model trained from several seeds: a point at their mean, with
+the deviation in its row.
 
 GPTQModel 7.7 asks for a newer torch than the one pinned here and works with it, so pip must not have its way.
 Evaluation costs most on a CPU: `--precision bf16` is much faster there and reads slightly lower (docs/LOG.md).
@@ -40,7 +41,7 @@ from typing import Any
 
 import torch
 from conversion import convert_option, convert_preset, texts
-from evaluation import Entry, Evaluation, Student, add_arguments, bits_of, digest, our_bits, trained
+from evaluation import Entry, Evaluation, Student, add_arguments, digest, our_size, size_of, trained
 from peers import PEERS, Peer
 from peers.grid import Grid, levels, parse, prove
 from results import OURS, Results, draw, table
@@ -143,7 +144,7 @@ def peer(work: Work, peer: Peer, bits: str, quantize: Callable, settings: dict[s
         with torch.no_grad():
             for name, weight in weights.items():
                 matrix(student, name).copy_(weight)
-        return student, {**bits_of(layers, grids), **proof, "seconds": kept.manifest["seconds"]}
+        return student, {**size_of(layers, grids, work.folder), **proof, "seconds": kept.manifest["seconds"]}
 
     return Entry(peer.label, bits, shaping, (make,))
 
@@ -176,7 +177,7 @@ def preset(work: Work, name: str, convert: str) -> Entry:
         seconds = time.monotonic() - began
         student = work.folder.load(dtype, work.machine.device)
         install(student, {one.layer.name: one.module for one in made})
-        return student, {**our_bits([one.layer for one in made]), "seconds": round(seconds, 1)}
+        return student, {**our_size([one.layer for one in made], work.folder), "seconds": round(seconds, 1)}
 
     return Entry(f"{OURS}, convert={convert}", name, shaping | work.calibrated, (make,))
 

@@ -36,10 +36,10 @@ FIGURES = ("kl", "kd_loss", "perplexity", "teacher_perplexity", "agreement")
 PAGE = """# Records
 
 The best students so far: KL(teacher‖student) over the whole vocabulary at T = 1, in fp32, on text that neither
-training nor calibration saw; mean and standard deviation over the seeds. Bits are effective bits on the MLP, tables
-and scales included. Seconds are those of cache, conversion and distillation, and of the whole job, evaluation and all.
-The record that stands is a table's last line. Written by `benchmarks/records.py` from
-[records.json](records.json), which has more figures.
+training nor calibration saw; mean and standard deviation over the seeds. MB are those of the packed file, bits are
+effective bits on the MLP, scales and the like included. Seconds are those of cache, conversion and distillation, and of
+the whole job, evaluation and all. The record that stands is a table's last line. Written by `benchmarks/records.py`
+from [records.json](records.json), which has more figures.
 """
 
 
@@ -98,6 +98,7 @@ def measure(options: argparse.Namespace, preset: str) -> dict[str, Any]:
         "measured": time.strftime("%Y-%m-%d"),
         "bits": found[0]["bits"],
         "bits_all": found[0]["bits_all"],
+        "megabytes": found[0]["megabytes"],
         "texts": {row["text"]: row for row in found},
     }
 
@@ -223,14 +224,15 @@ def page(records: list[dict[str, Any]]) -> str:
 def table(records: list[dict[str, Any]]) -> list[str]:
     """Markdown lines."""
     texts = sorted({text for record in records for text in record["texts"]})
-    heads = ["date", "experiment", "bits", *(f"{text} KL" for text in texts), "seconds", "device", "seeds", "commit"]
+    kinds = [f"{text} KL" for text in texts]
+    heads = ["date", "experiment", "MB", "bits", *kinds, "seconds", "device", "seeds", "commit"]
     lines = [[*heads, "what changed"], ["---"] * (len(heads) + 1)]
     for record in records:
         kl = [shown(record["texts"][text]) if text in record["texts"] else "" for text in texts]
         seconds = " + ".join(f"{record['seconds'][stage]:.0f}" for stage in STAGES)
         told = f"{seconds}, {record['seconds']['total']:.0f}", record["device"], str(len(record["seeds"]))
         name = f"[{record['experiment']}](../conf/experiment/{record['experiment']}.yaml)"
-        start = [record["date"], name, f"{record['bits']:.2f}"]
+        start = [record["date"], name, f"{record['megabytes']:.1f}", f"{record['bits']:.2f}"]
         lines.append([*start, *kl, *told, f"`{record['commit'] or 'unknown'}`", record["changed"]])
     return [f"| {' | '.join(cells)} |" for cells in lines]
 

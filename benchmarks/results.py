@@ -1,4 +1,4 @@
-"""Rows of a comparison: kept as JSON, printed as a table, drawn as KL against effective bits."""
+"""Rows of a comparison: kept as JSON, printed as a table, drawn as KL against megabytes."""
 
 import json
 from pathlib import Path
@@ -67,20 +67,19 @@ def _place(row: dict[str, Any]) -> tuple[str, str, str]:
 
 
 def table(rows: list[dict[str, Any]], skipped: dict[str, str]) -> str:
-    """Markdown: a line a model in order of bits, a column a text, then what could not run and why."""
+    """Markdown: a line a model in order of size, a column a text, then what could not run and why."""
     names = sorted({row["text"] for row in rows})
-    lines = [
-        f"| method | | bits on the MLP | {' | '.join(f'{name} KL' for name in names)} | values a group | seconds |",
-        f"| --- | --- | --- |{' --- |' * len(names)} --- | --- |",
-    ]
+    heads = ["method", "", "MB", "bits on the MLP", *(f"{name} KL" for name in names), "values a group", "seconds"]
+    lines = [f"| {' | '.join(heads)} |", f"| {' | '.join('---' for _ in heads)} |"]
     models: dict[tuple[float, str, str], dict[str, dict[str, Any]]] = {}
     for row in rows:
-        models.setdefault((row["bits"], row["method"], row["name"]), {})[row["text"]] = row
-    for (bits, method, name), by_text in sorted(models.items()):
+        models.setdefault((row["megabytes"], row["method"], row["name"]), {})[row["text"]] = row
+    for (size, method, name), by_text in sorted(models.items()):
         told = next(iter(by_text.values()))
         kl = " | ".join(shown(by_text[text]) if text in by_text else "" for text in names)
         levels = ", ".join(f"{count} ({kind})" for kind, count in told.get("levels", {}).items())
-        lines.append(f"| {method} | {name} | {bits:.2f} | {kl} | {levels} | {told.get('seconds', '')} |")
+        figures = f"{size:.1f} | {told['bits']:.2f} | {kl}"
+        lines.append(f"| {method} | {name} | {figures} | {levels} | {told.get('seconds', '')} |")
     return "\n".join([*lines, *(f"\n{label} was left out: {reason}" for label, reason in skipped.items())])
 
 
@@ -91,7 +90,7 @@ def shown(row: dict[str, Any], figure: str = "kl") -> str:
 
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
-    """KL against effective bits, a panel a text: our presets as lines, peers as points."""
+    """KL against megabytes, a panel a text: our presets as lines, peers as points."""
     from matplotlib.figure import Figure  # machines that only compute may lack it
     from matplotlib.ticker import LogLocator
 
@@ -104,10 +103,10 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     for axes, text in zip(panels, names, strict=True):
         for method in methods:
             members = [row for row in rows if (row["method"], row["text"]) == (method, text)]
-            points = sorted((row["bits"], row["kl"], row["name"]) for row in members)
+            points = sorted((row["megabytes"], row["kl"], row["name"]) for row in members)
             if points:
                 show(axes, points, method, colors[method], above=method in ours[:-1])
-        axes.set(xlabel="effective bits per MLP weight", title=text, yscale="log")
+        axes.set(xlabel="MB of the file", title=text, yscale="log")
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.yaxis.set_major_formatter("{x:g}")
         axes.yaxis.set_minor_formatter("")
@@ -124,12 +123,12 @@ def show(axes: Any, points: list[tuple[float, float, str]], method: str, color: 
     """One method: a line with names above or below it if it is ours, else points."""
     from matplotlib.patheffects import withStroke
 
-    bits, kl, names = zip(*points, strict=True)
+    sizes, kl, names = zip(*points, strict=True)
     if not method.startswith(OURS):
-        axes.plot(bits, kl, linestyle="", marker="s", markersize=6, color=color, label=method)
+        axes.plot(sizes, kl, linestyle="", marker="s", markersize=6, color=color, label=method)
         return
-    axes.plot(bits, kl, marker="o", color=color, label=method)
-    for x, y, name in zip(bits, kl, names, strict=True):
+    axes.plot(sizes, kl, marker="o", color=color, label=method)
+    for x, y, name in zip(sizes, kl, names, strict=True):
         place: dict[str, Any] = {"xytext": (5, 5)} if above else {"xytext": (-6, -10), "ha": "right"}
         label = axes.annotate(name, (x, y), textcoords="offset points", fontsize=7, color=color, zorder=5, **place)
         label.set_path_effects([withStroke(linewidth=2, foreground="white")])  # readable on other points

@@ -48,8 +48,10 @@ def _layer(value: Any, where: str) -> None:
 
 
 def _checkpoint(manifest: Any, where: str) -> None:
-    """A rule: a checkpoint whose layers are of the kinds that it says are quantized."""
+    """A rule: a checkpoint whose layers have roles that it says are quantized, unless it names layers one by one."""
     CHECKPOINT(manifest, where)
+    if manifest["quant"].get("layers"):
+        return
     for name, layer in manifest["layers"].items():
         if manifest["quant"].get(layer["kind"]) is None:
             raise Wrong(f"quant.{layer['kind']} is null, and {ascii(name)[1:-1][:80]} is a layer of that kind")
@@ -91,7 +93,13 @@ CHECKPOINT = record(
         "teacher": text,
         "quant": record(
             {"name": text, "mlp": optional(_format), "attn": optional(_format)},
-            {"embed": optional(_format), "head": optional(_format)},
+            {
+                "embed": optional(_format),
+                "head": optional(_format),
+                "layers": fields.mapping(text, optional(_format)),
+                "megabytes": number(),
+                "bits": number(),
+            },
         ),
         "bits_per_weight": number(),
         "layers": fields.mapping(text, _layer, least=1),
@@ -109,6 +117,7 @@ CONVERSION = record(
         "figures": fields.mapping(text, ERRORS),
     }
 )
+COSTS = fields.mapping(text, fields.mapping(text, number()))  # of layers by format, in nats
 TRAINED = record({"kd_loss_initial": number(), "kd_loss_best": number()})
 
 COUNTS = record(dict.fromkeys(SPLITS, whole(1)))

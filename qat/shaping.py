@@ -45,6 +45,8 @@ def is_neutral(name: str) -> bool:
 
 
 def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _plain(one) for name, one in value.items()}
     if isinstance(value, list):
         return [_plain(one) for one in value]
     return shaping(value) if is_dataclass(value) else as_plain(value)

@@ -5,6 +5,7 @@ the file ends with them. Pickles (`.pt`) are opened for plain tensors alone.
 """
 
 import json
+import math
 import warnings
 import zipfile
 from collections.abc import Callable, Collection, Mapping
@@ -23,6 +24,9 @@ from qat.errors import ArtifactError, reason
 Known = tuple[str, tuple[int, ...]]  # type and shape
 KINDS = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64", torch.uint8: "U8"}
 FLOATS = ("F32", "F16", "BF16", "F64")
+# Bytes of a number of each type, in the order in which safetensors writes tensors: widest first, then by name.
+WIDTHS = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2, "U8": 1}
+ALIGNED = 8  # bytes, to a multiple of which a header is filled up
 
 # What torch raises for a file that is not the pickle of a state dict, or not all of one.
 UNREADABLE = (
@@ -94,6 +98,17 @@ def entries(path: Path, remedy: str) -> tuple[dict[str, Entry], dict[str, str]]:
         header = json.loads(file.read(size))  # which safetensors has read as well
     begins = {name: 8 + size + header[name]["data_offsets"][0] for name in stored}
     return {name: Entry(kind, shape, begins[name]) for name, (kind, shape) in stored.items()}, said
+
+
+def file_bytes(tensors: Mapping[str, Known], metadata: Mapping[str, str]) -> int:
+    """Bytes of the file that `safetensors.torch.save_file` writes of tensors of these types and shapes."""
+    header: dict[str, object] = {"__metadata__": metadata}
+    order, end = list(WIDTHS), 0
+    for name, (kind, shape) in sorted(tensors.items(), key=lambda item: (order.index(item[1][0]), item[0])):
+        begin, end = end, end + WIDTHS[kind] * math.prod(shape)
+        header[name] = {"dtype": kind, "shape": shape, "data_offsets": (begin, end)}
+    written = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    return 8 + -(-len(written) // ALIGNED) * ALIGNED + end
 
 
 def difference(found: Mapping[str, Known], wanted: Mapping[str, Wanted], some: bool = False) -> str:

@@ -6,7 +6,6 @@ these too, `own.safetensors` has them; where training kept the weights that the 
 `latent.safetensors` has those.
 """
 
-import math
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,17 +17,19 @@ from qat import older, tensor_files
 from qat.artifacts import MANIFEST, open_artifact, publish
 from qat.checkpoints.own import FILE as OWN
 from qat.checkpoints.own import adopt, read_own, write_own
-from qat.config import ROLES, QuantConfig
+from qat.config import QuantConfig
 from qat.errors import ArtifactError
 from qat.machine import Machine
 from qat.models import ModelFolder
 from qat.norms import set_learned
 from qat.quant import formats, packing, vocabulary
 from qat.quant import latent as latents
-from qat.quant.architectures import Layer, bits_per_weight, recorded, role_of
+from qat.quant.architectures import Layer, recorded, role_of, select
+from qat.quant.choice import options
 from qat.quant.embedding import empty, put
 from qat.quant.linear import Quantized, quantized
 from qat.quant.places import matrix, place
+from qat.quant.size import bits_per_weight
 from qat.tensor_files import Wanted
 
 FILE = "tables.safetensors"  # codebooks had another name once, and checkpoints of that time are to load
@@ -50,14 +51,16 @@ def describe(teacher: ModelFolder, quant: QuantConfig, layers: list[Layer]) -> d
     }
 
 
-def has_formats(manifest: dict[str, Any], quant: QuantConfig) -> bool:
-    """True where a checkpoint's layers are in these formats."""
-    wanted = recorded(quant)
-    return all(_format(manifest["quant"].get(role)) == _format(wanted.get(role)) for role in ROLES)
-
-
-def _format(settings: dict[str, Any] | None) -> formats.Format | None:
-    return None if settings is None else formats.of(settings)
+def has_formats(manifest: dict[str, Any], quant: QuantConfig, teacher: ModelFolder) -> bool:
+    """True where a checkpoint's layers are in the formats that are asked for, or were chosen by the same budget."""
+    own = {layer.name: layer.format for layer in layers_of(manifest)}
+    wanted = select(teacher.skeleton(), quant)
+    asked, said = recorded(quant), manifest["quant"]
+    return (
+        own.keys() == {layer.name for layer in wanted}
+        and all(own[layer.name] in options(layer.name, layer.role, layer.shape, quant) for layer in wanted)
+        and all(asked.get(size) == said.get(size) for size in ("megabytes", "bits"))
+    )
 
 
 def heritage(manifest: dict[str, Any]) -> dict[str, Any]:
@@ -196,7 +199,7 @@ def _wanted(layers: list[Layer]) -> dict[str, Wanted]:
     """What `FILE` holds, and nothing else."""
     wanted: dict[str, Wanted] = {}
     for layer in layers:
-        wanted[f"{layer.name}.indices"] = Wanted(("U8",), (math.ceil(layer.weights * layer.format.bits / 8),))
+        wanted[f"{layer.name}.indices"] = Wanted(("U8",), (packing.packed_bytes(layer.weights, layer.format.bits),))
         for name, part in layer.format.parts(*layer.shape).items():
             wanted[f"{layer.name}.{name}"] = Wanted(("F32",), part.shape)
     return wanted

@@ -63,9 +63,13 @@ def _for_hydra(text: str, chosen: set[str]) -> list[str]:
     if bare in schema.nested() and not value.startswith("{"):
         place = f"{schema.nested()[bare]}@{bare}"
         return [f"{place}{equals}{value}" if place in chosen else f"+{place}{equals}{value}"]
+    if bare not in known:
+        return [text]
+    if known[bare].type is dict:  # its entries are new
+        return [f"++{bare}{equals}{value}"]
     if value.startswith("{") and sections.whole(bare):  # nothing of an option's own stays, nor need there be any
         return [f"++{bare}=???", f"{bare}={value}"]
-    return [f"{bare}{equals}{value}"] if bare in known else [text]
+    return [f"{bare}{equals}{value}"]
 
 
 def _parse(text: str, composer: Composer, multirun: bool) -> Override:

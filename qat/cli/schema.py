@@ -51,7 +51,7 @@ class Key:
         if words := self.words():
             return "one of " + ", ".join(words)
         known = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
-        known |= {list: "a list", Any: "text or a list of texts"}
+        known |= {list: "a list", dict: "a mapping", Any: "text or a list of texts"}
         return known.get(self.type, "a section of keys")
 
     def takes(self) -> str:
@@ -124,8 +124,9 @@ def _default(field: "Field[Any]") -> Any:
 
 
 def _kind(hint: Any) -> type:
-    """`int` for `int | None`, `list` for a list of anything."""
-    return list if get_origin(hint) is list else required(hint)
+    """`int` for `int | None`, `list` for a list of anything, `dict` for a mapping to anything."""
+    origin = get_origin(hint)
+    return origin if origin in (list, dict) else required(hint)
 
 
 def _summary(kind: type) -> str:

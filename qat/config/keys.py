@@ -5,6 +5,7 @@ Help, CONFIG.md, completion, the checks of values and the keys of artifacts read
 
 import math
 from collections.abc import Iterator
+from copy import copy
 from dataclasses import Field, dataclass, field, fields, is_dataclass
 from enum import Enum
 from functools import cache
@@ -121,9 +122,9 @@ def values(config: Any, prefix: str = "") -> Iterator[Value]:
         name, value = prefix + found.name, getattr(config, found.name)
         if is_dataclass(value):
             yield from values(value, f"{name}.")
-        elif isinstance(value, list) and any(map(is_dataclass, value)):
-            for number, entry in enumerate(value):
-                yield from values(entry, f"{name}[{number}].")
+        elif isinstance(value, list | dict) and any(map(is_dataclass, _entries(value).values())):
+            for place, entry in _entries(value).items():
+                yield from values(entry, f"{name}[{place}].") if is_dataclass(entry) else ()
         else:
             yield Value(name, value, found, config)
 
@@ -134,14 +135,21 @@ def as_plain(config: Any) -> Any:
         return config.name
     if hasattr(config, "__dataclass_fields__"):
         return {name: as_plain(getattr(config, name)) for name in config.__dataclass_fields__}
+    if isinstance(config, dict):
+        return {name: as_plain(entry) for name, entry in config.items()}
     if isinstance(config, list):
         return [as_plain(entry) for entry in config]
     return config
 
 
+def _entries(value: "list[Any] | dict[str, Any]") -> dict[Any, Any]:
+    """A list's values by their number, those of a mapping by their name."""
+    return value if isinstance(value, dict) else dict(enumerate(value))
+
+
 def _field(default: Any, said: Said) -> Any:
-    if isinstance(default, list):
-        return field(default_factory=lambda: [*default], metadata={_SAID: said})
+    if isinstance(default, list | dict):
+        return field(default_factory=lambda: copy(default), metadata={_SAID: said})
     return field(default=default, metadata={_SAID: said})
 
 

@@ -62,8 +62,14 @@ class QuantConfig:
     attn: WeightConfig | None = key(None, "of attention, or of what mixes tokens in its place")
     embed: WeightConfig | None = key(None, "rows for tokens; of the head too where the model ties the two")
     head: WeightConfig | None = key(None, "before the logits; of a tied head null, or what embed is")
+    layers: "dict[str, WeightConfig | None]" = key(
+        {}, "by patterns of names, {model.layers.0.*: {bits: 4, rank: 8}}: the last that fits wins, null is dense"
+    )
+    megabytes: float | None = key(None, "budget: of the packed file, at most", above=0)
+    bits: float | None = key(None, "budget: a weight over the whole model, at most", above=0, high=16)
+    candidates: list[WeightConfig] = key([], "budget: formats that each layer may get which nothing else names")
     partial: bool = key(
-        False, "goes on where a part of the model would stay dense: weights that no rule names, one of embed and head"
+        False, "goes on where a part would stay dense: weights that no rule has a role for, one of embed and head"
     )
 
 

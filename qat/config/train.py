@@ -53,7 +53,9 @@ class LearnConfig:
 
     scales: float = key(1.0, "A, B and magnitudes of codebooks; scales and shifts of grids", low=0)
     codebooks: float = key(1.0, "codebook entries", low=0)
-    latent: float = key(0.0, "full-precision weights whose nearest entries the indices are", low=0)
+    latent: float = key(
+        0.0, "weights whose nearest values the indices are: of 2 bits, those of more bits learn slower", low=0
+    )
     norms: float = key(0.0, "weights of the normalisation layers", low=0)
 
 

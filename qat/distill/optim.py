@@ -20,11 +20,11 @@ class Optimizer:
     """
 
     def __init__(self, parameters: list[Parameter], train: TrainConfig, device: torch.device) -> None:
-        """Each parameter's rate is `train.lr`, times the factor of its kind, times its root mean square."""
+        """Each parameter's rate is `train.lr`, times the factor of its kind, its pace and its root mean square."""
         sizes = torch.stack([p.value.detach().square().mean().sqrt() for p in parameters]).tolist()
         groups: dict[float, list[Tensor]] = {}
         for parameter, size in zip(parameters, sizes, strict=True):
-            rate = train.lr * getattr(train.learn, parameter.kind) * max(size, 1e-8)
+            rate = train.lr * getattr(train.learn, parameter.kind) * parameter.pace * max(size, 1e-8)
             groups.setdefault(float(f"{rate:.1e}"), []).append(parameter.value)
         self._base = torch.tensor(list(groups), dtype=torch.float32, device=device)
         self._rates = self._base.clone()

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from qat.config import LearnConfig
 from qat.machine import Machine
 from qat.norms import learned, norms, set_learned
+from qat.quant.latent import PACES
 from qat.quant.linear import Quantized
 from qat.quant.stack import stacks
 from qat.quant.weights import Weights
@@ -25,11 +26,19 @@ NORMS, LATENT = "norms", "latent"  # kinds that are no format's parts
 
 @dataclass(frozen=True)
 class Parameter:
-    """A tensor that learns: its name, the kind whose rate it has, and itself, fp32, with its gradient."""
+    """A tensor that learns, fp32, with its gradient.
+
+    Attributes:
+        name: unique.
+        kind: whose rate it has (a field of `train.learn`).
+        value: itself.
+        pace: multiplies that rate.
+    """
 
     name: str
     kind: str
     value: Tensor
+    pace: float = 1.0
 
 
 class Norms:
@@ -140,10 +149,14 @@ class Learners:
             masters = self._norms.masters if self._norms is not None else {}
             return [Parameter(name, kind, value) for name, value in masters.items()]
         return [
-            Parameter(f"{layer}.{name}", kind, getattr(module, name))
+            Parameter(f"{layer}.{name}", kind, getattr(module, name), _pace(module, kind))
             for layer, module in layers.items()
             for name in _of_kind(module, kind)
         ]
+
+
+def _pace(layer: Quantized, kind: str) -> float:
+    return PACES[layer.format.bits] if kind == LATENT else 1.0
 
 
 def _of_kind(layer: Quantized, kind: str) -> list[str]:

@@ -16,8 +16,9 @@ from qat.errors import ConfigError, NumericsError
 from qat.machine import Machine
 from qat.models import ModelFolder
 from qat.quant import vocabulary
-from qat.quant.architectures import Layer, summary
+from qat.quant.architectures import Layer
 from qat.quant.formats import Codebook
+from qat.quant.size import summary
 from qat.records import Record, read
 
 CPU = torch.device("cpu")
@@ -40,6 +41,7 @@ class Source:
         manifest: what its checkpoint says; empty for the teacher itself.
         latent: the weights that the codebooks stand for, by layer, where the checkpoint has them.
         record: of the run that made the checkpoint, where there is one.
+        dtype: of what is not quantized in the packed file whose size is told.
     """
 
     teacher: ModelFolder
@@ -47,6 +49,7 @@ class Source:
     manifest: dict[str, Any] = field(default_factory=dict)
     latent: dict[str, Tensor] = field(default_factory=dict)
     record: Record = field(default_factory=lambda: Record(Path(), {}, ""))
+    dtype: torch.dtype = torch.bfloat16
 
     @property
     def layers(self) -> list[Layer]:
@@ -55,10 +58,10 @@ class Source:
 
     @property
     def quant(self) -> dict[str, Any]:
-        """Preset, counts and effective bits, as `result.json` has them."""
+        """Preset, counts and sizes, as `result.json` has them."""
         if not self.manifest:
             return {}
-        return {"preset": self.manifest["quant"]["name"], **summary(self.layers, self.teacher.skeleton())}
+        return {"preset": self.manifest["quant"]["name"], **summary(self.layers, self.teacher.skeleton(), self.dtype)}
 
 
 def open_source(teacher: ModelFolder, checkpoint: Path | None) -> Source:

@@ -39,7 +39,8 @@ class Packed(nn.Module):
         super().__init__()
         self.format, self.out_features, self.in_features = format, outputs, inputs
         self.indices: Tensor
-        self.register_buffer("indices", torch.zeros(-(-outputs * inputs * format.bits // 8), dtype=torch.uint8))
+        size = packing.packed_bytes(outputs * inputs, format.bits)
+        self.register_buffer("indices", torch.zeros(size, dtype=torch.uint8))
         for name, part in format.parts(outputs, inputs).items():
             self.register_buffer(name, torch.zeros(part.shape, dtype=SIXTEEN))
         self.dense: Tensor | None = None

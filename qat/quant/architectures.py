@@ -6,6 +6,7 @@ the model say little while the rest is forgotten. Where matrices lie, whatever t
 """
 
 import re
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,9 +14,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from qat.config import ROLES, SETTINGS, ModeConfig, QuantConfig, WeightConfig, as_plain
+from qat.config import ROLES, ModeConfig, QuantConfig, WeightConfig
 from qat.errors import ConfigError
-from qat.quant import formats, vocabulary
+from qat.quant import choice, vocabulary
 from qat.quant.experts import stacked
 from qat.quant.formats import Format
 from qat.quant.places import places
@@ -43,7 +44,6 @@ SAME_INPUT = {"up_proj": "gate_proj", "k_proj": "q_proj", "v_proj": "q_proj", "w
 INNER = ("down_proj", "w2", "output_linear")  # of an expert: what it reads was made by the expert itself
 NUMBER = re.compile(r"\.\d+(?=\.|$)")
 EXACT_BITS = 8  # from which on rounding an embedding to the nearest cannot be measured
-DENSE_BITS = 16  # that a weight that is not quantized counts as
 NAMED = 6  # patterns in a message
 HERE = "qat/quant/architectures.py"
 
@@ -75,40 +75,55 @@ class Layer:
 
 
 def select(model: nn.Module, quant: QuantConfig) -> list[Layer]:
-    """The layers that `quant` covers, in the model's order.
+    """The layers that `quant` covers, in the model's order; those that a budget chooses for in its widest format.
 
     Raises:
-        ConfigError: the model has none, or weights that `quant` may mean and that no rule has a role for.
+        ConfigError: the model has none, a pattern fits none, or weights that `quant` may mean and that no rule has a
+            role for.
     """
-    chosen, outside = _formats(quant), _outside(model)
-    found = [
-        Layer(name, role, place.shape, format)
-        for name, place in places(model).items()
-        if place.module not in outside and (role := role_of(name)) and (format := chosen[role])
-    ]
-    found += _of_vocabulary(model, quant)
+    known = _known(model, quant)
+    choice.refuse_idle(quant, known)
+    found = []
+    for name, (role, shape) in known.items():
+        if allowed := choice.options(name, role, shape, quant):
+            widest = max(allowed, key=lambda format: format.stored_bits(*shape))
+            found.append(Layer(name, role, shape, widest))
     if not found:
         raise ConfigError(
             f"quant={quant.name} finds no layer to quantize: no rule of {HERE} that it has a format for fits this"
             f" model, which has {told(dense(model, [])) or 'no linear layer at all'}"
         )
-    _refuse_unmatched(model, found, quant)
+    _refuse_unmatched(dense(model, found, known), quant)
     return found
 
 
-def _of_vocabulary(model: nn.Module, quant: QuantConfig) -> list[Layer]:
-    """Embedding and head."""
-    found = []
-    for name, (role, settings) in vocabulary.chosen(model, quant).items():
+def _known(model: nn.Module, quant: QuantConfig) -> dict[str, tuple[str, tuple[int, int]]]:
+    """Role and shape of every layer that can be quantized, by name, in the model's order; embedding and head last."""
+    outside = _outside(model)
+    known = {
+        name: (role, place.shape)
+        for name, place in places(model).items()
+        if place.module not in outside and (role := role_of(name))
+    }
+    for name, role in vocabulary.matrices(model, quant).items():
         tokens, hidden = model.get_parameter(f"{name}.weight").shape
-        found.append(Layer(name, role, (tokens, hidden), format_of(settings)))
-    return found
+        known[name] = role, (tokens, hidden)
+    return known
 
 
 def recorded(quant: QuantConfig) -> dict[str, Any]:
     """What of `quant` shapes a student: `partial` only says what is not refused."""
-    chosen = {role: format.settings() if format else None for role, format in _formats(quant).items()}
-    return {key: chosen.get(key, value) for key, value in shaping(quant).items() if key != "partial"}
+    chosen = {role: _settings(choice.of_role(role, quant)) for role in ROLES}
+    said = {key: value for key, value in shaping(quant).items() if value or key in ROLES}
+    if quant.layers:
+        said["layers"] = {pattern: _settings(settings) for pattern, settings in quant.layers.items()}
+    if quant.candidates:
+        said["candidates"] = [_settings(settings) for settings in quant.candidates]
+    return {key: value for key, value in (said | chosen).items() if key in said and key != "partial"}
+
+
+def _settings(settings: WeightConfig | None) -> dict[str, Any] | None:
+    return choice.format_of(settings).settings() if settings else None
 
 
 def role_of(name: str) -> str | None:
@@ -152,12 +167,13 @@ def decoder_weights(model: nn.Module) -> dict[str, torch.Size]:
     return found
 
 
-def dense(model: nn.Module, layers: list[Layer]) -> dict[str, float]:
+def dense(model: nn.Module, layers: list[Layer], besides: Collection[str] = ()) -> dict[str, float]:
     """The decoder's dense weights as shares of all of them, layers that differ in number as one pattern.
 
-    `model` has its weights as they were before quantization; what chooses experts is not told of.
+    `model` has its weights as they were before quantization; what chooses experts is not told of, nor `besides`.
     """
-    weights, matrices, quantized = decoder_weights(model), places(model), {layer.name for layer in layers}
+    weights, matrices = decoder_weights(model), places(model)
+    quantized = {layer.name for layer in layers} | {*besides}
     whole = sum(shape.numel() for shape in weights.values())
     shares: dict[str, float] = {}
     for name, shape in weights.items():
@@ -175,30 +191,6 @@ def learns(mode: ModeConfig, role: str, format: Format) -> bool:
     return {"mlp": mode.mlp, "attn": mode.attn}[role]
 
 
-def bits_per_weight(layers: list[Layer]) -> float:
-    """Mean over all quantized weights."""
-    return sum(layer.weights * layer.bits_per_weight for layer in layers) / sum(layer.weights for layer in layers)
-
-
-def summary(layers: list[Layer], model: nn.Module) -> dict[str, Any]:
-    """Counts, effective bits and what is left dense, as `result.json` has them.
-
-    `model` is the teacher, or its names and shapes. Bits are said of the quantized layers and, with 16 for every
-    other parameter, of the whole model.
-    """
-    roles = {role: [layer for layer in layers if layer.role == role] for role in ROLES}
-    figures: dict[str, Any] = {
-        "bits_per_weight": round(bits_per_weight(layers), 4),
-        "model_bits_per_weight": round(_bits_of_model(layers, model), 4),
-        "layers": len(layers),
-    }
-    for role, members in roles.items():
-        figures[f"{role}_layers"] = len(members)
-        if members:
-            figures[f"{role}_bits_per_weight"] = round(bits_per_weight(members), 4)
-    return figures | {"dense": {pattern: round(share, 4) for pattern, share in dense(model, layers).items()}}
-
-
 def told(shares: dict[str, float]) -> str:
     """Patterns with their share of the decoder's weights, the largest first, in one line."""
     ordered = sorted(shares.items(), key=lambda item: -item[1])
@@ -206,24 +198,12 @@ def told(shares: dict[str, float]) -> str:
     return said + (f" and {len(ordered) - NAMED} more" if len(ordered) > NAMED else "")
 
 
-def _formats(quant: QuantConfig) -> dict[str | None, Format | None]:
-    chosen = {role: getattr(quant, role, None) for role in ROLES}
-    return {role: format_of(settings) if settings else None for role, settings in chosen.items()}
-
-
-def format_of(settings: WeightConfig) -> Format:
-    """The format that a configuration asks for."""
-    chosen = {name: as_plain(getattr(settings, name)) for name in ("format", *SETTINGS[settings.format])}
-    return formats.of(chosen)
-
-
-def _refuse_unmatched(model: nn.Module, layers: list[Layer], quant: QuantConfig) -> None:
+def _refuse_unmatched(shares: dict[str, float], quant: QuantConfig) -> None:
     """Refuses a model of which a part that `quant` may mean would stay dense, unless that is asked for too."""
-    chosen = _formats(quant)
     missed = {
         pattern: share
-        for pattern, share in dense(model, layers).items()
-        if "*" in pattern and not _kept(pattern) and chosen.get(role_of(pattern.replace("*", "0")), True)
+        for pattern, share in shares.items()
+        if "*" in pattern and not _kept(pattern) and _means(quant, role_of(pattern.replace("*", "0")))
     }
     if missed and not quant.partial:
         raise ConfigError(
@@ -233,7 +213,5 @@ def _refuse_unmatched(model: nn.Module, layers: list[Layer], quant: QuantConfig)
         )
 
 
-def _bits_of_model(layers: list[Layer], model: nn.Module) -> float:
-    whole = sum(parameter.numel() for parameter in model.parameters())
-    quantized = sum(layer.weights for layer in layers)
-    return (sum(x.weights * x.bits_per_weight for x in layers) + DENSE_BITS * (whole - quantized)) / whole
+def _means(quant: QuantConfig, role: str | None) -> bool:
+    return role is None or choice.asks(role, quant)

@@ -15,6 +15,10 @@ it: only if that lowers the loss. (CAGE, Tabesh et al. 2025, arXiv 2510.18784, h
 a factor of its own.) h is the product of a layer's curvature at its outputs and at its inputs, which is measured
 once (`qat.distill.curvature`); `qat.quant.stack` adds the term to the gradient.
 
+How fast they learn follows their cells: a step that carries a weight of two bits to the next value carries one of
+four bits over several. `PACES` are the rates that were best at 2, 3 and 4 bits (docs/LOG.md), over that at 2; beyond
+them each further bit halves it.
+
 Shapes: O outputs, I inputs, K values.
 """
 
@@ -23,6 +27,7 @@ from torch import Tensor
 
 from qat.quant.linear import Quantized
 
+PACES = {1: 1.0, 2: 1.0, 3: 0.4, 4: 0.175, 5: 0.09, 6: 0.045, 7: 0.0225, 8: 0.01125}  # by bits of the index
 REACH = 0.8  # of the way: what lies on a border turns at the first step
 
 

@@ -13,11 +13,16 @@ from torch.nn.functional import pad
 TOGETHER = 8
 
 
+def packed_bytes(count: int, bits: int) -> int:
+    """Bytes that so many indices fill."""
+    return -(-count * bits // 8)
+
+
 def pack(index: Tensor, bits: int) -> Tensor:
     """uint8 indices of any shape below 2**bits, as ceil(n · bits / 8) bytes, most significant bit first."""
     eights = pad(index.flatten(), (0, -index.numel() % TOGETHER)).view(-1, TOGETHER)
     packed = _cut(_joined(eights, bits), bits, 8).flatten()
-    return packed[: math.ceil(index.numel() * bits / 8)].cpu().contiguous()
+    return packed[: packed_bytes(index.numel(), bits)].cpu().contiguous()
 
 
 def unpack(packed: Tensor, bits: int, shape: tuple[int, ...]) -> Tensor:

@@ -6,7 +6,7 @@ the role of the embedding, whose rows are looked up and whose product makes logi
 
 from torch import nn
 
-from qat.config import QuantConfig, WeightConfig
+from qat.config import QuantConfig
 from qat.errors import ConfigError
 from qat.quant.embedding import ends
 
@@ -20,29 +20,47 @@ def roles(model: nn.Module) -> dict[str, str]:
     return {name: role for role, name in names.items() if name is not None}
 
 
-def chosen(model: nn.Module, quant: QuantConfig) -> dict[str, tuple[str, WeightConfig]]:
-    """Role and format of each of a model's matrices of vocabulary × hidden that `quant` covers, by its name.
+def matrices(model: nn.Module, quant: QuantConfig) -> dict[str, str]:
+    """The role of each of a model's matrices of vocabulary × hidden that can be quantized, by its name.
 
     Raises:
-        ConfigError: it says two things of one tensor, or of two tensors only one thing, or the model has none such.
+        ConfigError: `quant` says two things of one tensor, or of two tensors only one thing, or there is none such.
     """
-    if quant.embed is None and quant.head is None:
-        return {}
     found = ends(model)
+<<<<<<< ours
+    if quant.embed is not None or quant.head is not None:
+        _refuse_two(quant) if found.tied else _refuse_one(quant)
+=======
     if found.tied:
         _refuse_two(quant)
     else:
         _refuse_one(quant)
     _known(model, "head", found.head, nn.Linear)  # what else multiplies with an embedding would miss it
+>>>>>>> theirs
     wanted = {"embed": (found.embed, nn.Embedding)} | ({} if found.tied else {"head": (found.head, nn.Linear)})
     made = {}
     for role, (name, kind) in wanted.items():
-        settings: WeightConfig | None = getattr(quant, role)
-        if settings is not None:
-            made[_known(model, role, name, kind)] = role, settings
+        if name is not None and _is(model.get_submodule(name), kind):
+            made[name] = role
+        elif getattr(quant, role) is not None:
+            _refuse_other(model, role, name, kind)
     return made
 
 
+<<<<<<< ours
+def _is(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """An embedding may scale what it looks up; a head that is no plain product computes something else."""
+    return isinstance(module, nn.Embedding) if kind is nn.Embedding else type(module) is kind
+
+
+def _refuse_other(model: nn.Module, role: str, name: str | None, kind: type[nn.Module]) -> None:
+    """A role that is asked for is there."""
+    there = "none" if name is None else type(model.get_submodule(name)).__name__
+    raise ConfigError(
+        f"quant.{role} is set, and {type(model).__name__} has no {kind.__name__} of its own there but {there}: set"
+        f" quant.{role}=null"
+    )
+=======
 def _known(model: nn.Module, role: str, name: str | None, kind: type[nn.Module]) -> str:
     module = None if name is None else model.get_submodule(name)
     known = isinstance(module, nn.Embedding) if kind is nn.Embedding else type(module) is kind
@@ -52,6 +70,7 @@ def _known(model: nn.Module, role: str, name: str | None, kind: type[nn.Module])
             f" {kind.__name__}, so neither end of it can be quantized: set quant.embed=null quant.head=null"
         )
     return name
+>>>>>>> theirs
 
 
 def _refuse_two(quant: QuantConfig) -> None:

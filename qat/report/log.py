@@ -20,6 +20,7 @@ HEADER = """\
 Generated from the runs in this folder and written anew whenever one ends: edits do not last. A run's own
 words go on its command line, `run.goal="…" run.notes="…"`; `python launch.py stage=report` writes this file
 and report.html."""
+SIZES = ("file_bytes", "model_bits_per_weight", "bits_per_weight")
 TOLD = {"checkpoint.path", "run.goal", "run.notes"}  # elsewhere in a run's entry, or in other words
 
 
@@ -48,7 +49,8 @@ def render(outputs: Path) -> str:
 def _checkpoints(outputs: Path, runs: list[Record]) -> Iterator[str]:
     yield "## Registered checkpoints"
     rows = [*_converted(outputs, runs), *_trained(runs)]
-    yield table(("checkpoint", "KD loss", "full KL", "bits a weight", "folder"), rows) if rows else "None yet."
+    header = ("checkpoint", "KD loss", "full KL", "MB", "bits a weight", "of quantized layers", "folder")
+    yield table(header, rows) if rows else "None yet."
 
 
 def _converted(outputs: Path, runs: list[Record]) -> Iterator[list[str]]:
@@ -61,9 +63,9 @@ def _converted(outputs: Path, runs: list[Record]) -> Iterator[list[str]]:
         figures = [
             _known(own, users, *LOSSES, ("metrics", "kd_loss_initial")),
             _known(own, users, ("metrics", "after", "kl"), ("metrics", "kl_initial")),
-            _known(own, users, ("bits_per_weight",), ("quant", "bits_per_weight")),
         ]
-        yield [code(title), *map(_figure, figures), code(place)]
+        sizes = [_known(own, users, (name,), ("quant", name)) for name in SIZES]
+        yield [code(title), *map(_figure, figures), *_sizes(sizes), code(place)]
 
 
 def _known(own: Record, users: list[Record], *keys: tuple[str, ...]) -> float | None:
@@ -77,8 +79,15 @@ def _trained(runs: list[Record]) -> Iterator[list[str]]:
         best = run.number("metrics", "kd_loss_best")
         if best is None or run.status != "complete":
             continue
-        figures = [best, run.number("metrics", "kl"), run.number("quant", "bits_per_weight")]
-        yield [code(run.text("name")), *map(_figure, figures), code(f"{run.place}/checkpoints/best")]
+        figures, sizes = [best, run.number("metrics", "kl")], [run.number("quant", name) for name in SIZES]
+        yield [code(run.text("name")), *map(_figure, figures), *_sizes(sizes), code(f"{run.place}/checkpoints/best")]
+
+
+def _sizes(figures: list[float | None]) -> list[str]:
+    """Megabytes of the packed file and two bits a weight, as `SIZES` has them."""
+    size, *bits = figures
+    megabytes = NOTHING if size is None else f"{size / 1e6:.1f}"
+    return [megabytes, *(NOTHING if one is None else f"{one:.2f}" for one in bits)]
 
 
 def _caches(outputs: Path) -> Iterator[str]:
@@ -121,6 +130,7 @@ def _run(run: Record) -> str:
         "Command": code(run.text("command")),
         "Result": _result(run),
         "Measured on": _ground(run),
+        **_size(run),
         **_dense(run),
         "Conversion": _conversion(run),
         "Resumed": _resumed(run),
@@ -175,16 +185,22 @@ def _result(run: Record) -> str:
     return f"{run.status}: {error}; {said}" if error else said
 
 
+def _size(run: Record) -> dict[str, str]:
+    """What the whole student weighs; nothing where an older run did not say."""
+    sizes = [run.number("quant", name) for name in SIZES]
+    units = ("MB packed", "bits a weight", "over the quantized layers")
+    known = [f"{text} {unit}" for text, unit in zip(_sizes(sizes), units, strict=True) if text != NOTHING]
+    return {"Size": ", ".join(known)} if sizes[1] is not None else {}
+
+
 def _dense(run: Record) -> dict[str, str]:
-    """What of the decoder is not quantized, and what that makes of the whole model; nothing where all of it has one."""
+    """What of the decoder is not quantized; nothing where all of it is."""
     found = run.section("quant", "dense")
     shares = {name: share for name in found if (share := run.number("quant", "dense", name)) is not None}
     if not shares:
         return {}
     named = ", ".join(f"{code(name)} {share:.1%}" for name, share in shares.items())
-    bits = run.number("quant", "model_bits_per_weight")
-    whole = "" if bits is None else f"; {bits:.2f} bits a weight over the whole model"
-    return {"Left dense": f"{sum(shares.values()):.1%} of the decoder's weights ({named}){whole}"}
+    return {"Left dense": f"{sum(shares.values()):.1%} of the decoder's weights ({named})"}
 
 
 def _ground(run: Record) -> str:

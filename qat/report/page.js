@@ -15,7 +15,7 @@ const $ = id => document.getElementById(id);
 const figure = (value, digits = 4) => value == null ? "–" : value.toFixed(digits);
 const percent = value => value == null ? "–" : (100 * value).toFixed(1) + "%";
 const color = run => `var(--c${colors.get(run)})`;
-const measured = runs.filter(run => run.trial && run.kl != null && run.bits != null && run.status === "complete");
+const measured = runs.filter(run => run.trial && run.kl != null && run.megabytes != null && run.status === "complete");
 const grounds = [...new Set(measured.map(run => run.ground))]; // teachers and texts: figures of two do not compare
 const of = ground => measured.filter(run => run.ground === ground);
 const best = ground => of(ground).reduce((one, other) => other.kl < one.kl ? other : one);
@@ -132,32 +132,32 @@ const across = node => Math.max(280, node.clientWidth - (parseFloat(getComputedS
 
 function quality() {
   const place = $("quality");
-  if (!measured.length) return place.replaceChildren(empty("No complete run has been evaluated yet."));
+  if (!measured.length) return place.replaceChildren(empty("No complete run with the size of its file has been evaluated yet."));
   const width = across(place), small = width < 560, height = small ? 320 : 430;
   const margin = { left: 46, right: 20, top: 28, bottom: 42 };
   const positive = measured.every(run => run.kl > 0);
-  const x = scale(measured.map(run => run.bits), margin.left, width - margin.right, false, .07);
+  const x = scale(measured.map(run => run.megabytes), margin.left, width - margin.right, false, .07);
   const y = scale(measured.map(run => run.kl), height - margin.bottom, margin.top, positive, .15);
-  const svg = frame(width, height, margin, x, y, { title: "Full KL against bits a weight", x: "effective bits a weight", y: "full KL" });
+  const svg = frame(width, height, margin, x, y, { title: "Full KL against megabytes", x: "MB of the packed file", y: "full KL" });
   const fronts = grounds.map(ground => {
     const front = [];
-    for (const run of of(ground).sort((a, b) => a.bits - b.bits || a.kl - b.kl))
+    for (const run of of(ground).sort((a, b) => a.megabytes - b.megabytes || a.kl - b.kl))
       if (!front.length || run.kl < front[front.length - 1].kl) front.push(run);
     return front;
   });
   fronts.forEach((front, index) => svg.append(draw("polyline", {
     class: "front", "stroke-dasharray": DASHES[index % DASHES.length],
-    points: front.map(run => `${x.at(run.bits)},${y.at(run.kl)}`).join(" "),
+    points: front.map(run => `${x.at(run.megabytes)},${y.at(run.kl)}`).join(" "),
   })));
   const presets = [...new Set(measured.map(run => run.preset))].sort();
   const shade = preset => `var(--c${presets.indexOf(preset) % COLORS})`;
   for (const run of [...measured].sort((a, b) => chosen.has(a) - chosen.has(b))) { // the chosen on top
-    const at = { cx: x.at(run.bits), cy: y.at(run.kl) };
+    const at = { cx: x.at(run.megabytes), cy: y.at(run.kl) };
     svg.append(draw("circle", {
       ...at, r: small ? 6 : 5.5, class: "dot", style: `fill:${shade(run.preset)}`, tabindex: 0, role: "button",
-      "aria-label": `${run.id}, ${run.preset}, ${figure(run.bits, 2)} bits, KL ${figure(run.kl)}, ${run.ground}`,
+      "aria-label": `${run.id}, ${run.preset}, ${figure(run.megabytes, 1)} MB, KL ${figure(run.kl)}, ${run.ground}`,
       onclick: () => toggle(run), onkeydown: event => { if (event.key === "Enter") toggle(run); },
-      onmouseenter: event => tell(event, `${run.id}  ${run.preset}\nKL ${figure(run.kl)} at ${figure(run.bits, 2)} bits\n${run.ground}\n${run.goal || run.name}`),
+      onmouseenter: event => tell(event, `${run.id}  ${run.preset}\nKL ${figure(run.kl)} at ${figure(run.megabytes, 1)} MB, ${figure(run.model_bits, 2)} bits a weight\n${run.ground}\n${run.goal || run.name}`),
       onmouseleave: hush,
     }));
     if (chosen.has(run)) svg.append(draw("circle", { ...at, r: small ? 10 : 9.5, class: "ring" }));
@@ -173,8 +173,8 @@ function quality() {
 function names(svg, front, x, y, edge) {
   const kept = [];
   for (const run of front) {
-    const left = x.at(run.bits) > edge + 70;
-    const at = { x: x.at(run.bits) - (left ? 10 : 0), y: y.at(run.kl) + (left ? 18 : 24) };
+    const left = x.at(run.megabytes) > edge + 70;
+    const at = { x: x.at(run.megabytes) - (left ? 10 : 0), y: y.at(run.kl) + (left ? 18 : 24) };
     if (kept.some(other => Math.abs(other.x - at.x) < 64 && Math.abs(other.y - at.y) < 16)) continue;
     kept.push(at);
     svg.append(draw("text", { ...at, class: "name", "text-anchor": left ? "end" : "middle" }, run.id));
@@ -245,7 +245,7 @@ function facts() {
   if (broken) shown.push([broken, "failed or interrupted"]);
   for (const ground of grounds.slice(0, 3)) {
     const run = best(ground), where = grounds.length > 1 ? ` on ${ground}` : "";
-    shown.push([figure(run.kl), `lowest full KL${where}, ${run.id}`], [figure(run.bits, 2), "bits a weight there"]);
+    shown.push([figure(run.kl), `lowest full KL${where}, ${run.id}`], [figure(run.megabytes, 1), "MB there"]);
   }
   shown.push([time(spent), "of runs in all"]);
   $("facts").replaceChildren(...shown.map(([value, name]) => make("div", {}, make("dt", {}, name), make("dd", {}, value))));
@@ -255,7 +255,7 @@ function facts() {
 
 const COLUMNS = [
   ["id", "run", run => run.id, false], ["stage", "stage", run => run.stage || "–", false], ["status", "status", run => run.status, false],
-  ["kl", "full KL", run => figure(run.kl), true], ["bits", "bits", run => figure(run.bits, 2), true],
+  ["kl", "full KL", run => figure(run.kl), true], ["megabytes", "MB", run => figure(run.megabytes, 1), true],
   ["kd0", "KD before", run => figure(run.kd0), true], ["kd", "KD after", run => figure(run.kd), true], ["perplexity", "perplexity", run => figure(run.perplexity, 2), true],
   ["agreement", "agreement", run => percent(run.agreement), true], ["speed", "tokens/s", run => run.speed == null ? "–" : Math.round(run.speed).toLocaleString("en"), true],
   ["seconds", "time", run => time(run.seconds), true], ["name", "name", run => run.name || "–", false], ["ground", "teacher and text", run => run.ground || "–", false], ["goal", "goal", run => run.goal, false],
@@ -294,7 +294,7 @@ function row(run) {
 
 function cards() {
   const shown = picked().map(run => {
-    const figures = [["full KL", figure(run.kl, 3)], ["KD loss", run.kd0 == null ? figure(run.kd, 3) : `${figure(run.kd0, 3)} → ${figure(run.kd, 3)}`], ["bits", figure(run.bits, 2)], ["time", time(run.seconds)]];
+    const figures = [["full KL", figure(run.kl, 3)], ["KD loss", run.kd0 == null ? figure(run.kd, 3) : `${figure(run.kd0, 3)} → ${figure(run.kd, 3)}`], ["MB", figure(run.megabytes, 1)], ["bits a weight", figure(run.model_bits, 2)], ["of quantized layers", figure(run.bits, 2)], ["time", time(run.seconds)]];
     return make("article", { class: "card", style: `--c:${color(run)}` },
       make("h3", {}, `${run.id}  ${run.name || run.stage}`),
       run.goal ? make("p", {}, run.goal) : null,

@@ -97,6 +97,8 @@ def _run(
         "command": run.text("command"),
         "device": run.text("environment", "device"),
         "preset": run.text("quant", "preset"),
+        "megabytes": None if (size := run.number("quant", "file_bytes")) is None else _short(size / 1e6),
+        "model_bits": run.number("quant", "model_bits_per_weight"),
         "bits": run.number("quant", "bits_per_weight"),
         "kd0": run.number("metrics", "kd_loss_initial"),
         "kd": run.first(("metrics", "kd_loss_final"), ("metrics", "kd_loss")),

@@ -4,24 +4,20 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-from transformers import PreTrainedModel
-
 from qat import checkpoints, manifests, plots
 from qat.artifacts import Artifact, obtain, require
-from qat.cache.batch import Batch
 from qat.cache.reader import CacheReader
 from qat.config import ROLES, Config
 from qat.console import console, table
 from qat.convert.convert import convert, install
 from qat.evaluate import Metrics, evaluate
-from qat.quant.architectures import Layer, bits_per_weight, recorded, select, summary, told
-from qat.quant.linear import Quantized, kept, quantized
-from qat.quant.places import matrix
+from qat.quant.architectures import Layer, recorded, select, told
+from qat.quant.linear import Quantized, quantized
+from qat.quant.size import bits_per_weight, said, summary
 from qat.runs import Run
 from qat.shaping import shaping
-from qat.stages import cache
+from qat.stages import cache, choice
+from qat.stages.source import Source, calibration
 from qat.stages.workspace import Workspace, open_workspace, start_folder
 
 WORST = 3  # layers named
@@ -36,6 +32,7 @@ def main(config: Config, run: Run) -> None:
 
 def make(work: Workspace, outputs: Artifact) -> Artifact:
     """The quantized model before any training, from `outputs/artifacts` when it is already there."""
+    work = choice.make(work, outputs)
     config = work.config
     start = start_folder(config.checkpoint)
     inputs = {
@@ -61,7 +58,7 @@ def make(work: Workspace, outputs: Artifact) -> Artifact:
     layers = checkpoints.layers_of(made.manifest)
     work.run.result["quant"] = {"preset": config.quant.name, **summary(layers, work.teacher.skeleton())}
     work.run.result["paths"]["conversion"] = str(made.folder.absolute())  # the run is a checkpoint, from anywhere
-    _show(layers, made.manifest, work.run.result["quant"]["dense"])
+    _show(layers, made.manifest, work.run.result["quant"])
     if made.manifest["figures"]:  # none where every layer was kept
         _draw(work, made.manifest["figures"])
     return made
@@ -79,76 +76,18 @@ def _convert(work: Workspace, outputs: Artifact, start: Path | None, folder: Pat
     layers = select(source.exact, config.quant)
     kept = {layer.name: same for layer in layers if (same := source.kept(layer))}
     fitted = [layer for layer in layers if layer.name not in kept]
-    text = _calibration(work, outputs)
+    text = calibration(work, outputs)
     made = convert(fitted, source.load, source.weight, text, config.convert, config.kmeans, work.machine.device)
     modules = kept | {one.layer.name: one.module for one in made}
     checkpoints.write_layers({layer.name: modules[layer.name] for layer in layers}, folder)
     source.write_own(layers, folder)
+    choice.keep(work, folder)
     return {
         **checkpoints.describe(work.teacher, config.quant, layers),
         "figures": {one.layer.name: one.figures for one in made},
         "metrics": _measure(work, outputs, source, modules),
         "measured_on": CacheReader(outputs, "eval").text_key(),
     }
-
-
-def _calibration(work: Workspace, outputs: Artifact) -> list[Batch]:
-    """The first training rows of the cache, in micro-batches."""
-    reader = CacheReader(outputs, "train")
-    rows = max(1, work.config.convert.calibration_tokens // int(reader.meta["length"]))
-    return reader.batch(torch.arange(min(rows, reader.rows))).split(work.machine.micro_batch)
-
-
-class Source:
-    """The model that is converted: the teacher, or the student of a checkpoint.
-
-    Attributes:
-        exact: the teacher in fp32, in host memory.
-    """
-
-    def __init__(self, work: Workspace, start: Path | None) -> None:
-        self._work, self._start = work, start
-        self.exact = work.teacher.load(torch.float32, torch.device("cpu"))
-        self._given = self.load() if start else None
-        self._made = quantized(self._given) if self._given else {}
-        self._latent = checkpoints.latent(start) if start else {}
-
-    def load(self) -> PreTrainedModel:
-        """The model on the machine, new at every call."""
-        machine = self._work.machine
-        if self._start is None:
-            return self._work.teacher.load(machine.dtype, machine.device)
-        return checkpoints.load(self._start, self._work.teacher, machine)[0]
-
-    def weight(self, name: str) -> Tensor:
-        """What a layer is fitted to: its latent weight, else its quantized one, else the teacher's."""
-        if name in self._latent:
-            return self._latent[name]
-        if name in self._made:
-            return self._made[name].weight(torch.float32)
-        own = self._own.get(name)
-        return matrix(self.exact, name) if own is None else own
-
-    @property
-    def _own(self) -> dict[str, Tensor]:
-        """The weights that a student brings itself, by layer."""
-        if self._given is None:
-            return {}
-        own = checkpoints.own_parameters(self._given)
-        places = {id(self._given.get_parameter(name)): value for name, value in own.items()}
-        modules = self._given.named_modules()
-        found = {name: places.get(id(getattr(module, "weight", None))) for name, module in modules}
-        return {name: value for name, value in found.items() if value is not None}
-
-    def write_own(self, layers: list[Layer], folder: Path) -> None:
-        """What the model does not have from the teacher besides its quantized layers."""
-        if self._given:
-            checkpoints.write_own(self._given, folder, besides=[layer.name for layer in layers])
-
-    def kept(self, layer: Layer) -> Quantized | None:
-        """The layer with the same indices, where its format can take them over (`Format.kept`)."""
-        made = self._made.get(layer.name)
-        return kept(made, layer.format) if made else None
 
 
 def _measure(
@@ -173,7 +112,7 @@ def _draw(work: Workspace, figures: dict[str, dict[str, float]]) -> None:
     work.run.result["paths"]["conversion_errors"] = str(picture)
 
 
-def _show(layers: list[Layer], manifest: dict[str, Any], dense: dict[str, float]) -> None:
+def _show(layers: list[Layer], manifest: dict[str, Any], quant: dict[str, Any]) -> None:
     """One row a role, what of the decoder is in none, then what the conversion did to the model."""
     figures, rows, counts = manifest["figures"], [], []
     for role in ROLES:
@@ -183,8 +122,9 @@ def _show(layers: list[Layer], manifest: dict[str, Any], dense: dict[str, float]
             rows.append([role, str(len(members)), f"{bits_per_weight(members):.2f}", *_figures(members, figures)])
     header = ["role", "layers", "bits/weight", "weight error", "output error", "seconds"]
     table(f"{len(layers)} layers converted ({' + '.join(counts)})", header, rows)
-    if dense:
-        console.print(f"left dense, as shares of the decoder's weights: {told(dense)}", soft_wrap=True)
+    console.print(f"size, packed: {said(quant)} over the whole model", soft_wrap=True)
+    if quant["dense"]:
+        console.print(f"left dense, as shares of the decoder's weights: {told(quant['dense'])}", soft_wrap=True)
     before, after = manifest["metrics"]["before"] or {"kd_loss": 0.0, "kl": 0.0}, manifest["metrics"]["after"]
     names = {"kd_loss": "KD loss (held-out)", "kl": "full KL (held-out)"}
     changes = [[name, f"{before[key]:.4f}", f"{after[key]:.4f}"] for key, name in names.items()]

@@ -15,8 +15,9 @@ from qat.distill.state import States
 from qat.distill.trainer import History, Trainer
 from qat.forward import use
 from qat.processes import Ranks, joined
-from qat.quant.architectures import Layer, summary
+from qat.quant.architectures import Layer
 from qat.quant.linear import quantized
+from qat.quant.size import summary
 from qat.runs import Run, checkpoint_name, owner
 from qat.stages import cache
 from qat.stages.teacher import check_mode

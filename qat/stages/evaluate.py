@@ -21,7 +21,7 @@ from qat.evaluate.figures import METHOD, Rows
 from qat.evaluate.tasks import STDERR, Harness, Scores
 from qat.evaluate.windows import Windows, read
 from qat.names import TEACHER, called, checkpoint
-from qat.quant.architectures import summary
+from qat.quant.size import summary
 from qat.runs import Run
 from qat.stages import cache
 from qat.stages.workspace import Workspace, open_workspace, start_folder
@@ -38,6 +38,11 @@ FIGURES: dict[str, tuple[str, Callable[[float], str]]] = {
     "kd_loss": ("KD loss", "{:.4f}".format),
     "perplexity": ("perplexity", "{:.2f}".format),
     "top1_agreement": ("same first choice", "{:.1%}".format),
+}
+SIZES = {
+    "file_bytes": "MB, packed",
+    "model_bits_per_weight": "bits per weight",
+    "bits_per_weight": "bits per quantized weight",
 }
 
 Models = dict[str, Path | None]  # what a person calls each, and its folder; None is the teacher
@@ -229,7 +234,7 @@ def _rows(found: dict[str, Found]) -> list[list[str]]:
     names = {(task, metric): None for one in models for task, scores in one.scores.items() for metric in scores}
     shown = [(task, metric) for task, metric in names if STDERR not in metric]
     rows += [[f"{task} {metric}", *(_score(one, task, metric) for one in models)] for task, metric in shown]
-    return [*rows, ["bits per quantized weight", *(_bits(one) for one in models)]]
+    return [*rows, *([title, *(_size(one, key) for one in models)] for key, title in SIZES.items())]
 
 
 def _figure(one: Found, key: str) -> str:
@@ -253,8 +258,10 @@ def _score(one: Found, task: str, metric: str) -> str:
     return f"{scores[metric]:.4f}" + ("" if error is None else f" ± {1.96 * error:.4f}")
 
 
-def _bits(one: Found) -> str:
-    return "-" if one.quant is None else f"{one.quant['bits_per_weight']:.2f}"
+def _size(one: Found, key: str) -> str:
+    if one.quant is None:
+        return "-"
+    return f"{one.quant[key] / 1e6:.1f}" if key == "file_bytes" else f"{one.quant[key]:.2f}"
 
 
 def samples(title: str, prompts: list[str], said: dict[str, list[str]]) -> str:

@@ -1,6 +1,7 @@
 """A checkpoint in another tool's format, compared with the checkpoint before anybody sees it."""
 
 import importlib
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -10,11 +11,12 @@ from qat.config import Config
 from qat.console import console
 from qat.export import card, parity
 from qat.export.exporter import exporter
-from qat.export.source import Source, open_source
+from qat.export.source import DTYPES, Source, open_source
 from qat.runs import Run
 from qat.stages.workspace import Workspace, open_workspace, start_folder
 
 KIND = "export"
+PACKED = "packed"  # the format whose file sizes are told of
 
 
 def main(config: Config, run: Run) -> None:
@@ -24,6 +26,8 @@ def main(config: Config, run: Run) -> None:
     folder = Path(str(config.export.output)).expanduser()
     with work.timed("export"):
         source = open_source(work.teacher, start_folder(config.checkpoint))
+        if config.export.format == PACKED:
+            source = replace(source, dtype=DTYPES[config.export.dtype])
         make(work, writer, source, folder)
     size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     run.result["quant"] = source.quant

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from qat import checkpoints, footprint
 from qat.checkpoint_files import find
-from qat.config import Config, DataSource, Stage, as_plain
+from qat.config import Config, DataSource, QuantConfig, Stage, as_plain
 from qat.data import mix
 from qat.distill.parameters import LATENT, NORMS
 from qat.errors import ConfigError
@@ -13,7 +13,9 @@ from qat.export.exporter import exporter
 from qat.footprint import Job, Shapes
 from qat.machine import Machine
 from qat.models import ModelFolder
+from qat.quant import budget
 from qat.quant.architectures import learns, select
+from qat.quant.choice import key_of
 
 CONVERTS = (Stage.run, Stage.convert)
 TRAINS = (Stage.run, Stage.distill)
@@ -28,8 +30,10 @@ def check(config: Config, teacher: ModelFolder, machine: Machine) -> None:
     check_lengths(config, teacher)
     _check_vocabulary(config, teacher.vocab_size())
     jobs = list(_jobs(config, teacher))
-    for job in jobs if config.stage in CONVERTS else []:
-        _check_shapes(job, teacher)
+    for job, quant in zip(jobs, _quants(config), strict=False) if config.stage in CONVERTS else []:
+        _check_shapes(job, quant, teacher)
+        if quant.candidates:
+            budget.check(quant, job.layers, teacher.skeleton())
     for job in jobs if config.stage in TRAINS else []:
         _check_learning(job)
     footprint.check(config, Shapes.of(teacher.skeleton(), teacher.settings()), jobs, machine)
@@ -73,6 +77,11 @@ def _check_vocabulary(config: Config, tokens: int) -> None:
             raise ConfigError(f"{key}={count}: model={config.model.name} has only {tokens} tokens")
 
 
+def _quants(config: Config) -> list[QuantConfig]:
+    """What the students are written in that a run converts, the one that is trained first first."""
+    return [*([config.first.quant] if config.first and config.stage is Stage.run else []), config.quant]
+
+
 def _jobs(config: Config, teacher: ModelFolder) -> Iterator[Job]:
     """The students of a run, the one that is trained first first."""
     if config.first and config.stage is Stage.run:
@@ -94,9 +103,10 @@ def _check_learning(job: Job) -> None:
         raise ConfigError(f"{job.prefix}train.learn has no rate for {' and '.join(sorted(kinds))}: nothing would learn")
 
 
-def _check_shapes(job: Job, teacher: ModelFolder) -> None:
+def _check_shapes(job: Job, quant: QuantConfig, teacher: ModelFolder) -> None:
     """Every layer's shape suits its format."""
     for layer in job.layers:
         if misfit := layer.format.misfit(*layer.shape):
-            key, value = f"{job.prefix}quant.{layer.role}.{misfit.setting}", layer.format.settings()[misfit.setting]
+            key = f"{job.prefix}{key_of(layer.name, layer.role, quant)}.{misfit.setting}"
+            value = layer.format.settings()[misfit.setting]
             raise ConfigError(f"{key}={value}: {layer.name} of {teacher.name} {misfit.why}")

@@ -10,6 +10,7 @@ from qat.console import console, duration, table
 from qat.evaluate import Metrics
 from qat.processes import place
 from qat.quant.architectures import told
+from qat.quant.size import said
 from qat.runs import Run
 from qat.stages import cache, convert, distill, evaluate, first
 from qat.stages.workspace import Workspace, open_workspace, start_folder
@@ -53,8 +54,10 @@ def _start(work: Workspace, outputs: Artifact) -> tuple[Path, dict[str, Metrics]
     if given is None and work.config.first:
         given = first.make(work, outputs, work.config.first)
         work = first.converted_from(work, given)
-    if given and checkpoints.has_formats(checkpoints.manifest(given, work.teacher, work.machine), work.config.quant):
-        return given, {}
+    if given:
+        said = checkpoints.manifest(given, work.teacher, work.machine)
+        if checkpoints.has_formats(said, work.config.quant, work.teacher):
+            return given, {}
     converted = convert.make(work, outputs)
     return converted.folder, {"converted": convert.metrics(converted)}
 
@@ -79,8 +82,8 @@ def show(run: Run, before: Metrics, after: Metrics, best: Path) -> None:
     spent = [f"{stage} {_spent(run, stage)}" for stage in STAGES if f"{stage}_s" in timing]
     lines = {"verdict": result["verdict"]} if result["verdict"] else {}
     lines |= {
-        "bits per weight": f"{quant['bits_per_weight']} ({', '.join(roles)})",
-        "whole model": f"{quant['model_bits_per_weight']} bits per weight, with 16 for all else",
+        "size, packed": said(quant),
+        "quantized layers": f"{quant['bits_per_weight']} bits a weight ({', '.join(roles)})",
         **({"left dense": told(quant["dense"])} if quant["dense"] else {}),
         "time": ", ".join(spent),
         "peak memory": f"{result['memory']['peak_bytes'] / 1e9:.1f} GB",
@@ -89,7 +92,7 @@ def show(run: Run, before: Metrics, after: Metrics, best: Path) -> None:
         "go on with": f"python launch.py stage=chat checkpoint={best}",
     }
     for name, value in lines.items():
-        console.print(f"{name:16} {value}", soft_wrap=True)
+        console.print(f"{name:17} {value}", soft_wrap=True)
 
 
 def _spent(run: Run, stage: str) -> str:

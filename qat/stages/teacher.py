@@ -102,7 +102,7 @@ def _converts(config: Config, teacher: ModelFolder) -> bool:
     if config.stage is Stage.convert or config.checkpoint.path is None or config.first:
         return True
     start = _manifest(config, teacher)
-    return start is not None and not checkpoints.has_formats(start, config.quant)
+    return start is not None and not checkpoints.has_formats(start, config.quant, teacher)
 
 
 def _manifest(config: Config, teacher: ModelFolder) -> dict[str, Any] | None:

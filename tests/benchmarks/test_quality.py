@@ -16,8 +16,8 @@ from qat.config import ModelConfig, ModelSource
 from qat.convert.convert import Converted
 from qat.errors import ArtifactError
 from qat.models import locate
-from qat.quant.architectures import bits_per_weight
 from qat.quant.linear import quantized
+from qat.quant.size import bits_per_weight
 from tests import tiny
 
 
@@ -65,18 +65,23 @@ def run(options, monkeypatch, attention_of_32):
     return command
 
 
-def test_a_comparison_and_its_picture(run, tmp_path, capsys):
+def test_a_comparison_and_its_picture(run, teacher, tmp_path, capsys):
     rows = run()
     assert [(row["method"], row["name"], row["text"]) for row in rows] == [
         ("RTN", bits, text) for bits in ("2:32", "4:32") for text in ("chat", "wiki")
     ]
     assert [row["bits"] for row in rows[::2]] == [2 + 18 / 32, 4 + 20 / 32]
+    whole, layers = sum(p.numel() for p in teacher.skeleton().parameters()), quality.layers_of(teacher.skeleton())
+    mlp, attention = (sum(x.weights for x in layers if x.role == role) for role in ("mlp", "attn"))
+    rest = attention * (4 + 20 / 32) + 16 * (whole - mlp - attention)
+    sizes = [round((mlp * bits + rest) / 8e6, 3) for bits in (2 + 18 / 32, 4 + 20 / 32)]
+    assert [row["megabytes"] for row in rows[::2]] == sizes
     for coarse, fine in zip(rows[:2], rows[2:], strict=True):
         assert coarse["levels"] == {"attn": 16, "mlp": 4}
         assert coarse["teacher_levels"] == {"attn": 32, "mlp": 32}
         assert coarse["kl"] > fine["kl"] > 0
     assert (tmp_path / "quality.png").read_bytes().startswith(b"\x89PNG")
-    assert "| RTN | 2:32 | 2.56 |" in capsys.readouterr().out
+    assert f"| RTN | 2:32 | {sizes[0]:.1f} | 2.56 |" in capsys.readouterr().out
 
 
 def test_the_measured_model_is_the_one_with_rounded_weights(run, options, teacher):

@@ -128,6 +128,13 @@ def test_the_file_weighs_what_the_bits_say(best, student, export, header):
     assert (folder / packed.FILE).stat().st_size < codebooks + others + 200 * len(tensors)
 
 
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
+def test_the_file_has_as_many_bytes_as_the_record_says(best, teacher, export, dtype):
+    folder = export(best, "packed", dtype)
+    said = json.loads((folder / "manifest.json").read_text())["quant"]["file_bytes"]
+    assert said == (folder / packed.FILE).stat().st_size
+
+
 @torch.no_grad()
 def test_every_weight_is_the_students_to_the_rounding_of_fp16(best, student, export):
     model = packed.read(None, export(best, "packed", "fp32"))

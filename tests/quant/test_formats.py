@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from qat import manifests
 from qat.config import SETTINGS, WeightConfig, WeightFormat
 from qat.quant import formats, latent
-from qat.quant.architectures import format_of
+from qat.quant.choice import format_of
 from qat.quant.formats import Codebook, Format, Uniform
 from qat.quant.linear import QuantLinear, kept
 from qat.quant.stack import stacks

@@ -15,9 +15,10 @@ from transformers import PreTrainedModel
 from qat.config import QuantConfig, WeightConfig
 from qat.config.keys import key
 from qat.errors import ConfigError
-from qat.quant.architectures import bits_per_weight, recorded, select, summary
+from qat.quant.architectures import recorded, select
 from qat.quant.formats import Codebook
 from qat.quant.places import bias, matrix
+from qat.quant.size import bits_per_weight, summary
 
 
 @cache

@@ -57,9 +57,9 @@ def test_what_a_run_left_dense_is_told_with_what_it_makes_of_the_whole(outputs):
     path.write_text(json.dumps(result))
     text = log.render(outputs).split("### SR-001")[1].split("### SR-002")[0]
     assert (
-        "- **Left dense**: 75.0% of the decoder's weights (`model.layers.*.mlp.experts.up_proj` 25.0%, `x` 50.0%);"
-        " 9.50 bits a weight over the whole model\n" in text
-    )
+        "- **Left dense**: 75.0% of the decoder's weights (`model.layers.*.mlp.experts.up_proj` 25.0%, `x` 50.0%)\n"
+    ) in text
+    assert "- **Size**: 9.50 bits a weight, " in text and "MB" not in text
 
 
 def test_checkpoints_come_with_losses_and_caches_with_sizes(outputs):
@@ -79,13 +79,13 @@ def test_conversions_say_their_own_losses_whether_a_run_used_them_or_not(outputs
     for folder, manifest in (("q4_init", converted), ("q4_e2e", trained), ("older", {"name": "older"})):
         synthetic.write(outputs / "artifacts" / "checkpoints" / folder / "manifest.json", manifest)
     text = log.render(outputs)
-    assert "| `tiny_q4a4_init` | 1.2500 | 0.7500 | 4.5000 | `artifacts/checkpoints/q4_init` |" in text
-    assert "| `tiny_q4a4_e2e` | 0.5000 | – | 4.5000 | `artifacts/checkpoints/q4_e2e` |" in text
-    assert "| `older` | – | – | – | `artifacts/checkpoints/older` |" in text
+    assert "| `tiny_q4a4_init` | 1.2500 | 0.7500 | – | – | 4.50 | `artifacts/checkpoints/q4_init` |" in text
+    assert "| `tiny_q4a4_e2e` | 0.5000 | – | – | – | 4.50 | `artifacts/checkpoints/q4_e2e` |" in text
+    assert "| `older` | – | – | – | – | – | `artifacts/checkpoints/older` |" in text
     done = [run for run in records.runs(outputs) if run.status == "complete"]
     used = next(run for run in done if run.text("quant", "preset") == "q2a4")
     before = [used.number("metrics", key) for key in ("kd_loss_initial", "kl_initial")]
-    assert "| `tiny_q2a4_init` | {:.4f} | {:.4f} | 3.5600 |".format(*before) in text
+    assert "| `tiny_q2a4_init` | {:.4f} | {:.4f} | – | – | 3.56 |".format(*before) in text
 
 
 def changed(outputs, run_id, **words):

@@ -51,4 +51,4 @@ def test_what_stays_dense_is_told_on_the_screen_in_the_record_in_the_log_and_on_
     card = (output / "README.md").read_text()
     told = f"Left dense, in full precision, are {left}: `model.layers.*.self_attn.o_proj`"
     assert told in card
-    assert f"whole model has {result['quant']['model_bits_per_weight']} bits a weight" in card
+    assert f"{result['quant']['model_bits_per_weight']} bits a weight over the whole model" in card

@@ -1,20 +1,25 @@
-"""What layers are written in: every format has settings of its own, and those of another one would do nothing."""
+"""What layers are written in: every format has settings of its own, and those of another one would do nothing.
+
+A budget has a size and formats to choose from.
+"""
 
 from collections.abc import Iterator
 from dataclasses import fields
 
 from qat.cli.schema import written
-from qat.config import ROLES, SETTINGS, Config, WeightConfig
+from qat.config import ROLES, SETTINGS, Config, QuantConfig, WeightConfig
 from qat.errors import ConfigError
 
 
 def check(config: Config) -> None:
-    """Each role of layers has the settings of its format, and no others.
+    """Whatever names a format has the settings of it, and no others; a budget has one size.
 
     Raises:
         ConfigError: the first that is missing, or means nothing.
     """
-    for key, given in _formats(config):
+    for where, quant in _quants(config).items():
+        _check_budget(where, quant)
+    for key, given in _named(config):
         own, name = SETTINGS[given.format], given.format.name
         for field in fields(given):
             value, where = getattr(given, field.name), f"{key}.{field.name}"
@@ -27,10 +32,24 @@ def check(config: Config) -> None:
                 )
 
 
-def _formats(config: Config) -> Iterator[tuple[str, WeightConfig]]:
-    """The formats of a run by their keys, those of a student that is trained first included."""
-    quants = {"quant": config.quant} | ({"first.quant": config.first.quant} if config.first else {})
-    for key, quant in quants.items():
-        for role in ROLES:
-            if (given := getattr(quant, role)) is not None:
-                yield f"{key}.{role}", given
+def _check_budget(where: str, quant: QuantConfig) -> None:
+    sizes = [f"{where}.{name}" for name in ("megabytes", "bits") if getattr(quant, name) is not None]
+    if sizes and not quant.candidates:
+        raise ConfigError(f"{sizes[0]}: means nothing to {where}={quant.name}, which names formats: use {where}=budget")
+    if quant.candidates and len(sizes) != 1:
+        found = f"{' and '.join(sizes)} are two sizes" if sizes else "has no size to choose formats for"
+        raise ConfigError(f"{where}={quant.name}: {found}: set {where}.megabytes=56, or {where}.bits=3.2")
+
+
+def _quants(config: Config) -> dict[str, QuantConfig]:
+    """The students of a run by their keys, one that is trained first included."""
+    return {"quant": config.quant} | ({"first.quant": config.first.quant} if config.first else {})
+
+
+def _named(config: Config) -> Iterator[tuple[str, WeightConfig]]:
+    """The formats of a run by their keys."""
+    for key, quant in _quants(config).items():
+        named = {role: getattr(quant, role) for role in ROLES}
+        named |= {f"layers[{pattern}]": given for pattern, given in quant.layers.items()}
+        named |= {f"candidates[{number}]": given for number, given in enumerate(quant.candidates)}
+        yield from ((f"{key}.{name}", given) for name, given in named.items() if given is not None)

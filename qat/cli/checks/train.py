@@ -24,9 +24,11 @@ def _check_mode(config: Config) -> None:
         return  # a V2 state dict, whose tensors say what it is
     if described is not None:
         quant, whose = described["quant"], f"checkpoint={config.checkpoint.path}"
+    elif config.quant.layers or config.quant.candidates:
+        return  # the teacher's layers say which have a format
     learning = {"mlp": config.mode.mlp, "attn": config.mode.attn}
     for kind, learns in learning.items():
-        if learns and not quant.get(kind):
+        if learns and not (quant.get(kind) or quant.get("layers")):
             fitting = [f"mode={kind}" for kind in ("mlp", "attn") if quant.get(kind)]
             raise ConfigError(
                 f"mode={config.mode.name} trains the {kind} layers, for which {whose} has no format"

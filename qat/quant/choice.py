@@ -1,0 +1,69 @@
+"""Which formats a layer may have: what a pattern of names says, else its role, else all that a budget chooses from.
+
+With one of them a layer has it, with none it stays dense, and of several the budget takes one (`qat.convert.budget`).
+"""
+
+from collections.abc import Collection
+from fnmatch import fnmatchcase
+
+from qat.config import SETTINGS, QuantConfig, WeightConfig, as_plain
+from qat.errors import ConfigError
+from qat.quant import formats
+from qat.quant.formats import Format
+from qat.suggest import nearest
+
+Shape = tuple[int, int]
+
+
+def format_of(settings: WeightConfig) -> Format:
+    """The format that a configuration asks for."""
+    return formats.of({name: as_plain(getattr(settings, name)) for name in ("format", *SETTINGS[settings.format])})
+
+
+def options(name: str, role: str, shape: Shape, quant: QuantConfig) -> list[Format]:
+    """The formats that a layer may have, each once.
+
+    Of a budget's candidates only those that suit the shape; the first, for a message, if none does.
+    """
+    if pattern := pattern_of(name, quant):
+        settings = quant.layers[pattern]
+        return [format_of(settings)] if settings else []
+    if settings := of_role(role, quant):
+        return [format_of(settings)]
+    candidates = list(dict.fromkeys(map(format_of, quant.candidates)))
+    return [one for one in candidates if one.misfit(*shape) is None] or candidates[:1]
+
+
+def asks(role: str, quant: QuantConfig) -> bool:
+    """Whether layers of a role are to be quantized where no pattern says otherwise."""
+    return of_role(role, quant) is not None or bool(quant.candidates)
+
+
+def of_role(role: str, quant: QuantConfig) -> WeightConfig | None:
+    """What a role's layers are written in."""
+    settings: WeightConfig | None = getattr(quant, role)
+    return settings
+
+
+def pattern_of(name: str, quant: QuantConfig) -> str | None:
+    """The pattern that decides about a layer, if one does: the last that fits."""
+    return next((pattern for pattern in reversed(quant.layers) if fnmatchcase(name, pattern)), None)
+
+
+def key_of(name: str, role: str, quant: QuantConfig) -> str:
+    """The key that says what a layer is written in."""
+    if pattern := pattern_of(name, quant):
+        return f"quant.layers[{pattern}]"
+    return f"quant.{role}" if of_role(role, quant) else "quant.candidates"
+
+
+def refuse_idle(quant: QuantConfig, names: Collection[str]) -> None:
+    """Refuses a pattern that fits no layer.
+
+    Raises:
+        ConfigError: one does not; the sentence has the layer with the nearest name.
+    """
+    for pattern in quant.layers:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            like = nearest(pattern, names) or next(iter(names), "")
+            raise ConfigError(f"quant.layers[{pattern}] fits no layer of this model, whose names are like {like}")

@@ -1,0 +1,87 @@
+"""What a student weighs: bits a weight, and the bytes of its packed file, reckoned from formats and shapes alone.
+
+The two sides of a packed file, who writes and who reads it, have the same tensors; this module names them once more
+without their numbers, so that a size is known before anything is fitted.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from qat import tensor_files
+from qat.config import ROLES
+from qat.quant import packing
+from qat.quant.architectures import Layer, dense
+from qat.quant.experts import parsed
+from qat.tensor_files import KINDS as TYPES
+from qat.tensor_files import Known
+
+DENSE_BITS = 16  # that a weight in no format counts as
+METADATA = {"format": "pt"}  # of a packed file
+
+
+def bits_per_weight(layers: list[Layer]) -> float:
+    """Mean over all quantized weights."""
+    return sum(layer.weights * layer.bits_per_weight for layer in layers) / sum(layer.weights for layer in layers)
+
+
+def model_bits_per_weight(layers: list[Layer], model: nn.Module) -> float:
+    """Mean over the whole model, whose other weights count as 16 bits."""
+    whole = sum(parameter.numel() for parameter in model.parameters())
+    quantized = sum(layer.weights for layer in layers)
+    return (sum(x.weights * x.bits_per_weight for x in layers) + DENSE_BITS * (whole - quantized)) / whole
+
+
+def file_bytes(layers: Iterable[Layer], model: nn.Module, dtype: torch.dtype = torch.bfloat16) -> int:
+    """Bytes of the file of a packed export (`export=packed`), header included.
+
+    Args:
+        layers: that are quantized.
+        model: the teacher, or its names and shapes.
+        dtype: of everything else.
+    """
+    return tensor_files.file_bytes(stored(layers, model, dtype), METADATA)
+
+
+def stored(layers: Iterable[Layer], model: nn.Module, dtype: torch.dtype) -> dict[str, Known]:
+    """The tensors of a packed file: type and shape by name, tied ones once."""
+    found: dict[str, Known] = {}
+    quantized = set()
+    for layer in layers:
+        owner, _, leaf = parsed(layer.name)
+        quantized |= {layer.name, f"{owner}.{leaf}"}  # the parameter of a stack
+        found[f"{layer.name}.indices"] = "U8", (packing.packed_bytes(layer.weights, layer.format.bits),)
+        for name, part in layer.format.parts(*layer.shape).items():
+            found[f"{layer.name}.{name}"] = "F16", part.shape
+    for name, parameter in model.named_parameters():
+        owner, _, leaf = name.rpartition(".")
+        if not {owner, name} & quantized or leaf == "bias":
+            found[name] = TYPES[dtype], tuple(parameter.shape)
+    return found
+
+
+def summary(layers: list[Layer], model: nn.Module, dtype: torch.dtype = torch.bfloat16) -> dict[str, Any]:
+    """Sizes, counts and what is left dense, as `result.json` has them.
+
+    Bits are said of the quantized layers and of the whole model, bytes of its packed file with `dtype` for all else.
+    `model` is the teacher, or its names and shapes.
+    """
+    roles = {role: [layer for layer in layers if layer.role == role] for role in ROLES}
+    figures: dict[str, Any] = {
+        "bits_per_weight": round(bits_per_weight(layers), 4),
+        "model_bits_per_weight": round(model_bits_per_weight(layers, model), 4),
+        "file_bytes": file_bytes(layers, model, dtype),
+        "layers": len(layers),
+    }
+    for role, members in roles.items():
+        figures[f"{role}_layers"] = len(members)
+        if members:
+            figures[f"{role}_bits_per_weight"] = round(bits_per_weight(members), 4)
+    return figures | {"dense": {pattern: round(share, 4) for pattern, share in dense(model, layers).items()}}
+
+
+def said(figures: dict[str, Any]) -> str:
+    """The sizes of a whole model in a few words, from what `summary` gives."""
+    return f"{figures['file_bytes'] / 1e6:.1f} MB, {figures['model_bits_per_weight']:.2f} bits a weight"

@@ -1,0 +1,58 @@
+import random
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from qat import tensor_files
+from qat.export.packed import writer as packed
+from qat.export.source import Source
+from qat.quant.architectures import Layer
+from qat.quant.formats import Codebook, Uniform
+from qat.quant.linear import QuantLinear
+from qat.quant.size import METADATA, file_bytes, model_bits_per_weight, stored
+from qat.tensor_files import known
+
+TYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.uint8]
+FORMATS = [Codebook(1, 3), Codebook(3, 2), Uniform(5, 16), Uniform(4, 32, "shifted")]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_file_has_as_many_bytes_as_reckoned(tmp_path, seed):
+    draw, tensors = random.Random(seed), {}
+    for number in range(draw.randint(1, 14)):
+        name = "".join(draw.choices('ab."\\é😀\n', k=draw.randint(1, 9))) + str(number)
+        shape = [draw.randint(0, 90) for _ in range(draw.randint(0, 3))]
+        tensors[name] = torch.zeros(shape, dtype=draw.choice(TYPES))
+    save_file(tensors, tmp_path / "file", metadata=METADATA)
+    described = {name: known(tensor) for name, tensor in tensors.items()}
+    assert tensor_files.file_bytes(described, METADATA) == (tmp_path / "file").stat().st_size
+
+
+def mixed(teacher):
+    """A student of several formats, one of them a layer."""
+    model, layers = teacher.load(torch.float32, torch.device("cpu")), []
+    for number, (name, module) in enumerate(list(model.named_modules())):
+        if isinstance(module, torch.nn.Linear) and name.endswith("_proj") and number % 3:
+            shape = module.out_features, module.in_features
+            layers.append(Layer(name, "mlp", shape, FORMATS[number % len(FORMATS)]))
+            model.set_submodule(name, QuantLinear(layers[-1].format, *shape, module.bias))
+    return model, layers
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_sizes_are_known_before_anything_is_written(teacher, tmp_path, dtype):
+    model, layers = mixed(teacher)
+    tensors = packed.tensors(Source(teacher, model), dtype)
+    save_file(tensors, tmp_path / "file", metadata=METADATA)
+    assert stored(layers, teacher.skeleton(), dtype) == {name: known(tensor) for name, tensor in tensors.items()}
+    assert file_bytes(layers, teacher.skeleton(), dtype) == (tmp_path / "file").stat().st_size
+
+
+def test_bits_of_the_whole_model_are_those_of_its_file_but_for_the_header(teacher):
+    _, layers = mixed(teacher)
+    whole = sum(parameter.numel() for parameter in teacher.skeleton().parameters())
+    data = file_bytes(layers, teacher.skeleton()) * 8 / whole
+    bits = model_bits_per_weight(layers, teacher.skeleton())
+    named = len(stored(layers, teacher.skeleton(), torch.bfloat16))
+    assert 0 <= data - bits < 8 * 120 * named / whole
