@@ -12,6 +12,7 @@ from qat.distill.trainer import Trainer
 from qat.forward import FAST, use
 from qat.quant.linear import quantized
 from tests import tiny
+from tests.distill.test_vocabulary import student_of, trainer_of
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 
@@ -114,3 +115,16 @@ def test_a_step_that_is_not_finite_is_skipped_while_recorded(checkpoint, teacher
     assert trainer.step(batches[4], 1.0).skipped
     assert all(p.value.equal(before[p.name]) for p in trainer.learners.parameters)
     assert not trainer.step(batches[5], 1.0).skipped
+
+
+@pytest.mark.parametrize("name", ["tied", "untied"])
+def test_embedding_and_head_learn_as_on_a_cpu(readers, name):
+    """Their gradients come from recorded graphs, out of chunks and out of rows that repeat."""
+    found = []
+    for device in (tiny.CPU, GPU):
+        student, roles = student_of(name)
+        trainer = trainer_of(student.to(device), roles, readers, LOSSES[LossKind.bucket_kl], TRAIN, 8, device)
+        figures = [trainer.step(batch, 1.0) for batch in trainer.batches(0)]
+        found.append((figures, {p.name: p.value.cpu() for p in trainer.learners.parameters}))
+    assert any(name.startswith("model.embed_tokens.") for name in found[0][1])
+    same(found[1], found[0])

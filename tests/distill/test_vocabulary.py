@@ -71,9 +71,10 @@ def student_of(name: str):
     return student, {one.layer.name: one.layer.role for one in made}
 
 
-def trainer_of(student, roles, readers, loss, train=TRAIN, micro_batch=12) -> Trainer:
+def trainer_of(student, roles, readers, loss, train=TRAIN, micro_batch=12, device=tiny.CPU) -> Trainer:
     layers = {name: (roles[name], module) for name, module in quantized(student).items()}
-    return Trainer(student, layers, readers, train, E2E, loss, replace(tiny.FP32, micro_batch=micro_batch), seed=0)
+    machine = replace(tiny.FP32, micro_batch=micro_batch, device=device)
+    return Trainer(student, layers, readers, train, E2E, loss, machine, seed=0)
 
 
 def exact(student, name):

@@ -315,3 +315,13 @@ def test_embedding_and_head_are_one_layer_where_they_are_one_tensor(tied, chosen
 def test_embedding_and_head_that_are_half_said_are_refused(tied, chosen, says):
     with pytest.raises(ConfigError, match=says):
         select(skeleton(tie_word_embeddings=tied), QuantConfig("x", mlp=OTHER, **chosen))
+
+
+def test_a_head_that_is_more_than_a_linear_layer_is_refused():
+    class Divided(nn.Linear):
+        pass
+
+    model = copy.deepcopy(skeleton(tie_word_embeddings=False))
+    model.lm_head = Divided(8, 100, bias=False, device="meta")
+    with pytest.raises(ConfigError, match=r"has Divided for its head and no plain Linear.* quant\.head=null"):
+        select(model, QuantConfig("x", mlp=OTHER, embed=EMBED, head=OTHER))
