@@ -26,51 +26,30 @@ def matrices(model: nn.Module, quant: QuantConfig) -> dict[str, str]:
     Raises:
         ConfigError: `quant` says two things of one tensor, or of two tensors only one thing, or there is none such.
     """
-    found = ends(model)
-<<<<<<< ours
-    if quant.embed is not None or quant.head is not None:
+    found, asked = ends(model), quant.embed is not None or quant.head is not None
+    if asked:
         _refuse_two(quant) if found.tied else _refuse_one(quant)
-=======
-    if found.tied:
-        _refuse_two(quant)
-    else:
-        _refuse_one(quant)
-    _known(model, "head", found.head, nn.Linear)  # what else multiplies with an embedding would miss it
->>>>>>> theirs
-    wanted = {"embed": (found.embed, nn.Embedding)} | ({} if found.tied else {"head": (found.head, nn.Linear)})
-    made = {}
-    for role, (name, kind) in wanted.items():
-        if name is not None and _is(model.get_submodule(name), kind):
-            made[name] = role
-        elif getattr(quant, role) is not None:
-            _refuse_other(model, role, name, kind)
-    return made
+    # What else multiplies with an embedding would miss it, so both are looked at.
+    for role, name, kind in (("head", found.head, nn.Linear), ("embed", found.embed, nn.Embedding)):
+        if not _plain(model, name, kind):
+            if asked:
+                _refuse_other(model, role, name, kind)
+            return {}
+    return roles(model)
 
 
-<<<<<<< ours
-def _is(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """An embedding may scale what it looks up; a head that is no plain product computes something else."""
+def _plain(model: nn.Module, name: str | None, kind: type[nn.Module]) -> bool:
+    """An embedding may do more with what it looks up; a head that is no plain product computes something else."""
+    module = None if name is None else model.get_submodule(name)
     return isinstance(module, nn.Embedding) if kind is nn.Embedding else type(module) is kind
 
 
 def _refuse_other(model: nn.Module, role: str, name: str | None, kind: type[nn.Module]) -> None:
-    """A role that is asked for is there."""
-    there = "none" if name is None else type(model.get_submodule(name)).__name__
+    there = "nothing" if name is None else type(model.get_submodule(name)).__name__
     raise ConfigError(
-        f"quant.{role} is set, and {type(model).__name__} has no {kind.__name__} of its own there but {there}: set"
-        f" quant.{role}=null"
+        f"{type(model).__name__} has {there} for its {role} and no plain {kind.__name__}, so neither end of it can be"
+        " quantized: set quant.embed=null quant.head=null"
     )
-=======
-def _known(model: nn.Module, role: str, name: str | None, kind: type[nn.Module]) -> str:
-    module = None if name is None else model.get_submodule(name)
-    known = isinstance(module, nn.Embedding) if kind is nn.Embedding else type(module) is kind
-    if name is None or not known:
-        raise ConfigError(
-            f"{type(model).__name__} has {type(module).__name__ if module else 'nothing'} for its {role} and no plain"
-            f" {kind.__name__}, so neither end of it can be quantized: set quant.embed=null quant.head=null"
-        )
-    return name
->>>>>>> theirs
 
 
 def _refuse_two(quant: QuantConfig) -> None:
