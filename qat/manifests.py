@@ -78,7 +78,10 @@ ARTIFACT = record(
 # What a format's settings are (`qat.quant.formats`).
 FORMATS = {
     "table": record({"bits": BITS, "rank": SIDE}),
-    "grid": record({"format": text, "bits": BITS, "group": SIDE, "shifts": truth}),
+    "grid": record(
+        {"format": text, "bits": BITS, "group": SIDE},
+        {"levels": one_of("halves", "integers", "shifted", "iq4nl"), "shifts": truth},  # the latter in older files
+    ),
 }
 NAMED = record({}, {"format": one_of(*FORMATS)})
 LAYER = record({"kind": one_of(*ROLES), "shape": several(SIDE, SIDE)})

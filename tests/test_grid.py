@@ -14,6 +14,7 @@ from qat.config import (
     ExportConfig,
     ExportType,
     LearnConfig,
+    Levels,
     LossKind,
     ModeConfig,
     QuantConfig,
@@ -37,7 +38,7 @@ from tests import tiny
 GROUP = 32
 GRID = WeightFormat.grid
 QUANT = QuantConfig(
-    "g2a4", Weight(2, format=GRID, group=GROUP), Weight(4, format=GRID, group=GROUP, shifts=True)
+    "g2a4", Weight(2, format=GRID, group=GROUP), Weight(4, format=GRID, group=GROUP, levels=Levels.shifted)
 )
 
 
@@ -117,7 +118,7 @@ def test_a_checkpoint_says_the_format_and_gives_the_student_back(teacher, made, 
     ids = torch.arange(12).view(2, 6)
     assert torch.equal(model(ids).logits, student(ids).logits)
     name = "model.layers.0.mlp.up_proj"
-    settings = {"format": "grid", "bits": 2, "group": GROUP, "shifts": False}
+    settings = {"format": "grid", "bits": 2, "group": GROUP, "levels": "halves"}
     assert manifest["quant"]["mlp"] == settings
     assert manifest["layers"][name] == {"kind": "mlp", "shape": [128, 64]} | settings
     assert checkpoints.layers_of(manifest) == [layer for layer, _, _ in made.values()]

@@ -51,7 +51,11 @@ def describe(teacher: ModelFolder, quant: QuantConfig, layers: list[Layer]) -> d
 def has_tables(manifest: dict[str, Any], quant: QuantConfig) -> bool:
     """True where a checkpoint's layers are in these formats."""
     wanted = recorded(quant)
-    return all(manifest["quant"].get(role) == wanted.get(role) for role in ROLES)
+    return all(_format(manifest["quant"].get(role)) == _format(wanted.get(role)) for role in ROLES)
+
+
+def _format(settings: dict[str, Any] | None) -> formats.Format | None:
+    return None if settings is None else formats.of(settings)
 
 
 def heritage(manifest: dict[str, Any]) -> dict[str, Any]:

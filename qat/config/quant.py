@@ -19,7 +19,16 @@ class WeightFormat(Enum):
     """How weights are written in few bits."""
 
     table = "a learned codebook for each layer, times a low-rank scale"
-    grid = "evenly spaced values, with a scale for each group of a row's columns"
+    grid = "fixed values, with a scale for each group of a row's columns"
+
+
+class Levels(Enum):
+    """The values of a grid before they are scaled."""
+
+    halves = "evenly spaced, half of them on either side of zero: -1.5, -0.5, 0.5, 1.5"
+    integers = "whole numbers around zero, -2, -1, 0, 1, as in Q4_0 and Q8_0 of llama.cpp"
+    shifted = "whole numbers from zero up, and groups share a shift too, as in MLX and Q4_1 of llama.cpp"
+    iq4nl = "the sixteen values of IQ4_NL of llama.cpp, dense around zero"
 
 
 # What a weight is for, each with a format of its own: in gated or plain MLPs, in attention, as rows for tokens, before
@@ -27,7 +36,7 @@ class WeightFormat(Enum):
 ROLES = ("mlp", "attn", "embed", "head")
 
 # The keys of `WeightConfig` that each format has besides its name.
-SETTINGS = {WeightFormat.table: ("bits", "rank"), WeightFormat.grid: ("bits", "group", "shifts")}
+SETTINGS = {WeightFormat.table: ("bits", "rank"), WeightFormat.grid: ("bits", "group", "levels")}
 
 
 @dataclass
@@ -38,7 +47,7 @@ class WeightConfig:
     rank: int | None = key(None, "table: of the scale matrix", low=1)
     format: WeightFormat = WeightFormat.table
     group: int | None = key(None, "grid: columns that share a scale, a divisor of every row's length", low=1)
-    shifts: bool = key(False, "grid: they share a shift too, as in MLX and llama.cpp's Q4_1")
+    levels: Levels = key(Levels.halves, "grid: the values before they are scaled")
 
 
 @dataclass

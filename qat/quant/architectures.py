@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from qat.config import ROLES, SETTINGS, QuantConfig, WeightConfig
+from qat.config import ROLES, SETTINGS, QuantConfig, WeightConfig, as_plain
 from qat.errors import ConfigError
 from qat.quant import formats
 from qat.quant.formats import Format
@@ -163,8 +163,8 @@ def _formats(quant: QuantConfig) -> dict[str, Format | None]:
 
 def format_of(settings: WeightConfig) -> Format:
     """The format that a configuration asks for."""
-    chosen = {name: getattr(settings, name) for name in SETTINGS[settings.format]}
-    return formats.of({"format": settings.format.name, **chosen})
+    chosen = {name: as_plain(getattr(settings, name)) for name in ("format", *SETTINGS[settings.format])}
+    return formats.of(chosen)
 
 
 def _refuse_unmatched(model: nn.Module, layers: list[Layer], quant: QuantConfig) -> None:

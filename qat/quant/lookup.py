@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 LOOKED_UP = 1 << 16  # weights at once on a CPU
+COMPARED = 16  # entries, the most that a CPU compares with one after the other
 
 
 def look_up(table_NK: Tensor, index_NOI: Tensor) -> Tensor:
@@ -43,10 +44,10 @@ def entry_sums(value_NOI: Tensor, index_NOI: Tensor, entries: int) -> Tensor:
 def nearest(x: Tensor, table_NK: Tensor) -> Tensor:
     """Index, uint8, of the entry nearest to each value of `x` [N, …], entries ascending; ties go to the larger one.
 
-    On a GPU one search, which is one launch. A CPU compares many values at once with each boundary instead.
+    On a GPU one search, which is one launch. A CPU compares many values at once with each of a few boundaries instead.
     """
     middle_NK = ((table_NK[..., 1:] + table_NK[..., :-1]) / 2).contiguous()
-    if x.device.type != "cpu":
+    if x.device.type != "cpu" or table_NK.shape[-1] > COMPARED:
         found = torch.searchsorted(middle_NK, x.flatten(table_NK.dim() - 1).contiguous(), right=True, out_int32=True)
         return found.to(torch.uint8).view(x.shape)
     index = torch.zeros(x.shape, dtype=torch.uint8)

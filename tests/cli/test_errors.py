@@ -79,7 +79,7 @@ MISTAKES = [
     ("first.train.steps=3", "first is null: say first.quant=<option> first.mode=<option> as well, or +experiment=prog"),
     ("first={train:{steps:3}}", "first is null: say first.quant=<option>"),
     ("quant.mlp.group=64", "quant.mlp.group=64: means nothing to quant.mlp.format=table, which has bits, rank"),
-    ("quant.mlp.shifts=true", "which has bits, rank: set quant.mlp.shifts=false"),
+    ("quant.mlp.levels=shifted", "which has bits, rank: set quant.mlp.levels=halves"),
     ("quant=g2a4_g64 quant.attn.rank=4", "quant.attn.rank=4: means nothing to quant.attn.format=grid, which has bits"),
     ("quant.mlp.format=grid", "quant.mlp.rank=32: means nothing to quant.mlp.format=grid"),
     ("quant.mlp.format=grid quant.mlp.rank=null", "quant.mlp.group is missing: quant.mlp.format=grid needs it"),

@@ -2,6 +2,7 @@
 
 from dataclasses import fields
 
+import gguf
 import pytest
 import torch
 from torch import Tensor, nn
@@ -16,7 +17,16 @@ from qat.quant.stack import stacks
 from qat.quant.weights import Weights
 
 OUTPUTS, INPUTS = 20, 48
-FORMATS = [Table(1, 1), Table(3, 5), Uniform(1, 16), Uniform(2, 48), Uniform(4, 8), Uniform(3, 16, shifts=True)]
+GRIDS = [
+    Uniform(1, 16),
+    Uniform(2, 48),
+    Uniform(4, 8),
+    Uniform(3, 16, "shifted"),
+    Uniform(3, 12, "integers"),
+    Uniform(8, 48, "integers"),
+    Uniform(4, 24, "iq4nl"),
+]
+FORMATS = [Table(1, 1), Table(3, 5), *GRIDS]
 every = pytest.mark.parametrize("format", FORMATS, ids=str)
 
 
@@ -32,17 +42,24 @@ def layer_of(format: Format, seed: int = 0) -> QuantLinear:
 
 
 def exact(format: Format, index: Tensor, parts: dict[str, Tensor]) -> Tensor:
-    """W in the parts' own type, weight by weight as the format's description has it."""
+    """W in float64, weight by weight as the format's description has it; grids have scales in fp16."""
     if isinstance(format, Table):
         scale = sum(
             parts["rank_magnitude"][r] * torch.outer(parts["scale_A"][:, r], parts["scale_B"][r])
             for r in range(format.rank)
         )
         return parts["lut"][index.long()] * scale
-    group = torch.arange(INPUTS) // format.group
-    if format.shifts:
-        return index * parts["scale"][:, group] + parts["shift"][:, group]
-    return (index - (2**format.bits - 1) / 2) * parts["scale"][:, group]
+    group, parts = torch.arange(INPUTS) // format.group, halved(format, parts)
+    scaled = values_of(format)[index.long()] * parts["scale"][:, group]
+    return scaled + parts["shift"][:, group] if format.levels == "shifted" else scaled
+
+
+def values_of(format: Uniform) -> Tensor:
+    """From the package that has llama.cpp's own decoders, where that knows them."""
+    if format.levels == "iq4nl":
+        return torch.tensor(gguf.quants.IQ4_NL.kvalues).double()
+    lowest = {"halves": (1 - 2**format.bits) / 2, "integers": -(2**format.bits) / 2, "shifted": 0}[format.levels]
+    return torch.arange(2**format.bits).double() + lowest
 
 
 def doubles(module: QuantLinear) -> dict[str, Tensor]:
@@ -164,6 +181,13 @@ def test_a_format_is_what_its_settings_say(format):
     assert format_of(WeightConfig(format=WeightFormat[format.name], **chosen)) == format
 
 
+@pytest.mark.parametrize(("shifts", "levels"), [(False, "halves"), (True, "shifted")])
+def test_grids_of_files_older_than_levels_are_read(shifts, levels):
+    older = {"format": "grid", "bits": 2, "group": 8, "shifts": shifts}
+    manifests.FORMATS["grid"](older, "")
+    assert formats.of(older) == Uniform(2, 8, levels)
+
+
 def test_the_settings_of_every_format_are_said_alike_everywhere():
     assert {choice.name: set(names) for choice, names in SETTINGS.items()} == {
         name: {field.name for field in fields(kind)} for name, kind in formats.FORMATS.items()
@@ -185,6 +209,7 @@ def test_a_layer_is_kept_in_its_own_format_alone(format):
     [
         (Table(2, 21), "rank", "has 20 outputs and 48 inputs, so no rank above 20 adds anything"),
         (Uniform(2, 32), "group", "has rows of 48 weights, which groups of 32 do not divide"),
+        (Uniform(3, 16, "iq4nl"), "levels", "has indices of 3 bits, and these levels are sixteen: 4 bits"),
         (Uniform(2, 96), "group", "has rows of 48 weights, which groups of 96 do not divide"),
     ],
 )

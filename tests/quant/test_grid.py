@@ -10,7 +10,7 @@ from qat.quant.fit import Problem, fit, importance, improve
 from qat.quant.formats import Fitted, Uniform, grid
 from tests.quant.test_curvature import problem
 
-BOTH = [Uniform(2, 8), Uniform(3, 8, shifts=True)]
+BOTH = [Uniform(2, 8), Uniform(3, 8, levels="shifted")]
 both = pytest.mark.parametrize("format", BOTH, ids=str)
 
 
@@ -82,7 +82,7 @@ def test_refinement_and_sweeps_never_raise_the_cost(seed, format, coupled):
     assert (cost(refined) <= cost(entered) * (1 + 1e-5)).all()
 
 
-@pytest.mark.parametrize("format", [Uniform(2, 8), Uniform(1, 8, shifts=True)], ids=str)
+@pytest.mark.parametrize("format", [Uniform(2, 8), Uniform(1, 8, levels="shifted")], ids=str)
 def test_a_weight_of_the_very_form_is_found_again(format):
     draw = torch.Generator().manual_seed(0)
     index = torch.randint(2**format.bits, (1, 16, 32), generator=draw).to(torch.uint8)
@@ -108,9 +108,11 @@ def test_each_step_of_the_fit_is_worth_something(format):
 def test_shifts_are_worth_something_where_groups_do_not_lie_around_zero():
     weight, H, _ = problem(0, outputs=32, inputs=32)
     weight = weight + 2 * weight.abs().mean()
-    made = {shifts: fitted(Uniform(3, 8, shifts), weight, H)[1] for shifts in (False, True)}
-    left = {shifts: float((weight - weight_of(Uniform(3, 8, shifts), one)).norm()) for shifts, one in made.items()}
-    assert left[True] < 0.8 * left[False]
+    left = {}
+    for levels in ("halves", "shifted"):
+        format = Uniform(3, 8, levels)
+        left[levels] = float((weight - weight_of(format, fitted(format, weight, H)[1])).norm())
+    assert left["shifted"] < 0.8 * left["halves"]
 
 
 @both

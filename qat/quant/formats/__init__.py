@@ -1,6 +1,5 @@
 """Formats of quantized weights, by name. A new one is a file here and a line below."""
 
-from dataclasses import fields
 from typing import Any
 
 from qat.quant.formats.base import Cluster, Equations, Fitted, Format, Grid, Misfit, Part, Parts, Product
@@ -28,5 +27,4 @@ FORMATS: dict[str, type[Format]] = {format.name: format for format in (Table, Un
 
 def of(settings: dict[str, Any]) -> Format:
     """The format that a manifest or a configuration describes; files older than the choice have tables."""
-    kind = FORMATS[settings.get("format", Table.name)]
-    return kind(**{field.name: settings[field.name] for field in fields(kind) if field.name in settings})
+    return FORMATS[settings.get("format", Table.name)].of(settings)

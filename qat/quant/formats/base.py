@@ -11,7 +11,7 @@ N may be left out of all tensors for a single layer.
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
 import torch
@@ -121,6 +121,11 @@ class Format(ABC):
     def rowwise(self) -> tuple[str, ...]:
         """The operands [O, …] that are multiplied where W's rows are."""
 
+    @classmethod
+    def of(cls, settings: dict[str, Any]) -> "Format":
+        """From `settings`, those of older files included."""
+        return cls(**{field.name: settings[field.name] for field in fields(cls) if field.name in settings})
+
     @abstractmethod
     def settings(self) -> dict[str, Any]:
         """What files say of it; `formats.of` makes it from that again."""
@@ -131,7 +136,7 @@ class Format(ABC):
 
     @abstractmethod
     def operands(self, parts: Parts, snap: bool = False) -> Parts:
-        """What weights are linear in, fp32; with `snap` as a file in fp16 would hold it.
+        """What weights are linear in, fp32; with `snap`, or where files of any kind do, as a file in fp16 holds it.
 
         An operand with the name of a part has that part's gradient.
         """
