@@ -1,10 +1,16 @@
 """`config.json` for readers that are older than transformers 5, or read it by themselves.
 
 transformers 5 moved some settings and renamed others. Readers that look where these were before mostly take a default
-of their own without a word, so each is written in both places; transformers reads either.
+of their own without a word, so each is written in both places.
 """
 
+import warnings
+from copy import deepcopy
 from typing import Any
+
+from transformers import PreTrainedConfig
+
+from qat.models.reading import CONFUSED
 
 # What is said of files and not of the model, or of weights as the teacher has them.
 NOT_THE_MODEL = {
@@ -15,23 +21,38 @@ NOT_THE_MODEL = {
 BASES = {"gpt_neox": "rotary_emb_base", "gpt_neox_japanese": "rotary_emb_base", "modernbert-decoder": "global_rope_theta"}
 LOCAL_BASES = {"modernbert-decoder": "local_rope_theta"}
 PARTS = {"gpt_neox": "rotary_pct", "gpt_neox_japanese": "rotary_pct"}
+# What the number of layers was called after which whole attention comes again, by what lies between.
 PERIODS = {"sliding_attention": "sliding_window_pattern", "linear_attention": "full_attention_interval"}
 
 
-def with_older_keys(described: dict[str, Any], original: dict[str, Any], aliases: dict[str, str]) -> dict[str, Any]:
-    """A `config.json` as transformers writes it, and beside each setting that moved its older form.
+def older_keys(described: dict[str, Any], original: dict[str, Any], kind: type[PreTrainedConfig]) -> dict[str, Any]:
+    """Settings of a `config.json` in their older places, as far as transformers reads the same with them.
 
     Args:
-        described: what transformers writes.
+        described: all settings as transformers has them, `dtype` included.
         original: the teacher's own file, whose settings go by the names under which its architecture was published.
-        aliases: today's name of each older one (`PreTrainedConfig.attribute_map`).
+        kind: the class of the configuration.
     """
     older = {key: value for key, value in original.items() if key not in NOT_THE_MODEL}
-    older |= {alias: described[name] for alias, name in aliases.items() if name in described}
+    older |= {alias: described[name] for alias, name in kind.attribute_map.items() if name in described}
     older |= _rotations(described) | _period(described.get("layer_types") or [])
-    if "dtype" in described:
-        older["torch_dtype"] = described["dtype"]
-    return older | described
+    wanted = _read(described, kind)
+    found = {key: value for key, value in older.items() if key not in described}
+    same = {key: value for key, value in found.items() if _agrees(_read(described | {key: value}, kind), wanted)}
+    return same | {"torch_dtype": described["dtype"]}
+
+
+def _read(described: dict[str, Any], kind: type[PreTrainedConfig]) -> dict[str, Any] | None:
+    """What transformers makes of settings; None where it complains."""
+    try:
+        with warnings.catch_warnings(action="error"):
+            return kind.from_dict(deepcopy(described)).to_dict()
+    except (*CONFUSED, Warning):
+        return None
+
+
+def _agrees(found: dict[str, Any] | None, wanted: dict[str, Any] | None) -> bool:
+    return found is not None and wanted is not None and all(found.get(key) == wanted[key] for key in wanted)
 
 
 def _rotations(described: dict[str, Any]) -> dict[str, Any]:
@@ -41,10 +62,9 @@ def _rotations(described: dict[str, Any]) -> dict[str, Any]:
     if "rope_theta" not in whole:
         return {}
     scaling = {key: value for key, value in whole.items() if key not in ("rope_theta", "partial_rotary_factor")}
-    scaled = scaling.get("rope_type", "default") != "default"
     found = {
         BASES.get(kind, "rope_theta"): whole["rope_theta"],
-        "rope_scaling": {"type": scaling["rope_type"], **scaling} if scaled else None,
+        "rope_scaling": None if scaling.get("rope_type", "default") == "default" else scaling,
     }
     if "rope_theta" in local:
         found[LOCAL_BASES.get(kind, "rope_local_base_freq")] = local["rope_theta"]
@@ -54,11 +74,8 @@ def _rotations(described: dict[str, Any]) -> dict[str, Any]:
 
 
 def _period(layers: list[str]) -> dict[str, int]:
-    """After how many layers of another kind whole attention comes again, where that is always so."""
-    if "full_attention" not in layers:
-        return {}
-    period = layers.index("full_attention") + 1
-    kinds = {kind for number, kind in enumerate(layers, 1) if number % period}
-    if any((kind == "full_attention") != (number % period == 0) for number, kind in enumerate(layers, 1)):
-        return {}
-    return {PERIODS[kind]: period for kind in kinds if kind in PERIODS and len(kinds) == 1}
+    """After how many layers of one other kind whole attention comes again, where that is always so."""
+    period = layers.index("full_attention") + 1 if "full_attention" in layers else len(layers) + 1
+    between = {kind for number, kind in enumerate(layers, 1) if number % period}
+    regular = all((kind == "full_attention") == (number % period == 0) for number, kind in enumerate(layers, 1))
+    return {name: period for kind, name in PERIODS.items() if between == {kind} and regular and period <= len(layers)}
