@@ -60,8 +60,8 @@ class Exporter:
             raise ConfigError(
                 f"export={export.name} needs a quantized model: checkpoint=<path>; the teacher takes {others}"
             )
-        self.refuse(config)
         self.refuse_layers(layers)
+        self.refuse(config)
 
     def refuse_layers(self, layers: Mapping[str, Settings]) -> None:
         """Looks whether layers are on the grid of this format.

@@ -10,7 +10,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from qat import model_files, models
 from qat.checkpoints.own import adopt, own_parameters
 from qat.config import ExportConfig
-from qat.export.older import older_keys
+from qat.export.moved import older_keys
 from qat.export.source import CPU, DTYPES, Source, cast, copy_tokenizer
 from qat.models import linear
 from qat.quant.linear import quantized

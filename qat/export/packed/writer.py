@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from qat import model_files, models
 from qat.config import ExportConfig, ExportType
-from qat.export.older import older_keys
+from qat.export.moved import older_keys
 from qat.export.source import DTYPES, Source, cast, copy_tokenizer
 from qat.packed import FILE, METHOD
 from qat.packed.linear import SIXTEEN

@@ -33,13 +33,14 @@ def older_keys(described: dict[str, Any], original: dict[str, Any], kind: type[P
         original: the teacher's own file, whose settings go by the names under which its architecture was published.
         kind: the class of the configuration.
     """
-    older = {key: value for key, value in original.items() if key not in NOT_THE_MODEL}
+    older = _rotations(described) | _period(described.get("layer_types") or [])
     older |= {alias: described[name] for alias, name in kind.attribute_map.items() if name in described}
-    older |= _rotations(described) | _period(described.get("layer_types") or [])
-    wanted = _read(described, kind)
-    found = {key: value for key, value in older.items() if key not in described}
-    same = {key: value for key, value in found.items() if _agrees(_read(described | {key: value}, kind), wanted)}
-    return same | {"torch_dtype": described["dtype"]}
+    older |= {key: value for key, value in original.items() if key not in NOT_THE_MODEL}
+    wanted, found = _read(described, kind), {"torch_dtype": described["dtype"]}
+    for key, value in older.items():
+        if key not in described and _agrees(_read(described | found | {key: value}, kind), wanted):
+            found[key] = value
+    return found
 
 
 def _read(described: dict[str, Any], kind: type[PreTrainedConfig]) -> dict[str, Any] | None:
