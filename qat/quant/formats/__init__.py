@@ -3,12 +3,13 @@
 from typing import Any
 
 from qat.quant.formats.base import Cluster, Equations, Fitted, Format, Grid, Misfit, Part, Parts, Product
+from qat.quant.formats.codebook import Codebook
 from qat.quant.formats.grid import Uniform
-from qat.quant.formats.table import Table
 
 __all__ = [
     "FORMATS",
     "Cluster",
+    "Codebook",
     "Equations",
     "Fitted",
     "Format",
@@ -17,14 +18,13 @@ __all__ = [
     "Part",
     "Parts",
     "Product",
-    "Table",
     "Uniform",
     "of",
 ]
 
-FORMATS: dict[str, type[Format]] = {format.name: format for format in (Table, Uniform)}
+FORMATS: dict[str, type[Format]] = {format.name: format for format in (Codebook, Uniform)}
 
 
 def of(settings: dict[str, Any]) -> Format:
-    """The format that a manifest or a configuration describes; files older than the choice have tables."""
-    return FORMATS[settings.get("format", Table.name)].of(settings)
+    """The format that a manifest or a configuration describes; files older than the choice have codebooks."""
+    return FORMATS[settings.get("format", Codebook.name)].of(settings)
