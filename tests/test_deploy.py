@@ -2,7 +2,7 @@
 
 import re
 import shlex
-from importlib.metadata import requires
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -12,6 +12,7 @@ from tests.launching import LAUNCH, python
 ROOT = Path(__file__).resolve().parents[1]
 TINY = ("model=tiny", "+debug=tiny")
 SECTIONS = dict(re.findall(r"^## (.+?)\n.*?^```bash\n(.*?)^```", (ROOT / "docs" / "DEPLOY.md").read_text(), re.M | re.S))
+ENGINES = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]["engines"]
 NEEDS = {"MLX": ("mlx.core", "mlx_lm"), "transformers and vLLM": ("compressed_tensors",)}
 
 
@@ -24,7 +25,7 @@ def test_commands_lead_to_an_answer(section, tmp_path, monkeypatch):
     job = re.search(r"^JOB *:= launch.py (.*)$", (ROOT / "Makefile").read_text(), re.M)
     run(LAUNCH, *job[1].split(), *re.match(r'make run ARGS="(.*)"$', train)[1].split(), *TINY)
     run(LAUNCH, *shlex.split(export)[2:], *TINY)
-    assert install.removeprefix("pip install ") in " ".join(requires("qat-speedrun"))
+    assert any(engine.startswith(install.removeprefix("pip install ")) for engine in ENGINES)
     words = shlex.split(answer)
     if words[0] == "python":
         said = run(*words[1:])
