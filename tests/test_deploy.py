@@ -11,7 +11,8 @@ from tests.launching import LAUNCH, python
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = ("model=tiny", "+debug=tiny")
-SECTIONS = dict(re.findall(r"^## (.+?)\n.*?^```bash\n(.*?)^```", (ROOT / "docs" / "DEPLOY.md").read_text(), re.M | re.S))
+TEXT = (ROOT / "docs" / "DEPLOY.md").read_text(encoding="utf-8")
+SECTIONS = dict(re.findall(r"^## (.+?)\n.*?^```bash\n(.*?)^```", TEXT, re.M | re.S))
 ENGINES = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]["engines"]
 NEEDS = {"MLX": ("mlx.core", "mlx_lm"), "transformers and vLLM": ("compressed_tensors",)}
 
