@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from qat.artifacts import content_key, open_artifact
 from qat.checkpoint_files import find
 from qat.checkpoints import native, v2
-from qat.checkpoints.native import FILE, describe, has_formats, heritage, layers_of, save, write, write_layers
+from qat.checkpoints.native import FILE, describe, entries, has_formats, heritage, layers_of, save, write, write_layers
 from qat.checkpoints.own import own_parameters, write_own
 from qat.machine import Machine
 from qat.models import ModelFolder
@@ -24,6 +24,7 @@ __all__ = [
     "FILE",
     "check",
     "describe",
+    "entries",
     "has_formats",
     "heritage",
     "identity",

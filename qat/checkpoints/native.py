@@ -45,10 +45,13 @@ def describe(teacher: ModelFolder, quant: QuantConfig, layers: list[Layer]) -> d
         "teacher": teacher.fingerprint,
         "quant": recorded(quant),
         "bits_per_weight": round(bits_per_weight(layers), 4),
-        "layers": {
-            layer.name: {"kind": layer.role, "shape": list(layer.shape), **layer.format.settings()} for layer in layers
-        },
+        "layers": entries(layers),
     }
+
+
+def entries(layers: list[Layer]) -> dict[str, dict[str, Any]]:
+    """What a manifest says of layers, by name."""
+    return {layer.name: {"kind": layer.role, "shape": list(layer.shape), **layer.format.settings()} for layer in layers}
 
 
 def has_formats(manifest: dict[str, Any], quant: QuantConfig, teacher: ModelFolder) -> bool:

@@ -6,6 +6,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from qat import checkpoints
 from qat.artifacts import publish
 from qat.config import Config
 from qat.console import console
@@ -24,8 +25,11 @@ def main(config: Config, run: Run) -> None:
     work = open_workspace(config, run)
     writer = importlib.import_module(f"qat.export.{config.export.format}.writer")
     folder = Path(str(config.export.output)).expanduser()
+    form = exporter(config.export.format)
+    form.refuse_architecture(work.teacher.settings().to_dict())
     with work.timed("export"):
         source = open_source(work.teacher, start_folder(config.checkpoint))
+        form.refuse_layers(checkpoints.entries(source.layers))
         if config.export.format == PACKED:
             source = replace(source, dtype=DTYPES[config.export.dtype])
         make(work, writer, source, folder)
