@@ -4,6 +4,7 @@ from typing import Any
 
 from qat.quant.formats.base import Cluster, Equations, Fitted, Format, Grid, Misfit, Part, Parts, Product
 from qat.quant.formats.grid import Uniform
+from qat.quant.formats.kquant import KQuant
 from qat.quant.formats.table import Table
 
 __all__ = [
@@ -13,6 +14,7 @@ __all__ = [
     "Fitted",
     "Format",
     "Grid",
+    "KQuant",
     "Misfit",
     "Part",
     "Parts",
@@ -22,7 +24,7 @@ __all__ = [
     "of",
 ]
 
-FORMATS: dict[str, type[Format]] = {format.name: format for format in (Table, Uniform)}
+FORMATS: dict[str, type[Format]] = {format.name: format for format in (Table, Uniform, KQuant)}
 
 
 def of(settings: dict[str, Any]) -> Format:

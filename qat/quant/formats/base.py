@@ -32,10 +32,14 @@ class Part:
     Attributes:
         shape: of one layer.
         kind: whose learning rate it has (a field of `train.learn`).
+        bits: that a number of it takes in a file: 16 in fp16, else a whole number of so many bits.
+        lowest: the least of the whole numbers.
     """
 
     shape: tuple[int, ...]
     kind: str
+    bits: int = 16
+    lowest: int = 0
 
 
 @dataclass(frozen=True)
