@@ -24,10 +24,10 @@ from qat.data.documents import Document
 from qat.machine import exact_matmul
 from qat.models import linear, locate
 from qat.quant import assign, kmeans, lookup
+from qat.quant.architectures import select
 from qat.quant.curvature import Curvature, Factor
 from qat.quant.fit import importance
 from qat.quant.formats.table_fit import alternate, start
-from qat.quant.layers import select
 
 
 def main() -> None:

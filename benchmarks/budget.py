@@ -43,8 +43,8 @@ from qat.convert.convert import Converted, install, quantize
 from qat.convert.moments import Moments, gather
 from qat.distill.parameters import Parameter
 from qat.models import ModelFolder, linear, locate
+from qat.quant.architectures import Layer, select
 from qat.quant.formats import Table
-from qat.quant.layers import Layer, select
 from qat.quant.linear import QuantLinear
 
 FORMATS = tuple(Table(*one) for one in ((2, 4), (2, 8), (2, 16), (3, 4), (3, 8), (4, 4), (4, 8), (5, 4), (6, 4)))

@@ -36,7 +36,7 @@ from qat.data.documents import Document
 from qat.data.tally import Tally
 from qat.evaluate import evaluate
 from qat.models import ModelFolder, linear, locate
-from qat.quant.layers import Layer, bits_per_weight, select
+from qat.quant.architectures import Layer, bits_per_weight, select
 
 CONF = Path(__file__).parent.parent / "conf"
 
@@ -68,7 +68,7 @@ def measure(name, folder, teacher, calibration, held_out, options, machine) -> l
     student = folder.load(torch.float32, machine.device)
     install(student, {one.layer.name: one.module for one in made})
     exact = machines.Machine(machine.device, torch.float32, machine.micro_batch)
-    mlp = bits_per_weight([one.layer for one in made if one.layer.kind == "mlp"])
+    mlp = bits_per_weight([one.layer for one in made if one.layer.role == "mlp"])
     rows = []
     for path, ids in held_out.items():
         figures = evaluate(student, teacher, Text(ids), 64, exact)

@@ -23,8 +23,8 @@ from qat.convert.moments import Moments, gather
 from qat.machine import exact_matmul, peak_bytes
 from qat.models import linear
 from qat.quant import kmeans
+from qat.quant.architectures import Layer, select
 from qat.quant.fit import importance
-from qat.quant.layers import Layer, select
 
 VOCABULARY = 151936
 PRESETS = {"q2a4": QuantConfig("q2a4", WeightConfig(2, 32), WeightConfig(4, 8))}

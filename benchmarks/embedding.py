@@ -43,10 +43,10 @@ from qat.distill.parameters import Learners, Parameter
 from qat.machine import Machine, exact_matmul, widened
 from qat.models import locate
 from qat.quant import kmeans, latent, packing
+from qat.quant.architectures import Layer
 from qat.quant.curvature import Factor
 from qat.quant.fit import Problem, fit
 from qat.quant.formats import Format, Table, Uniform
-from qat.quant.layers import Layer
 from qat.quant.linear import QuantLinear
 
 NAME = "lm_head"

@@ -28,8 +28,8 @@ from qat.fidelity import Sample, settle
 from qat.forward import body
 from qat.machine import DTYPES, Machine
 from qat.models import ModelFolder, locate
+from qat.quant.architectures import Layer, bits_per_weight
 from qat.quant.formats import Uniform
-from qat.quant.layers import Layer, bits_per_weight
 
 TOP_K = 64  # tokens that `kd_loss` looks at
 
@@ -168,14 +168,14 @@ def teacher_of(path: Path, folder: ModelFolder) -> ModelFolder:
 
 def bits_of(layers: list[Layer], grids: dict[str, Grid]) -> dict[str, float]:
     """Mean bits per weight of the MLP and of all quantized layers."""
-    costs = [(layer.kind, (layer.weights, grids[layer.name].bits_per_weight)) for layer in layers]
+    costs = [(layer.role, (layer.weights, grids[layer.name].bits_per_weight)) for layer in layers]
     mlp = mean_bits(cost for kind, cost in costs if kind == "mlp")
     return {"bits": round(mlp, 4), "bits_all": round(mean_bits(cost for _, cost in costs), 4)}
 
 
 def our_bits(layers: list[Layer]) -> dict[str, float]:
     """As `bits_of`, for formats of this package."""
-    mlp = [layer for layer in layers if layer.kind == "mlp"]
+    mlp = [layer for layer in layers if layer.role == "mlp"]
     return {"bits": round(bits_per_weight(mlp), 4), "bits_all": round(bits_per_weight(layers), 4)}
 
 

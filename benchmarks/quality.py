@@ -52,7 +52,7 @@ from qat.config import QuantConfig, WeightConfig
 from qat.convert.convert import install
 from qat.errors import ConfigError, QatError, UnavailableError
 from qat.models import linear
-from qat.quant.layers import Layer, select
+from qat.quant.architectures import Layer, select
 
 ATTENTION = (4, 64)
 WEIGHTS = "weights.safetensors"
@@ -123,7 +123,7 @@ def entries(work: Work, options: argparse.Namespace, skipped: dict[str, str]) ->
 def peer(work: Work, peer: Peer, bits: str, quantize: Callable, settings: dict[str, Any]) -> Entry:
     """A peer's model: its dequantized weights in the teacher."""
     layers, mlp = layers_of(work.exact), peer.grid(*parse(bits))
-    grids = {layer.name: mlp if layer.kind == "mlp" else peer.grid(*ATTENTION) for layer in layers}
+    grids = {layer.name: mlp if layer.role == "mlp" else peer.grid(*ATTENTION) for layer in layers}
     shaping = {"mlp": bits, "attention": "{}:{}".format(*ATTENTION), **settings}
     shaping |= work.calibrated if peer.calibrates else {}
     inputs = {"teacher": work.folder.fingerprint, "method": peer.label, **shaping}
@@ -161,7 +161,7 @@ def proved(
         own, grid = linear(exact, layer.name).weight, grids[layer.name]
         counts = prove(layer.name, weights[layer.name], own, grid), levels(own, grid.group)
         for most, count in zip(found.values(), counts, strict=True):
-            most[layer.kind] = max(most.get(layer.kind, 0), count)
+            most[layer.role] = max(most.get(layer.role, 0), count)
     return found
 
 

@@ -33,7 +33,7 @@ from qat.data import mix
 from qat.errors import ConfigError
 from qat.generation.memory import elements, number
 from qat.machine import Machine
-from qat.quant.layers import Layer
+from qat.quant.architectures import Layer
 
 FP32 = 4
 REFERENCE = 8  # bytes of one in a list
@@ -169,7 +169,7 @@ def _fit(job: Job, config: Config, machine: Machine) -> Iterator[Part]:
     largest = max(stacks(job.layers, STACK_BYTES[device]), key=_equations, default=[])
     if largest:
         told = largest[0].format.equations(*largest[0].shape)
-        yield Part(told.what, _equations(largest), f"{job.prefix}quant.{largest[0].kind}.{told.setting}")
+        yield Part(told.what, _equations(largest), f"{job.prefix}quant.{largest[0].role}.{told.setting}")
 
 
 def _equations(stack: list[Layer]) -> float:
@@ -184,7 +184,7 @@ def _scales(layer: Layer) -> int:
 
 def _training(job: Job, config: Config, shapes: Shapes, machine: Machine) -> list[Part]:
     train, dtype, prefix = job.train, machine.dtype.itemsize, job.prefix
-    learning = [layer for layer in job.layers if {"mlp": job.mode.mlp, "attn": job.mode.attn}[layer.kind]]
+    learning = [layer for layer in job.layers if {"mlp": job.mode.mlp, "attn": job.mode.attn}[layer.role]]
     weights, gpu = sum(layer.weights for layer in learning), machine.device.type == "cuda"
     here = 1 if gpu else -(-train.batch_size // max(1, config.instance.devices))  # a GPU takes fewer at once
     tokens = min(machine.micro_batch, here) * config.cache.length

@@ -6,6 +6,7 @@ Whatever is not in here nobody reads out of a manifest. Nothing here imports tor
 from typing import Any
 
 from qat import fields
+from qat.config import ROLES
 from qat.fields import LARGEST, Rule, Wrong, number, one_of, optional, record, several, text, truth, whole
 
 SIDE = whole(1, 2**31 - 1)  # of a matrix
@@ -13,7 +14,6 @@ BITS = whole(1, 8)
 KEY = fields.matching("[0-9a-f]{12}", "a key of 12 hexadecimal digits")
 SHA256 = fields.matching("[0-9a-f]{64}", "a SHA-256 of 64 hexadecimal digits")
 VOCABULARY = 2**24  # tokens, the most that a cache has bits for
-KINDS = ("mlp", "attn")
 SPLITS = ("train", "eval")
 
 
@@ -51,7 +51,7 @@ def _checkpoint(manifest: Any, where: str) -> None:
     """A rule: a checkpoint whose layers are of the kinds that it says are quantized."""
     CHECKPOINT(manifest, where)
     for name, layer in manifest["layers"].items():
-        if manifest["quant"][layer["kind"]] is None:
+        if manifest["quant"].get(layer["kind"]) is None:
             raise Wrong(f"quant.{layer['kind']} is null, and {ascii(name)[1:-1][:80]} is a layer of that kind")
 
 
@@ -85,7 +85,7 @@ FORMATS = {
 }
 FORMATS["kquant"] = record({"format": text, "bits": whole(2, 6)})
 NAMED = record({}, {"format": one_of(*FORMATS)})
-LAYER = record({"kind": one_of(*KINDS), "shape": several(SIDE, SIDE)})
+LAYER = record({"kind": one_of(*ROLES), "shape": several(SIDE, SIDE)})
 CHECKPOINT = record(
     {
         "model": text,

@@ -39,7 +39,7 @@ from qat.evaluate import evaluate
 from qat.evaluate.windows import Windows, read
 from qat.fidelity import Sample, settle
 from qat.models.tiny import byte_tokenizer
-from qat.quant.layers import select
+from qat.quant.architectures import select
 from tests import tiny
 
 # Whether the model's own code computes attention and what follows the head, and whether documents may share rows.
@@ -140,7 +140,7 @@ def converted(model, training, gradients):
     exact = KMeansConfig("", KMeansBackend.exact)
     made = quantize(chosen, weights.__getitem__, moments, settings, exact, tiny.CPU)
     install(model, {one.layer.name: one.module for one in made})
-    return {one.layer.name: (one.layer.kind, one.module) for one in made}
+    return {one.layer.name: (one.layer.role, one.module) for one in made}
 
 
 @torch.no_grad()

@@ -19,8 +19,8 @@ from qat.distill.trainer import Trainer
 from qat.errors import ConfigError
 from qat.footprint import Job, Shapes
 from qat.quant import least_squares
+from qat.quant.architectures import Layer, select
 from qat.quant.formats import Table
-from qat.quant.layers import Layer, select
 from qat.quant.linear import quantized
 from tests import tiny
 
@@ -136,7 +136,7 @@ def test_what_training_is_said_to_hold_is_there(teacher, cache, config, tmp_path
     layers, modules = checkpoints.layers_of(manifest), quantized(student)
     train = TrainConfig(steps=1, batch_size=8, learn=LearnConfig(latent=1.0))
     readers = CacheReader(cache, "train"), CacheReader(cache, "eval")
-    named = {layer.name: (layer.kind, modules[layer.name]) for layer in layers}
+    named = {layer.name: (layer.role, modules[layer.name]) for layer in layers}
     trainer = Trainer(student, named, readers, train, BOTH, Loss(LossKind.bucket_kl), tiny.FP32, 0)
     trainer.run(lambda row: None, lambda: None)
     like = replace(config, cache=replace(config.cache, length=32, top_k=8))

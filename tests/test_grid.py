@@ -31,7 +31,7 @@ from qat.export.anemll_v2 import writer as anemll_v2
 from qat.export.hf import writer as hf
 from qat.export.packed import writer as packed
 from qat.export.source import Source
-from qat.quant.layers import select
+from qat.quant.architectures import select
 from qat.quant.linear import quantized
 from tests import tiny
 
@@ -101,7 +101,7 @@ def test_training_moves_scales_shifts_and_indices_and_values_stay_even(teacher, 
     before = {name: {"indices": m.indices.clone()} | m.normalized() for name, m in modules.items()}
     train = TrainConfig(steps=20, batch_size=8, lr=2e-3, learn=LearnConfig(scales=1.0, codebooks=1.0, latent=0.2))
     readers = CacheReader(cache, "train"), CacheReader(cache, "eval")
-    kinds = {name: (layer.kind, modules[name]) for name, (layer, _, _) in made.items()}
+    kinds = {name: (layer.role, modules[name]) for name, (layer, _, _) in made.items()}
     loss = Loss(LossKind.bucket_kl, 1.0, 0.0, None)
     trainer = Trainer(student, kinds, readers, train, ModeConfig("e2e", True, True), loss, tiny.FP32, 0)
     history = trainer.run(lambda row: None, lambda: None)

@@ -141,7 +141,7 @@ def learned(conversion, done):
 def test_job_succeeds_and_says_where_to_go_on(first):
     assert first.code == 0, first.err
     assert first.err == "false\n"  # whether wandb was imported; nothing else on stderr
-    for part in ("14 layers converted (6 MLP + 8 attention)", "SR-001", "stage=chat checkpoint=", "samples.md"):
+    for part in ("14 layers converted (6 mlp + 8 attn)", "SR-001", "stage=chat checkpoint=", "samples.md"):
         assert part in first.out
     assert "\x1b[" not in first.out
 
@@ -378,7 +378,7 @@ def test_conversion_alone(first, shop):
 def test_the_whole_job_from_a_checkpoint_with_other_tables_converts_it_first(first, shop):
     done = shop.tiny("checkpoint=SR-001", "quant=q4a4")
     assert done.result["paths"]["conversion"] != first.result["paths"]["conversion"]
-    assert done.result["name"].startswith("v2_q4a4_mlp_") and "(6 MLP + 8 attention)" in done.out
+    assert done.result["name"].startswith("v2_q4a4_mlp_") and "(6 mlp + 8 attn)" in done.out
 
 
 def test_the_whole_job_from_a_checkpoint_with_the_same_tables_trains_it(first, shop):

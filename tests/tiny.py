@@ -29,7 +29,7 @@ from qat.convert.moments import gather
 from qat.data.documents import obtain_documents
 from qat.machine import Machine
 from qat.models import ModelFolder
-from qat.quant.layers import Layer, select
+from qat.quant.architectures import Layer, select
 from qat.quant.linear import QuantLinear, quantized
 
 CPU = torch.device("cpu")

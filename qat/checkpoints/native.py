@@ -18,14 +18,14 @@ from qat import tensor_files
 from qat.artifacts import MANIFEST, open_artifact, publish
 from qat.checkpoints.own import FILE as OWN
 from qat.checkpoints.own import adopt, read_own, write_own
-from qat.config import QuantConfig
+from qat.config import ROLES, QuantConfig
 from qat.errors import ArtifactError
 from qat.machine import Machine
 from qat.models import ModelFolder, linear
 from qat.norms import set_learned
 from qat.quant import formats, packing
 from qat.quant import latent as latents
-from qat.quant.layers import KINDS, Layer, bits_per_weight, kind_of, recorded
+from qat.quant.architectures import Layer, bits_per_weight, recorded, role_of
 from qat.quant.linear import QuantLinear, quantized
 from qat.tensor_files import Wanted
 
@@ -43,7 +43,7 @@ def describe(teacher: ModelFolder, quant: QuantConfig, layers: list[Layer]) -> d
         "quant": recorded(quant),
         "bits_per_weight": round(bits_per_weight(layers), 4),
         "layers": {
-            layer.name: {"kind": layer.kind, "shape": list(layer.shape), **layer.format.settings()} for layer in layers
+            layer.name: {"kind": layer.role, "shape": list(layer.shape), **layer.format.settings()} for layer in layers
         },
     }
 
@@ -51,7 +51,7 @@ def describe(teacher: ModelFolder, quant: QuantConfig, layers: list[Layer]) -> d
 def has_tables(manifest: dict[str, Any], quant: QuantConfig) -> bool:
     """True where a checkpoint's layers are in these formats."""
     wanted = recorded(quant)
-    return all(_format(manifest["quant"].get(kind)) == _format(wanted[kind]) for kind in KINDS)
+    return all(_format(manifest["quant"].get(role)) == _format(wanted.get(role)) for role in ROLES)
 
 
 def _format(settings: dict[str, Any] | None) -> formats.Format | None:
@@ -206,8 +206,8 @@ def _check_layers(folder: Path, manifest: dict[str, Any], teacher: ModelFolder) 
     for layer in layers_of(manifest):
         module = modules.get(layer.name)
         there = tuple(module.weight.shape) if isinstance(module, torch.nn.Linear) else None
-        if there != layer.shape or kind_of(layer.name) != layer.kind:
+        if there != layer.shape or role_of(layer.name) != layer.role:
             raise ArtifactError(
-                f"{folder / MANIFEST} lists {ascii(layer.name)[1:-1]}, {layer.kind} {list(layer.shape)}, and"
+                f"{folder / MANIFEST} lists {ascii(layer.name)[1:-1]}, {layer.role} {list(layer.shape)}, and"
                 f" {teacher.name} has {'no such layer' if there is None else list(there)} there: {REMEDY}"
             )

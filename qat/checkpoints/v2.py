@@ -22,8 +22,8 @@ from qat.config import QuantConfig, WeightConfig
 from qat.errors import ArtifactError
 from qat.machine import Machine
 from qat.models import ModelFolder, linear
+from qat.quant.architectures import LEAVES, Layer
 from qat.quant.formats import Table
-from qat.quant.layers import KINDS, Layer
 from qat.quant.linear import QuantLinear
 from qat.quant.lookup import look_up, nearest, relative
 
@@ -34,7 +34,7 @@ PARTS = (*SCALES, "lut", "weight", "_Q", "_indices", "_scales_baked_flag")
 NORM_EPS = 1e-6  # smallest norm divided by
 MAGNITUDE_EPS = 1e-6  # added to magnitudes that pass through an activation
 OFF_TABLE = 1e-2  # most that a stored `_Q` may differ from its table entry, as a share of the largest
-KIND_OF = {leaf: kind for kind, leaves in KINDS.items() for leaf in leaves}
+ROLE_OF = {leaf: role for role, leaves in LEAVES.items() for leaf in leaves}
 ORIGIN = ("model_id", "config_preset", "final_loss", "source_checkpoint")  # kept in the manifest
 
 State = dict[str, Tensor]
@@ -126,8 +126,8 @@ def _layer_names(file: Path, state: State, model: nn.Module, settings: dict[str,
     origin = f" (it was made from {settings['model_id']})" if settings.get("model_id") else ""
     foreign = f"{file} does not belong to this model{origin}"
     for name in sorted(stored):
-        if _leaf(name) not in KIND_OF:
-            raise ArtifactError(f"{file} has a table for {name}: only {', '.join(KIND_OF)} layers can have one")
+        if _leaf(name) not in ROLE_OF:
+            raise ArtifactError(f"{file} has a table for {name}: only {', '.join(ROLE_OF)} layers can have one")
     leaves = {_leaf(name) for name in stored}
     for name, module in linears.items():
         if name in stored:
@@ -271,16 +271,16 @@ def _nearest(x_OI: Tensor, table: Tensor) -> Tensor:
 
 
 def _layer(name: str, module: QuantLinear) -> Layer:
-    return Layer(name, KIND_OF[_leaf(name)], (module.outputs, module.inputs), module.format)
+    return Layer(name, ROLE_OF[_leaf(name)], (module.outputs, module.inputs), module.format)
 
 
 def _preset(layers: list[Layer]) -> QuantConfig:
-    """The bits and ranks that most layers of each kind have; the manifest's layers have the rest."""
-    tables: dict[str, WeightConfig | None] = {kind: None for kind in KINDS}
-    for kind in KINDS:
-        if counted := Counter(layer.format for layer in layers if layer.kind == kind):
-            tables[kind] = WeightConfig(**counted.most_common(1)[0][0].settings())
-    bits_of = {kind: table.bits if table else 16 for kind, table in tables.items()}
+    """The bits and ranks that most layers of each role have; the manifest's layers have the rest."""
+    tables: dict[str, WeightConfig | None] = {role: None for role in LEAVES}
+    for role in LEAVES:
+        if counted := Counter(layer.format for layer in layers if layer.role == role):
+            tables[role] = WeightConfig(**counted.most_common(1)[0][0].settings())
+    bits_of = {role: table.bits if table else 16 for role, table in tables.items()}
     return QuantConfig(f"q{bits_of['mlp']}a{bits_of['attn']}", mlp=tables["mlp"], attn=tables["attn"])
 
 

@@ -18,6 +18,7 @@ from qat.config.instance import Device, InstanceConfig, Precision
 from qat.config.keys import as_plain, key, section
 from qat.config.model import CheckpointConfig, ModelConfig, ModelSource
 from qat.config.quant import (
+    ROLES,
     SETTINGS,
     ConvertConfig,
     KMeansBackend,
@@ -35,6 +36,7 @@ from qat.config.train import FirstConfig, LearnConfig, LossConfig, LossKind, Mod
 __all__ = [
     "CONF",
     "FORMATS",
+    "ROLES",
     "SETTINGS",
     "CacheConfig",
     "ChatConfig",

@@ -32,6 +32,10 @@ class Levels(Enum):
     iq4nl = "the sixteen values of IQ4_NL of llama.cpp, dense around zero"
 
 
+# What a weight is for, each with a format of its own: in gated or plain MLPs, in attention, as rows for tokens, before
+# the logits.
+ROLES = ("mlp", "attn", "embed", "head")
+
 # The keys of `WeightConfig` that each format has besides its name.
 SETTINGS = {WeightFormat.table: ("bits", "rank"), WeightFormat.grid: ("bits", "group", "levels"), WeightFormat.kquant: ("bits",)}
 

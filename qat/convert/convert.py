@@ -17,10 +17,10 @@ from qat.convert.moments import Moments, gather
 from qat.errors import NumericsError
 from qat.machine import exact_matmul
 from qat.quant import backends, kmeans
+from qat.quant.architectures import Layer
 from qat.quant.curvature import Curvature, Factor
 from qat.quant.fit import Problem, fit, improve
 from qat.quant.formats import Cluster, Fitted, Format
-from qat.quant.layers import Layer
 from qat.quant.linear import QuantLinear
 
 STACK_BYTES = {"cpu": 2e8, "cuda": 3e9}  # of work space: what caches still help with; what hides launches

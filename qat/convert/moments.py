@@ -30,7 +30,7 @@ from qat.errors import ConfigError, NumericsError
 from qat.forward import body, decoder_layers, run_body
 from qat.head import OutputHead, output_weight
 from qat.machine import exact_matmul
-from qat.quant.layers import Layer
+from qat.quant.architectures import Layer
 from qat.quant.linear import baked
 
 STATES = {"cuda": 1 << 22, "cpu": 1 << 20}  # numbers in the hidden states that go through a layer at one time

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from qat.convert.products import add_square, mirrored
 from qat.convert.transfer import to_host
-from qat.quant.layers import Layer
+from qat.quant.architectures import Layer
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from qat.cache.reader import CacheReader
 from qat.convert.moments import gather
 from qat.processes import Ranks
-from qat.quant.layers import Layer
+from qat.quant.architectures import Layer
 from qat.quant.linear import QuantLinear
 
 TOKENS = 8_192

@@ -3,11 +3,10 @@
 from pathlib import Path
 from typing import Any
 
-from qat.config import ExportConfig
+from qat.config import ROLES, ExportConfig
 from qat.export.exporter import exporter
 from qat.export.source import Source
 from qat.quant.formats import Table
-from qat.quant.layers import KINDS
 from qat.records import Record
 from qat.report.markdown import code, plain, table
 
@@ -57,12 +56,12 @@ def _front_matter(source: Source, settings: ExportConfig) -> str:
 def _bits(quant: dict[str, Any]) -> list[str]:
     if not quant:
         return []
-    kinds = [
-        f"{quant[key]} in {quant[f'{kind}_layers']} {kind} layers" for kind in KINDS if (key := _key(kind)) in quant
+    roles = [
+        f"{quant[key]} in {quant[f'{role}_layers']} {role} layers" for role in ROLES if (key := _key(role)) in quant
     ]
     text = (
         f"{quant['bits_per_weight']} bits a weight over {quant['layers']} quantized layers, scales and"
-        f" the like included ({', '.join(kinds)}). Embeddings, norms and head are in full precision; with 16 bits for"
+        f" the like included ({', '.join(roles)}). Embeddings, norms and head are in full precision; with 16 bits for"
         f" them the whole model has {quant['model_bits_per_weight']} bits a weight."
     )
     return ["## Bits", text, *_dense(quant["dense"])]
@@ -78,8 +77,8 @@ def _dense(shares: dict[str, float]) -> list[str]:
     ]
 
 
-def _key(kind: str) -> str:
-    return f"{kind}_bits_per_weight"
+def _key(role: str) -> str:
+    return f"{role}_bits_per_weight"
 
 
 def _figures(record: Record) -> dict[str, str]:

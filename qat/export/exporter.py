@@ -1,11 +1,13 @@
 """What a format says of itself before anything is written; the command line asks, so nothing here imports torch."""
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from qat.config import FORMATS, Config, ExportType
 from qat.errors import ConfigError
+from qat.export.grids import EngineGrid, Settings
 from qat.names import TEACHER
 
 
@@ -23,7 +25,9 @@ class Exporter:
         takes_teacher: a model without tables can be written too.
         bounded: it never holds more than `export.context` tokens.
         samples: prompts that it is compared on, the first ones; None takes all.
+        grid: what its quantized weights lie on; None takes any format, or says itself what it does not.
         refuse: raises a `QatError` for anything else that cannot be written.
+        refuse_architecture: raises one for a `config.json` that the reader cannot compute.
     """
 
     types: tuple[ExportType, ...]
@@ -32,13 +36,19 @@ class Exporter:
     takes_teacher: bool = False
     bounded: bool = False
     samples: int | None = None
+    grid: EngineGrid | None = None
     refuse: Callable[[Config], None] = lambda config: None
+    refuse_architecture: Callable[[dict[str, Any]], None] = lambda described: None
 
-    def check(self, config: Config) -> None:
+    def check(self, config: Config, layers: Mapping[str, Settings]) -> None:
         """Whether this can be written as it is configured.
 
+        Args:
+            config: of `stage=export`.
+            layers: of the checkpoint, as its manifest has them; none where it is not known yet what they are.
+
         Raises:
-            ConfigError: not in this type, or not of the teacher.
+            ConfigError: not in this type, not of the teacher, or not of such layers.
             QatError: what the format refuses by itself.
         """
         export = config.export
@@ -50,7 +60,17 @@ class Exporter:
             raise ConfigError(
                 f"export={export.name} needs a quantized model: checkpoint=<path>; the teacher takes {others}"
             )
+        self.refuse_layers(layers)
         self.refuse(config)
+
+    def refuse_layers(self, layers: Mapping[str, Settings]) -> None:
+        """Looks whether layers are on the grid of this format.
+
+        Raises:
+            ConfigError: one is not.
+        """
+        if self.grid is not None:
+            self.grid.refuse(layers)
 
 
 def exporter(name: str) -> Exporter:

@@ -15,8 +15,8 @@ from qat.config import ExportType
 from qat.errors import ConfigError, NumericsError
 from qat.machine import Machine
 from qat.models import ModelFolder
+from qat.quant.architectures import Layer, summary
 from qat.quant.formats import Table
-from qat.quant.layers import Layer, summary
 from qat.records import Record, read
 
 CPU = torch.device("cpu")

@@ -1,4 +1,4 @@
-"""Indices of 1 to 8 bits as a dense bit stream: what a checkpoint stores.
+"""Indices of 1 to 8 bits as a dense bit stream: what a checkpoint stores, and in another order what engines do.
 
 Eight indices fill as many bytes as they have bits. Those bytes, the first the most significant, are one
 number of at most 64 bits, in which an index is a shift away.
@@ -24,6 +24,17 @@ def unpack(packed: Tensor, bits: int, shape: tuple[int, ...]) -> Tensor:
     """The inverse of `pack`: uint8 indices of the given shape, on the same device."""
     words = _joined(pad(packed, (0, -packed.numel() % bits)).view(-1, bits), 8)
     return _cut(words, TOGETHER, bits).flatten()[: math.prod(shape)].view(shape)
+
+
+def words(index_OI: Tensor, bits: int) -> Tensor:
+    """uint8 indices below 2**bits, row by row as int32 words [O, ceil(I · bits / 32)], least significant bit first.
+
+    That is `pack` of eights from their last to their first, whose bytes are turned round as well.
+    """
+    outputs, inputs = index_OI.shape
+    eights = pad(index_OI, (0, -inputs % 32)).view(outputs, -1, TOGETHER)
+    bytes_OEP = pack(eights.flip(2), bits).view(outputs, -1, bits).flip(2).contiguous()
+    return bytes_OEP.view(outputs, -1).view(torch.int32)[:, : -(-inputs * bits // 32)].contiguous()
 
 
 def _joined(parts_NP: Tensor, bits: int) -> Tensor:

@@ -12,12 +12,12 @@ from qat import checkpoints, manifests, plots
 from qat.artifacts import Artifact, obtain, require
 from qat.cache.batch import Batch
 from qat.cache.reader import CacheReader
-from qat.config import Config
+from qat.config import ROLES, Config
 from qat.console import console, table
 from qat.convert.convert import convert, install
 from qat.evaluate import Metrics, evaluate
 from qat.models import linear
-from qat.quant.layers import KINDS, Layer, bits_per_weight, recorded, select, summary, told
+from qat.quant.architectures import Layer, bits_per_weight, recorded, select, summary, told
 from qat.quant.linear import QuantLinear, kept, quantized
 from qat.runs import Run
 from qat.shaping import shaping
@@ -160,14 +160,14 @@ def _draw(work: Workspace, figures: dict[str, dict[str, float]]) -> None:
 
 
 def _show(layers: list[Layer], manifest: dict[str, Any], dense: dict[str, float]) -> None:
-    """One row a kind of layer, what of the decoder is in none, then what the conversion did to the model."""
+    """One row a role, what of the decoder is in none, then what the conversion did to the model."""
     figures, rows, counts = manifest["figures"], [], []
-    for kind in KINDS:
-        members = [layer for layer in layers if layer.kind == kind]
+    for role in ROLES:
+        members = [layer for layer in layers if layer.role == role]
         if members:
-            counts.append(f"{len(members)} {'MLP' if kind == 'mlp' else 'attention'}")
-            rows.append([kind, str(len(members)), f"{bits_per_weight(members):.2f}", *_figures(members, figures)])
-    header = ["kind", "layers", "bits/weight", "weight error", "output error", "seconds"]
+            counts.append(f"{len(members)} {role}")
+            rows.append([role, str(len(members)), f"{bits_per_weight(members):.2f}", *_figures(members, figures)])
+    header = ["role", "layers", "bits/weight", "weight error", "output error", "seconds"]
     table(f"{len(layers)} layers converted ({' + '.join(counts)})", header, rows)
     if dense:
         console.print(f"left dense, as shares of the decoder's weights: {told(dense)}", soft_wrap=True)

@@ -15,7 +15,7 @@ from qat.distill.state import States
 from qat.distill.trainer import History, Trainer
 from qat.forward import use
 from qat.processes import Ranks, joined
-from qat.quant.layers import Layer, summary
+from qat.quant.architectures import Layer, summary
 from qat.quant.linear import quantized
 from qat.runs import Run, checkpoint_name, owner
 from qat.stages import cache
@@ -111,7 +111,7 @@ def _trainer(
     use(student, work.settle(training))
     return Trainer(
         student,
-        {layer.name: (layer.kind, modules[layer.name]) for layer in layers},
+        {layer.name: (layer.role, modules[layer.name]) for layer in layers},
         (training, held_out),
         config.train,
         config.mode,

@@ -21,7 +21,7 @@ from qat.evaluate.figures import METHOD, Rows
 from qat.evaluate.tasks import STDERR, Harness, Scores
 from qat.evaluate.windows import Windows, read
 from qat.names import TEACHER, called, checkpoint
-from qat.quant.layers import summary
+from qat.quant.architectures import summary
 from qat.runs import Run
 from qat.stages import cache
 from qat.stages.workspace import Workspace, open_workspace, start_folder

@@ -22,8 +22,11 @@ def main(config: Config, run: Run) -> None:
     work = open_workspace(config, run)
     writer = importlib.import_module(f"qat.export.{config.export.format}.writer")
     folder = Path(str(config.export.output)).expanduser()
+    form = exporter(config.export.format)
+    form.refuse_architecture(work.teacher.settings().to_dict())
     with work.timed("export"):
         source = open_source(work.teacher, start_folder(config.checkpoint))
+        form.refuse_layers({layer.name: {"shape": layer.shape, **layer.format.settings()} for layer in source.layers})
         make(work, writer, source, folder)
     size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     run.result["quant"] = source.quant

@@ -13,7 +13,7 @@ from qat.export.exporter import exporter
 from qat.footprint import Job, Shapes
 from qat.machine import Machine
 from qat.models import ModelFolder
-from qat.quant.layers import select
+from qat.quant.architectures import select
 
 CONVERTS = (Stage.run, Stage.convert)
 TRAINS = (Stage.run, Stage.distill)
@@ -88,7 +88,7 @@ def _jobs(config: Config, teacher: ModelFolder) -> Iterator[Job]:
 def _check_learning(job: Job) -> None:
     """What has a rate is something that layers have."""
     learns, rates = {"mlp": job.mode.mlp, "attn": job.mode.attn}, as_plain(job.train.learn)
-    learning = [layer for layer in job.layers if learns[layer.kind]]
+    learning = [layer for layer in job.layers if learns[layer.role]]
     kinds = {part.kind for layer in learning for part in layer.format.parts(*layer.shape).values()}
     if not any(rates[kind] for kind in kinds | {LATENT, NORMS}):
         raise ConfigError(f"{job.prefix}train.learn has no rate for {' and '.join(sorted(kinds))}: nothing would learn")
@@ -98,5 +98,5 @@ def _check_shapes(job: Job, teacher: ModelFolder) -> None:
     """Every layer's shape suits its format."""
     for layer in job.layers:
         if misfit := layer.format.misfit(*layer.shape):
-            key, value = f"{job.prefix}quant.{layer.kind}.{misfit.setting}", layer.format.settings()[misfit.setting]
+            key, value = f"{job.prefix}quant.{layer.role}.{misfit.setting}", layer.format.settings()[misfit.setting]
             raise ConfigError(f"{key}={value}: {layer.name} of {teacher.name} {misfit.why}")

@@ -5,11 +5,11 @@ from pathlib import Path
 
 from qat import checkpoints, provenance
 from qat.artifacts import Artifact
-from qat.config import Config
+from qat.config import ROLES, Config
 from qat.console import console, duration, table
 from qat.evaluate import Metrics
 from qat.processes import place
-from qat.quant.layers import KINDS, told
+from qat.quant.architectures import told
 from qat.runs import Run
 from qat.stages import cache, convert, distill, evaluate, first
 from qat.stages.workspace import Workspace, open_workspace, start_folder
@@ -75,11 +75,11 @@ def show(run: Run, before: Metrics, after: Metrics, best: Path) -> None:
     ]
     table(f"{result['run_id']}  {result['name']}", ["", "converted", "distilled", "teacher"], rows)
     quant, timing = result["quant"], result["timing"]
-    kinds = [f"{quant[key]} {kind}" for kind in KINDS if (key := f"{kind}_bits_per_weight") in quant]
+    roles = [f"{quant[key]} {role}" for role in ROLES if (key := f"{role}_bits_per_weight") in quant]
     spent = [f"{stage} {_spent(run, stage)}" for stage in STAGES if f"{stage}_s" in timing]
     lines = {"verdict": result["verdict"]} if result["verdict"] else {}
     lines |= {
-        "bits per weight": f"{quant['bits_per_weight']} ({', '.join(kinds)})",
+        "bits per weight": f"{quant['bits_per_weight']} ({', '.join(roles)})",
         "whole model": f"{quant['model_bits_per_weight']} bits per weight, with 16 for all else",
         **({"left dense": told(quant["dense"])} if quant["dense"] else {}),
         "time": ", ".join(spent),

@@ -15,7 +15,7 @@ from qat.errors import ConfigError
 from qat.machine import Machine
 from qat.models import ModelFolder, linear, tokenizers
 from qat.models.reading import listed
-from qat.quant.layers import Layer, select
+from qat.quant.architectures import Layer, select
 
 CONVERTS = (Stage.run, Stage.convert)
 TRAINS = (Stage.run, Stage.distill)
@@ -82,17 +82,17 @@ def _wanted(config: Config) -> list[tuple[QuantConfig, ModeConfig]]:
 
 
 def check_mode(mode: ModeConfig, layers: list[Layer], teacher: ModelFolder) -> None:
-    """Refuses to train a kind of layers of which none has a table.
+    """Refuses to train a role of which none has a table.
 
     Raises:
         ConfigError: with the mode that has something to train.
     """
-    kinds = {layer.kind for layer in layers}
-    for kind, learns in {"mlp": mode.mlp, "attn": mode.attn}.items():
-        if learns and kind not in kinds:
+    roles = {layer.role for layer in layers}
+    for role, learns in {"mlp": mode.mlp, "attn": mode.attn}.items():
+        if learns and role not in roles:
             raise ConfigError(
-                f"mode={mode.name} trains the {kind} layers, and none of {teacher.name} has a table: use"
-                f" mode={next(iter(kinds))}"
+                f"mode={mode.name} trains the {role} layers, and none of {teacher.name} has a table: use"
+                f" mode={next(iter(roles))}"
             )
 
 

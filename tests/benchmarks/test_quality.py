@@ -16,7 +16,7 @@ from qat.config import ModelConfig, ModelSource
 from qat.convert.convert import Converted
 from qat.errors import ArtifactError
 from qat.models import locate
-from qat.quant.layers import bits_per_weight
+from qat.quant.architectures import bits_per_weight
 from qat.quant.linear import quantized
 from tests import tiny
 
@@ -83,7 +83,7 @@ def test_the_measured_model_is_the_one_with_rounded_weights(run, options, teache
     kl = run(bits=["2:32"])[0]["kl"]
     student, exact = (teacher.load(torch.float32, tiny.CPU) for _ in range(2))
     for layer in quality.layers_of(student):
-        grid = peers.PEERS["rtn"].grid(2 if layer.kind == "mlp" else 4, 32)
+        grid = peers.PEERS["rtn"].grid(2 if layer.role == "mlp" else 4, 32)
         weight = student.get_submodule(layer.name).weight
         weight.data = rtn.round_to_nearest(weight.data, grid)
     ids = quality.texts(options.evaluation[:1], teacher, 32, 256)
@@ -152,7 +152,7 @@ def test_a_checkpoint_may_call_the_model_by_its_artifact(run, tmp_path, teacher,
     trained = tiny.checkpoint_in(tmp_path / "trained", teacher, cache)
     rows = run(methods=[], checkpoint=[f"mine={trained}"])
     described = checkpoints.layers_of(checkpoints.manifest(trained, teacher, tiny.FP32))
-    assert rows[0]["bits"] == round(bits_per_weight([x for x in described if x.kind == "mlp"]), 4)
+    assert rows[0]["bits"] == round(bits_per_weight([x for x in described if x.role == "mlp"]), 4)
 
 
 def test_checkpoints_of_one_name_are_one_point(run, tmp_path, teacher, cache):

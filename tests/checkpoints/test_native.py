@@ -7,7 +7,7 @@ from qat import checkpoints
 from qat.artifacts import open_artifact
 from qat.errors import ArtifactError
 from qat.models import ModelFolder
-from qat.quant.layers import select
+from qat.quant.architectures import select
 from qat.quant.linear import quantized
 from tests import tiny
 

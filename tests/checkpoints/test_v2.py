@@ -70,7 +70,7 @@ def test_every_variant_computes_what_the_older_code_does(teacher, variant):
         student, manifest = checkpoints.load(file, teacher, tiny.FP32)
         assert difference(student, expected) < 1e-5
         for layer in checkpoints.layers_of(manifest):
-            kind = "mlp" if layer.kind == "mlp" else "self_attn"
+            kind = "mlp" if layer.role == "mlp" else "self_attn"
             bits = layer.format.bits
             assert (2**bits >= variant.entries[kind] > 2 ** (bits - 1)) or variant.entries[kind] == 2
             assert layer.format.rank == variant.ranks[kind]

@@ -8,9 +8,9 @@ from qat.convert.convert import convert, install, quantize, stacks, workspace
 from qat.convert.moments import Moments, gather
 from qat.errors import NumericsError
 from qat.evaluate import evaluate
+from qat.quant.architectures import Layer, select
 from qat.quant.curvature import damp
 from qat.quant.formats import Table
-from qat.quant.layers import Layer, select
 from tests import tiny
 
 EXACT = KMeansConfig("exact", KMeansBackend.exact)
@@ -46,7 +46,7 @@ def test_the_errors_are_those_of_the_modules(model, rows, made):
 
 def test_four_bits_are_closer_than_two_and_both_far_from_nothing(made):
     worst = {
-        kind: max(e["output_error"] for layer, _, e in made.values() if layer.kind == kind) for kind in ("mlp", "attn")
+        kind: max(e["output_error"] for layer, _, e in made.values() if layer.role == kind) for kind in ("mlp", "attn")
     }
     assert worst["attn"] < 0.02 and worst["mlp"] < 0.15
 
@@ -112,7 +112,7 @@ def test_a_second_pass_starts_from_the_first_and_pays_where_inputs_are_those_of_
     moments = gather(student, [one.layer for one in first], Text(rows).batches(8))
     for kind in ("mlp", "attn"):
         before, after = (
-            sum(cost(teacher, one, moments.inputs[one.layer.source]) for one in made if one.layer.kind == kind)
+            sum(cost(teacher, one, moments.inputs[one.layer.source]) for one in made if one.layer.role == kind)
             for made in (first, second)
         )
         assert after < before

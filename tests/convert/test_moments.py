@@ -10,7 +10,7 @@ from qat.convert import flow, moments
 from qat.convert.convert import install
 from qat.convert.moments import gather
 from qat.errors import NumericsError
-from qat.quant.layers import select
+from qat.quant.architectures import select
 from tests import tiny
 
 
@@ -165,7 +165,7 @@ def test_a_model_that_would_cache_keys_and_values_sees_no_position_twice(teacher
 
 
 def test_only_the_layers_asked_for_are_looked_at(model, layers, rows):
-    some = [layer for layer in layers if "layers.1" in layer.name and layer.kind == "mlp"]
+    some = [layer for layer in layers if "layers.1" in layer.name and layer.role == "mlp"]
     found = gather(model, some, Text(rows).batches(8), gradients=True)
     assert set(found.outputs) == {layer.name for layer in some}
     assert set(found.inputs) == {layer.source for layer in some}

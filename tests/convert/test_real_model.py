@@ -15,10 +15,10 @@ from qat.data import packing, texts, thinking
 from qat.data.documents import Document
 from qat.models.sources import _gguf_file
 from qat.quant import assign, kmeans, lookup
+from qat.quant.architectures import select
 from qat.quant.curvature import Curvature, Factor
 from qat.quant.fit import importance
 from qat.quant.formats.table_fit import alternate, start
-from qat.quant.layers import select
 
 QUANT = QuantConfig(name="q2a4", mlp=WeightConfig(bits=2, rank=4), attn=WeightConfig(bits=4, rank=2))
 EVERY, LAST = 5, 25  # of 30 blocks; benchmarks/assignment.py does all

@@ -3,7 +3,7 @@ import torch
 from qat.convert.moments import gather
 from qat.distill import curvature
 from qat.processes import Ranks
-from qat.quant.layers import Layer
+from qat.quant.architectures import Layer
 from qat.quant.linear import quantized
 
 

@@ -33,10 +33,11 @@ def refuse(config):
 EXPORTER = Exporter(types=(ExportType.fp32,), use="Only `{folder}` knows.", library="mine", refuse=refuse)
 '''
 WRITER = "from qat.export.hf.writer import read, rounding, write\n"
+*OTHERS, LAST = sorted([*FORMATS, "mine"])
 REFUSED = {
     "export.dtype=bf16": "export.dtype=bf16: export=mine is written in fp32",
     "export.context=7": "export.context=7: mine cannot",
-    "export.format=min": "export.format=min: must be anemll_v2, coreml, hf, mine or packed (did you mean mine?)",
+    "export.format=min": f"export.format=min: must be {', '.join(OTHERS)} or {LAST} (did you mean mine?)",
 }
 ROOT = Path(qat.export.__file__).parents[2]
 
@@ -61,7 +62,7 @@ def test_core_ml_without_its_tools_is_refused_before_anything_is_done(monkeypatc
     config = Config(export=ExportConfig("coreml", "coreml", ExportType.fp16))
     config.checkpoint.name = "local"
     with pytest.raises(UnavailableError, match=r"^export=coreml needs coremltools: run `pip install"):
-        exporter("coreml").check(config)
+        exporter("coreml").check(config, {})
 
 
 def test_a_new_format_is_written_by_its_package_alone(best, export, tmp_path, monkeypatch):

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from qat import manifests
 from qat.config import SETTINGS, WeightConfig, WeightFormat
 from qat.quant import formats, latent
+from qat.quant.architectures import format_of
 from qat.quant.formats import Format, Table, Uniform
-from qat.quant.layers import format_of
 from qat.quant.linear import QuantLinear, kept
 from qat.quant.stack import stacks
 from qat.quant.weights import Weights

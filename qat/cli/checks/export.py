@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from qat.artifacts import MANIFEST
+from qat.cli.checks import checkpoint
 from qat.cli.checks.manifests import described
 from qat.cli.checks.outputs import check_folder
 from qat.config import Config, Stage
@@ -17,7 +18,8 @@ def check(config: Config) -> None:
     export = config.export
     if not export.output:
         raise ConfigError("stage=export needs a folder to write to: export.output=<folder>")
-    exporter(export.format).check(config)
+    manifest = checkpoint.manifest(config)
+    exporter(export.format).check(config, manifest["layers"] if manifest else {})
     folder = Path(export.output).expanduser()
     check_folder("export.output", str(folder))
     if folder.is_dir() and any(folder.iterdir()) and not _is_export(folder):

@@ -1,13 +1,16 @@
 """A dense Hugging Face folder, written and read back by transformers."""
 
+import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import GenerationConfig, PreTrainedModel
 
-from qat import models
+from qat import model_files, models
 from qat.checkpoints.own import adopt, own_parameters
 from qat.config import ExportConfig
+from qat.export.moved import older_keys
 from qat.export.source import CPU, DTYPES, Source, cast, copy_tokenizer
 from qat.models import linear
 from qat.quant.linear import quantized
@@ -19,8 +22,18 @@ def write(source: Source, folder: Path, settings: ExportConfig) -> None:
     Raises:
         NumericsError: a weight does not fit into `export.dtype`.
     """
-    dense(source, DTYPES[settings.dtype]).save_pretrained(folder)
+    model = dense(source, DTYPES[settings.dtype])
+    model.save_pretrained(folder)
+    described = model.config.to_dict() | {"dtype": settings.dtype.value}
+    older = older_keys(described, model_files.settings(source.teacher.path), type(model.config))
+    describe(folder, {key: value for key, value in older.items() if key not in model_files.settings(folder)})
     copy_tokenizer(source.teacher, folder)
+
+
+def describe(folder: Path, more: dict[str, Any]) -> None:
+    """Adds settings to the `config.json` of a folder that is not published yet."""
+    text = json.dumps(model_files.settings(folder) | more, indent=2, ensure_ascii=False)
+    (folder / model_files.CONFIG).write_text(text + "\n", encoding="utf-8")
 
 
 @torch.no_grad()

@@ -9,8 +9,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from qat import models
+from qat import model_files, models
 from qat.config import ExportConfig, ExportType
+from qat.export.moved import older_keys
 from qat.export.source import DTYPES, Source, cast, copy_tokenizer
 from qat.packed import FILE, METHOD
 from qat.packed.linear import SIXTEEN
@@ -49,8 +50,10 @@ def tensors(source: Source, dtype: torch.dtype) -> dict[str, Tensor]:
 
 def description(source: Source, dtype: torch.dtype) -> dict[str, Any]:
     """`config.json`: the architecture's own, wrapped so that plain transformers refuses it."""
-    base = source.teacher.settings().to_dict()
-    base |= {"dtype": str(dtype).removeprefix("torch."), "architectures": [type(source.model).__name__]}
+    settings = source.teacher.settings()
+    base = settings.to_dict() | {"dtype": str(dtype).removeprefix("torch.")}
+    base |= {"architectures": [type(source.model).__name__]}
+    base |= older_keys(base, model_files.settings(source.teacher.path), type(settings))
     layers = {layer.name: layer.format.settings() for layer in source.layers}
     method = {"quant_method": METHOD, "bits_per_weight": source.quant["bits_per_weight"], "layers": layers}
     return {"model_type": METHOD, "base_config": base, "quantization_config": method}

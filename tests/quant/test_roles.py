@@ -14,8 +14,8 @@ from transformers import PreTrainedModel
 from qat.config import QuantConfig, WeightConfig
 from qat.config.keys import key
 from qat.errors import ConfigError
+from qat.quant.architectures import bits_per_weight, recorded, select, summary
 from qat.quant.formats import Table
-from qat.quant.layers import bits_per_weight, recorded, select, summary
 
 
 @cache
@@ -128,7 +128,7 @@ def test_layers_that_share_an_input_share_its_source():
 
 def test_a_kind_without_tables_is_left_out_and_told():
     layers, model = select(skeleton(), preset("q2a16")), skeleton()
-    assert {layer.kind for layer in layers} == {"mlp"} and len(layers) == 6
+    assert {layer.role for layer in layers} == {"mlp"} and len(layers) == 6
     figures = summary(layers, model)
     assert figures["attn_layers"] == 0 and "attn_bits_per_weight" not in figures
     assert figures["bits_per_weight"] == round(bits_per_weight(layers), 4)
@@ -151,7 +151,7 @@ def test_bits_of_the_whole_model_count_sixteen_for_what_has_no_table():
 
 def test_a_layer_takes_bits_and_rank_of_its_kind():
     for layer in select(skeleton(num_hidden_layers=1), preset("q2a4")):
-        assert layer.format == Table(*((2, 32) if layer.kind == "mlp" else (4, 8)))
+        assert layer.format == Table(*((2, 32) if layer.role == "mlp" else (4, 8)))
 
 
 @pytest.mark.parametrize(
@@ -183,7 +183,7 @@ def test_a_part_that_stays_dense_on_purpose_may_have_any_names():
     """The attention of this model is one projection, its MLP three ordinary ones."""
     model = skeleton("Phi3", pad_token_id=0, num_hidden_layers=1)
     model.model.layers[0].mlp = skeleton(num_hidden_layers=1).model.layers[0].mlp
-    assert {layer.kind for layer in select(model, preset("q2a16"))} == {"mlp"}
+    assert {layer.role for layer in select(model, preset("q2a16"))} == {"mlp"}
     with pytest.raises(ConfigError, match=r"no table for model\.layers\.\*\.self_attn\.qkv_proj"):
         select(model, preset("q2a4"))
 

@@ -1,6 +1,6 @@
-"""Which layers of a model are quantized, of which kind, and which of them see the same input.
+"""Which layers of a model are quantized, in which role, and which of them see the same input.
 
-Every weight that hidden states are multiplied with is of a kind, or kept dense on purpose (what chooses experts),
+Every weight that hidden states are multiplied with has a role, or is kept dense on purpose (what chooses experts),
 or told: bits a weight of a part of the model say little while the rest is forgotten.
 """
 
@@ -12,13 +12,13 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from qat.config import SETTINGS, QuantConfig, WeightConfig, as_plain
+from qat.config import ROLES, SETTINGS, QuantConfig, WeightConfig, as_plain
 from qat.errors import ConfigError
 from qat.quant import formats
 from qat.quant.formats import Format
 from qat.shaping import shaping
 
-KINDS = {
+LEAVES = {
     "mlp": ("gate_proj", "up_proj", "down_proj"),
     "attn": ("q_proj", "k_proj", "v_proj", "o_proj"),
 }
@@ -34,10 +34,10 @@ SAME_INPUT = {"up_proj": "gate_proj", "k_proj": "q_proj", "v_proj": "q_proj"}
 
 @dataclass(frozen=True)
 class Layer:
-    """A linear layer to quantize. `source` names the layer whose input it shares, itself included."""
+    """A linear layer to quantize, with a role of `ROLES`. `source` names the layer whose input it shares."""
 
     name: str
-    kind: str
+    role: str
     shape: tuple[int, int]
     format: Format
 
@@ -62,17 +62,17 @@ def select(model: nn.Module, quant: QuantConfig) -> list[Layer]:
     """The layers that `quant` covers, in the model's order.
 
     Raises:
-        ConfigError: the model has none, or weights of a kind that `quant` asks for go by names that no kind has.
+        ConfigError: the model has none, or weights of a role that `quant` asks for go by names that no role has.
     """
     chosen = _formats(quant)
     found = []
     for name, module in model.named_modules():
-        kind = kind_of(name)
-        format = chosen.get(kind) if kind else None
-        if type(module) is nn.Linear and kind and format:  # a subclass computes something else
-            found.append(Layer(name, kind, (module.out_features, module.in_features), format))
+        role = role_of(name)
+        format = chosen.get(role) if role else None
+        if type(module) is nn.Linear and role and format:  # a subclass computes something else
+            found.append(Layer(name, role, (module.out_features, module.in_features), format))
     if not found:
-        leaves = ", ".join(leaf for leaves in KINDS.values() for leaf in leaves)
+        leaves = ", ".join(leaf for leaves in LEAVES.values() for leaf in leaves)
         raise ConfigError(
             f"quant={quant.name} finds no layer to quantize: the model has no linear layer named {leaves}, but"
             f" {told(dense(model, [])) or 'none at all'}"
@@ -83,14 +83,14 @@ def select(model: nn.Module, quant: QuantConfig) -> list[Layer]:
 
 def recorded(quant: QuantConfig) -> dict[str, Any]:
     """What of `quant` shapes a student: `partial` only says what is not refused."""
-    chosen = {kind: format.settings() if format else None for kind, format in _formats(quant).items()}
+    chosen = {role: format.settings() if format else None for role, format in _formats(quant).items()}
     return {key: chosen.get(key, value) for key, value in shaping(quant).items() if key != "partial"}
 
 
-def kind_of(name: str) -> str | None:
+def role_of(name: str) -> str | None:
     """`mlp` or `attn` by the last part of a layer's name; None for any other."""
     leaf = name.rpartition(".")[2]
-    return next((kind for kind, leaves in KINDS.items() if leaf in leaves), None)
+    return next((role for role, leaves in LEAVES.items() if leaf in leaves), None)
 
 
 def decoder_weights(model: nn.Module) -> dict[str, torch.Size]:
@@ -136,16 +136,16 @@ def summary(layers: list[Layer], model: nn.Module) -> dict[str, Any]:
     `model` is the teacher, or its names and shapes. Bits are said of the quantized layers and, with 16 for every
     other parameter, of the whole model.
     """
-    kinds = {kind: [layer for layer in layers if layer.kind == kind] for kind in KINDS}
+    roles = {role: [layer for layer in layers if layer.role == role] for role in ROLES}
     figures: dict[str, Any] = {
         "bits_per_weight": round(bits_per_weight(layers), 4),
         "model_bits_per_weight": round(_bits_of_model(layers, model), 4),
         "layers": len(layers),
     }
-    for kind, members in kinds.items():
-        figures[f"{kind}_layers"] = len(members)
+    for role, members in roles.items():
+        figures[f"{role}_layers"] = len(members)
         if members:
-            figures[f"{kind}_bits_per_weight"] = round(bits_per_weight(members), 4)
+            figures[f"{role}_bits_per_weight"] = round(bits_per_weight(members), 4)
     return figures | {"dense": {pattern: round(share, 4) for pattern, share in dense(model, layers).items()}}
 
 
@@ -157,8 +157,8 @@ def told(shares: dict[str, float]) -> str:
 
 
 def _formats(quant: QuantConfig) -> dict[str, Format | None]:
-    chosen = {"mlp": quant.mlp, "attn": quant.attn}
-    return {kind: format_of(settings) if settings else None for kind, settings in chosen.items()}
+    chosen = {role: getattr(quant, role, None) for role in ROLES}
+    return {role: format_of(settings) if settings else None for role, settings in chosen.items()}
 
 
 def format_of(settings: WeightConfig) -> Format:
@@ -173,7 +173,7 @@ def _refuse_unmatched(model: nn.Module, layers: list[Layer], quant: QuantConfig)
     asked = {
         pattern: share
         for pattern, share in dense(model, layers).items()
-        if any(chosen[kind] for kind in _places(pattern))
+        if any(chosen[role] for role in _places(pattern))
     }
     if asked and not quant.partial:
         raise ConfigError(
@@ -183,10 +183,10 @@ def _refuse_unmatched(model: nn.Module, layers: list[Layer], quant: QuantConfig)
 
 
 def _places(pattern: str) -> list[str]:
-    """The kind of a weight by where it is; both where its place does not tell."""
-    if kind := kind_of(pattern):
-        return [kind]
-    return [kind for kind, place in PLACES.items() if place.search(pattern.lower())] or list(PLACES)
+    """The role of a weight by where it is; both where its place does not tell."""
+    if role := role_of(pattern):
+        return [role]
+    return [role for role, place in PLACES.items() if place.search(pattern.lower())] or list(PLACES)
 
 
 def _routes(name: str, shape: torch.Size) -> bool:

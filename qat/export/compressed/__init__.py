@@ -1,0 +1,34 @@
+"""A compressed-tensors folder, as transformers and vLLM load it: packed whole numbers, a scale for each group."""
+
+from importlib.util import find_spec
+
+from qat.config import Config, ExportType
+from qat.errors import UnavailableError
+from qat.export.exporter import Exporter
+from qat.export.grids import EngineGrid
+
+
+def refuse(config: Config) -> None:
+    """Nothing is written that the library is not there to read.
+
+    Raises:
+        UnavailableError: it is not installed.
+    """
+    if find_spec("compressed_tensors") is None:
+        raise UnavailableError(
+            f"export={config.export.name} is read back by compressed-tensors: run"
+            " `pip install 'qat-speedrun[engines]'`"
+        )
+
+
+EXPORTER = Exporter(
+    types=(ExportType.fp16, ExportType.fp32),
+    grid=EngineGrid("compressed-tensors", ("integers",), tuple(range(2, 9)), (), "compressed_"),
+    refuse=refuse,
+    use="""\
+```python
+from transformers import AutoModelForCausalLM  # pip install compressed-tensors
+model = AutoModelForCausalLM.from_pretrained("{folder}", dtype="auto")
+```
+vLLM loads it where all layers have 4 or 8 bits: `vllm serve {folder}`.""",
+)

@@ -1,0 +1,95 @@
+"""The layout `pack-quantized` of compressed-tensors: whole numbers around zero, times the scale of a group.
+
+`weight_packed` has rows in words of 32 bits, the first weight lowest, each number as its distance from the least.
+"""
+
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from compressed_tensors.compressors.pack_quantized import PackedQuantizationCompressor
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from qat import models
+from qat.config import ExportConfig
+from qat.export import replaced
+from qat.export.replaced import exact
+from qat.export.source import DTYPES, Source
+from qat.quant import packing
+from qat.quant.formats import Uniform
+from qat.quant.linear import QuantLinear, quantized
+
+LAYOUT = "pack-quantized"
+
+
+def write(source: Source, folder: Path, settings: ExportConfig) -> None:
+    """Writes weights, `config.json` and the tokenizer.
+
+    Raises:
+        NumericsError: a number does not fit into `export.dtype`.
+        ConfigError: as `replaced.write`.
+    """
+    dtype = DTYPES[settings.dtype]
+    described = {"quantization_config": description(source)}
+    replaced.write(source, folder, settings, lambda name, module: tensors(name, module, dtype), described)
+
+
+def tensors(name: str, module: QuantLinear, dtype: torch.dtype) -> dict[str, Tensor]:
+    """`weight_packed` [O, I · bits / 32] int32, `weight_scale` [O, I / group], `weight_shape` [2] int64."""
+    return {
+        "weight_packed": packing.words(module.indices, module.format.bits),
+        "weight_scale": exact(f"{name}.scale", module.normalized()["scale"], dtype),
+        "weight_shape": torch.tensor([module.outputs, module.inputs]),
+    }
+
+
+def description(source: Source) -> dict[str, Any]:
+    """`quantization_config`: layers by bits and group, and the linear layers that stay as they were."""
+    modules = quantized(source.model)
+    formats = sorted({(cast(Uniform, module.format).group, module.format.bits) for module in modules.values()})
+    groups = {
+        f"group_{number}": {
+            "targets": [name for name, module in modules.items() if _numbers(module) == (group, bits)],
+            "weights": {
+                **{"num_bits": bits, "type": "int", "symmetric": True, "dynamic": False},
+                **{"strategy": "group", "group_size": group},
+            },
+            **{"input_activations": None, "output_activations": None, "format": LAYOUT},
+        }
+        for number, (group, bits) in enumerate(formats)
+    }
+    dense = [name for name, module in source.model.named_modules() if isinstance(module, nn.Linear)]
+    return {
+        **{"quant_method": "compressed-tensors", "format": LAYOUT, "quantization_status": "compressed"},
+        **{"config_groups": groups, "ignore": dense, "version": version("compressed-tensors")},
+    }
+
+
+def _numbers(module: QuantLinear) -> tuple[int, int]:
+    return cast(Uniform, module.format).group, module.format.bits
+
+
+def rounding(settings: ExportConfig) -> torch.dtype:
+    """The coarsest type that a weight is rounded to."""
+    return DTYPES[settings.dtype]
+
+
+def read(source: Source, folder: Path) -> PreTrainedModel:
+    """The model as transformers loads it with that library.
+
+    Raises:
+        ArtifactError: the library decodes other weights than the student has.
+    """
+    model = models.read(folder, "auto").eval()
+    for name, module in quantized(source.model).items():
+        replaced.require_equal(name, decoded(model.get_submodule(name)), module)
+    return model
+
+
+def decoded(layer: Any) -> Tensor:
+    """W [O, I] fp32 by the library's own decoder."""
+    packed = {"weight_packed": layer.weight_packed, "weight_shape": layer.weight_shape}
+    packed["weight_scale"] = layer.weight_scale.float()
+    return PackedQuantizationCompressor.decompress(packed, layer.quantization_scheme)["weight"]

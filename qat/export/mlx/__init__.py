@@ -1,0 +1,54 @@
+"""A folder that mlx-lm loads: grids of MLX as they are, everything else in one type.
+
+MLX runs on Macs and, on processors, under Linux, so it is asked itself before an export is published.
+"""
+
+from importlib.util import find_spec
+
+from qat.config import Config, ExportType
+from qat.errors import ConfigError, UnavailableError
+from qat.export.exporter import Exporter
+from qat.export.grids import EngineGrid
+
+
+def refuse(config: Config) -> None:
+    """Nothing is written that MLX is not there to read.
+
+    Raises:
+        UnavailableError: it is not installed.
+    """
+    if find_spec("mlx_lm") is None or find_spec("mlx") is None:
+        raise UnavailableError(
+            f"export={config.export.name} is read back by mlx-lm: run `pip install 'qat-speedrun[engines]'`"
+        )
+
+
+def refuse_architecture(described: dict[str, object]) -> None:
+    """Nothing is written that mlx-lm has no code for.
+
+    Raises:
+        ConfigError: it does not know the model type of this `config.json`.
+    """
+    from mlx_lm import utils
+
+    try:
+        utils._get_classes(described)  # the engine's own answer, of which its public functions make an exception too
+    except ValueError:
+        raise ConfigError(
+            f"mlx-lm does not know models of type {described.get('model_type')}: export=hf and export=packed are for"
+            " transformers, which does"
+        ) from None
+
+
+EXPORTER = Exporter(
+    types=(ExportType.fp16, ExportType.fp32),
+    library="mlx",
+    grid=EngineGrid("MLX", ("shifted", "integers"), (2, 3, 4, 5, 6, 8), (32, 64, 128), "mlx_"),
+    refuse=refuse,
+    refuse_architecture=refuse_architecture,
+    use="""\
+```bash
+pip install mlx-lm  # on Linux mlx-lm 'mlx[cpu]'
+mlx_lm.generate --model {folder} --prompt "What is the capital of France?"
+```""",
+)

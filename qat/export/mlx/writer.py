@@ -1,0 +1,96 @@
+"""Affine groups of MLX (`W = q · scale + bias`), words of 32 bits with the first weight lowest; read by mlx-lm itself.
+
+mlx-lm takes the names of published files, and `config.json` says bits and group of every quantized layer.
+"""
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import mlx.core as mx
+import numpy as np
+import torch
+from mlx_lm.utils import load_model
+from torch import Tensor, nn
+
+from qat.config import ExportConfig
+from qat.export import replaced
+from qat.export.replaced import exact
+from qat.export.source import DTYPES, Source
+from qat.quant import packing
+from qat.quant.formats import Uniform
+from qat.quant.linear import QuantLinear, quantized
+
+
+def write(source: Source, folder: Path, settings: ExportConfig) -> None:
+    """Writes weights, `config.json` and the tokenizer.
+
+    Raises:
+        NumericsError: a number does not fit into `export.dtype`.
+        ConfigError: as `replaced.write`.
+    """
+    dtype = DTYPES[settings.dtype]
+    quantization = description(source)
+    described = {"quantization": quantization, "quantization_config": quantization}
+    replaced.write(source, folder, settings, lambda name, module: tensors(name, module, dtype), described)
+
+
+def tensors(name: str, module: QuantLinear, dtype: torch.dtype) -> dict[str, Tensor]:
+    """`weight` [O, I · bits / 32] uint32, `scales` and `biases` [O, I / group] in the model's type."""
+    format, parts = cast(Uniform, module.format), module.normalized()
+    lowest = module.grid().values_NK.min()
+    biases = parts["shift"] if format.shifts else parts["scale"] * lowest
+    return {
+        "weight": packing.words(module.indices, format.bits).view(torch.uint32),
+        "scales": exact(f"{name}.scale", parts["scale"], dtype),
+        "biases": exact(f"{name}.bias", biases, dtype),
+    }
+
+
+def description(source: Source) -> dict[str, Any]:
+    """`quantization` of `config.json`: of the first layer for all, and each layer's own by name."""
+    each = {
+        name: {"group_size": cast(Uniform, module.format).group, "bits": module.format.bits}
+        for name, module in quantized(source.model).items()
+    }
+    return {**next(iter(each.values())), "mode": "affine", **each}
+
+
+def rounding(settings: ExportConfig) -> torch.dtype:
+    """The coarsest type that a weight is rounded to."""
+    return DTYPES[settings.dtype]
+
+
+def read(source: Source, folder: Path) -> "Loaded":
+    """The model as mlx-lm loads it.
+
+    Raises:
+        ArtifactError: MLX decodes other weights than the student has.
+    """
+    model, described = load_model(folder)
+    arrays = dict(cast(Any, model).named_modules())
+    for name, module in quantized(source.model).items():
+        replaced.require_equal(name, decoded(arrays[name], described["quantization"][name]), module)
+    return Loaded(model)
+
+
+def decoded(layer: Any, settings: dict[str, int]) -> Tensor:
+    """W [O, I] fp32 by MLX's own decoder."""
+    scales, biases = (getattr(layer, part).astype(mx.float32) for part in ("scales", "biases"))
+    weight = mx.dequantize(layer.weight, scales, biases, settings["group_size"], settings["bits"])
+    return torch.from_numpy(np.array(weight))
+
+
+class Loaded(nn.Module):
+    """A model of mlx-lm that is asked for logits like one of transformers."""
+
+    dtype = torch.float32  # of its answers; it computes in its own
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids_BT: Tensor) -> Any:
+        """`logits` [B, T, V], fp32."""
+        logits = self.model(mx.array(ids_BT.numpy())).astype(mx.float32)
+        return SimpleNamespace(logits=torch.from_numpy(np.array(logits)))

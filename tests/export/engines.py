@@ -1,0 +1,52 @@
+"""Students on grids of engines, and what ours answer."""
+
+from pathlib import Path
+
+import torch
+
+from qat import checkpoints
+from qat.cache.reader import CacheReader
+from qat.config import Levels, QuantConfig, WeightConfig, WeightFormat
+from qat.convert.convert import install
+from qat.evaluate.answers import answers
+from qat.models import ModelFolder
+from qat.quant.formats import Uniform
+from qat.quant.linear import QuantLinear
+from tests import tiny
+
+PROMPTS = ("What is the capital of France?", "Write a short poem about the sea.", "What is 12 plus 30?")
+TOKENS = 12
+
+
+def grid(bits: int, group: int, levels: str) -> WeightConfig:
+    return WeightConfig(bits, format=WeightFormat.grid, group=group, levels=Levels[levels])
+
+
+def checkpoint(folder: Path, teacher: ModelFolder, cache, quant: QuantConfig) -> Path:
+    """A student of the tiny teacher in these formats."""
+    model = teacher.load(torch.float32, tiny.CPU)
+    made = tiny.tables_of(model, CacheReader(cache, "train").input_ids(16), quant=quant)
+    install(model, {name: module for name, (_, module, _) in made.items()})
+    layers = [layer for layer, _, _ in made.values()]
+    checkpoints.save(model, folder, checkpoints.describe(teacher, quant, layers))
+    return folder
+
+
+def layer(bits: int, group: int, levels: str, outputs: int = 6, inputs: int = 384) -> QuantLinear:
+    """Any numbers of fp16 in one layer."""
+    draw = torch.Generator().manual_seed(bits)
+    made = QuantLinear(Uniform(bits, group, levels), outputs, inputs)
+    made.indices.copy_(torch.randint(2**bits, (outputs, inputs), generator=draw))
+    made.set_parts({name: torch.randn(part.shape, generator=draw).half().float() for name, part in made.parts().items()})
+    return made
+
+
+def ours(model, teacher: ModelFolder) -> list[str]:
+    """What a student answers to the prompts."""
+    tokenizer = teacher.tokenizer()
+    asked = [tokenizer.apply_chat_template(chat(text), add_generation_prompt=True)["input_ids"] for text in PROMPTS]
+    return answers(model, tokenizer, asked, teacher.ends(), TOKENS, tiny.FP32)
+
+
+def chat(text: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": text}]

@@ -1,0 +1,68 @@
+"""What is on no grid of an engine is refused by name, with the preset that would be."""
+
+import json
+
+import pytest
+
+from qat.cli import arguments, main
+from qat.config import Config, ExportConfig, ExportType
+from qat.errors import ConfigError, UnavailableError
+from qat.export import compressed, mlx
+from qat.export.exporter import exporter
+from tests import described
+
+GRIDS = {name: exporter(name).grid for name in ("mlx", "compressed")}
+
+
+def grid(bits=4, group=64, levels="shifted", row=576):
+    return {"shape": [64, row], "format": "grid", "bits": bits, "group": group, "levels": levels}
+
+
+REFUSED = [
+    ("mlx", {"shape": [64, 576], "bits": 2, "rank": 8}, "which is in format table, bits 2, rank 8: a student made with quant=mlx_2bit_g64 fits"),
+    ("mlx", grid(levels="halves"), "levels halves: a student made with quant=mlx_4bit_g64 fits"),
+    ("mlx", grid(bits=7), "bits 7, group 64, levels shifted: a student made with quant=mlx_6bit_g64 fits"),
+    ("mlx", grid(group=16, row=48), "and groups of 64 do not divide its rows of 48 weights"),
+    ("compressed", grid(), "levels shifted: a student made with quant=compressed_w4_g64 fits; export=hf is dense"),
+    ("compressed", grid(levels="iq4nl"), "levels iq4nl: a student made with quant=compressed_w4_g64"),
+    ("compressed", {"shape": [64, 576], "format": "grid", "bits": 3, "group": 64, "shifts": True}, "shifts true: a student made with quant=compressed_w3_g64"),
+]
+
+
+@pytest.mark.parametrize(("engine", "layer", "said"), REFUSED)
+def test_a_layer_on_another_grid_is_refused_with_the_preset_that_fits(engine, layer, said):
+    with pytest.raises(ConfigError) as refused:
+        GRIDS[engine].refuse({"model.layers.0.mlp.up_proj": layer})
+    assert said in str(refused.value) and "cannot hold model.layers.0.mlp.up_proj" in str(refused.value)
+
+
+def test_what_an_engine_stores_is_taken():
+    for bits in (2, 3, 4, 6, 8):
+        GRIDS["mlx"].refuse({"it": grid(bits=bits)})
+        GRIDS["mlx"].refuse({"it": grid(bits=bits, group=32, levels="integers")})
+        GRIDS["compressed"].refuse({"it": grid(bits=bits, group=48, levels="integers")})
+    GRIDS["mlx"].refuse({"it": {"shape": [64, 576], "format": "grid", "bits": 4, "group": 64, "shifts": True}})
+
+
+def test_every_preset_of_an_engine_is_on_its_grid():
+    for engine in GRIDS.values():
+        assert engine.options
+        for name, option in engine.options.items():
+            assert engine.holds(option), name
+
+
+@pytest.mark.parametrize(("module", "needs"), [(mlx, "mlx-lm"), (compressed, "compressed-tensors")])
+def test_an_engine_that_is_not_installed_is_told_before_anything_is_done(module, needs, monkeypatch):
+    monkeypatch.setattr(module, "find_spec", lambda name: None)
+    config = Config(export=ExportConfig("it", "it", ExportType.fp16))
+    with pytest.raises(UnavailableError, match=rf"^export=it is read back by {needs}: run `pip install 'qat-speed"):
+        module.EXPORTER.refuse(config)
+
+
+def test_the_command_line_refuses_before_a_run_has_a_number(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "made").mkdir()
+    (tmp_path / "made" / "manifest.json").write_text(json.dumps(described.checkpoint()))
+    typed = ["stage=export", "export=compressed", "export.output=new", "checkpoint=made"]
+    with pytest.raises(ConfigError, match=r"^compressed-tensors cannot hold .*, which is in format table"):
+        main.check(arguments.parse(typed))
