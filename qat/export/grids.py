@@ -40,7 +40,7 @@ class EngineGrid:
         for name, layer in layers.items():
             if not self.holds(layer):
                 raise ConfigError(
-                    f"{self.engine} cannot hold {name}, which is in {_said(layer)}: {self._remedy(layers)}; export=hf"
+                    f"{self.engine} cannot hold {name}, which is in {said(layer)}: {self._remedy(layers)}; export=hf"
                     " is dense, and takes any"
                 )
 
@@ -79,7 +79,8 @@ def levels_of(layer: Settings) -> str:
     return str(layer.get("levels") or ("shifted" if layer.get("shifts") else "halves"))
 
 
-def _said(layer: Settings) -> str:
+def said(layer: Settings) -> str:
+    """A format with its settings, in words."""
     return ", ".join(f"{key} {_plain(value)}" for key, value in _settings(layer))
 
 
