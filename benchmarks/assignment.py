@@ -2,7 +2,7 @@
 
     python benchmarks/assignment.py --model <folder> --preset q2a4_r8
 
-Table and scales are those of the alternating fit; then each layer gets its indices twice, nearest to the
+Codebook and scales are those of the alternating fit; then each layer gets its indices twice, nearest to the
 grid and compensated under the second moment of its inputs on the project's own prompts. Prints, for each
 kind of layer, the mean output error of both relative to the output, how many layers compensation betters,
 and where it gains least.
@@ -27,7 +27,7 @@ from qat.quant import assign, kmeans, lookup
 from qat.quant.architectures import select
 from qat.quant.curvature import Curvature, Factor
 from qat.quant.fit import importance
-from qat.quant.formats.table_fit import alternate, start
+from qat.quant.formats.codebook_fit import alternate, start
 
 
 def main() -> None:
@@ -60,12 +60,12 @@ def main() -> None:
 
 def both(weight: torch.Tensor, H: torch.Tensor, entries: int, rank: int, rounds: int) -> torch.Tensor:
     """Relative output errors [2, N] of nearest and of compensated indices."""
-    tables = start(weight, importance(H), entries, rank, kmeans.kmeans)
+    codebooks = start(weight, importance(H), entries, rank, kmeans.kmeans)
     for _ in range(rounds):
-        tables = alternate(tables, weight, importance(H))
-    S, table = tables.scale(), tables.table_NK
-    indices = assign.nearest(weight, S, table), assign.compensated(weight, S, table, Factor.of(H))
-    errors = [Curvature(H).cost(weight - lookup.look_up(table, index) * S) for index in indices]
+        codebooks = alternate(codebooks, weight, importance(H))
+    S, codebook = codebooks.scale(), codebooks.codebook_NK
+    indices = assign.nearest(weight, S, codebook), assign.compensated(weight, S, codebook, Factor.of(H))
+    errors = [Curvature(H).cost(weight - lookup.look_up(codebook, index) * S) for index in indices]
     return torch.stack(errors) / Curvature(H).cost(weight)
 
 

@@ -44,12 +44,12 @@ from qat.convert.moments import Moments, gather
 from qat.distill.parameters import Parameter
 from qat.models import ModelFolder, linear, locate
 from qat.quant.architectures import Layer, select
-from qat.quant.formats import Table
+from qat.quant.formats import Codebook
 from qat.quant.linear import QuantLinear
 
-FORMATS = tuple(Table(*one) for one in ((2, 4), (2, 8), (2, 16), (3, 4), (3, 8), (4, 4), (4, 8), (5, 4), (6, 4)))
+FORMATS = tuple(Codebook(*one) for one in ((2, 4), (2, 8), (2, 16), (3, 4), (3, 8), (4, 4), (4, 8), (5, 4), (6, 4)))
 LEFT = {2: 0.31, 3: 0.45, 4: 0.48, 5: 0.5, 6: 0.5}  # trained KL over converted KL of the records of so many bits
-RATES = {2: 10.0, 3: 4.0, 4: 1.75, 5: 0.9, 6: 0.45}  # of latent weights, in thousandths: as the step of a table
+RATES = {2: 10.0, 3: 4.0, 4: 1.75, 5: 0.9, 6: 0.45}  # of latent weights, in thousandths: as the step of a codebook
 MEGA = 1e6
 
 
@@ -77,8 +77,8 @@ def convert(options: argparse.Namespace) -> None:
     moments = gather(model, layers, text, gradients=True)
     del model
     print(f"moments: {time.monotonic() - began:.1f} s", flush=True)
-    fitted: dict[Table, dict[str, Converted]] = {}
-    costs: dict[Table, dict[str, float]] = {}
+    fitted: dict[Codebook, dict[str, Converted]] = {}
+    costs: dict[Codebook, dict[str, float]] = {}
     for choice in FORMATS:
         began = time.monotonic()
         members = [replace(layer, format=choice) for layer in layers]
@@ -111,7 +111,7 @@ def cost(one: Converted, weight: torch.Tensor, moments: Moments, device: torch.d
         return float(((G @ error @ H) * error).sum() / 2)
 
 
-def chosen(layers: list[Layer], costs: dict[Table, dict[str, float]], megabytes: float) -> dict[str, Table]:
+def chosen(layers: list[Layer], costs: dict[Codebook, dict[str, float]], megabytes: float) -> dict[str, Codebook]:
     """A format for each layer: the least cost of at most so many megabytes."""
     low, high = 0.0, 1e9
     for _ in range(200):
@@ -122,10 +122,10 @@ def chosen(layers: list[Layer], costs: dict[Table, dict[str, float]], megabytes:
     return {layer.name: cheapest(layer, costs, high) for layer in layers}
 
 
-def cheapest(layer: Layer, costs: dict[Table, dict[str, float]], price: float) -> Table:
+def cheapest(layer: Layer, costs: dict[Codebook, dict[str, float]], price: float) -> Codebook:
     """What is best for a layer where a megabyte costs so much."""
 
-    def total(choice: Table) -> float:
+    def total(choice: Codebook) -> float:
         paid = price * size([replace(layer, format=choice)])
         return LEFT[choice.bits] * costs[choice][layer.name] + paid
 
@@ -133,27 +133,27 @@ def cheapest(layer: Layer, costs: dict[Table, dict[str, float]], price: float) -
 
 
 def size(layers: Iterable[Layer]) -> float:
-    """Megabytes of indices, scales and tables."""
+    """Megabytes of indices, scales and codebooks."""
     return sum(layer.weights * layer.bits_per_weight / 8 for layer in layers) / MEGA
 
 
-def told(made: list[Converted], costs: dict[Table, dict[str, float]]) -> str:
+def told(made: list[Converted], costs: dict[Codebook, dict[str, float]]) -> str:
     """Size, cost, and how many layers have which format, by projection."""
     layers = [one.layer for one in made]
-    total = sum(costs[table_of(layer)][layer.name] for layer in layers)
+    total = sum(costs[codebook_of(layer)][layer.name] for layer in layers)
     counts: dict[str, dict[str, int]] = {}
     for layer in layers:
         of = counts.setdefault(layer.name.rpartition(".")[2], {})
-        of[named(table_of(layer))] = of.get(named(table_of(layer)), 0) + 1
+        of[named(codebook_of(layer))] = of.get(named(codebook_of(layer)), 0) + 1
     return f"{size(layers):.2f} MB, {total:.4f} nats, {json.dumps(counts)}"
 
 
-def table_of(layer: Layer) -> Table:
+def codebook_of(layer: Layer) -> Codebook:
     """A layer's format, which is one of `FORMATS`."""
     return next(format for format in FORMATS if format == layer.format)
 
 
-def named(format: Table) -> str:
+def named(format: Codebook) -> str:
     """`2r8` for two bits and rank 8."""
     return f"{format.bits}r{format.rank}"
 
@@ -179,7 +179,7 @@ def finish(
     modules = {one.layer.name: one.module for one in done}
     preset = QuantConfig(name="q2a4_r8", mlp=WeightConfig(bits=2, rank=8), attn=WeightConfig(bits=4, rank=8))
     with publish(output, checkpoints.describe(folder, preset, layers)) as (scratch, _):
-        checkpoints.write_tables(modules, scratch)
+        checkpoints.write_layers(modules, scratch)
 
 
 def train(path: Path, words: list[str]) -> int:

@@ -1,17 +1,17 @@
-"""What a tied embedding in few bits costs, converted and trained: tables and grids under one curvature.
+"""What a tied embedding in few bits costs, converted and trained: codebooks and grids under one curvature.
 
     python benchmarks/embedding.py fit --model <folder> --cache <cache artifact> --formats t4r16 u4g32 --output <folder>
     python benchmarks/embedding.py train <folder>/t4r16.safetensors stage=distill checkpoint=… +experiment=record_…
     python benchmarks/embedding.py evaluate --model <folder> --evaluation a.json b.txt \
         --students exact=<folder>/t4r16.safetensors trained=<checkpoint>
 
-A format is `t` (a learned table with low-rank scales), its bits, `r` and a rank, or `u` (evenly spaced values), its
+A format is `t` (a learned codebook with low-rank scales), its bits, `r` and a rank, or `u` (evenly spaced values), its
 bits, `g` and a group of columns that share a scale: `t4r16`, `u4g64`. A tied matrix has two jobs, and to second
 order an error E in it costs `Σ_v E_v (ρ_v H + φ_v Γ) E_vᵀ`: as the head, H being the second moment of the final
 hidden states and ρ_v the mean of p_v (1 − p_v); as the input, Γ being the second moment of the loss's gradient at
 the embedded tokens and φ_v how often token v is one. Since ρ and φ are nearly proportional, rows share one matrix.
 
-Trained, the latent weights, scales and table learn with those of the decoder under `full_kl`: the head's gradient
+Trained, the latent weights, scales and codebook learn with those of the decoder under `full_kl`: the head's gradient
 comes out of the chunks that the loss is computed in, the input's is added to it.
 """
 
@@ -46,7 +46,7 @@ from qat.quant import kmeans, latent, packing
 from qat.quant.architectures import Layer
 from qat.quant.curvature import Factor
 from qat.quant.fit import Problem, fit
-from qat.quant.formats import Format, Table, Uniform
+from qat.quant.formats import Codebook, Format, Uniform
 from qat.quant.linear import QuantLinear
 
 NAME = "lm_head"
@@ -126,9 +126,9 @@ def quantized(weight: Tensor, rho: Tensor, H: Tensor, name: str) -> QuantLinear:
 
 
 def parse(name: str) -> Format:
-    """`t4r16` is a table at rank 16, `u4g32` a grid in groups of 32."""
+    """`t4r16` is a codebook at rank 16, `u4g32` a grid in groups of 32."""
     bits, size = int(name[1]), int(name[3:])
-    return Table(bits, size) if name[0] == "t" else Uniform(bits, size)
+    return Codebook(bits, size) if name[0] == "t" else Uniform(bits, size)
 
 
 def save(made: QuantLinear, name: str, bends: tuple[Tensor, Tensor], path: Path) -> None:

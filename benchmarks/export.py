@@ -20,9 +20,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 import qat  # noqa: F401 - registers packed exports
 from qat.packed.linear import PackedLinear
-from qat.quant.formats import Table
-from qat.quant.formats import table_product as kernel
-from qat.quant.formats.table_product import Tiling
+from qat.quant.formats import Codebook
+from qat.quant.formats import codebook_product as kernel
+from qat.quant.formats.codebook_product import Tiling
 
 SHAPES = {  # outputs, inputs of Qwen3-0.6B
     "q": (2048, 1024),
@@ -31,10 +31,10 @@ SHAPES = {  # outputs, inputs of Qwen3-0.6B
     "gate, up": (3072, 1024),
     "down": (1024, 3072),
 }
-TABLES = ((2, 32), (2, 8), (3, 8), (4, 8), (4, 4))  # bits, rank
+CODEBOOKS = ((2, 32), (2, 8), (3, 8), (4, 8), (4, 4))  # bits, rank
 DENSE_BYTES = 400_000_000  # of all layers walked over: several times any L2 cache
 REPEATS = 20
-SWEPT_TABLES = ((2, 32), (2, 8), (4, 8))
+SWEPT_CODEBOOKS = ((2, 32), (2, 8), (4, 8))
 SWEEP = [  # rows, columns, warps
     *(Tiling(16, 2048, 16), Tiling(16, 1024, 8), Tiling(16, 1024, 16), Tiling(32, 1024, 16)),
     *(Tiling(16, 512, 4), Tiling(16, 512, 8), Tiling(32, 512, 8), Tiling(32, 256, 4), Tiling(64, 256, 8)),
@@ -87,7 +87,7 @@ def product(sweep: bool) -> None:
     print(torch.cuda.get_device_name(), torch.__version__)
     heads = f"{'dense':>7} {'packed':>7}"
     print(f"{'layer':10} {'bits':>4} {'rank':>4} {heads} {'ratio':>6}   eager: {heads}   microseconds")
-    for (name, shape), (bits, rank) in itertools.product(SHAPES.items(), SWEPT_TABLES if sweep else TABLES):
+    for (name, shape), (bits, rank) in itertools.product(SHAPES.items(), SWEPT_CODEBOOKS if sweep else CODEBOOKS):
         count = max(2, DENSE_BYTES // (2 * shape[0] * shape[1]))
         x = torch.randn(shape[1], device="cuda", dtype=torch.bfloat16)
         weights = [torch.randn(shape, device="cuda", dtype=torch.bfloat16) for _ in range(count)]
@@ -111,7 +111,7 @@ def ranking(times: dict[Tiling, float]) -> str:
 
 def layer(outputs: int, inputs: int, bits: int, rank: int) -> PackedLinear:
     """A packed layer with random content."""
-    made = PackedLinear(Table(bits, rank), outputs, inputs, bias=False).cuda()
+    made = PackedLinear(Codebook(bits, rank), outputs, inputs, bias=False).cuda()
     made.indices.random_()
     for part in made.parts().values():
         part.normal_()
@@ -122,8 +122,8 @@ def packed_calls(layers: list[PackedLinear], x: Tensor, cut: Tiling) -> list[Cal
     """One call of the kernel for each layer."""
     given = []
     for made in layers:
-        lut, A, B, magnitudes = made.parts().values()
-        given.append((made.indices, lut, A, magnitudes, B, made.format.bits))
+        codebook, A, B, magnitudes = made.parts().values()
+        given.append((made.indices, codebook, A, magnitudes, B, made.format.bits))
     return [lambda p=p: kernel.product(x, *p, cut=cut) for p in given]
 
 

@@ -12,7 +12,7 @@
 
 `--bits 2:64` quantizes the MLP to 2 bits in groups of 64 consecutive inputs; attention always gets 4 bits in
 groups of 64. Bits per weight are those of the MLP, with scales (16 bits), zero points (as each format stores
-them) and, for ours, tables and low-rank scales. Everything that calibrates sees the same tokens; everything
+them) and, for ours, codebooks and low-rank scales. Everything that calibrates sees the same tokens; everything
 is measured by one function on the same rows. No weight of a peer counts before every group of every layer was
 found to hold no more values than its bits can tell apart, and to resemble the layer's own. Checkpoints of one
 name are one model trained from several seeds: a point at their mean, with the deviation in its row.

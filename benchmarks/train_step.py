@@ -4,10 +4,11 @@
     python benchmarks/train_step.py --rows e2e mlp --seconds 20     # some rows
     python benchmarks/train_step.py --rows e2e --profile            # and where the time goes
     python benchmarks/train_step.py --model smollm2 --rows rank_4 e2e_4 --device cpu
+    python benchmarks/train_step.py --quant g2a4_g64                # another option of conf/quant/
     torchrun --nproc-per-node 2 benchmarks/train_step.py --rows e2e_1008
     python benchmarks/train_step.py --tiny                          # does it work at all, on any machine
 
-Weights, tables and cached targets are random: nothing is read from disk. `share` is tokens/s · 6 · N over the
+Weights, values, scales and cached targets are random: nothing is read from disk. `share` is tokens/s · 6 · N over the
 product of the same type measured in the same process, N being the quantized weights; `first` the seconds of
 the first step, compilation included.
 """
@@ -20,16 +21,18 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any
+from pathlib import Path
+from typing import Any, cast
 
 import torch
+from omegaconf import OmegaConf
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
 from qat import machine as machines
 from qat.cache.batch import Batch
 from qat.cache.format import encode_ids
-from qat.config import LearnConfig, LossKind, TrainConfig
+from qat.config import LearnConfig, LossKind, QuantConfig, TrainConfig
 from qat.distill.head import Head
 from qat.distill.loss import Loss
 from qat.distill.optim import Optimizer
@@ -38,12 +41,13 @@ from qat.distill.step import Step
 from qat.forward import FAST, prepare, use
 from qat.machine import Machine
 from qat.processes import Ranks, joined, place
-from qat.quant.formats import Table
+from qat.quant.architectures import select
+from qat.quant.formats import Codebook, Format
 from qat.quant.linear import QuantLinear
 from qat.quant.lookup import look_up
 
 LENGTH, TOP_K = 64, 64
-BITS_RANK = {"mlp": (2, 32), "attn": (4, 8)}  # q2a4
+OPTIONS = Path(__file__).resolve().parents[1] / "conf" / "quant"
 
 
 @dataclass(frozen=True)
@@ -94,18 +98,18 @@ USUAL = [name for name in ROWS if name not in ("full", "record", "full_8", "fp16
 
 
 class RankByRank(nn.Module):
-    """`y = Σ_r g_r·a_r ⊙ (Q @ (b_r ⊙ x))`: R products where one would do; the table stays as it is."""
+    """`y = Σ_r g_r·a_r ⊙ (Q @ (b_r ⊙ x))`: R products where one would do; the codebook stays as it is."""
 
     def __init__(self, layer: QuantLinear, dtype: torch.dtype, learns: bool) -> None:
         super().__init__()
-        lut, *scales = layer.parts().values()
-        self.table = look_up(lut, layer.indices).to(dtype)
+        codebook, *scales = layer.parts().values()
+        self.values = look_up(codebook, layer.indices).to(dtype)
         self.A, self.B, self.g = (nn.Parameter(value.detach().clone(), learns) for value in scales)
 
     def forward(self, x: Tensor) -> Tensor:
         A, B = (self.A * self.g).to(x.dtype), self.B.to(x.dtype)
         return sum(  # type: ignore[return-value]
-            A[:, r] * nn.functional.linear(x * B[r], self.table) for r in range(len(self.g))
+            A[:, r] * nn.functional.linear(x * B[r], self.values) for r in range(len(self.g))
         )
 
 
@@ -342,7 +346,7 @@ def parts(options: argparse.Namespace, machine: Machine, reporter: Reporter) -> 
 
 
 def model(options: argparse.Namespace, machine: Machine) -> tuple[PreTrainedModel, dict[str, QuantLinear]]:
-    """A random model of the asked shape, its linear layers quantized in q2a4 with random tables and scales."""
+    """A random model of the asked shape, its linear layers quantized with random values and scales."""
     torch.manual_seed(0)
     with torch.device(machine.device):
         before = torch.get_default_dtype()
@@ -351,12 +355,11 @@ def model(options: argparse.Namespace, machine: Machine) -> tuple[PreTrainedMode
         torch.set_default_dtype(before)
     use(made, FAST)
     made.eval().requires_grad_(False)
+    settings = OmegaConf.merge(OmegaConf.structured(QuantConfig), OmegaConf.load(OPTIONS / f"{options.quant}.yaml"))
     layers: dict[str, QuantLinear] = {}
-    for name, module in list(made.named_modules()):
-        if isinstance(module, nn.Linear) and name.endswith("_proj"):
-            bits, rank = BITS_RANK["mlp" if ".mlp." in name else "attn"]
-            layers[name] = random_layer(module.out_features, module.in_features, bits, rank, machine.device)
-            made.set_submodule(name, layers[name])
+    for layer in select(made, cast(QuantConfig, OmegaConf.to_object(settings))):
+        layers[layer.name] = random_layer(layer.format, *layer.shape, machine.device)
+        made.set_submodule(layer.name, layers[layer.name])
     return made, layers
 
 
@@ -376,15 +379,18 @@ def shape(options: argparse.Namespace) -> PreTrainedModel:
     return Qwen3ForCausalLM(Qwen3Config(**sizes, **heads, **rope, tie_word_embeddings=True))
 
 
-def random_layer(outputs: int, inputs: int, bits: int, rank: int, device: torch.device) -> QuantLinear:
-    """Random indices, an even table, scales whose product has about the size of a trained weight."""
-    layer = QuantLinear(Table(bits, rank), outputs, inputs).to(device).requires_grad_(False)
-    layer.indices.random_(0, 2**bits)
-    lut, A, B, magnitudes = layer.parts().values()
-    lut.copy_(torch.linspace(-1, 1, 2**bits))
+def random_layer(format: Format, outputs: int, inputs: int, device: torch.device) -> QuantLinear:
+    """Random indices, even values, scales that give about the size of a trained weight."""
+    layer = QuantLinear(format, outputs, inputs).to(device).requires_grad_(False)
+    layer.indices.random_(0, 2**format.bits)
+    if not isinstance(format, Codebook):
+        layer.set_parts({name: part.normal_(std=0.02) for name, part in layer.parts().items()})
+        return layer
+    codebook, A, B, magnitudes = layer.parts().values()
+    codebook.copy_(torch.linspace(-1, 1, 2**format.bits))
     A.normal_(std=1 / math.sqrt(outputs))
     B.normal_(std=1 / math.sqrt(inputs))
-    magnitudes.fill_(math.sqrt(outputs / rank))
+    magnitudes.fill_(math.sqrt(outputs / format.rank))
     return layer
 
 
@@ -429,6 +435,7 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", nargs="*", default=USUAL, choices=ROWS, metavar="ROW", help=" ".join(ROWS))
     parser.add_argument("--model", choices=["qwen3", "smollm2"], default="qwen3")
+    parser.add_argument("--quant", default="q2a4", help="an option of conf/quant/")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seconds", type=float, default=8.0, help="of measured steps a row")
     parser.add_argument("--length", type=int, default=LENGTH)

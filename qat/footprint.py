@@ -33,7 +33,7 @@ from qat.data import mix
 from qat.errors import ConfigError
 from qat.generation.memory import elements, number
 from qat.machine import Machine
-from qat.quant.architectures import Layer
+from qat.quant.architectures import Layer, learns
 
 FP32 = 4
 REFERENCE = 8  # bytes of one in a list
@@ -84,12 +84,12 @@ class Shapes:
     def of(cls, model: nn.Module, config: PreTrainedConfig) -> "Shapes":
         """Those of a model, which needs no memory behind it; what its configuration does not tell counts as none."""
         text: Any = config.get_text_config()
-        names = ("hidden_size", "intermediate_size", "num_hidden_layers")
-        hidden, inner, depth = (number(text, name) for name in names)
+        names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
+        vocabulary, hidden, inner, depth = (number(text, name) for name in names)
         remembered = elements(text) if number(text, "num_attention_heads") else 0
         weights = sum(parameter.numel() for parameter in model.parameters())
         stored = getattr(config, "dtype", None)
-        return cls(weights, stored is torch.float32, int(text.vocab_size), hidden, inner, depth, remembered)
+        return cls(weights, stored is torch.float32, vocabulary, hidden, inner, depth, remembered)
 
 
 def check(config: Config, shapes: Shapes, jobs: list[Job], machine: Machine) -> None:
@@ -184,7 +184,7 @@ def _scales(layer: Layer) -> int:
 
 def _training(job: Job, config: Config, shapes: Shapes, machine: Machine) -> list[Part]:
     train, dtype, prefix = job.train, machine.dtype.itemsize, job.prefix
-    learning = [layer for layer in job.layers if {"mlp": job.mode.mlp, "attn": job.mode.attn}[layer.role]]
+    learning = [layer for layer in job.layers if learns(job.mode, layer.role, layer.format)]
     weights, gpu = sum(layer.weights for layer in learning), machine.device.type == "cuda"
     here = 1 if gpu else -(-train.batch_size // max(1, config.instance.devices))  # a GPU takes fewer at once
     tokens = min(machine.micro_batch, here) * config.cache.length

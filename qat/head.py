@@ -10,7 +10,8 @@ Shapes: P positions, D hidden, V vocabulary.
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from functools import partial
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,8 @@ from transformers import PreTrainedModel
 
 from qat.forward import body, used
 from qat.machine import widened
+from qat.quant.embedding import head_matrix
+from qat.quant.weights import Weights
 
 Back = Callable[[Tensor], Tensor]
 
@@ -28,10 +31,12 @@ class OutputHead:
     Attributes:
         weight: [V, D] where the product with it is all; else None.
         vocabulary: tokens V.
+        learns: the weight where it learns; its gradient is added up where it lies (`qat.quant.weights`).
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
-        self.model = model
+        self.model, matrix = model, head_matrix(model)
+        self.learns = matrix if matrix is not None and matrix.home is not None else None
         self.weight: Tensor | None = output_weight(model) if used(model).product else None
         self.vocabulary = int(model.config.get_text_config().vocab_size) if self.weight is None else len(self.weight)
 
@@ -43,15 +48,29 @@ class OutputHead:
     def differentiable(self, hidden_PD: Tensor) -> tuple[Tensor, Back]:
         """Logits [P, V], fp32, and what turns their gradient [P, V] into one [P, D], in the hidden states' type.
 
-        The logits must not be written to; the gradient is consumed in any floating type.
+        The logits must not be written to; the gradient is consumed in any floating type. Where the head learns, its
+        own is added up as well.
         """
-        weight = self.weight
-        if weight is not None:
-            return self.logits(hidden_PD), lambda grad_PV: grad_PV.to(hidden_PD.dtype) @ weight
+        if self.weight is not None:
+            return self.logits(hidden_PD), partial(self._back, hidden_PD, self.weight)
         with torch.enable_grad():
             leaf = hidden_PD.detach().requires_grad_()
             logits = self._own(leaf)
-        return logits.detach(), lambda grad_PV: torch.autograd.grad(logits, leaf, grad_PV.float())[0]
+        return logits.detach(), partial(self._back_own, leaf, logits)
+
+    def _back(self, hidden_PD: Tensor, weight_VD: Tensor, grad_PV: Tensor) -> Tensor:
+        grad_PV = grad_PV.to(hidden_PD.dtype)
+        if (matrix := self.learns) is not None:
+            cast(Weights, matrix.home).add([matrix], grad_PV, hidden_PD)
+        return grad_PV @ weight_VD
+
+    def _back_own(self, hidden_PD: Tensor, logits_PV: Tensor, grad_PV: Tensor) -> Tensor:
+        if (matrix := self.learns) is None:
+            return torch.autograd.grad(logits_PV, hidden_PD, grad_PV.float())[0]
+        both = [hidden_PD, cast(Tensor, matrix.dense)]
+        grad_PD, grad_VD = torch.autograd.grad(logits_PV, both, grad_PV.float())
+        cast(Weights, matrix.home).sum(matrix).add_(grad_VD)
+        return grad_PD
 
     def _own(self, hidden_PD: Tensor) -> Tensor:
         """By the model's own forward pass; the positions are a row."""
@@ -63,6 +82,8 @@ class OutputHead:
 
 def output_weight(model: PreTrainedModel) -> Tensor | None:
     """The matrix [V, D] that hidden states are multiplied with, if the model has one."""
+    if (matrix := head_matrix(model)) is not None:
+        return matrix.weight(model.dtype) if matrix.dense is None else matrix.dense
     last: Any = model.get_output_embeddings()
     return getattr(last, "weight", None)
 
@@ -99,10 +120,11 @@ def _instead_of_body(model: PreTrainedModel, states_BLD: Tensor) -> Iterator[Non
 def _wide(model: PreTrainedModel) -> Iterator[None]:
     """Inside, the product with the head is not rounded to 16 bits, nor is what follows it."""
     last: Any = model.get_output_embeddings()
-    if type(last) is not nn.Linear or model.dtype == torch.float32:
+    known = type(last) is nn.Linear or head_matrix(model) is not None
+    if not known or model.dtype == torch.float32:
         yield
         return
-    weight, bias = last.weight, last.bias
+    weight, bias = cast(Tensor, output_weight(model)), last.bias
 
     def forward(hidden: Tensor) -> Tensor:
         logits: Tensor = _Wide.apply(hidden, weight)
@@ -116,15 +138,16 @@ def _wide(model: PreTrainedModel) -> Iterator[None]:
 
 
 class _Wide(torch.autograd.Function):
-    """`hidden · weightᵀ` in fp32 of 16-bit numbers; the weight does not learn."""
+    """`hidden · weightᵀ` in fp32 of 16-bit numbers."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight_VD: Tensor) -> Tensor:
-        ctx.save_for_backward(weight_VD)
-        ctx.dtype = hidden.dtype
+        ctx.save_for_backward(hidden, weight_VD)
         return widened(hidden.flatten(0, -2), weight_VD).unflatten(0, hidden.shape[:-1])
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        (weight_VD,) = ctx.saved_tensors
-        return grads[0].to(ctx.dtype) @ weight_VD, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None]:
+        hidden, weight_VD = ctx.saved_tensors
+        grad = grads[0].to(hidden.dtype)
+        learns = grad.flatten(0, -2).mT @ hidden.flatten(0, -2) if ctx.needs_input_grad[1] else None
+        return grad @ weight_VD, learns

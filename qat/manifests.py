@@ -36,9 +36,9 @@ def _path(value: Any, where: str) -> None:
 
 
 def _format(value: Any, where: str) -> None:
-    """A rule: a format of quantized weights, a table where no other is named."""
+    """A rule: a format of quantized weights, a codebook where no other is named."""
     NAMED(value, where)
-    FORMATS[value.get("format", "table")](value, where)
+    FORMATS[value.get("format", "codebook")](value, where)
 
 
 def _layer(value: Any, where: str) -> None:
@@ -77,7 +77,7 @@ ARTIFACT = record(
 
 # What a format's settings are (`qat.quant.formats`).
 FORMATS = {
-    "table": record({"bits": BITS, "rank": SIDE}),
+    "codebook": record({"bits": BITS, "rank": SIDE}),
     "grid": record(
         {"format": text, "bits": BITS, "group": SIDE},
         {"levels": one_of("halves", "integers", "shifted", "iq4nl"), "shifts": truth},  # the latter in older files
@@ -90,7 +90,10 @@ CHECKPOINT = record(
     {
         "model": text,
         "teacher": text,
-        "quant": record({"name": text, "mlp": optional(_format), "attn": optional(_format)}),
+        "quant": record(
+            {"name": text, "mlp": optional(_format), "attn": optional(_format)},
+            {"embed": optional(_format), "head": optional(_format)},
+        ),
         "bits_per_weight": number(),
         "layers": fields.mapping(text, _layer, least=1),
     },

@@ -28,7 +28,7 @@ from qat.tracking import Tracker, open_tracker
 log = logging.getLogger(__name__)
 
 SCHEMA = 1
-ARCHITECTURE = "v2"  # table ⊙ low-rank scale, in the run log's naming convention
+ARCHITECTURE = "v2"  # codebook ⊙ low-rank scale, in the run log's naming convention
 METRICS = "metrics.jsonl"
 LOG = "train.log"  # as conf/hydra/job_logging/qat.yaml has it
 SAVE_SECONDS = 10.0  # between two records of a run that trains

@@ -7,7 +7,7 @@ the file ends with them. Pickles (`.pt`) are opened for plain tensors alone.
 import json
 import warnings
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
@@ -52,7 +52,13 @@ class Entry:
     offset: int
 
 
-def read(path: Path, wanted: Mapping[str, Wanted] | None, remedy: str, some: bool = False) -> dict[str, Tensor]:
+def read(
+    path: Path,
+    wanted: Mapping[str, Wanted] | None,
+    remedy: str,
+    some: bool = False,
+    names: Callable[[Collection[str]], dict[str, str]] = lambda stored: dict(zip(stored, stored, strict=True)),
+) -> dict[str, Tensor]:
     """The tensors of a safetensors file, finite where they are of floating-point numbers.
 
     Args:
@@ -60,14 +66,16 @@ def read(path: Path, wanted: Mapping[str, Wanted] | None, remedy: str, some: boo
         wanted: what it may hold, and holds all of unless `some` will do; None where whoever takes it compares.
         remedy: what to do about a file that is wrong.
         some: any of what is wanted may be missing.
+        names: what the tensors of a file are called now, where that may be something else than in it (`qat.older`).
 
     Raises:
         ArtifactError: it is damaged, or holds something else.
     """
     found = _opened(path, remedy, lambda file: _stored(file))
-    if wanted is not None and (wrong := difference(found, wanted, some)):
+    called = names(found)
+    if wanted is not None and (wrong := difference({called[name]: one for name, one in found.items()}, wanted, some)):
         raise ArtifactError(f"{path} {wrong}: {remedy}")
-    tensors = _opened(path, remedy, lambda file: {name: file.get_tensor(name) for name in found})
+    tensors = _opened(path, remedy, lambda file: {called[name]: file.get_tensor(name) for name in found})
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
             raise ArtifactError(f"{path} has NaN or infinity in {name}: {remedy}")

@@ -3,7 +3,7 @@
 from typing import Any
 
 FILES = {"tables.safetensors": {"bytes": 1, "sha256": "0" * 64}}
-TABLE = {"bits": 2, "rank": 4}
+CODEBOOK = {"bits": 2, "rank": 4}
 CACHE = {
     **{"kind": "caches", "files": FILES, "key": "0" * 12, "format": 3, "teacher": {"name": "t", "fingerprint": "t"}},
     **{"vocab_size": 512, "length": 8, "top_k": 4, "random": 0, "packing": "rows", "tail": "missing", "seed": 0},
@@ -12,8 +12,8 @@ CACHE = {
 
 
 def checkpoint(mlp: bool = True, attn: bool = True, **said: Any) -> dict[str, Any]:
-    """Of a checkpoint with tables for these kinds of layers."""
-    quant = {"name": "made", "mlp": TABLE if mlp else None, "attn": TABLE if attn else None}
-    layers = {kind: {"kind": kind, "shape": [64, 64], **TABLE} for kind in ("mlp", "attn") if quant[kind]}
+    """Of a checkpoint with codebooks for these kinds of layers."""
+    quant = {"name": "made", "mlp": CODEBOOK if mlp else None, "attn": CODEBOOK if attn else None}
+    layers = {kind: {"kind": kind, "shape": [64, 64], **CODEBOOK} for kind in ("mlp", "attn") if quant[kind]}
     whose = {"kind": "checkpoint", "model": "tiny", "teacher": "t", "quant": quant, "files": FILES}
     return whose | {"bits_per_weight": 4.015625, "layers": layers} | said

@@ -29,7 +29,7 @@ def fill(drive: Path, teacher: ModelFolder) -> None:
 
 
 def student(folder: Path, teacher: ModelFolder, name: str, loss: float) -> Path:
-    """A V2 state dict of random tables, with the `config.json` that tells its loss."""
+    """A V2 state dict of random codebooks, with the `config.json` that tells its loss."""
     write(Variant(), teacher, folder / name)
     (folder / "config.json").write_text(json.dumps({"version": "v2", "final_loss": loss}))
     return folder
@@ -41,7 +41,7 @@ def four(folder: Path, teacher: ModelFolder) -> Path:
     model = teacher.load(torch.float32, tiny.CPU)
     state: dict[str, torch.Tensor] = {}
     rows = torch.randint(teacher.vocab_size(), (16, LENGTH), generator=torch.Generator().manual_seed(1))
-    for name, (_, module, _) in tiny.tables_of(model, rows, quant=FOUR).items():
+    for name, (_, module, _) in tiny.converted(model, rows, quant=FOUR).items():
         state |= {f"{name}.{part}": value.detach().clone() for part, value in module.normalized().items()}
         state[f"{name}._indices"] = module.indices.long()
         state[f"{name}.weight"] = linear(model, name).weight.detach().clone()

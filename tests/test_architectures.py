@@ -133,7 +133,7 @@ def test_a_student_is_converted_trained_and_measured_as_it_computes_itself(name,
 
 
 def converted(model, training, gradients):
-    """Puts tables into a model; the quantized layers with their kinds."""
+    """Puts codebooks into a model; the quantized layers with their kinds."""
     chosen, text = select(model, replace(tiny.QUANT, partial=True)), [training.batch(torch.arange(training.rows))]
     moments, settings = gather(model, chosen, text, gradients), ConvertConfig("", rounds=2)
     weights = {layer.name: models.linear(model, layer.name).weight for layer in chosen}

@@ -20,7 +20,7 @@ from qat.errors import ConfigError
 from qat.footprint import Job, Shapes
 from qat.quant import least_squares
 from qat.quant.architectures import Layer, select
-from qat.quant.formats import Table
+from qat.quant.formats import Codebook
 from qat.quant.linear import quantized
 from tests import tiny
 
@@ -158,7 +158,7 @@ def test_what_training_is_said_to_hold_is_there(teacher, cache, config, tmp_path
 
 
 def test_equations_of_a_rank_are_there_at_one_time(monkeypatch):
-    layer, seen = Layer("up_proj", "mlp", (48, 40), Table(2, 24)), []
+    layer, seen = Layer("up_proj", "mlp", (48, 40), Codebook(2, 24)), []
     real = least_squares.solver
     monkeypatch.setattr(least_squares, "solver", lambda gram: seen.append(gram.nbytes) or real(gram))
     draw = torch.Generator().manual_seed(0)

@@ -45,7 +45,7 @@ QUANT = QuantConfig(
 @pytest.fixture(scope="module")
 def made(teacher, cache):
     rows = CacheReader(cache, "train").input_ids(16)
-    return tiny.tables_of(teacher.load(torch.float32, tiny.CPU), rows, quant=QUANT)
+    return tiny.converted(teacher.load(torch.float32, tiny.CPU), rows, quant=QUANT)
 
 
 @pytest.fixture
@@ -122,7 +122,7 @@ def test_a_checkpoint_says_the_format_and_gives_the_student_back(teacher, made, 
     assert manifest["quant"]["mlp"] == settings
     assert manifest["layers"][name] == {"kind": "mlp", "shape": [128, 64]} | settings
     assert checkpoints.layers_of(manifest) == [layer for layer, _, _ in made.values()]
-    assert checkpoints.has_tables(manifest, QUANT)
+    assert checkpoints.has_formats(manifest, QUANT)
     with safe_open(checkpoint / "tables.safetensors", "pt") as file:
         assert {key for key in file.keys() if key.startswith(name)} == {f"{name}.indices", f"{name}.scale"}  # noqa: SIM118
         assert file.get_slice(f"{name}.scale").get_shape() == [128, 64 // GROUP]
@@ -144,8 +144,8 @@ def test_packed_and_dense_exports_compute_the_students_weights(teacher, student,
     assert 8 * stored / weights == pytest.approx(config["bits_per_weight"], abs=1e-4)
 
 
-def test_a_tool_that_knows_tables_alone_refuses_grids_by_name(teacher, checkpoint, tmp_path):
+def test_a_tool_that_knows_codebooks_alone_refuses_grids_by_name(teacher, checkpoint, tmp_path):
     source = Source(teacher, *checkpoints.load(checkpoint, teacher, tiny.FP32))
-    with pytest.raises(ConfigError, match=r"export=anemll_v2 knows tables alone, and model\.layers\.0\..* grid"):
+    with pytest.raises(ConfigError, match=r"export=anemll_v2 knows codebooks alone, and model\.layers\.0\..* grid"):
         anemll_v2.write(source, tmp_path, ExportConfig("export", "anemll_v2", ExportType.fp32))
     assert not list(tmp_path.glob("*.pt"))

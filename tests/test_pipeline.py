@@ -41,7 +41,7 @@ METRICS = (
     "teacher_perplexity",
     "top1_agreement",
 )
-TABLES = "tables.safetensors"
+LAYERS = "tables.safetensors"
 
 
 @dataclass
@@ -129,8 +129,8 @@ def conversion(first):
 
 
 def learned(conversion, done):
-    """Kinds of layers whose tables or scales are not those of the conversion (up to rounding); indices must be."""
-    before, after = load_file(conversion / TABLES), load_file(done.folder / "checkpoints" / "last" / TABLES)
+    """Kinds of layers whose codebooks or scales are not those of the conversion (up to rounding); indices must be."""
+    before, after = load_file(conversion / LAYERS), load_file(done.folder / "checkpoints" / "last" / LAYERS)
     assert before.keys() == after.keys()
     same = {name for name in before if torch.allclose(before[name].float(), after[name].float(), 1e-5, 1e-6)}
     assert all(torch.equal(before[name], after[name]) for name in before if name.endswith(".indices"))
@@ -159,7 +159,7 @@ def test_run_folder_holds_everything(first):
         "conversion.png",
     }
     for name in ("best", "last"):
-        assert TABLES in open_artifact(first.folder / "checkpoints" / name).manifest["files"]
+        assert LAYERS in open_artifact(first.folder / "checkpoints" / name).manifest["files"]
     assert (first.folder / "loss.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -187,7 +187,7 @@ def test_result_keeps_the_contract(first):
     )
 
 
-def test_bits_per_weight_count_indices_scales_and_tables(first):
+def test_bits_per_weight_count_indices_scales_and_codebooks(first):
     shapes = {"mlp": [(128, 64)] * 4 + [(64, 128)] * 2, "attn": [(64, 64)] * 4 + [(32, 64)] * 4}
     bits, rank = {"mlp": 2, "attn": 4}, {"mlp": 32, "attn": 8}
     stored = {
@@ -375,13 +375,13 @@ def test_conversion_alone(first, shop):
     assert "before conversion" in done.out
 
 
-def test_the_whole_job_from_a_checkpoint_with_other_tables_converts_it_first(first, shop):
+def test_the_whole_job_from_a_checkpoint_with_other_formats_converts_it_first(first, shop):
     done = shop.tiny("checkpoint=SR-001", "quant=q4a4")
     assert done.result["paths"]["conversion"] != first.result["paths"]["conversion"]
     assert done.result["name"].startswith("v2_q4a4_mlp_") and "(6 mlp + 8 attn)" in done.out
 
 
-def test_the_whole_job_from_a_checkpoint_with_the_same_tables_trains_it(first, shop):
+def test_the_whole_job_from_a_checkpoint_with_the_same_formats_trains_it(first, shop):
     done = shop.tiny("checkpoint=SR-001")
     assert "conversion" not in done.result["paths"]
 
@@ -392,7 +392,7 @@ def test_a_student_at_more_bits_is_trained_first_once_and_converted_further(firs
     done = shop.tiny(*words, *short)
     before = open_artifact(Path(done.result["paths"]["first"])).manifest
     assert before["quant"]["mlp"]["bits"] == 4 and before["kd_loss_best"] <= before["kd_loss_initial"]
-    assert {"latent.safetensors", TABLES} <= before["files"].keys()
+    assert {"latent.safetensors", LAYERS} <= before["files"].keys()
     after = open_artifact(Path(done.result["paths"]["conversion"])).manifest
     assert after["quant"]["mlp"]["bits"] == 2 and {".mlp." in name for name in after["figures"]} == {True}
     again = shop.tiny(*words, *short, "train.lr=1e-2")
@@ -459,7 +459,7 @@ def test_every_loss_trains(first, shop, conversion, loss):
 def test_every_mode_trains_its_layers_and_no_others(first, shop, conversion, mode, kinds):
     done = shop.tiny("stage=distill", f"checkpoint={conversion}", f"mode={mode}", "quant=q4a4")
     assert learned(conversion, done) == kinds
-    assert f"_q2a4_{mode}_" in done.result["name"]  # by its own tables
+    assert f"_q2a4_{mode}_" in done.result["name"]  # by its own formats
 
 
 def test_attention_can_stay_in_full_precision(first, shop):

@@ -16,7 +16,7 @@ from qat.config import (
     TrackerKind,
     WeightConfig,
 )
-from qat.quant.formats import Table
+from qat.quant.formats import Codebook
 from qat.quant.linear import kept, quantized
 from qat.runs import Run
 from qat.stages import convert
@@ -33,7 +33,7 @@ def start(teacher, cache, tmp_path_factory):
 
 @pytest.fixture
 def reconvert(teacher, cache, start, tmp_path):
-    """Converts the checkpoint (or a given one) to other tables; returns the student and its manifest."""
+    """Converts the checkpoint (or a given one) to other codebooks; returns the student and its manifest."""
 
     def work(mlp, attn, folder=start):
         config = Config(outputs=str(tmp_path))
@@ -65,9 +65,9 @@ def test_growing_ranks_keep_the_function(teacher, start, reconvert):
 def test_new_ranks_can_learn(start, teacher):
     before, _ = checkpoints.load(start, teacher, tiny.FP32)
     layer = quantized(before)["model.layers.0.self_attn.q_proj"]
-    grown = kept(layer, Table(layer.format.bits, 6))
+    grown = kept(layer, Codebook(layer.format.bits, 6))
     A, g, B = grown.scale_A, grown.rank_magnitude.clone().requires_grad_(), grown.scale_B
-    (grown.lut[grown.indices.long()] * ((A * g) @ B)).square().sum().backward()
+    (grown.codebook[grown.indices.long()] * ((A * g) @ B)).square().sum().backward()
     assert (g.grad[2:].abs() > 1e-6).all()
 
 

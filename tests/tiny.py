@@ -52,7 +52,7 @@ def cache_of(teacher: ModelFolder, folder: Path) -> Artifact:
     return obtain_cache(settings, documents, "text", teacher, 0, FP32, folder)
 
 
-def tables_of(
+def converted(
     model: PreTrainedModel, rows: Tensor, backend: KMeansBackend = KMeansBackend.exact, quant: QuantConfig = QUANT
 ) -> dict[str, tuple[Layer, QuantLinear, dict[str, float]]]:
     """Every layer of a model with its quantized form and the errors that `convert` reports."""
@@ -66,7 +66,7 @@ def tables_of(
 
 def checkpoint_in(folder: Path, teacher: ModelFolder, cache: Artifact) -> Path:
     model = teacher.load(torch.float32, CPU)
-    made = tables_of(model, CacheReader(cache, "train").input_ids(16))
+    made = converted(model, CacheReader(cache, "train").input_ids(16))
     install(model, {name: module for name, (_, module, _) in made.items()})
     description = checkpoints.describe(teacher, QUANT, [layer for layer, _, _ in made.values()])
     checkpoints.save(model, folder, description)
@@ -74,8 +74,8 @@ def checkpoint_in(folder: Path, teacher: ModelFolder, cache: Artifact) -> Path:
 
 
 def exact_weights(student: PreTrainedModel) -> dict[str, dict[str, Tensor]]:
-    """float64 copies of each layer's table and scales, with gradients."""
-    names = ("lut", "scale_A", "scale_B", "rank_magnitude")
+    """float64 copies of each layer's codebook and scales, with gradients."""
+    names = ("codebook", "scale_A", "scale_B", "rank_magnitude")
     return {
         layer: {name: getattr(module, name).detach().double().requires_grad_() for name in names}
         for layer, module in quantized(student).items()
@@ -89,7 +89,7 @@ def exact_logits(
     weights = {}
     for layer, module in quantized(student).items():
         p = parts[layer]
-        weights[f"{layer}.weight"] = p["lut"][module.indices.long()] * (
+        weights[f"{layer}.weight"] = p["codebook"][module.indices.long()] * (
             p["scale_A"] @ torch.diag(p["rank_magnitude"]) @ p["scale_B"]
         )
     model = teacher.load(torch.float64, CPU)

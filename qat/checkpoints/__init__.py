@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from qat.artifacts import content_key, open_artifact
 from qat.checkpoint_files import find
 from qat.checkpoints import native, v2
-from qat.checkpoints.native import FILE, describe, has_tables, heritage, layers_of, save, write, write_tables
+from qat.checkpoints.native import FILE, describe, entries, has_formats, heritage, layers_of, save, write, write_layers
 from qat.checkpoints.own import own_parameters, write_own
 from qat.machine import Machine
 from qat.models import ModelFolder
@@ -24,7 +24,8 @@ __all__ = [
     "FILE",
     "check",
     "describe",
-    "has_tables",
+    "entries",
+    "has_formats",
     "heritage",
     "identity",
     "latent",
@@ -34,8 +35,8 @@ __all__ = [
     "own_parameters",
     "save",
     "write",
+    "write_layers",
     "write_own",
-    "write_tables",
 ]
 
 
@@ -78,7 +79,7 @@ def check(path: Path, teacher: ModelFolder) -> None:
 
 
 def latent(path: Path) -> dict[str, Tensor]:
-    """The weights [O, I] that a checkpoint's tables stand for, by layer; empty where it has none.
+    """The weights [O, I] that a checkpoint's quantized ones stand for, by layer; empty where it has none.
 
     Raises:
         ArtifactError: the files are damaged or no checkpoint's.

@@ -1,8 +1,8 @@
 """Our own checkpoint: the quantized layers of a student, in a folder that says what it belongs to.
 
-It holds what quantization made (packed indices, tables, scales) and names the teacher that everything
+It holds what quantization made (packed indices, the parts of formats) and names the teacher that everything
 else (embeddings, norms, head) comes from, by fingerprint. Where a student differs from its teacher in
-these too, `own.safetensors` has them; where training kept the weights that the tables stand for,
+these too, `own.safetensors` has them; where training kept the weights that the quantized ones stand for,
 `latent.safetensors` has those.
 """
 
@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
-from qat import tensor_files
+from qat import older, tensor_files
 from qat.artifacts import MANIFEST, open_artifact, publish
 from qat.checkpoints.own import FILE as OWN
 from qat.checkpoints.own import adopt, read_own, write_own
@@ -26,10 +26,11 @@ from qat.norms import set_learned
 from qat.quant import formats, packing
 from qat.quant import latent as latents
 from qat.quant.architectures import Layer, bits_per_weight, recorded, role_of
-from qat.quant.linear import QuantLinear, quantized
+from qat.quant.embedding import empty, ends, put
+from qat.quant.linear import Quantized, quantized
 from qat.tensor_files import Wanted
 
-FILE = "tables.safetensors"
+FILE = "tables.safetensors"  # codebooks had another name once, and checkpoints of that time are to load
 LATENT = "latent.safetensors"  # `<layer>.latent`, fp32: where the training of indices goes on from
 REMEDY = "copy the checkpoint again from where it came, or make it again"
 
@@ -42,13 +43,16 @@ def describe(teacher: ModelFolder, quant: QuantConfig, layers: list[Layer]) -> d
         "teacher": teacher.fingerprint,
         "quant": recorded(quant),
         "bits_per_weight": round(bits_per_weight(layers), 4),
-        "layers": {
-            layer.name: {"kind": layer.role, "shape": list(layer.shape), **layer.format.settings()} for layer in layers
-        },
+        "layers": entries(layers),
     }
 
 
-def has_tables(manifest: dict[str, Any], quant: QuantConfig) -> bool:
+def entries(layers: list[Layer]) -> dict[str, dict[str, Any]]:
+    """What a manifest says of layers, by name."""
+    return {layer.name: {"kind": layer.role, "shape": list(layer.shape), **layer.format.settings()} for layer in layers}
+
+
+def has_formats(manifest: dict[str, Any], quant: QuantConfig) -> bool:
     """True where a checkpoint's layers are in these formats."""
     wanted = recorded(quant)
     return all(_format(manifest["quant"].get(role)) == _format(wanted.get(role)) for role in ROLES)
@@ -73,7 +77,7 @@ def _layer(name: str, entry: dict[str, Any]) -> Layer:
     return Layer(name, entry.pop("kind"), tuple(entry.pop("shape")), formats.of(entry))
 
 
-def write_tables(modules: dict[str, QuantLinear], folder: Path) -> None:
+def write_layers(modules: dict[str, Quantized], folder: Path) -> None:
     """Writes the quantized layers, their parts normalized; the modules themselves stay as they are."""
     tensors: dict[str, torch.Tensor] = {}
     for name, module in modules.items():
@@ -91,7 +95,7 @@ def save(model: PreTrainedModel, folder: Path, description: dict[str, Any]) -> N
 
 def write(model: PreTrainedModel, folder: Path) -> None:
     """Writes what a checkpoint holds of a student into a folder that is not published yet."""
-    write_tables(quantized(model), folder)
+    write_layers(quantized(model), folder)
     write_own(model, folder)
     if latents := _latents(model):
         save_file({key: value.float().cpu().contiguous() for key, value in latents.items()}, folder / LATENT)
@@ -105,15 +109,15 @@ def load(folder: Path, teacher: ModelFolder, machine: Machine) -> tuple[PreTrain
     """
     manifest = check(folder, teacher)
     layers = layers_of(manifest)
-    tensors = tensor_files.read(folder / FILE, _tables(layers), REMEDY)
+    tensors = tensor_files.read(folder / FILE, _wanted(layers), REMEDY, names=older.names)
     model = teacher.load(machine.dtype, machine.device)
     for layer in layers:
         with machine.device:
-            module = QuantLinear(layer.format, *layer.shape, linear(model, layer.name).bias)
+            module = empty(layer)
         packed = tensors[f"{layer.name}.indices"].to(machine.device)
         module.indices.copy_(packing.unpack(packed, layer.format.bits, layer.shape))
         module.set_parts({part: tensors[f"{layer.name}.{part}"] for part in module.parts()})
-        model.set_submodule(layer.name, module.requires_grad_(False))
+        put(model, layer.name, module.requires_grad_(False))
     own = read_own(folder / OWN, model, REMEDY) if _has(folder, manifest, OWN) else {}
     adopt(model, own)
     set_learned(model, own)
@@ -137,7 +141,7 @@ def check(folder: Path, teacher: ModelFolder) -> dict[str, Any]:
 
 
 def latent(folder: Path) -> dict[str, torch.Tensor]:
-    """The weights [O, I] behind the tables, by layer; empty where training kept none."""
+    """The weights [O, I] that the quantized ones stand for, by layer; empty where training kept none."""
     manifest = opened(folder)
     if not _has(folder, manifest, LATENT):
         return {}
@@ -190,8 +194,8 @@ def _has(folder: Path, manifest: dict[str, Any], name: str) -> bool:
     return name in manifest["files"]
 
 
-def _tables(layers: list[Layer]) -> dict[str, Wanted]:
-    """What the file of tables holds, and nothing else."""
+def _wanted(layers: list[Layer]) -> dict[str, Wanted]:
+    """What `FILE` holds, and nothing else."""
     wanted: dict[str, Wanted] = {}
     for layer in layers:
         wanted[f"{layer.name}.indices"] = Wanted(("U8",), (math.ceil(layer.weights * layer.format.bits / 8),))
@@ -202,11 +206,12 @@ def _tables(layers: list[Layer]) -> dict[str, Wanted]:
 
 def _check_layers(folder: Path, manifest: dict[str, Any], teacher: ModelFolder) -> None:
     """The layers are linear ones of the teacher."""
-    modules = dict(teacher.skeleton().named_modules())
+    modules, outer = dict(teacher.skeleton().named_modules()), ends(teacher.skeleton())
+    roles = {outer.embed: "embed"} | ({} if outer.tied else {outer.head: "head"})
     for layer in layers_of(manifest):
         module = modules.get(layer.name)
-        there = tuple(module.weight.shape) if isinstance(module, torch.nn.Linear) else None
-        if there != layer.shape or role_of(layer.name) != layer.role:
+        there = tuple(module.weight.shape) if isinstance(module, torch.nn.Linear | torch.nn.Embedding) else None
+        if there != layer.shape or roles.get(layer.name, role_of(layer.name)) != layer.role:
             raise ArtifactError(
                 f"{folder / MANIFEST} lists {ascii(layer.name)[1:-1]}, {layer.role} {list(layer.shape)}, and"
                 f" {teacher.name} has {'no such layer' if there is None else list(there)} there: {REMEDY}"

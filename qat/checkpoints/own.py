@@ -5,6 +5,7 @@ they are kept beside the model as they were read, so that saving it again does n
 type that it happened to run in.
 """
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import cast
 
@@ -40,17 +41,22 @@ def read_own(path: Path, model: nn.Module, remedy: str) -> dict[str, Tensor]:
     Raises:
         ArtifactError: it is damaged, or holds what is no parameter of the model besides the quantized ones.
     """
-    tables = tuple(f"{name}." for name in quantized(model))
+    inside = tuple(f"{name}." for name in quantized(model))
     kept = {
         name: parameter
         for name, parameter in model.named_parameters(remove_duplicate=False)
-        if not name.startswith(tables) or name.endswith(".bias")
+        if not name.startswith(inside) or name.endswith(".bias")
     }
     wanted = {name: Wanted(FLOATS, tuple(parameter.shape)) for name, parameter in kept.items()}
     return tensor_files.read(path, wanted, remedy, some=True)
 
 
-def write_own(model: nn.Module, folder: Path) -> None:
-    """Writes those of a model, and the norms that learned, beside its tables; no file where there are none."""
-    if tensors := own_parameters(model) | learned(model):
+def write_own(model: nn.Module, folder: Path, besides: Iterable[str] = ()) -> None:
+    """Writes those of a model, and the norms that learned, beside its quantized layers; no file for none.
+
+    Not the weights of the modules named `besides`, which are about to be quantized.
+    """
+    gone = {id(getattr(model.get_submodule(name), "weight", None)) for name in besides}
+    own = {name: value for name, value in own_parameters(model).items() if id(model.get_parameter(name)) not in gone}
+    if tensors := own | learned(model):
         save_file({name: value.cpu().contiguous() for name, value in tensors.items()}, folder / FILE)

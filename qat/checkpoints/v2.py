@@ -1,7 +1,7 @@
 """Students of the ANEMLL training scripts: a V2 state dict, with or without the `config.json` beside it.
 
-Table sizes, ranks and flags are read off the tensors; `config.json` only decides how raw scales become
-the ones that are used. What such a file may also hold and this project does not compute (LoRA, tables of
+Codebook sizes, ranks and flags are read off the tensors; `config.json` only decides how raw scales become
+the ones that are used. What such a file may also hold and this project does not compute (LoRA, codebooks of
 the scales themselves) is named once. docs/FORMATS.md describes the layout.
 """
 
@@ -23,7 +23,7 @@ from qat.errors import ArtifactError
 from qat.machine import Machine
 from qat.models import ModelFolder, linear
 from qat.quant.architectures import LEAVES, Layer
-from qat.quant.formats import Table
+from qat.quant.formats import Codebook
 from qat.quant.linear import QuantLinear
 from qat.quant.lookup import look_up, nearest, relative
 
@@ -33,14 +33,14 @@ SCALES = ("scale_A", "scale_B", "rank_magnitude")
 PARTS = (*SCALES, "lut", "weight", "_Q", "_indices", "_scales_baked_flag")
 NORM_EPS = 1e-6  # smallest norm divided by
 MAGNITUDE_EPS = 1e-6  # added to magnitudes that pass through an activation
-OFF_TABLE = 1e-2  # most that a stored `_Q` may differ from its table entry, as a share of the largest
+OFF_CODEBOOK = 1e-2  # most that a stored `_Q` may differ from its codebook entry, as a share of the largest
 ROLE_OF = {leaf: role for role, leaves in LEAVES.items() for leaf in leaves}
 ORIGIN = ("model_id", "config_preset", "final_loss", "source_checkpoint")  # kept in the manifest
 
 State = dict[str, Tensor]
 
 # Dimensions of each part, in letters, and whether it holds floating-point numbers: O outputs, I inputs, R the rank,
-# K table entries, 1 for a scalar.
+# K codebook entries, 1 for a scalar.
 SHAPES = {
     "scale_A": ("OR", True),
     "scale_B": ("RI", True),
@@ -51,7 +51,7 @@ SHAPES = {
     "_indices": ("OI", False),
     "_scales_baked_flag": ("1", False),
 }
-ENTRIES = range(2, 257)  # of a table
+ENTRIES = range(2, 257)  # of a codebook
 
 
 def load(file: Path, teacher: ModelFolder, machine: Machine) -> tuple[PreTrainedModel, dict[str, Any]]:
@@ -98,7 +98,7 @@ def read(file: Path) -> State:
     if isinstance(content, dict) and isinstance(content.get("model_state_dict"), dict):
         content = content["model_state_dict"]
     if not isinstance(content, dict) or not any(str(key).endswith(".lut") for key in content):
-        raise ArtifactError(f"{file} is no V2 checkpoint: it has no tables (keys that end in .lut)")
+        raise ArtifactError(f"{file} is no V2 checkpoint: it has no codebooks (keys that end in .lut)")
     return {str(key): value for key, value in content.items() if tensor_files.is_plain(value)}
 
 
@@ -127,7 +127,7 @@ def _layer_names(file: Path, state: State, model: nn.Module, settings: dict[str,
     foreign = f"{file} does not belong to this model{origin}"
     for name in sorted(stored):
         if _leaf(name) not in ROLE_OF:
-            raise ArtifactError(f"{file} has a table for {name}: only {', '.join(ROLE_OF)} layers can have one")
+            raise ArtifactError(f"{file} has a codebook for {name}: only {', '.join(ROLE_OF)} layers can have one")
     leaves = {_leaf(name) for name in stored}
     for name, module in linears.items():
         if name in stored:
@@ -144,7 +144,7 @@ def _shape(file: Path, name: str, state: State) -> tuple[int, ...]:
     parts = _parts(state, name)
     for part in SCALES:
         if part not in parts:
-            raise ArtifactError(f"{file} has a table for {name} but no {name}.{part}")
+            raise ArtifactError(f"{file} has a codebook for {name} but no {name}.{part}")
     sizes: dict[str, int] = {"1": 1}
     for part, (letters, floating) in SHAPES.items():
         if part in parts:
@@ -155,7 +155,7 @@ def _shape(file: Path, name: str, state: State) -> tuple[int, ...]:
             " above the smaller side can be meant"
         )
     if sizes["K"] not in ENTRIES:
-        raise ArtifactError(f"{file}: {name} has a table of {sizes['K']} entries: from 2 to 256 can be read")
+        raise ArtifactError(f"{file}: {name} has a codebook of {sizes['K']} entries: from 2 to 256 can be read")
     return sizes["O"], sizes["I"]
 
 
@@ -182,12 +182,12 @@ def _check_shape(foreign: str, name: str, stored: tuple[int, ...], expected: tup
 
 def _own_parameters(file: Path, state: State, model: nn.Module, quantized: list[str]) -> tuple[State, list[str]]:
     """Parameters that are not the teacher's, and the keys that nothing here uses."""
-    tables = {f"{name}.{part}" for name in quantized for part in PARTS}
+    quantized_parts = {f"{name}.{part}" for name in quantized for part in PARTS}
     theirs = dict(model.named_parameters(remove_duplicate=False))
     own: State = {}
     homes: dict[int, str] = {}  # a tied parameter has one home, whatever its names
     for name, parameter in theirs.items():
-        if name in tables or name not in state:
+        if name in quantized_parts or name not in state:
             continue
         value = state[name]
         _check_shape(f"{file} does not belong to this model", name, tuple(value.shape), tuple(parameter.shape))
@@ -199,7 +199,7 @@ def _own_parameters(file: Path, state: State, model: nn.Module, quantized: list[
         if home == name and not torch.equal(value.to(parameter.dtype), parameter):
             own[name] = value.clone()
     buffers = {name for name, _ in model.named_buffers()}
-    return own, [key for key in state if key not in tables and key not in theirs and key not in buffers]
+    return own, [key for key in state if not any(key in known for known in (quantized_parts, theirs, buffers))]
 
 
 def _parts(state: State, name: str) -> State:
@@ -209,12 +209,12 @@ def _parts(state: State, name: str) -> State:
 def _module(where: str, parts: State, settings: dict[str, Any], bias: Tensor | None) -> QuantLinear:
     """One quantized layer with the very function that the file's own code computes."""
     A, B, g = _scales(parts, settings)
-    table = parts["lut"].float().flatten()
-    bits = (len(table) - 1).bit_length()
-    module = QuantLinear(Table(bits, len(g)), A.shape[0], B.shape[1], bias)
-    module.indices.copy_(_indices(where, parts, table, (A * g) @ B))
-    full = torch.cat([table, table[-1:].expand(2**bits - len(table))])
-    module.set_parts({"lut": full, "scale_A": A, "scale_B": B, "rank_magnitude": g})
+    codebook = parts["lut"].float().flatten()
+    bits = (len(codebook) - 1).bit_length()
+    module = QuantLinear(Codebook(bits, len(g)), A.shape[0], B.shape[1], bias)
+    module.indices.copy_(_indices(where, parts, codebook, (A * g) @ B))
+    full = torch.cat([codebook, codebook[-1:].expand(2**bits - len(codebook))])
+    module.set_parts({"codebook": full, "scale_A": A, "scale_B": B, "rank_magnitude": g})
     return module
 
 
@@ -241,32 +241,32 @@ def _activated(x: Tensor, activation: str) -> Tensor:
     raise ArtifactError(f"config.json asks for the activation {activation} of scales: known are abs and softplus")
 
 
-def _indices(where: str, parts: State, table: Tensor, S_OI: Tensor) -> Tensor:
+def _indices(where: str, parts: State, codebook: Tensor, S_OI: Tensor) -> Tensor:
     """Indices [O, I] uint8: as stored, else of the stored `_Q`, else nearest to the latent weight over its scale."""
     if "_indices" in parts:
-        index = _stored(where, parts["_indices"].long(), len(table))
+        index = _stored(where, parts["_indices"].long(), len(codebook))
     elif "_Q" in parts:
-        index = _nearest(parts["_Q"].float(), table)
+        index = _nearest(parts["_Q"].float(), codebook)
     elif "weight" in parts:
-        index = _nearest(relative(parts["weight"].float(), S_OI), table)
+        index = _nearest(relative(parts["weight"].float(), S_OI), codebook)
     else:
         raise ArtifactError(f"{where} has neither _indices nor _Q nor weight: its values cannot be known")
     if "_Q" in parts:
-        apart = float((parts["_Q"].float() - look_up(table, index)).abs().max())
-        if apart > OFF_TABLE * float(table.abs().max()):
-            raise ArtifactError(f"{where} has a _Q that is up to {apart:.3g} away from its table's entries")
+        apart = float((parts["_Q"].float() - look_up(codebook, index)).abs().max())
+        if apart > OFF_CODEBOOK * float(codebook.abs().max()):
+            raise ArtifactError(f"{where} has a _Q that is up to {apart:.3g} away from its codebook's entries")
     return index
 
 
 def _stored(where: str, index: Tensor, entries: int) -> Tensor:
     if index.min() < 0 or index.max() >= entries:
-        raise ArtifactError(f"{where} has indices from {index.min()} to {index.max()} and {entries} table entries")
+        raise ArtifactError(f"{where} has indices from {index.min()} to {index.max()} and {entries} codebook entries")
     return index.to(torch.uint8)
 
 
-def _nearest(x_OI: Tensor, table: Tensor) -> Tensor:
-    """Index, uint8, of the entry nearest to each value, for a table in any order."""
-    ascending, order = table.sort()
+def _nearest(x_OI: Tensor, codebook: Tensor) -> Tensor:
+    """Index, uint8, of the entry nearest to each value, for a codebook in any order."""
+    ascending, order = codebook.sort()
     return order.to(torch.uint8)[nearest(x_OI, ascending).long()]
 
 
@@ -276,12 +276,12 @@ def _layer(name: str, module: QuantLinear) -> Layer:
 
 def _preset(layers: list[Layer]) -> QuantConfig:
     """The bits and ranks that most layers of each role have; the manifest's layers have the rest."""
-    tables: dict[str, WeightConfig | None] = {role: None for role in LEAVES}
+    chosen: dict[str, WeightConfig | None] = {role: None for role in LEAVES}
     for role in LEAVES:
         if counted := Counter(layer.format for layer in layers if layer.role == role):
-            tables[role] = WeightConfig(**counted.most_common(1)[0][0].settings())
-    bits_of = {role: table.bits if table else 16 for role, table in tables.items()}
-    return QuantConfig(f"q{bits_of['mlp']}a{bits_of['attn']}", mlp=tables["mlp"], attn=tables["attn"])
+            chosen[role] = WeightConfig(**counted.most_common(1)[0][0].settings())
+    bits_of = {role: weights.bits if weights else 16 for role, weights in chosen.items()}
+    return QuantConfig(f"q{bits_of['mlp']}a{bits_of['attn']}", mlp=chosen["mlp"], attn=chosen["attn"])
 
 
 def _leaf(name: str) -> str:

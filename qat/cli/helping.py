@@ -12,10 +12,10 @@ from qat.errors import ConfigError
 from qat.suggest import did_you_mean
 
 INTRO = """\
-Quantize a small chat model to lookup tables and train it to imitate the original.
+Quantize a small chat model to codebooks and train it to imitate the original.
 
   python launch.py                                   the whole job: cache, convert, distill, evaluate
-  python launch.py quant=q3a4_r8 train.steps=200     other tables, a longer training
+  python launch.py quant=q3a4_r8 train.steps=200     3 bits at rank 8, a longer training
   python launch.py stage=chat checkpoint=SR-001      talk to the result of a run
   python launch.py -m train.lr=1e-4,3e-4,1e-3        a sweep, one run a value
   python launch.py +experiment=quick                 a preset: the whole job in small

@@ -7,7 +7,7 @@ from typing import Any
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 
-from qat.cli import helping, schema, words
+from qat.cli import helping, schema, sections, words
 from qat.cli.arguments import quote
 from qat.cli.compose import MISTAKES, Composer
 from qat.config import Stage
@@ -63,6 +63,8 @@ def _for_hydra(text: str, chosen: set[str]) -> list[str]:
     if bare in schema.nested() and not value.startswith("{"):
         place = f"{schema.nested()[bare]}@{bare}"
         return [f"{place}{equals}{value}" if place in chosen else f"+{place}{equals}{value}"]
+    if value.startswith("{") and sections.whole(bare):  # nothing of an option's own stays, nor need there be any
+        return [f"++{bare}=???", f"{bare}={value}"]
     return [f"{bare}{equals}{value}"] if bare in known else [text]
 
 

@@ -15,7 +15,7 @@ import yaml
 from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 
-from qat import references
+from qat import older, references
 from qat.cli import schema, words
 from qat.config import Config, as_plain
 from qat.errors import ConfigError
@@ -77,6 +77,7 @@ def _sections(file: Path) -> dict[str, Any]:
         raise _foreign(file, "defaults")
     for key in _strange(content, Config, ""):
         raise _foreign(file, key)
+    older.settings(content)
     return content
 
 

@@ -19,6 +19,12 @@ def around(override: str) -> list[str]:
     return [section for section in sections if NoneType in get_args(schema.hint(section)) and _is_section(section)]
 
 
+def whole(name: str) -> bool:
+    """Whether a key is a section that may be null, whose keys can all be given in braces."""
+    groups_inside = any(inside.startswith(f"{name}.") for inside in schema.nested())
+    return NoneType in get_args(schema.hint(name)) and _is_section(name) and not groups_inside
+
+
 def lacking(override: str, composed: DictConfig) -> str | None:
     """What a configuration lacks for an override, and what to choose; None where it has all sections.
 
@@ -43,7 +49,9 @@ def _remedy(section: str, composed: DictConfig) -> str:
     group = schema.nested().get(place, place)
     options = sorted((CONF / group).glob("*.yaml"))
     having = [path.stem for path in options if (values := yaml.safe_load(path.read_text("utf-8"))) and values.get(part)]
-    return f"{place}={OmegaConf.select(composed, place).name} has none, these do: {', '.join(having)}"
+    if having:
+        return f"{place}={OmegaConf.select(composed, place).name} has none, these do: {', '.join(having)}"
+    return f"give it whole, {section}={{bits: 4, rank: 8}}"
 
 
 def _presets() -> list[Path]:

@@ -22,10 +22,10 @@ class ExportType(Enum):
 
 
 class ScaleForm(Enum):
-    """How Core ML is given the scales of a table."""
+    """How Core ML is given the scales of a codebook."""
 
-    factored = "tables stay packed, one product for all ranks"
-    baked = "multiplied out with the table to dense weights"
+    factored = "codebooks stay packed, one product for all ranks"
+    baked = "multiplied out with the codebook to dense weights"
 
 
 @dataclass

@@ -18,7 +18,7 @@ class KMeansBackend(Enum):
 class WeightFormat(Enum):
     """How weights are written in few bits."""
 
-    table = "a learned codebook for each layer, times a low-rank scale"
+    codebook = "a learned codebook for each layer, times a low-rank scale"
     grid = "fixed values, with a scale for each group of a row's columns"
     kquant = "llama.cpp's k-quants: groups whose scales are themselves of few bits, in rows of whole 256"
 
@@ -37,7 +37,11 @@ class Levels(Enum):
 ROLES = ("mlp", "attn", "embed", "head")
 
 # The keys of `WeightConfig` that each format has besides its name.
-SETTINGS = {WeightFormat.table: ("bits", "rank"), WeightFormat.grid: ("bits", "group", "levels"), WeightFormat.kquant: ("bits",)}
+SETTINGS = {
+    WeightFormat.codebook: ("bits", "rank"),
+    WeightFormat.grid: ("bits", "group", "levels"),
+    WeightFormat.kquant: ("bits",),
+}
 
 
 @dataclass
@@ -45,8 +49,8 @@ class WeightConfig:
     """What one kind of layers is written in."""
 
     bits: int = key(MISSING, "of the index of each weight into 2**bits values", low=1, high=8)
-    rank: int | None = key(None, "table: of the scale matrix", low=1)
-    format: WeightFormat = WeightFormat.table
+    rank: int | None = key(None, "codebook: of the scale matrix", low=1)
+    format: WeightFormat = WeightFormat.codebook
     group: int | None = key(None, "grid: columns that share a scale, a divisor of every row's length", low=1)
     levels: Levels = key(Levels.halves, "grid: the values before they are scaled")
 
@@ -58,8 +62,10 @@ class QuantConfig:
     name: str = MISSING
     mlp: WeightConfig | None = key(None, "gate, up, down")
     attn: WeightConfig | None = key(None, "q, k, v, o")
+    embed: WeightConfig | None = key(None, "rows for tokens; of the head too where the model ties the two")
+    head: WeightConfig | None = key(None, "before the logits; of a tied head null, or what embed is")
     partial: bool = key(
-        False, "goes on where projections of a model have other names than these, which stay dense"
+        False, "goes on where a part of the model would stay dense: projections of other names, one of embed and head"
     )
 
 
@@ -73,11 +79,11 @@ class KMeansConfig:
 
 @dataclass
 class ConvertConfig:
-    """How the fit of tables and scales is done."""
+    """How the fit of codebooks and scales is done."""
 
     name: str = MISSING
     calibration_tokens: int = key(16_384, "cached training tokens whose layer inputs weigh the errors", low=1)
     gradients: bool = key(False, "errors weigh as they change the model's output, not the layer's own")
     passes: int = key(1, "from the second on, layer inputs are those of the quantized model", low=1)
-    rounds: int = key(8, "alternations of indices, tables and scales in the first pass", low=1)
+    rounds: int = key(8, "alternations of indices, codebooks and scales in the first pass", low=1)
     sweeps: int = key(0, "of coordinate descent over the indices in each pass", low=0)

@@ -24,6 +24,7 @@ class ModeConfig:
     name: str = MISSING
     mlp: bool = key(MISSING, "gate, up and down learn")
     attn: bool = key(MISSING, "q, k, v and o learn")
+    embed: bool = key(False, "embedding and head learn too, where they are quantized to fewer than 8 bits")
 
 
 @dataclass
@@ -40,8 +41,8 @@ class LossConfig:
 class LearnConfig:
     """What learns: the rate of each kind as a multiple of `train.lr`; 0 does not learn."""
 
-    scales: float = key(1.0, "A, B and magnitudes of tables; scales and shifts of grids", low=0)
-    codebooks: float = key(1.0, "table entries", low=0)
+    scales: float = key(1.0, "A, B and magnitudes of codebooks; scales and shifts of grids", low=0)
+    codebooks: float = key(1.0, "codebook entries", low=0)
     latent: float = key(0.0, "full-precision weights whose nearest entries the indices are", low=0)
     norms: float = key(0.0, "weights of the normalisation layers", low=0)
 
@@ -60,7 +61,7 @@ class TrainConfig:
     eval_every: int = key(20, "steps between evaluations on the held-apart split", low=1)
     save_every: int = key(100, "steps between states from which run.resume goes on", low=1, neutral=True)
     keep: int = key(2, "states kept, the newest", low=1, neutral=True)
-    snap_fp16: bool = key(False, "tables and scales pass through fp16, as on a Neural Engine")
+    snap_fp16: bool = key(False, "codebooks and scales pass through fp16, as on a Neural Engine")
 
 
 @dataclass

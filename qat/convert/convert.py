@@ -13,15 +13,17 @@ from transformers import PreTrainedModel
 from qat.cache.batch import Batch
 from qat.config import ConvertConfig, KMeansBackend, KMeansConfig
 from qat.console import progress
+from qat.convert import vocabulary
 from qat.convert.moments import Moments, gather
 from qat.errors import NumericsError
 from qat.machine import exact_matmul
 from qat.quant import backends, kmeans
 from qat.quant.architectures import Layer
 from qat.quant.curvature import Curvature, Factor
+from qat.quant.embedding import empty, put
 from qat.quant.fit import Problem, fit, improve
 from qat.quant.formats import Cluster, Fitted, Format
-from qat.quant.linear import QuantLinear
+from qat.quant.linear import Quantized
 
 STACK_BYTES = {"cpu": 2e8, "cuda": 3e9}  # of work space: what caches still help with; what hides launches
 
@@ -34,7 +36,7 @@ class Converted:
     """A quantized layer, in host memory, with the relative errors of its weight and output and its seconds."""
 
     layer: Layer
-    module: QuantLinear
+    module: Quantized
     figures: dict[str, float]
 
 
@@ -58,7 +60,7 @@ def convert(
         weights: gives the weight [O, I] of a layer by name, any float type, any device.
         text: for calibration, in micro-batches.
         settings: how the fit is done.
-        kmeans: who makes the first tables.
+        kmeans: who makes the first codebooks.
         device: computes.
     """
     made: list[Converted] = []
@@ -89,7 +91,8 @@ def quantize(
     made: dict[str, Converted] = {}
     device = torch.device("cpu") if device.type == "mps" else device  # Apple GPUs have no float64
     factors = _Factors()
-    queue = stacks(layers, STACK_BYTES[device.type])
+    most, outer = STACK_BYTES[device.type], [layer for layer in layers if layer.role in vocabulary.OUTER]
+    queue = stacks([layer for layer in layers if layer not in outer], most)
     with torch.no_grad(), exact_matmul(), progress("layers quantized", _count(layers), "weights") as advance:
         for number, stack in enumerate(queue):
             began = time.monotonic()
@@ -106,11 +109,19 @@ def quantize(
             for n, layer in enumerate(stack):
                 made[layer.name] = Converted(layer, module(layer, found, n), figures[n] | {"seconds": seconds})
             advance(weight.numel())
+        for layer in outer:
+            weight = weights(layer.name).to(device, torch.float32)
+            _check([layer], weight[None])
+            known = (moments.inputs[layer.name], moments.rows[layer.name])
+            old = fitted(layer.format, [start[layer.name]], device) if start else None
+            found, said = vocabulary.quantize(layer, weight, known, old, cluster, settings, most)
+            made[layer.name] = Converted(layer, module(layer, found, 0), said)
+            advance(weight.numel())
     return [made[layer.name] for layer in layers]
 
 
 def _solved(
-    problem: Problem, format: Format, before: list[QuantLinear], cluster: Cluster, settings: ConvertConfig
+    problem: Problem, format: Format, before: list[Quantized], cluster: Cluster, settings: ConvertConfig
 ) -> Fitted:
     """The layers of a problem, from nothing or from those of the pass before."""
     if not before:
@@ -191,25 +202,23 @@ def errors(weight_NOI: Tensor, made_NOI: Tensor, H_NII: Tensor) -> list[dict[str
     return [{"weight_error": weight, "output_error": output} for weight, output in pairs]
 
 
-def module(layer: Layer, made: Fitted, n: int) -> QuantLinear:
+def module(layer: Layer, made: Fitted, n: int) -> Quantized:
     """Layer n of some fitted ones as a module without bias, in host memory, its parts as files have them."""
     device = made.index_NOI.device
-    linear = QuantLinear(layer.format, *layer.shape).to(device)
-    linear.indices.copy_(made.index_NOI[n])
-    linear.set_parts(layer.format.stored({name: x[n].contiguous() for name, x in made.operands.items()}))
-    return linear.cpu().requires_grad_(False)
+    matrix = empty(layer).to(device)
+    matrix.indices.copy_(made.index_NOI[n])
+    matrix.set_parts(layer.format.stored({name: x[n].contiguous() for name, x in made.operands.items()}))
+    return matrix.cpu().requires_grad_(False)
 
 
-def fitted(format: Format, modules: list[QuantLinear], device: torch.device) -> Fitted:
+def fitted(format: Format, modules: list[Quantized], device: torch.device) -> Fitted:
     """Quantized layers of one shape as fitting knows them."""
     each = [module.parts() for module in modules]
     parts = {name: torch.stack([one[name] for one in each]).to(device) for name in each[0]}
     return Fitted(torch.stack([module.indices for module in modules]).to(device), format.operands(parts))
 
 
-def install(model: nn.Module, modules: dict[str, QuantLinear]) -> None:
-    """Puts quantized layers into a model, on its device, each with the bias of the layer it replaces."""
+def install(model: nn.Module, modules: dict[str, Quantized]) -> None:
+    """Puts quantized layers into a model, on its device, each with what the layer it replaces has besides a weight."""
     for name, made in modules.items():
-        old = model.get_submodule(name)
-        made.bias = old.bias  # type: ignore[assignment]
-        model.set_submodule(name, made.to(next(model.parameters()).device))
+        put(model, name, made)

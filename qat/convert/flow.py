@@ -57,6 +57,17 @@ class Flow:
         """What comes behind the decoder layers, the norm, of states [B, L, D] of micro-batch n."""
         return self._run(self._text[n], lambda *_, **__: states_BLD)
 
+    def entering(self, n: int) -> Tensor:
+        """States [B, L, D] of micro-batch n before the lowest decoder layer, computed anew."""
+        entered: list[Tensor] = []
+
+        def enter(states_BLD: Tensor, **_: Any) -> Tensor:
+            entered.append(states_BLD)
+            return states_BLD
+
+        self._run(self._text[n], enter)
+        return entered[0]
+
     def _run(self, batch: Batch, instead: Callable[..., Tensor]) -> Tensor:
         with _in_place_of(self.layers, instead):
             return run_body(self.model, batch.to(self.model.device).inputs())

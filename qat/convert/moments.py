@@ -14,9 +14,7 @@ by themselves (they share keys, or streams) is run whole, with the moments of al
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,11 +24,13 @@ from qat.cache.batch import Batch
 from qat.console import progress
 from qat.convert.flow import Flow, flows, micro_batches
 from qat.convert.observer import Mean, Observer
+from qat.convert.vocabulary import OUTER, Watch
 from qat.errors import ConfigError, NumericsError
 from qat.forward import body, decoder_layers, run_body
 from qat.head import OutputHead, output_weight
 from qat.machine import exact_matmul
 from qat.quant.architectures import Layer
+from qat.quant.embedding import rows_of, with_rows
 from qat.quant.linear import baked
 
 STATES = {"cuda": 1 << 22, "cpu": 1 << 20}  # numbers in the hidden states that go through a layer at one time
@@ -46,10 +46,12 @@ class Moments:
     Attributes:
         inputs: H [I, I] by the name of each layer's `source`.
         outputs: G [O, O] by the name of each layer; empty when gradients were not asked for.
+        rows: of embedding and head, whose H all rows share, what each counts [V], by name.
     """
 
     inputs: dict[str, Tensor] = field(default_factory=dict)
     outputs: dict[str, Tensor] = field(default_factory=dict)
+    rows: dict[str, Tensor] = field(default_factory=dict)
 
 
 def gather(model: PreTrainedModel, layers: list[Layer], text: list[Batch], gradients: bool = False) -> Moments:
@@ -61,6 +63,7 @@ def gather(model: PreTrainedModel, layers: list[Layer], text: list[Batch], gradi
     most = STATES.get(model.device.type, STATES["cpu"])
     batches = micro_batches(text, most // _width(model))
     what, found = "layer curvature" if gradients else "layer inputs", _Means()
+    inner, watch = [layer for layer in layers if layer.role not in OUTER], Watch(model, layers)
     draw = torch.Generator().manual_seed(0)
     with (
         torch.no_grad(),
@@ -72,7 +75,7 @@ def gather(model: PreTrainedModel, layers: list[Layer], text: list[Batch], gradi
         count = len(decoder_layers(model)) if layerwise else 1
         passing = PASSING[layerwise, gradients]
         for part in _parts(batches, _room(model, gradients)):
-            observers = passing(model, layers, part, draw)
+            observers = passing(model, inner, part, draw, watch)
             arriving: Callable[[], list[Mean]] = list
             for observer in observers:
                 means = observer.means()
@@ -80,7 +83,11 @@ def gather(model: PreTrainedModel, layers: list[Layer], text: list[Batch], gradi
                 arriving = means
                 advance(_tokens(part) / count)
             found.add(arriving())
-    return found.of(layers)
+        moments = found.of(inner)
+        for name, (matrix, row) in watch.moments().items():
+            _refuse_not_finite(f"the curvature of {name}", matrix.trace() + row.sum())
+            moments.inputs[name], moments.rows[name] = matrix, row
+    return moments
 
 
 def _room(model: PreTrainedModel, gradients: bool) -> int:
@@ -115,7 +122,7 @@ def _tokens(batches: list[Batch]) -> int:
 
 
 def _forward(
-    model: PreTrainedModel, layers: list[Layer], text: list[Batch], draw: torch.Generator
+    model: PreTrainedModel, layers: list[Layer], text: list[Batch], draw: torch.Generator, watch: Watch
 ) -> Iterator[Observer]:
     """Moments of the inputs, decoder layer by decoder layer from the lowest."""
     flow = Flow(model, text)
@@ -124,10 +131,12 @@ def _forward(
         with observer.watching(gradients=False):
             flow.advance(depth)
         yield observer
+    for n, states in enumerate(flow.states):
+        _watch(watch, model, text[n], flow.last(n, states) if watch.head else states)
 
 
 def _backward(
-    model: PreTrainedModel, layers: list[Layer], text: list[Batch], draw: torch.Generator
+    model: PreTrainedModel, layers: list[Layer], text: list[Batch], draw: torch.Generator, watch: Watch
 ) -> Iterator[Observer]:
     """Moments of inputs and gradients, decoder layer by decoder layer from the highest."""
     decoders = decoder_layers(model)
@@ -139,7 +148,7 @@ def _backward(
         kept = _inputs(flow, section)
         if not slopes:
             flow.advance(end - 1)
-            slopes = _slopes(flow, draw)
+            slopes = _slopes(flow, draw, watch)
         flow.states = []
         for depth in reversed(section):
             observer = Observer(decoders[depth], model, layers)
@@ -147,6 +156,8 @@ def _backward(
                 for n, states in enumerate(kept.pop()):
                     slopes[n] = _back(flow, depth, n, states, slopes[n])
             yield observer
+    if watch.embed:
+        _to_rows(flow, text, slopes, watch)
 
 
 def _inputs(flow: Flow, section: range) -> list[list[Tensor]]:
@@ -167,7 +178,27 @@ def _back(flow: Flow, depth: int, n: int, states: Tensor, slope: Tensor) -> Tens
         return torch.autograd.grad(flow.through(depth, states, n), states, slope)[0]
 
 
-def _slopes(flow: Flow, draw: torch.Generator) -> list[Tensor]:
+def _to_rows(flow: Flow, text: list[Batch], slopes: list[Tensor], watch: Watch) -> None:
+    """From gradients before the lowest decoder layer to those at the rows of tokens, by micro-batch."""
+    for n, (batch, slope) in enumerate(zip(text, slopes, strict=True)):
+        rows = rows_of(flow.model, batch.input_ids.to(slope.device)).requires_grad_()
+        with torch.enable_grad(), with_rows(flow.model, rows):
+            entered = flow.entering(n)
+        watch.text(flow.model, batch)
+        watch.slopes(torch.autograd.grad(entered, rows, slope)[0], rows)
+
+
+def _watch(watch: Watch, model: PreTrainedModel, batch: Batch, hidden: Tensor) -> None:
+    """Shows a text and, if that is watched, its final hidden states [B, L, D] with what the model says there."""
+    watch.text(model, batch)
+    if not watch.head:
+        return
+    head = OutputHead(model)
+    for states in hidden.flatten(0, 1).split(_at_once(head)):
+        watch.states(states, head.logits(states).softmax(-1))
+
+
+def _slopes(flow: Flow, draw: torch.Generator, watch: Watch) -> list[Tensor]:
     """The surprise's gradient behind the last decoder layer, by micro-batch."""
     slopes: list[Tensor] = []
     head = OutputHead(flow.model)
@@ -176,47 +207,41 @@ def _slopes(flow: Flow, draw: torch.Generator) -> list[Tensor]:
         with torch.enable_grad():
             states = states.detach().requires_grad_()
             hidden = flow.last(n, states)
-        slope = _surprise(head, hidden.detach(), uniform.to(states.device))
+        slope = _surprise(head, hidden.detach(), uniform.to(states.device), watch)
         slopes += torch.autograd.grad(hidden, states, slope)
     return slopes
 
 
 def _forward_whole(
-    model: PreTrainedModel, layers: list[Layer], text: list[Batch], draw: torch.Generator
+    model: PreTrainedModel, layers: list[Layer], text: list[Batch], draw: torch.Generator, watch: Watch
 ) -> Iterator[Observer]:
     """Moments of the inputs of all layers, the model run whole."""
     observer = Observer(body(model), model, layers)
     with observer.watching(gradients=False):
         for batch in text:
-            run_body(model, batch.to(model.device).inputs())
+            hidden = run_body(model, batch.to(model.device).inputs())
+            _watch(watch, model, batch, hidden)
     yield observer
 
 
 def _backward_whole(
-    model: PreTrainedModel, layers: list[Layer], text: list[Batch], draw: torch.Generator
+    model: PreTrainedModel, layers: list[Layer], text: list[Batch], draw: torch.Generator, watch: Watch
 ) -> Iterator[Observer]:
     """Moments of inputs and gradients of all layers, the model run whole."""
     observer, head = Observer(body(model), model, layers), OutputHead(model)
-    with observer.watching(gradients=True), _learning_embeddings(model):
+    with observer.watching(gradients=True):
         for batch in text:
             uniform = torch.rand(batch.input_ids.shape, generator=draw, dtype=torch.float32)
-            with torch.enable_grad():
+            rows = rows_of(model, batch.input_ids.to(model.device)).requires_grad_()  # so that gradients reach all
+            with torch.enable_grad(), with_rows(model, rows):
                 hidden = run_body(model, batch.to(model.device).inputs())
             if not hidden.requires_grad:
                 raise ConfigError(f"no gradients reach the layers of {type(model).__name__}: use convert=fast")
-            hidden.backward(_surprise(head, hidden.detach(), uniform.to(hidden.device)))
+            hidden.backward(_surprise(head, hidden.detach(), uniform.to(hidden.device), watch))
+            watch.text(model, batch)
+            if watch.embed and rows.grad is not None:
+                watch.slopes(rows.grad, rows)
     yield observer
-
-
-@contextmanager
-def _learning_embeddings(model: PreTrainedModel) -> Iterator[None]:
-    """Inside, gradients reach every layer although no weight learns."""
-    embeddings: Any = model.get_input_embeddings()
-    hook = embeddings.register_forward_hook(lambda _, __, states: states.detach().requires_grad_().clone())
-    try:
-        yield
-    finally:
-        hook.remove()
 
 
 PASSING = {
@@ -227,10 +252,15 @@ PASSING = {
 }
 
 
-def _surprise(head: OutputHead, hidden: Tensor, uniform: Tensor) -> Tensor:
+def _at_once(head: OutputHead) -> int:
+    """Positions whose logits exist at one time."""
+    return max(1, LOGITS.get(head.model.device.type, LOGITS["cpu"]) // head.vocabulary)
+
+
+def _surprise(head: OutputHead, hidden: Tensor, uniform: Tensor, watch: Watch) -> Tensor:
     """Gradient with respect to the hidden states of −log p(token), each token drawn from p by a uniform number."""
     slopes = []
-    positions = max(1, LOGITS.get(hidden.device.type, LOGITS["cpu"]) // head.vocabulary)
+    positions = _at_once(head)
     for states, u in zip(hidden.flatten(0, 1).split(positions), uniform.flatten().split(positions), strict=True):
         logits, back = head.differentiable(states)
         p = (logits - logits.amax(-1, keepdim=True)).exp_()  # times what all of them add up to
@@ -238,7 +268,8 @@ def _surprise(head: OutputHead, hidden: Tensor, uniform: Tensor) -> Tensor:
         whole = below[:, -1:].clone()
         token = torch.searchsorted(below, u[:, None] * whole).clamp_max_(p.shape[1] - 1)
         del below, logits
-        p.div_(whole).scatter_add_(1, token, -torch.ones_like(whole))
+        watch.states(states, p.div_(whole))
+        p.scatter_add_(1, token, -torch.ones_like(whole))
         slopes.append(back(p))
     return torch.cat(slopes).view_as(hidden)
 
@@ -271,7 +302,11 @@ class _Means:
             if (layer.name, True) in self._moments:
                 found.outputs[layer.name] = self._moments[layer.name, True]
         for name, moment in [*found.inputs.items(), *found.outputs.items()]:
-            if not torch.isfinite(moment.diagonal()).all():  # which every number that flowed is part of
-                what = "gradient at the output" if moment is found.outputs.get(name) else "input"
-                raise NumericsError(f"the {what} of {name} holds NaN or infinity: try instance.precision=fp32")
+            what = "gradient at the output" if moment is found.outputs.get(name) else "input"
+            _refuse_not_finite(f"the {what} of {name}", moment.diagonal())  # which every number that flowed is part of
         return found
+
+
+def _refuse_not_finite(what: str, numbers: Tensor) -> None:
+    if not torch.isfinite(numbers).all():
+        raise NumericsError(f"{what} holds NaN or infinity: try instance.precision=fp32")

@@ -1,1 +1,1 @@
-"""Distillation: the student's tables and scales learn to imitate the cached teacher."""
+"""Distillation: the student's codebooks and scales learn to imitate the cached teacher."""

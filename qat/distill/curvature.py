@@ -11,14 +11,14 @@ from qat.cache.reader import CacheReader
 from qat.convert.moments import gather
 from qat.processes import Ranks
 from qat.quant.architectures import Layer
-from qat.quant.linear import QuantLinear
+from qat.quant.linear import Quantized
 
 TOKENS = 8_192
 ROWS = 32  # in a batch
 
 
 def measure(
-    student: PreTrainedModel, layers: dict[str, QuantLinear], kinds: dict[str, str], text: CacheReader, ranks: Ranks
+    student: PreTrainedModel, layers: dict[str, Quantized], kinds: dict[str, str], text: CacheReader, ranks: Ranks
 ) -> None:
     """Sets the curvature of some layers, the same in every process.
 
@@ -38,7 +38,11 @@ def measure(
     moments = gather(student, known, batches, gradients=True)
     for one in known:
         layer = layers[one.name]
-        pair = [moments.outputs[one.name].diagonal(), moments.inputs[one.source].diagonal()]
+        outer = moments.rows.get(one.name)
+        pair = [moments.outputs[one.name].diagonal(), moments.inputs[one.source].diagonal()] if outer is None else [
+            outer,
+            moments.inputs[one.name].diagonal(),
+        ]
         pair = [diagonal.to(layer.indices.device, copy=True) / ranks.count for diagonal in pair]
         ranks.sum_(pair)  # which rounding may have made different
         layer.curvature = (pair[0], pair[1])

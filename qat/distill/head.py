@@ -1,10 +1,10 @@
-"""The frozen head and the loss as one step: hidden states in, the loss and their gradient out.
+"""The head and the loss as one step: hidden states in, the loss and their gradient out.
 
-The head does not learn, so the gradient of the logits can be taken at once, back through the head, while
-they are there; nothing of the size of the vocabulary outlives a chunk of positions. Where logits are a product
-(`qat.head`), `topk_kl` needs no such chunk: it looks at the rows of the head that belong to cached tokens, K of
-them a position instead of V. Other losses on cached tokens differ from it by a multiple of the student's
-softmax, whose factor is the gradient of the log-sum-exp.
+The gradient of the logits is taken at once, back through the head, while they are there; nothing of the size of the
+vocabulary outlives a chunk of positions but the gradient of a head that learns, in which all chunks are added up.
+Where logits are a product (`qat.head`) with a head that does not learn, `topk_kl` needs no such chunk: it looks at
+the rows of the head that belong to cached tokens, K of them a position instead of V. Other losses on cached tokens
+differ from it by a multiple of the student's softmax, whose factor is the gradient of the log-sum-exp.
 
 Shapes: P positions, D hidden, V vocabulary, K cached tokens.
 """
@@ -30,13 +30,15 @@ class Head:
         """The teacher beside the student has a head of its own."""
         self.head, self.loss, self.device = OutputHead(student), loss, student.device
         self.beside = None if loss.teacher is None else OutputHead(loss.teacher)
-        self.sparse = not loss.needs_vocabulary and self.head.weight is not None
+        self.sparse = not loss.needs_vocabulary and self.head.weight is not None and self.head.learns is None
 
     @torch.no_grad()
     def backward(
         self, hidden_PD: Tensor, ids_PK: Tensor, logprobs_PK: Tensor, weight_P: Tensor, teacher_PD: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """The weighted sum of the loss, and its gradient [P, D] in the type of the hidden states.
+
+        Where the head learns, its own gradient is added up too, without being returned.
 
         Args:
             hidden_PD: the student's last hidden states.

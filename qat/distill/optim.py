@@ -12,7 +12,7 @@ from qat.distill.parameters import Parameter
 class Optimizer:
     """AdamW (Loshchilov & Hutter 2019) whose rate for each tensor is relative to its root mean square.
 
-    Tables are of order one and unit-norm scales of order one over the root of the layer's width: one
+    Codebooks are of order one and unit-norm scales of order one over the root of the layer's width: one
     absolute rate would freeze the first or shake the second. Rates are rounded to two digits, so that
     tensors of about one size go through one fused kernel.
 

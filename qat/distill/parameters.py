@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from qat.config import LearnConfig
 from qat.machine import Machine
 from qat.norms import learned, norms, set_learned
-from qat.quant.linear import QuantLinear
+from qat.quant.linear import Quantized
 from qat.quant.stack import stacks
 from qat.quant.weights import Weights
 
@@ -77,7 +77,7 @@ class Learners:
     """
 
     def __init__(
-        self, student: nn.Module, layers: dict[str, QuantLinear], learn: LearnConfig, machine: Machine, snap: bool
+        self, student: nn.Module, layers: dict[str, Quantized], learn: LearnConfig, machine: Machine, snap: bool
     ) -> None:
         """Marks the tensors that learn.
 
@@ -135,7 +135,7 @@ class Learners:
             joint.append(self._weights.sums)
         return joint + [p.value.grad for p in self.parameters if p.kind == NORMS and p.value.grad is not None]
 
-    def _of(self, kind: str, layers: dict[str, QuantLinear]) -> Iterable[Parameter]:
+    def _of(self, kind: str, layers: dict[str, Quantized]) -> Iterable[Parameter]:
         if kind == NORMS:
             masters = self._norms.masters if self._norms is not None else {}
             return [Parameter(name, kind, value) for name, value in masters.items()]
@@ -146,7 +146,7 @@ class Learners:
         ]
 
 
-def _of_kind(layer: QuantLinear, kind: str) -> list[str]:
+def _of_kind(layer: Quantized, kind: str) -> list[str]:
     """The names of a layer's parameters that have the rate of a kind."""
     if kind == LATENT:
         return [LATENT]

@@ -30,7 +30,8 @@ from qat.fidelity import Sample
 from qat.forward import hidden_states, prepare
 from qat.machine import Machine
 from qat.processes import Ranks
-from qat.quant.linear import QuantLinear
+from qat.quant.architectures import learns
+from qat.quant.linear import Quantized
 
 log = logging.getLogger(__name__)
 
@@ -85,7 +86,7 @@ class Trainer:
     def __init__(
         self,
         student: PreTrainedModel,
-        layers: dict[str, tuple[str, QuantLinear]],
+        layers: dict[str, tuple[str, Quantized]],
         cache: tuple[CacheReader, CacheReader],
         train: TrainConfig,
         mode: ModeConfig,
@@ -112,7 +113,7 @@ class Trainer:
         """
         self.student, self.train, self.machine, self.seed, self.ranks = student, train, machine, seed, ranks
         self.training, self.held_out_rows = cache
-        learning = _learning(layers, {"mlp": mode.mlp, "attn": mode.attn}, machine.dtype)
+        learning = _learning(layers, mode, machine.dtype)
         if train.learn.latent > 0:
             kinds = {name: kind for name, (kind, _) in layers.items()}
             curvature.measure(student, learning, kinds, self.training, ranks)
@@ -279,8 +280,8 @@ class Trainer:
         """
         if state.facts.get("unlearned") != self.unlearned:
             raise ArtifactError(
-                f"the state after step {state.step} belongs to a student with other indices or fixed tables: give the"
-                " checkpoint that the run began with, or start a new run"
+                f"the state after step {state.step} belongs to a student with other indices or fixed codebooks: give"
+                " the checkpoint that the run began with, or start a new run"
             )
         facts, parameters, tensors = state.facts, self.learners.parameters, state.tensors
         if any(item.name not in facts for item in fields(Progress)):
@@ -333,7 +334,7 @@ class Trainer:
         return [values.cpu().double() for values in found]
 
 
-def _fingerprint(layers: dict[str, tuple[str, QuantLinear]], learned: set[str]) -> str:
+def _fingerprint(layers: dict[str, tuple[str, Quantized]], learned: set[str]) -> str:
     """SHA-256 of what a state does not hold of the quantized layers: it must be the same where training goes on."""
     found = hashlib.sha256()
     for layer, (_, module) in sorted(layers.items()):
@@ -346,13 +347,14 @@ def _fingerprint(layers: dict[str, tuple[str, QuantLinear]], learned: set[str]) 
 
 
 def _learning(
-    layers: dict[str, tuple[str, QuantLinear]], learns: dict[str, bool], dtype: torch.dtype
-) -> dict[str, QuantLinear]:
+    layers: dict[str, tuple[str, Quantized]], mode: ModeConfig, dtype: torch.dtype
+) -> dict[str, Quantized]:
     """The layers that learn; the weights of the others are computed once."""
-    for kind, layer in layers.values():
-        if not learns[kind]:
+    found = {name: layer for name, (role, layer) in layers.items() if learns(mode, role, layer.format)}
+    for name, (_, layer) in layers.items():
+        if name not in found:
             layer.bake(dtype)
-    return {name: layer for name, (kind, layer) in layers.items() if learns[kind]}
+    return found
 
 
 class Stopped(KeyboardInterrupt):

@@ -6,7 +6,7 @@ from typing import Any
 from qat.config import ROLES, ExportConfig
 from qat.export.exporter import exporter
 from qat.export.source import Source
-from qat.quant.formats import Table
+from qat.quant.formats import Codebook
 from qat.records import Record
 from qat.report.markdown import code, plain, table
 
@@ -48,8 +48,8 @@ def write(source: Source, folder: Path, settings: ExportConfig, parity: str) -> 
 
 def _front_matter(source: Source, settings: ExportConfig) -> str:
     library = exporter(settings.format).library
-    tables = any(isinstance(layer.format, Table) for layer in source.layers)
-    tags = ["text-generation", *(["quantized"] if source.layers else []), *(["lookup-table"] if tables else [])]
+    codebooks = any(isinstance(layer.format, Codebook) for layer in source.layers)
+    tags = ["text-generation", *(["quantized"] if source.layers else []), *(["codebook"] if codebooks else [])]
     return "\n".join(["---", f"library_name: {library}", f"tags: [{', '.join(tags)}]", "---"])
 
 

@@ -22,7 +22,7 @@ class Exporter:
         types: those that weights can be written in.
         use: how the export is used, for its card; `{folder}` is the name of its folder.
         library: what reads it, as model hubs call it.
-        takes_teacher: a model without tables can be written too.
+        takes_teacher: a teacher that is not quantized can be written too.
         bounded: it never holds more than `export.context` tokens.
         samples: prompts that it is compared on, the first ones; None takes all.
         grid: what its quantized weights lie on; None takes any format, or says itself what it does not.

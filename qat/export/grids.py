@@ -7,7 +7,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from qat.config import CONF
+from qat.config import CONF, ROLES
 from qat.errors import ConfigError
 
 Settings = Mapping[str, Any]  # of a format, as manifests have them
@@ -23,6 +23,7 @@ class EngineGrid:
         bits: of a whole number.
         groups: weights that share a scale; none where any number of them may.
         presets: how the names of options in `conf/quant/` begin that are on this grid.
+        roles: of layers that the engine holds so; others are written dense.
     """
 
     engine: str
@@ -30,6 +31,7 @@ class EngineGrid:
     bits: tuple[int, ...]
     groups: tuple[int, ...]
     presets: str
+    roles: tuple[str, ...] = ROLES
 
     def refuse(self, layers: Mapping[str, Settings]) -> None:
         """Looks at layers by name, each with its shape and the settings of its format.
@@ -38,7 +40,7 @@ class EngineGrid:
             ConfigError: one is on another grid; the sentence names the preset that would be on this one.
         """
         for name, layer in layers.items():
-            if not self.holds(layer):
+            if layer.get("kind") in (None, *self.roles) and not self.holds(layer):
                 raise ConfigError(
                     f"{self.engine} cannot hold {name}, which is in {said(layer)}: {self._remedy(layers)}; export=hf"
                     " is dense, and takes any"
@@ -85,8 +87,8 @@ def said(layer: Settings) -> str:
 
 
 def _settings(layer: Settings) -> Iterator[tuple[str, Any]]:
-    yield "format", layer.get("format", "table")
-    yield from ((key, value) for key, value in layer.items() if key not in ("format", "shape", "role", "kind"))
+    yield "format", layer.get("format", "codebook")
+    yield from ((key, value) for key, value in layer.items() if key not in ("format", "shape", "kind"))
 
 
 def _plain(value: Any) -> str:

@@ -13,19 +13,27 @@ from qat.config import ExportConfig
 from qat.errors import ArtifactError, ConfigError, NumericsError
 from qat.export.hf import writer as hf
 from qat.export.source import Source, cast
-from qat.quant.linear import QuantLinear, quantized
+from qat.quant.linear import Quantized
 
-Packed = Callable[[str, QuantLinear], dict[str, Tensor]]  # tensors of a layer by what follows its name
+Packed = Callable[[str, Quantized], dict[str, Tensor]]  # tensors of a layer by what follows its name
 
 
 @torch.no_grad()
-def write(source: Source, folder: Path, settings: ExportConfig, packed: Packed, described: dict[str, Any]) -> None:
+def write(
+    source: Source,
+    folder: Path,
+    settings: ExportConfig,
+    layers: dict[str, Quantized],
+    packed: Packed,
+    described: dict[str, Any],
+) -> None:
     """Writes the dense folder, whose names are those that an architecture was published with, and replaces weights.
 
     Args:
         source: a student.
         folder: not published yet.
         settings: of the export.
+        layers: those of its quantized layers that the engine holds packed, by name.
         packed: makes an engine's tensors.
         described: what `config.json` says of them.
 
@@ -36,7 +44,7 @@ def write(source: Source, folder: Path, settings: ExportConfig, packed: Packed, 
     hf.write(source, folder, settings)
     (file,) = model_files.weights(folder)
     tensors = load_file(file)
-    for name, module in quantized(source.model).items():
+    for name, module in layers.items():
         if tensors.pop(f"{name}.weight", None) is None:
             raise ConfigError(
                 f"export={settings.name}: files of this architecture have {name} under another name, so no engine would"
@@ -60,7 +68,7 @@ def exact(name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
     return made
 
 
-def require_equal(name: str, decoded: Tensor, module: QuantLinear) -> None:
+def require_equal(name: str, decoded: Tensor, module: Quantized) -> None:
     """Compares what an engine's decoder makes of a layer's tensors with the student's own weight, both fp32.
 
     Raises:

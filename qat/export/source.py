@@ -16,7 +16,7 @@ from qat.errors import ConfigError, NumericsError
 from qat.machine import Machine
 from qat.models import ModelFolder
 from qat.quant.architectures import Layer, summary
-from qat.quant.formats import Table
+from qat.quant.formats import Codebook
 from qat.records import Record, read
 
 CPU = torch.device("cpu")
@@ -37,7 +37,7 @@ class Source:
         teacher: the folder that tokenizer, template and architecture come from.
         model: in fp32 on the CPU; quantized layers are `QuantLinear`s.
         manifest: what its checkpoint says; empty for the teacher itself.
-        latent: the weights that the tables stand for, by layer, where the checkpoint has them.
+        latent: the weights that the codebooks stand for, by layer, where the checkpoint has them.
         record: of the run that made the checkpoint, where there is one.
     """
 
@@ -74,16 +74,19 @@ def open_source(teacher: ModelFolder, checkpoint: Path | None) -> Source:
     return Source(teacher, model, manifest, latent, read(run, run)) if run else Source(teacher, model, manifest, latent)
 
 
-def require_tables(source: Source, tool: str) -> None:
-    """Refuses a student with layers in another format than tables.
+def require_codebooks(source: Source, tool: str) -> None:
+    """Refuses a student with projections in another format than codebooks; embedding and head are written dense.
 
     Raises:
         ConfigError: it has one; the sentence says which, and for which tool.
     """
-    for layer in source.layers:
-        if not isinstance(layer.format, Table):
+    inner = [layer for layer in source.layers if layer.role not in ("embed", "head")]
+    if source.layers and not inner:
+        raise ConfigError(f"{tool} holds codebooks of projections, and none is quantized here: use export=packed or hf")
+    for layer in inner:
+        if not isinstance(layer.format, Codebook):
             raise ConfigError(
-                f"{tool} knows tables alone, and {layer.name} is in the format {layer.format.name}:"
+                f"{tool} knows codebooks alone, and {layer.name} is in the format {layer.format.name}:"
                 " export=packed and export=hf take any"
             )
 

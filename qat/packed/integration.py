@@ -1,9 +1,9 @@
 """Packed exports inside transformers: a configuration that stands for another one, and a quantizer.
 
-Plain transformers must not load such a folder: it would take the tables for stray tensors and run with
+Plain transformers must not load such a folder: it would take their parts for stray tensors and run with
 random weights. So `config.json` names a model type it does not know, and the weights lie in a file it
 does not look for. Once registered, `PackedConfig` hands out the configuration of the real architecture,
-and the quantizer puts `PackedLinear` where the tables belong.
+and the quantizer puts packed modules where dense ones were.
 """
 
 from pathlib import Path
@@ -14,10 +14,11 @@ from torch import nn
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from qat import older
 from qat.errors import ArtifactError
 from qat.manifests import PACKED, Wrong
 from qat.packed import FILE, METHOD
-from qat.packed.linear import SIXTEEN, PackedLinear
+from qat.packed.linear import SIXTEEN, put
 from qat.quant import formats
 from qat.quant.formats import Format
 from qat.tensor_files import FLOATS, Wanted, difference, entries, known
@@ -51,7 +52,7 @@ class PackedQuantizationConfig(QuantizationConfigMixin):
 
     Attributes:
         layers: the format of each quantized layer, by name, as `Format.settings` says it.
-        bits_per_weight: over all of them, scales and tables included.
+        bits_per_weight: over all of them, scales and codebooks included.
     """
 
     def __init__(self, layers: dict[str, dict[str, Any]], bits_per_weight: float, **kwargs: Any) -> None:
@@ -82,8 +83,16 @@ def register_quantizer() -> None:
         def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
             with torch.device("meta"):
                 for name, settings in self.quantization_config.layers.items():
-                    model.set_submodule(name, packed_like(name, linear_of(model, name), formats.of(settings)))
+                    format = formats.of(settings)
+                    check_place(model, name, format)
+                    put(model, name, format)
             check_tensors(model, [Path(file) for file in kwargs.get("checkpoint_files") or []])
+
+        def get_weight_conversions(self) -> list[Any]:
+            """Older exports call a part otherwise."""
+            from transformers.core_model_loading import WeightRenaming
+
+            return [WeightRenaming(rf"\.{before}$", f".{now}") for before, now in older.PARTS.items()]
 
         def is_serializable(self) -> bool:
             """Not by `save_pretrained`, which would write a folder that only looks like an export."""
@@ -93,16 +102,18 @@ def register_quantizer() -> None:
     auto.AUTO_QUANTIZER_MAPPING[METHOD] = PackedQuantizer
 
 
-def linear_of(model: Any, name: str) -> nn.Linear:
-    """A linear layer that a packed export has in few bits.
+def check_place(model: Any, name: str, format: Format) -> None:
+    """Looks whether a model has something that can be in few bits, of a shape that suits the format.
 
     Raises:
-        ArtifactError: the model has none of that name.
+        ArtifactError: it has not.
     """
     found = dict(model.named_modules()).get(name)
-    if type(found) is not nn.Linear:
+    if type(found) is not nn.Linear and not (isinstance(found, nn.Embedding) and found is model.get_input_embeddings()):
         raise ArtifactError(f"the packed export has {name} in few bits, and its model no such linear layer: {REMEDY}")
-    return found
+    if misfit := format.misfit(*found.weight.shape):
+        value = format.settings()[misfit.setting]
+        raise ArtifactError(f"the packed export says {misfit.setting} {value} of {name}, which {misfit.why}: {REMEDY}")
 
 
 def check_tensors(model: Any, files: list[Path]) -> None:
@@ -113,7 +124,9 @@ def check_tensors(model: Any, files: list[Path]) -> None:
     """
     wanted = {name: Wanted(_kinds(value), tuple(value.shape)) for name, value in model.state_dict().items()}
     for file in files:
-        found = {name: (entry.kind, entry.shape) for name, entry in entries(file, REMEDY)[0].items()}
+        stored = entries(file, REMEDY)[0]
+        called = older.names(stored)
+        found = {called[name]: (entry.kind, entry.shape) for name, entry in stored.items()}
         tied = {name for name in getattr(model, "all_tied_weights_keys", None) or {} if name not in found}
         if wrong := difference(found, {name: one for name, one in wanted.items() if name not in tied}):
             raise ArtifactError(f"{file} {wrong}: {REMEDY}")
@@ -122,18 +135,3 @@ def check_tensors(model: Any, files: list[Path]) -> None:
 def _kinds(value: torch.Tensor) -> tuple[str, ...]:
     """What a tensor may be stored as: parts of formats as they are, other numbers in the type of the export."""
     return FLOATS if value.is_floating_point() and value.dtype is not SIXTEEN else (known(value)[0],)
-
-
-def packed_like(name: str, linear: nn.Linear, format: Format) -> PackedLinear:
-    """An empty packed layer in the place of a dense one.
-
-    Raises:
-        ArtifactError: the format does not suit it.
-    """
-    if misfit := format.misfit(linear.out_features, linear.in_features):
-        value = format.settings()[misfit.setting]
-        raise ArtifactError(f"the packed export says {misfit.setting} {value} of {name}, which {misfit.why}: {REMEDY}")
-    packed = PackedLinear(format, linear.out_features, linear.in_features, linear.bias is not None)
-    if packed.bias is not None:
-        packed.bias.data = packed.bias.data.to(linear.weight.dtype)
-    return packed

@@ -1,40 +1,60 @@
-"""A linear layer whose weight stays packed: bit stream of indices, all else in 16 bits.
+"""Linear layers, embeddings and heads whose weight stays packed: bit stream of indices, all else in 16 bits.
 
-On a CPU and on Apple's GPU the weight is multiplied out at the first call and kept, because one dense
+On a CPU and on Apple's GPU a product's weight is multiplied out at the first call and kept, because one dense
 product is faster there than unpacking at each token. On CUDA it stays packed: one token at a time goes
-through a fused kernel, more of them through a weight that lives for one product.
+through a fused kernel, more of them through a weight that lives for one product. A matrix of vocabulary × hidden is
+never multiplied out whole there, but some rows at a time; and whatever the device, of an embedding only the rows of
+the tokens at hand are, unless its head has made the rest.
+
+Shapes: O outputs, I inputs, V tokens, D hidden, X rows.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from qat.quant import packing
-from qat.quant.formats import Format, Parts
+from qat.quant.embedding import each, through, without_weight
+from qat.quant.formats import Format, Part, Parts
 
 SIXTEEN = torch.float16  # parts of formats are of order one or below, where fp16 has three bits more than bf16
+ROWS = 1 << 13  # of a matrix that are multiplied out at one time on CUDA; a multiple of 8, so bytes end where rows do
 
 
-class PackedLinear(nn.Module):
-    """`y = x Wᵀ + bias`, W in a format of few bits.
+def stored(part: Part, value: Tensor) -> Tensor:
+    """A part in fp16, or its whole numbers, from the lowest up, as a bit stream."""
+    if part.bits == SIXTEEN.itemsize * 8:
+        return value.to(SIXTEEN)
+    return packing.pack((value - part.lowest).to(torch.uint8), part.bits)
 
-    Besides what follows it has the format's parts as fp16 buffers under their own names.
+
+def read(part: Part, value: Tensor) -> Tensor:
+    """The inverse of `stored`, fp32."""
+    if value.is_floating_point():
+        return value.float()
+    return packing.unpack(value, part.bits, part.shape).float() + part.lowest
+
+
+class Packed(nn.Module):
+    """A matrix in a format of few bits, whatever it is used for.
+
+    Besides what follows it has the format's parts as buffers under their own names, as `stored` makes them.
 
     Attributes:
         format: what W is.
         indices: [ceil(O · I · bits / 8)] uint8, the bit stream of `qat.quant.packing`.
-        bias: [O] in the model's type, or None.
+        dense: W while it is kept.
     """
 
-    def __init__(self, format: Format, outputs: int, inputs: int, bias: bool) -> None:
+    def __init__(self, format: Format, outputs: int, inputs: int) -> None:
         super().__init__()
         self.format, self.out_features, self.in_features = format, outputs, inputs
         self.indices: Tensor
         self.register_buffer("indices", torch.zeros(-(-outputs * inputs * format.bits // 8), dtype=torch.uint8))
         for name, part in format.parts(outputs, inputs).items():
-            self.register_buffer(name, torch.zeros(part.shape, dtype=SIXTEEN))
-        self.bias = nn.Parameter(torch.zeros(outputs), requires_grad=False) if bias else None
+            self.register_buffer(name, stored(part, torch.zeros(part.shape)))
         self.dense: Tensor | None = None
 
     def parts(self) -> Parts:
@@ -44,22 +64,36 @@ class PackedLinear(nn.Module):
     def weight(self, dtype: torch.dtype) -> Tensor:
         """W [O, I], multiplied out in fp32 and rounded once."""
         index = packing.unpack(self.indices, self.format.bits, (self.out_features, self.in_features))
-        return self.format.weight(index, {name: part.float() for name, part in self.parts().items()}).to(dtype)
+        return self.format.weight(index, self._wide()).to(dtype)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x [..., I] to [..., O], in the type of x."""
-        if x.is_cuda:
-            one = x.numel() == self.in_features and not torch.is_grad_enabled()
-            if one and (product := self.format.product()) is not None:
-                y = product(x.reshape(-1), self.indices, self.parts()).view(*x.shape[:-1], -1)
-                return y if self.bias is None else y + self.bias
-            return nn.functional.linear(x, self.weight(x.dtype), self.bias)
-        if self.dense is None or self.dense.dtype != x.dtype:
+    def kept(self, dtype: torch.dtype) -> Tensor:
+        """W [O, I], which stays for the next call."""
+        if self.dense is None or self.dense.dtype != dtype:
             with torch.inference_mode(False), torch.no_grad():
-                self.dense = self.weight(x.dtype)
-        return nn.functional.linear(x, self.dense, self.bias)
+                self.dense = self.weight(dtype)
+        return self.dense
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PackedLinear":
+    def rows(self, rows_X: Tensor, dtype: torch.dtype) -> Tensor:
+        """Some rows [X, I] of W, which alone are multiplied out."""
+        if self.dense is not None and self.dense.dtype == dtype:
+            return self.dense[rows_X]
+        operands, rowwise = self.format.operands(self._wide()), self.format.rowwise
+        chosen = {name: value[rows_X] if name in rowwise else value for name, value in operands.items()}
+        index = packing.unpack_rows(self.indices, self.format.bits, rows_X, self.in_features)
+        return self.format.grid(chosen).at(index).to(dtype)
+
+    def fused(self, x: Tensor) -> Tensor | None:
+        """`W x` [..., O] of a single token on CUDA [..., I], where the format has a kernel for it."""
+        one = x.is_cuda and x.numel() == self.in_features and not torch.is_grad_enabled()
+        if not one or (product := self.format.product()) is None:
+            return None
+        return product(x.reshape(-1), self.indices, self.parts()).view(*x.shape[:-1], -1)
+
+    def _wide(self) -> Parts:
+        described = self.format.parts(self.out_features, self.in_features)
+        return {name: read(described[name], value) for name, value in self.parts().items()}
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Packed":
         """Forgets the dense weight when the layer moves or changes its type."""
         self.dense = None
         super()._apply(fn, recurse)
@@ -68,3 +102,96 @@ class PackedLinear(nn.Module):
     def extra_repr(self) -> str:
         """Shown when the model is printed."""
         return f"in_features={self.in_features}, out_features={self.out_features}, format={self.format}"
+
+
+class PackedLinear(Packed):
+    """`y = x Wᵀ + bias`.
+
+    Attributes:
+        bias: [O] in the model's type, or None.
+    """
+
+    def __init__(self, format: Format, outputs: int, inputs: int, bias: bool) -> None:
+        super().__init__(format, outputs, inputs)
+        self.bias = nn.Parameter(torch.zeros(outputs), requires_grad=False) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., I] to [..., O], in the type of x."""
+        if (y := self.fused(x)) is not None:
+            return y if self.bias is None else y + self.bias
+        return nn.functional.linear(x, self.weight(x.dtype) if x.is_cuda else self.kept(x.dtype), self.bias)
+
+
+class PackedHead(PackedLinear):
+    """The linear layer before the logits."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., D] to logits [..., V], in the type of x."""
+        return logits(self, x, self.bias)
+
+
+class PackedEmbedding(Packed):
+    """Rows for tokens, and what the model's own class makes of them.
+
+    Attributes:
+        plain: the module in whose place it is, without a weight.
+        like: empty, in the type of rows.
+    """
+
+    def __init__(self, format: Format, embedding: nn.Embedding) -> None:
+        super().__init__(format, *embedding.weight.shape)
+        self.like: Tensor
+        self.register_buffer("like", embedding.weight.detach().new_empty(0), persistent=False)
+        self.plain = without_weight(embedding)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        """Token ids [...] to [..., D]."""
+        return through(self.plain, self.rows(input_ids.flatten(), self.like.dtype), each(input_ids))
+
+
+class PackedTiedHead(nn.Module):
+    """The product with a packed embedding, which stays the embedding's."""
+
+    def __init__(self, embedding: PackedEmbedding, bias: nn.Parameter | None) -> None:
+        super().__init__()
+        self._embedding, self.bias = (embedding,), bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., D] to logits [..., V], in the type of x."""
+        return logits(self._embedding[0], x, self.bias)
+
+
+def logits(matrix: Packed, x: Tensor, bias: Tensor | None) -> Tensor:
+    """`x Wᵀ + bias` [..., V]; W is there whole only where it is kept."""
+    if (y := matrix.fused(x)) is None:
+        if not x.is_cuda:
+            return nn.functional.linear(x, matrix.kept(x.dtype), bias)
+        rows = torch.arange(matrix.out_features, device=x.device).split(ROWS)
+        y = torch.cat([x @ matrix.rows(some, x.dtype).mT for some in rows], -1)
+    return y if bias is None else y + bias
+
+
+def put(model: Any, name: str, format: Format) -> None:
+    """An empty packed module in the place of a dense one, and of the head where that is tied to it."""
+    old, head = model.get_submodule(name), model.get_output_embeddings()
+    made: Packed
+    if isinstance(old, nn.Embedding):
+        made = PackedEmbedding(format, old)
+        if (other := _tied(model, name)) is not None:
+            model.set_submodule(other, PackedTiedHead(made, head.bias))
+    else:
+        kind = PackedHead if old is head else PackedLinear
+        made = kind(format, old.out_features, old.in_features, old.bias is not None)
+        if made.bias is not None:
+            made.bias.data = made.bias.data.to(old.weight.dtype)
+    model.set_submodule(name, made)
+
+
+def _tied(model: Any, name: str) -> str | None:
+    """The layer whose weight is that of an embedding, by transformers' list of such pairs, which forgets it."""
+    tied: dict[str, str] = model.all_tied_weights_keys
+    others = [other for other, one in tied.items() if one == f"{name}.weight"]
+    for keys in ("all_tied_weights_keys", "_tied_weights_keys"):
+        known = getattr(model, keys)
+        setattr(model, keys, {other: one for other, one in known.items() if other not in others})
+    return others[0].removesuffix(".weight") if others else None

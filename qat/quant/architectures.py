@@ -12,9 +12,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from qat.config import ROLES, SETTINGS, QuantConfig, WeightConfig, as_plain
+from qat.config import ROLES, SETTINGS, ModeConfig, QuantConfig, WeightConfig, as_plain
 from qat.errors import ConfigError
-from qat.quant import formats
+from qat.quant import formats, vocabulary
 from qat.quant.formats import Format
 from qat.shaping import shaping
 
@@ -26,7 +26,8 @@ LEAVES = {
 PLACES = {"attn": re.compile(r"attn|attention|mixer"), "mlp": re.compile(r"mlp|ffn|feed_forward|moe|expert")}
 ROUTER = re.compile(r"\.(router|gate|shared_expert_gate)(\.|$)")  # chooses experts: an output for each of them
 NUMBER = re.compile(r"\.\d+(?=\.|$)")
-DENSE_BITS = 16  # that a weight without a table counts as
+EXACT_BITS = 8  # from which on rounding an embedding to the nearest cannot be measured
+DENSE_BITS = 16  # that a weight that is not quantized counts as
 NAMED = 6  # patterns in a message
 
 SAME_INPUT = {"up_proj": "gate_proj", "k_proj": "q_proj", "v_proj": "q_proj"}
@@ -71,6 +72,7 @@ def select(model: nn.Module, quant: QuantConfig) -> list[Layer]:
         format = chosen.get(role) if role else None
         if type(module) is nn.Linear and role and format:  # a subclass computes something else
             found.append(Layer(name, role, (module.out_features, module.in_features), format))
+    found += _of_vocabulary(model, quant)
     if not found:
         leaves = ", ".join(leaf for leaves in LEAVES.values() for leaf in leaves)
         raise ConfigError(
@@ -78,6 +80,15 @@ def select(model: nn.Module, quant: QuantConfig) -> list[Layer]:
             f" {told(dense(model, [])) or 'none at all'}"
         )
     _refuse_unmatched(model, found, quant)
+    return found
+
+
+def _of_vocabulary(model: nn.Module, quant: QuantConfig) -> list[Layer]:
+    """Embedding and head."""
+    found = []
+    for name, (role, settings) in vocabulary.chosen(model, quant).items():
+        tokens, hidden = model.get_parameter(f"{name}.weight").shape
+        found.append(Layer(name, role, (tokens, hidden), format_of(settings)))
     return found
 
 
@@ -111,7 +122,7 @@ def decoder_weights(model: nn.Module) -> dict[str, torch.Size]:
 
 
 def dense(model: nn.Module, layers: list[Layer]) -> dict[str, float]:
-    """The decoder's weights without a table as shares of all of them, layers that differ in number as one pattern.
+    """The decoder's dense weights as shares of all of them, layers that differ in number as one pattern.
 
     `model` has its weights as they were before quantization; what chooses experts is not told of.
     """
@@ -123,6 +134,13 @@ def dense(model: nn.Module, layers: list[Layer]) -> dict[str, float]:
             pattern = NUMBER.sub(".*", name)
             shares[pattern] = shares.get(pattern, 0.0) + shape.numel() / whole
     return shares
+
+
+def learns(mode: ModeConfig, role: str, format: Format) -> bool:
+    """Whether a layer learns; an embedding or head of 8 bits costs nothing that training could win back."""
+    if role in ("embed", "head"):
+        return mode.embed and format.bits < EXACT_BITS
+    return {"mlp": mode.mlp, "attn": mode.attn}[role]
 
 
 def bits_per_weight(layers: list[Layer]) -> float:
@@ -177,7 +195,7 @@ def _refuse_unmatched(model: nn.Module, layers: list[Layer], quant: QuantConfig)
     }
     if asked and not quant.partial:
         raise ConfigError(
-            f"quant={quant.name} has no table for {told(asked)} of this model: {sum(asked.values()):.0%} of its"
+            f"quant={quant.name} does not cover {told(asked)} of this model: {sum(asked.values()):.0%} of its"
             " decoder's weights would stay dense; quant.partial=true quantizes the rest all the same"
         )
 

@@ -24,7 +24,14 @@ class Problem:
     alike; dividing what rows are proportional to gives the layer itself.
     """
 
-    def __init__(self, weight_NOI: Tensor, H_NII: Tensor, factor: Factor, G_NOO: Tensor | None = None) -> None:
+    def __init__(
+        self,
+        weight_NOI: Tensor,
+        H_NII: Tensor,
+        factor: Factor,
+        G_NOO: Tensor | None = None,
+        matters_NO: Tensor | None = None,
+    ) -> None:
         """States the problem.
 
         Args:
@@ -32,8 +39,9 @@ class Problem:
             H_NII: fp32 second moment of each layer's inputs.
             factor: of the same second moments.
             G_NOO: fp32 second moment of the gradients at its outputs; None counts every output alike.
+            matters_NO: instead, how much each output counts by itself.
         """
-        self.row_NO: Tensor | None = None
+        self.row_NO = None if matters_NO is None else matters_NO.sqrt()
         coupling = None
         if G_NOO is not None:
             coupling, self.row_NO = curvature.normalized(G_NOO)
@@ -56,11 +64,13 @@ class Problem:
 
     @staticmethod
     def _with_rows(format: Format, fitted: Fitted, change: Callable[[Tensor], Tensor]) -> Fitted:
-        changed = {name: change(fitted.operands[name]) for name in format.rowwise}
+        changed = {name: change(fitted.operands[name]) for name in format.scaled}
         return Fitted(fitted.index_NOI, fitted.operands | changed)
 
 
-def fit(problem: Problem, format: Format, cluster: Cluster, rounds: int, sweeps: int) -> Fitted:
+def fit(
+    problem: Problem, format: Format, cluster: Cluster, rounds: int, sweeps: int, known: Fitted | None = None
+) -> Fitted:
     """Quantizes the layers of a problem.
 
     Args:
@@ -69,26 +79,30 @@ def fit(problem: Problem, format: Format, cluster: Cluster, rounds: int, sweeps:
         cluster: makes the first codebooks, where the format learns them, from relative weights and their importance.
         rounds: alternations before the assignment.
         sweeps: of coordinate descent over the indices after it, each with a refinement.
+        known: other rows of the same layers, fitted before, whose operands stay where rows share them.
     """
-    weight, h = problem.weight_NOI, problem.importance_NI
-    fitted = format.start(weight, h, cluster)
+    weight, h, shared = problem.weight_NOI, problem.importance_NI, known is None
+    fitted = format.start(weight, h, cluster) if known is None else format.continued(known, weight, h)
     for _ in range(rounds):
-        fitted = format.alternated(fitted, weight, h)
-    return improve(problem, format, problem.leave(format, fitted), sweeps)
+        fitted = format.alternated(fitted, weight, h, shared)
+    return improve(problem, format, problem.leave(format, fitted), sweeps, shared)
 
 
-def improve(problem: Problem, format: Format, fitted: Fitted, sweeps: int) -> Fitted:
-    """Assigns the indices of quantized layers anew and descends from there; see `fit`."""
+def improve(problem: Problem, format: Format, fitted: Fitted, sweeps: int, shared: bool = True) -> Fitted:
+    """Assigns the indices of quantized layers anew and descends from there; see `fit`.
+
+    Without `shared`, operands that other rows have too stay as they are.
+    """
     weight, cost = problem.weight_NOI, problem.curvature
     fitted = problem.enter(format, fitted)
     grid = format.grid(fitted.operands)
     index = assign.compensated(grid.unshifted(weight), grid.scale_NOI, grid.values_NK, problem.factor)
-    fitted = format.refined(Fitted(index, fitted.operands), weight, cost)
+    fitted = format.refined(Fitted(index, fitted.operands), weight, cost, shared)
     for _ in range(sweeps):
         grid = format.grid(fitted.operands)
         wanted = grid.unshifted(weight)
         index = assign.descended(wanted, grid.scale_NOI, grid.values_NK, cost, fitted.index_NOI)
-        fitted = format.refined(Fitted(index, fitted.operands), weight, cost)
+        fitted = format.refined(Fitted(index, fitted.operands), weight, cost, shared)
     return problem.leave(format, fitted)
 
 

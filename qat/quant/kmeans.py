@@ -19,7 +19,7 @@ of this kind and the Lloyd steps never raise its inertia (bins are moved whole, 
 whatever the values. How much that is: where the density ρ is even from one entry to the next, the moved
 values cost at most 2·g·ρ·∫s ds up to s = δ/2, which is g·ρ·δ²/4, while the values between the two entries
 have an inertia of ρ·g³/12: the excess is at most 3·(δ/g)² of the optimum. The candidates lie as densely as
-the entries of a large table do, `EDGES` for each of them, so δ/g is 1/`EDGES` and the excess at most 0.00047
+the entries of a large codebook do, `EDGES` for each of them, so δ/g is 1/`EDGES` and the excess at most 0.00047
 of the optimum. That step is an estimate: uneven densities, and bins wider than δ because of a far outlier,
 are covered by the sum above and not by the percentage; the tests hold the result within 1.0005 of the
 exact optimum on such values too.
@@ -40,7 +40,7 @@ from qat.errors import NumericsError
 EXACT = 1024  # values up to which every one of them is a candidate boundary
 FINE = 65_536  # bins of a large layer
 CELLS = 512  # groups of bins whose weights say where candidate boundaries should lie
-EDGES = 80  # candidate boundaries for each entry of the table: 3 / 80² < 0.0005
+EDGES = 80  # candidate boundaries for each entry of the codebook: 3 / 80² < 0.0005
 MOST_EDGES = 1280  # in all, which 16 entries ask for
 LLOYD_STEPS = 64
 AT_ONCE = {"cpu": 1 << 19, "cuda": 1 << 22}  # numbers in a temporary tensor: what caches hold; what hides launches

@@ -1,6 +1,6 @@
 """Latent weights: where they begin to learn, and by which gradient.
 
-Straight-through training moves a weight that nobody sees until another table entry is the nearest. From the
+Straight-through training moves a weight that nobody sees until another codebook entry is the nearest. From the
 entry itself that is half a cell away, whatever the teacher's weight was; from the teacher's weight it may be
 next to nothing, but the nearest index there is not the one that conversion chose to make up for the errors
 of others. So latent weights begin on the way from the entry to the teacher's weight, inside the entry's cell.
@@ -21,13 +21,13 @@ Shapes: O outputs, I inputs, K values.
 import torch
 from torch import Tensor
 
-from qat.quant.linear import QuantLinear
+from qat.quant.linear import Quantized
 
 REACH = 0.8  # of the way: what lies on a border turns at the first step
 
 
 @torch.no_grad()
-def between(layer: QuantLinear, weight_OI: Tensor) -> Tensor:
+def between(layer: Quantized, weight_OI: Tensor) -> Tensor:
     """Latent weights [O, I], fp32, of which a layer's own indices are the nearest.
 
     Args:
@@ -36,11 +36,11 @@ def between(layer: QuantLinear, weight_OI: Tensor) -> Tensor:
             border; the outer cells are as wide outwards as inwards.
     """
     grid = layer.grid()
-    table_K, order_K = grid.values_NK.sort()
+    values_K, order_K = grid.values_NK.sort()
     place_OI = torch.argsort(order_K)[layer.indices.long()]
-    middle = (table_K[1:] + table_K[:-1]) / 2
-    low_K = torch.cat([2 * table_K[:1] - middle[:1], middle])
-    high_K = torch.cat([middle, 2 * table_K[-1:] - middle[-1:]])
+    middle = (values_K[1:] + values_K[:-1]) / 2
+    low_K = torch.cat([2 * values_K[:1] - middle[:1], middle])
+    high_K = torch.cat([middle, 2 * values_K[-1:] - middle[-1:]])
     weight_OI = grid.relative(weight_OI.to(grid.scale_NOI))
     inside_OI = torch.minimum(torch.maximum(weight_OI, low_K[place_OI]), high_K[place_OI])
-    return grid.absolute(torch.lerp(table_K[place_OI], inside_OI, REACH))
+    return grid.absolute(torch.lerp(values_K[place_OI], inside_OI, REACH))

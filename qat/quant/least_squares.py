@@ -1,8 +1,8 @@
 """Low-rank scales `S = A @ B`, fitted to the error that matters rather than to the size of weights.
 
-With the indices and the table fixed, `W ≈ Q ⊙ (A @ B)` is linear in A and linear in B. Under a diagonal
+With the indices and the codebook fixed, `W ≈ Q ⊙ (A @ B)` is linear in A and linear in B. Under a diagonal
 importance each row of A and each column of B has its own R × R weighted normal equations. Under the
-full curvature (see `curvature`) conjugate gradients (Hestenes & Stiefel 1952) solve for A, B or the table without
+full curvature (see `curvature`) conjugate gradients (Hestenes & Stiefel 1952) solve for A, B or the codebook without
 ever forming the equations: one product with H an iteration instead of R of them.
 """
 
@@ -77,8 +77,8 @@ def columns(Q_NOI: Tensor, A_NOR: Tensor, h_NI: Tensor) -> Linear:
     )
 
 
-def table(index_NOI: Tensor, S_NOI: Tensor, h_NI: Tensor, entries: int) -> Linear:
-    """The quantized weight as a function of the table; an entry that no index uses stays as it is."""
+def codebook(index_NOI: Tensor, S_NOI: Tensor, h_NI: Tensor, entries: int) -> Linear:
+    """The quantized weight as a function of the codebook; an entry that no index uses stays as it is."""
     used_NK = entry_sums(S_NOI.square().mul_(h_NI[:, None]), index_NOI, entries)
     return Linear(
         lambda t: look_up(t, index_NOI).mul_(S_NOI),

@@ -1,13 +1,13 @@
-"""The quantized linear layer: `y = x Wᵀ`, W materialised from indices and a format's parts for one product.
+"""Quantized matrices, W materialised from indices and a format's parts, and linear layers of them.
 
-For tables, computing it rank by rank is the same function at R times the cost. Training does not differentiate
+For codebooks, computing it rank by rank is the same function at R times the cost. Training does not differentiate
 through this module: `qat.quant.stack` writes the weights of many layers at once and turns their gradients into
 those of the parts.
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from qat.quant.weights import Weights
 
 
-class QuantLinear(nn.Module):
-    """A linear layer whose weight is in a format of few bits.
+class Quantized(nn.Module):
+    """A matrix in a format of few bits, whatever it is used for.
 
     Besides what follows it has the format's parts as fp32 parameters under their own names.
 
@@ -29,12 +29,13 @@ class QuantLinear(nn.Module):
         indices: [O, I] uint8.
         latent: [O, I] fp32, the weight whose nearest value each index is, while indices learn.
         curvature: [O] and [I] fp32, whose product is the loss's second derivative for each latent weight.
-        bias: [O] or None, as in the layer it replaces.
         dense: W in a compute type while it is kept, which training and inference do.
         home: where W lies with others while it learns.
     """
 
-    def __init__(self, format: Format, outputs: int, inputs: int, bias: Tensor | None = None) -> None:
+    several: bool = False  # whether one pass over a model adds to the gradient more than once
+
+    def __init__(self, format: Format, outputs: int, inputs: int) -> None:
         """Makes room: indices and parts are zero."""
         super().__init__()
         self.format, self.outputs, self.inputs = format, outputs, inputs
@@ -44,9 +45,12 @@ class QuantLinear(nn.Module):
             self.register_parameter(name, nn.Parameter(torch.zeros(part.shape, dtype=torch.float32)))
         self.latent: nn.Parameter | None = None
         self.curvature: tuple[Tensor, Tensor] | None = None
-        self.bias = bias
         self.dense: Tensor | None = None
         self.home: Weights | None = None
+
+    def take_over(self, old: nn.Module) -> None:
+        """What the module in whose place this one comes has besides its weight."""
+        raise NotImplementedError
 
     def parts(self) -> Parts:
         """The format's parts by name, as they are."""
@@ -61,11 +65,6 @@ class QuantLinear(nn.Module):
     def weight(self, dtype: torch.dtype) -> Tensor:
         """W [O, I], computed in fp32."""
         return self.format.weight(self.indices, self.parts()).to(dtype)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x [..., I] to [..., O], in the type of x."""
-        weight = self.weight(x.dtype) if self.dense is None else self.dense
-        return nn.functional.linear(x, weight, self.bias)
 
     def bake(self, dtype: torch.dtype) -> None:
         """Keeps W until `unbake`: for layers that do not learn, and for inference."""
@@ -87,21 +86,50 @@ class QuantLinear(nn.Module):
             self.get_parameter(name).copy_(value)
 
 
+class QuantLinear(Quantized):
+    """A linear layer, `y = x Wᵀ + bias`.
+
+    Attributes:
+        bias: [O] or None, as in the layer it replaces.
+    """
+
+    def __init__(self, format: Format, outputs: int, inputs: int, bias: Tensor | None = None) -> None:
+        """Makes room: indices and parts are zero."""
+        super().__init__(format, outputs, inputs)
+        self.bias = bias
+
+    def take_over(self, old: nn.Module) -> None:
+        """The bias."""
+        self.bias = cast(Tensor | None, old.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., I] to [..., O], in the type of x."""
+        weight = self.weight(x.dtype) if self.dense is None else self.dense
+        return nn.functional.linear(x, weight, self.bias)
+
+
+class QuantHead(QuantLinear):
+    """The linear layer before the logits, where it is no embedding as well."""
+
+    several = True  # chunks of positions
+
+
 @torch.no_grad()
-def kept(layer: QuantLinear, format: Format) -> QuantLinear | None:
+def kept(layer: Quantized, format: Format) -> Quantized | None:
     """The same function with the same indices in another format, in host memory; None where that cannot be."""
     parts = format.kept(layer.parts(), layer.format)
     if parts is None:
         return None
-    made = QuantLinear(format, layer.outputs, layer.inputs, layer.bias)
+    made = type(layer)(format, layer.outputs, layer.inputs)
+    made.take_over(layer)
     made.indices.copy_(layer.indices)
     made.set_parts(parts)
     return made.requires_grad_(False)
 
 
-def quantized(model: nn.Module) -> dict[str, QuantLinear]:
-    """The quantized layers by name, in the model's order."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, QuantLinear)}
+def quantized(model: nn.Module) -> dict[str, Quantized]:
+    """The quantized matrices by name, in the model's order."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, Quantized)}
 
 
 @contextmanager

@@ -10,19 +10,19 @@ LOOKED_UP = 1 << 16  # weights at once on a CPU
 COMPARED = 16  # entries, the most that a CPU compares with one after the other
 
 
-def look_up(table_NK: Tensor, index_NOI: Tensor) -> Tensor:
-    """`LUT[index]` [N, O, I] for each layer's own table.
+def look_up(codebook_NK: Tensor, index_NOI: Tensor) -> Tensor:
+    """`codebook[index]` [N, O, I] for each layer's own codebook.
 
     PyTorch gathers by 64-bit indices, which on a CPU are made for some weights at a time: they stay in its caches.
     """
-    if table_NK.dim() == 1:
-        return torch.take(table_NK, index_NOI.long())
-    if table_NK.device.type != "cpu":
-        return table_NK.gather(1, index_NOI.flatten(1).long()).view(index_NOI.shape)
-    found_NOI = torch.empty(index_NOI.shape, dtype=table_NK.dtype)
-    for table_K, index_OI, found_OI in zip(table_NK, index_NOI, found_NOI, strict=True):
+    if codebook_NK.dim() == 1:
+        return torch.take(codebook_NK, index_NOI.long())
+    if codebook_NK.device.type != "cpu":
+        return codebook_NK.gather(1, index_NOI.flatten(1).long()).view(index_NOI.shape)
+    found_NOI = torch.empty(index_NOI.shape, dtype=codebook_NK.dtype)
+    for codebook_K, index_OI, found_OI in zip(codebook_NK, index_NOI, found_NOI, strict=True):
         for index, found in zip(index_OI.flatten().split(LOOKED_UP), found_OI.view(-1).split(LOOKED_UP), strict=True):
-            torch.gather(table_K, 0, index.long(), out=found)
+            torch.gather(codebook_K, 0, index.long(), out=found)
     return found_NOI
 
 
@@ -41,14 +41,14 @@ def entry_sums(value_NOI: Tensor, index_NOI: Tensor, entries: int) -> Tensor:
     return sums.view(-1, entries).to(value_NOI.dtype)
 
 
-def nearest(x: Tensor, table_NK: Tensor) -> Tensor:
+def nearest(x: Tensor, codebook_NK: Tensor) -> Tensor:
     """Index, uint8, of the entry nearest to each value of `x` [N, …], entries ascending; ties go to the larger one.
 
     On a GPU one search, which is one launch. A CPU compares many values at once with each of a few boundaries instead.
     """
-    middle_NK = ((table_NK[..., 1:] + table_NK[..., :-1]) / 2).contiguous()
-    if x.device.type != "cpu" or table_NK.shape[-1] > COMPARED:
-        found = torch.searchsorted(middle_NK, x.flatten(table_NK.dim() - 1).contiguous(), right=True, out_int32=True)
+    middle_NK = ((codebook_NK[..., 1:] + codebook_NK[..., :-1]) / 2).contiguous()
+    if x.device.type != "cpu" or codebook_NK.shape[-1] > COMPARED:
+        found = torch.searchsorted(middle_NK, x.flatten(codebook_NK.dim() - 1).contiguous(), right=True, out_int32=True)
         return found.to(torch.uint8).view(x.shape)
     index = torch.zeros(x.shape, dtype=torch.uint8)
     for middle_N in middle_NK.unbind(-1):

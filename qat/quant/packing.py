@@ -37,6 +37,18 @@ def words(index_OI: Tensor, bits: int) -> Tensor:
     return bytes_OEP.view(outputs, -1).view(torch.int32)[:, : -(-inputs * bits // 32)].contiguous()
 
 
+def unpack_rows(packed: Tensor, bits: int, rows_X: Tensor, columns: int) -> Tensor:
+    """uint8 indices [X, columns] of some rows of a packed matrix, whose others stay packed.
+
+    An index lies in at most two bytes, wherever its row begins.
+    """
+    first_XC = (rows_X[:, None] * columns + torch.arange(columns, device=packed.device)) * bits
+    byte_XC, within_XC = first_XC // 8, first_XC % 8
+    behind_XC = (byte_XC + 1).clamp_max_(len(packed) - 1)  # of the last index nothing lies there
+    both_XC = packed[byte_XC].int() << 8 | packed[behind_XC].int()
+    return (both_XC >> (16 - bits - within_XC) & (2**bits - 1)).to(torch.uint8)
+
+
 def _joined(parts_NP: Tensor, bits: int) -> Tensor:
     """Words [N], int64, of P parts of so many bits each, the first the most significant."""
     return (parts_NP.long() << _shifts(parts_NP.shape[1], bits, parts_NP)).sum(1)

@@ -14,13 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from qat.quant.formats import Parts
-from qat.quant.linear import QuantLinear
+from qat.quant.linear import Quantized
 from qat.quant.weights import Weights
 
 
 def stacks(weights: Weights, snap: bool = False) -> list["Stack"]:
     """Layers in as few stacks as they have formats and shapes, in order of first appearance."""
-    alike: dict[Any, list[QuantLinear]] = {}
+    alike: dict[Any, list[Quantized]] = {}
     for layer in weights.layers:
         alike.setdefault((layer.format, layer.indices.shape), []).append(layer)
     return [Stack(members, weights, snap) for members in alike.values()]
@@ -39,7 +39,7 @@ class Stack:
         grads: the gradients of the parts, by name; `grad` of each layer's parameter is a view into them.
     """
 
-    def __init__(self, layers: list[QuantLinear], weights: Weights, snap: bool = False) -> None:
+    def __init__(self, layers: list[Quantized], weights: Weights, snap: bool = False) -> None:
         """Joins the layers.
 
         Args:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from qat.machine import WIDENING
-from qat.quant.linear import QuantLinear
+from qat.quant.linear import Quantized
 
 ALIGNMENT = 16  # of where a weight begins, in numbers, so that kernels read and write many at once
 
@@ -25,10 +25,10 @@ class Weights:
         values: all weights in the compute type, [total].
     """
 
-    def __init__(self, layers: list[QuantLinear], dtype: torch.dtype, latent: bool = False) -> None:
+    def __init__(self, layers: list[Quantized], dtype: torch.dtype, latent: bool = False) -> None:
         """Makes room; nothing is computed yet."""
         self.layers, self.latent = layers, latent
-        self._starts: dict[QuantLinear, int] = {}
+        self._starts: dict[Quantized, int] = {}
         total = 0
         for layer in layers:
             self._starts[layer] = total
@@ -36,13 +36,14 @@ class Weights:
         self.values = torch.empty(total, dtype=dtype, device=layers[0].indices.device)
         self._sums: Tensor | None = None
         self._adding = False
+        self._several = [layer for layer in layers if layer.several]
         for layer in layers:
             layer.home, layer.dense = self, self.value(layer).requires_grad_()
             layer.dense.register_post_accumulate_grad_hook(partial(self._take, layer))
 
     @property
     def sums(self) -> Tensor:
-        """The summed gradients [total]: fp32 with several micro-batches or latent weights, else as the weights."""
+        """The summed gradients [total]: as the weights, and fp32 where some are added up or latent weights learn."""
         if self._sums is None:
             raise RuntimeError("gradients before begin()")
         return self._sums
@@ -50,7 +51,8 @@ class Weights:
     def begin(self, micro_batches: int) -> None:
         """Prepares for the gradients of so many micro-batches."""
         self._adding = micro_batches > 1
-        dtype = torch.float32 if self._adding or self.latent else self.values.dtype
+        wide = self._adding or self.latent or self._several
+        dtype = torch.float32 if wide else self.values.dtype
         if self._sums is None or self._sums.dtype != dtype:
             self._sums = None
             self._sums = torch.zeros_like(self.values, dtype=dtype)  # gaps between weights stay zero
@@ -63,32 +65,35 @@ class Weights:
         for layer in self.layers:
             if layer.dense is not None:
                 layer.dense.grad = None
-        if self._adding:
-            self.sums.zero_()
+        if self._sums is not None:
+            for sums in [self._sums] if self._adding else map(self.sum, self._several):
+                sums.zero_()
 
-    def value(self, layer: QuantLinear) -> Tensor:
+    def value(self, layer: Quantized) -> Tensor:
         """One layer's weight [O, I], a view."""
         return self._cut(self.values, [layer]).detach()
 
-    def sum(self, layer: QuantLinear) -> Tensor:
+    def sum(self, layer: Quantized) -> Tensor:
         """One layer's summed gradient [O, I], a view."""
         return self._cut(self.sums, [layer])
 
-    def starts(self, layers: list[QuantLinear]) -> Tensor:
+    def starts(self, layers: list[Quantized]) -> Tensor:
         """Where the weights of some layers begin, int64 on their device, multiples of `ALIGNMENT`."""
         return torch.tensor([self._starts[layer] for layer in layers], device=self.values.device)
 
-    def joint(self, layers: list[QuantLinear]) -> Tensor | None:
+    def joint(self, layers: list[Quantized]) -> Tensor | None:
         """One weight [ΣO, I] of several layers that share an input, a view; None where they do not lie together."""
         ends = [self._starts.get(layer, -1) + layer.indices.numel() for layer in layers]
         together = all(self._starts.get(layer) == end for layer, end in zip(layers[1:], ends, strict=False))
         return self._cut(self.values, layers).detach() if together and layers[0] in self._starts else None
 
     @torch.no_grad()
-    def add(self, layers: list[QuantLinear], grad_TO: Tensor, input_TI: Tensor) -> None:
+    def add(self, layers: list[Quantized], grad_TO: Tensor, input_TI: Tensor) -> None:
         """Adds the gradient `gradᵀ input` [ΣO, I] of a joint weight to the sums, without a copy where it is one."""
         place = self._cut(self.sums, layers)
-        if self._adding:
+        if layers[0].several:
+            _add_product(place, grad_TO.mT, input_TI)
+        elif self._adding:
             place.add_(grad_TO.mT @ input_TI)
         elif place.dtype == grad_TO.dtype:
             torch.mm(grad_TO.mT, input_TI, out=place)
@@ -97,14 +102,24 @@ class Weights:
         else:
             place.copy_(grad_TO.mT @ input_TI)
 
-    def _cut(self, whole: Tensor, layers: list[QuantLinear]) -> Tensor:
+    def _cut(self, whole: Tensor, layers: list[Quantized]) -> Tensor:
         start, inputs = self._starts[layers[0]], layers[0].indices.shape[1]
         outputs = sum(layer.indices.shape[0] for layer in layers)
         return whole[start : start + outputs * inputs].view(outputs, inputs)
 
-    def _take(self, layer: QuantLinear, weight: Tensor) -> None:
+    def _take(self, layer: Quantized, weight: Tensor) -> None:
         """Moves a weight's new gradient into the sum, so that it is gone before the next layer's comes."""
         if weight.grad is None:
             raise RuntimeError("a weight without its gradient")
-        (self.sum(layer).add_ if self._adding else self.sum(layer).copy_)(weight.grad)
+        (self.sum(layer).add_ if self._adding or layer.several else self.sum(layer).copy_)(weight.grad)
         weight.grad = None
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """Adds a product to an fp32 total of its size, on CUDA without a second tensor of that size."""
+    if total.is_cuda and left.dtype != total.dtype and WIDENING:
+        torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
+    elif left.dtype == total.dtype:
+        total.addmm_(left, right)
+    else:
+        total.add_(left @ right)

@@ -176,7 +176,7 @@ def _result(run: Record) -> str:
 
 
 def _dense(run: Record) -> dict[str, str]:
-    """What of the decoder has no table, and what that makes of the whole model; nothing where all of it has one."""
+    """What of the decoder is not quantized, and what that makes of the whole model; nothing where all of it has one."""
     found = run.section("quant", "dense")
     shares = {name: share for name in found if (share := run.number("quant", "dense", name)) is not None}
     if not shares:

@@ -18,7 +18,7 @@ from qat.convert.convert import convert, install
 from qat.evaluate import Metrics, evaluate
 from qat.models import linear
 from qat.quant.architectures import Layer, bits_per_weight, recorded, select, summary, told
-from qat.quant.linear import QuantLinear, kept, quantized
+from qat.quant.linear import Quantized, kept, quantized
 from qat.runs import Run
 from qat.shaping import shaping
 from qat.stages import cache
@@ -82,8 +82,8 @@ def _convert(work: Workspace, outputs: Artifact, start: Path | None, folder: Pat
     text = _calibration(work, outputs)
     made = convert(fitted, source.load, source.weight, text, config.convert, config.kmeans, work.machine.device)
     modules = kept | {one.layer.name: one.module for one in made}
-    checkpoints.write_tables({layer.name: modules[layer.name] for layer in layers}, folder)
-    source.write_own(folder)
+    checkpoints.write_layers({layer.name: modules[layer.name] for layer in layers}, folder)
+    source.write_own(layers, folder)
     return {
         **checkpoints.describe(work.teacher, config.quant, layers),
         "figures": {one.layer.name: one.figures for one in made},
@@ -124,21 +124,34 @@ class Source:
         """What a layer is fitted to: its latent weight, else its quantized one, else the teacher's."""
         if name in self._latent:
             return self._latent[name]
-        return self._made[name].weight(torch.float32) if name in self._made else linear(self.exact, name).weight
+        if name in self._made:
+            return self._made[name].weight(torch.float32)
+        return self._own.get(name, linear(self.exact, name).weight)
 
-    def write_own(self, folder: Path) -> None:
+    @property
+    def _own(self) -> dict[str, Tensor]:
+        """The weights that a student brings itself, by layer."""
+        if self._given is None:
+            return {}
+        own = checkpoints.own_parameters(self._given)
+        places = {id(self._given.get_parameter(name)): value for name, value in own.items()}
+        modules = self._given.named_modules()
+        found = {name: places.get(id(getattr(module, "weight", None))) for name, module in modules}
+        return {name: value for name, value in found.items() if value is not None}
+
+    def write_own(self, layers: list[Layer], folder: Path) -> None:
         """What the model does not have from the teacher besides its quantized layers."""
         if self._given:
-            checkpoints.write_own(self._given, folder)
+            checkpoints.write_own(self._given, folder, besides=[layer.name for layer in layers])
 
-    def kept(self, layer: Layer) -> QuantLinear | None:
+    def kept(self, layer: Layer) -> Quantized | None:
         """The layer with the same indices, where its format can take them over (`Format.kept`)."""
         made = self._made.get(layer.name)
         return kept(made, layer.format) if made else None
 
 
 def _measure(
-    work: Workspace, outputs: Artifact, source: Source, modules: dict[str, QuantLinear]
+    work: Workspace, outputs: Artifact, source: Source, modules: dict[str, Quantized]
 ) -> dict[str, dict[str, float] | None]:
     """KL and the like on held-out text, before and after; nothing is lost before the teacher is quantized."""
     machine, held_out = work.machine, CacheReader(outputs, "eval")

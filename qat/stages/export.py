@@ -5,6 +5,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from qat import checkpoints
 from qat.artifacts import publish
 from qat.config import Config
 from qat.console import console
@@ -26,7 +27,7 @@ def main(config: Config, run: Run) -> None:
     form.refuse_architecture(work.teacher.settings().to_dict())
     with work.timed("export"):
         source = open_source(work.teacher, start_folder(config.checkpoint))
-        form.refuse_layers({layer.name: {"shape": layer.shape, **layer.format.settings()} for layer in source.layers})
+        form.refuse_layers(checkpoints.entries(source.layers))
         make(work, writer, source, folder)
     size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     run.result["quant"] = source.quant

@@ -13,7 +13,7 @@ from qat.export.exporter import exporter
 from qat.footprint import Job, Shapes
 from qat.machine import Machine
 from qat.models import ModelFolder
-from qat.quant.architectures import select
+from qat.quant.architectures import learns, select
 
 CONVERTS = (Stage.run, Stage.convert)
 TRAINS = (Stage.run, Stage.distill)
@@ -87,8 +87,8 @@ def _jobs(config: Config, teacher: ModelFolder) -> Iterator[Job]:
 
 def _check_learning(job: Job) -> None:
     """What has a rate is something that layers have."""
-    learns, rates = {"mlp": job.mode.mlp, "attn": job.mode.attn}, as_plain(job.train.learn)
-    learning = [layer for layer in job.layers if learns[layer.role]]
+    rates = as_plain(job.train.learn)
+    learning = [layer for layer in job.layers if learns(job.mode, layer.role, layer.format)]
     kinds = {part.kind for layer in learning for part in layer.format.parts(*layer.shape).values()}
     if not any(rates[kind] for kind in kinds | {LATENT, NORMS}):
         raise ConfigError(f"{job.prefix}train.learn has no rate for {' and '.join(sorted(kinds))}: nothing would learn")

@@ -48,12 +48,12 @@ def main(config: Config, run: Run) -> None:
 
 
 def _start(work: Workspace, outputs: Artifact) -> tuple[Path, dict[str, Metrics]]:
-    """The checkpoint that training starts from, converted where it has other tables, and what is known of it."""
+    """The checkpoint that training starts from, converted where it has other formats, and what is known of it."""
     given = start_folder(work.config.checkpoint)
     if given is None and work.config.first:
         given = first.make(work, outputs, work.config.first)
         work = first.converted_from(work, given)
-    if given and checkpoints.has_tables(checkpoints.manifest(given, work.teacher, work.machine), work.config.quant):
+    if given and checkpoints.has_formats(checkpoints.manifest(given, work.teacher, work.machine), work.config.quant):
         return given, {}
     converted = convert.make(work, outputs)
     return converted.folder, {"converted": convert.metrics(converted)}

@@ -70,10 +70,10 @@ def check_layers(config: Config, teacher: ModelFolder) -> list[Layer]:
 
 
 def _refuse_zeros(model: PreTrainedModel, layers: list[Layer], teacher: ModelFolder) -> None:
-    """Refuses layers of zeros, to which no table and no scale can be fitted."""
+    """Refuses layers of zeros, to which nothing can be fitted."""
     empty = [layer.name for layer in layers if not bool(linear(model, layer.name).weight.any())]
     if empty:
-        raise ConfigError(f"{teacher.path} has nothing but zeros in {listed(empty)}, to which no table fits")
+        raise ConfigError(f"{teacher.path} has nothing but zeros in {listed(empty)}, to which no format fits")
 
 
 def _wanted(config: Config) -> list[tuple[QuantConfig, ModeConfig]]:
@@ -82,7 +82,7 @@ def _wanted(config: Config) -> list[tuple[QuantConfig, ModeConfig]]:
 
 
 def check_mode(mode: ModeConfig, layers: list[Layer], teacher: ModelFolder) -> None:
-    """Refuses to train a role of which none has a table.
+    """Refuses to train a role of which none is quantized.
 
     Raises:
         ConfigError: with the mode that has something to train.
@@ -91,17 +91,17 @@ def check_mode(mode: ModeConfig, layers: list[Layer], teacher: ModelFolder) -> N
     for role, learns in {"mlp": mode.mlp, "attn": mode.attn}.items():
         if learns and role not in roles:
             raise ConfigError(
-                f"mode={mode.name} trains the {role} layers, and none of {teacher.name} has a table: use"
+                f"mode={mode.name} trains the {role} layers, and none of {teacher.name} is quantized: use"
                 f" mode={next(iter(roles))}"
             )
 
 
 def _converts(config: Config, teacher: ModelFolder) -> bool:
-    """Whether a conversion is to be made; not from a checkpoint that has the tables already."""
+    """Whether a conversion is to be made; not from a checkpoint that has the formats already."""
     if config.stage is Stage.convert or config.checkpoint.path is None or config.first:
         return True
     start = _manifest(config, teacher)
-    return start is not None and not checkpoints.has_tables(start, config.quant)
+    return start is not None and not checkpoints.has_formats(start, config.quant)
 
 
 def _manifest(config: Config, teacher: ModelFolder) -> dict[str, Any] | None:

@@ -192,14 +192,14 @@ def test_a_foreign_file_of_results_is_refused(tmp_path):
 
 
 def changed_in(folder, teacher, cache):
-    """A checkpoint like that of `tiny`, with other tables in the first layers."""
+    """A checkpoint like that of `tiny`, with other codebooks in the first layers."""
     student, manifest = checkpoints.load(tiny.checkpoint_in(folder / "as is", teacher, cache), teacher, tiny.FP32)
     for module in list(quantized(student).values())[:3]:
-        module.lut.data *= 1.1
+        module.codebook.data *= 1.1
     layers = checkpoints.layers_of(manifest)
     checkpoints.save(student, folder / "changed", checkpoints.describe(teacher, tiny.QUANT, layers))
     return folder / "changed"
 
 
 def small_conversion(name, folder, teacher, calibration, settings, machine):
-    return [Converted(*parts) for parts in tiny.tables_of(teacher, calibration[:4]).values()]
+    return [Converted(*parts) for parts in tiny.converted(teacher, calibration[:4]).values()]

@@ -54,7 +54,7 @@ def command(options, monkeypatch, tmp_path):
 @pytest.fixture(scope="module")
 def made(teacher):
     rows = torch.randint(256, (8, 32), generator=torch.Generator().manual_seed(0))
-    return tiny.tables_of(teacher.load(torch.float32, tiny.CPU), rows)
+    return tiny.converted(teacher.load(torch.float32, tiny.CPU), rows)
 
 
 @pytest.fixture
@@ -72,7 +72,7 @@ def finished(tmp_path, teacher, made):
         student = teacher.load(torch.float32, tiny.CPU)
         install(student, {name: deepcopy(module) for name, (_, module, _) in made.items()})
         for module in list(quantized(student).values())[:3]:
-            module.lut.data *= 1 + seed / 10
+            module.codebook.data *= 1 + seed / 10
         layers = [layer for layer, _, _ in made.values()]
         checkpoints.save(student, folder / BEST, checkpoints.describe(teacher, tiny.QUANT, layers))
         return str(folder)

@@ -2,9 +2,10 @@ import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from qat import checkpoints
-from qat.artifacts import open_artifact
+from qat.artifacts import open_artifact, publish
 from qat.errors import ArtifactError
 from qat.models import ModelFolder
 from qat.quant.architectures import select
@@ -89,6 +90,24 @@ def test_indices_are_stored_in_their_bits(checkpoint, teacher):
     assert content < size < content + 20_000  # the names of the tensors
 
 
+def named_as_before(checkpoint, folder, tensors):
+    """A checkpoint with other tensors in its file."""
+    with publish(folder, checkpoints.heritage(open_artifact(checkpoint).manifest)) as (scratch, _):
+        save_file(tensors, scratch / checkpoints.FILE)
+    return folder
+
+
+def test_a_checkpoint_of_earlier_versions_loads(checkpoint, teacher, tmp_path):
+    tensors = load_file(checkpoint / checkpoints.FILE)
+    older = {name.replace(".codebook", ".lut"): value for name, value in tensors.items()}
+    assert sum(name.endswith(".lut") for name in older) == 14
+    student, _ = load(named_as_before(checkpoint, tmp_path / "older", older), teacher)
+    assert torch.equal(logits(student), logits(load(checkpoint, teacher)[0]))
+    both = named_as_before(checkpoint, tmp_path / "both", tensors | {name: x.clone() for name, x in older.items()})
+    with pytest.raises(ArtifactError, match=r"holds model.*\.lut, which does not belong there"):
+        load(both, teacher)
+
+
 def test_another_teacher_is_refused(checkpoint, teacher):
     other = ModelFolder("other", teacher.path, "0123456789ab")
     with pytest.raises(ArtifactError, match=r"other weights than those of other: use model=tiny"):
@@ -134,7 +153,7 @@ def test_an_artifact_of_another_kind_is_refused_for_what_it_is(cache, teacher):
 def test_saving_again_replaces_the_older_checkpoint(checkpoint, teacher):
     student, manifest = load(checkpoint, teacher)
     with torch.no_grad():
-        next(iter(quantized(student).values())).lut.mul_(2)
+        next(iter(quantized(student).values())).codebook.mul_(2)
     checkpoints.save(student, checkpoint, checkpoints.heritage(manifest))
     assert torch.allclose(logits(load(checkpoint, teacher)[0]), logits(student), rtol=1e-3, atol=1e-3)
     assert [path.name for path in checkpoint.parent.iterdir()] == ["checkpoint"]

@@ -81,7 +81,7 @@ def test_the_stored_indices_are_taken_exactly(old, teacher):
     state = torch.load(file, weights_only=True)
     for name, module in quantized(checkpoints.load(file, teacher, tiny.FP32)[0]).items():
         assert torch.equal(module.indices.long(), state[f"{name}._indices"])
-        assert torch.equal(module.lut, state[f"{name}.lut"])
+        assert torch.equal(module.codebook, state[f"{name}.lut"])
 
 
 def test_a_file_its_folder_and_folders_around_it_are_one_checkpoint(old, teacher, tmp_path):
@@ -165,22 +165,22 @@ def widen(state, rank):
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        (remove(f"{LAYER}.scale_A"), f"a table for {LAYER} but no {LAYER}.scale_A"),
-        (remove(f"{LAYER}.rank_magnitude"), f"a table for {LAYER} but no {LAYER}.rank_magnitude"),
+        (remove(f"{LAYER}.scale_A"), f"a codebook for {LAYER} but no {LAYER}.scale_A"),
+        (remove(f"{LAYER}.rank_magnitude"), f"a codebook for {LAYER} but no {LAYER}.rank_magnitude"),
         (cut(f"{LAYER}.rank_magnitude", 3), f"{LAYER} has a rank_magnitude of 3 where 4 belongs"),
         (cut(f"{LAYER}.scale_A", 100), f"{LAYER} has a weight of 128×64 where 100×64 belongs"),
         (cut(f"{LAYER}._Q", 100), "a _Q of 100×64 where 128×64 belongs"),
-        (put(f"{LAYER}.lut", torch.tensor(1.0)), "a table of 1 entries"),
+        (put(f"{LAYER}.lut", torch.tensor(1.0)), "a codebook of 1 entries"),
         (put(f"{LAYER}.scale_B", torch.tensor(1.0)), "a scale_B of no dimensions where 4×I belongs"),
         (put(f"{LAYER}.scale_A", torch.full((128, 4), torch.nan)), "NaN or infinity in its scale_A"),
         (put(f"{LAYER}.scale_A", torch.ones(128, 4).int()), "a scale_A of int32, and floating-point numbers belong"),
         (put(f"{LAYER}._indices", torch.zeros(128, 64)), "a _indices of float32, and whole numbers belong there"),
         (put(f"{LAYER}._scales_baked_flag", torch.zeros(2)), "a _scales_baked_flag of 2 where 1 belongs"),
         (lambda state: widen(state, 65), "scales of rank 65, and its weight is 128×64"),
-        (put(f"{LAYER}._indices", torch.full((128, 64), 4)), "indices from 4 to 4 and 4 table entries"),
-        (put(f"{LAYER}._Q", torch.zeros(128, 64)), "away from its table's entries"),
-        (put(f"{LAYER}.lut", torch.zeros(300)), "a table of 300 entries"),
-        (put("lm_head.lut", torch.zeros(4)), "a table for lm_head: only gate_proj"),
+        (put(f"{LAYER}._indices", torch.full((128, 64), 4)), "indices from 4 to 4 and 4 codebook entries"),
+        (put(f"{LAYER}._Q", torch.zeros(128, 64)), "away from its codebook's entries"),
+        (put(f"{LAYER}.lut", torch.zeros(300)), "a codebook of 300 entries"),
+        (put("lm_head.lut", torch.zeros(4)), "a codebook for lm_head: only gate_proj"),
         (put("lm_head.weight", torch.zeros(512, 64)), "lm_head.weight differs from model.embed_tokens.weight"),
         (put("model.norm.weight", torch.zeros(32)), "model.norm.weight is 32 in the checkpoint and 64 here"),
     ],
@@ -251,7 +251,7 @@ def test_a_damaged_file_is_refused(tmp_path, content):
         v2.read(tmp_path / "x.pt")
 
 
-def test_a_state_dict_without_tables_is_refused(tmp_path):
+def test_a_state_dict_without_codebooks_is_refused(tmp_path):
     torch.save({"model.norm.weight": torch.ones(4)}, tmp_path / "x.pt")
     with pytest.raises(ArtifactError, match="no V2 checkpoint"):
         v2.read(tmp_path / "x.pt")

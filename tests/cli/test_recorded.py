@@ -171,6 +171,14 @@ def test_words_that_look_like_references_are_words(tmp_path, text):
     assert not references.is_live(references.escaped(text))
 
 
+@pytest.mark.parametrize("format", ["table", "codebook", "grid", ["table"], None])
+def test_a_format_that_had_another_name_then_is_read(tmp_path, format):
+    file = tmp_path / recorded.FILE
+    file.write_text(yaml.safe_dump({"quant": {"name": "q2", "mlp": {"bits": 2, "format": format}, "attn": None}}))
+    assert recorded.read(file)["quant"]["mlp"]["format"] == ("codebook" if format == "table" else format)
+
+
+
 def planned(folder: Path, **changes) -> None:
     job = {"run_id": "SR-001", "overrides": ["train.lr=1"], "key": "k"} | changes.pop("job", {})
     plan = {"command": "c", "flags": {}, "outputs": None, "jobs": [job]} | changes

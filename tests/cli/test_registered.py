@@ -37,6 +37,6 @@ def test_refused_in_one_line(line, says, checkpoint, tmp_path, capsys):
     assert not (tmp_path / "outputs").exists()
 
 
-def test_a_checkpoint_with_the_configured_tables_may_be_trained(checkpoint):
+def test_a_checkpoint_with_the_configured_formats_may_be_trained(checkpoint):
     checked = main.check(main.arguments.parse([f"checkpoint={checkpoint}", "quant=q2a4"]))
     assert checked.configs[0].checkpoint.path == str(checkpoint)

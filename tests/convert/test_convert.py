@@ -10,7 +10,7 @@ from qat.errors import NumericsError
 from qat.evaluate import evaluate
 from qat.quant.architectures import Layer, select
 from qat.quant.curvature import damp
-from qat.quant.formats import Table
+from qat.quant.formats import Codebook
 from tests import tiny
 
 EXACT = KMeansConfig("exact", KMeansBackend.exact)
@@ -18,7 +18,7 @@ EXACT = KMeansConfig("exact", KMeansBackend.exact)
 
 @pytest.fixture(scope="module")
 def made(model, rows):
-    return tiny.tables_of(model, rows)
+    return tiny.converted(model, rows)
 
 
 def test_every_layer_is_handed_over_in_its_form(model, made):
@@ -28,7 +28,7 @@ def test_every_layer_is_handed_over_in_its_form(model, made):
             module.format == layer.format
             and module.indices.shape == layer.shape == model.get_submodule(layer.name).weight.shape
         )
-        assert module.lut.shape == (2**layer.format.bits,) and (module.lut.diff() >= 0).all()
+        assert module.codebook.shape == (2**layer.format.bits,) and (module.codebook.diff() >= 0).all()
         assert torch.allclose(module.scale_A.norm(dim=0), torch.ones(layer.format.rank), atol=1e-5)
         assert torch.allclose(module.scale_B.norm(dim=1), torch.ones(layer.format.rank), atol=1e-5)
 
@@ -53,19 +53,19 @@ def test_four_bits_are_closer_than_two_and_both_far_from_nothing(made):
 
 def test_the_model_is_not_changed(teacher, model, rows):
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    tiny.tables_of(model, rows)
+    tiny.converted(model, rows)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
-def test_tables_do_not_depend_on_how_layers_are_stacked(monkeypatch, model, rows, made):
+def test_codebooks_do_not_depend_on_how_layers_are_stacked(monkeypatch, model, rows, made):
     monkeypatch.setattr("qat.convert.convert.STACK_BYTES", {"cpu": 1})
-    for name, (_, module, errors) in tiny.tables_of(model, rows).items():
+    for name, (_, module, errors) in tiny.converted(model, rows).items():
         assert errors["output_error"] == pytest.approx(made[name][2]["output_error"], rel=0.02)
         assert (module.indices == made[name][1].indices).float().mean() > 0.98
 
 
-def test_the_package_backend_makes_tables_of_like_quality(model, rows, made):
-    other = tiny.tables_of(model, rows, KMeansBackend.kmeans_pytorch)
+def test_the_package_backend_makes_codebooks_of_like_quality(model, rows, made):
+    other = tiny.converted(model, rows, KMeansBackend.kmeans_pytorch)
     total = [sum(errors["output_error"] for _, _, errors in each.values()) for each in (made, other)]
     assert total[1] < 1.5 * total[0]
 
@@ -84,7 +84,7 @@ def test_biases_stay_with_their_layers():
 @pytest.mark.parametrize(
     ("value", "said"), [(0.0, "are all zero"), (float("nan"), "NaN or infinity"), (-float("inf"), "NaN or infinity")]
 )
-def test_a_layer_that_no_table_can_stand_for_is_refused_by_name(teacher, rows, value, said):
+def test_a_layer_that_no_codebook_can_stand_for_is_refused_by_name(teacher, rows, value, said):
     model = teacher.load(torch.float32, tiny.CPU)
     layers = select(model, tiny.QUANT)
     moments = gather(model, layers, Text(rows).batches(8))
@@ -96,7 +96,7 @@ def test_a_layer_that_no_table_can_stand_for_is_refused_by_name(teacher, rows, v
 
 def test_stacks_hold_layers_of_one_form_up_to_a_size():
     def layer(name: str, shape=(4, 8), bits=2, rank=1) -> Layer:
-        return Layer(name, "mlp", shape, Table(bits, rank))
+        return Layer(name, "mlp", shape, Codebook(bits, rank))
 
     layers = [layer("a"), layer("b", shape=(8, 4)), layer("c"), layer("d", bits=4), layer("e", rank=2), layer("f")]
     names = [[member.name for member in stack] for stack in stacks(layers, 2 * workspace(layers[0]))]

@@ -173,7 +173,7 @@ def test_only_the_layers_asked_for_are_looked_at(model, layers, rows):
 
 def test_a_quantized_model_can_be_looked_at_too(teacher, model, layers, rows):
     student = teacher.load(torch.float32, tiny.CPU)
-    install(student, {name: module for name, (_, module, _) in tiny.tables_of(model, rows).items()})
+    install(student, {name: module for name, (_, module, _) in tiny.converted(model, rows).items()})
     of_student, of_teacher = (gather(m, layers, Text(rows).batches(8), gradients=True) for m in (student, model))
     assert set(of_student.outputs) == {layer.name for layer in layers}
     deep = layers[-1]

@@ -18,7 +18,7 @@ from qat.quant import assign, kmeans, lookup
 from qat.quant.architectures import select
 from qat.quant.curvature import Curvature, Factor
 from qat.quant.fit import importance
-from qat.quant.formats.table_fit import alternate, start
+from qat.quant.formats.codebook_fit import alternate, start
 
 QUANT = QuantConfig(name="q2a4", mlp=WeightConfig(bits=2, rank=4), attn=WeightConfig(bits=4, rank=2))
 EVERY, LAST = 5, 25  # of 30 blocks; benchmarks/assignment.py does all
@@ -49,12 +49,12 @@ def test_compensated_indices_beat_nearest_ones_in_output_error_on_every_layer(sm
     for stack in stacks(layers, STACK_BYTES["cpu"]):
         weight = torch.stack([models.linear(model, layer.name).weight for layer in stack])
         H = torch.stack([moments.inputs[layer.source] for layer in stack])
-        tables = start(weight, importance(H), 2 ** stack[0].format.bits, stack[0].format.rank, kmeans.kmeans)
-        tables = alternate(tables, weight, importance(H))
-        S, table = tables.scale(), tables.table_NK
+        codebooks = start(weight, importance(H), 2 ** stack[0].format.bits, stack[0].format.rank, kmeans.kmeans)
+        codebooks = alternate(codebooks, weight, importance(H))
+        S, codebook = codebooks.scale(), codebooks.codebook_NK
         before, after = (
-            Curvature(H).cost(weight - lookup.look_up(table, index) * S)
-            for index in (assign.nearest(weight, S, table), assign.compensated(weight, S, table, Factor.of(H)))
+            Curvature(H).cost(weight - lookup.look_up(codebook, index) * S)
+            for index in (assign.nearest(weight, S, codebook), assign.compensated(weight, S, codebook, Factor.of(H)))
         )
         for layer, nearest, compensated in zip(stack, before, after, strict=True):
             assert compensated < nearest, layer.name

@@ -22,7 +22,7 @@ from torch import nn
 from qat import rows as masks
 from qat.decoder import Decoder, decoder
 from qat.forward import FAST, FUSED, hidden_states, use
-from qat.quant.formats import Table
+from qat.quant.formats import Codebook
 from qat.quant.linear import QuantLinear
 from qat.quant.weights import Weights
 
@@ -54,7 +54,7 @@ def quantize(model, mode):
     layers = {}
     for name, module in list(model.named_modules()):
         if name.endswith("_proj"):
-            layer = QuantLinear(Table(2, 1), *module.weight.shape).to(device)
+            layer = QuantLinear(Codebook(2, 1), *module.weight.shape).to(device)
             layer.dense = module.weight.data
             model.set_submodule(name, layer)
             if mode in name or mode == "e2e":

@@ -142,7 +142,7 @@ def test_only_the_kind_that_learns_changes(checkpoint, teacher, readers, kind):
         changed
         == {
             "scales": {"scale_A", "scale_B", "rank_magnitude"},
-            "codebooks": {"lut"},
+            "codebooks": {"codebook"},
             "latent": {"latent"},
             "norms": set(),
         }[kind]
@@ -161,7 +161,7 @@ def test_latent_weights_learn_straight_through_and_move_indices(checkpoint, teac
     layer = quantized(student)["model.layers.1.mlp.down_proj"]
     assert any(not layer.indices.equal(before[name]) for name, layer in quantized(student).items())
     scale = (layer.scale_A * layer.rank_magnitude).double() @ layer.scale_B.double()
-    away = (layer.latent[..., None].double() - layer.lut.double() * scale[..., None]).abs()
+    away = (layer.latent[..., None].double() - layer.codebook.double() * scale[..., None]).abs()
     chosen = away.gather(-1, layer.indices.long()[..., None])[..., 0]
     assert torch.allclose(chosen, away.min(-1).values, atol=1e-6)
 
@@ -412,7 +412,7 @@ def test_targets_stored_in_16_bits_train_as_exact_ones(checkpoint, teacher, read
     )
 
 
-@pytest.mark.parametrize("name", ["indices", "lut"])
+@pytest.mark.parametrize("name", ["indices", "codebook"])
 def test_a_state_of_another_student_is_refused(checkpoint, teacher, readers, name):
     """Scales that learned under some indices are worth nothing under others, and no shape would tell."""
     train = replace(TRAIN, learn=LearnConfig(codebooks=0.0))

@@ -126,7 +126,7 @@ def test_the_student_is_left_unbaked(teacher, student, held_out):
 
 def test_a_student_with_nan_is_refused(teacher, student, held_out):
     with torch.no_grad():
-        next(iter(quantized(student).values())).lut.fill_(float("nan"))
+        next(iter(quantized(student).values())).codebook.fill_(float("nan"))
     with pytest.raises(NumericsError, match="NaN"):
         evaluate(student, teacher.load(torch.float32, tiny.CPU), held_out, 8, tiny.FP32)
 

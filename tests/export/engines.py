@@ -25,7 +25,7 @@ def grid(bits: int, group: int, levels: str) -> WeightConfig:
 def checkpoint(folder: Path, teacher: ModelFolder, cache, quant: QuantConfig) -> Path:
     """A student of the tiny teacher in these formats."""
     model = teacher.load(torch.float32, tiny.CPU)
-    made = tiny.tables_of(model, CacheReader(cache, "train").input_ids(16), quant=quant)
+    made = tiny.converted(model, CacheReader(cache, "train").input_ids(16), quant=quant)
     install(model, {name: module for name, (_, module, _) in made.items()})
     layers = [layer for layer, _, _ in made.values()]
     checkpoints.save(model, folder, checkpoints.describe(teacher, quant, layers))

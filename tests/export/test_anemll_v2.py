@@ -41,7 +41,7 @@ def test_it_reads_back_to_equal_weights(exported, teacher):
     again, _ = checkpoints.load(folder, teacher, tiny.FP32)
     for layer, module in quantized(again).items():
         assert torch.equal(module.indices.long(), state[f"{layer}._indices"])
-        assert torch.equal(module.lut, state[f"{layer}.lut"].float())
+        assert torch.equal(module.codebook, state[f"{layer}.lut"].float())
         expected = weight(state, layer)
         assert (module.weight(torch.float32) - expected).norm() < 1e-6 * expected.norm()
     assert not checkpoints.own_parameters(again)

@@ -30,11 +30,11 @@ def test_the_package_computes_the_students_logits(exported, student):
     assert (logits - expected).norm() < 5e-3 * expected.norm()
 
 
-def test_tables_stay_tables_only_when_factored(exported, student):
+def test_codebooks_stay_codebooks_only_when_factored(exported, student):
     form, folder = exported
     report = json.loads((folder / "report.json").read_text())
-    tables = report["operations"].get("constexpr_lut_to_dense", 0)
-    assert tables == (len(quantized(student)) if form == "factored" else 0)
+    codebooks = report["operations"].get("constexpr_lut_to_dense", 0)
+    assert codebooks == (len(quantized(student)) if form == "factored" else 0)
     assert report["scales"] == form and report["bytes"] > 0
     weights = sum(module.indices.numel() for module in quantized(student).values())
     others = sum(p.numel() for n, p in student.named_parameters() if "_proj" not in n) * 2

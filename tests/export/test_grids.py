@@ -19,7 +19,7 @@ def grid(bits=4, group=64, levels="shifted", row=576):
 
 
 REFUSED = [
-    ("mlx", {"shape": [64, 576], "bits": 2, "rank": 8}, "which is in format table, bits 2, rank 8: a student made with quant=mlx_2bit_g64 fits"),
+    ("mlx", {"shape": [64, 576], "bits": 2, "rank": 8}, "which is in format codebook, bits 2, rank 8: a student made with quant=mlx_2bit_g64 fits"),
     ("mlx", grid(levels="halves"), "levels halves: a student made with quant=mlx_4bit_g64 fits"),
     ("mlx", grid(bits=7), "bits 7, group 64, levels shifted: a student made with quant=mlx_6bit_g64 fits"),
     ("mlx", grid(group=16, row=48), "and groups of 64 do not divide its rows of 48 weights"),
@@ -64,5 +64,5 @@ def test_the_command_line_refuses_before_a_run_has_a_number(tmp_path, monkeypatc
     (tmp_path / "made").mkdir()
     (tmp_path / "made" / "manifest.json").write_text(json.dumps(described.checkpoint()))
     typed = ["stage=export", "export=compressed", "export.output=new", "checkpoint=made"]
-    with pytest.raises(ConfigError, match=r"^compressed-tensors cannot hold .*, which is in format table"):
+    with pytest.raises(ConfigError, match=r"^compressed-tensors cannot hold .*, which is in format codebook"):
         main.check(arguments.parse(typed))

@@ -41,8 +41,9 @@ def test_half_precision_rounds_every_weight_once(best, student, export, name, dt
     model = hf.read(None, export(best, "hf", name))
     assert model.dtype is dtype
     for layer, module in quantized(student).items():
-        table, scale = module.lut[module.indices.long()], (module.scale_A * module.rank_magnitude) @ module.scale_B
-        assert torch.allclose(model.get_parameter(f"{layer}.weight"), (table * scale).to(dtype), rtol=1e-2, atol=0)
+        values = module.codebook[module.indices.long()]
+        scale = (module.scale_A * module.rank_magnitude) @ module.scale_B
+        assert torch.allclose(model.get_parameter(f"{layer}.weight"), (values * scale).to(dtype), rtol=1e-2, atol=0)
     for parameter, value in student.named_parameters():
         if "_proj" not in parameter:
             assert torch.equal(model.get_parameter(parameter), value.to(dtype)), parameter
@@ -92,10 +93,10 @@ def test_an_export_that_computes_something_else_is_not_published(best, export, m
 
     def spoiled(source, folder, settings):
         with torch.no_grad():
-            next(iter(quantized(source.model).values())).lut[0] *= 2
+            next(iter(quantized(source.model).values())).codebook[0] *= 2
         written(source, folder, settings)
         with torch.no_grad():
-            next(iter(quantized(source.model).values())).lut[0] /= 2
+            next(iter(quantized(source.model).values())).codebook[0] /= 2
 
     kept = export(best, "hf")
     before = {file: file.stat().st_mtime_ns for file in kept.iterdir()}

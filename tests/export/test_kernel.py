@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from qat.quant import packing
-from qat.quant.formats import table_product as kernel
-from qat.quant.formats.table_product import Tiling
+from qat.quant.formats import codebook_product as kernel
+from qat.quant.formats.codebook_product import Tiling
 
 CASES = [
     (1, 16, 64, 1),
@@ -29,13 +29,13 @@ SPLIT = [Tiling(32, 64, 4), Tiling(16, 32, 4)]  # rows cut into up to four, or s
 def relative_error(bits, outputs, inputs, rank, dtype, device, tiling=None):
     draw = torch.Generator().manual_seed(bits)
     index = torch.randint(2**bits, (outputs, inputs), generator=draw).to(torch.uint8)
-    lut, A, g, B = (
+    codebook, A, g, B = (
         torch.randn(shape, generator=draw).to(torch.float16)
         for shape in (2**bits, (outputs, rank), rank, (rank, inputs))
     )
     x = torch.randn(inputs, generator=draw).to(dtype)
-    exact = (lut.double()[index.long()] * ((A.double() * g.double()) @ B.double())) @ x.double()
-    parts = [part.to(device) for part in (x, packing.pack(index, bits), lut, A, g, B)]
+    exact = (codebook.double()[index.long()] * ((A.double() * g.double()) @ B.double())) @ x.double()
+    parts = [part.to(device) for part in (x, packing.pack(index, bits), codebook, A, g, B)]
     made = kernel.product(*parts, bits, tiling)
     assert kernel.product(*parts, bits, tiling).equal(made)
     assert not kernel.arrivals(made.device).counters.any()

@@ -20,7 +20,9 @@ mlx_lm = pytest.importorskip("mlx_lm", reason="the engine mlx-lm is not installe
 
 from qat.export.mlx import writer  # noqa: E402
 
-QUANT = QuantConfig("mixed", engines.grid(3, 32, "shifted"), engines.grid(8, 64, "integers"))
+QUANT = QuantConfig(
+    "mixed", engines.grid(3, 32, "shifted"), engines.grid(8, 64, "integers"), embed=engines.grid(6, 64, "shifted")
+)
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +63,7 @@ def test_mlx_lm_computes_the_students_logits(checkpoint, student, export, dtype,
     assert config["quantization"]["model.layers.1.self_attn.v_proj"] == {"group_size": 64, "bits": 8}
     held = mx.load(str(folder / "model.safetensors"))
     assert held["model.layers.0.mlp.down_proj.weight"].shape == (64, 128 * 3 // 32)
-    assert "lm_head.weight" not in held
+    assert held["model.embed_tokens.weight"].dtype == mx.uint32 and "lm_head.weight" not in held
 
 
 def test_mlx_lm_answers_word_for_word(checkpoint, student, teacher, export):

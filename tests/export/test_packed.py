@@ -1,13 +1,16 @@
 import json
+import shutil
 import struct
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from qat.export.packed import writer as packed
 from qat.packed.linear import PackedLinear
 from qat.quant import packing
-from qat.quant.formats import Table
+from qat.quant.formats import Codebook
 from qat.quant.linear import quantized
 from tests.cli.conftest import ROOT
 from tests.export.conftest import IDS
@@ -69,6 +72,17 @@ def test_import_qat_makes_it_load_in_either_order(best, student, export, elsewhe
     assert dtype == "torch.float32" and (logits - expected).norm() < 5e-3 * expected.norm()
 
 
+def test_an_export_of_earlier_versions_loads(best, export, tmp_path):
+    folder = export(best, "packed", "fp32")
+    older = shutil.copytree(folder, tmp_path / "older")
+    tensors = {name.replace(".codebook", ".lut"): value for name, value in load_file(older / packed.FILE).items()}
+    assert sum(name.endswith(".lut") for name in tensors) == 14
+    save_file(tensors, older / packed.FILE, metadata={"format": "pt"})
+    before, now = (AutoModelForCausalLM.from_pretrained(each) for each in (older, folder))
+    with torch.no_grad():
+        assert torch.equal(before(IDS).logits, now(IDS).logits)
+
+
 @pytest.mark.parametrize("cls", ["AutoModelForCausalLM", "LlamaForCausalLM", "AutoConfig"])
 def test_without_the_registration_it_fails(best, export, elsewhere, cls):
     code, said = elsewhere(ALONE.format(imports="", cls=cls), export(best, "packed"))
@@ -92,16 +106,16 @@ def test_the_file_weighs_what_the_bits_say(best, student, export, header):
     folder = export(best, "packed", "bf16")
     tensors = header(folder)
     layers = quantized(student)
-    tables = sum(entry["bytes"] for name, entry in tensors.items() if name.rpartition(".")[0] in layers)
+    codebooks = sum(entry["bytes"] for name, entry in tensors.items() if name.rpartition(".")[0] in layers)
     config = json.loads((folder / "config.json").read_text())
     weights = sum(module.indices.numel() for module in layers.values())
     magnitudes = 16 * sum(len(module.rank_magnitude) for module in layers.values())  # too few to be in the figure
     reported = config["quantization_config"]["bits_per_weight"]
-    assert (tables * 8 - magnitudes) / weights == pytest.approx(reported, abs=1e-4)
-    others = sum(entry["bytes"] for entry in tensors.values()) - tables
+    assert (codebooks * 8 - magnitudes) / weights == pytest.approx(reported, abs=1e-4)
+    others = sum(entry["bytes"] for entry in tensors.values()) - codebooks
     full = sum(p.numel() for name, p in student.named_parameters() if name.rpartition(".")[0] not in layers)
     assert others == 2 * full  # bf16, and the tied head once
-    assert (folder / packed.FILE).stat().st_size < tables + others + 200 * len(tensors)
+    assert (folder / packed.FILE).stat().st_size < codebooks + others + 200 * len(tensors)
 
 
 @torch.no_grad()
@@ -122,14 +136,14 @@ def test_it_cannot_be_saved_as_what_it_is_not(best, export, tmp_path):
 
 def layer(bits, outputs=12, inputs=20, rank=3, bias=True):
     draw = torch.Generator().manual_seed(bits)
-    made = PackedLinear(Table(bits, rank), outputs, inputs, bias)
+    made = PackedLinear(Codebook(bits, rank), outputs, inputs, bias)
     index = torch.randint(2**bits, (outputs, inputs), generator=draw).to(torch.uint8)
     made.indices.copy_(packing.pack(index, bits))
-    for part in (made.lut, made.scale_A, made.scale_B, made.rank_magnitude):
+    for part in (made.codebook, made.scale_A, made.scale_B, made.rank_magnitude):
         part.copy_(torch.randn(part.shape, generator=draw))
     if bias:
         made.bias.data = torch.randn(outputs, generator=draw)
-    exact = made.lut.double()[index.long()] * (
+    exact = made.codebook.double()[index.long()] * (
         made.scale_A.double() * made.rank_magnitude.double() @ made.scale_B.double()
     )
     return made, exact

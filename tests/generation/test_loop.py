@@ -8,6 +8,7 @@ import transformers
 from torch._dynamo.utils import counters
 
 from qat import attention, models
+from qat.forward import FAST, use
 from qat.generation import Sampling, Writer, answers, bytes_a_row
 
 END = 257
@@ -155,6 +156,7 @@ def test_bytes_of_a_row_are_those_of_its_memory(model):
 @pytest.mark.parametrize("compiled", [False, True])
 def test_a_recorded_step_writes_what_single_ones_do(tiny, compiled):
     model = tiny.load(torch.float32, torch.device("cuda"))
+    use(model, FAST)
     plain = write(tiny.load(torch.float32, torch.device("cpu")))
     writer = Writer(model, GREEDY, 4, 31, compiled)
     assert said(writer) == plain

@@ -36,7 +36,7 @@ def test_nothing_is_printed(capfd):
     assert capfd.readouterr() == ("", "")
 
 
-def test_the_same_values_give_the_same_table_and_numpys_random_numbers_go_on_undisturbed():
+def test_the_same_values_give_the_same_codebook_and_numpys_random_numbers_go_on_undisturbed():
     np.random.seed(5)
     expected = np.random.random(4)
     np.random.seed(5)

@@ -6,8 +6,8 @@ from hypothesis import strategies as st
 from qat.quant import assign, curvature, kmeans
 from qat.quant.curvature import Curvature, Factor, damp
 from qat.quant.fit import Problem, fit, improve
-from qat.quant.formats import Table
-from qat.quant.formats.table_fit import Tables, refine, start
+from qat.quant.formats import Codebook
+from qat.quant.formats.codebook_fit import Codebooks, refine, start
 
 
 def second_moment(size, draw, layers=2):
@@ -15,7 +15,7 @@ def second_moment(size, draw, layers=2):
     return x.mT @ x / (2 * size)
 
 
-TABLE = Table(bits=2, rank=4)
+CODEBOOK = Codebook(bits=2, rank=4)
 
 
 def problem(seed=0, outputs=40, inputs=70):
@@ -57,34 +57,35 @@ def mean(G):
 def test_neither_descent_nor_refinement_ever_raises_the_coupled_cost(seed):
     weight, H, G = problem(seed, outputs=70, inputs=20)
     posed = Problem(weight, H, Factor.of(H), G)
-    tables = start(posed.weight_NOI, posed.importance_NI, 4, 3, kmeans.kmeans)
+    codebooks = start(posed.weight_NOI, posed.importance_NI, 4, 3, kmeans.kmeans)
     cost = lambda t: exact_cost(posed, t)  # noqa: E731
-    index = assign.descended(posed.weight_NOI, tables.scale(), tables.table_NK, posed.curvature, tables.index_NOI)
-    moved = type(tables)(index, tables.table_NK, tables.A_NOR, tables.B_NRI)
-    assert (cost(moved) <= cost(tables) * (1 + 1e-6)).all()
+    S, codebook, before = codebooks.scale(), codebooks.codebook_NK, codebooks.index_NOI
+    index = assign.descended(posed.weight_NOI, S, codebook, posed.curvature, before)
+    moved = type(codebooks)(index, codebooks.codebook_NK, codebooks.A_NOR, codebooks.B_NRI)
+    assert (cost(moved) <= cost(codebooks) * (1 + 1e-6)).all()
     assert (cost(refine(moved, posed.weight_NOI, posed.curvature)) <= cost(moved) * (1 + 1e-5)).all()
 
 
-def exact_cost(posed, tables):
+def exact_cost(posed, codebooks):
     exact = Curvature(posed.curvature.inputs_NII.double(), posed.curvature.outputs_NOO.double())
-    return exact.cost((posed.weight_NOI - tables.weight()).double())
+    return exact.cost((posed.weight_NOI - codebooks.weight()).double())
 
 
 def test_knowing_the_outputs_curvature_lowers_the_cost_under_it():
     weight, H, G = problem(outputs=96, inputs=64)
     found = {}
     for known in (None, G):
-        made = fit(Problem(weight, H, Factor.of(H), known), TABLE, kmeans.kmeans, rounds=4, sweeps=2)
-        found[known is G] = Curvature(H, G).cost(weight - Tables.of(made).weight())
+        made = fit(Problem(weight, H, Factor.of(H), known), CODEBOOK, kmeans.kmeans, rounds=4, sweeps=2)
+        found[known is G] = Curvature(H, G).cost(weight - Codebooks.of(made).weight())
     assert (found[True] < 0.9 * found[False]).all()
 
 
-def test_improving_goes_on_from_given_tables():
+def test_improving_goes_on_from_given_codebooks():
     weight, H, G = problem()
     posed = Problem(weight, H, Factor.of(H), G)
-    first = fit(posed, TABLE, kmeans.kmeans, rounds=4, sweeps=0)
-    later = improve(posed, TABLE, first, sweeps=4)
-    before, after = (exact_cost(posed, Tables.of(posed.enter(TABLE, made))) for made in (first, later))
+    first = fit(posed, CODEBOOK, kmeans.kmeans, rounds=4, sweeps=0)
+    later = improve(posed, CODEBOOK, first, sweeps=4)
+    before, after = (exact_cost(posed, Codebooks.of(posed.enter(CODEBOOK, made))) for made in (first, later))
     assert (after < before).all()
 
 

@@ -11,7 +11,7 @@ from qat import manifests
 from qat.config import SETTINGS, WeightConfig, WeightFormat
 from qat.quant import formats, latent
 from qat.quant.architectures import format_of
-from qat.quant.formats import Format, Table, Uniform
+from qat.quant.formats import Codebook, Format, Uniform
 from qat.quant.linear import QuantLinear, kept
 from qat.quant.stack import stacks
 from qat.quant.weights import Weights
@@ -26,7 +26,7 @@ GRIDS = [
     Uniform(8, 48, "integers"),
     Uniform(4, 24, "iq4nl"),
 ]
-FORMATS = [Table(1, 1), Table(3, 5), *GRIDS]
+FORMATS = [Codebook(1, 1), Codebook(3, 5), *GRIDS]
 every = pytest.mark.parametrize("format", FORMATS, ids=str)
 
 
@@ -43,12 +43,12 @@ def layer_of(format: Format, seed: int = 0) -> QuantLinear:
 
 def exact(format: Format, index: Tensor, parts: dict[str, Tensor]) -> Tensor:
     """W in float64, weight by weight as the format's description has it; grids have scales in fp16."""
-    if isinstance(format, Table):
+    if isinstance(format, Codebook):
         scale = sum(
             parts["rank_magnitude"][r] * torch.outer(parts["scale_A"][:, r], parts["scale_B"][r])
             for r in range(format.rank)
         )
-        return parts["lut"][index.long()] * scale
+        return parts["codebook"][index.long()] * scale
     group, parts = torch.arange(INPUTS) // format.group, halved(format, parts)
     scaled = values_of(format)[index.long()] * parts["scale"][:, group]
     return scaled + parts["shift"][:, group] if format.levels == "shifted" else scaled
@@ -67,13 +67,13 @@ def doubles(module: QuantLinear) -> dict[str, Tensor]:
 
 
 def halved(format: Format, p: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Parts as they come out of a file in fp16, which of a table keeps the norms of B's rows in A."""
+    """Parts as they come out of a file in fp16, which of a codebook keeps the norms of B's rows in A."""
     through = lambda x: x + (x.detach().float().half().double() - x.detach())  # noqa: E731
-    if not isinstance(format, Table):
+    if not isinstance(format, Codebook):
         return {name: through(part) for name, part in p.items()}
     norm = p["scale_B"].norm(dim=1).detach()
     A, B = through(p["scale_A"] * p["rank_magnitude"] * norm), through(p["scale_B"] / norm[:, None])
-    return {"lut": through(p["lut"]), "scale_A": A, "scale_B": B, "rank_magnitude": torch.ones_like(norm)}
+    return {"codebook": through(p["codebook"]), "scale_A": A, "scale_B": B, "rank_magnitude": torch.ones_like(norm)}
 
 
 @every
@@ -207,7 +207,7 @@ def test_a_layer_is_kept_in_its_own_format_alone(format):
 @pytest.mark.parametrize(
     ("format", "setting", "why"),
     [
-        (Table(2, 21), "rank", "has 20 outputs and 48 inputs, so no rank above 20 adds anything"),
+        (Codebook(2, 21), "rank", "has 20 outputs and 48 inputs, so no rank above 20 adds anything"),
         (Uniform(2, 32), "group", "has rows of 48 weights, which groups of 32 do not divide"),
         (Uniform(3, 16, "iq4nl"), "levels", "has indices of 3 bits, and these levels are sixteen: 4 bits"),
         (Uniform(2, 96), "group", "has rows of 48 weights, which groups of 96 do not divide"),

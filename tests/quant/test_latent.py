@@ -7,12 +7,12 @@ from tests.quant.test_linear import layer
 
 def cells(module):
     """Entry, lower and upper border of each weight's cell, times the scale, by looking at every weight alone."""
-    table = module.lut.double().tolist()
+    codebook = module.codebook.double().tolist()
     scale = ((module.scale_A * module.rank_magnitude) @ module.scale_B).double()
     found = torch.empty(3, *module.indices.shape, dtype=torch.float64)
     for o, i in torch.cartesian_prod(*(torch.arange(n) for n in module.indices.shape)).tolist():
-        own = table[module.indices[o, i]]
-        below, above = [x for x in table if x < own], [x for x in table if x > own]
+        own = codebook[module.indices[o, i]]
+        below, above = [x for x in codebook if x < own], [x for x in codebook if x > own]
         low = (own + max(below)) / 2 if below else own - (min(above) - own) / 2
         high = (own + min(above)) / 2 if above else own + (own - max(below)) / 2
         found[:, o, i] = torch.tensor([own, low, high]) * scale[o, i]

@@ -9,12 +9,12 @@ from qat.quant.curvature import Curvature
 
 
 class Problem:
-    """Random weights, table, indices, scales and second moments of N layers."""
+    """Random weights, codebook, indices, scales and second moments of N layers."""
 
     def __init__(self, seed=0, layers=2, outputs=7, inputs=9, rank=3, entries=4):
         draw = torch.Generator().manual_seed(seed)
         self.W = torch.randn(layers, outputs, inputs, generator=draw)
-        self.table = torch.randn(layers, entries, generator=draw).sort(1).values
+        self.codebook = torch.randn(layers, entries, generator=draw).sort(1).values
         self.index = torch.randint(entries, self.W.shape, generator=draw).to(torch.uint8)
         self.A = torch.randn(layers, outputs, rank, generator=draw)
         self.B = torch.randn(layers, rank, inputs, generator=draw)
@@ -22,7 +22,7 @@ class Problem:
         x = torch.randn(layers, 4 * inputs, inputs, generator=draw)
         x = x + x.roll(1, dims=2)  # neighbouring inputs go together
         self.H = x.mT @ x / x.shape[1]
-        self.Q = lookup.look_up(self.table, self.index)
+        self.Q = lookup.look_up(self.codebook, self.index)
 
     def linear(self, kind: str, h: torch.Tensor) -> tuple[torch.Tensor, least_squares.Linear]:
         """The unknowns of a kind, and how the weight depends on them."""
@@ -30,18 +30,18 @@ class Problem:
             return self.A, least_squares.rows(self.Q, self.B, h)
         if kind == "columns":
             return self.B, least_squares.columns(self.Q, self.A, h)
-        return self.table, least_squares.table(self.index, self.A @ self.B, h, self.table.shape[1])
+        return self.codebook, least_squares.codebook(self.index, self.A @ self.B, h, self.codebook.shape[1])
 
     def design(self, kind: str, n: int) -> np.ndarray:
         """Matrix [O·I, unknowns] of layer n from the unknowns, flattened, to its weight, in float64."""
         Q, A, B = (t[n].double().numpy() for t in (self.Q, self.A, self.B))
         index, S = self.index[n].numpy(), A @ B
-        outputs, inputs, rank, entries = *Q.shape, len(B), self.table.shape[1]
-        made = {"rows": outputs * rank, "columns": rank * inputs, "table": entries}
+        outputs, inputs, rank, entries = *Q.shape, len(B), self.codebook.shape[1]
+        made = {"rows": outputs * rank, "columns": rank * inputs, "codebook": entries}
         matrix = np.zeros((outputs, inputs, made[kind]))
         for o in range(outputs):
             for i in range(inputs):
-                if kind == "table":
+                if kind == "codebook":
                     matrix[o, i, index[o, i]] = S[o, i]
                 for r in range(rank):
                     if kind == "rows":
@@ -51,16 +51,16 @@ class Problem:
         return matrix.reshape(outputs * inputs, -1)
 
     def damping(self, kind: str, gram: np.ndarray) -> np.ndarray:
-        """1e-3 of the mean diagonal of each small system, for each unknown; a table has none."""
+        """1e-3 of the mean diagonal of each small system, for each unknown; a codebook has none."""
         rank = self.A.shape[2]
-        if kind == "table":
+        if kind == "codebook":
             return np.zeros(len(gram))
         if kind == "rows":
             return 1e-3 * np.repeat(gram.diagonal().reshape(-1, rank).mean(1), rank)
         return 1e-3 * np.tile(gram.diagonal().reshape(rank, -1).mean(0), rank)
 
 
-KINDS = ["rows", "columns", "table"]
+KINDS = ["rows", "columns", "codebook"]
 
 
 def diagonal_error(p: Problem, linear: least_squares.Linear, x: torch.Tensor) -> torch.Tensor:
@@ -149,9 +149,9 @@ def test_a_solved_system_stays_where_it_is(kind):
 def test_an_entry_that_no_index_uses_stays_as_it_is():
     p = Problem()
     p.index[p.index == 2] = 1
-    x, linear = p.linear("table", p.h)
-    assert torch.equal(least_squares.refit(x, linear, p.W, p.h)[:, 2], p.table[:, 2])
-    assert torch.equal(least_squares.conjugate_gradient(x, linear, p.W, Curvature(p.H), 8)[:, 2], p.table[:, 2])
+    x, linear = p.linear("codebook", p.h)
+    assert torch.equal(least_squares.refit(x, linear, p.W, p.h)[:, 2], p.codebook[:, 2])
+    assert torch.equal(least_squares.conjugate_gradient(x, linear, p.W, Curvature(p.H), 8)[:, 2], p.codebook[:, 2])
 
 
 def test_scales_that_multiply_nothing_stay_as_they_are():
@@ -170,7 +170,7 @@ def test_entry_sums_and_look_up_are_what_indexing_gives():
         [torch.zeros(4).index_add(0, p.index[n].flatten().long(), p.W[n].flatten()) for n in range(len(p.W))]
     )
     assert torch.allclose(lookup.entry_sums(p.W, p.index, 4), expected, atol=1e-5)
-    assert torch.equal(p.Q[1], p.table[1][p.index[1].long()])
+    assert torch.equal(p.Q[1], p.codebook[1][p.index[1].long()])
 
 
 SHAPES = [(5, 8), (1, 3), (64, 8), (37, 5), (130, 3), (200, 2), (640, 4), (576, 32)]

@@ -2,15 +2,15 @@ import pytest
 import torch
 from torch import nn
 
-from qat.quant.formats import Grid, Table
+from qat.quant.formats import Codebook, Grid
 from qat.quant.linear import QuantLinear, baked, quantized
 
-PARAMETERS = ("lut", "scale_A", "rank_magnitude", "scale_B")
+PARAMETERS = ("codebook", "scale_A", "rank_magnitude", "scale_B")
 
 
 def layer(outputs=6, inputs=10, bits=2, rank=3, bias=False, seed=0) -> QuantLinear:
     draw = torch.Generator().manual_seed(seed)
-    module = QuantLinear(Table(bits, rank), outputs, inputs, torch.randn(outputs, generator=draw) if bias else None)
+    module = QuantLinear(Codebook(bits, rank), outputs, inputs, torch.randn(outputs, generator=draw) if bias else None)
     module.indices.copy_(torch.randint(2**bits, (outputs, inputs), generator=draw))
     with torch.no_grad():
         for name in PARAMETERS:
@@ -35,7 +35,7 @@ def exact(module: QuantLinear) -> dict[str, torch.Tensor]:
 
 
 def exact_weight(module: QuantLinear, p: dict[str, torch.Tensor]) -> torch.Tensor:
-    return p["lut"][module.indices.long()] * ((p["scale_A"] * p["rank_magnitude"]) @ p["scale_B"])
+    return p["codebook"][module.indices.long()] * ((p["scale_A"] * p["rank_magnitude"]) @ p["scale_B"])
 
 
 @pytest.mark.parametrize(("bits", "rank"), [(1, 1), (2, 3), (4, 8)])
@@ -53,16 +53,16 @@ def test_gradients_are_those_of_the_plain_formula(bits, rank):
 def test_an_entry_that_no_index_uses_gets_no_gradient():
     module = layer()
     module.indices[module.indices == 1] = 3
-    d_lut = gradients(module, torch.ones(6, 10))["lut"]
-    assert d_lut[1] == 0 and d_lut[3] != 0
+    d_codebook = gradients(module, torch.ones(6, 10))["codebook"]
+    assert d_codebook[1] == 0 and d_codebook[3] != 0
 
 
-def test_the_nearest_entry_is_found_in_a_table_of_any_order():
+def test_the_nearest_entry_is_found_in_a_codebook_of_any_order():
     draw = torch.Generator().manual_seed(0)
     latent, scale = (torch.randn(20, 30, generator=draw) for _ in range(2))
-    lut = torch.tensor([0.5, -2.0, 1.5, -0.1])
-    found = (latent - lut[Grid(lut, scale).nearest(latent).long()] * scale).abs()
-    best = (latent[..., None] - lut * scale[..., None]).abs().min(-1).values
+    codebook = torch.tensor([0.5, -2.0, 1.5, -0.1])
+    found = (latent - codebook[Grid(codebook, scale).nearest(latent).long()] * scale).abs()
+    best = (latent[..., None] - codebook * scale[..., None]).abs().min(-1).values
     assert torch.allclose(found, best, atol=1e-6)
 
 
@@ -70,9 +70,9 @@ def test_the_output_is_the_sum_over_ranks():
     module = layer(bias=True)
     x = torch.randn(3, 10, generator=torch.Generator().manual_seed(1))
     p = exact(module)
-    table = p["lut"][module.indices.long()]
+    codebook = p["codebook"][module.indices.long()]
     y = module.bias.double() + sum(
-        p["rank_magnitude"][r] * p["scale_A"][:, r] * ((x.double() * p["scale_B"][r]) @ table.T) for r in range(3)
+        p["rank_magnitude"][r] * p["scale_A"][:, r] * ((x.double() * p["scale_B"][r]) @ codebook.T) for r in range(3)
     )
     assert torch.allclose(module(x).double(), y, rtol=1e-4, atol=1e-4)
 
@@ -88,7 +88,7 @@ def test_a_baked_layer_keeps_its_weight_until_it_is_unbaked():
     before = module(x).detach()
     module.bake(torch.float32)
     with torch.no_grad():
-        module.lut.mul_(2)
+        module.codebook.mul_(2)
     assert torch.equal(module(x), before) and not module(x).requires_grad
     module.unbake()
     assert torch.allclose(module(x), 2 * before, rtol=1e-4)
@@ -135,7 +135,7 @@ def test_an_idle_rank_is_normalized_to_zero():
 def test_normalizing_changes_nothing_in_the_layer_itself():
     module = layer()
     before = {name: value.clone() for name, value in module.state_dict().items()}
-    module.normalized()["lut"].zero_()
+    module.normalized()["codebook"].zero_()
     assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
 
 

@@ -7,12 +7,12 @@ import pytest
 import torch
 from torch import nn
 
-from qat.quant.formats import Table
+from qat.quant.formats import Codebook
 from qat.quant.linear import QuantLinear
 from qat.quant.stack import Stack, stacks
 from qat.quant.weights import Weights
 
-PARTS = ("lut", "scale_A", "rank_magnitude", "scale_B")
+PARTS = ("codebook", "scale_A", "rank_magnitude", "scale_B")
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA"))]
 SHAPES = [(70, 100, 2, 5), (64, 64, 4, 20), (33, 130, 1, 1), (256, 192, 4, 8)]
 
@@ -21,7 +21,7 @@ def layers(count, outputs, inputs, bits, rank, device="cpu", latent=False) -> li
     draw = torch.Generator().manual_seed(0)
     made = []
     for _ in range(count):
-        module = QuantLinear(Table(bits, rank), outputs, inputs)
+        module = QuantLinear(Codebook(bits, rank), outputs, inputs)
         module.indices.copy_(torch.randint(2**bits, (outputs, inputs), generator=draw))
         for name in PARTS:
             parameter = getattr(module, name)
@@ -37,11 +37,11 @@ def exact(module: QuantLinear, snap=False) -> tuple[dict[str, torch.Tensor], tor
     """float64 leaves of a layer, and its weight by the plain formula."""
     p = {name: getattr(module, name).detach().double().cpu().requires_grad_() for name in PARTS}
     if not snap:
-        return p, p["lut"][module.indices.cpu().long()] * ((p["scale_A"] * p["rank_magnitude"]) @ p["scale_B"])
+        return p, p["codebook"][module.indices.cpu().long()] * ((p["scale_A"] * p["rank_magnitude"]) @ p["scale_B"])
     norm = p["scale_B"].norm(dim=1).detach()
     A, B = p["scale_A"] * p["rank_magnitude"] * norm, p["scale_B"] / norm[:, None]
-    A, B, lut = (x + (x.detach().float().half().double() - x.detach()) for x in (A, B, p["lut"]))
-    return p, lut[module.indices.cpu().long()] * (A @ B)
+    A, B, codebook = (x + (x.detach().float().half().double() - x.detach()) for x in (A, B, p["codebook"]))
+    return p, codebook[module.indices.cpu().long()] * (A @ B)
 
 
 def stack_of(members: list[QuantLinear], dtype=torch.float32, latent=False, snap=False) -> Stack:
@@ -99,7 +99,7 @@ def test_indices_follow_latent_weights_whose_gradient_goes_straight_through(devi
     train(stack, grads)
     for n, layer in enumerate(stack.layers):
         scale = ((layer.scale_A * layer.rank_magnitude).double() @ layer.scale_B.double())[..., None]
-        away = (layer.latent.double()[..., None] - layer.lut.double() * scale).abs()
+        away = (layer.latent.double()[..., None] - layer.codebook.double() * scale).abs()
         chosen = away.gather(-1, layer.indices.long()[..., None])[..., 0]
         assert torch.allclose(chosen, away.min(-1).values, atol=1e-5)
         assert torch.allclose(layer.latent.grad, grads[:, n].sum(0), rtol=1e-2, atol=1e-2)
@@ -122,7 +122,7 @@ def test_the_gradient_moves_from_the_entry_to_the_latent_weight(device, dtype):
 def test_latent_weights_come_to_rest_where_the_loss_is_lowest():
     """Under a loss `h/2 (w - wanted)²` of each weight, whose gradient is known at the entries alone."""
     (layer,) = layers(1, 24, 32, 2, 1, latent=True)
-    layer.lut.data.copy_(torch.tensor([-1.5, -0.5, 0.5, 1.5]))
+    layer.codebook.data.copy_(torch.tensor([-1.5, -0.5, 0.5, 1.5]))
     layer.scale_A.data.fill_(1)
     layer.scale_B.data.fill_(1)
     layer.rank_magnitude.data.fill_(1)
@@ -139,7 +139,7 @@ def test_latent_weights_come_to_rest_where_the_loss_is_lowest():
         stack.shift(torch.ones(()))
         adam.step()
     stack.write()
-    nearest = (layer.lut - wanted[..., None]).abs().min(-1).values
+    nearest = (layer.codebook - wanted[..., None]).abs().min(-1).values
     found = (layer.dense.detach() - wanted).square().mean()
     assert found < 1.02 * nearest.square().mean()  # at the gradients of the entries it is 1.4 times that
 
@@ -153,13 +153,13 @@ def test_latent_weights_need_the_curvature():
 
 def test_layers_of_one_shape_share_a_stack_and_keep_their_own_values():
     first, second, other = *layers(2, 8, 6, 2, 3), *layers(1, 6, 8, 2, 3)
-    second.lut.data.add_(1)
+    second.codebook.data.add_(1)
     before = [layer.weight(torch.float32) for layer in (first, second, other)]
     made = stacks(Weights([first, other, second], torch.float32))
     assert [stack.layers for stack in made] == [[first, second], [other]]
     assert all(layer.weight(torch.float32).equal(w) for layer, w in zip((first, second, other), before, strict=True))
-    made[0].parts["lut"][1].zero_()
-    assert second.lut.abs().sum() == 0 and first.lut.abs().sum() > 0
+    made[0].parts["codebook"][1].zero_()
+    assert second.codebook.abs().sum() == 0 and first.codebook.abs().sum() > 0
 
 
 KERNELS = """
@@ -167,21 +167,21 @@ import os
 os.environ["TRITON_INTERPRET"] = "1"
 import torch
 from qat.quant import kernels
-from qat.quant.formats import Table, table_kernels
+from qat.quant.formats import Codebook, codebook_kernels
 draw = torch.Generator().manual_seed(0)
 for N, O, I, K, R in [(2, 70, 100, 4, 5), (1, 64, 64, 16, 20), (2, 33, 130, 2, 1)]:
     shapes = (N, K), (N, O, R), (N, R, I), (N, O, I), (N, O, I)
-    lut, A, B, latent, grad = (torch.randn(*shape, generator=draw) for shape in shapes)
+    codebook, A, B, latent, grad = (torch.randn(*shape, generator=draw) for shape in shapes)
     index = torch.randint(K, (N, O, I), generator=draw, dtype=torch.uint8)
     room = -(-O * I // 16) * 16  # weights begin at multiples of 16
     flat, starts = torch.zeros(N * room), torch.arange(N) * room
     layers = flat.view(N, room)[:, : O * I].unflatten(1, (O, I))
     for given in (None, latent):
-        table_kernels.write(index, lut, A, B, given, flat, starts)
+        codebook_kernels.write(index, codebook, A, B, given, flat, starts)
         scale = A.double() @ B.double()
-        exact = torch.stack([lut[n].double()[index[n].long()] for n in range(N)]) * scale
+        exact = torch.stack([codebook[n].double()[index[n].long()] for n in range(N)]) * scale
         assert torch.allclose(layers.double(), exact, atol=1e-4)
-    away = (latent.double()[..., None] - lut.double()[:, None, None] * scale[..., None]).abs()
+    away = (latent.double()[..., None] - codebook.double()[:, None, None] * scale[..., None]).abs()
     assert torch.allclose(away.gather(-1, index.long()[..., None])[..., 0], away.min(-1).values, atol=1e-5)
     outputs, inputs, factor = torch.rand(N, O), torch.rand(N, I), torch.tensor(3.0)
     sums = torch.randn(N * room, generator=draw)
@@ -189,16 +189,16 @@ for N, O, I, K, R in [(2, 70, 100, 4, 5), (1, 64, 64, 16, 20), (2, 33, 130, 2, 1
     expected = expected + 3 * outputs[:, :, None] * inputs[:, None] * (latent - layers)
     kernels.shift(sums, flat, starts, latent, outputs, inputs, factor)
     assert torch.allclose(sums.view(N, room)[:, : O * I].unflatten(1, (O, I)), expected, atol=1e-5)
-    found = torch.empty_like(lut), torch.empty_like(A), torch.empty_like(B)
+    found = torch.empty_like(codebook), torch.empty_like(A), torch.empty_like(B)
     layers.copy_(grad)
-    table_kernels.gradients(flat, starts, index, lut, A, B, *found)
+    codebook_kernels.gradients(flat, starts, index, codebook, A, B, *found)
     for n in range(N):
-        operands = {"lut": lut[n].double(), "A": A[n].double(), "B": B[n].double()}
-        exact = Table(2, R).gradients(grad[n].double(), index[n], operands)
+        operands = {"codebook": codebook[n].double(), "A": A[n].double(), "B": B[n].double()}
+        exact = Codebook(2, R).gradients(grad[n].double(), index[n], operands)
         assert all(torch.allclose(x[n].double(), y, atol=1e-3) for x, y in zip(found, exact.values()))
 # and a stack gives them what they take
 from tests.quant import test_stack as plain
-Table.kernels = lambda self, device: table_kernels
+Codebook.kernels = lambda self, device: codebook_kernels
 stack = plain.stack_of(plain.layers(2, 70, 100, 2, 5))
 grads = torch.randn(1, 2, 70, 100, generator=draw)
 plain.train(stack, grads)

@@ -11,14 +11,14 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available() or walk.triton is 
 def test_the_gpu_walks_as_the_cpu_does(from_value, rows, columns, entries):
     draw = torch.Generator().manual_seed(0)
     wanted, S, value = (torch.randn(3, rows, columns + 5, generator=draw)[:, :, 2 : 2 + columns] for _ in range(3))
-    table = torch.randn(3, entries, generator=draw).sort(1).values
+    codebook = torch.randn(3, entries, generator=draw).sort(1).values
     spread = torch.randn(3, columns, columns, generator=draw) / 8
     found = []
     for device in ("cpu", "cuda"):
         index = torch.zeros(3, rows, columns, dtype=torch.uint8, device=device)
         moved = torch.zeros(3, rows, columns, device=device)
         before = value.to(device) if from_value else None
-        walk.walk_block(wanted.to(device), S.to(device), table.to(device), spread.to(device), before, index, moved)
+        walk.walk_block(wanted.to(device), S.to(device), codebook.to(device), spread.to(device), before, index, moved)
         found.append((index.cpu(), moved.cpu()))
     same = (found[0][0] == found[1][0]).all(2)
     assert same.float().mean() > 0.97  # rounding may tip a weight that lies between two entries, and all behind it

@@ -24,7 +24,7 @@ SHARES = {"model.layers.*.self_attn.qkv_proj": 96 / 272, "model.layers.*.mlp.gat
 
 @pytest.fixture(scope="module")
 def place(teacher, tmp_path_factory):
-    """A model with fused projections: of a layer's 272 rows of 32 numbers, tables are found for 80."""
+    """A model with fused projections: of a layer's 272 rows of 32 numbers, codebooks are found for 80."""
     place = tmp_path_factory.mktemp("partial")
     torch.manual_seed(0)
     transformers.AutoModelForCausalLM.from_config(transformers.Phi3Config(**SHAPE)).save_pretrained(place / "phi3")

@@ -4,17 +4,17 @@ from collections.abc import Iterator
 from dataclasses import fields
 
 from qat.cli.schema import written
-from qat.config import SETTINGS, Config, WeightConfig
+from qat.config import ROLES, SETTINGS, Config, WeightConfig
 from qat.errors import ConfigError
 
 
 def check(config: Config) -> None:
-    """Each kind of layers has the settings of its format, and no others.
+    """Each role of layers has the settings of its format, and no others.
 
     Raises:
         ConfigError: the first that is missing, or means nothing.
     """
-    for key, given in _kinds(config):
+    for key, given in _formats(config):
         own, name = SETTINGS[given.format], given.format.name
         for field in fields(given):
             value, where = getattr(given, field.name), f"{key}.{field.name}"
@@ -27,10 +27,10 @@ def check(config: Config) -> None:
                 )
 
 
-def _kinds(config: Config) -> Iterator[tuple[str, WeightConfig]]:
+def _formats(config: Config) -> Iterator[tuple[str, WeightConfig]]:
     """The formats of a run by their keys, those of a student that is trained first included."""
     quants = {"quant": config.quant} | ({"first.quant": config.first.quant} if config.first else {})
     for key, quant in quants.items():
-        for kind, given in {"mlp": quant.mlp, "attn": quant.attn}.items():
-            if given is not None:
-                yield f"{key}.{kind}", given
+        for role in ROLES:
+            if (given := getattr(quant, role)) is not None:
+                yield f"{key}.{role}", given

@@ -8,7 +8,7 @@ from qat.processes import place
 
 
 def check(config: Config) -> None:
-    """The layers that learn have tables, something in them learns, and batches suffice; the loss holds together."""
+    """The layers that learn are quantized, something in them learns, and batches suffice; the loss holds together."""
     if config.stage in TRAINS:
         _check_mode(config)
         _check_learning(config)
@@ -17,7 +17,7 @@ def check(config: Config) -> None:
 
 
 def _check_mode(config: Config) -> None:
-    """The layers that learn have tables to learn."""
+    """The layers that learn are quantized."""
     quant, whose = {"mlp": config.quant.mlp, "attn": config.quant.attn}, f"quant={config.quant.name}"
     described = manifest(config) if config.stage is Stage.distill else None
     if config.stage is Stage.distill and config.checkpoint.path and described is None:
@@ -29,7 +29,7 @@ def _check_mode(config: Config) -> None:
         if learns and not quant.get(kind):
             fitting = [f"mode={kind}" for kind in ("mlp", "attn") if quant.get(kind)]
             raise ConfigError(
-                f"mode={config.mode.name} trains the {kind} layers, for which {whose} has no tables"
+                f"mode={config.mode.name} trains the {kind} layers, for which {whose} has no format"
                 + (f": use {fitting[0]}" if fitting else "")
             )
     if not any(learning.values()):

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 from typing import Any
+from typing import cast as cast_type
 
 import torch
 from torch import Tensor
@@ -10,7 +11,8 @@ from transformers import PreTrainedModel
 
 from qat import checkpoints
 from qat.config import ExportConfig, ExportType
-from qat.export.source import DTYPES, EXACT, Source, cast, copy_tokenizer, require_tables
+from qat.export.source import DTYPES, EXACT, Source, cast, copy_tokenizer, require_codebooks
+from qat.quant.embedding import restore
 from qat.quant.linear import QuantLinear, quantized
 from qat.quant.lookup import look_up
 
@@ -21,10 +23,11 @@ def write(source: Source, folder: Path, settings: ExportConfig) -> None:
     """Writes the state dict, `config.json` and the tokenizer.
 
     Raises:
-        ConfigError: a layer is no table.
+        ConfigError: a layer is no codebook.
         NumericsError: a value does not fit into fp16.
     """
-    require_tables(source, "export=anemll_v2")
+    require_codebooks(source, "export=anemll_v2")
+    restore(source.model)
     snapped = settings.dtype is ExportType.fp16
     torch.save(state_dict(source, snapped), folder / FILE)
     (folder / "config.json").write_text(json.dumps(description(source), indent=2) + "\n", encoding="utf-8")
@@ -34,7 +37,7 @@ def write(source: Source, folder: Path, settings: ExportConfig) -> None:
 @torch.no_grad()
 def state_dict(source: Source, snapped: bool) -> dict[str, Tensor]:
     """All tensors of the model: the parts of every quantized layer, and everything else as it is."""
-    modules = quantized(source.model)
+    modules = {name: cast_type(QuantLinear, module) for name, module in quantized(source.model).items()}
     state: dict[str, Tensor] = {}
     for name, module in modules.items():
         latent = source.latent.get(name)
@@ -50,7 +53,9 @@ def state_dict(source: Source, snapped: bool) -> dict[str, Tensor]:
 
 
 def _plain(module: QuantLinear) -> dict[str, Tensor]:
-    return module.normalized() | _indices(module, module.parts()["lut"].detach()) | {"_scales_baked_flag": _flag(0)}
+    parts = module.normalized()
+    codebook = parts.pop("codebook")
+    return parts | {"lut": codebook, "_scales_baked_flag": _flag(0)} | _indices(module, codebook)
 
 
 def _snapped(name: str, module: QuantLinear) -> dict[str, Tensor]:
@@ -60,14 +65,14 @@ def _snapped(name: str, module: QuantLinear) -> dict[str, Tensor]:
         "scale_A": cast(name, parts["scale_A"] * magnitude, torch.float16),
         "scale_B": cast(name, parts["scale_B"], torch.float16),
         "rank_magnitude": torch.ones_like(magnitude, dtype=torch.float16),
-        "lut": cast(name, parts["lut"], torch.float16),
+        "lut": cast(name, parts["codebook"], torch.float16),
     }
     return parts | _indices(module, parts["lut"]) | {"_scales_baked_flag": _flag(1)}
 
 
-def _indices(module: QuantLinear, table: Tensor) -> dict[str, Tensor]:
+def _indices(module: QuantLinear, codebook: Tensor) -> dict[str, Tensor]:
     # int64 and no smaller: a mask is what uint8 would be to the code that indexes with them.
-    return {"_Q": look_up(table, module.indices), "_indices": module.indices.long()}
+    return {"_Q": look_up(codebook, module.indices), "_indices": module.indices.long()}
 
 
 def _flag(value: int) -> Tensor:
@@ -88,8 +93,8 @@ def description(source: Source) -> dict[str, Any]:
         "force_positive_scales": False,
         "magnitude_activation": "identity",
     }
-    for kind, table in kinds.items():
-        said |= {f"{kind}_lut_bits": table["bits"], f"{kind}_scale_rank": table["rank"]}
+    for kind, format in kinds.items():
+        said |= {f"{kind}_lut_bits": format["bits"], f"{kind}_scale_rank": format["rank"]}
     loss = source.record.number("metrics", "kd_loss_best")
     loss = origin.get("final_loss") if loss is None else loss
     return said if loss is None else said | {"final_loss": loss}

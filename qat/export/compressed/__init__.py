@@ -23,12 +23,13 @@ def refuse(config: Config) -> None:
 
 EXPORTER = Exporter(
     types=(ExportType.fp16, ExportType.fp32),
-    grid=EngineGrid("compressed-tensors", ("integers",), tuple(range(2, 9)), (), "compressed_"),
+    grid=EngineGrid("compressed-tensors", ("integers",), tuple(range(2, 9)), (), "compressed_", ("mlp", "attn", "head")),
     refuse=refuse,
     use="""\
 ```python
 from transformers import AutoModelForCausalLM  # pip install compressed-tensors
 model = AutoModelForCausalLM.from_pretrained("{folder}", dtype="auto")
 ```
-vLLM loads it where all layers have 4 or 8 bits: `vllm serve {folder}`.""",
+vLLM loads it where all layers have 4 or 8 bits: `vllm serve {folder}`. The embedding is dense, whatever the checkpoint
+has it in, and so is a head that is tied to it.""",
 )

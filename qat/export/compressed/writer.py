@@ -19,7 +19,7 @@ from qat.export.replaced import exact
 from qat.export.source import DTYPES, Source
 from qat.quant import packing
 from qat.quant.formats import Uniform
-from qat.quant.linear import QuantLinear, quantized
+from qat.quant.linear import Quantized, QuantLinear, quantized
 
 LAYOUT = "pack-quantized"
 
@@ -32,11 +32,17 @@ def write(source: Source, folder: Path, settings: ExportConfig) -> None:
         ConfigError: as `replaced.write`.
     """
     dtype = DTYPES[settings.dtype]
-    described = {"quantization_config": description(source)}
-    replaced.write(source, folder, settings, lambda name, module: tensors(name, module, dtype), described)
+    layers = linears(source)
+    described = {"quantization_config": description(source, layers)}
+    replaced.write(source, folder, settings, layers, lambda name, module: tensors(name, module, dtype), described)
 
 
-def tensors(name: str, module: QuantLinear, dtype: torch.dtype) -> dict[str, Tensor]:
+def linears(source: Source) -> dict[str, Quantized]:
+    """The quantized linear layers by name, which vLLM's reader knows packed; an embedding is written dense."""
+    return {name: module for name, module in quantized(source.model).items() if isinstance(module, QuantLinear)}
+
+
+def tensors(name: str, module: Quantized, dtype: torch.dtype) -> dict[str, Tensor]:
     """`weight_packed` [O, I · bits / 32] int32, `weight_scale` [O, I / group], `weight_shape` [2] int64."""
     return {
         "weight_packed": packing.words(module.indices, module.format.bits),
@@ -45,13 +51,12 @@ def tensors(name: str, module: QuantLinear, dtype: torch.dtype) -> dict[str, Ten
     }
 
 
-def description(source: Source) -> dict[str, Any]:
-    """`quantization_config`: layers by bits and group, and the linear layers that stay as they were."""
-    modules = quantized(source.model)
-    formats = sorted({(cast(Uniform, module.format).group, module.format.bits) for module in modules.values()})
+def description(source: Source, layers: dict[str, Quantized]) -> dict[str, Any]:
+    """`quantization_config`: layers by group and bits, and the linear layers that are dense."""
+    formats = sorted({_numbers(module) for module in layers.values()})
     groups = {
         f"group_{number}": {
-            "targets": [name for name, module in modules.items() if _numbers(module) == (group, bits)],
+            "targets": [name for name, module in layers.items() if _numbers(module) == (group, bits)],
             "weights": {
                 **{"num_bits": bits, "type": "int", "symmetric": True, "dynamic": False},
                 **{"strategy": "group", "group_size": group},
@@ -60,14 +65,15 @@ def description(source: Source) -> dict[str, Any]:
         }
         for number, (group, bits) in enumerate(formats)
     }
-    dense = [name for name, module in source.model.named_modules() if isinstance(module, nn.Linear)]
+    skeleton = source.teacher.skeleton()
+    every = [name for name, module in skeleton.named_modules() if isinstance(module, nn.Linear)]
     return {
         **{"quant_method": "compressed-tensors", "format": LAYOUT, "quantization_status": "compressed"},
-        **{"config_groups": groups, "ignore": dense, "version": version("compressed-tensors")},
+        **{"config_groups": groups, "ignore": [name for name in every if name not in layers], "version": version("compressed-tensors")},
     }
 
 
-def _numbers(module: QuantLinear) -> tuple[int, int]:
+def _numbers(module: Quantized) -> tuple[int, int]:
     return cast(Uniform, module.format).group, module.format.bits
 
 
@@ -83,7 +89,7 @@ def read(source: Source, folder: Path) -> PreTrainedModel:
         ArtifactError: the library decodes other weights than the student has.
     """
     model = models.read(folder, "auto").eval()
-    for name, module in quantized(source.model).items():
+    for name, module in linears(source).items():
         replaced.require_equal(name, decoded(model.get_submodule(name)), module)
     return model
 

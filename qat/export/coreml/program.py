@@ -1,6 +1,6 @@
 """A student as a Core ML program: one token a call, its keys and values kept in two states.
 
-Tables stay tables (`constexpr_lut_to_dense` with indices of `bits`). Their scales are either factored,
+Codebooks stay codebooks (`constexpr_lut_to_dense` with indices of `bits`). Their scales are either factored,
 `y = Σ_r (A·g)_r ⊙ (Q (B_r ⊙ x))`, all ranks as the rows of one product, or baked, `W` multiplied out to
 dense fp16. Everything is fp16. The root mean square of a norm is taken as the deviation of (x, −x),
 whose mean is zero, by the one operation that Core ML computes in more than fp16.
@@ -33,7 +33,7 @@ class Decoder:
 
     Attributes:
         context: tokens that the key-value cache holds.
-        factored: keep tables and scales apart.
+        factored: keep codebooks and scales apart.
     """
 
     def __init__(self, model: PreTrainedModel, context: int, factored: bool) -> None:
@@ -128,7 +128,7 @@ class Decoder:
             parts = module.normalized()
             magnified = (parts["scale_A"] * parts["rank_magnitude"]).mT[None]
             scaled = mb.mul(x=x, y=half("scale_B", parts["scale_B"][None]))
-            made = mb.linear(x=scaled, weight=table_of(module))
+            made = mb.linear(x=scaled, weight=codebook_of(module))
             made = mb.reduce_sum(x=mb.mul(x=made, y=half("scale_A", magnified)), axes=(1,), keep_dims=True)
             return made if bias is None else mb.add(x=made, y=half("bias", bias))
         weight = module.weight(torch.float32) if isinstance(module, QuantLinear) else cast(Tensor, module.weight)
@@ -136,13 +136,13 @@ class Decoder:
         return mb.linear(x=x, weight=half("weight", weight), **biased)
 
 
-def table_of(module: QuantLinear) -> Any:
+def codebook_of(module: QuantLinear) -> Any:
     """`LUT[indices]` [O, I], packed."""
     width = next(width for width in WIDTHS if width >= module.format.bits)
-    lut = module.parts()["lut"]
-    lut = torch.cat([lut, lut[-1:].expand(2**width - len(lut))])
+    codebook = module.parts()["codebook"]
+    codebook = torch.cat([codebook, codebook[-1:].expand(2**width - len(codebook))])
     indices = module.indices.cpu().numpy().astype(string_to_nptype(f"uint{width}"))
-    return mb.constexpr_lut_to_dense(indices=indices, lut=half("lut", lut)[None, None, :, None])
+    return mb.constexpr_lut_to_dense(indices=indices, lut=half("codebook", codebook)[None, None, :, None])
 
 
 def norm(x: Any, module: Any) -> Any:

@@ -14,7 +14,8 @@ from qat.export.coreml import check
 from qat.export.coreml.interpreter import Interpreted
 from qat.export.coreml.program import Decoder, counts
 from qat.export.parity import prompts
-from qat.export.source import Source, copy_tokenizer, require_tables
+from qat.export.source import Source, copy_tokenizer, require_codebooks
+from qat.quant.embedding import restore
 from qat.quant.linear import baked
 
 log = logging.getLogger(__name__)
@@ -26,13 +27,14 @@ def write(source: Source, folder: Path, settings: ExportConfig) -> None:
     """Writes the package, the numbers it is to give, the script that compares them, and the tokenizer.
 
     Raises:
-        ConfigError: scales are to stay apart, and a layer is no table.
+        ConfigError: scales are to stay apart, and a layer is no codebook.
         UnavailableError: an architecture with operations of its own.
         NumericsError: a value does not fit into fp16.
     """
     factored = settings.scales is ScaleForm.factored
     if factored:
-        require_tables(source, "export=coreml export.scales=factored")
+        require_codebooks(source, "export=coreml export.scales=factored")
+    restore(source.model)
     with torch.no_grad():
         program = Decoder(source.model, settings.context, factored).program()
     model = ct.convert(program, minimum_deployment_target=ct.target.iOS18, skip_model_load=True)

@@ -19,7 +19,7 @@ from qat.export.replaced import exact
 from qat.export.source import DTYPES, Source
 from qat.quant import packing
 from qat.quant.formats import Uniform
-from qat.quant.linear import QuantLinear, quantized
+from qat.quant.linear import Quantized, quantized
 
 
 def write(source: Source, folder: Path, settings: ExportConfig) -> None:
@@ -30,12 +30,12 @@ def write(source: Source, folder: Path, settings: ExportConfig) -> None:
         ConfigError: as `replaced.write`.
     """
     dtype = DTYPES[settings.dtype]
-    quantization = description(source)
-    described = {"quantization": quantization, "quantization_config": quantization}
-    replaced.write(source, folder, settings, lambda name, module: tensors(name, module, dtype), described)
+    layers = quantized(source.model)
+    described = dict.fromkeys(("quantization", "quantization_config"), description(layers))
+    replaced.write(source, folder, settings, layers, lambda name, module: tensors(name, module, dtype), described)
 
 
-def tensors(name: str, module: QuantLinear, dtype: torch.dtype) -> dict[str, Tensor]:
+def tensors(name: str, module: Quantized, dtype: torch.dtype) -> dict[str, Tensor]:
     """`weight` [O, I · bits / 32] uint32, `scales` and `biases` [O, I / group] in the model's type."""
     format, parts = cast(Uniform, module.format), module.normalized()
     lowest = module.grid().values_NK.min()
@@ -47,11 +47,11 @@ def tensors(name: str, module: QuantLinear, dtype: torch.dtype) -> dict[str, Ten
     }
 
 
-def description(source: Source) -> dict[str, Any]:
+def description(layers: dict[str, Quantized]) -> dict[str, Any]:
     """`quantization` of `config.json`: of the first layer for all, and each layer's own by name."""
     each = {
         name: {"group_size": cast(Uniform, module.format).group, "bits": module.format.bits}
-        for name, module in quantized(source.model).items()
+        for name, module in layers.items()
     }
     return {**next(iter(each.values())), "mode": "affine", **each}
 

@@ -3,13 +3,14 @@
 from typing import Any
 
 from qat.quant.formats.base import Cluster, Equations, Fitted, Format, Grid, Misfit, Part, Parts, Product
+from qat.quant.formats.codebook import Codebook
 from qat.quant.formats.grid import Uniform
 from qat.quant.formats.kquant import KQuant
-from qat.quant.formats.table import Table
 
 __all__ = [
     "FORMATS",
     "Cluster",
+    "Codebook",
     "Equations",
     "Fitted",
     "Format",
@@ -19,14 +20,13 @@ __all__ = [
     "Part",
     "Parts",
     "Product",
-    "Table",
     "Uniform",
     "of",
 ]
 
-FORMATS: dict[str, type[Format]] = {format.name: format for format in (Table, Uniform, KQuant)}
+FORMATS: dict[str, type[Format]] = {format.name: format for format in (Codebook, Uniform, KQuant)}
 
 
 def of(settings: dict[str, Any]) -> Format:
-    """The format that a manifest or a configuration describes; files older than the choice have tables."""
-    return FORMATS[settings.get("format", Table.name)].of(settings)
+    """The format that a manifest or a configuration describes; files older than the choice have codebooks."""
+    return FORMATS[settings.get("format", Codebook.name)].of(settings)

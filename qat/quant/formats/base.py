@@ -123,7 +123,12 @@ class Format(ABC):
     @property
     @abstractmethod
     def rowwise(self) -> tuple[str, ...]:
-        """The operands [O, …] that are multiplied where W's rows are."""
+        """The operands [O, …] of which W's rows have one each."""
+
+    @property
+    def scaled(self) -> tuple[str, ...]:
+        """Those that are multiplied where W's rows are."""
+        return self.rowwise
 
     @classmethod
     def of(cls, settings: dict[str, Any]) -> "Format":
@@ -183,12 +188,19 @@ class Format(ABC):
         """
 
     @abstractmethod
-    def alternated(self, fitted: Fitted, weight_NOI: Tensor, h_NI: Tensor) -> Fitted:
-        """One round: operands, each better under a diagonal importance given the rest, then the nearest indices."""
+    def continued(self, fitted: Fitted, weight_NOI: Tensor, h_NI: Tensor) -> Fitted:
+        """As `start`, for further rows of fitted matrices, whose operands stay but for those that are `rowwise`."""
 
     @abstractmethod
-    def refined(self, fitted: Fitted, weight_NOI: Tensor, cost: Curvature) -> Fitted:
-        """Operands under the whole curvature, each weight staying with its value."""
+    def alternated(self, fitted: Fitted, weight_NOI: Tensor, h_NI: Tensor, shared: bool = True) -> Fitted:
+        """One round: operands, each better under a diagonal importance given the rest, then the nearest indices.
+
+        Without `shared` no others than `rowwise` change.
+        """
+
+    @abstractmethod
+    def refined(self, fitted: Fitted, weight_NOI: Tensor, cost: Curvature, shared: bool = True) -> Fitted:
+        """Operands under the whole curvature, each weight staying with its value; `shared` as of `alternated`."""
 
     @abstractmethod
     def stored_bits(self, outputs: int, inputs: int) -> int:
@@ -207,9 +219,9 @@ class Format(ABC):
         return self.grid(self.operands(parts)).at(index_NOI)
 
     def kernels(self, device: torch.device) -> Any:
-        """The module with fused forms of writing and reducing, where the device has them; see `table_kernels`."""
+        """The module with fused forms of writing and reducing, where the device has them; see `codebook_kernels`."""
         return None
 
     def product(self) -> Product | None:
-        """A fused product of one token with a packed layer on CUDA, where there is one; see `table_product`."""
+        """A fused product of one token with a packed layer on CUDA, where there is one; see `codebook_product`."""
         return None

@@ -99,17 +99,24 @@ class Uniform(Format):
 
     def start(self, weight_NOI: Tensor, h_NI: Tensor, cluster: Cluster) -> Fitted:
         """The best scales and shifts of a few."""
+        return self._started(weight_NOI, h_NI)
+
+    def continued(self, fitted: Fitted, weight_NOI: Tensor, h_NI: Tensor) -> Fitted:
+        """Rows have nothing in common."""
+        return self._started(weight_NOI, h_NI)
+
+    def _started(self, weight_NOI: Tensor, h_NI: Tensor) -> Fitted:
         guessed = groups.guess(weight_NOI, h_NI, self._values(weight_NOI[0]), self.group, self.shifts)
         operands = dict(zip(self.rowwise, guessed, strict=True))
         return Fitted(self.grid(operands).nearest(weight_NOI), operands)
 
-    def alternated(self, fitted: Fitted, weight_NOI: Tensor, h_NI: Tensor) -> Fitted:
+    def alternated(self, fitted: Fitted, weight_NOI: Tensor, h_NI: Tensor, shared: bool = True) -> Fitted:
         """Scales and shifts by least squares, then indices."""
         linear = self._linear(fitted, h_NI)
         operands = self._named(least_squares.refit(self._together(fitted.operands), linear, weight_NOI, h_NI))
         return Fitted(self.grid(operands).nearest(weight_NOI), operands)
 
-    def refined(self, fitted: Fitted, weight_NOI: Tensor, cost: Curvature) -> Fitted:
+    def refined(self, fitted: Fitted, weight_NOI: Tensor, cost: Curvature, shared: bool = True) -> Fitted:
         """Scales and shifts by conjugate gradients."""
         linear = self._linear(fitted, cost.inputs_NII.diagonal(dim1=1, dim2=2))
         x = self._together(fitted.operands)

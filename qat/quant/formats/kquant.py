@@ -76,6 +76,11 @@ class KQuant(Format):
 
     @property
     def rowwise(self) -> tuple[str, ...]:
+        """All of them."""
+        return tuple(self.parts(0, 0))
+
+    @property
+    def scaled(self) -> tuple[str, ...]:
         """Super-scales."""
         return ("super_scale", "super_shift") if self.layout.shifted else ("super_scale",)
 
@@ -119,21 +124,28 @@ class KQuant(Format):
 
     def start(self, weight_NOI: Tensor, h_NI: Tensor, cluster: Cluster) -> Fitted:
         """The best scales and shifts of a few for each group by itself, then super-scales and codes for them."""
+        return self._started(weight_NOI, h_NI)
+
+    def continued(self, fitted: Fitted, weight_NOI: Tensor, h_NI: Tensor) -> Fitted:
+        """Rows have nothing in common."""
+        return self._started(weight_NOI, h_NI)
+
+    def _started(self, weight_NOI: Tensor, h_NI: Tensor) -> Fitted:
         layout = self.layout
         guessed = groups.guess(weight_NOI, h_NI, self._values(weight_NOI[0]), layout.group, layout.shifted)
         free = Grid(self._values(weight_NOI), *(each(x, layout.group) for x in guessed))
         return self._coded(guessed, free.nearest(weight_NOI), weight_NOI, h_NI)
 
-    def alternated(self, fitted: Fitted, weight_NOI: Tensor, h_NI: Tensor) -> Fitted:
+    def alternated(self, fitted: Fitted, weight_NOI: Tensor, h_NI: Tensor, shared: bool = True) -> Fitted:
         """Scales and shifts of groups by least squares, super-scales and codes for them, then indices."""
         return self._coded(self._each_group(fitted.operands), fitted.index_NOI, weight_NOI, h_NI)
 
-    def refined(self, fitted: Fitted, weight_NOI: Tensor, cost: Curvature) -> Fitted:
+    def refined(self, fitted: Fitted, weight_NOI: Tensor, cost: Curvature, shared: bool = True) -> Fitted:
         """Super-scales by conjugate gradients."""
         linear = self._linear(fitted, cost.inputs_NII.diagonal(dim1=1, dim2=2))
-        x = torch.stack([fitted.operands[name] for name in self.rowwise], 3)
+        x = torch.stack([fitted.operands[name] for name in self.scaled], 3)
         x = least_squares.conjugate_gradient(x, linear, weight_NOI, cost, CG_ITERATIONS)
-        found = dict(zip(self.rowwise, (part.contiguous() for part in x.unbind(3)), strict=True))
+        found = dict(zip(self.scaled, (part.contiguous() for part in x.unbind(3)), strict=True))
         return Fitted(fitted.index_NOI, fitted.operands | found)
 
     def stored_bits(self, outputs: int, inputs: int) -> int:
@@ -144,7 +156,7 @@ class KQuant(Format):
     def equations(self, outputs: int, inputs: int) -> Equations:
         """A small system for each group, and its factor."""
         systems = outputs * inputs // self.layout.group
-        return Equations(2 * systems * len(self.rowwise) ** 2, f"equations of groups of {self.layout.group}", "bits")
+        return Equations(2 * systems * len(self.scaled) ** 2, f"equations of groups of {self.layout.group}", "bits")
 
     def misfit(self, outputs: int, inputs: int) -> Misfit | None:
         """Rows consist of whole blocks, and there is a layout of these bits."""

@@ -1,10 +1,10 @@
-"""Triton kernels of the format `table`: weights written, and their gradients reduced, in single passes.
+"""Triton kernels of the format `codebook`: weights written, and their gradients reduced, in single passes.
 
 One launch serves all layers of a stack. Scales are recomputed from A and B tile by tile instead of being
 stored; nothing of the size of a weight is written but the weight itself. Products are fp32 (`PRECISION`:
 three TF32 products where the hardware has TF32, plain fp32 elsewhere), sums are taken in a fixed order.
 
-Shapes: N layers, O outputs, I inputs, K table entries, R ranks.
+Shapes: N layers, O outputs, I inputs, K codebook entries, R ranks.
 """
 
 # Triton gives the arguments of kernels its own meaning.
@@ -27,13 +27,13 @@ TILE = 64  # outputs and inputs a program holds at once
 
 
 def write(
-    indices: Tensor, lut: Tensor, A: Tensor, B: Tensor, latent: Tensor | None, weights: Tensor, starts: Tensor
+    indices: Tensor, codebook: Tensor, A: Tensor, B: Tensor, latent: Tensor | None, weights: Tensor, starts: Tensor
 ) -> None:
-    """`weight = lut[indices] ⊙ A @ B`; with `latent` [N, O, I] the indices are first set to the nearest entry.
+    """`weight = codebook[indices] ⊙ A @ B`; with `latent` [N, O, I] the indices are first set to the nearest entry.
 
     Args:
         indices: [N, O, I] uint8.
-        lut: [N, K] fp32, in any order.
+        codebook: [N, K] fp32, in any order.
         A: [N, O, R] fp32, magnitudes included.
         B: [N, R, I] fp32.
         latent: [N, O, I] fp32 or None.
@@ -44,7 +44,7 @@ def write(
     grid = (triton.cdiv(inputs, TILE), triton.cdiv(outputs, TILE), layers)
     _write[grid](
         indices,
-        lut,
+        codebook,
         A.contiguous(),
         B.contiguous(),
         indices if latent is None else latent,
@@ -53,7 +53,7 @@ def write(
         outputs,
         inputs,
         A.shape[2],
-        K=lut.shape[1],
+        K=codebook.shape[1],
         RANKS=_padded(A.shape[2]),
         LATENT=latent is not None,
         TILE=TILE,
@@ -65,26 +65,26 @@ def gradients(
     grads: Tensor,
     starts: Tensor,
     indices: Tensor,
-    lut: Tensor,
+    codebook: Tensor,
     A: Tensor,
     B: Tensor,
-    d_lut: Tensor,
+    d_codebook: Tensor,
     d_A: Tensor,
     d_B: Tensor,
 ) -> None:
-    """Gradients of lut, A and B from the weights', which lie as in `write`; the last three are overwritten."""
+    """Gradients of codebook, A and B from the weights', which lie as in `write`; the last three are overwritten."""
     layers, outputs, inputs = indices.shape
     A, B = A.contiguous(), B.contiguous()
     rows, columns = triton.cdiv(outputs, TILE), triton.cdiv(inputs, TILE)
-    partial = torch.empty(layers, rows, lut.shape[1], dtype=torch.float32, device=lut.device)
+    partial = torch.empty(layers, rows, codebook.shape[1], dtype=torch.float32, device=codebook.device)
     sizes = (outputs, inputs, A.shape[2])
     # A gradient of 16 bits has no more digits than TF32.
     precision = _precision(grads) if grads.dtype == torch.float32 else _precision(grads).removesuffix("x3")
-    constants = {"K": lut.shape[1], "RANKS": _padded(A.shape[2]), "TILE": TILE, "PRECISION": precision}
-    _reduce_rows[(rows, layers)](grads, starts, indices, lut, A, B, d_A, partial, *sizes, **constants)
-    torch.sum(partial, 1, out=d_lut)
-    # Nothing is read ahead: with what is looked up in tables that takes three times as long.
-    _reduce_columns[(columns, layers)](grads, starts, indices, lut, A, d_B, *sizes, **constants, num_stages=1)
+    constants = {"K": codebook.shape[1], "RANKS": _padded(A.shape[2]), "TILE": TILE, "PRECISION": precision}
+    _reduce_rows[(rows, layers)](grads, starts, indices, codebook, A, B, d_A, partial, *sizes, **constants)
+    torch.sum(partial, 1, out=d_codebook)
+    # Nothing is read ahead: with what is looked up in codebooks that takes three times as long.
+    _reduce_columns[(columns, layers)](grads, starts, indices, codebook, A, d_B, *sizes, **constants, num_stages=1)
 
 
 def _padded(rank: int) -> int:
@@ -117,7 +117,7 @@ if AVAILABLE:
     @triton.jit
     def _write(
         indices,
-        lut,
+        codebook,
         A,
         B,
         latent,
@@ -143,13 +143,13 @@ if AVAILABLE:
             chosen = tl.zeros([TILE, TILE], tl.int32)
             closest = tl.full([TILE, TILE], float("inf"), tl.float32)
             for k in range(K):
-                away = tl.abs(wanted - tl.load(lut + layer * K + k) * scale)
+                away = tl.abs(wanted - tl.load(codebook + layer * K + k) * scale)
                 chosen = tl.where(away < closest, k, chosen)
                 closest = tl.minimum(away, closest)
             tl.store(indices + place, chosen.to(tl.uint8), mask=inside)
         else:
             chosen = tl.load(indices + place, mask=inside, other=0).to(tl.int32)
-        value = tl.load(lut + layer * K + chosen) * scale
+        value = tl.load(codebook + layer * K + chosen) * scale
         there = tl.multiple_of(tl.load(starts + layer), BEGIN) + o[:, None] * inputs + i[None, :]
         tl.store(weights + there, value.to(weights.dtype.element_ty), mask=inside)
 
@@ -158,11 +158,11 @@ if AVAILABLE:
         grads,
         starts,
         indices,
-        lut,
+        codebook,
         A,
         B,
         d_A,
-        d_lut,
+        d_codebook,
         outputs,
         inputs,
         ranks,
@@ -171,13 +171,13 @@ if AVAILABLE:
         TILE: tl.constexpr,
         PRECISION: tl.constexpr,
     ):
-        """Some rows of dA, and what these rows add to the gradient of the table."""
+        """Some rows of dA, and what these rows add to the gradient of the codebook."""
         layer = tl.program_id(1).to(tl.int64)
         begin = tl.multiple_of(tl.load(starts + layer), BEGIN)
         o = tl.program_id(0) * TILE + tl.arange(0, TILE)
         r, entry = tl.arange(0, RANKS), tl.arange(0, K)
         sum_A = tl.zeros([TILE, RANKS], tl.float32)
-        sum_lut = tl.zeros([K], tl.float32)
+        sum_codebook = tl.zeros([K], tl.float32)
         for start in range(0, inputs, TILE):
             i = start + tl.arange(0, TILE)
             inside = (o[:, None] < outputs) & (i[None, :] < inputs)
@@ -189,19 +189,19 @@ if AVAILABLE:
             through = g * scale
             for k in range(K):
                 part = tl.sum(tl.sum(tl.where(index == k, through, 0.0), 1), 0)
-                sum_lut = tl.where(entry == k, sum_lut + part, sum_lut)
-            d_scale = g * tl.load(lut + layer * K + index)
+                sum_codebook = tl.where(entry == k, sum_codebook + part, sum_codebook)
+            d_scale = g * tl.load(codebook + layer * K + index)
             sum_A = tl.dot(d_scale, tl.trans(b), sum_A, input_precision=PRECISION)
         kept = (o[:, None] < outputs) & (r[None, :] < ranks)
         tl.store(d_A + (layer * outputs + o[:, None]) * ranks + r[None, :], sum_A, mask=kept)
-        tl.store(d_lut + (layer * tl.num_programs(0) + tl.program_id(0)) * K + entry, sum_lut)
+        tl.store(d_codebook + (layer * tl.num_programs(0) + tl.program_id(0)) * K + entry, sum_codebook)
 
     @triton.jit
     def _reduce_columns(
         grads,
         starts,
         indices,
-        lut,
+        codebook,
         A,
         d_B,
         outputs,
@@ -225,7 +225,7 @@ if AVAILABLE:
             there = begin + o[:, None] * inputs + i[None, :]
             g = tl.load(grads + there, mask=inside, other=0.0).to(tl.float32)
             index = tl.load(indices + place, mask=inside, other=0).to(tl.int32)
-            d_scale = g * tl.load(lut + layer * K + index)
+            d_scale = g * tl.load(codebook + layer * K + index)
             a = tl.load(
                 A + (layer * outputs + o[:, None]) * ranks + r[None, :],
                 mask=(o[:, None] < outputs) & (r[None, :] < ranks),

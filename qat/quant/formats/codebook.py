@@ -1,4 +1,4 @@
-"""A learned codebook for each layer, times a low-rank scale: `W = LUT[index] ⊙ (A·g) @ B`.
+"""A learned codebook for each layer, times a low-rank scale: `W = codebook[index] ⊙ (A·g) @ B`.
 
 Shapes: N layers, O outputs, I inputs, K = 2^bits entries, R ranks.
 """
@@ -10,23 +10,23 @@ import torch
 from torch import Tensor
 
 from qat.quant.curvature import Curvature
-from qat.quant.formats import table_fit
+from qat.quant.formats import codebook_fit
 from qat.quant.formats.base import Cluster, Equations, Fitted, Format, Grid, Misfit, Part, Parts, Product
-from qat.quant.formats.table_fit import Tables
+from qat.quant.formats.codebook_fit import Codebooks
 from qat.quant.lookup import entry_sums, look_up
 
 
 @dataclass(frozen=True)
-class Table(Format):
-    """The format `table`.
+class Codebook(Format):
+    """The format `codebook`.
 
-    Parts: `lut` [K], ascending at conversion; `scale_A` [O, R], unit-norm columns at conversion; `scale_B` [R, I],
-    unit-norm rows; `rank_magnitude` [R]. Operands: `lut`, `A` [O, R] with magnitudes, `B`.
+    Parts: `codebook` [K], ascending at conversion; `scale_A` [O, R], unit-norm columns at conversion; `scale_B` [R, I],
+    unit-norm rows; `rank_magnitude` [R]. Operands: `codebook`, `A` [O, R] with magnitudes, `B`.
     """
 
     rank: int
 
-    name: ClassVar[str] = "table"
+    name: ClassVar[str] = "codebook"
 
     @property
     def rowwise(self) -> tuple[str, ...]:
@@ -40,7 +40,7 @@ class Table(Format):
     def parts(self, outputs: int, inputs: int) -> dict[str, Part]:
         """Codebook and scales."""
         return {
-            "lut": Part((2**self.bits,), "codebooks"),
+            "codebook": Part((2**self.bits,), "codebooks"),
             "scale_A": Part((outputs, self.rank), "scales"),
             "scale_B": Part((self.rank, inputs), "scales"),
             "rank_magnitude": Part((self.rank,), "scales"),
@@ -50,22 +50,22 @@ class Table(Format):
         """A file in fp16 keeps the norms of B's rows in A."""
         A = parts["scale_A"] * parts["rank_magnitude"][..., None, :]
         if not snap:
-            return {"lut": parts["lut"], "A": A, "B": parts["scale_B"]}
+            return {"codebook": parts["codebook"], "A": A, "B": parts["scale_B"]}
         norm = _norms(parts["scale_B"])
-        return {"lut": _half(parts["lut"]), "A": _half(A * norm.mT), "B": _half(parts["scale_B"] / norm)}
+        return {"codebook": _half(parts["codebook"]), "A": _half(A * norm.mT), "B": _half(parts["scale_B"] / norm)}
 
     def grid(self, operands: Parts) -> Grid:
         """Codebook and scales."""
-        return Grid(operands["lut"], operands["A"] @ operands["B"])
+        return Grid(operands["codebook"], operands["A"] @ operands["B"])
 
     def gradients(self, grad_NOI: Tensor, index_NOI: Tensor, operands: Parts) -> Parts:
         """The codebook's is a masked sum for each entry: indexing under autograd would scatter millions of values
         into four addresses. The scales are computed again, which is cheaper than keeping them."""
-        lut, A, B = operands["lut"], operands["A"], operands["B"]
-        grad_NOI = grad_NOI.to(lut.dtype)
-        d_lut = entry_sums(grad_NOI * (A @ B), index_NOI, lut.shape[-1])
-        d_scale = grad_NOI * look_up(lut, index_NOI)
-        return {"lut": d_lut, "A": d_scale @ B.mT, "B": A.mT @ d_scale}
+        codebook, A, B = operands["codebook"], operands["A"], operands["B"]
+        grad_NOI = grad_NOI.to(codebook.dtype)
+        d_codebook = entry_sums(grad_NOI * (A @ B), index_NOI, codebook.shape[-1])
+        d_scale = grad_NOI * look_up(codebook, index_NOI)
+        return {"codebook": d_codebook, "A": d_scale @ B.mT, "B": A.mT @ d_scale}
 
     def distribute(self, gradients: Parts, parts: Parts, found: Parts, snap: bool = False) -> None:
         """That of A is shared by `scale_A` and the magnitudes."""
@@ -79,16 +79,16 @@ class Table(Format):
 
     def stored(self, operands: Parts) -> Parts:
         """Magnitudes are the norms of A's columns and B's rows."""
-        ones = torch.ones_like(operands["A"][..., 0, :])
-        parts = {"lut": operands["lut"], "scale_A": operands["A"], "scale_B": operands["B"], "rank_magnitude": ones}
-        return self.normalized(parts)
+        codebook, A, B = (operands[name] for name in ("codebook", "A", "B"))
+        ones = torch.ones_like(A[..., 0, :])
+        return self.normalized({"codebook": codebook, "scale_A": A, "scale_B": B, "rank_magnitude": ones})
 
     def normalized(self, parts: Parts) -> Parts:
         """Unit-norm columns of A and rows of B, their norms moved into the magnitudes."""
         norm_A = parts["scale_A"].norm(dim=-2).clamp_min(1e-12)
         norm_B = parts["scale_B"].norm(dim=-1).clamp_min(1e-12)
         return {
-            "lut": parts["lut"].clone(),
+            "codebook": parts["codebook"].clone(),
             "scale_A": parts["scale_A"] / norm_A[..., None, :],
             "scale_B": parts["scale_B"] / norm_B[..., None],
             "rank_magnitude": parts["rank_magnitude"] * norm_A * norm_B,
@@ -96,28 +96,34 @@ class Table(Format):
 
     def kept(self, parts: Parts, older: Format) -> Parts | None:
         """More ranks may be there: the new ones point anywhere, with magnitude zero, and may learn."""
-        if not isinstance(older, Table) or older.bits != self.bits or older.rank > self.rank:
+        if not isinstance(older, Codebook) or older.bits != self.bits or older.rank > self.rank:
             return None
         draw = torch.Generator().manual_seed(0)
         A = torch.randn(parts["scale_A"].shape[0], self.rank, generator=draw, dtype=torch.float32)
         B = torch.randn(self.rank, parts["scale_B"].shape[1], generator=draw, dtype=torch.float32)
-        A, B = (new.to(parts["lut"].device) for new in (A / A.norm(dim=0), B / B.norm(dim=1, keepdim=True)))
+        A, B = (new.to(parts["codebook"].device) for new in (A / A.norm(dim=0), B / B.norm(dim=1, keepdim=True)))
         magnitude = torch.zeros_like(B[:, 0])
         A[:, : older.rank], B[: older.rank] = parts["scale_A"], parts["scale_B"]
         magnitude[: older.rank] = parts["rank_magnitude"]
-        return {"lut": parts["lut"], "scale_A": A, "scale_B": B, "rank_magnitude": magnitude}
+        return {"codebook": parts["codebook"], "scale_A": A, "scale_B": B, "rank_magnitude": magnitude}
 
     def start(self, weight_NOI: Tensor, h_NI: Tensor, cluster: Cluster) -> Fitted:
         """Scales from group means, then the best codebook for the weights relative to them."""
-        return table_fit.start(weight_NOI, h_NI, 2**self.bits, self.rank, cluster).fitted()
+        return codebook_fit.start(weight_NOI, h_NI, 2**self.bits, self.rank, cluster).fitted()
 
-    def alternated(self, fitted: Fitted, weight_NOI: Tensor, h_NI: Tensor) -> Fitted:
-        """Codebook, A, B and indices in turn."""
-        return table_fit.alternate(Tables.of(fitted), weight_NOI, h_NI).fitted()
+    def continued(self, fitted: Fitted, weight_NOI: Tensor, h_NI: Tensor) -> Fitted:
+        """A that suits the rows' magnitudes, and nearest indices."""
+        return codebook_fit.further(Codebooks.of(fitted), weight_NOI, h_NI).fitted()
 
-    def refined(self, fitted: Fitted, weight_NOI: Tensor, cost: Curvature) -> Fitted:
+    def alternated(self, fitted: Fitted, weight_NOI: Tensor, h_NI: Tensor, shared: bool = True) -> Fitted:
+        """Codebook, A, B and indices in turn; A and indices alone where others are not of these rows alone."""
+        round = codebook_fit.alternate if shared else codebook_fit.alternate_rows
+        return round(Codebooks.of(fitted), weight_NOI, h_NI).fitted()
+
+    def refined(self, fitted: Fitted, weight_NOI: Tensor, cost: Curvature, shared: bool = True) -> Fitted:
         """A, B and the codebook by conjugate gradients."""
-        return table_fit.refine(Tables.of(fitted), weight_NOI, cost).fitted()
+        refine = codebook_fit.refine if shared else codebook_fit.refine_rows
+        return refine(Codebooks.of(fitted), weight_NOI, cost).fitted()
 
     def stored_bits(self, outputs: int, inputs: int) -> int:
         """Indices, scales with their magnitudes, and the codebook."""
@@ -138,21 +144,21 @@ class Table(Format):
         """Triton kernels on CUDA."""
         if device.type != "cuda":
             return None
-        from qat.quant.formats import table_kernels
+        from qat.quant.formats import codebook_kernels
 
-        return table_kernels if table_kernels.AVAILABLE else None
+        return codebook_kernels if codebook_kernels.AVAILABLE else None
 
     def product(self) -> Product | None:
         """A Triton kernel."""
-        from qat.quant.formats import table_product
+        from qat.quant.formats import codebook_product
 
-        return self._product if table_product.AVAILABLE else None
+        return self._product if codebook_product.AVAILABLE else None
 
     def _product(self, x_I: Tensor, indices: Tensor, parts: Parts) -> Tensor:
-        from qat.quant.formats import table_product
+        from qat.quant.formats import codebook_product
 
-        lut, A, B, magnitudes = (parts[name] for name in self.parts(0, 0))
-        return table_product.product(x_I, indices, lut, A, magnitudes, B, self.bits)
+        codebook, A, B, magnitudes = (parts[name] for name in self.parts(0, 0))
+        return codebook_product.product(x_I, indices, codebook, A, magnitudes, B, self.bits)
 
 
 def _norms(B: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
-"""One token through a packed layer on CUDA: indices, table and scales are read once, W never exists.
+"""One token through a packed layer on CUDA: indices, codebook and scales are read once, W never exists.
 
-`y_o = Σ_i LUT[index_oi] · S_oi · x_i` with `S = (A·g) @ B`. A program takes a tile of rows and columns, has all
+`y_o = Σ_i codebook[index_oi] · S_oi · x_i` with `S = (A·g) @ B`. A program takes a tile of rows and columns, has all
 its loads in flight at once, makes its part of S by one matrix instruction chain in fp16 and sums along its
 columns. Such a product takes few microseconds, most of them waiting, so there is no loop to wait in. Where a
 row is cut into several tiles, each leaves its partial sums in fp32, and the last one to arrive adds them in
@@ -74,19 +74,19 @@ def arrivals(device: torch.device) -> Arrivals:
 def product(
     x_I: Tensor,
     indices: Tensor,
-    lut: Tensor,
+    codebook: Tensor,
     A_OR: Tensor,
     g_R: Tensor,
     B_RI: Tensor,
     bits: int,
     cut: Tiling | None = None,
 ) -> Tensor:
-    """`W x` [O] in the type of x. A·g and B enter in fp16; all sums, and products with the table and x, are fp32.
+    """`W x` [O] in the type of x. A·g and B enter in fp16; all sums, and products with the codebook and x, are fp32.
 
     Args:
         x_I: [I], contiguous.
         indices: the bit stream of a layer's indices, row by row.
-        lut: [2**bits] fp16.
+        codebook: [2**bits] fp16.
         A_OR: [O, R], contiguous.
         g_R: [R].
         B_RI: [R, I], contiguous.
@@ -104,7 +104,7 @@ def product(
         partial_SO = torch.empty(splits, outputs, dtype=torch.float32, device=x_I.device)
         counters, first = arrivals(x_I.device).counters, arrivals(x_I.device).take(tiles)
     _product[(tiles, splits)](
-        *(x_I, indices, lut, A_OR, g_R, B_RI, y_O, partial_SO, counters, first),
+        *(x_I, indices, codebook, A_OR, g_R, B_RI, y_O, partial_SO, counters, first),
         *(outputs, inputs, inputs // each, indices.numel()),
         BITS=bits,
         RANK=rank,
@@ -125,7 +125,7 @@ if AVAILABLE:
     def _product(
         x_ptr,
         index_ptr,
-        lut_ptr,
+        codebook_ptr,
         A_ptr,
         g_ptr,
         B_ptr,
@@ -174,11 +174,11 @@ if AVAILABLE:
         g = tl.load(g_ptr + rank, mask=in_rank, other=0)
         x = tl.load(x_ptr + column, mask=in_column, other=0)
         if BITS <= 4:
-            four_0 = _four(lut_ptr, 0, BITS)
+            four_0 = _four(codebook_ptr, 0, BITS)
             if BITS >= 3:
-                four_1 = _four(lut_ptr, 4, BITS)
+                four_1 = _four(codebook_ptr, 4, BITS)
             if BITS == 4:
-                four_2, four_3 = _four(lut_ptr, 8, BITS), _four(lut_ptr, 12, BITS)
+                four_2, four_3 = _four(codebook_ptr, 8, BITS), _four(codebook_ptr, 12, BITS)
         tl.debug_barrier()  # keeps the compiler from moving loads to where they are used
         B = tl.load(B_ptr + rank[:, None] * inputs + column[None, :], mask=inside_B, other=0)
 
@@ -204,7 +204,7 @@ if AVAILABLE:
                 four = tl.where(scaled & 128 != 0, high, low)
             Q = (four >> (scaled & (48 if BITS > 1 else 16))).to(tl.int16).to(tl.float16, bitcast=True)
         else:
-            Q = tl.load(lut_ptr + ((word >> shift) & ((1 << BITS) - 1)))
+            Q = tl.load(codebook_ptr + ((word >> shift) & ((1 << BITS) - 1)))
         y = tl.sum(S * Q.to(tl.float32) * x.to(tl.float32)[None, :], axis=1)
         if SPLIT:
             tl.store(partial_ptr + split * outputs + row, y, mask=in_row)
@@ -221,11 +221,11 @@ if AVAILABLE:
             tl.store(y_ptr + row, y.to(y_ptr.dtype.element_ty), mask=in_row)
 
     @triton.jit
-    def _four(lut_ptr, first, BITS: tl.constexpr):
-        """Four fp16 entries of a table (both of a table of two) in one word, where a shift looks them up."""
-        bits = tl.load(lut_ptr + first).to(tl.int16, bitcast=True).to(tl.int64) & 0xFFFF
-        bits |= (tl.load(lut_ptr + first + 1).to(tl.int16, bitcast=True).to(tl.int64) & 0xFFFF) << 16
+    def _four(codebook_ptr, first, BITS: tl.constexpr):
+        """Four fp16 entries of a codebook (both of a codebook of two) in one word, where a shift looks them up."""
+        bits = tl.load(codebook_ptr + first).to(tl.int16, bitcast=True).to(tl.int64) & 0xFFFF
+        bits |= (tl.load(codebook_ptr + first + 1).to(tl.int16, bitcast=True).to(tl.int64) & 0xFFFF) << 16
         if BITS > 1:
-            bits |= (tl.load(lut_ptr + first + 2).to(tl.int16, bitcast=True).to(tl.int64) & 0xFFFF) << 32
-            bits |= tl.load(lut_ptr + first + 3).to(tl.int16, bitcast=True).to(tl.int64) << 48
+            bits |= (tl.load(codebook_ptr + first + 2).to(tl.int16, bitcast=True).to(tl.int64) & 0xFFFF) << 32
+            bits |= tl.load(codebook_ptr + first + 3).to(tl.int16, bitcast=True).to(tl.int64) << 48
         return bits

@@ -1,0 +1,124 @@
+"""Embedding and head that learn: their gradients, alone and tied, against one float64 backward pass."""
+
+import copy
+from dataclasses import replace
+from functools import cache
+
+import pytest
+import torch
+import transformers
+
+from qat.config import ConvertConfig, KMeansBackend, KMeansConfig, LossKind, ModeConfig, WeightConfig, WeightFormat
+from qat.convert.convert import install, quantize
+from qat.convert.moments import gather
+from qat.distill.loss import Loss
+from qat.distill.trainer import Trainer
+from qat.forward import FAST, Pass, use
+from qat.quant.architectures import select
+from qat.quant.embedding import ends
+from qat.quant.linear import quantized
+from tests import tiny
+from tests.distill.test_trainer import TRAIN, exact_loss, grads_of, steps_of
+
+E2E = ModeConfig(name="e2e", mlp=True, attn=True, embed=True)
+TABLE, GRID = WeightConfig(bits=3, rank=2), WeightConfig(bits=3, format=WeightFormat.grid, group=16, shifts=True)
+KINDS = {
+    "tied": ("Llama", {"tie_word_embeddings": True}, FAST),
+    "untied": ("Llama", {"tie_word_embeddings": False}, FAST),
+    "scaled and capped": ("Gemma2", {"head_dim": 16, "pad_token_id": None}, Pass()),
+}
+
+
+@cache
+def model_of(name: str, **_: object) -> tuple[transformers.PreTrainedModel, Pass]:
+    kind, extra, how = KINDS[name]
+    shape = {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.2}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        config = getattr(transformers, f"{kind}Config")(**shape, **heads, **extra)
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    return model.eval().requires_grad_(False), how
+
+
+@cache
+def converted(name: str, head: bool, gradients: bool = False):
+    """A model's quantized matrices."""
+    model, _ = model_of(name)
+    quant = replace(tiny.QUANT, embed=TABLE, head=None if ends(model).tied else GRID)
+    layers = select(model, quant)
+    rows = torch.randint(512, (8, 32), generator=torch.Generator().manual_seed(0))
+    moments = gather(model, layers, tiny.Text(rows).batches(8), gradients)
+    settings, kmeans = ConvertConfig(rounds=1, sweeps=0), KMeansConfig("", KMeansBackend.exact)
+    return quantize(layers, lambda name: model.get_submodule(name).weight, moments, settings, kmeans, tiny.CPU)
+
+
+def student_of(name: str):
+    model, how = model_of(name)
+    student, made = copy.deepcopy(model), converted(name, True)
+    install(student, {one.layer.name: copy.deepcopy(one.module) for one in made})
+    use(student, how)
+    return student, {one.layer.name: one.layer.role for one in made}
+
+
+def trainer_of(student, roles, readers, loss, train=TRAIN, micro_batch=12) -> Trainer:
+    layers = {name: (roles[name], module) for name, module in quantized(student).items()}
+    return Trainer(student, layers, readers, train, E2E, loss, replace(tiny.FP32, micro_batch=micro_batch), seed=0)
+
+
+def exact(student, name):
+    """float64 logits of token ids as a function of float64 parts, which are given too."""
+    model = copy.deepcopy(model_of(name)[0]).double()
+    modules = quantized(student)
+    parts = {
+        layer: {part: value.detach().double().requires_grad_() for part, value in module.parts().items()}
+        for layer, module in modules.items()
+    }
+
+    def logits(ids):
+        weights = {f"{layer}.weight": written(modules[layer], values) for layer, values in parts.items()}
+        return torch.func.functional_call(model, weights, (ids,)).logits
+
+    return parts, logits
+
+
+def written(module, parts):
+    """A weight spelled out from its parts."""
+    index = module.indices.long()
+    if "lut" in parts:
+        return parts["lut"][index] * (parts["scale_A"] @ torch.diag(parts["rank_magnitude"]) @ parts["scale_B"])
+    group = module.format.group
+    return index * parts["scale"].repeat_interleave(group, 1) + parts["shift"].repeat_interleave(group, 1)
+
+
+class Beside:
+    """A teacher in the place of a folder."""
+
+    def __init__(self, model):
+        self.model = model
+
+    def load(self, dtype, device):
+        return copy.deepcopy(self.model).to(dtype)
+
+
+@pytest.mark.parametrize("micro_batch", [12, 5])
+@pytest.mark.parametrize(
+    ("kind", "temperature"), [(LossKind.topk_kl, 2.0), (LossKind.bucket_kl, 1.0), (LossKind.full_kl, 1.0)]
+)
+@pytest.mark.parametrize("name", KINDS)
+def test_gradients_are_those_of_one_exact_backward_pass(readers, name, kind, temperature, micro_batch):
+    student, roles = student_of(name)
+    teacher, how = model_of(name)
+    use(teacher, how)
+    loss = Loss(kind, temperature, teacher=teacher if kind is LossKind.full_kl else None)
+    parts, logits = exact(student, name)
+    trainer = trainer_of(student, roles, readers, loss, micro_batch=micro_batch)
+    (figures,), grads = steps_of(trainer), grads_of(trainer)
+    batch = readers[0].batch(readers[0].training_rows(0, TRAIN.batch_size, 0))
+    wanted = exact_loss(kind, Beside(teacher), batch, logits(batch.input_ids))
+    wanted.backward()
+    assert figures.loss == pytest.approx(wanted.item(), rel=1e-4)
+    for layer, values in parts.items():
+        for part, value in values.items():
+            found, most = grads[f"{layer}.{part}"].double(), value.grad.abs().max()
+            assert torch.allclose(found, value.grad, rtol=1e-2, atol=2e-3 * most), (layer, part)

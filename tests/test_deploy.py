@@ -1,0 +1,41 @@
+"""Every command of docs/DEPLOY.md, on the tiny model: from a job to an answer of the engine."""
+
+import re
+import shlex
+from importlib.metadata import requires
+from pathlib import Path
+
+import pytest
+
+from tests.launching import LAUNCH, python
+
+ROOT = Path(__file__).resolve().parents[1]
+TINY = ("model=tiny", "+debug=tiny")
+SECTIONS = dict(re.findall(r"^## (.+?)\n.*?^```bash\n(.*?)^```", (ROOT / "docs" / "DEPLOY.md").read_text(), re.M | re.S))
+NEEDS = {"MLX": ("mlx.core", "mlx_lm"), "transformers and vLLM": ("compressed_tensors",)}
+
+
+@pytest.mark.parametrize("section", NEEDS)
+def test_commands_lead_to_an_answer(section, tmp_path, monkeypatch):
+    for name in NEEDS[section]:
+        pytest.importorskip(name, reason=f"the engine {name} is not installed: pip install -e '.[engines]'")
+    monkeypatch.chdir(tmp_path)
+    train, export, install, answer = SECTIONS[section].splitlines()
+    job = re.search(r"^JOB *:= launch.py (.*)$", (ROOT / "Makefile").read_text(), re.M)
+    run(LAUNCH, *job[1].split(), *re.match(r'make run ARGS="(.*)"$', train)[1].split(), *TINY)
+    run(LAUNCH, *shlex.split(export)[2:], *TINY)
+    assert install.removeprefix("pip install ") in " ".join(requires("qat-speedrun"))
+    words = shlex.split(answer)
+    if words[0] == "python":
+        said = run(*words[1:])
+    else:
+        module, _, command = words[0].partition(".")
+        said = run("-m", module, command, *words[1:], "--max-tokens", "4").split("==========")[1]
+    assert said.strip()
+
+
+def run(*words: str) -> str:
+    """What a command prints that goes well."""
+    done = python(*words)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
