@@ -9,6 +9,7 @@ the tokens at hand are, unless its head has made the rest.
 Shapes: O outputs, I inputs, V tokens, D hidden, X rows.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -28,6 +29,13 @@ def stored(part: Part, value: Tensor) -> Tensor:
     if part.bits == SIXTEEN.itemsize * 8:
         return value.to(SIXTEEN)
     return packing.pack((value - part.lowest).to(torch.uint8), part.bits)
+
+
+def room(part: Part) -> Tensor:
+    """Zeros of the type and shape of what is stored."""
+    if part.bits == SIXTEEN.itemsize * 8:
+        return torch.zeros(part.shape, dtype=SIXTEEN)
+    return torch.zeros(-(-math.prod(part.shape) * part.bits // 8), dtype=torch.uint8)
 
 
 def read(part: Part, value: Tensor) -> Tensor:
@@ -54,7 +62,7 @@ class Packed(nn.Module):
         self.indices: Tensor
         self.register_buffer("indices", torch.zeros(-(-outputs * inputs * format.bits // 8), dtype=torch.uint8))
         for name, part in format.parts(outputs, inputs).items():
-            self.register_buffer(name, stored(part, torch.zeros(part.shape)))
+            self.register_buffer(name, room(part))
         self.dense: Tensor | None = None
 
     def parts(self) -> Parts:

@@ -13,6 +13,7 @@ EXPORTER = Exporter(
     library="gguf",
     takes_teacher=True,
     grid=Types(),
+    writes_out=True,
     refuse_architecture=refuse_architecture,
     use="""\
 ```bash

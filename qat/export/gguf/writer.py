@@ -18,7 +18,7 @@ from qat.export.gguf.families import FAMILIES, Family, fields, head_size, slowed
 from qat.export.gguf.types import type_of
 from qat.export.source import CPU, DTYPES, Source, cast
 from qat.models import linear
-from qat.quant.linear import QuantLinear, quantized
+from qat.quant.linear import Quantized, quantized
 
 DENSE = {  # by the type of weights
     ExportType.fp32: (GGMLQuantizationType.F32, "ALL_F32"),
@@ -98,7 +98,7 @@ def _tensors(
             yield names.of(f"{name}.weight"), *_dense(name, module.weight(torch.float32)[order], settings)
     for name, parameter in source.model.named_parameters():
         owner, _, leaf = name.rpartition(".")
-        if owner not in modules or leaf == "bias":
+        if (owner not in modules or leaf == "bias") and parameter.numel():
             yield names.of(name), *_dense(name, parameter[names.order(owner)], settings)
 
 
@@ -138,7 +138,7 @@ class Names:
         if not self._family.interleaved or owner.rpartition(".")[2] not in ROTATED:
             return slice(None)
         module = self._model.get_submodule(owner)
-        rows = module.outputs if isinstance(module, QuantLinear) else module.weight.shape[0]
+        rows = module.outputs if isinstance(module, Quantized) else module.weight.shape[0]
         return torch.arange(int(rows)).view(-1, 2, self._head // 2).mT.flatten()  # type: ignore[arg-type]
 
 

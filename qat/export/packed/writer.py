@@ -41,7 +41,7 @@ def tensors(source: Source, dtype: torch.dtype) -> dict[str, Tensor]:
         made[f"{name}.indices"] = packing.pack(module.indices, module.format.bits)
         parts = module.format.parts(module.outputs, module.inputs)
         for part, value in module.normalized().items():
-            made[f"{name}.{part}"] = stored(parts[part], cast(name, value, SIXTEEN).float()).contiguous()
+            made[f"{name}.{part}"] = stored(parts[part], cast(name, value, SIXTEEN)).contiguous()
     for name, parameter in source.model.named_parameters():
         owner, _, leaf = name.rpartition(".")
         if owner not in modules or leaf == "bias":
