@@ -1,12 +1,11 @@
 """One file for llama.cpp: weights on its own grids as they are, with all it needs to answer a chat."""
 
-from qat.config import Config, ExportType
+from qat.config import ExportType
 from qat.export.exporter import Exporter
 from qat.export.gguf.families import refuse_architecture
 from qat.export.gguf.types import Types
 
 FILE = "model.gguf"
-
 
 EXPORTER = Exporter(
     types=tuple(ExportType),

@@ -27,7 +27,7 @@ def packed(format: Format, index_OI: Tensor, parts: Parts) -> Bytes:
     kind = str(type_of(format.settings()))
     if kind.endswith("_K"):
         q, codes = index_OI.numpy().reshape(-1, SUPER), _codes(format, parts)
-        made = _k_quant(kind, q, codes, *(_half(parts[name]) for name in ("super_scale", "super_shift") if name in parts))
+        made = _k_quant(kind, q, codes, *(_half(x) for name, x in parts.items() if name.startswith("super_")))
     else:
         blocks = index_OI.shape[1] // BLOCK  # of a row
         scales = [_half(parts[name].repeat_interleave(blocks // parts[name].shape[1], dim=1)) for name in parts]
@@ -48,7 +48,8 @@ def _k_quant(kind: str, q: Bytes, codes: list[Bytes], *scales: Bytes) -> list[By
         return [codes[0] | codes[1] << 4, _planes(q, 2, 32), *scales]
     if kind == "Q3_K":
         (code,) = codes
-        return [_planes(q >> 2, 1, 32), _planes(q & 3, 2, 32), _planes(code & 15, 4, 8), _planes(code >> 4, 2, 4), *scales]
+        six_bits = [_planes(code & 15, 4, 8), _planes(code >> 4, 2, 4)]
+        return [_planes(q >> 2, 1, 32), _planes(q & 3, 2, 32), *six_bits, *scales]
     if kind == "Q6_K":
         return [_planes(q & 15, 4, 64), _planes(q >> 4, 2, 32), codes[0] ^ 128, *scales]
     high = [_planes(q >> 4, 1, 32)] if kind == "Q5_K" else []

@@ -7,7 +7,7 @@ import gguf
 import numpy as np
 import torch
 from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from qat.config import ExportConfig, ExportType
@@ -17,7 +17,6 @@ from qat.export.gguf import FILE, blocks, vocabulary
 from qat.export.gguf.families import FAMILIES, Family, fields, head_size, slowed
 from qat.export.gguf.types import type_of
 from qat.export.source import CPU, DTYPES, Source, cast
-from qat.models import linear
 from qat.quant.linear import Quantized, quantized
 
 DENSE = {  # by the type of weights
@@ -164,6 +163,7 @@ def read(source: Source, folder: Path) -> PreTrainedModel:
         owner, _, leaf = name.rpartition(".")
         parameter[names.order(owner)] = value
         known = modules.get(owner) if leaf == "weight" else None
-        if known is not None and type_of(known.format.settings()) and not torch.equal(parameter, known.weight(torch.float32)):
+        exact = known is not None and type_of(known.format.settings()) is not None
+        if exact and not torch.equal(parameter, known.weight(torch.float32)):  # type: ignore[union-attr]
             raise ArtifactError(f"{name} decodes to other weights than the student has: nothing was published")
     return model

@@ -47,7 +47,8 @@ class Layout:
     @property
     def codes(self) -> tuple[int, int]:
         """The least and the largest code; below zero too where values are on both sides of it."""
-        return (0, 2**self.code_bits - 1) if self.shifted else (-(2 ** (self.code_bits - 1)), 2 ** (self.code_bits - 1) - 1)
+        lowest = 0 if self.shifted else -(2 ** (self.code_bits - 1))
+        return lowest, lowest + 2**self.code_bits - 1
 
 
 LAYOUTS = {  # by the bits of an index: Q2_K, Q3_K, Q4_K, Q5_K, Q6_K
@@ -166,8 +167,8 @@ class KQuant(Format):
             return None
         return Misfit(
             "format",
-            f"has rows of {inputs} weights, which blocks of {BLOCK} do not divide: format=grid with groups of 32 is what"
-            " llama.cpp has for such rows",
+            f"has rows of {inputs} weights, which blocks of {BLOCK} do not divide: for such rows llama.cpp has"
+            " format=grid with group=32",
         )
 
     @property
@@ -234,9 +235,8 @@ class KQuant(Format):
             shared = share * top.clamp_min(1e-20) / largest
             for _ in range(ROUNDS):
                 tried = self._whole(wanted / shared[..., None])
-                shared = ((weight * wanted * tried).sum(3) / (weight * tried.square()).sum(3).clamp_min(1e-30)).clamp_min(
-                    1e-20
-                )
+                square = (weight * tried.square()).sum(3)
+                shared = ((weight * wanted * tried).sum(3) / square.clamp_min(1e-30)).clamp_min(1e-20)
             tried = self._whole(wanted / shared[..., None])
             error = (weight * (wanted - shared[..., None] * tried).square()).sum(3)
             better = error < least
