@@ -12,7 +12,7 @@ from tests.launching import LAUNCH, python
 ROOT = Path(__file__).resolve().parents[1]
 TINY = ("model=tiny", "+debug=tiny")
 SECTIONS = dict(re.findall(r"^## (.+?)\n.*?^```bash\n(.*?)^```", (ROOT / "docs" / "DEPLOY.md").read_text(), re.M | re.S))
-NEEDS = {"MLX": ("mlx.core", "mlx_lm"), "transformers and vLLM": ("compressed_tensors",)}
+NEEDS = {"llama.cpp": ("xllamacpp",), "MLX": ("mlx.core", "mlx_lm"), "transformers and vLLM": ("compressed_tensors",)}
 
 
 @pytest.mark.parametrize("section", NEEDS)
