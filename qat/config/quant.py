@@ -20,6 +20,7 @@ class WeightFormat(Enum):
 
     codebook = "a learned codebook for each layer, times a low-rank scale"
     grid = "fixed values, with a scale for each group of a row's columns"
+    kquant = "llama.cpp's k-quants: groups whose scales are themselves of few bits, in rows of whole 256"
 
 
 class Levels(Enum):
@@ -39,6 +40,7 @@ ROLES = ("mlp", "attn", "embed", "head")
 SETTINGS = {
     WeightFormat.codebook: ("bits", "rank"),
     WeightFormat.grid: ("bits", "group", "levels"),
+    WeightFormat.kquant: ("bits",),
 }
 
 

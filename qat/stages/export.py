@@ -29,7 +29,7 @@ def main(config: Config, run: Run) -> None:
     form.refuse_architecture(work.teacher.settings().to_dict())
     with work.timed("export"):
         source = open_source(work.teacher, start_folder(config.checkpoint))
-        form.refuse_layers(checkpoints.entries(source.layers))
+        form.refuse_layers(checkpoints.entries(source.layers), config.export)
         if config.export.format == PACKED:
             source = replace(source, dtype=DTYPES[config.export.dtype])
         make(work, writer, source, folder)

@@ -5,6 +5,7 @@ from typing import Any
 from qat.quant.formats.base import Cluster, Equations, Fitted, Format, Grid, Misfit, Part, Parts, Product
 from qat.quant.formats.codebook import Codebook
 from qat.quant.formats.grid import Uniform
+from qat.quant.formats.kquant import KQuant
 
 __all__ = [
     "FORMATS",
@@ -14,6 +15,7 @@ __all__ = [
     "Fitted",
     "Format",
     "Grid",
+    "KQuant",
     "Misfit",
     "Part",
     "Parts",
@@ -25,6 +27,7 @@ __all__ = [
 FORMATS: dict[str, type[Format]] = {
     Codebook.name: Codebook,
     Uniform.name: Uniform,
+    KQuant.name: KQuant,
 }
 
 
