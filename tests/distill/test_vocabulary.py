@@ -12,6 +12,7 @@ from qat.config import (
     ConvertConfig,
     KMeansBackend,
     KMeansConfig,
+    LearnConfig,
     Levels,
     LossKind,
     ModeConfig,
@@ -21,8 +22,10 @@ from qat.config import (
 from qat.convert.convert import install, quantize
 from qat.convert.moments import gather
 from qat.distill.loss import Loss
+from qat.distill.state import State
 from qat.distill.trainer import Trainer
 from qat.forward import FAST, Pass, use
+from qat.quant import latent
 from qat.quant.architectures import select
 from qat.quant.embedding import ends
 from qat.quant.linear import quantized
@@ -133,3 +136,33 @@ def test_gradients_are_those_of_one_exact_backward_pass(readers, name, kind, tem
         for part, value in values.items():
             found, most = grads[f"{layer}.{part}"].double(), value.grad.abs().max()
             assert torch.allclose(found, value.grad, rtol=1e-2, atol=2e-3 * most), (layer, part)
+
+
+@pytest.mark.parametrize("name", ["tied", "untied"])
+def test_training_goes_on_from_a_state_to_the_same_bits(readers, name):
+    """Two steps, a state, two more; and the latter again by a student that began anew."""
+    train = replace(TRAIN, lr=1e-2, learn=LearnConfig(latent=1.0))
+    batch = next(iter(readers[0].stream([readers[0].training_rows(0, 12, 0)], tiny.CPU)))
+
+    def begun():
+        student, roles = student_of(name)
+        exact = model_of(name)[0]
+        for layer, module in quantized(student).items():
+            weight = exact.get_submodule(layer).weight
+            module.latent = torch.nn.Parameter(latent.between(module, weight), requires_grad=False)
+        return trainer_of(student, roles, readers, Loss(LossKind.bucket_kl), train)
+
+    whole, again = begun(), begun()
+    for _ in range(2):
+        whole.step(batch, 1.0)
+    whole.history.step = 2
+    state = whole.state()
+    kept = State(state.step, {name: value.clone() for name, value in state.tensors.items()}, state.facts)
+    for _ in range(2):
+        whole.step(batch, 1.0)
+    again.restore(kept, [])
+    for _ in range(2):
+        again.step(batch, 1.0)
+    for one, other in zip(whole.learners.parameters, again.learners.parameters, strict=True):
+        assert torch.equal(one.value, other.value), one.name
+    assert any(p.name == "model.embed_tokens.latent" for p in again.learners.parameters)
