@@ -48,8 +48,17 @@ MISTAKES = [
     ("nothing_like_it", "is no setting; settings are written key=value"),
     ("model@other=tiny", "unknown key model@other"),
     ("hydra.run.dri=x", "dri"),
+    # budgets and patterns
+    ("quant=budget", "has no size to choose formats for: set quant.megabytes=56, or quant.bits=3.2"),
+    ("quant=budget quant.megabytes=9 quant.bits=3", "quant.megabytes and quant.bits are two sizes"),
+    ("quant=budget quant.bits=17", "quant.bits=17.0: must be above 0 and at most 16"),
+    ("quant.bits=3", "means nothing to quant=q2a4, which names formats: use quant=budget"),
+    ("quant.layers=5", "quant.layers takes a mapping: write it in braces"),
+    ("quant.layers={*.q_proj:5}", "quant.layers.*.q_proj takes a section in braces"),
+    ("quant.layers={*.q_proj:{bits:9,rank:1}}", "quant.layers[*.q_proj].bits=9: must be at least 1 and at most 8"),
+    ("quant.layers={*.q_proj:{bits:3}}", "quant.layers[*.q_proj].rank is missing"),
     # options
-    ("quant=q2a5", "did you mean q2a4?); quant is one of g2a4_g64, g4a4_g64, g4a4_g64s, q2a16"),
+    ("quant=q2a5", "did you mean q2a4?); quant is one of budget, g2a4_g64, g4a4_g64, g4a4_g64s"),
     ("quant=Q2A4", "did you mean q2a4"),
     ("model=qwen3_06b", "did you mean qwen3_0_6b"),
     ("model=qwen", "did you mean qwen3_0_6b"),
