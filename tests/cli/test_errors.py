@@ -87,7 +87,7 @@ MISTAKES = [
     ("quant=q2a16 quant.attn.bits=3", "quant.attn is null: quant=q2a16 has none, these do: g2a4_g64, g4a4_g64"),
     ("first.train.steps=3", "first is null: say first.quant=<option> first.mode=<option> as well, or +experiment=prog"),
     ("first={train:{steps:3}}", "first is null: say first.quant=<option>"),
-    ("quant.embed.bits=4", "quant.embed is null: give it whole, quant.embed={bits: 4, rank: 8}"),
+    ("quant.embed.bits=4", "quant.embed is null: quant=q2a4 has none, these do: mb56, mb66"),
     ("quant.embed={bits:9,rank:8}", "quant.embed.bits=9: must be at least 1 and at most 8"),
     ("quant.embed={bits:4}", "quant.embed.rank is missing: quant.embed.format=codebook needs it"),
     ("quant.mlp.group=64", "quant.mlp.group=64: means nothing to quant.mlp.format=codebook, which has bits, rank"),
