@@ -60,8 +60,8 @@ def _bits(quant: dict[str, Any]) -> list[str]:
         f"{quant[key]} in {quant[f'{role}_layers']} {role} layers" for role in ROLES if (key := _key(role)) in quant
     ]
     text = (
-        f"{quant['file_bytes'] / 1e6:.1f} MB packed, {quant['model_bits_per_weight']} bits a weight over the whole model."
-        f" The {quant['layers']} quantized layers have {quant['bits_per_weight']}, scales and the like included"
+        f"{quant['file_bytes'] / 1e6:.1f} MB packed, {quant['model_bits_per_weight']} bits a weight over the whole"
+        f" model. The {quant['layers']} quantized layers have {quant['bits_per_weight']}, scales and the like included"
         f" ({', '.join(roles)}); what is not quantized counts as 16."
     )
     return ["## Size", text, *_dense(quant["dense"])]
