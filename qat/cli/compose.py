@@ -160,10 +160,20 @@ def _wrong_type(key: str, reason: str) -> str:
         return f"{key} is a section and takes no single value: set one of {below}"
     if known is not None and known.type is list:
         return f"{key} takes a list: write it in brackets, {key}=[one,two]"
+    if known is not None and known.type is dict:
+        return f"{key} takes a mapping: write it in braces, {key}={{name: value}}"
     quoted = re.search(r"[Vv]alue '(.*?)'", reason)
+    if known is None and (owner := _mapping(key)):
+        return f"{key} takes a section in braces, as in {owner}={{{key.removeprefix(owner)[1:]}: {{…}}}}"
     if known is None or quoted is None:
         return f"{key}: {reason[:1].lower()}{reason[1:]}"
     return f"{key}={quoted[1]}: expected {known.kind()}{hint(named(quoted[1], known.words()))}"
+
+
+def _mapping(key: str) -> str | None:
+    """The mapping that a key is an entry of."""
+    known = schema.keys().values()
+    return next((one.name for one in known if one.type is dict and key.startswith(f"{one.name}.")), None)
 
 
 def _search_path(flags: dict[str, Any]) -> ConfigSearchPath:

@@ -60,11 +60,11 @@ def _bits(quant: dict[str, Any]) -> list[str]:
         f"{quant[key]} in {quant[f'{role}_layers']} {role} layers" for role in ROLES if (key := _key(role)) in quant
     ]
     text = (
-        f"{quant['bits_per_weight']} bits a weight over {quant['layers']} quantized layers, scales and"
-        f" the like included ({', '.join(roles)}). Whatever is not quantized is in full precision; with 16 bits for"
-        f" it the whole model has {quant['model_bits_per_weight']} bits a weight."
+        f"{quant['file_bytes'] / 1e6:.1f} MB packed, {quant['model_bits_per_weight']} bits a weight over the whole"
+        f" model. The {quant['layers']} quantized layers have {quant['bits_per_weight']}, scales and the like included"
+        f" ({', '.join(roles)}); what is not quantized counts as 16."
     )
-    return ["## Bits", text, *_dense(quant["dense"])]
+    return ["## Size", text, *_dense(quant["dense"])]
 
 
 def _dense(shares: dict[str, float]) -> list[str]:

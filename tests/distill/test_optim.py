@@ -5,7 +5,10 @@ import torch
 
 from qat.config import LearnConfig, TrainConfig
 from qat.distill.optim import Optimizer, factor
-from qat.distill.parameters import Parameter
+from qat.distill.parameters import Learners, Parameter
+from qat.machine import Machine
+from qat.quant.formats import Codebook
+from qat.quant.linear import QuantLinear
 
 CPU = torch.device("cpu")
 ONE, NO = torch.ones(()), torch.zeros(())
@@ -52,6 +55,19 @@ def test_each_tensor_learns_relative_to_its_root_mean_square():
 def test_each_kind_learns_at_its_own_multiple():
     train, value = TrainConfig(lr=1e-2, learn=LearnConfig(latent=0.3)), torch.ones(2)
     assert rates(optimizer([value], train, "latent"), [value]) == pytest.approx([3e-3])
+
+
+def test_latent_weights_of_more_bits_learn_slower():
+    """One rate of `train.learn.latent` for all: at 2, 3 and 4 bits those that were best for each."""
+    layers = {str(bits): QuantLinear(Codebook(bits, 1), 4, 4) for bits in range(1, 9)}
+    for layer in layers.values():
+        layer.latent = torch.nn.Parameter(torch.ones(4, 4), requires_grad=False)
+        layer.curvature = torch.ones(4), torch.ones(4)
+    learn = LearnConfig(scales=0, codebooks=0, latent=10.0)
+    learners = Learners(torch.nn.Module(), layers, learn, Machine(CPU, torch.float32, 1), False)
+    found = rates(Optimizer(learners.parameters, TrainConfig(learn=learn), CPU), [p.value for p in learners.parameters])
+    assert found[1:4] == pytest.approx([1e-2, 4e-3, 1.75e-3], rel=0.05)
+    assert sorted(found, reverse=True) == found and found[7] > 0
 
 
 def test_tensors_of_about_one_size_share_a_group():
