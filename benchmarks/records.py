@@ -36,9 +36,9 @@ FIGURES = ("kl", "kd_loss", "perplexity", "teacher_perplexity", "agreement")
 PAGE = """# Records
 
 The best students so far: KL(teacher‖student) over the whole vocabulary at T = 1, in fp32, on text that neither
-training nor calibration saw; mean and standard deviation over the seeds. Bits are effective bits on the MLP, tables
-and scales included. Seconds are those of cache, conversion and distillation, and of the whole job, evaluation and all.
-The record that stands is a table's last line. Written by `benchmarks/records.py` from
+training nor calibration saw; mean and standard deviation over the seeds. Bits are effective bits on the MLP,
+codebooks and scales included. Seconds are those of cache, conversion and distillation, and of the whole job,
+evaluation and all. The record that stands is a table's last line. Written by `benchmarks/records.py` from
 [records.json](records.json), which has more figures.
 """
 
