@@ -24,7 +24,7 @@ def in_documents() -> list[str]:
     """Lines of code blocks, and code inside a sentence; not those that leave something out."""
     found = []
     for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
-        if path.name == "EXTENDING.md":  # whose options are there once its recipes are followed: tests/test_extending.py
+        if path.name == "EXTENDING.md":  # its options are there once its recipes are followed
             continue
         text = path.read_text(encoding="utf-8")
         found += re.findall(rf"^{PYTHON}.*$", text, re.MULTILINE) + re.findall(rf"`({PYTHON}[^`]*)`", text)
