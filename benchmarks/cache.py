@@ -205,18 +205,18 @@ def measure_reader(case: Case, vocab_size: int, gigabytes: float, device: torch.
     reader = CacheReader(Artifact(folder, meta), "train")
     batch = 504
     next(iter(reader.stream([torch.arange(batch)], device)))
-    before = most = resident()
+    before = peak = resident()
     speeds = []
     for turn in range(case.repeats + 1):
         steps = range(turn * (reader.rows // batch), (turn + 1) * (reader.rows // batch))
         began = time.perf_counter()
         for _ in reader.stream((reader.training_rows(step, batch, 0) for step in steps), device):
-            most = max(most, resident())
+            peak = max(peak, resident())
         if turn:
             speeds.append(len(steps) * batch * (case.length - 1) / (time.perf_counter() - began))
     pinned = "pinned " if device.type == "cuda" else ""
     print(f"loader into {pinned}memory, one thread: {median(speeds):,.0f} positions/s from {read / 1e9:.1f} GB")
-    print(f"the process grew by {(most - before) / 1e6:.0f} MB meanwhile, pinned batches included")
+    print(f"the process grew by {(peak - before) / 1e6:.0f} MB meanwhile, pinned batches included")
 
 
 def resident() -> int:

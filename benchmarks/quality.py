@@ -161,8 +161,8 @@ def proved(
     for layer in layers:
         own, grid = matrix(exact, layer.name), grids[layer.name]
         counts = prove(layer.name, weights[layer.name], own, grid), levels(own, grid.group)
-        for most, count in zip(found.values(), counts, strict=True):
-            most[layer.role] = max(most.get(layer.role, 0), count)
+        for counted, count in zip(found.values(), counts, strict=True):
+            counted[layer.role] = max(counted.get(layer.role, 0), count)
     return found
 
 

@@ -1,4 +1,4 @@
-"""Quantization-aware distillation of small language models to codebooks with low-rank scales."""
+"""Quantization-aware distillation of small language models to a few bits a weight."""
 
 from qat import registration
 

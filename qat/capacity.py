@@ -17,10 +17,10 @@ def host() -> tuple[int, int]:
     memory = psutil.virtual_memory()
     free, whole = memory.available, memory.total
     for folder, limit, usage, idle in CONTAINERS:
-        most = _number(folder / limit)
-        if most is not None and most < whole:
+        allowed = _number(folder / limit)
+        if allowed is not None and allowed < whole:
             given_back = _listed(folder / "memory.stat").get(idle, 0)
-            free, whole = min(free, most - (_number(folder / usage) or 0) + given_back), most
+            free, whole = min(free, allowed - (_number(folder / usage) or 0) + given_back), allowed
     return max(0, free), whole
 
 

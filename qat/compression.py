@@ -24,7 +24,7 @@ BOMB, RATIO = 1 << 28, 1000  # bytes from which on content must not be so many t
 FEED = 1 << 12  # compressed bytes at once; at the very worst four of them turn into 128 KiB
 
 
-def most(packed: int) -> int:
+def max_unpacked(packed: int) -> int:
     """Bytes that a file of so many may unpack to, whatever it is packed with."""
     return max(BOMB, RATIO * packed)
 

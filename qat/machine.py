@@ -120,7 +120,7 @@ def computes_bf16(device: torch.device) -> bool:
 
 @contextmanager
 def exact_matmul() -> Iterator[None]:
-    """Full fp32 products inside: TF32 in a Hessian or a normal equation ruins a fit (KL 2.38, not 1.35)."""
+    """Full fp32 products inside: TF32 in a second moment or a normal equation ruins a fit (KL 2.38, not 1.35)."""
     with _matmul_precision("medium" if _medium_is_exact() else "highest"):
         yield
 

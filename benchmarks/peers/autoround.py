@@ -20,13 +20,13 @@ def quantize(folder: ModelFolder, grids: dict[str, Grid], calibration_NL: Tensor
     """The whole model, each block seeing inputs from the quantized ones below it."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = folder.load(torch.bfloat16, device).requires_grad_(True)
-    most = max(grids.values(), key=list(grids.values()).count)
+    usual = max(grids.values(), key=list(grids.values()).count)
     method = AutoRound(
         model,
         folder.tokenizer(),
-        scheme=f"W{most.bits}A16",
+        scheme=f"W{usual.bits}A16",
         sym=False,
-        group_size=most.group,
+        group_size=usual.group,
         layer_config={name: {"bits": g.bits, "group_size": g.group, "sym": False} for name, g in grids.items()},
         iters=SETTINGS["iterations"],
         lr=SETTINGS["lr"],

@@ -25,11 +25,11 @@ ROWS = 8  # forwarded at once
 
 def quantize(folder: ModelFolder, grids: dict[str, Grid], calibration_NL: Tensor) -> dict[str, Tensor]:
     """The whole model, layer after layer, each seeing inputs from the quantized ones below it."""
-    most = max(grids.values(), key=list(grids.values()).count)
-    others = {f"+:^{re.escape(n)}$": {"bits": g.bits, "group_size": g.group} for n, g in grids.items() if g != most}
+    usual = max(grids.values(), key=list(grids.values()).count)
+    others = {f"+:^{re.escape(n)}$": {"bits": g.bits, "group_size": g.group} for n, g in grids.items() if g != usual}
     settings = QuantizeConfig(
-        bits=most.bits,
-        group_size=most.group,
+        bits=usual.bits,
+        group_size=usual.group,
         sym=False,
         desc_act=False,
         act_group_aware=SETTINGS["act_group_aware"],

@@ -41,9 +41,9 @@ if AVAILABLE:
             n = start + tl.arange(0, BLOCKS)
             v = n[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
             x = tl.load(logits + position * vocabulary + v, mask=v < vocabulary, other=float("-inf")).to(tl.float32)
-            most = tl.max(x, 1)
-            tl.store(maxima + position * blocks + n, most, mask=n < blocks)
-            higher = tl.maximum(highest, most)
+            largest = tl.max(x, 1)
+            tl.store(maxima + position * blocks + n, largest, mask=n < blocks)
+            higher = tl.maximum(highest, largest)
             seen = higher > float("-inf")  # a lane of padding alone has seen nothing
             added = tl.sum(tl.exp(x - tl.where(seen, higher, 0.0)[:, None]), 1)
             total = tl.where(seen, total * tl.exp(highest - higher), 0.0) + added

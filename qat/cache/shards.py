@@ -27,8 +27,8 @@ class Shards:
         Raises:
             ArtifactError: a shard is missing, cut short, of another layout or of another cache.
         """
-        self.rows, most = int(meta["sequences"][split]), int(meta["shard_rows"])
-        counts = [min(most, self.rows - first) for first in range(0, self.rows, most)]
+        self.rows, per_shard = int(meta["sequences"][split]), int(meta["shard_rows"])
+        counts = [min(per_shard, self.rows - first) for first in range(0, self.rows, per_shard)]
         self._files = RowFiles(
             [_file(folder / shard_name(split, i), meta, split, rows) for i, rows in enumerate(counts)]
         )

@@ -12,7 +12,7 @@ from qat.errors import ConfigError
 from qat.suggest import did_you_mean
 
 INTRO = """\
-Quantize a small chat model to codebooks and train it to imitate the original.
+Quantize a small chat model to a few bits a weight and train it to imitate the original.
 
   python launch.py                                   the whole job: cache, convert, distill, evaluate
   python launch.py quant=q3a4_r8 train.steps=200     3 bits at rank 8, a longer training

@@ -85,11 +85,11 @@ class KMeansConfig:
 
 @dataclass
 class ConvertConfig:
-    """How the fit of codebooks and scales is done."""
+    """How indices and the parts of formats are fitted."""
 
     name: str = MISSING
     calibration_tokens: int = key(16_384, "cached training tokens whose layer inputs weigh the errors", low=1)
     gradients: bool = key(False, "errors weigh as they change the model's output, not the layer's own")
     passes: int = key(1, "from the second on, layer inputs are those of the quantized model", low=1)
-    rounds: int = key(8, "alternations of indices, codebooks and scales in the first pass", low=1)
+    rounds: int = key(8, "alternations of indices with codebooks, scales and shifts in the first pass", low=1)
     sweeps: int = key(0, "of coordinate descent over the indices in each pass", low=0)

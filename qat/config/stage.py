@@ -8,7 +8,7 @@ class Stage(Enum):
 
     run = "cache, convert, distill and evaluate, each skipped when its artifact exists"
     cache = "record the teacher's outputs"
-    convert = "quantize the teacher to codebooks and low-rank scales"
+    convert = "quantize the teacher's weights, to codebooks or grids"
     distill = "train a quantized student on a cache"
     evaluate = "measure a checkpoint on text held apart from training"
     export = "write a checkpoint in another tool's format"

@@ -73,7 +73,7 @@ class TrainConfig:
     eval_every: int = key(20, "steps between evaluations on the held-apart split", low=1)
     save_every: int = key(100, "steps between states from which run.resume goes on", low=1, neutral=True)
     keep: int = key(2, "states kept, the newest", low=1, neutral=True)
-    snap_fp16: bool = key(False, "codebooks and scales pass through fp16, as on a Neural Engine")
+    snap_fp16: bool = key(False, "the parts of formats pass through fp16, as on a Neural Engine")
 
 
 @dataclass

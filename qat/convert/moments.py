@@ -65,8 +65,8 @@ def gather(model: PreTrainedModel, layers: list[Layer], text: list[Batch], gradi
     Raises:
         NumericsError: an input or a gradient is NaN or infinite.
     """
-    most = STATES.get(model.device.type, STATES["cpu"])
-    batches = micro_batches(text, most // _width(model))
+    max_states = STATES.get(model.device.type, STATES["cpu"])
+    batches = micro_batches(text, max_states // _width(model))
     what, found = "layer curvature" if gradients else "layer inputs", _Means()
     inner, watch = [layer for layer in layers if layer.role not in ROLES], Watch(model, layers)
     draw = torch.Generator().manual_seed(0)

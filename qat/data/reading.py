@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import IO, Any, cast
 
-from qat.compression import MISREAD, RATIO, decompressed, most
+from qat.compression import MISREAD, RATIO, decompressed, max_unpacked
 from qat.data.files import TextFile
 from qat.data.tally import Unusable
 from qat.errors import ConfigError, MissingError, UnavailableError
@@ -37,7 +37,7 @@ class Text:
     def __init__(self, name: str, raw: IO[bytes]) -> None:
         """Finds out how the bytes of a file are packed and encoded."""
         self._name, self._read = name, 0
-        self._most = most(os.fstat(raw.fileno()).st_size)
+        self._max = max_unpacked(os.fstat(raw.fileno()).st_size)
         with self._told():
             plain = io.BufferedReader(cast(Any, decompressed(raw)))
             first = plain.peek(4)
@@ -47,19 +47,19 @@ class Text:
         wide = any(first.startswith(mark) for mark in WIDE)
         self._text = io.TextIOWrapper(plain, "utf-16" if wide else "utf-8", "strict" if wide else "surrogateescape")
 
-    def line(self, most: int) -> str:
+    def line(self, max_characters: int) -> str:
         """The rest of a line, at most so many characters of it; whatever ended it, it ends with a line feed."""
         with self._told():
-            return self._counted(self._text.readline(most))
+            return self._counted(self._text.readline(max_characters))
 
-    def read(self, most: int) -> str:
+    def read(self, max_characters: int) -> str:
         """The next characters, at most so many; none at the end."""
         with self._told():
-            return self._counted(self._text.read(most))
+            return self._counted(self._text.read(max_characters))
 
     def _counted(self, text: str) -> str:
         self._read += len(text)
-        if self._read > self._most:
+        if self._read > self._max:
             raise ConfigError(f"{self._name} unpacks to more than {RATIO} times its size, which no text does")
         return text
 

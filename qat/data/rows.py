@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from qat.compression import RATIO, most
+from qat.compression import RATIO, max_unpacked
 from qat.data.conversations import TURNS
 from qat.data.files import TextFile, suffix
 from qat.data.reading import LINE, MARK, Text, check, lines, opened
@@ -224,7 +224,7 @@ def _parts(file: TextFile, table: Any) -> Iterator[Any]:
     groups = (about.row_group(number) for number in range(about.num_row_groups))
     sizes = [group.column(place).total_uncompressed_size for group in groups for place in range(about.num_columns)]
     largest = max(sizes, default=0)
-    if largest > most(os.path.getsize(file.fetch())):
+    if largest > max_unpacked(os.path.getsize(file.fetch())):
         raise ConfigError(f"{file.name} unpacks to more than {RATIO} times its size, which no text does")
     yield from table.iter_batches(batch_size=max(1, min(BATCH, TABLE // max(1, largest))))
 

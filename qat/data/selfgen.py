@@ -144,12 +144,12 @@ class _Author:
 
     def _rows(self, longest: int, sampling: Sampling) -> int:
         """Rows at once, by the memory that a GPU has, not by what happens to be free: batches stay the same."""
-        device, most = self.machine.device, PROMPTS_AT_ONCE[self.machine.device.type]
+        device, max_rows = self.machine.device, PROMPTS_AT_ONCE[self.machine.device.type]
         if device.type != "cuda":
-            return most
+            return max_rows
         share = SHARE * torch.cuda.get_device_properties(device).total_memory
         a_row = bytes_a_row(self.teacher.settings(), longest, sampling, self.machine.dtype)
-        return max(1, min(most, int(share / a_row)))
+        return max(1, min(max_rows, int(share / a_row)))
 
 
 @dataclass(frozen=True)

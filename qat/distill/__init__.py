@@ -1,1 +1,1 @@
-"""Distillation: the student's codebooks and scales learn to imitate the cached teacher."""
+"""Distillation: the student's codebooks, scales and shifts learn to imitate the cached teacher."""

@@ -1,4 +1,4 @@
-"""Weights as codebooks with low-rank scales: `W ≈ codebook[indices] ⊙ (A·g) @ B`.
+"""What a quantized weight is, in any format: `W ≈ values[index] ⊙ S + Z` (`qat.quant.formats`).
 
-Shape suffixes used throughout: N layers solved together, O outputs, I inputs, R rank, K codebook entries.
+Shape suffixes used throughout: N layers solved together, O outputs, I inputs, R rank, K values.
 """

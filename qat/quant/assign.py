@@ -1,9 +1,9 @@
-"""Which codebook entry each weight gets.
+"""Which value each weight gets.
 
 `nearest` looks at each weight alone. `compensated` is GPTQ (Frantar et al. 2022, section 3.3) on our grid:
-columns are fixed in order of decreasing importance, the grid of column j being `codebook · S[:, j]`, and the
+columns are fixed in order of decreasing importance, the grid of column j being `values · S[:, j]`, and the
 error of each is made up for by the columns not yet fixed, as far as the inputs' correlations allow.
-`descended` sweeps over the columns again and lets each index move to the entry that is best while all
+`descended` sweeps over the columns again and lets each index move to the value that is best while all
 others stay: coordinate descent on the cost of the error, which never rises. Both are the same walk over
 columns (`_walk`) with different matrices.
 """
@@ -20,20 +20,20 @@ BLOCK = 64  # columns between two updates of everything behind them
 ROWS = 32  # moved at once where outputs are coupled: few enough for their moves to add up well
 
 
-def nearest(weight_NOI: Tensor, S_NOI: Tensor, codebook_NK: Tensor) -> Tensor:
-    """Index [N, O, I] uint8 with the least `|W − codebook[index] ⊙ S|` of each weight alone."""
-    return lookup.nearest(weight_NOI / S_NOI, codebook_NK)  # under a scale of zero, 0/0 too, all entries are as near
+def nearest(weight_NOI: Tensor, S_NOI: Tensor, values_NK: Tensor) -> Tensor:
+    """Index [N, O, I] uint8 with the least `|W − values[index] ⊙ S|` of each weight alone."""
+    return lookup.nearest(weight_NOI / S_NOI, values_NK)  # under a scale of zero, 0/0 too, all values are as near
 
 
-def compensated(weight_NOI: Tensor, S_NOI: Tensor, codebook_NK: Tensor, factor: Factor) -> Tensor:
+def compensated(weight_NOI: Tensor, S_NOI: Tensor, values_NK: Tensor, factor: Factor) -> Tensor:
     """Index [N, O, I] uint8 by error compensation under the second moment behind `factor`."""
     order = factor.order_NI[:, None].expand_as(weight_NOI)
-    index = _walk(weight_NOI.gather(2, order), S_NOI.gather(2, order), codebook_NK, factor.spread_NII, None)[0]
+    index = _walk(weight_NOI.gather(2, order), S_NOI.gather(2, order), values_NK, factor.spread_NII, None)[0]
     return index.gather(2, order.argsort(dim=2))
 
 
 def descended(
-    weight_NOI: Tensor, S_NOI: Tensor, codebook_NK: Tensor, curvature: Curvature, index_NOI: Tensor
+    weight_NOI: Tensor, S_NOI: Tensor, values_NK: Tensor, curvature: Curvature, index_NOI: Tensor
 ) -> Tensor:
     """Index [N, O, I] uint8 after one sweep of coordinate descent on the cost of the weight's error.
 
@@ -42,13 +42,13 @@ def descended(
     """
     H, G = curvature.inputs_NII, curvature.outputs_NOO
     spread = H / H.diagonal(dim1=1, dim2=2)[:, None]
-    value = look_up(codebook_NK, index_NOI).mul_(S_NOI)
+    value = look_up(values_NK, index_NOI).mul_(S_NOI)
     if G is None:
-        return _descend(curvature.slope(value - weight_NOI), value, S_NOI, codebook_NK, H, spread)[0]
+        return _descend(curvature.slope(value - weight_NOI), value, S_NOI, values_NK, H, spread)[0]
     index, error = index_NOI.clone(), value - weight_NOI
     for rows in _groups(weight_NOI):
         slope = G[:, rows] @ error @ H
-        found, moved = _descend(slope, value[:, rows], S_NOI[:, rows], codebook_NK, H, spread)
+        found, moved = _descend(slope, value[:, rows], S_NOI[:, rows], values_NK, H, spread)
         change = Curvature(H, G[:, rows][:, :, rows]).cost(moved) + 2 * (moved * slope).sum(dim=(1, 2))
         better = (change < 0)[:, None, None]
         index[:, rows] = torch.where(better, found, index[:, rows])
@@ -64,19 +64,19 @@ def _groups(weight_NOI: Tensor) -> tuple[Tensor, ...]:
 
 
 def _descend(
-    slope: Tensor, value: Tensor, S: Tensor, codebook: Tensor, H: Tensor, spread: Tensor
+    slope: Tensor, value: Tensor, S: Tensor, values: Tensor, H: Tensor, spread: Tensor
 ) -> tuple[Tensor, Tensor]:
     """One walk that moves each value to the best one by the slope there; indices and changes [N, O, I]."""
-    return _walk(value - slope / H.diagonal(dim1=1, dim2=2)[:, None], S, codebook, spread, value)
+    return _walk(value - slope / H.diagonal(dim1=1, dim2=2)[:, None], S, values, spread, value)
 
 
-def _walk(wanted: Tensor, S: Tensor, codebook: Tensor, spread: Tensor, value: Tensor | None) -> tuple[Tensor, Tensor]:
+def _walk(wanted: Tensor, S: Tensor, values: Tensor, spread: Tensor, value: Tensor | None) -> tuple[Tensor, Tensor]:
     """Fixes column after column to the grid value nearest to the wanted one.
 
     Args:
         wanted: [N, O, I]; changed in place.
         S: scales [N, O, I].
-        codebook: [N, K].
+        values: [N, K].
         spread: [N, I, I]; a change by d in column j changes what is wanted in a later column k by −spread[j, k]·d.
         value: what changes are counted from, [N, O, I]; None counts from the wanted value itself.
 
@@ -91,7 +91,7 @@ def _walk(wanted: Tensor, S: Tensor, codebook: Tensor, spread: Tensor, value: Te
         walk_block(
             wanted[:, :, here],
             S[:, :, here],
-            codebook,
+            values,
             spread[:, here, here],
             before,
             index[:, :, here],

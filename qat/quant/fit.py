@@ -1,4 +1,4 @@
-"""Fits one stack of layers of the same shape: indices and what they are looked up in, from weights and curvature.
+"""Fits one stack of layers of the same shape: indices and the parts of its format, from weights and curvature.
 
 Three steps. *Alternate*: what a format has besides indices by least weighted squares, then the indices nearest to
 its grid, the weights being the diagonal of the layer inputs' second moment. *Assign*: the indices again, with error

@@ -77,12 +77,12 @@ def kmeans(x_NM: Tensor, weight_NM: Tensor, entries: int) -> Tensor:
 def check(x: Tensor, weight: Tensor) -> None:
     """Refuses what has no best codebook; see `kmeans`."""
     extremes = [part.double() for part in (x.amin(1), x.amax(1), weight.amin(1), weight.amax(1))]  # NaN stays NaN
-    for row, (lowest, highest, least, most) in enumerate(torch.stack(extremes, dim=1).tolist()):
+    for row, (lowest, highest, lightest, heaviest) in enumerate(torch.stack(extremes, dim=1).tolist()):
         if not (math.isfinite(lowest) and math.isfinite(highest)):
             raise NumericsError(f"cannot cluster row {row}: a value is NaN or infinite")
-        if not (least >= 0 and most < math.inf):
+        if not (lightest >= 0 and heaviest < math.inf):
             raise NumericsError(f"cannot cluster row {row}: a weight is negative, NaN or infinite")
-        if most == 0:
+        if heaviest == 0:
             raise NumericsError(f"cannot cluster row {row}: all of its weights are zero")
 
 

@@ -7,48 +7,48 @@ import torch
 from torch import Tensor
 
 LOOKED_UP = 1 << 16  # weights at once on a CPU
-COMPARED = 16  # entries, the most that a CPU compares with one after the other
+COMPARED = 16  # values, the most that a CPU compares with one after the other
 
 
-def look_up(codebook_NK: Tensor, index_NOI: Tensor) -> Tensor:
-    """`codebook[index]` [N, O, I] for each layer's own codebook.
+def look_up(values_NK: Tensor, index_NOI: Tensor) -> Tensor:
+    """`values[index]` [N, O, I], each layer with its own values.
 
     PyTorch gathers by 64-bit indices, which on a CPU are made for some weights at a time: they stay in its caches.
     """
-    if codebook_NK.dim() == 1:
-        return torch.take(codebook_NK, index_NOI.long())
-    if codebook_NK.device.type != "cpu":
-        return codebook_NK.gather(1, index_NOI.flatten(1).long()).view(index_NOI.shape)
-    found_NOI = torch.empty(index_NOI.shape, dtype=codebook_NK.dtype)
-    for codebook_K, index_OI, found_OI in zip(codebook_NK, index_NOI, found_NOI, strict=True):
+    if values_NK.dim() == 1:
+        return torch.take(values_NK, index_NOI.long())
+    if values_NK.device.type != "cpu":
+        return values_NK.gather(1, index_NOI.flatten(1).long()).view(index_NOI.shape)
+    found_NOI = torch.empty(index_NOI.shape, dtype=values_NK.dtype)
+    for values_K, index_OI, found_OI in zip(values_NK, index_NOI, found_NOI, strict=True):
         for index, found in zip(index_OI.flatten().split(LOOKED_UP), found_OI.view(-1).split(LOOKED_UP), strict=True):
-            torch.gather(codebook_K, 0, index.long(), out=found)
+            torch.gather(values_K, 0, index.long(), out=found)
     return found_NOI
 
 
-def entry_sums(value_NOI: Tensor, index_NOI: Tensor, entries: int) -> Tensor:
-    """Sum [N, K] of the values at each index.
+def entry_sums(x_NOI: Tensor, index_NOI: Tensor, entries: int) -> Tensor:
+    """Sum [N, K] of what stands at each index.
 
     On a GPU one masked reduction an entry: a scatter would queue up at a few addresses. On a CPU one
-    count over all, in float64: it passes over the values once.
+    count over all, in float64: it passes over the numbers once.
     """
-    if value_NOI.dim() == 2:
-        return entry_sums(value_NOI[None], index_NOI[None], entries)[0]
-    if value_NOI.device.type != "cpu":
-        return torch.stack([(value_NOI * (index_NOI == k)).sum(dim=(1, 2)) for k in range(entries)], dim=1)
-    layers = torch.arange(len(value_NOI))[:, None, None] * entries
-    sums = torch.bincount((index_NOI + layers).flatten(), value_NOI.flatten().double(), len(value_NOI) * entries)
-    return sums.view(-1, entries).to(value_NOI.dtype)
+    if x_NOI.dim() == 2:
+        return entry_sums(x_NOI[None], index_NOI[None], entries)[0]
+    if x_NOI.device.type != "cpu":
+        return torch.stack([(x_NOI * (index_NOI == k)).sum(dim=(1, 2)) for k in range(entries)], dim=1)
+    layers = torch.arange(len(x_NOI))[:, None, None] * entries
+    sums = torch.bincount((index_NOI + layers).flatten(), x_NOI.flatten().double(), len(x_NOI) * entries)
+    return sums.view(-1, entries).to(x_NOI.dtype)
 
 
-def nearest(x: Tensor, codebook_NK: Tensor) -> Tensor:
-    """Index, uint8, of the entry nearest to each value of `x` [N, …], entries ascending; ties go to the larger one.
+def nearest(x: Tensor, values_NK: Tensor) -> Tensor:
+    """Index, uint8, of the value nearest to each number of `x` [N, …], values ascending; ties go to the larger one.
 
-    On a GPU one search, which is one launch. A CPU compares many values at once with each of a few boundaries instead.
+    On a GPU one search, which is one launch. A CPU compares many numbers at once with each of a few boundaries instead.
     """
-    middle_NK = ((codebook_NK[..., 1:] + codebook_NK[..., :-1]) / 2).contiguous()
-    if x.device.type != "cpu" or codebook_NK.shape[-1] > COMPARED:
-        found = torch.searchsorted(middle_NK, x.flatten(codebook_NK.dim() - 1).contiguous(), right=True, out_int32=True)
+    middle_NK = ((values_NK[..., 1:] + values_NK[..., :-1]) / 2).contiguous()
+    if x.device.type != "cpu" or values_NK.shape[-1] > COMPARED:
+        found = torch.searchsorted(middle_NK, x.flatten(values_NK.dim() - 1).contiguous(), right=True, out_int32=True)
         return found.to(torch.uint8).view(x.shape)
     index = torch.zeros(x.shape, dtype=torch.uint8)
     for middle_N in middle_NK.unbind(-1):

@@ -20,27 +20,27 @@ ROWS_AT_ONCE = 16
 
 
 def walk_block(
-    wanted: Tensor, S: Tensor, codebook: Tensor, spread: Tensor, value: Tensor | None, index: Tensor, moved: Tensor
+    wanted: Tensor, S: Tensor, values: Tensor, spread: Tensor, value: Tensor | None, index: Tensor, moved: Tensor
 ) -> None:
     """Fixes a block of at most 64 columns; see `assign._walk`.
 
     Args:
         wanted: [N, O, J] fp32; may change.
         S: [N, O, J] fp32.
-        codebook: [N, K] fp32, ascending.
+        values: [N, K] fp32, ascending.
         spread: [N, J, J] fp32; entries above the diagonal are used.
         value: [N, O, J] fp32 or None.
         index: [N, O, J] uint8, written.
         moved: [N, O, J] fp32, written.
     """
     if triton is not None and wanted.is_cuda:
-        _walk_cuda(wanted, S, codebook, spread, value, index, moved)
+        _walk_cuda(wanted, S, values, spread, value, index, moved)
     else:
-        _walk_torch(wanted, S, codebook, spread, value, index, moved)
+        _walk_torch(wanted, S, values, spread, value, index, moved)
 
 
 def _walk_torch(
-    wanted: Tensor, S: Tensor, codebook: Tensor, spread: Tensor, value: Tensor | None, index: Tensor, moved: Tensor
+    wanted: Tensor, S: Tensor, values: Tensor, spread: Tensor, value: Tensor | None, index: Tensor, moved: Tensor
 ) -> None:
     columns = wanted.mT.contiguous()  # a column's numbers side by side
     scale = S.mT.contiguous()
@@ -48,22 +48,22 @@ def _walk_torch(
     before = columns if value is None else value.mT.contiguous()
     change = torch.empty_like(columns)
     for j in range(columns.shape[1]):
-        chosen = lookup.nearest(columns[:, j] / divisor[:, j], codebook)
+        chosen = lookup.nearest(columns[:, j] / divisor[:, j], values)
         index[:, :, j] = chosen
-        change[:, j] = codebook.gather(1, chosen.long()) * scale[:, j] - before[:, j]
+        change[:, j] = values.gather(1, chosen.long()) * scale[:, j] - before[:, j]
         columns[:, j + 1 :] -= spread[:, j, j + 1 :, None] * change[:, j, None]
     moved.copy_(change.mT)
 
 
 def _walk_cuda(
-    wanted: Tensor, S: Tensor, codebook: Tensor, spread: Tensor, value: Tensor | None, index: Tensor, moved: Tensor
+    wanted: Tensor, S: Tensor, values: Tensor, spread: Tensor, value: Tensor | None, index: Tensor, moved: Tensor
 ) -> None:
     layers, rows, columns = wanted.shape
     before = wanted if value is None else value
     _walk_kernel[layers, triton.cdiv(rows, ROWS_AT_ONCE)](
         *(wanted, *wanted.stride(), S, *S.stride(), before, *before.stride(), spread, *spread.stride()),
-        *(index, *index.stride(), moved, *moved.stride(), codebook.contiguous(), rows, columns),
-        ENTRIES=codebook.shape[1],
+        *(index, *index.stride(), moved, *moved.stride(), values.contiguous(), rows, columns),
+        VALUES=values.shape[1],
         FROM_WANTED=value is None,
         ROWS=ROWS_AT_ONCE,
         WIDTH=WIDTH,
@@ -83,8 +83,8 @@ if triton is not None:
     def _walk_kernel(  # type: ignore[no-untyped-def]
         wanted_p, wanted_n, wanted_o, wanted_j, S_p, S_n, S_o, S_j, before_p, before_n, before_o, before_j,
         spread_p, spread_n, spread_j, spread_k, index_p, index_n, index_o, index_j, moved_p, moved_n, moved_o, moved_j,
-        codebook_p, rows, columns,
-        ENTRIES: tl.constexpr, FROM_WANTED: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
+        values_p, rows, columns,
+        VALUES: tl.constexpr, FROM_WANTED: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
         SMALLEST: tl.constexpr,
     ):  # fmt: skip
         """One layer's next `ROWS` rows, whose block of columns stays in registers from first to last."""
@@ -103,10 +103,10 @@ if triton is not None:
             s = tl.sum(tl.where(here, scale, 0.0), axis=1)
             relative = w / tl.where(tl.abs(s) < SMALLEST, SMALLEST, s)
             chosen = tl.zeros((ROWS,), dtype=tl.int32)
-            for k in tl.static_range(ENTRIES - 1):
-                middle = (tl.load(codebook_p + n * ENTRIES + k) + tl.load(codebook_p + n * ENTRIES + k + 1)) / 2
+            for k in tl.static_range(VALUES - 1):
+                middle = (tl.load(values_p + n * VALUES + k) + tl.load(values_p + n * VALUES + k + 1)) / 2
                 chosen += (relative >= middle).to(tl.int32)
-            grid = tl.load(codebook_p + n * ENTRIES + chosen) * s
+            grid = tl.load(values_p + n * VALUES + chosen) * s
             change = grid - (w if FROM_WANTED else tl.sum(tl.where(here, before, 0.0), axis=1))
             across = tl.load(
                 spread_p + n * spread_n + j * spread_j + column * spread_k,

@@ -1,4 +1,4 @@
-"""Stage 1: text, then the teacher's outputs on it."""
+"""Stage 1: text, then what the teacher predicts on it."""
 
 from pathlib import Path
 

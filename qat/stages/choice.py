@@ -36,7 +36,7 @@ FILE = "choice.json"  # in the run's folder and beside what was converted so
 OPTION = "quant.yaml"  # the same as an option of `quant`
 
 
-def make(work: Workspace, outputs: Artifact) -> Workspace:
+def make(work: Workspace, cached: Artifact) -> Workspace:
     """The run with formats in place of a budget, which it shows and writes into its folder; any other as it is."""
     quant, model = work.config.quant, work.teacher.skeleton()
     if not quant.candidates:
@@ -44,7 +44,7 @@ def make(work: Workspace, outputs: Artifact) -> Workspace:
     layers = select(model, quant)
     choices = [(layer, formats) for layer in layers if len(formats := budget.formats_of(layer, quant)) > 1]
     with work.timed("choose"):
-        costs = _known(work, outputs, choices) if choices else {}
+        costs = _known(work, cached, choices) if choices else {}
         chosen = budget.chosen(quant, layers, model, costs)
     _show(chosen, costs, model, budget.budget(quant, model).said)
     spelled = spell(quant, chosen)
@@ -88,12 +88,12 @@ def option(quant: QuantConfig, run: str) -> str:
     return head + yaml.safe_dump(chosen, default_flow_style=None, sort_keys=False, width=math.inf)
 
 
-def _known(work: Workspace, outputs: Artifact, choices: list[tuple[Layer, list[Format]]]) -> Costs:
+def _known(work: Workspace, cached: Artifact, choices: list[tuple[Layer, list[Format]]]) -> Costs:
     """What every layer costs in every format that it may have, from `outputs/artifacts` when it is already there."""
     config, start = work.config, start_folder(work.config.checkpoint)
     inputs = {
         "teacher": work.teacher.fingerprint,
-        "cache": outputs.key,
+        "cache": cached.key,
         "choices": {layer.name: [label(one) for one in formats] for layer, formats in choices},
         "kmeans": config.kmeans.backend.name,
         "convert": {key: value for key, value in shaping(config.convert).items() if key not in ("name", "passes")},
@@ -101,8 +101,8 @@ def _known(work: Workspace, outputs: Artifact, choices: list[tuple[Layer, list[F
     }
 
     def fill(folder: Path) -> dict[str, Any]:
-        work.settle(CacheReader(outputs, "train"))
-        source, text = Source(work, start), calibration(work, outputs)
+        work.settle(CacheReader(cached, "train"))
+        source, text = Source(work, start), calibration(work, cached)
         found = measure(choices, source.load, source.weight, text, config.convert, config.kmeans, work.machine.device)
         write_json(folder / COSTS, {name: {label(one): nats for one, nats in of.items()} for name, of in found.items()})
         return {}

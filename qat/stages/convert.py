@@ -30,14 +30,14 @@ def main(config: Config, run: Run) -> None:
     console.print(f"go on with       python launch.py stage=distill checkpoint={run.folder}", soft_wrap=True)
 
 
-def make(work: Workspace, outputs: Artifact) -> Artifact:
+def make(work: Workspace, cached: Artifact) -> Artifact:
     """The quantized model before any training, from `outputs/artifacts` when it is already there."""
-    work = choice.make(work, outputs)
+    work = choice.make(work, cached)
     config = work.config
     start = start_folder(config.checkpoint)
     inputs = {
         "teacher": work.teacher.fingerprint,
-        "cache": outputs.key,
+        "cache": cached.key,
         "quant": recorded(config.quant),
         "kmeans": config.kmeans.backend.name,
         "convert": {key: value for key, value in shaping(config.convert).items() if key != "name"},
@@ -50,7 +50,7 @@ def make(work: Workspace, outputs: Artifact) -> Artifact:
             "checkpoints",
             name,
             inputs,
-            lambda folder: _convert(work, outputs, start, folder),
+            lambda folder: _convert(work, cached, start, folder),
             at=work.machine.place(),
         )
     require(made, manifests.CONVERSION)
@@ -69,14 +69,14 @@ def metrics(conversion: Artifact) -> Metrics:
     return Metrics(**conversion.manifest["metrics"]["after"])
 
 
-def _convert(work: Workspace, outputs: Artifact, start: Path | None, folder: Path) -> dict[str, Any]:
+def _convert(work: Workspace, cached: Artifact, start: Path | None, folder: Path) -> dict[str, Any]:
     config = work.config
-    work.settle(CacheReader(outputs, "train"))
+    work.settle(CacheReader(cached, "train"))
     source = Source(work, start)
     layers = select(source.exact, config.quant)
     kept = {layer.name: same for layer in layers if (same := source.kept(layer))}
     fitted = [layer for layer in layers if layer.name not in kept]
-    text = calibration(work, outputs)
+    text = calibration(work, cached)
     made = convert(fitted, source.load, source.weight, text, config.convert, config.kmeans, work.machine.device)
     modules = kept | {one.layer.name: one.module for one in made}
     checkpoints.write_layers({layer.name: modules[layer.name] for layer in layers}, folder)
@@ -85,16 +85,16 @@ def _convert(work: Workspace, outputs: Artifact, start: Path | None, folder: Pat
     return {
         **checkpoints.describe(work.teacher, config.quant, layers),
         "figures": {one.layer.name: one.figures for one in made},
-        "metrics": _measure(work, outputs, source, modules),
-        "measured_on": CacheReader(outputs, "eval").text_key(),
+        "metrics": _measure(work, cached, source, modules),
+        "measured_on": CacheReader(cached, "eval").text_key(),
     }
 
 
 def _measure(
-    work: Workspace, outputs: Artifact, source: Source, modules: dict[str, Quantized]
+    work: Workspace, cached: Artifact, source: Source, modules: dict[str, Quantized]
 ) -> dict[str, dict[str, float] | None]:
     """KL and the like on held-out text, before and after; nothing is lost before the teacher is quantized."""
-    machine, held_out = work.machine, CacheReader(outputs, "eval")
+    machine, held_out = work.machine, CacheReader(cached, "eval")
     top_k = int(held_out.meta["top_k"])
     teacher, student = work.teacher.load(machine.dtype, machine.device), source.load()
     before = asdict(evaluate(student, teacher, held_out, top_k, machine)) if quantized(student) else None

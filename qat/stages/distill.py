@@ -39,7 +39,7 @@ def main(config: Config, run: Run) -> None:
         log.warning("%s is %s", run.result["run_id"], run.result["verdict"])
 
 
-def make(work: Workspace, outputs: Artifact, start: Path) -> Path:
+def make(work: Workspace, cached: Artifact, start: Path) -> Path:
     """Trains from the checkpoint at `start`; returns the folder of the best checkpoint."""
     run, config = work.run, work.config
     with work.timed("distill"), joined(work.machine.device) as ranks:
@@ -54,7 +54,7 @@ def make(work: Workspace, outputs: Artifact, start: Path) -> Path:
             if ranks.first:
                 checkpoints.save(student, folders[name], description)
 
-        trainer = _trainer(work, outputs, student, layers, ranks)
+        trainer = _trainer(work, cached, student, layers, ranks)
         states = _states(work, run.folder) if ranks.first else None
         _resume(work, trainer)
         history = trainer.run(run.log, lambda: save("best"), states)
@@ -66,7 +66,7 @@ def make(work: Workspace, outputs: Artifact, start: Path) -> Path:
     return folders["best"]
 
 
-def train_into(work: Workspace, outputs: Artifact, start: Path, folder: Path) -> dict[str, Any]:
+def train_into(work: Workspace, cached: Artifact, start: Path, folder: Path) -> dict[str, Any]:
     """Trains from the checkpoint at `start`, in this process alone, and leaves the best student in `folder`.
 
     Returns:
@@ -74,7 +74,7 @@ def train_into(work: Workspace, outputs: Artifact, start: Path, folder: Path) ->
     """
     latents = work.config.train.learn.latent > 0
     student, manifest = checkpoints.load(start, work.teacher, work.machine, latents=latents)
-    trainer = _trainer(work, outputs, student, checkpoints.layers_of(manifest), Ranks())
+    trainer = _trainer(work, cached, student, checkpoints.layers_of(manifest), Ranks())
     history = trainer.run(lambda row: None, lambda: checkpoints.write(student, folder), None)
     found = {name: getattr(history, name) for name in ("kd_loss_initial", "kd_loss_best")}
     log.info("%s: KD loss %.4f before training, %.4f after", manifest["quant"]["name"], *found.values())
@@ -105,10 +105,10 @@ def _earlier(work: Workspace) -> Path | None:
 
 
 def _trainer(
-    work: Workspace, outputs: Artifact, student: PreTrainedModel, layers: list[Layer], ranks: Ranks
+    work: Workspace, cached: Artifact, student: PreTrainedModel, layers: list[Layer], ranks: Ranks
 ) -> Trainer:
     config, modules = work.config, quantized(student)
-    training, held_out = CacheReader(outputs, "train"), CacheReader(outputs, "eval")
+    training, held_out = CacheReader(cached, "train"), CacheReader(cached, "eval")
     use(student, work.settle(training))
     return Trainer(
         student,

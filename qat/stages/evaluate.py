@@ -88,17 +88,17 @@ def main(config: Config, run: Run) -> None:
 
 
 def make(
-    work: Workspace, outputs: Artifact, folders: dict[str, Path], known: dict[str, Metrics] | None = None
+    work: Workspace, cached: Artifact, folders: dict[str, Path], known: dict[str, Metrics] | None = None
 ) -> dict[str, Metrics]:
     """Measures each checkpoint on the held-apart split and writes `samples.md`.
 
     Args:
         work: the run.
-        outputs: the cache.
+        cached: the cache.
         folders: what a person calls each checkpoint, and where it lies.
         known: what was measured before, on the same split.
     """
-    found = _measure(work, _held_out(outputs), dict(folders), known)
+    found = _measure(work, _held_out(cached), dict(folders), known)
     work.run.result["quant"] = found[list(folders)[-1]].quant
     return {name: metrics for name in folders if (metrics := found[name].metrics) is not None}
 
@@ -122,8 +122,8 @@ def _ground(work: Workspace) -> tuple[Ground, str]:
     settings, said = work.config.evaluate, []
     ground = Ground(top_k=work.config.cache.top_k)
     if not (settings.text or settings.tasks):
-        outputs = cache.make(work)
-        return _held_out(outputs), f"held-out text of {outputs.folder.name}"
+        cached = cache.make(work)
+        return _held_out(cached), f"held-out text of {cached.folder.name}"
     if settings.text:
         windows = _text(work, settings.text)
         ground.rows = windows
@@ -135,8 +135,8 @@ def _ground(work: Workspace) -> tuple[Ground, str]:
     return ground, "; ".join(said)
 
 
-def _held_out(outputs: Artifact) -> Ground:
-    held_out = CacheReader(outputs, "eval")
+def _held_out(cached: Artifact) -> Ground:
+    held_out = CacheReader(cached, "eval")
     return Ground(held_out, int(held_out.meta["top_k"]))
 
 

@@ -14,16 +14,16 @@ from qat.stages import convert, distill
 from qat.stages.workspace import Workspace
 
 
-def make(work: Workspace, outputs: Artifact, first: FirstConfig) -> Path:
+def make(work: Workspace, cached: Artifact, first: FirstConfig) -> Path:
     """The folder of the trained checkpoint."""
     earlier = replace(
         work.config, quant=first.quant, mode=first.mode, train=first.train, checkpoint=CheckpointConfig("teacher")
     )
     inner = replace(work, config=earlier)
-    start = convert.make(inner, outputs)
+    start = convert.make(inner, cached)
     inputs = {
         "start": start.key,
-        "cache": outputs.key,
+        "cache": cached.key,
         "mode": shaping(first.mode),
         "loss": shaping(earlier.loss),
         "train": shaping(first.train),
@@ -32,7 +32,7 @@ def make(work: Workspace, outputs: Artifact, first: FirstConfig) -> Path:
     name = f"{work.teacher.name}_{first.quant.name}_{first.mode.name}"
 
     def train(folder: Path) -> dict[str, object]:
-        return distill.train_into(inner, outputs, start.folder, folder)
+        return distill.train_into(inner, cached, start.folder, folder)
 
     with work.timed("first"):
         made = obtain(work.artifacts, "checkpoints", name, inputs, train, at=work.machine.place())

@@ -24,12 +24,12 @@ def main(config: Config, run: Run) -> None:
     """`stage=run`."""
     work = open_workspace(config, run)
     log.info("%s: %s on %s", run.result["run_id"], config.model.name, work.machine.describe())
-    outputs = cache.make(work)
-    start, known = _start(work, outputs)
-    best = distill.make(work, outputs, start)
+    cached = cache.make(work)
+    start, known = _start(work, cached)
+    best = distill.make(work, cached, start)
     if not place().first:
         return  # all that is left is for one process
-    measured = evaluate.make(work, outputs, {"converted": start, "distilled": best}, known)
+    measured = evaluate.make(work, cached, {"converted": start, "distilled": best}, known)
     before, after = measured["converted"], measured["distilled"]
     run.result["metrics"] |= {
         "kl_initial": before.kl,
@@ -48,17 +48,17 @@ def main(config: Config, run: Run) -> None:
     show(run, before, after, best)
 
 
-def _start(work: Workspace, outputs: Artifact) -> tuple[Path, dict[str, Metrics]]:
+def _start(work: Workspace, cached: Artifact) -> tuple[Path, dict[str, Metrics]]:
     """The checkpoint that training starts from, converted where it has other formats, and what is known of it."""
     given = start_folder(work.config.checkpoint)
     if given is None and work.config.first:
-        given = first.make(work, outputs, work.config.first)
+        given = first.make(work, cached, work.config.first)
         work = first.converted_from(work, given)
     if given:
         said = checkpoints.manifest(given, work.teacher, work.machine)
         if checkpoints.has_formats(said, work.config.quant, work.teacher):
             return given, {}
-    converted = convert.make(work, outputs)
+    converted = convert.make(work, cached)
     return converted.folder, {"converted": convert.metrics(converted)}
 
 

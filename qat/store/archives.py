@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import IO, cast
 
 from qat import faults
-from qat.compression import MISREAD, RATIO, gunzip, most, unlz4, unzstd
+from qat.compression import MISREAD, RATIO, gunzip, max_unpacked, unlz4, unzstd
 from qat.errors import ArtifactError
 
 SUFFIXES = (".tgz", ".tar.gz", ".tar.lz4", ".tar.zst", ".tar")
@@ -182,7 +182,7 @@ class _Stream:
 
     def __init__(self, raw: IO[bytes], cap: int, path: Path) -> None:
         self.raw, self.cap, self.path = raw, cap, path
-        self.most = most(path.stat().st_size)
+        self.max_bytes = max_unpacked(path.stat().st_size)
         self.position = 0
         self.last = b""
 
@@ -199,7 +199,7 @@ class _Stream:
         # Headers and padding count too; names and sizes alone can be a bomb.
         if self.position > self.cap + (self.cap >> 4) + CHUNK:
             raise ArtifactError(f"{self.path.name} unpacks to more than {self.cap} bytes: nothing was taken over")
-        if self.position > self.most:
+        if self.position > self.max_bytes:
             raise ArtifactError(f"{self.path.name} unpacks to more than {RATIO} times its size: nothing was taken over")
         return self.last
 

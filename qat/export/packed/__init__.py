@@ -1,4 +1,4 @@
-"""Bit-packed codebooks for transformers: what a student weighs on disk is what its bits per weight say.
+"""Bit-packed weights of any format for transformers: what a student weighs on disk is what its bits per weight say.
 
 `qat.packed` is the side that reads it; `docs/FORMATS.md` describes it.
 """
