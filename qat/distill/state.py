@@ -86,6 +86,10 @@ class States:
         described = {"kind": "state", "whose": self.whose, "step": state.step, **state.facts}
         with publish(self.folder / f"state-{state.step:08d}", described) as (made, _):
             save_file(state.tensors, made / FILE)
+        self.thin()
+
+    def thin(self) -> None:
+        """Removes the run's states but the newest `keep`, also those that a process left which was killed just then."""
         own = [path for path in self._folders() if bounded.said(path / MANIFEST).get("whose") == self.whose]
         for folder in own[: -self.keep]:
             discard(folder)

@@ -158,6 +158,8 @@ class Trainer:
             if states is not None:
                 states.wait()
             prepare(self.student, False, False)
+        if states is not None:
+            states.thin()
         return self.history
 
     def _run(

@@ -427,6 +427,15 @@ def test_a_state_of_another_student_is_refused(checkpoint, teacher, readers, nam
     trainer_of(student, readers, train=train).restore(state, [])
 
 
+def test_training_that_had_ended_removes_what_a_kill_left_of_older_states(student, readers, tmp_path):
+    """Killed between the last state's appearance and the removal of the one before it, and gone on with."""
+    trainer = trainer_of(student, readers, train=replace(TRAIN, steps=2, save_every=1))
+    trainer.run(lambda row: None, lambda: None, States(tmp_path, 2, WHOSE))
+    assert len(list(tmp_path.iterdir())) == 2
+    trainer.run(lambda row: None, lambda: None, States(tmp_path, 1, WHOSE))
+    assert [path.name for path in tmp_path.iterdir()] == ["state-00000002"]
+
+
 def test_a_damaged_state_is_passed_over(student, readers, tmp_path, caplog):
     states = States(tmp_path, 3, WHOSE)
     trainer = trainer_of(student, readers)
