@@ -83,6 +83,7 @@ FORMATS = {
         {"levels": one_of("halves", "integers", "shifted", "iq4nl"), "shifts": truth},  # the latter in older files
     ),
 }
+FORMATS["kquant"] = record({"format": text, "bits": whole(2, 6)})
 NAMED = record({}, {"format": one_of(*FORMATS)})
 LAYER = record({"kind": one_of(*ROLES), "shape": several(SIDE, SIDE)})
 CHECKPOINT = record(

@@ -14,7 +14,7 @@ TINY = ("model=tiny", "+debug=tiny")
 TEXT = (ROOT / "docs" / "DEPLOY.md").read_text(encoding="utf-8")
 SECTIONS = dict(re.findall(r"^## (.+?)\n.*?^```bash\n(.*?)^```", TEXT, re.M | re.S))
 ENGINES = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]["engines"]
-NEEDS = {"MLX": ("mlx.core", "mlx_lm"), "transformers and vLLM": ("compressed_tensors",)}
+NEEDS = {"llama.cpp": ("xllamacpp",), "MLX": ("mlx.core", "mlx_lm"), "transformers and vLLM": ("compressed_tensors",)}
 
 
 @pytest.fixture(scope="module")

@@ -37,6 +37,7 @@ class ExportConfig:
     dtype: ExportType = key(
         ExportType.fp32, "of dense weights; packed: of unquantized parts; anemll_v2: fp16 snaps"
     )
+    dense: bool = key(False, "gguf: layers that are in no type of llama.cpp are written in export.dtype")
     scales: ScaleForm = key(ScaleForm.factored, "coreml")
     context: int = key(512, "coreml: tokens that the key-value cache holds", low=1)
     output: str | None = key(None, "a new folder, or an older export to replace")

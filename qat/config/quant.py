@@ -20,6 +20,7 @@ class WeightFormat(Enum):
 
     codebook = "a learned codebook for each layer, times a low-rank scale"
     grid = "fixed values, with a scale for each group of a row's columns"
+    kquant = "llama.cpp's k-quants: groups whose scales are themselves of few bits, in rows of whole 256"
 
 
 class Levels(Enum):
@@ -36,7 +37,11 @@ class Levels(Enum):
 ROLES = ("mlp", "attn", "embed", "head")
 
 # The keys of `WeightConfig` that each format has besides its name.
-SETTINGS = {WeightFormat.codebook: ("bits", "rank"), WeightFormat.grid: ("bits", "group", "levels")}
+SETTINGS = {
+    WeightFormat.codebook: ("bits", "rank"),
+    WeightFormat.grid: ("bits", "group", "levels"),
+    WeightFormat.kquant: ("bits",),
+}
 
 
 @dataclass

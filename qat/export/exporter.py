@@ -5,9 +5,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from qat.config import FORMATS, Config, ExportType
+from qat.config import FORMATS, Config, ExportConfig, ExportType
 from qat.errors import ConfigError
-from qat.export.grids import EngineGrid, Settings
+from qat.export.grids import LayerRule, Settings
 from qat.names import TEACHER
 
 
@@ -26,6 +26,7 @@ class Exporter:
         bounded: it never holds more than `export.context` tokens.
         samples: prompts that it is compared on, the first ones; None takes all.
         grid: what its quantized weights lie on; None takes any format, or says itself what it does not.
+        writes_out: with `export.dense`, weights that lie on nothing of it are written all the same.
         refuse: raises a `QatError` for anything else that cannot be written.
         refuse_architecture: raises one for a `config.json` that the reader cannot compute.
     """
@@ -36,7 +37,8 @@ class Exporter:
     takes_teacher: bool = False
     bounded: bool = False
     samples: int | None = None
-    grid: EngineGrid | None = None
+    grid: LayerRule | None = None
+    writes_out: bool = False
     refuse: Callable[[Config], None] = lambda config: None
     refuse_architecture: Callable[[dict[str, Any]], None] = lambda described: None
 
@@ -60,16 +62,19 @@ class Exporter:
             raise ConfigError(
                 f"export={export.name} needs a quantized model: checkpoint=<path>; the teacher takes {others}"
             )
-        self.refuse_layers(layers)
+        self.refuse_layers(layers, export)
         self.refuse(config)
 
-    def refuse_layers(self, layers: Mapping[str, Settings]) -> None:
-        """Looks whether layers are on the grid of this format.
+    def refuse_layers(self, layers: Mapping[str, Settings], export: ExportConfig) -> None:
+        """Looks whether layers are on the grid of this format, or are to be written out.
 
         Raises:
             ConfigError: one is not.
         """
-        if self.grid is not None:
+        if export.dense and not self.writes_out:
+            others = " or ".join(f"export={name}" for name in FORMATS if exporter(name).writes_out)
+            raise ConfigError(f"export.dense=true: means nothing to export={export.name}, but to {others}")
+        if self.grid is not None and not export.dense:
             self.grid.refuse(layers)
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Protocol
 
 from omegaconf import OmegaConf
 
@@ -11,6 +11,13 @@ from qat.config import CONF, ROLES
 from qat.errors import ConfigError
 
 Settings = Mapping[str, Any]  # of a format, as manifests have them
+
+
+class LayerRule(Protocol):
+    """Which weights an engine holds as they are."""
+
+    def refuse(self, layers: Mapping[str, Settings]) -> None:
+        """Raises a `ConfigError` for a layer, of those by name with shape and settings, that it does not hold."""
 
 
 @dataclass(frozen=True)

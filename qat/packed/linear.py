@@ -9,6 +9,7 @@ the tokens at hand are, unless its head has made the rest.
 Shapes: O outputs, I inputs, V tokens, D hidden, X rows.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -17,16 +18,37 @@ from torch import Tensor, nn
 
 from qat.quant import packing
 from qat.quant.embedding import each, through, without_weight
-from qat.quant.formats import Format, Parts
+from qat.quant.formats import Format, Part, Parts
 
 SIXTEEN = torch.float16  # parts of formats are of order one or below, where fp16 has three bits more than bf16
 ROWS = 1 << 13  # of a matrix that are multiplied out at one time on CUDA; a multiple of 8, so bytes end where rows do
 
 
+def stored(part: Part, value: Tensor) -> Tensor:
+    """A part in fp16, or its whole numbers, from the lowest up, as a bit stream."""
+    if part.bits == SIXTEEN.itemsize * 8:
+        return value.to(SIXTEEN)
+    return packing.pack((value - part.lowest).to(torch.uint8), part.bits)
+
+
+def room(part: Part) -> Tensor:
+    """Zeros of the type and shape of what is stored."""
+    if part.bits == SIXTEEN.itemsize * 8:
+        return torch.zeros(part.shape, dtype=SIXTEEN)
+    return torch.zeros(-(-math.prod(part.shape) * part.bits // 8), dtype=torch.uint8)
+
+
+def read(part: Part, value: Tensor) -> Tensor:
+    """The inverse of `stored`, fp32."""
+    if value.is_floating_point():
+        return value.float()
+    return packing.unpack(value, part.bits, part.shape).float() + part.lowest
+
+
 class Packed(nn.Module):
     """A matrix in a format of few bits, whatever it is used for.
 
-    Besides what follows it has the format's parts as fp16 buffers under their own names.
+    Besides what follows it has the format's parts as buffers under their own names, as `stored` makes them.
 
     Attributes:
         format: what W is.
@@ -40,7 +62,7 @@ class Packed(nn.Module):
         self.indices: Tensor
         self.register_buffer("indices", torch.zeros(-(-outputs * inputs * format.bits // 8), dtype=torch.uint8))
         for name, part in format.parts(outputs, inputs).items():
-            self.register_buffer(name, torch.zeros(part.shape, dtype=SIXTEEN))
+            self.register_buffer(name, room(part))
         self.dense: Tensor | None = None
 
     def parts(self) -> Parts:
@@ -76,7 +98,8 @@ class Packed(nn.Module):
         return product(x.reshape(-1), self.indices, self.parts()).view(*x.shape[:-1], -1)
 
     def _wide(self) -> Parts:
-        return {name: part.float() for name, part in self.parts().items()}
+        described = self.format.parts(self.out_features, self.in_features)
+        return {name: read(described[name], value) for name, value in self.parts().items()}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Packed":
         """Forgets the dense weight when the layer moves or changes its type."""

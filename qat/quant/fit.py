@@ -64,7 +64,7 @@ class Problem:
 
     @staticmethod
     def _with_rows(format: Format, fitted: Fitted, change: Callable[[Tensor], Tensor]) -> Fitted:
-        changed = {name: change(fitted.operands[name]) for name in format.rowwise}
+        changed = {name: change(fitted.operands[name]) for name in format.scaled}
         return Fitted(fitted.index_NOI, fitted.operands | changed)
 
 

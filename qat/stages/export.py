@@ -27,7 +27,7 @@ def main(config: Config, run: Run) -> None:
     form.refuse_architecture(work.teacher.settings().to_dict())
     with work.timed("export"):
         source = open_source(work.teacher, start_folder(config.checkpoint))
-        form.refuse_layers(checkpoints.entries(source.layers))
+        form.refuse_layers(checkpoints.entries(source.layers), config.export)
         make(work, writer, source, folder)
     size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     run.result["quant"] = source.quant

@@ -11,12 +11,12 @@ from qat import manifests
 from qat.config import SETTINGS, WeightConfig, WeightFormat
 from qat.quant import formats, latent
 from qat.quant.architectures import format_of
-from qat.quant.formats import Codebook, Format, Uniform
+from qat.quant.formats import Codebook, Format, KQuant, Uniform
 from qat.quant.linear import QuantLinear, kept
 from qat.quant.stack import stacks
 from qat.quant.weights import Weights
 
-OUTPUTS, INPUTS = 20, 48
+OUTPUTS = 20
 GRIDS = [
     Uniform(1, 16),
     Uniform(2, 48),
@@ -26,8 +26,13 @@ GRIDS = [
     Uniform(8, 48, "integers"),
     Uniform(4, 24, "iq4nl"),
 ]
-FORMATS = [Codebook(1, 1), Codebook(3, 5), *GRIDS]
+K_QUANTS = [KQuant(bits) for bits in (2, 3, 4, 5, 6)]
+FORMATS = [Codebook(1, 1), Codebook(3, 5), *GRIDS, *K_QUANTS]
 every = pytest.mark.parametrize("format", FORMATS, ids=str)
+
+
+def inputs(format: Format) -> int:
+    return 512 if isinstance(format, KQuant) else 48
 
 
 def drawn(shape: tuple[int, ...], seed: int) -> Tensor:
@@ -35,9 +40,10 @@ def drawn(shape: tuple[int, ...], seed: int) -> Tensor:
 
 
 def layer_of(format: Format, seed: int = 0) -> QuantLinear:
-    module = QuantLinear(format, OUTPUTS, INPUTS)
+    module = QuantLinear(format, OUTPUTS, inputs(format))
     module.indices.random_(0, 2**format.bits, generator=torch.Generator().manual_seed(seed))
-    module.set_parts({name: drawn(part.shape, seed + n) for n, (name, part) in enumerate(module.parts().items())})
+    parts = {name: drawn(part.shape, seed + n) for n, (name, part) in enumerate(module.parts().items())}
+    module.set_parts({name: 1 + 3 * x.abs() if "codes" in name else x for name, x in parts.items()})
     return module.requires_grad_(False)
 
 
@@ -49,9 +55,22 @@ def exact(format: Format, index: Tensor, parts: dict[str, Tensor]) -> Tensor:
             for r in range(format.rank)
         )
         return parts["codebook"][index.long()] * scale
-    group, parts = torch.arange(INPUTS) // format.group, halved(format, parts)
+    if isinstance(format, KQuant):
+        return exact_k_quant(format, index, halved(format, parts))
+    group, parts = torch.arange(inputs(format)) // format.group, halved(format, parts)
     scaled = values_of(format)[index.long()] * parts["scale"][:, group]
     return scaled + parts["shift"][:, group] if format.levels == "shifted" else scaled
+
+
+def exact_k_quant(format: KQuant, index: Tensor, parts: dict[str, Tensor]) -> Tensor:
+    """As llama.cpp's types are described: a group is 16 weights, or 32 of Q4_K and Q5_K; signs where nothing shifts."""
+    size = 32 if format.bits in (4, 5) else 16
+    group, block = torch.arange(512) // size, torch.arange(512) // 256
+    value = index.double() - {3: 4, 6: 32}.get(format.bits, 0)
+    scaled = value * parts["super_scale"][:, block] * parts["scale_codes"][:, group]
+    if format.bits in (3, 6):
+        return scaled
+    return scaled - parts["super_shift"][:, block] * parts["shift_codes"][:, group]
 
 
 def values_of(format: Uniform) -> Tensor:
@@ -69,6 +88,10 @@ def doubles(module: QuantLinear) -> dict[str, Tensor]:
 def halved(format: Format, p: dict[str, Tensor]) -> dict[str, Tensor]:
     """Parts as they come out of a file in fp16, which of a codebook keeps the norms of B's rows in A."""
     through = lambda x: x + (x.detach().float().half().double() - x.detach())  # noqa: E731
+    if isinstance(format, KQuant):
+        low, high = {2: (0, 15), 3: (-32, 31), 6: (-128, 127)}.get(format.bits, (0, 63))
+        whole = lambda x: x + (x.detach().round().clamp(low, high) - x.detach())  # noqa: E731
+        return {name: whole(part) if "codes" in name else through(part) for name, part in p.items()}
     if not isinstance(format, Codebook):
         return {name: through(part) for name, part in p.items()}
     norm = p["scale_B"].norm(dim=1).detach()
@@ -88,7 +111,7 @@ def test_the_weight_is_what_the_format_says(format):
 def test_gradients_of_a_stack_are_those_of_autograd(format, snap):
     members = [layer_of(format, seed) for seed in (0, 9)]
     (stack,) = stacks(Weights(members, torch.float32), snap)
-    grads = [drawn((OUTPUTS, INPUTS), 20 + n) for n in range(2)]
+    grads = [drawn((OUTPUTS, inputs(format)), 20 + n) for n in range(2)]
     stack.weights.begin(2)
     stack.write()
     for _ in range(2):  # two micro-batches
@@ -108,7 +131,7 @@ def test_gradients_of_a_stack_are_those_of_autograd(format, snap):
 
 @every
 def test_the_nearest_index_is_found_among_all(format):
-    module, wanted = layer_of(format), 3 * drawn((OUTPUTS, INPUTS), 30)
+    module, wanted = layer_of(format), 3 * drawn((OUTPUTS, inputs(format)), 30)
     p = doubles(module)
     of_index = [exact(format, torch.full_like(module.indices, k), p) for k in range(2**format.bits)]
     away = (torch.stack(of_index, -1) - wanted[..., None].double()).abs().detach()
@@ -119,7 +142,7 @@ def test_the_nearest_index_is_found_among_all(format):
 
 @every
 def test_layers_together_are_each_as_alone(format):
-    members, grad = [layer_of(format, seed) for seed in (0, 9)], drawn((2, OUTPUTS, INPUTS), 40)
+    members, grad = [layer_of(format, seed) for seed in (0, 9)], drawn((2, OUTPUTS, inputs(format)), 40)
     parts = {name: torch.stack([m.parts()[name] for m in members]) for name in members[0].parts()}
     index, operands = torch.stack([m.indices for m in members]), format.operands(parts)
     together = format.gradients(grad, index, operands)
@@ -153,15 +176,15 @@ def test_parts_are_made_again_of_their_operands(format):
 @every
 def test_latent_weights_begin_in_the_cells_of_the_indices(format):
     module = layer_of(format)
-    found = latent.between(module, 3 * drawn((OUTPUTS, INPUTS), 50))
+    found = latent.between(module, 3 * drawn((OUTPUTS, inputs(format)), 50))
     assert torch.equal(module.grid().nearest(found), module.indices)
 
 
 @every
-def test_rows_are_multiplied_through_the_rowwise_operands(format):
+def test_rows_are_multiplied_through_the_scaled_operands(format):
     module, rows = layer_of(format), drawn((OUTPUTS,), 60)[:, None]
     operands = format.operands(module.parts())
-    scaled = operands | {name: operands[name] * rows for name in format.rowwise}
+    scaled = operands | {name: operands[name] * rows for name in format.scaled}
     made = format.grid(scaled).at(module.indices)
     assert torch.allclose(made, module.weight(torch.float32) * rows, rtol=1e-4, atol=1e-4)
 
@@ -169,8 +192,12 @@ def test_rows_are_multiplied_through_the_rowwise_operands(format):
 @every
 def test_bits_are_those_of_what_is_stored(format):
     module = layer_of(format)
-    sizes = {name: part.numel() for name, part in module.parts().items() if name != "rank_magnitude"}
-    assert format.stored_bits(OUTPUTS, INPUTS) == format.bits * OUTPUTS * INPUTS + 16 * sum(sizes.values())
+    sizes = [part.numel() for name, part in module.parts().items() if name != "rank_magnitude"]
+    if isinstance(format, KQuant):  # blocks have the size that the package of llama.cpp's decoders states
+        block = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[f"Q{format.bits}_K"]][1]
+        assert format.stored_bits(OUTPUTS, 512) == 8 * block * OUTPUTS * 2
+    else:
+        assert format.stored_bits(OUTPUTS, 48) == format.bits * OUTPUTS * 48 + 16 * sum(sizes)
 
 
 @every
@@ -210,10 +237,11 @@ def test_a_layer_is_kept_in_its_own_format_alone(format):
         (Codebook(2, 21), "rank", "has 20 outputs and 48 inputs, so no rank above 20 adds anything"),
         (Uniform(2, 32), "group", "has rows of 48 weights, which groups of 32 do not divide"),
         (Uniform(3, 16, "iq4nl"), "levels", "has indices of 3 bits, and these levels are sixteen: 4 bits"),
+        (KQuant(8), "bits", "could have k-quants of 2, 3, 4, 5, 6 bits, as llama.cpp has them"),
         (Uniform(2, 96), "group", "has rows of 48 weights, which groups of 96 do not divide"),
     ],
 )
 def test_a_shape_that_a_format_does_not_suit_is_told(format, setting, why):
-    misfit = format.misfit(OUTPUTS, INPUTS)
+    misfit = format.misfit(OUTPUTS, 48)
     assert (misfit.setting, misfit.why) == (setting, why)
-    assert all(suiting.misfit(OUTPUTS, INPUTS) is None for suiting in FORMATS)
+    assert all(suiting.misfit(OUTPUTS, inputs(suiting)) is None for suiting in FORMATS)

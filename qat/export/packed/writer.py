@@ -14,7 +14,7 @@ from qat.config import ExportConfig, ExportType
 from qat.export.moved import older_keys
 from qat.export.source import DTYPES, Source, cast, copy_tokenizer
 from qat.packed import FILE, METHOD
-from qat.packed.linear import SIXTEEN
+from qat.packed.linear import SIXTEEN, stored
 from qat.quant import packing
 from qat.quant.linear import quantized
 
@@ -39,8 +39,9 @@ def tensors(source: Source, dtype: torch.dtype) -> dict[str, Tensor]:
     made: dict[str, Tensor] = {}
     for name, module in modules.items():
         made[f"{name}.indices"] = packing.pack(module.indices, module.format.bits)
-        parts = module.normalized()
-        made |= {f"{name}.{part}": cast(name, value, SIXTEEN).contiguous() for part, value in parts.items()}
+        parts = module.format.parts(module.outputs, module.inputs)
+        for part, value in module.normalized().items():
+            made[f"{name}.{part}"] = stored(parts[part], cast(name, value, SIXTEEN)).contiguous()
     for name, parameter in source.model.named_parameters():
         owner, _, leaf = name.rpartition(".")
         if owner not in modules or leaf == "bias":

@@ -5,6 +5,7 @@ from typing import Any
 from qat.quant.formats.base import Cluster, Equations, Fitted, Format, Grid, Misfit, Part, Parts, Product
 from qat.quant.formats.codebook import Codebook
 from qat.quant.formats.grid import Uniform
+from qat.quant.formats.kquant import KQuant
 
 __all__ = [
     "FORMATS",
@@ -14,6 +15,7 @@ __all__ = [
     "Fitted",
     "Format",
     "Grid",
+    "KQuant",
     "Misfit",
     "Part",
     "Parts",
@@ -22,7 +24,7 @@ __all__ = [
     "of",
 ]
 
-FORMATS: dict[str, type[Format]] = {format.name: format for format in (Codebook, Uniform)}
+FORMATS: dict[str, type[Format]] = {format.name: format for format in (Codebook, Uniform, KQuant)}
 
 
 def of(settings: dict[str, Any]) -> Format:

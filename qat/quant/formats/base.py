@@ -32,10 +32,14 @@ class Part:
     Attributes:
         shape: of one layer.
         kind: whose learning rate it has (a field of `train.learn`).
+        bits: that a number of it takes in a file: 16 in fp16, else a whole number of so many bits.
+        lowest: the least of the whole numbers.
     """
 
     shape: tuple[int, ...]
     kind: str
+    bits: int = 16
+    lowest: int = 0
 
 
 @dataclass(frozen=True)
@@ -119,7 +123,12 @@ class Format(ABC):
     @property
     @abstractmethod
     def rowwise(self) -> tuple[str, ...]:
-        """The operands [O, …] that are multiplied where W's rows are."""
+        """The operands [O, …] of which W's rows have one each."""
+
+    @property
+    def scaled(self) -> tuple[str, ...]:
+        """Those that are multiplied where W's rows are."""
+        return self.rowwise
 
     @classmethod
     def of(cls, settings: dict[str, Any]) -> "Format":

@@ -74,8 +74,12 @@ def _regression(x: Tensor, y: Tensor, h: Tensor, shifted: bool) -> tuple[Tensor,
 
 def linear(value_NOI: Tensor, h_NI: Tensor, size: int, shifted: bool) -> Linear:
     """The quantized weight as a function of scales and shifts [N, O, G, P], each weight staying with its value."""
-    of = [value_NOI, torch.ones_like(value_NOI)] if shifted else [value_NOI]  # what each number is multiplied with
-    importance = h_NI[:, None].expand_as(value_NOI)
+    return combined([value_NOI, torch.ones_like(value_NOI)] if shifted else [value_NOI], h_NI, size)
+
+
+def combined(of: list[Tensor], h_NI: Tensor, size: int) -> Linear:
+    """Sums of known matrices [N, O, I], each times numbers of its groups, as a function of these [N, O, G, P]."""
+    importance = h_NI[:, None].expand_as(of[0])
     gram = [torch.stack([sums(a * b * importance, size) for b in of], 3) for a in of]
     return Linear(
         lambda x: torch.stack([each(x[..., p], size) * of[p] for p in range(len(of))]).sum(0),

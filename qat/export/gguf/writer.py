@@ -1,0 +1,170 @@
+"""Writes a GGUF file with the writer of the package `gguf`, and reads it back with that package's decoders."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import cast as cast_to
+
+import gguf
+import numpy as np
+import torch
+from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from qat.config import ExportConfig, ExportType
+from qat.console import console
+from qat.errors import ArtifactError, ConfigError
+from qat.export.gguf import FILE, blocks, vocabulary
+from qat.export.gguf.families import FAMILIES, Family, fields, head_size, slowed
+from qat.export.gguf.types import type_of
+from qat.export.source import CPU, DTYPES, Source, cast
+from qat.quant.linear import Quantized, quantized
+
+DENSE = {  # by the type of weights
+    ExportType.fp32: (GGMLQuantizationType.F32, "ALL_F32"),
+    ExportType.fp16: (GGMLQuantizationType.F16, "MOSTLY_F16"),
+    ExportType.bf16: (GGMLQuantizationType.BF16, "MOSTLY_BF16"),
+}
+ROTATED = ("q_proj", "k_proj")  # whose outputs are turned
+
+
+def write(source: Source, folder: Path, settings: ExportConfig) -> None:
+    """Writes the file.
+
+    Raises:
+        ConfigError: llama.cpp has no name for how the tokenizer splits text, or for a parameter.
+        NumericsError: a dense number does not fit into `export.dtype`.
+    """
+    described = source.teacher.settings().to_dict()
+    family = FAMILIES[described["model_type"]]
+    writer = GGUFWriter(folder / FILE, family.name)
+    vocabulary.add(writer, source.teacher)
+    writer.add_name(source.teacher.name)
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    writer.add_file_type(int(gguf.LlamaFileType[_file_type(source, settings)]))
+    for name, value in fields(described).items():
+        _add(writer, f"{family.name}.{name}", value)
+    dense = [name for name, module in quantized(source.model).items() if type_of(module.format.settings()) is None]
+    if dense:
+        console.print(f"{len(dense)} layers are in no type of llama.cpp and are written in {settings.dtype.name}")
+    if factors := slowed(described):
+        writer.add_tensor("rope_freqs.weight", np.array(factors, dtype=np.float32))
+    for name, value, kind in _tensors(source, family, settings):
+        writer.add_tensor(name, value, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def _add(writer: GGUFWriter, name: str, value: str | float | int) -> None:
+    """A field in the type that llama.cpp looks for."""
+    if isinstance(value, str):
+        writer.add_string(name, value)
+    elif isinstance(value, float):
+        writer.add_float32(name, value)
+    else:
+        writer.add_uint32(name, value)
+
+
+def _file_type(source: Source, settings: ExportConfig) -> str:
+    """By the type that most weights are in, which llama.cpp shows."""
+    counts: dict[str, int] = {}
+    for module in quantized(source.model).values():
+        kind = type_of(module.format.settings()) or ""
+        counts[kind] = counts.get(kind, 0) + module.indices.numel()
+    most = max(counts, key=lambda kind: counts[kind]) if counts else ""
+    shown = {"": DENSE[settings.dtype][1], "Q3_K": "MOSTLY_Q3_K_M", "Q4_K": "MOSTLY_Q4_K_M", "Q5_K": "MOSTLY_Q5_K_M"}
+    return shown.get(most, f"MOSTLY_{most}")
+
+
+@torch.no_grad()
+def _tensors(
+    source: Source, family: Family, settings: ExportConfig
+) -> Iterator[tuple[str, np.ndarray, GGMLQuantizationType]]:
+    """Every tensor with llama.cpp's name and type, rows in its order."""
+    modules = quantized(source.model)
+    names = Names(source.model, family)
+    for name, module in modules.items():
+        kind, order = type_of(module.format.settings()), names.order(name)
+        if kind is not None:
+            parts = {part: value[order] for part, value in module.normalized().items()}
+            yield (
+                names.of(f"{name}.weight"),
+                blocks.packed(module.format, module.indices[order], parts),
+                GGMLQuantizationType[kind],
+            )
+        else:
+            yield names.of(f"{name}.weight"), *_dense(name, module.weight(torch.float32)[order], settings)
+    for name, parameter in source.model.named_parameters():
+        owner, _, leaf = name.rpartition(".")
+        if (owner not in modules or leaf == "bias") and parameter.numel():
+            yield names.of(name), *_dense(name, parameter[names.order(owner)], settings)
+
+
+def _dense(name: str, value: Tensor, settings: ExportConfig) -> tuple[np.ndarray, GGMLQuantizationType]:
+    """Matrices in `export.dtype`; vectors in fp32, as llama.cpp takes no other."""
+    if value.dim() == 1:
+        return value.float().numpy(), GGMLQuantizationType.F32
+    kind, made = DENSE[settings.dtype][0], cast(name, value, DTYPES[settings.dtype]).contiguous()
+    if kind is GGMLQuantizationType.BF16:
+        return made.view(torch.uint8).numpy(), kind
+    return made.numpy(), kind
+
+
+class Names:
+    """What llama.cpp calls a model's parameters, and the order in which it has their rows."""
+
+    def __init__(self, model: PreTrainedModel, family: Family) -> None:
+        """Looks the architecture up."""
+        settings = model.config.get_text_config().to_dict()
+        arch = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == family.name)
+        self._map = gguf.get_tensor_name_map(arch, settings["num_hidden_layers"])
+        self._model, self._family, self._head = model, family, head_size(settings)
+
+    def of(self, name: str) -> str:
+        """llama.cpp's name.
+
+        Raises:
+            ConfigError: it has none.
+        """
+        found = self._map.get_name(name, try_suffixes=(".weight", ".bias"))
+        if found is None:
+            raise ConfigError(f"llama.cpp has no {name} in models of type {self._family.name}: export=hf is dense")
+        return str(found)
+
+    def order(self, owner: str) -> Tensor | slice:
+        """Of a layer's rows: pairs that are turned together lie half a head apart, or side by side."""
+        if not self._family.interleaved or owner.rpartition(".")[2] not in ROTATED:
+            return slice(None)
+        module = self._model.get_submodule(owner)
+        rows = module.outputs if isinstance(module, Quantized) else cast_to(nn.Linear, module).out_features
+        return torch.arange(rows).view(-1, 2, self._head // 2).mT.flatten()
+
+
+def rounding(settings: ExportConfig) -> torch.dtype:
+    """The coarsest type that a dense weight is rounded to; quantized ones are as they are."""
+    return DTYPES[settings.dtype]
+
+
+@torch.no_grad()
+def read(source: Source, folder: Path) -> PreTrainedModel:
+    """The model with what the file's tensors decode to, in fp32.
+
+    Raises:
+        ArtifactError: a quantized weight decodes to another than the student has.
+    """
+    model = source.teacher.load(torch.float32, CPU)
+    names = Names(source.model, FAMILIES[source.teacher.settings().to_dict()["model_type"]])
+    stored = {tensor.name: tensor for tensor in GGUFReader(folder / FILE).tensors}
+    modules = quantized(source.model)
+    for name, parameter in model.named_parameters():
+        tensor = stored[names.of(name)]
+        value = torch.from_numpy(gguf.dequantize(tensor.data, tensor.tensor_type).copy()).view_as(parameter)
+        owner, _, leaf = name.rpartition(".")
+        parameter[names.order(owner)] = value
+        known = modules.get(owner) if leaf == "weight" else None
+        exact = known is not None and type_of(known.format.settings()) is not None
+        if exact and not torch.equal(parameter, known.weight(torch.float32)):  # type: ignore[union-attr]
+            raise ArtifactError(f"{name} decodes to other weights than the student has: nothing was published")
+    return model

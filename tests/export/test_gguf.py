@@ -1,0 +1,290 @@
+"""GGUF files as the package `gguf` decodes them, and as llama.cpp itself computes and answers."""
+
+import json
+
+import gguf
+import numpy as np
+import pytest
+import torch
+import transformers
+from tokenizers import AddedToken, pre_tokenizers
+
+from qat import checkpoints
+from qat.config import ExportConfig, ExportType, QuantConfig, WeightConfig, WeightFormat
+from qat.errors import ArtifactError, ConfigError
+from qat.export.gguf import EXPORTER, FILE, blocks, families, vocabulary, writer
+from qat.export.gguf.types import type_of
+from qat.export.source import Source
+from qat.models import ModelFolder
+from qat.models import tiny as tiny_model
+from qat.quant.architectures import select
+from qat.quant.formats import Format, KQuant, Uniform
+from qat.quant.linear import QuantLinear
+from tests import tiny
+from tests.export import engines
+from tests.export.conftest import IDS
+
+HELD = {
+    "Q4_0": Uniform(4, 64, "integers"),  # a scale for two blocks
+    "Q4_1": Uniform(4, 32, "shifted"),
+    "Q5_0": Uniform(5, 32, "integers"),
+    "Q5_1": Uniform(5, 32, "shifted"),
+    "Q8_0": Uniform(8, 32, "integers"),
+    "IQ4_NL": Uniform(4, 32, "iq4nl"),
+    **{f"Q{bits}_K": KQuant(bits) for bits in (2, 3, 4, 5, 6)},
+}
+QUANT = QuantConfig(
+    "mixed", engines.grid(4, 32, "shifted"), engines.grid(4, 64, "integers"), embed=engines.grid(8, 32, "integers")
+)
+EXACT = ExportConfig("gguf", "gguf", ExportType.fp32)
+SHAPE = {
+    "vocab_size": tiny_model.VOCABULARY,
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "initializer_range": 0.05,
+    "bos_token_id": 256,
+    "eos_token_id": 257,
+    "tie_word_embeddings": False,
+}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 1000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+MODELS = {
+    "llama": transformers.LlamaConfig(**SHAPE, head_dim=32, rope_parameters=LLAMA3),
+    "mistral": transformers.MistralConfig(**SHAPE, sliding_window=None),
+    "qwen2": transformers.Qwen2Config(**SHAPE),
+    "qwen3": transformers.Qwen3Config(**SHAPE, head_dim=32),
+}
+
+
+def layer_in(format: Format) -> QuantLinear:
+    """Any numbers of their types."""
+    draw, module = torch.Generator().manual_seed(format.bits), QuantLinear(format, 6, 512)
+    module.indices.copy_(torch.randint(2**format.bits, (6, 512), generator=draw))
+    for name, part in format.parts(6, 512).items():
+        codes = torch.randint(part.lowest, part.lowest + 2**part.bits, part.shape, generator=draw)
+        module.set_parts({name: codes.float() if part.bits < 16 else torch.randn(part.shape, generator=draw)})
+    return module.requires_grad_(False)
+
+
+def quantized_to(settings: WeightConfig, teacher: ModelFolder):
+    """A model whose MLP and attention are in a format."""
+    model = teacher.load(torch.float32, tiny.CPU)
+    for layer in select(model, QuantConfig("all", settings, settings)):
+        made = layer.format.start(model.get_submodule(layer.name).weight[None], torch.ones(1, layer.shape[1]), None)
+        module = QuantLinear(layer.format, *layer.shape)
+        module.indices.copy_(made.index_NOI[0])
+        module.set_parts({name: part[0] for name, part in made.operands.items()})
+        model.set_submodule(layer.name, module.requires_grad_(False))
+    return model
+
+
+def folder_of(kind: str, path) -> ModelFolder:
+    """A random model of an architecture with a token a byte, which says letters alone: of half a character llama.cpp tells nothing."""
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(MODELS[kind], dtype=torch.float32)
+    tokens, head = tiny_model.byte_tokenizer().get_vocab(), model.lm_head.weight
+    with torch.no_grad():  # biases and norms that say something
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                parameter.add_(0.3 * torch.randn_like(parameter))
+        letters = [number for token, number in tokens.items() if token.isascii() and token.isalnum()]
+        model.lm_head.weight.copy_(torch.zeros_like(head).index_copy(0, torch.tensor(letters), 5 * head[letters]))
+    model.save_pretrained(path)
+    tiny_model.byte_tokenizer().save_pretrained(path)
+    return ModelFolder(kind, path, kind)
+
+
+def served(file):
+    """llama.cpp with a file, without a rounded cache of keys and values."""
+    xllamacpp = pytest.importorskip(
+        "xllamacpp", reason="the engine xllamacpp is not installed: pip install -e '.[engines]'"
+    )
+    asked = xllamacpp.CommonParams()
+    asked.model.path, asked.n_ctx, asked.n_parallel, asked.n_gpu_layers = str(file), 256, 1, 0
+    asked.cpuparams.n_threads = asked.cpuparams_batch.n_threads = 1
+    asked.cache_type_k = asked.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+    asked.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+    asked.warmup, asked.verbosity = False, -1
+    return xllamacpp.Server(asked)
+
+
+def next_token(server, ids) -> torch.Tensor:
+    """llama.cpp's log-probabilities [V] of what follows some tokens."""
+    asked = {"prompt": ids.tolist(), "n_predict": 1, "n_probs": tiny_model.VOCABULARY, "temperature": 0.0}
+    (said,) = server.handle_completions(asked)["choices"][0]["logprobs"]["content"]
+    found = torch.full((tiny_model.VOCABULARY,), torch.nan)
+    for one in said["top_logprobs"]:
+        found[one["id"]] = one["logprob"]
+    return found
+
+
+def away(file, model) -> float:
+    """How far llama.cpp's log-probabilities are from a model's, as a share of their size."""
+    rows = [model(row[None]).logits[0, -1].log_softmax(-1) for row in IDS]
+    row, expected = next(
+        (row, said) for row, said in zip(IDS, rows, strict=True) if said.argmax() != 257
+    )  # after an end it says nothing
+    return float((next_token(served(file), row) - expected).norm() / expected.norm())
+
+
+@pytest.fixture(scope="module")
+def checkpoint(teacher, cache, tmp_path_factory):
+    return engines.checkpoint(tmp_path_factory.mktemp("gguf") / "best", teacher, cache, QUANT)
+
+
+@pytest.fixture(scope="module")
+def student(teacher, checkpoint):
+    return checkpoints.load(checkpoint, teacher, tiny.FP32)[0]
+
+
+@pytest.mark.parametrize("kind", HELD)
+def test_every_weight_decodes_to_the_last_bit(kind):
+    format = HELD[kind]
+    module = layer_in(format)
+    made = blocks.packed(format, module.indices, module.normalized())
+    assert type_of(format.settings()) == kind
+    decoded = gguf.dequantize(made, gguf.GGMLQuantizationType[kind])
+    assert np.array_equal(decoded.view(np.uint32), module.weight(torch.float32).numpy().view(np.uint32))
+
+
+@torch.no_grad()
+def test_llama_cpp_computes_the_students_log_probabilities(checkpoint, student, export):
+    folder = export(checkpoint, "gguf", "fp32")
+    assert away(folder / FILE, student) < 1e-2  # it rounds what enters a product to 8 bits
+    stored = {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(folder / FILE).tensors}
+    assert (stored["token_embd.weight"], stored["blk.0.ffn_up.weight"], stored["blk.1.attn_k.weight"]) == (
+        "Q8_0",
+        "Q4_1",
+        "Q4_0",
+    )
+    assert "output.weight" not in stored and stored["output_norm.weight"] == "F32"
+
+
+@torch.no_grad()
+def test_llama_cpp_answers_word_for_word(tmp_path):
+    teacher = folder_of("mistral", tmp_path / "model")
+    student = quantized_to(engines.grid(8, 32, "integers"), teacher)
+    writer.write(Source(teacher, student), tmp_path, EXACT)
+    server, said = served(tmp_path / FILE), []
+    for text in engines.PROMPTS:
+        asked = {"messages": engines.chat(text), "temperature": 0.0, "max_tokens": engines.TOKENS}
+        said.append(server.handle_chat_completions(asked)["choices"][0]["message"]["content"].strip())
+    assert said == engines.ours(student, teacher) and all(said)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", MODELS)
+def test_llama_cpp_computes_each_architecture(kind, tmp_path):
+    teacher = folder_of(kind, tmp_path / "model")
+    model = teacher.load(torch.float32, tiny.CPU)
+    writer.write(Source(teacher, model), tmp_path, EXACT)
+    assert away(tmp_path / FILE, model) < 1e-4
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6])
+def test_llama_cpp_computes_k_quants(bits, tmp_path):
+    teacher = folder_of("mistral", tmp_path / "model")
+    model = quantized_to(WeightConfig(bits, format=WeightFormat.kquant), teacher)
+    writer.write(Source(teacher, model), tmp_path, EXACT)
+    writer.read(Source(teacher, model), tmp_path)  # which compares every weight
+    assert away(tmp_path / FILE, model) < 2e-2
+
+
+def test_what_decodes_otherwise_is_not_published(checkpoint, export, tmp_path, monkeypatch):
+    right = blocks.packed
+    monkeypatch.setattr(blocks, "packed", lambda format, index, parts: right(format, index.flip(1), parts))
+    with pytest.raises(ArtifactError, match=r"decodes to other weights than the student has: nothing was published"):
+        export(checkpoint, "gguf", "fp32", output=tmp_path / "there")
+    assert not (tmp_path / "there").exists()
+
+
+def test_codebooks_are_refused_with_a_preset_and_written_out_on_request(best, student, export, tmp_path, capsys):
+    with pytest.raises(ConfigError, match=r"cannot hold .* codebook.*quant=gguf_iq4_nl fits, and export.dense"):
+        export(best, "gguf", "fp32", output=tmp_path / "no")
+    folder = export(best, "gguf", "fp32", output=tmp_path / "dense", dense=True)
+    assert "are in no type of llama.cpp and are written in fp32" in capsys.readouterr().out
+    types = {tensor.tensor_type.name for tensor in gguf.GGUFReader(folder / FILE).tensors}
+    assert types == {"F32"}
+
+
+@pytest.mark.parametrize(
+    ("layer", "told"),
+    [
+        ({"bits": 2, "rank": 8, "shape": [512, 512]}, "codebook, bits 2, rank 8: a student made with quant=gguf_q2_k"),
+        ({"bits": 2, "rank": 8, "shape": [512, 576]}, "a student made with quant=gguf_"),
+        ({"format": "grid", "bits": 4, "group": 16, "shape": [8, 48]}, "which do not divide rows of 48 weights"),
+        ({"format": "grid", "bits": 4, "group": 64, "levels": "halves", "shape": [8, 64]}, "quant=gguf_"),
+    ],
+)
+def test_what_no_type_holds_is_told_with_what_would(layer, told):
+    with pytest.raises(ConfigError, match=told):
+        EXPORTER.grid.refuse({"it": layer})
+
+
+@pytest.mark.parametrize(
+    ("described", "told"),
+    [
+        ({"model_type": "qwen4"}, r"models of type qwen4 \(did you mean qwen"),
+        ({"model_type": "mistral", "sliding_window": 64}, "without windows, and this one has sliding_window 64"),
+        ({"model_type": "llama", "hidden_act": "gelu"}, "with silu, and this one has gelu"),
+        ({"model_type": "llama", "rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "of type dynamic"),
+    ],
+)
+def test_what_llama_cpp_does_not_compute_is_refused(described, told):
+    with pytest.raises(ConfigError, match=told):
+        families.refuse_architecture(described)
+
+
+def described_with(*steps) -> dict:
+    """A tokenizer that splits text in some steps."""
+    backend = tiny_model.byte_tokenizer().backend_tokenizer
+    backend.pre_tokenizer = pre_tokenizers.Sequence(list(steps)) if len(steps) > 1 else steps[0]
+    return json.loads(backend.to_str())
+
+
+def split(pattern: str):
+    from tokenizers import Regex
+
+    return pre_tokenizers.Split(Regex(pattern), "isolated")
+
+
+BYTES = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+QWEN2 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+def test_how_text_is_split_is_found_by_what_is_done():
+    words = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    assert vocabulary.splits(described_with(words)) == "gpt-2"
+    assert vocabulary.splits(described_with(pre_tokenizers.Digits(individual_digits=True), words)) == "smollm"
+    assert vocabulary.splits(described_with(split(QWEN2), BYTES)) == "qwen2"
+    llama3 = described_with(split(QWEN2.replace(r"|\p{N}|", r"|\p{N}{1,3}|")), BYTES)
+    assert vocabulary.splits(llama3) == "dbrx"
+    llama3["model"]["ignore_merges"] = True
+    assert vocabulary.splits(llama3) == "llama-bpe"
+
+
+def test_an_unknown_split_is_refused_by_what_it_does():
+    with pytest.raises(ConfigError, match=r"splits text \(split x\+, then bytes False\); it knows gpt-2, smollm"):
+        vocabulary.splits(described_with(split("x+"), BYTES))
+
+
+def test_tokens_are_listed_with_their_kinds():
+    tokenizer = tiny_model.byte_tokenizer()
+    tokenizer.add_tokens([AddedToken("<tool>", special=False)])
+    described = json.loads(tokenizer.backend_tokenizer.to_str())
+    tokens, kinds = vocabulary.listed(tokenizer, described, 300)
+    kind = dict(zip(tokens, kinds, strict=True))
+    assert (len(tokens), tokens[257], tokens[261], tokens[299]) == (300, "<|end|>", "<tool>", "[PAD299]")
+    assert [kind[token] for token in ("a", "<|end|>", "<tool>", "[PAD299]")] == [1, 3, 4, 5]
