@@ -17,11 +17,19 @@ ENGINES = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optio
 NEEDS = {"llama.cpp": ("xllamacpp",), "MLX": ("mlx.core", "mlx_lm"), "transformers and vLLM": ("compressed_tensors",)}
 
 
+@pytest.fixture(scope="module")
+def artifacts(tmp_path_factory):
+    """What jobs share."""
+    return tmp_path_factory.mktemp("artifacts")
+
+
 @pytest.mark.parametrize("section", NEEDS)
-def test_commands_lead_to_an_answer(section, tmp_path, monkeypatch):
+def test_commands_lead_to_an_answer(section, artifacts, tmp_path, monkeypatch):
     for name in NEEDS[section]:
         pytest.importorskip(name, reason=f"the engine {name} is not installed: pip install -e '.[engines]'")
     monkeypatch.chdir(tmp_path)
+    Path("outputs").mkdir()
+    Path("outputs/artifacts").symlink_to(artifacts)
     train, export, install, answer = SECTIONS[section].splitlines()
     job = re.search(r"^JOB *:= launch.py (.*)$", (ROOT / "Makefile").read_text(), re.M)
     run(LAUNCH, *job[1].split(), *re.match(r'make run ARGS="(.*)"$', train)[1].split(), *TINY)

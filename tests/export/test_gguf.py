@@ -87,8 +87,8 @@ def quantized_to(settings: WeightConfig, teacher: ModelFolder):
     return model
 
 
-def folder_of(kind: str, path, plainly: bool = False) -> ModelFolder:
-    """A random model of an architecture with a token a byte, which may be sure to say letters alone."""
+def folder_of(kind: str, path) -> ModelFolder:
+    """A random model of an architecture with a token a byte, which says letters alone: of half a character llama.cpp tells nothing."""
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(MODELS[kind], dtype=torch.float32)
     tokens, head = tiny_model.byte_tokenizer().get_vocab(), model.lm_head.weight
@@ -96,9 +96,8 @@ def folder_of(kind: str, path, plainly: bool = False) -> ModelFolder:
         for parameter in model.parameters():
             if parameter.dim() == 1:
                 parameter.add_(0.3 * torch.randn_like(parameter))
-        if plainly:
-            letters = [number for token, number in tokens.items() if token.isascii() and token.isalnum()]
-            model.lm_head.weight.copy_(torch.zeros_like(head).index_copy(0, torch.tensor(letters), 5 * head[letters]))
+        letters = [number for token, number in tokens.items() if token.isascii() and token.isalnum()]
+        model.lm_head.weight.copy_(torch.zeros_like(head).index_copy(0, torch.tensor(letters), 5 * head[letters]))
     model.save_pretrained(path)
     tiny_model.byte_tokenizer().save_pretrained(path)
     return ModelFolder(kind, path, kind)
@@ -172,7 +171,7 @@ def test_llama_cpp_computes_the_students_log_probabilities(checkpoint, student, 
 
 @torch.no_grad()
 def test_llama_cpp_answers_word_for_word(tmp_path):
-    teacher = folder_of("mistral", tmp_path / "model", plainly=True)
+    teacher = folder_of("mistral", tmp_path / "model")
     student = quantized_to(engines.grid(8, 32, "integers"), teacher)
     writer.write(Source(teacher, student), tmp_path, EXACT)
     server, said = served(tmp_path / FILE), []
@@ -210,7 +209,7 @@ def test_what_decodes_otherwise_is_not_published(checkpoint, export, tmp_path, m
 
 
 def test_codebooks_are_refused_with_a_preset_and_written_out_on_request(best, student, export, tmp_path, capsys):
-    with pytest.raises(ConfigError, match=r"llama.cpp cannot hold .* codebook.*quant=gguf_iq4_nl fits, and export.dense"):
+    with pytest.raises(ConfigError, match=r"cannot hold .* codebook.*quant=gguf_iq4_nl fits, and export.dense"):
         export(best, "gguf", "fp32", output=tmp_path / "no")
     folder = export(best, "gguf", "fp32", output=tmp_path / "dense", dense=True)
     assert "are in no type of llama.cpp and are written in fp32" in capsys.readouterr().out

@@ -93,8 +93,9 @@ def read(source: Source, folder: Path) -> PreTrainedModel:
     """
     with redirect_stderr(io.StringIO()):  # bars that nothing else stops
         model = models.read(folder, "auto").eval()
-    for name, module in linears(source).items():
-        replaced.require_equal(name, decoded(model.get_submodule(name)), module)
+        for name, module in linears(source).items():
+            replaced.require_equal(name, decoded(model.get_submodule(name)), module)
+        cast(Any, model)(torch.zeros(1, 1, dtype=torch.long))  # unpacks it
     return model
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from qat.export.gguf.types import BLOCK, type_of
 from qat.quant.formats import Format, Parts
 
-Bytes = np.ndarray[Any, np.dtype[np.uint8]]
+Bytes = np.ndarray[Any, np.dtype[np.integer[Any]]]  # uint8
 SUPER = 256  # weights of a k-quant's block
 
 

@@ -103,7 +103,7 @@ def _add_special(writer: GGUFWriter, tokenizer: PreTrainedTokenizerBase, teacher
     writer.add_add_eos_token(bool(written) and written[-1] == own)
 
 
-def _steps(described: dict[str, Any] | None) -> list[Step]:
+def _steps(described: Any) -> list[Step]:
     """What a pre-tokenizer does, step after step."""
     match described:
         case {"type": "Sequence", "pretokenizers": [*each]}:

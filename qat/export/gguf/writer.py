@@ -2,12 +2,13 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import cast as cast_to
 
 import gguf
 import numpy as np
 import torch
 from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from qat.config import ExportConfig, ExportType
@@ -56,7 +57,7 @@ def write(source: Source, folder: Path, settings: ExportConfig) -> None:
     writer.close()
 
 
-def _add(writer: GGUFWriter, name: str, value: object) -> None:
+def _add(writer: GGUFWriter, name: str, value: str | float | int) -> None:
     """A field in the type that llama.cpp looks for."""
     if isinstance(value, str):
         writer.add_string(name, value)
@@ -137,8 +138,8 @@ class Names:
         if not self._family.interleaved or owner.rpartition(".")[2] not in ROTATED:
             return slice(None)
         module = self._model.get_submodule(owner)
-        rows = module.outputs if isinstance(module, Quantized) else module.weight.shape[0]
-        return torch.arange(int(rows)).view(-1, 2, self._head // 2).mT.flatten()  # type: ignore[arg-type]
+        rows = module.outputs if isinstance(module, Quantized) else cast_to(nn.Linear, module).out_features
+        return torch.arange(rows).view(-1, 2, self._head // 2).mT.flatten()
 
 
 def rounding(settings: ExportConfig) -> torch.dtype:

@@ -43,6 +43,7 @@ def refuse_architecture(described: dict[str, object]) -> None:
 EXPORTER = Exporter(
     types=(ExportType.fp16, ExportType.fp32),
     library="mlx",
+    samples=1,  # every weight is compared by itself, and MLX is no fast reader on processors
     grid=EngineGrid("MLX", ("shifted", "integers"), (2, 3, 4, 5, 6, 8), (32, 64, 128), "mlx_"),
     refuse=refuse,
     refuse_architecture=refuse_architecture,
