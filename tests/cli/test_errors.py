@@ -49,7 +49,7 @@ MISTAKES = [
     ("model@other=tiny", "unknown key model@other"),
     ("hydra.run.dri=x", "dri"),
     # options
-    ("quant=q2a5", "did you mean q2a4?); quant is one of g2a4_g64, g4a4_g64, g4a4_g64s, q2a16"),
+    ("quant=q2a5", "did you mean q2a4?); quant is one of compressed_w2_g64, "),
     ("quant=Q2A4", "did you mean q2a4"),
     ("model=qwen3_06b", "did you mean qwen3_0_6b"),
     ("model=qwen", "did you mean qwen3_0_6b"),
@@ -75,7 +75,7 @@ MISTAKES = [
     ("train.lr=1,2", "add -m"),
     ("train.lr=${nowhere}", "nowhere"),
     ("run.goal=???", "run.goal has no value"),
-    ("quant=q2a16 quant.attn.bits=3", "quant.attn is null: quant=q2a16 has none, these do: g2a4_g64, g4a4_g64"),
+    ("quant=q2a16 quant.attn.bits=3", "quant.attn is null: quant=q2a16 has none, these do: compressed_w2_g64, "),
     ("first.train.steps=3", "first is null: say first.quant=<option> first.mode=<option> as well, or +experiment=prog"),
     ("first={train:{steps:3}}", "first is null: say first.quant=<option>"),
     ("quant.mlp.group=64", "quant.mlp.group=64: means nothing to quant.mlp.format=codebook, which has bits, rank"),
