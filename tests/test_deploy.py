@@ -2,7 +2,7 @@
 
 import re
 import shlex
-from importlib.metadata import requires
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -11,20 +11,30 @@ from tests.launching import LAUNCH, python
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = ("model=tiny", "+debug=tiny")
-SECTIONS = dict(re.findall(r"^## (.+?)\n.*?^```bash\n(.*?)^```", (ROOT / "docs" / "DEPLOY.md").read_text(), re.M | re.S))
+TEXT = (ROOT / "docs" / "DEPLOY.md").read_text(encoding="utf-8")
+SECTIONS = dict(re.findall(r"^## (.+?)\n.*?^```bash\n(.*?)^```", TEXT, re.M | re.S))
+ENGINES = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]["engines"]
 NEEDS = {"llama.cpp": ("xllamacpp",), "MLX": ("mlx.core", "mlx_lm"), "transformers and vLLM": ("compressed_tensors",)}
 
 
+@pytest.fixture(scope="module")
+def artifacts(tmp_path_factory):
+    """What jobs share."""
+    return tmp_path_factory.mktemp("artifacts")
+
+
 @pytest.mark.parametrize("section", NEEDS)
-def test_commands_lead_to_an_answer(section, tmp_path, monkeypatch):
+def test_commands_lead_to_an_answer(section, artifacts, tmp_path, monkeypatch):
     for name in NEEDS[section]:
         pytest.importorskip(name, reason=f"the engine {name} is not installed: pip install -e '.[engines]'")
     monkeypatch.chdir(tmp_path)
+    Path("outputs").mkdir()
+    Path("outputs/artifacts").symlink_to(artifacts)
     train, export, install, answer = SECTIONS[section].splitlines()
     job = re.search(r"^JOB *:= launch.py (.*)$", (ROOT / "Makefile").read_text(), re.M)
     run(LAUNCH, *job[1].split(), *re.match(r'make run ARGS="(.*)"$', train)[1].split(), *TINY)
     run(LAUNCH, *shlex.split(export)[2:], *TINY)
-    assert install.removeprefix("pip install ") in " ".join(requires("qat-speedrun"))
+    assert any(engine.startswith(install.removeprefix("pip install ")) for engine in ENGINES)
     words = shlex.split(answer)
     if words[0] == "python":
         said = run(*words[1:])

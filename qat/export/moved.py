@@ -18,9 +18,12 @@ NOT_THE_MODEL = {
     *("dtype", "torch_dtype", "transformers_version", "architectures", "model_type"),
 }
 # What architectures with names of their own called the base of rotations and the part of a head that is rotated.
-BASES = {"gpt_neox": "rotary_emb_base", "gpt_neox_japanese": "rotary_emb_base", "modernbert-decoder": "global_rope_theta"}
+BASES = {
+    **dict.fromkeys(("gpt_neox", "gpt_neox_japanese"), "rotary_emb_base"),
+    "modernbert-decoder": "global_rope_theta",
+}
 LOCAL_BASES = {"modernbert-decoder": "local_rope_theta"}
-PARTS = {"gpt_neox": "rotary_pct", "gpt_neox_japanese": "rotary_pct"}
+PARTS = dict.fromkeys(("gpt_neox", "gpt_neox_japanese"), "rotary_pct")
 # What the number of layers was called after which whole attention comes again, by what lies between.
 PERIODS = {"sliding_attention": "sliding_window_pattern", "linear_attention": "full_attention_interval"}
 

@@ -37,7 +37,8 @@ def layer(bits: int, group: int, levels: str, outputs: int = 6, inputs: int = 38
     draw = torch.Generator().manual_seed(bits)
     made = QuantLinear(Uniform(bits, group, levels), outputs, inputs)
     made.indices.copy_(torch.randint(2**bits, (outputs, inputs), generator=draw))
-    made.set_parts({name: torch.randn(part.shape, generator=draw).half().float() for name, part in made.parts().items()})
+    numbers = {name: torch.randn(part.shape, generator=draw) for name, part in made.parts().items()}
+    made.set_parts({name: value.half().float() for name, value in numbers.items()})
     return made
 
 

@@ -17,10 +17,10 @@ from tests.export.conftest import IDS
 
 pytest.importorskip("compressed_tensors", reason="compressed-tensors is not installed: pip install -e '.[engines]'")
 
-from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32  # noqa: E402
-from compressed_tensors.quantization import QuantizationConfig  # noqa: E402
+from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
+from compressed_tensors.quantization import QuantizationConfig
 
-from qat.export.compressed import writer  # noqa: E402
+from qat.export.compressed import writer
 
 QUANT = QuantConfig(
     "mixed", engines.grid(2, 32, "integers"), engines.grid(8, 64, "integers"), embed=WeightConfig(8, 4)
@@ -84,6 +84,6 @@ def test_transformers_answers_word_for_word(checkpoint, student, teacher, export
 def test_what_the_library_would_decode_otherwise_is_not_published(checkpoint, export, tmp_path, monkeypatch):
     words = packing.words
     monkeypatch.setattr(packing, "words", lambda index, bits: words(index.flip(1), bits))
-    with pytest.raises(ArtifactError, match="the engine decodes other weights of .* nothing was published"):
+    with pytest.raises(ArtifactError, match=r"the engine decodes other weights of .* nothing was published"):
         export(checkpoint, "compressed", "fp32", output=tmp_path / "there")
     assert not (tmp_path / "there").exists()

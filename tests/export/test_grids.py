@@ -18,22 +18,25 @@ def grid(bits=4, group=64, levels="shifted", row=576):
     return {"shape": [64, row], "format": "grid", "bits": bits, "group": group, "levels": levels}
 
 
+OLDER = {"shape": [64, 576], "format": "grid", "bits": 3, "group": 64, "shifts": True}
+FITS = "a student made with quant={} fits; export=hf is dense, and takes any"
 REFUSED = [
-    ("mlx", {"shape": [64, 576], "bits": 2, "rank": 8}, "which is in format codebook, bits 2, rank 8: a student made with quant=mlx_2bit_g64 fits"),
-    ("mlx", grid(levels="halves"), "levels halves: a student made with quant=mlx_4bit_g64 fits"),
-    ("mlx", grid(bits=7), "bits 7, group 64, levels shifted: a student made with quant=mlx_6bit_g64 fits"),
-    ("mlx", grid(group=16, row=48), "and groups of 64 do not divide its rows of 48 weights"),
-    ("compressed", grid(), "levels shifted: a student made with quant=compressed_w4_g64 fits; export=hf is dense"),
-    ("compressed", grid(levels="iq4nl"), "levels iq4nl: a student made with quant=compressed_w4_g64"),
-    ("compressed", {"shape": [64, 576], "format": "grid", "bits": 3, "group": 64, "shifts": True}, "shifts true: a student made with quant=compressed_w3_g64"),
+    ("mlx", {"shape": [64, 576], "bits": 2, "rank": 8}, "format codebook, bits 2, rank 8: ", "mlx_2bit_g64"),
+    ("mlx", grid(levels="halves"), "levels halves: ", "mlx_4bit_g64"),
+    ("mlx", grid(bits=7), "bits 7, group 64, levels shifted: ", "mlx_6bit_g64"),
+    ("mlx", grid(group=16, row=48), "groups of 64 do not divide its rows of 48 weights; export=hf is dense", ""),
+    ("compressed", grid(), "levels shifted: ", "compressed_w4_g64"),
+    ("compressed", grid(levels="iq4nl"), "levels iq4nl: ", "compressed_w4_g64"),
+    ("compressed", OLDER, "shifts true: ", "compressed_w3_g64"),
 ]
 
 
-@pytest.mark.parametrize(("engine", "layer", "said"), REFUSED)
-def test_a_layer_on_another_grid_is_refused_with_the_preset_that_fits(engine, layer, said):
+@pytest.mark.parametrize(("engine", "layer", "said", "preset"), REFUSED)
+def test_a_layer_on_another_grid_is_refused_with_the_preset_that_fits(engine, layer, said, preset):
     with pytest.raises(ConfigError) as refused:
         GRIDS[engine].refuse({"model.layers.0.mlp.up_proj": layer})
-    assert said in str(refused.value) and "cannot hold model.layers.0.mlp.up_proj" in str(refused.value)
+    assert said + (FITS.format(preset) if preset else "") in str(refused.value)
+    assert "cannot hold model.layers.0.mlp.up_proj, which is in" in str(refused.value)
 
 
 def test_what_an_engine_stores_is_taken():
@@ -42,6 +45,10 @@ def test_what_an_engine_stores_is_taken():
         GRIDS["mlx"].refuse({"it": grid(bits=bits, group=32, levels="integers")})
         GRIDS["compressed"].refuse({"it": grid(bits=bits, group=48, levels="integers")})
     GRIDS["mlx"].refuse({"it": {"shape": [64, 576], "format": "grid", "bits": 4, "group": 64, "shifts": True}})
+
+
+def test_a_role_that_an_engine_has_dense_may_be_in_any_format():
+    GRIDS["compressed"].refuse({"model.embed_tokens": {"kind": "embed", "shape": [512, 64], "bits": 4, "rank": 8}})
 
 
 def test_every_preset_of_an_engine_is_on_its_grid():

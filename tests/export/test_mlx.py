@@ -89,7 +89,7 @@ def test_layers_that_are_dense_stay_so(teacher, cache, export, tmp_path):
 def test_what_mlx_would_decode_otherwise_is_not_published(checkpoint, export, tmp_path, monkeypatch):
     words = packing.words
     monkeypatch.setattr(packing, "words", lambda index, bits: words(index.flip(1), bits))
-    with pytest.raises(ArtifactError, match="the engine decodes other weights of .* nothing was published"):
+    with pytest.raises(ArtifactError, match=r"the engine decodes other weights of .* nothing was published"):
         export(checkpoint, "mlx", "fp32", output=tmp_path / "there")
     assert not (tmp_path / "there").exists()
 

@@ -19,7 +19,10 @@ LLAMA3 = {
 WINDOWS = ["sliding_attention", "sliding_attention", "full_attention"] * 2
 # Settings of a configuration, and what files of transformers 4 said in their place.
 MOVED = {
-    "llama": ({"rope_parameters": {"rope_type": "default", "rope_theta": 7.0}}, {"rope_theta": 7.0, "rope_scaling": None}),
+    "llama": (
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 7.0}},
+        {"rope_theta": 7.0, "rope_scaling": None},
+    ),
     "qwen3": (
         {"rope_parameters": LLAMA3},
         {"rope_theta": 500.0, "rope_scaling": {key: LLAMA3[key] for key in LLAMA3 if key != "rope_theta"}},

@@ -23,7 +23,9 @@ def refuse(config: Config) -> None:
 
 EXPORTER = Exporter(
     types=(ExportType.fp16, ExportType.fp32),
-    grid=EngineGrid("compressed-tensors", ("integers",), tuple(range(2, 9)), (), "compressed_", ("mlp", "attn", "head")),
+    grid=EngineGrid(
+        "compressed-tensors", ("integers",), tuple(range(2, 9)), (), "compressed_", roles=("mlp", "attn", "head")
+    ),
     refuse=refuse,
     use="""\
 ```python

@@ -3,6 +3,8 @@
 `weight_packed` has rows in words of 32 bits, the first weight lowest, each number as its distance from the least.
 """
 
+import io
+from contextlib import redirect_stderr
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, cast
@@ -66,10 +68,11 @@ def description(source: Source, layers: dict[str, Quantized]) -> dict[str, Any]:
         for number, (group, bits) in enumerate(formats)
     }
     skeleton = source.teacher.skeleton()
-    every = [name for name, module in skeleton.named_modules() if isinstance(module, nn.Linear)]
+    linear = [name for name, module in skeleton.named_modules() if isinstance(module, nn.Linear)]
     return {
         **{"quant_method": "compressed-tensors", "format": LAYOUT, "quantization_status": "compressed"},
-        **{"config_groups": groups, "ignore": [name for name in every if name not in layers], "version": version("compressed-tensors")},
+        **{"config_groups": groups, "ignore": [name for name in linear if name not in layers]},
+        "version": version("compressed-tensors"),
     }
 
 
@@ -88,7 +91,8 @@ def read(source: Source, folder: Path) -> PreTrainedModel:
     Raises:
         ArtifactError: the library decodes other weights than the student has.
     """
-    model = models.read(folder, "auto").eval()
+    with redirect_stderr(io.StringIO()):  # bars that nothing else stops
+        model = models.read(folder, "auto").eval()
     for name, module in linears(source).items():
         replaced.require_equal(name, decoded(model.get_submodule(name)), module)
     return model
