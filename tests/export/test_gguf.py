@@ -88,7 +88,7 @@ def quantized_to(settings: WeightConfig, teacher: ModelFolder):
 
 
 def folder_of(kind: str, path) -> ModelFolder:
-    """A random model of an architecture with a token a byte, which says letters alone: of half a character llama.cpp tells nothing."""
+    """A random model with a token a byte that says letters alone: of half a character llama.cpp tells nothing."""
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(MODELS[kind], dtype=torch.float32)
     tokens, head = tiny_model.byte_tokenizer().get_vocab(), model.lm_head.weight
