@@ -13,6 +13,9 @@ Anything else that is raised is a defect of this project, and keeps its tracebac
 """
 
 
+LONGEST = 400  # characters of what another library says
+
+
 class QatError(Exception):
     """Base of every error that is told to the user as one sentence."""
 
@@ -50,7 +53,12 @@ class RankError(QatError):
 
 
 def reason(error: BaseException) -> str:
-    """What another library says went wrong, in one line."""
+    """What another library says went wrong, in one line, cut short where it repeats what a file holds."""
+    said = _reason(error)
+    return said if len(said) <= LONGEST else f"{said[:LONGEST]} …"
+
+
+def _reason(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     if not lines:
         return type(error).__name__

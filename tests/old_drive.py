@@ -43,7 +43,8 @@ def four(folder: Path, teacher: ModelFolder) -> Path:
     state: dict[str, torch.Tensor] = {}
     rows = torch.randint(teacher.vocab_size(), (16, LENGTH), generator=torch.Generator().manual_seed(1))
     for name, (_, module, _) in tiny.converted(model, rows, quant=FOUR).items():
-        state |= {f"{name}.{part}": value.detach().clone() for part, value in module.normalized().items()}
+        parts = {{"codebook": "lut"}.get(part, part): value for part, value in module.normalized().items()}
+        state |= {f"{name}.{part}": value.detach().clone() for part, value in parts.items()}
         state[f"{name}._indices"] = module.indices.long()
         state[f"{name}.weight"] = matrix(model, name).detach().clone()
     torch.save(state, folder / "anemll_v2_q4_a4_from_v1_finetuned.pt")

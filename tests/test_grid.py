@@ -122,7 +122,7 @@ def test_a_checkpoint_says_the_format_and_gives_the_student_back(teacher, made, 
     assert manifest["quant"]["mlp"] == settings
     assert manifest["layers"][name] == {"kind": "mlp", "shape": [128, 64]} | settings
     assert checkpoints.layers_of(manifest) == [layer for layer, _, _ in made.values()]
-    assert checkpoints.has_formats(manifest, QUANT)
+    assert checkpoints.has_formats(manifest, QUANT, teacher)
     with safe_open(checkpoint / "tables.safetensors", "pt") as file:
         assert {key for key in file.keys() if key.startswith(name)} == {f"{name}.indices", f"{name}.scale"}  # noqa: SIM118
         assert file.get_slice(f"{name}.scale").get_shape() == [128, 64 // GROUP]

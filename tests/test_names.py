@@ -224,7 +224,7 @@ def test_runs_with_folders_of_their_own_are_in_the_log(here):
         f"SR-00{number}" for number in range(1, 7)
     ]
     assert f"- **Folder**: `{here}/elsewhere/own`" in text and "- **Folder**: `nested/deep`" in text
-    assert f"| `q4_fp32` | 0.7312 | – | – | `{PULLED}` |" in text
+    assert f"| `q4_fp32` | 0.7312 | – | – | – | – | `{PULLED}` |" in text
     assert text == log.render(here / OUTPUTS)
 
 

@@ -320,7 +320,7 @@ def test_a_student_that_is_no_better_than_its_conversion_is_called_so(first, sho
     done = shop.tiny("train.lr=3")
     verdict = done.result["verdict"]
     assert verdict.startswith("no better than it began") and done.result["training"]["best_step"] == 0
-    assert f"verdict          {verdict}" in done.out
+    assert f"verdict           {verdict}" in done.out
     assert f"**Result**: **{verdict}**" in (shop.outputs / "RUNS.md").read_text()
 
 

@@ -179,7 +179,7 @@ def _inputs(stack: Routed, moments: dict[Key, Tensor], weights: dict[Key, float]
     whole = sum(weights[key] for key in known) or 1.0
     shared = torch.stack([moments[key] * (weights[key] / whole) for key in known]).sum(0)
     if stack.parameter in INNER:
-        shared = shared.diagonal().mean() * torch.eye(len(shared))
+        shared = shared.diagonal().mean() * torch.eye(len(shared), dtype=shared.dtype, device=shared.device)
     few = 0
     for key in [(source, False) for source in dict.fromkeys(stack.sources)]:
         lacking = len(shared) - met.get(key, 0)

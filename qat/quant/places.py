@@ -125,13 +125,13 @@ def _transposed(module: nn.Module) -> bool | None:
 def _tried(module: nn.Module, shape: torch.Size) -> bool | None:
     """`_transposed`, by numbers drawn in place of a module's parameters."""
     draw = torch.Generator().manual_seed(0)
-    weight = torch.randn(shape, generator=draw, device="cpu")
+    weight = torch.randn(shape, generator=draw, dtype=torch.float32, device="cpu")
     for transposed in (False, True):
         matrix = weight.mT if transposed else weight
-        x = torch.randn(PROBE, matrix.shape[1], generator=draw, device="cpu")
+        x = torch.randn(PROBE, matrix.shape[1], generator=draw, dtype=torch.float32, device="cpu")
         values = {"weight": weight}
         if module._parameters.get("bias") is not None:
-            values["bias"] = torch.randn(matrix.shape[0], generator=draw, device="cpu")
+            values["bias"] = torch.randn(matrix.shape[0], generator=draw, dtype=torch.float32, device="cpu")
         try:
             made = torch.func.functional_call(module, values, (x,))
         except (TypeError, ValueError, RuntimeError, LookupError, AttributeError, NotImplementedError):

@@ -98,7 +98,8 @@ def test_saved_in_our_layout_it_stays_the_same_model(old, teacher, tmp_path):
     checkpoints.save(student, tmp_path / "ours", checkpoints.heritage(manifest))
     again, described = checkpoints.load(tmp_path / "ours", teacher, tiny.FP32)
     assert difference(again, expected) < 1e-5
-    assert described["quant"] == {"name": "q2a4", "mlp": {"bits": 2, "rank": 4}, "attn": {"bits": 4, "rank": 2}}
+    roles = {"mlp": {"bits": 2, "rank": 4}, "attn": {"bits": 4, "rank": 2}, "embed": None, "head": None}
+    assert described["quant"] == {"name": "q2a4", **roles}
     own = checkpoints.own_parameters(again)
     assert torch.equal(own["model.norm.weight"], expected.model.norm.weight)
 

@@ -14,6 +14,7 @@ OPTIONS = [sorted(path.stem for path in (CONF / group).glob("*.yaml")) for group
 ROWS = list(zip_longest(*OPTIONS))  # the nth option of every group at once: composing takes a while
 NEEDED = {  # what an option cannot work without
     "model/local": "model.path={folder}",
+    "quant/budget": "quant.bits=3.2",
     "data/chat_jsonl": "data.path={folder}/config.json",
     "data/text": "data.path={folder}/config.json",
     "cache/local": "cache.path={folder}",

@@ -71,14 +71,14 @@ def test_the_package_backend_makes_codebooks_of_like_quality(model, rows, made):
 
 
 def test_biases_stay_with_their_layers():
-    model = nn.Module()
-    model.q_proj = nn.Linear(16, 8)
-    bias = model.q_proj.bias
-    moments = Moments({".q_proj": torch.eye(16)})
+    model, attention = nn.Module(), nn.Module()
+    model.self_attn, attention.q_proj = attention, nn.Linear(16, 8)
+    bias = attention.q_proj.bias
+    moments = Moments({"self_attn.q_proj": torch.eye(16)})
     settings = ConvertConfig(rounds=1, sweeps=1)
-    (made,) = quantize(select(model, tiny.QUANT), lambda _: model.q_proj.weight, moments, settings, EXACT, tiny.CPU)
+    (made,) = quantize(select(model, tiny.QUANT), lambda _: attention.q_proj.weight, moments, settings, EXACT, tiny.CPU)
     install(model, {made.layer.name: made.module})
-    assert model.q_proj is made.module and model.q_proj.bias is bias
+    assert attention.q_proj is made.module and attention.q_proj.bias is bias
 
 
 @pytest.mark.parametrize(

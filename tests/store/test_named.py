@@ -87,7 +87,7 @@ def test_a_registered_checkpoint_is_pulled_found_and_listed(outputs, drive, opti
     for word in (option, option.upper(), name, f"{name}.tgz"):
         assert find(names.checkpoint(word, outputs)).read_bytes() == b"tensors"
     assert names.called(names.checkpoint(option, outputs), outputs) == option
-    assert f"| `{option}` | 0.5341 | – | – | `checkpoints/{option}` |" in (outputs / log.FILE).read_text()
+    assert f"| `{option}` | 0.5341 | – | – | – | – | `checkpoints/{option}` |" in (outputs / log.FILE).read_text()
 
 
 @pytest.mark.parametrize("suffix", [".tar.gz", ".tar.lz4", ".tar.zst"])

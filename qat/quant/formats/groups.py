@@ -49,7 +49,8 @@ def guess(weight_NOI: Tensor, h_NI: Tensor, values_K: Tensor, size: int, shifted
     widest = torch.maximum(high - center, center - low) / (values_K - middle).abs().max()
     signs = (1.0,) if shifted or torch.equal(values_K, -values_K.flip(0)) else (1.0, -1.0)
     most, best = torch.full_like(widest, -1), [widest, center]
-    for share in torch.linspace(1 - NARROW ** (len(values_K).bit_length() - 1), 1, TRIED).tolist():
+    narrowest = 1 - NARROW ** (len(values_K).bit_length() - 1)
+    for share in torch.linspace(narrowest, 1, TRIED, dtype=torch.float32).tolist():
         for sign in signs:
             scale = sign * share * widest
             relative = (groups - (center - middle * scale)[..., None]) / nonzero(scale)[..., None]
