@@ -72,9 +72,10 @@ def test_the_package_backend_makes_codebooks_of_like_quality(model, rows, made):
 
 def test_biases_stay_with_their_layers():
     model, attention = nn.Module(), nn.Module()
-    model.self_attn, attention.q_proj = attention, nn.Linear(16, 8)
+    model.layers = nn.ModuleList([nn.Module()])
+    model.layers[0].self_attn, attention.q_proj = attention, nn.Linear(16, 8)
     bias = attention.q_proj.bias
-    moments = Moments({"self_attn.q_proj": torch.eye(16)})
+    moments = Moments({"layers.0.self_attn.q_proj": torch.eye(16)})
     settings = ConvertConfig(rounds=1, sweeps=1)
     (made,) = quantize(select(model, tiny.QUANT), lambda _: attention.q_proj.weight, moments, settings, EXACT, tiny.CPU)
     install(model, {made.layer.name: made.module})

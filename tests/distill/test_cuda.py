@@ -127,4 +127,4 @@ def test_embedding_and_head_learn_as_on_a_cpu(readers, name):
         figures = [trainer.step(batch, 1.0) for batch in trainer.batches(0)]
         found.append((figures, {p.name: p.value.cpu() for p in trainer.learners.parameters}))
     assert any(name.startswith("model.embed_tokens.") for name in found[0][1])
-    same(found[1], found[0])
+    same(found[1], found[0], apart=0.1)  # Adam's first steps are as long where a gradient is next to nothing
