@@ -96,27 +96,32 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
 
     names = sorted({row["text"] for row in rows})
     figure = Figure(figsize=(5.5 * len(names), 5), dpi=120, layout="constrained")
-    methods = sorted({row["method"] for row in rows}, key=lambda method: (method.startswith(OURS), method))
+    methods = sorted({line_of(row) for row in rows}, key=lambda method: (method.startswith(OURS), method))
     ours = [method for method in methods if method.startswith(OURS)]
     colors = COLORS | dict(zip(ours, OUR_COLORS, strict=False))
     panels = figure.subplots(1, len(names), sharey=True, squeeze=False)[0]
     for axes, text in zip(panels, names, strict=True):
         for method in methods:
-            members = [row for row in rows if (row["method"], row["text"]) == (method, text)]
+            members = [row for row in rows if (line_of(row), row["text"]) == (method, text)]
             points = sorted((row["megabytes"], row["kl"], row["name"]) for row in members)
             if points:
-                show(axes, points, method, colors[method], above=method in ours[:-1])
+                show(axes, points, method, colors[method], above="trained" not in method or "budgets" in method)
         axes.set(xlabel="MB of the file", title=text, yscale="log")
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.yaxis.set_major_formatter("{x:g}")
         axes.yaxis.set_minor_formatter("")
-        axes.margins(x=0.12)
+        axes.margins(x=0.2)
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.3)
     panels[0].set_ylabel("KL(teacher‖student), nats")
     panels[-1].legend(frameon=False, fontsize="small")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
+
+
+def line_of(row: dict[str, Any]) -> str:
+    """What a model is drawn as: formats that a budget chose are one line, presets another."""
+    return f"{row['method']}, budgets" if row["name"].startswith("budget_") else str(row["method"])
 
 
 def show(axes: Any, points: list[tuple[float, float, str]], method: str, color: str, above: bool) -> None:
