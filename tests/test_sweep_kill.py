@@ -11,7 +11,7 @@ import pytest
 from qat.artifacts import open_artifact
 from tests.launching import Launch
 
-JOBS = 12
+JOBS = 9
 RATES = ",".join(f"{number}e-3" for number in range(1, JOBS + 1))
 SWEEP = [
     "-m",
@@ -61,7 +61,7 @@ def test_sweep_killed_three_times_at_random_ends_with_every_job_complete_and_equ
     done: set[str] = set()
     for _ in range(3):
         launch = Launch(killed, *SWEEP)
-        aim = len(done) + dice.randint(1, 3)
+        aim = len(done) + dice.randint(1, 2)
         launch.wait_for(lambda aim=aim: len(complete(killed)) >= aim)
         time.sleep(dice.random() * 0.8)
         launch.send(signal.SIGKILL)

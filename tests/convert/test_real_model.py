@@ -21,7 +21,7 @@ from qat.quant.formats.codebook_fit import alternate, start
 from qat.quant.places import matrix
 
 QUANT = QuantConfig(name="q2a4", mlp=WeightConfig(bits=2, rank=4), attn=WeightConfig(bits=4, rank=2))
-EVERY, LAST = 5, 25  # of 30 blocks; benchmarks/assignment.py does all
+EVERY, LAST = 12, 24  # of 30 blocks; benchmarks/assignment.py does all
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +44,7 @@ def smollm2():
 def test_compensated_indices_beat_nearest_ones_in_output_error_on_every_layer(smollm2):
     model, rows = smollm2
     layers = [layer for layer in select(model, QUANT) if int(layer.name.split(".")[2]) % EVERY == 0]
-    assert len(layers) == 6 * 7
+    assert len(layers) == 3 * 7
     moments = gather(model, layers, Text(rows).batches(4))
     for stack in stacks(layers, STACK_BYTES["cpu"]):
         weight = torch.stack([matrix(model, layer.name) for layer in stack])
