@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-MOST = 1 << 24  # bytes, a hundred times those of the longest manifest seen
+MAX_BYTES = 1 << 24  # bytes, a hundred times those of the longest manifest seen
 DEPTH = 64  # of objects and lists within each other
 
 
@@ -19,7 +19,7 @@ def read(path: Path) -> dict[str, Any]:
         ValueError: it holds something else; the text says what, in a few words.
     """
     with open(path, "rb") as file:
-        return parsed(file.read(MOST + 1))
+        return parsed(file.read(MAX_BYTES + 1))
 
 
 def parsed(content: bytes) -> dict[str, Any]:
@@ -28,8 +28,8 @@ def parsed(content: bytes) -> dict[str, Any]:
     Raises:
         ValueError: as `read`.
     """
-    if len(content) > MOST:
-        raise ValueError(f"it has more than {MOST:,} bytes")
+    if len(content) > MAX_BYTES:
+        raise ValueError(f"it has more than {MAX_BYTES:,} bytes")
     try:
         value = json.loads(content.decode())
     except UnicodeDecodeError as error:

@@ -15,7 +15,7 @@ from qat.errors import ConfigError
 from qat.suggest import did_you_mean, hint, named, nearest
 
 EXTRAS = tuple(f"{group}=" for group in schema.EXTRAS)
-MOST_JOBS = 256  # each is composed and checked before the first starts
+MAX_JOBS = 256  # each is composed and checked before the first starts
 
 
 def read(overrides: list[str], composer: Composer, multirun: bool) -> list[Override]:
@@ -47,8 +47,8 @@ def jobs(parsed: list[Override]) -> Iterator[list[str]]:
     count = 1
     for texts in choices.values():
         count *= len(texts)
-    if count > MOST_JOBS:
-        raise ConfigError(f"this sweep has more than {MOST_JOBS} jobs: split it")
+    if count > MAX_JOBS:
+        raise ConfigError(f"this sweep has more than {MAX_JOBS} jobs: split it")
     for job in product(*choices.values()):
         yield [words.quoted(f"{key}={text}", swept=True) for key, text in zip(choices, job, strict=True)]
 
@@ -145,6 +145,6 @@ def _texts(override: Override) -> list[str]:
         return [override.get_value_element_as_str()]
     try:
         texts: Iterable[str] = override.sweep_string_iterator()
-        return list(islice(texts, MOST_JOBS + 1))
+        return list(islice(texts, MAX_JOBS + 1))
     except MISTAKES as error:
         raise ConfigError(f"{override.input_line} cannot be listed: {str(error).splitlines()[0]}") from error

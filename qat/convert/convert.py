@@ -92,8 +92,8 @@ def quantize(
     made: dict[str, Converted] = {}
     device = torch.device("cpu") if device.type == "mps" else device  # Apple GPUs have no float64
     factors = _Factors()
-    most, outer = STACK_BYTES[device.type], [layer for layer in layers if layer.role in ROLES]
-    queue = stacks([layer for layer in layers if layer not in outer], most)
+    max_bytes, outer = STACK_BYTES[device.type], [layer for layer in layers if layer.role in ROLES]
+    queue = stacks([layer for layer in layers if layer not in outer], max_bytes)
     with torch.no_grad(), exact_matmul(), progress("layers quantized", _count(layers), "weights") as advance:
         for number, stack in enumerate(queue):
             began = time.monotonic()
@@ -115,7 +115,7 @@ def quantize(
             _check([layer], weight[None])
             known = (moments.inputs[layer.name], moments.rows[layer.name])
             old = fitted(layer.format, [start[layer.name]], device) if start else None
-            found, said = vocabulary.quantize(layer, weight, known, old, cluster, settings, most)
+            found, said = vocabulary.quantize(layer, weight, known, old, cluster, settings, max_bytes)
             made[layer.name] = Converted(layer, module(layer, found, 0), said)
             advance(weight.numel())
     return [made[layer.name] for layer in layers]
@@ -171,12 +171,12 @@ def _problem(
     return Problem(weight_NOI, H, Factor.join([factors[layer.source] for layer in stack]), G)
 
 
-def stacks(layers: list[Layer], most_bytes: float) -> list[list[Layer]]:
-    """Layers of one shape and format, in lists of at most `most_bytes` of work space (one layer at least)."""
+def stacks(layers: list[Layer], max_bytes: float) -> list[list[Layer]]:
+    """Layers of one shape and format, in lists of at most `max_bytes` of work space (one layer at least)."""
     alike: dict[tuple[object, ...], list[Layer]] = defaultdict(list)
     for layer in layers:
         alike[layer.shape, layer.format].append(layer)
-    return [stack for members in alike.values() for stack in _pieces(members, int(most_bytes // workspace(members[0])))]
+    return [stack for members in alike.values() for stack in _pieces(members, int(max_bytes // workspace(members[0])))]
 
 
 def workspace(layer: Layer) -> float:

@@ -26,7 +26,7 @@ from qat.quant.formats import Cluster, Fitted, Format
 from qat.quant.vocabulary import ROLES
 
 COPIES = 12  # of a weight in fp32 that a fit takes
-LEAST, MOST = 1e-3, 1e3  # of the mean weight of a row: what hardly ever occurs counts a little
+MIN_WEIGHT, MAX_WEIGHT = 1e-3, 1e3  # of the mean weight of a row: what hardly ever occurs counts a little
 
 
 class Watch:
@@ -113,7 +113,7 @@ def quantize(
     before: Fitted | None,
     cluster: Cluster,
     settings: ConvertConfig,
-    most_bytes: float,
+    max_bytes: float,
 ) -> tuple[Fitted, dict[str, float]]:
     """Fits a matrix, or improves on the fit of the pass before, and says its errors and seconds.
 
@@ -127,12 +127,12 @@ def quantize(
         before: what is improved on, one layer.
         cluster: makes the first codebook.
         settings: rounds and sweeps.
-        most_bytes: of work space.
+        max_bytes: of work space.
     """
     began = time.monotonic()
     matrix, row_V = (part.to(weight_VD.device) for part in moments)
     pieces = Pieces(layer.format, weight_VD, matrix, row_V / row_V.mean().clamp_min(1e-30), cluster, settings)
-    size = max(1, int(most_bytes // (COPIES * 4 * weight_VD.shape[1])))
+    size = max(1, int(max_bytes // (COPIES * 4 * weight_VD.shape[1])))
     made = pieces.whole(before) if size >= len(weight_VD) else pieces.several(size, before)
     return made, pieces.errors(made, size) | {"seconds": time.monotonic() - began}
 
@@ -151,7 +151,7 @@ class Pieces:
     ) -> None:
         """`row_V` is 1 in the mean."""
         self.format, self.weight, self.matrix = format, weight_VD, matrix_DD[None]
-        self.row, self.factor = row_V.clamp(LEAST, MOST), Factor.of(self.matrix)
+        self.row, self.factor = row_V.clamp(MIN_WEIGHT, MAX_WEIGHT), Factor.of(self.matrix)
         self.cluster, self.settings = cluster, settings
 
     def whole(self, before: Fitted | None) -> Fitted:

@@ -35,7 +35,7 @@ from qat.quant.linear import Quantized
 
 log = logging.getLogger(__name__)
 
-MOST_SKIPS = 10  # steps in a row that do not count
+MAX_SKIPS = 10  # steps in a row that do not count
 SKIPPED = "the loss or its gradient was not finite, or no position counted,"
 REMEDY = "lower train.lr, or use a loss.temperature nearer to 1"
 FEWEST = 0.5  # share of steps that count, below which training was none
@@ -206,9 +206,9 @@ class Trainer:
             "skipped_steps": history.skipped,
         }
         tell(row)
-        if history.skipped_in_a_row >= MOST_SKIPS:
+        if history.skipped_in_a_row >= MAX_SKIPS:
             raise NumericsError(
-                f"{SKIPPED} in {MOST_SKIPS} steps in a row, up to step {history.step}: checkpoints/best of"
+                f"{SKIPPED} in {MAX_SKIPS} steps in a row, up to step {history.step}: checkpoints/best of"
                 f" this run is the last good one; {REMEDY}"
             )
         return figures.stop

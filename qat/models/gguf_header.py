@@ -14,7 +14,7 @@ from qat.errors import ConfigError
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
-MOST = 1 << 20  # fields, and tensors: more than any model has
+MAX_ENTRIES = 1 << 20  # fields, and tensors: more than any model has
 DIMENSIONS = 4
 SCALARS = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}  # bytes of each type of value
 STRING, ARRAY = 8, 9
@@ -44,7 +44,7 @@ class _Walk:
         if self._take(4) != MAGIC or self._number("<I") not in VERSIONS:
             raise ValueError(f"it does not begin like one of version {' or '.join(map(str, VERSIONS))}")
         tensors, fields = self._number("<Q"), self._number("<Q")
-        if max(tensors, fields) > MOST:
+        if max(tensors, fields) > MAX_ENTRIES:
             raise ValueError(f"it claims {tensors:,} tensors and {fields:,} fields")
         for _ in range(fields):
             self._text()

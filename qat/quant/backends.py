@@ -18,7 +18,7 @@ from qat.errors import NumericsError
 from qat.quant.kmeans import check
 
 SAMPLES = 2048  # weighted quantiles that stand for a layer
-MOST_ITERATIONS = 200
+MAX_ITERATIONS = 200
 SEEDS = 20  # starts that are tried before giving up
 
 
@@ -34,7 +34,7 @@ class _Meter:
 
     def set_postfix(self, center_shift: str, **_: object) -> None:
         self.iterations += 1
-        if center_shift == "nan" or self.iterations > MOST_ITERATIONS:
+        if center_shift == "nan" or self.iterations > MAX_ITERATIONS:
             raise _OutOfPatience
 
     def update(self) -> None:

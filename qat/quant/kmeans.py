@@ -41,7 +41,7 @@ EXACT = 1024  # values up to which every one of them is a candidate boundary
 FINE = 65_536  # bins of a large layer
 CELLS = 512  # groups of bins whose weights say where candidate boundaries should lie
 EDGES = 80  # candidate boundaries for each entry of the codebook: 3 / 80² < 0.0005
-MOST_EDGES = 1280  # in all, which 16 entries ask for
+MAX_EDGES = 1280  # in all, which 16 entries ask for
 LLOYD_STEPS = 64
 AT_ONCE = {"cpu": 1 << 19, "cuda": 1 << 22}  # numbers in a temporary tensor: what caches hold; what hides launches
 
@@ -137,7 +137,7 @@ def _candidates(prefix_2NB: Tensor, entries: int) -> Tensor:
     So dense do the best boundaries of many entries lie (Panter & Dite 1951): a far outlier, which
     stretches the range, takes few of them away from the bulk.
     """
-    intervals = min(EDGES * entries, MOST_EDGES)
+    intervals = min(EDGES * entries, MAX_EDGES)
     density = prefix_2NB[0, :, :: FINE // CELLS].diff(dim=1) ** (1 / 3)  # at most 2^(46/3)
     whole = (density * 2.0**16).round_().long()  # summed in any order, again
     share = torch.nn.functional.pad(whole.repeat_interleave(FINE // CELLS, dim=1).cumsum(1), (1, 0))

@@ -103,7 +103,7 @@ def test_json_that_is_nothing_but_brackets(tmp_path):
         with pytest.raises(ValueError, match="nested too deep"):
             json_objects.parsed(content)
     with pytest.raises(ValueError, match="more than"):
-        json_objects.parsed(b" " * (json_objects.MOST + 1))
+        json_objects.parsed(b" " * (json_objects.MAX_BYTES + 1))
     (tmp_path / "a.jsonl").write_bytes(b'{"a":' * 1_000_000 + b'\n{"text": "fine"}\n')
     found = [row for _, row in rows(TextFile("a.jsonl", lambda: tmp_path / "a.jsonl"))]
     assert isinstance(found[0], Unusable) and found[1] == {"text": "fine"}

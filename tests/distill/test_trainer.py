@@ -17,7 +17,7 @@ from qat.distill.head import Head
 from qat.distill.loss import Loss
 from qat.distill.state import State, States
 from qat.distill.step import Scaler
-from qat.distill.trainer import MOST_SKIPS, HeldOut, Trainer
+from qat.distill.trainer import MAX_SKIPS, HeldOut, Trainer
 from qat.errors import ArtifactError, MissingError, NumericsError
 from qat.fidelity import Sample, settle
 from qat.forward import FAST, use
@@ -263,9 +263,9 @@ def test_too_many_skips_in_a_row_stop_the_run_in_one_sentence(student, readers):
     real = trainer.step._attempt
     trainer.step._attempt = lambda *args: (real(*args), trainer.step.total.fill_(math.inf))
     before = parameters_of(student)
-    with pytest.raises(NumericsError, match=rf"{MOST_SKIPS} steps in a row.*checkpoints/best.*train\.lr"):
+    with pytest.raises(NumericsError, match=rf"{MAX_SKIPS} steps in a row.*checkpoints/best.*train\.lr"):
         trainer.run(rows.append, lambda: None)
-    assert len([row for row in rows if "loss" in row]) == MOST_SKIPS
+    assert len([row for row in rows if "loss" in row]) == MAX_SKIPS
     assert all(value.equal(before[name]) for name, value in parameters_of(student).items())
 
 

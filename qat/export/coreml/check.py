@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 MASKED = -1e4  # added to the score of a token that is not there
-MOST = 2e-2  # difference of the logits, relative to their norm, that fp16 explains
+MAX_DIFFERENCE = 2e-2  # difference of the logits, relative to their norm, that fp16 explains
 
 
 def main() -> int:
@@ -35,7 +35,7 @@ def main() -> int:
     error = float(np.linalg.norm(np.stack(logits) - expected) / np.linalg.norm(expected))
     agreed = float((np.stack(logits).argmax(-1) == expected.argmax(-1)).mean())
     print(f"{len(logits)} tokens: logits differ by {error:.2e} of their norm, the first choice agrees in {agreed:.0%}")
-    return 0 if error <= MOST else 1
+    return 0 if error <= MAX_DIFFERENCE else 1
 
 
 if __name__ == "__main__":

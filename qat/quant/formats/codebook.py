@@ -135,10 +135,10 @@ class Codebook(Format):
 
     def misfit(self, outputs: int, inputs: int) -> Misfit | None:
         """No rank is above the smaller side of a matrix, where more of it says nothing more."""
-        most = min(outputs, inputs)
-        if self.rank <= most:
+        max_rank = min(outputs, inputs)
+        if self.rank <= max_rank:
             return None
-        return Misfit("rank", f"has {outputs} outputs and {inputs} inputs, so no rank above {most} adds anything")
+        return Misfit("rank", f"has {outputs} outputs and {inputs} inputs, so no rank above {max_rank} adds anything")
 
     def kernels(self, device: torch.device) -> Kernels | None:
         """Triton kernels on CUDA."""
