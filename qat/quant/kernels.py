@@ -8,7 +8,7 @@ Shapes: N layers, O outputs, I inputs.
 
 from torch import Tensor
 
-from qat.quant.weights import ALIGNMENT
+from qat.quant.formats.base import ALIGNMENT
 
 try:
     import triton

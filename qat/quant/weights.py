@@ -13,9 +13,8 @@ import torch
 from torch import Tensor
 
 from qat.machine import WIDENING
+from qat.quant.formats.base import ALIGNMENT
 from qat.quant.linear import Quantized
-
-ALIGNMENT = 16  # of where a weight begins, in numbers, so that kernels read and write many at once
 
 
 class Weights:

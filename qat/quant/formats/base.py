@@ -108,6 +108,9 @@ class Equations:
     setting: str
 
 
+ALIGNMENT = 16  # of where a weight begins, in numbers, so that kernels read and write many at once
+
+
 class Kernels(Protocol):
     """Weights and gradients of a stack of layers, each in one pass or two over memory."""
 
@@ -119,7 +122,7 @@ class Kernels(Protocol):
             operands: each [N, …] fp32.
             latent: [N, O, I] fp32 or None.
             weights: flat, in any floating type: where a layer's [O, I] begins, it is overwritten.
-            starts: [N] int64, where the layers begin; see `qat.quant.weights`.
+            starts: [N] int64, where the layers begin, multiples of `ALIGNMENT`; see `qat.quant.weights`.
         """
 
     def gradients(self, grads: Tensor, starts: Tensor, indices: Tensor, operands: Parts, found: Parts) -> None:

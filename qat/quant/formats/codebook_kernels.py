@@ -13,8 +13,7 @@ Shapes: N layers, O outputs, I inputs, K codebook entries, R ranks.
 import torch
 from torch import Tensor
 
-from qat.quant.formats.base import Parts
-from qat.quant.weights import ALIGNMENT
+from qat.quant.formats.base import ALIGNMENT, Parts
 
 try:
     import triton

@@ -15,8 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
-from qat.quant.formats.base import Parts
-from qat.quant.weights import ALIGNMENT
+from qat.quant.formats.base import ALIGNMENT, Parts
 
 try:
     import triton
