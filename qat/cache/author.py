@@ -1,4 +1,4 @@
-"""The teacher as a cache's writer has it: loaded once, computed as it was found to be right.
+"""The teacher for writing a cache: loaded once, and computed in the way that was tested to be right.
 
 What was found stands in a note beside unfinished shards, so that whoever goes on with them, or helps, decides alike.
 """
@@ -19,14 +19,14 @@ from qat.machine import Machine
 from qat.models import ModelFolder
 
 MADE_WITH = ".made_with.json"
-COMPILED_TOKENS = 2_000_000  # of a cache, from which on compiling the teacher pays
+COMPILED_TOKENS = 2_000_000  # tokens of a cache from which compiling the teacher saves more time than it takes
 
 
 class Author:
     """The teacher on this process's device."""
 
     def __init__(self, teacher: ModelFolder, machine: Machine, crew: Crew) -> None:
-        """Loads nothing yet."""
+        """Stores the settings; the model is loaded when it is first needed."""
         self.teacher, self.machine, self.crew = teacher, machine, crew
 
     @cached_property
@@ -46,17 +46,17 @@ class Author:
         return settle(self.teacher, self.machine, sample, self.model, repack=True)
 
     def ready(self, how: Pass, sample: Sample, tokens: int) -> PreTrainedModel:
-        """The model, about to read so many tokens."""
+        """The model, compiled if the number of tokens to read makes that worthwhile."""
         use(self.model, how)
         ready(self.model, sample, self._compiled(tokens))
         return self.model
 
     def made_with(self, how: Pass, tokens: int) -> dict[str, Any]:
-        """What decides the last bits of the outputs: half a cache of one kind and half of another is none."""
+        """Settings that affect the last bits of the outputs; they must be the same for a whole cache."""
         return self._origin() | {"compiled": self._compiled(tokens), "pass": asdict(how)}
 
     def noted(self, scratch: Path) -> dict[str, Any]:
-        """What the note in a folder says."""
+        """The content of the note in a folder."""
         note = scratch / MADE_WITH
         found: dict[str, Any] = json.loads(note.read_text(encoding="utf-8")) if note.exists() else {}
         return found

@@ -1,4 +1,4 @@
-"""Some rows of text, with what a teacher says of them where that is recorded."""
+"""A batch of text rows, with the teacher's recorded outputs where there are any."""
 
 from dataclasses import dataclass
 from functools import cached_property

@@ -1,4 +1,4 @@
-"""The processes of one torchrun, which make one cache together.
+"""The processes of one torchrun, which write one cache together.
 
 Files decide everything: the first process holds the cache's lock, prepares its folder and calls the
 others to it; each writes the shards that are its turn; the first waits for all of them and publishes.
@@ -49,12 +49,12 @@ class Crew:
         return number % self.ranks.count == self.ranks.rank
 
     def call(self, folder: Path) -> None:
-        """The first process says that the folder is ready."""
+        """Called by the first process: marks the folder as ready."""
         if self.ranks.count > 1:
             write_text(folder / CALL, self.name)
 
     def called(self, folder: Path) -> bool:
-        """True once the first process of this crew has said so."""
+        """True once the first process of this crew has marked the folder as ready."""
         try:
             return (folder / CALL).read_text(encoding="utf-8") == self.name
         except FileNotFoundError:

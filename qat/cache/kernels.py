@@ -1,4 +1,4 @@
-"""A Triton kernel behind `qat.cache.topk`: all that is to know of a position's logits in one pass over them.
+"""A Triton kernel for `qat.cache.topk`: log-sum-exp and block maxima of a position's logits in one pass.
 
 Shapes: X positions, V vocabulary, N blocks of `BLOCK` neighbours in the vocabulary, the last one possibly short.
 """
@@ -18,7 +18,7 @@ else:
     AVAILABLE = True
 
 BLOCK = 64
-BLOCKS = 64  # that a program holds at once
+BLOCKS = 64  # vocabulary blocks that a Triton program holds at one time
 
 
 def summary(logits_XV: Tensor) -> tuple[Tensor, Tensor]:
@@ -44,7 +44,7 @@ if AVAILABLE:
             largest = tl.max(x, 1)
             tl.store(maxima + position * blocks + n, largest, mask=n < blocks)
             higher = tl.maximum(highest, largest)
-            seen = higher > float("-inf")  # a lane of padding alone has seen nothing
+            seen = higher > float("-inf")  # false for lanes that have only read padding
             added = tl.sum(tl.exp(x - tl.where(seen, higher, 0.0)[:, None]), 1)
             total = tl.where(seen, total * tl.exp(highest - higher), 0.0) + added
             highest = higher

@@ -13,7 +13,7 @@ from qat.models import ModelFolder
 
 
 def open_local(folder: Path, teacher: ModelFolder, eval_fraction: float, tail: Tail) -> Artifact:
-    """The cache in a folder, once it is this teacher's.
+    """The cache in a folder, after a check that it is from this teacher.
 
     Raises:
         ArtifactError: the folder holds no cache, a damaged one, or another teacher's.
@@ -34,7 +34,7 @@ def _ours(folder: Path, teacher: ModelFolder) -> Artifact:
     if meta.get("kind") != "caches":
         raise ArtifactError(f"{folder} is not a teacher cache but of kind {meta.get('kind')}")
     made_by = meta["teacher"]
-    if made_by["fingerprint"] not in (None, teacher.fingerprint):  # an imported one does not know
+    if made_by["fingerprint"] not in (None, teacher.fingerprint):  # an imported cache has no teacher fingerprint
         raise ArtifactError(
             f"{folder} was recorded from {made_by['name']} with other weights than those of {teacher.name}:"
             f" use model={made_by['name']} and the same revision"
@@ -46,7 +46,7 @@ def _ours(folder: Path, teacher: ModelFolder) -> Artifact:
 
 
 def _sizes(teacher: ModelFolder) -> set[int]:
-    """What the older scripts may call the size of a vocabulary: tokens of the head, or those of the tokenizer."""
+    """Sizes of the vocabulary that the older scripts may record: tokens of the head, or of the tokenizer."""
     return {teacher.vocab_size(), *([len(teacher.tokenizer())] if teacher.has_tokenizer() else [])}
 
 

@@ -77,7 +77,7 @@ def open_older(folder: Path, vocab_size: int, eval_fraction: float, tail: Tail) 
         "top_k": fields["topk_idx"].shape[1],
         "random": fields[SAMPLE[0]].shape[1] if SAMPLE[0] in fields else 0,
         "vocab_size": vocab_size,
-        "packing": "plain",  # what was joined sees what came before
+        "packing": "plain",  # joined documents attend to each other in these caches
         "tail": "estimated" if tail is Tail.estimate else "missing",
         "eval_fraction": eval_fraction,
     }

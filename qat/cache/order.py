@@ -19,6 +19,6 @@ def training_rows(rows: int, step: int, size: int, seed: int) -> Tensor:
     return torch.cat(parts)
 
 
-@lru_cache(maxsize=2)  # a batch may lie on the border of two epochs
+@lru_cache(maxsize=2)  # two, as a batch may contain the end of one epoch and the beginning of the next
 def _permutation(rows: int, seed: int, epoch: int) -> Tensor:
     return torch.randperm(rows, generator=generator(seed, epoch))

@@ -17,7 +17,7 @@ from qat.cache.shards import Shards
 from qat.config import Packing
 from qat.errors import ArtifactError
 
-AHEAD = 4  # batches read before they are asked for
+AHEAD = 4  # batches read in advance
 
 
 class Source(Protocol):

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from qat.errors import ArtifactError
 
-SPARE_FILES = 256  # that the rest of the process may want to open
+SPARE_FILES = 256  # file descriptors left for the rest of the process
 
 
 @dataclass(frozen=True)

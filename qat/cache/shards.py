@@ -48,7 +48,7 @@ class Shards:
 
 
 def _file(path: Path, meta: dict[str, Any], split: str, rows: int) -> RowFile:
-    """A shard, once its header is what the cache says."""
+    """Opens a shard after a check that its header agrees with the cache."""
     found, said = entries(path, f"delete {path.parent} and run again")
     itself, wanted_itself = said.get("shard"), f"{meta['key']}/{path.name}"
     if itself != wanted_itself:

@@ -53,7 +53,7 @@ def _members(blocks_XK: Tensor) -> Tensor:
 
 
 def _ranked(values_XV: Tensor, candidates_XC: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
-    """The largest of some candidates; ids behind the vocabulary, of its last block, are none."""
+    """The largest of some candidates; ids beyond the vocabulary, in its last block, are left out."""
     last = values_XV.shape[1] - 1
     values = values_XV.gather(1, candidates_XC.clamp_max(last))
     values = values.masked_fill_(candidates_XC > last, -torch.inf)

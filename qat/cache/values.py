@@ -19,12 +19,12 @@ from qat.cache.reader import CacheReader
 from qat.data.documents import SPLITS
 from qat.errors import ArtifactError
 
-AT_ONCE = 1 << 22  # kept tokens that are looked at together
-ABOVE_ZERO = 1e-3  # of log-probabilities, which rounding may leave there
+AT_ONCE = 1 << 22  # top-k entries that are checked at one time
+ABOVE_ZERO = 1e-3  # largest log-probability accepted: rounding may leave values slightly above 0
 
 
 def checked(cache: Artifact) -> Artifact:
-    """The same cache, once nothing in it is what no teacher says.
+    """The same cache, after a check that all its values are possible outputs of a teacher.
 
     What was looked at is noted beside the folder under the files' checksums.
 
@@ -37,7 +37,7 @@ def checked(cache: Artifact) -> Artifact:
     note, known = cache.folder.parent / f".{cache.folder.name}.looked_at", _known(cache)
     if _noted(note) != known:
         raw = {"tail": "missing"} if cache.manifest["format"] == older.FORMAT else {}
-        for split in () if cache.fresh else SPLITS:  # whoever wrote it looked
+        for split in () if cache.fresh else SPLITS:  # a cache made by this run was checked when it was written
             _look(replace(cache, manifest=cache.manifest | raw), split)
         with suppress(OSError):
             write_json(note, known)
@@ -45,7 +45,7 @@ def checked(cache: Artifact) -> Artifact:
 
 
 def _check_files(cache: Artifact) -> None:
-    """The files are the shards that the manifest speaks of, and it says what `meta.json` says, which has a checksum."""
+    """Checks that files match the manifest's shards, and the manifest matches `meta.json`, which has a checksum."""
     meta, files = cache.manifest, cache.manifest["files"]
     counts = {split: -(-meta["sequences"][split] // meta["shard_rows"]) for split in SPLITS}
     shards = {shard_name(split, index) for split, count in counts.items() for index in range(min(count, len(files)))}
@@ -71,7 +71,7 @@ def _look(cache: Artifact, split: str) -> None:
 
 
 def _faults(batch: Batch, meta: dict[str, Any]) -> dict[str, Tensor]:
-    """What may be wrong with rows, and with which of them [B] it is."""
+    """Possible faults of rows, each with a mask [B] of the rows that have it."""
     vocabulary, logprobs = meta["vocab_size"], batch.topk_logprobs.flatten(1)
     faults = {
         "a token that the vocabulary lacks is": _outside(batch.input_ids, vocabulary),

@@ -1,4 +1,4 @@
-"""Runs the teacher over packed rows and records what it says.
+"""Runs the teacher over packed rows and records its outputs.
 
 Shard by shard: while the GPU computes the next one, a thread copies the last one over and writes it.
 Nothing in a shard depends on its neighbours or on when it was made, so a cache that was interrupted
@@ -59,9 +59,9 @@ from qat.rows import inputs
 
 log = logging.getLogger(__name__)
 
-LOOKED_AT = 1024  # documents among which rows are chosen that show how the teacher is computed
-# Positions that the head is multiplied with at one time, which must pay for reading all of it, and those of
-# them whose fp32 log-probabilities exist at one time: few, which stay in a CPU's cache.
+LOOKED_AT = 1024  # documents from which rows are taken to test how the teacher is best computed
+# Positions that are multiplied with the head at one time (enough to be worth reading all its weights), and
+# positions whose fp32 log-probabilities are held at one time (few on a CPU, so that they fit its cache).
 POSITIONS = {"cpu": (256, 32), "cuda": (2048, 2048)}
 
 
@@ -80,7 +80,7 @@ class Shard:
 
     @property
     def name(self) -> str:
-        """Its file."""
+        """The shard's file."""
         return shard_name(self.split, self.index)
 
 
@@ -120,7 +120,7 @@ def obtain_cache(
     author = Author(teacher, machine, crew)
 
     def make(scratch: Path) -> dict[str, Any]:
-        """What the first process, most often the only one, does with the lock in its hand."""
+        """The part of the first process (usually the only one), which holds the lock."""
         sample = _sample(cache, documents, teacher)
         how = author.settle(scratch, sample)
         meta, shards = _plan(cache, documents, teacher, seed, how)
@@ -136,7 +136,7 @@ def obtain_cache(
         return meta
 
     def help_make(scratch: Path) -> None:
-        """What the others do: their shards, into the folder that the first one prepares."""
+        """The part of the other processes: they write their shards into the folder that the first one prepares."""
         how = Pass(**author.noted(scratch)["pass"])
         meta, shards = _plan(cache, documents, teacher, seed, how)
         _record(meta, shards, content_key(key), author, how, _sample(cache, documents, teacher), scratch, folder)
@@ -168,7 +168,7 @@ def _sample(cache: CacheConfig, documents: Artifact, teacher: ModelFolder) -> Sa
 def _plan(
     cache: CacheConfig, documents: Artifact, teacher: ModelFolder, seed: int, how: Pass
 ) -> tuple[dict[str, Any], list[Shard]]:
-    """What the cache will say of itself, and its shards."""
+    """The description of the cache (its `meta.json`), and its shards."""
     tokenizer = teacher.tokenizer()
     if not how.joined:
         cache = replace(cache, packing=Packing.rows)
@@ -292,7 +292,7 @@ def record(
 
 
 def _nothing(shard: Shard) -> dict[str, Tensor]:
-    """What `record` would keep, without any tokens."""
+    """The tensors that `record` would keep, for zero positions."""
     types = {"ids": torch.int64, "topk_logprobs": torch.float16, "random_logprobs": torch.float16}
     return {name: torch.empty(shard.rows.loss_mask.numel(), 0, dtype=dtype) for name, dtype in types.items()}
 

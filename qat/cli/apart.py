@@ -1,4 +1,4 @@
-"""A job of a sweep in a process of its own, so that one which dies takes nothing with it but itself.
+"""Runs each job of a sweep in its own process, so that the sweep goes on when a job's process dies.
 
 The process is forked where everything is imported and nothing was computed yet: it begins at once, gives all
 memory back, and has the GPU for itself when its turn comes. It lies in a process group of its own, to which
@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass
 from multiprocessing.connection import Connection
 from types import FrameType
 
-SET_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of prctl(2): what a process gets when the one that forked it is gone
+SET_DEATH_SIGNAL = 1  # option PR_SET_PDEATHSIG of prctl(2): the signal a process gets when its parent process has ended
 FORWARDED = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -34,14 +34,14 @@ class Outcome:
 
 
 class Died(Exception):
-    """The process ended without a word; `code` is its exit code, or minus the signal that ended it."""
+    """The process ended without reporting an outcome; `code` is its exit code, or minus the signal that ended it."""
 
     def __init__(self, code: int) -> None:
         super().__init__(code)
         self.code = code
 
     def __str__(self) -> str:
-        """How it ended, in a word or two."""
+        """How the process ended, in a few words."""
         return f"exit code {self.code}" if self.code >= 0 else signal.Signals(-self.code).name
 
 
@@ -51,7 +51,7 @@ def is_possible() -> bool:
 
 
 def run(work: Callable[[], Outcome]) -> Outcome:
-    """What `work` comes to in a process of its own.
+    """Runs `work` in a process of its own and returns its outcome.
 
     Raises:
         Died: the process is gone and has not said why.
@@ -61,7 +61,7 @@ def run(work: Callable[[], Outcome]) -> Outcome:
     ours, theirs = context.Pipe(duplex=False)
     process = context.Process(target=_work, args=(work, theirs, os.getpid()))
     for stream in (sys.stdout, sys.stderr):
-        stream.flush()  # or the job would say the same again
+        stream.flush()  # otherwise the job would print the buffered text again
     process.start()
     theirs.close()
     with _forwarding(int(process.pid or 0)):
@@ -75,10 +75,10 @@ def run(work: Callable[[], Outcome]) -> Outcome:
 
 
 def _work(work: Callable[[], Outcome], told: Connection, parent: int) -> None:
-    """What the process does."""
+    """Runs the job inside the new process and sends its outcome back."""
     os.setpgrp()
     ctypes.CDLL(None).prctl(SET_DEATH_SIGNAL, signal.SIGKILL)
-    if os.getppid() != parent:  # it was killed before this one could know of it
+    if os.getppid() != parent:  # the parent was killed before the death signal was set
         os._exit(1)
     try:
         outcome = work()
@@ -88,7 +88,7 @@ def _work(work: Callable[[], Outcome], told: Connection, parent: int) -> None:
 
 
 def _heard(pipe: Connection) -> Outcome | None:
-    """The process' last words; None where it had none."""
+    """The outcome that the process sent; None where it sent none."""
     try:
         return Outcome(**json.loads(pipe.recv_bytes()))
     except EOFError:

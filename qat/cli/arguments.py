@@ -55,7 +55,7 @@ class CommandLine:
         own = None if recorded.is_meant(self.flags) else self.flags["config_path"]
         given = {name.replace("_", "-"): value for name, value in (self.flags | {"config_path": own}).items() if value}
         flags = [f"--{name}" if value is True else f"--{name}={value}" for name, value in given.items()]
-        # A configuration of one's own still needs our logging, and may be given an option of our groups.
+        # A user's own configuration also needs our logging, and may use options of our groups.
         searchpath = [f"hydra.searchpath=[{quote(f'file://{CONF}')}]"] if own else []
         return flags + searchpath + self.overrides
 
@@ -140,7 +140,7 @@ def _find_config(command: CommandLine) -> None:
     if not folder or "://" in folder:
         return
     if not os.path.isdir(folder):
-        with suppress(ConfigError):  # no run either, which is told where the folder is needed
+        with suppress(ConfigError):  # no run has this name either: reported later, where the folder is needed
             folder = str(names.run(folder, command.outputs))
     # Hydra would take a relative folder as relative to launch.py.
     flags["config_path"] = os.path.abspath(folder)

@@ -14,8 +14,8 @@ from qat.cli import helping, schema
 from qat.cli.arguments import flag_names
 from qat.identities import places
 
-RUNS = ("checkpoint", "run.resume")  # keys that take a run of the outputs folder
-WORD = re.compile(r"[\w.+-]+")  # what a shell takes for nothing else
+RUNS = ("checkpoint", "run.resume")  # keys whose value can be a run of the outputs folder
+WORD = re.compile(r"[\w.+-]+")  # words without characters that are special to a shell
 SEPARATORS = {"bash": " ", "zsh": " ", "fish": "\n"}
 
 
@@ -32,7 +32,7 @@ def complete(line: str) -> list[str]:
     key, equals, value = word.partition("=")
     if not equals:
         return [key[: len(key) - len(key.lstrip("+"))] + name for name in _keys(key.lstrip("+"))]
-    listed, comma, last = value.rpartition(",")  # the last of a sweep's values
+    listed, comma, last = value.rpartition(",")  # only the last value of a sweep is completed
     return [f"{key}={listed}{comma}{found}" for found in _values(key.lstrip("+"), last)]
 
 

@@ -1,4 +1,4 @@
-"""Overrides to a `Config`, with Hydra's own composition and its errors as one sentence each."""
+"""Composes overrides to a `Config` with Hydra, and explains each of Hydra's errors in one sentence."""
 
 import copy
 import os
@@ -59,7 +59,7 @@ class Composer:
         """
         version.setbase("1.3")
         setup_globals()
-        JobRuntime.instance().set("name", "launch")  # as Hydra will call it, after launch.py
+        JobRuntime.instance().set("name", "launch")  # the job name that Hydra will use, after launch.py
         schema.register()
         words.register()
         self.name = flags.get("config_name") or "config"
@@ -117,7 +117,7 @@ def typed(composed: DictConfig) -> Config:
         raise ConfigError(explain(error)) from error
     assert isinstance(config, Config)
     config.outputs = os.path.expanduser(config.outputs)
-    if config.stage is not Stage.pull:  # which looks for names elsewhere
+    if config.stage is not Stage.pull:  # stage=pull looks up names in the store instead
         config.checkpoint = settled(config.checkpoint, Path(config.outputs))
     for found in values(config):
         if found.said.words and found.value:  # YAML's and Hydra's false arrives as "False"

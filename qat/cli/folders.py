@@ -1,4 +1,4 @@
-"""Where a run or a sweep lands, as overrides for Hydra; called once all is checked."""
+"""Chooses the folder of a run or a sweep, as overrides for Hydra; called after all checks."""
 
 import os
 from pathlib import Path
@@ -11,7 +11,7 @@ from qat.errors import ConfigError
 from qat.identities import PLAN, RESULT, claim_run, claim_sweep, places
 from qat.runs import LOG, UNRECORDED
 
-# What a job leaves that was stopped before it began: `qat.runs` writes a record first of all.
+# Files of a job that was stopped before it began: once it begins, `qat.runs` writes a record before anything else.
 NOT_BEGUN = {".hydra", recorded.FILE, LOG}
 
 
@@ -28,7 +28,7 @@ def claim(config: Config, named: Path | None, multirun: bool) -> list[str]:
     """
     if config.stage is Stage.doctor or (not processes.place().first and config.stage not in UNRECORDED):
         return ranks.scratch()
-    if config.run.resume:  # what Hydra recorded of the command that started it stays
+    if config.run.resume:  # the configuration that Hydra recorded when the run was started is kept
         resumed = names.run(config.run.resume, Path(config.outputs))
         if named and os.path.realpath(named) != os.path.realpath(resumed):
             raise ConfigError(
@@ -48,7 +48,7 @@ def claim(config: Config, named: Path | None, multirun: bool) -> list[str]:
 
 
 def check_free(key: str, folder: Path) -> None:
-    """A new run or sweep has a folder to itself.
+    """Checks that the folder of a new run or sweep holds nothing else.
 
     Raises:
         ConfigError: something else is in it, such as a run.
@@ -65,7 +65,7 @@ def check_free(key: str, folder: Path) -> None:
 
 
 def _check_identity(key: str, folder: Path, outputs: Path) -> None:
-    """A folder that is called like a run is not called like another one."""
+    """Checks that a folder with the name of a run does not have the name of another run."""
     for run_id, place in places(outputs):
         if folder.name == run_id and os.path.realpath(place) != os.path.realpath(folder):
             raise ConfigError(f"{key}={folder}: {run_id} is the run in {place}: choose another name for the folder")

@@ -66,7 +66,7 @@ def defaults() -> dict[str, str]:
 
 
 def summary(group: str) -> str:
-    """What a group decides."""
+    """A line on what a group is for."""
     return f"presets, as in +{group}=<name>" if group in schema.EXTRAS else schema.keys()[group].comment
 
 
@@ -96,7 +96,7 @@ def _options(group: str) -> Iterator[str]:
 
 def _keys() -> Iterator[str]:
     for key in schema.keys().values():
-        # What an option decides by being chosen, a backend or its name, nobody sets by hand.
+        # Keys that choosing an option sets, such as its backend or name, are not set by hand.
         decided = key.default == MISSING and key.type is not int
         if not key.is_section and not decided:
             yield _line(key)

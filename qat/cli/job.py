@@ -22,7 +22,7 @@ from qat.report import log as run_log
 from qat.runs import LOG, UNRECORDED
 from qat.suggest import one_line
 
-# Of this process. Hydra's own return value does not reach `main`, nor do the words typed reach a job.
+# State of this process: Hydra passes no return value to `main`, and no command line to a job.
 failures: list[Outcome] = []
 words: list[str] = []
 
@@ -39,7 +39,8 @@ def run(composed: DictConfig) -> float:
     if "joblib" in settings.launcher._target_:
         gpus.take_one(settings.job.num)
     with suppress(ImportError):  # the job says what is missing
-        importlib.import_module(f"qat.stages.{typed(composed).stage.name}")  # once for all jobs
+        # Imported once here, before jobs are forked, so that every job has it.
+        importlib.import_module(f"qat.stages.{typed(composed).stage.name}")
     try:
         return _noted(apart.run(lambda: _told(composed)))
     except apart.Died as death:
@@ -50,7 +51,7 @@ def run(composed: DictConfig) -> float:
 
 
 def _told(composed: DictConfig) -> Outcome:
-    """Runs a job; an error that ends it is told."""
+    """Runs a job and reports an error that ends it."""
     swept = HydraConfig.get().mode is RunMode.MULTIRUN
     try:
         return Outcome(_run(typed(composed), _folder(), swept))
@@ -79,7 +80,7 @@ def _folder() -> Path:
 
 
 def _bury(config: Config, error: QatError) -> None:
-    """Records what a job could not."""
+    """Records an error that the job could not record itself."""
     overrides = list(HydraConfig.get().overrides.task)
     runs.record_death(config, _folder(), _sweep_command(_folder().parent), overrides, str(error))
     run_log.refresh(Path(config.outputs))
@@ -92,9 +93,9 @@ def command_line(arguments: list[str]) -> str:
 
 def _run(config: Config, folder: Path, swept: bool) -> float:
     settings = HydraConfig.get()
-    if config.stage not in UNRECORDED and config.run.resume is None:  # what is gone on with was recorded
+    if config.stage not in UNRECORDED and config.run.resume is None:  # a resumed run was recorded when it was started
         record(config, folder)
-    from qat.stages import run_job  # torch and all: only when there is a job
+    from qat.stages import run_job  # imports torch, so it is imported only when a job runs
 
     typed_words = _sweep_command(Path(settings.sweep.dir)) if swept else command_line(words)
     try:

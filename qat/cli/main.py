@@ -42,9 +42,9 @@ from qat.suggest import one_line
 from qat.sweeps import Sweep
 
 TASKS = "evaluate.tasks"
-SUFFIXES = (".yaml", ".yml")  # of a file of tasks; anything else is a name that lm-eval knows
-INTERRUPTED = 130  # what a shell reports for Ctrl-C
-TERMINATED = 143  # and for SIGTERM
+SUFFIXES = (".yaml", ".yml")  # endings of task files; other values of evaluate.tasks are names that lm-eval knows
+INTERRUPTED = 130  # exit code that a shell reports after Ctrl-C (128 + SIGINT)
+TERMINATED = 143  # exit code that a shell reports after SIGTERM (128 + 15)
 
 
 class Terminated(KeyboardInterrupt):
@@ -53,12 +53,12 @@ class Terminated(KeyboardInterrupt):
 
 @dataclass
 class Checked:
-    """What a command line that can run comes down to; its `overrides` are now as Hydra wants them."""
+    """A command line after all checks; its `overrides` are in the form that Hydra wants."""
 
     parsed: list[Override]
-    configs: list[Config]  # of each job, in order
+    configs: list[Config]  # one configuration per job, in order
     jobs: list[list[str]] | None = None  # the overrides of each job of a sweep; None if its sweeper draws them
-    folder: Path | None = None  # where the user wants the run or the sweep
+    folder: Path | None = None  # the folder that the command line names for the run or the sweep
 
 
 def main(argv: list[str], launch: Callable[[], None]) -> int:
@@ -155,7 +155,7 @@ def _print(text: str) -> int:
     """Prints a page, of which a reader such as `head` may want the beginning alone."""
     try:
         print(text, flush=True)
-    except BrokenPipeError:  # what is left goes nowhere, or Python would complain on its way out
+    except BrokenPipeError:  # the rest of the output is discarded; otherwise Python would complain when it exits
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
 
@@ -191,7 +191,7 @@ def _check_sweep(command: CommandLine, parsed: list[Override], composer: Compose
 
 def _check_job(command: CommandLine, job: list[str], composer: Composer) -> Config:
     config = typed(composer.compose(job))
-    if command.starts_jobs:  # a configuration may be looked at before it is complete
+    if command.starts_jobs:  # flags that only print may be used with an incomplete configuration
         checks.check(config)
         _check_tasks(config, command)
         resume.check(config)
@@ -217,7 +217,7 @@ def _named_folder(of: str, command: CommandLine, parsed: list[Override], compose
     if not any(override.key_or_group == key for override in parsed):
         return None
     whole, holder = composer.compose(command.overrides, command.multirun), HydraConfig.instance()
-    holder.set_config(whole)  # for `${hydra:…}`
+    holder.set_config(whole)  # needed to resolve `${hydra:…}`
     try:
         folder = str(whole.hydra[of].dir)
     except MISTAKES as error:
@@ -246,5 +246,5 @@ def _told_by_sigterm() -> Iterator[None]:
 
 def _terminate(number: int, frame: FrameType | None) -> None:
     if isinstance(sys.exc_info()[1], RankError):
-        return  # on the way out already, and torchrun ends the others when one is gone: the cause is to be told
+        return  # already ending; torchrun ends the others when one is gone, and the first error is to be reported
     raise Terminated("stopped by SIGTERM")

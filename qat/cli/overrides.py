@@ -1,4 +1,4 @@
-"""Overrides that name a key or an option there is none of, found before Hydra composes."""
+"""Finds overrides with unknown keys or options before Hydra composes."""
 
 from collections.abc import Iterable, Iterator
 from itertools import islice, product
@@ -15,7 +15,7 @@ from qat.errors import ConfigError
 from qat.suggest import did_you_mean, hint, named, nearest
 
 EXTRAS = tuple(f"{group}=" for group in schema.EXTRAS)
-MAX_JOBS = 256  # each is composed and checked before the first starts
+MAX_JOBS = 256  # allowed jobs in a sweep: each is composed and checked before the first starts
 
 
 def read(overrides: list[str], composer: Composer, multirun: bool) -> list[Override]:
@@ -58,7 +58,7 @@ def _for_hydra(text: str, chosen: set[str]) -> list[str]:
     bare, known = key.lstrip("+"), schema.keys()
     if bare in schema.EXTRAS:
         return [f"+{bare}{equals}{value}"]
-    if bare in schema.groups() and bare not in chosen:  # first forget the recorded values
+    if bare in schema.groups() and bare not in chosen:  # the recorded values are removed first
         return [f"+schema@{bare}={bare}", f"+{bare}{equals}{value}"]
     if bare in schema.nested() and not value.startswith("{"):
         place = f"{schema.nested()[bare]}@{bare}"
@@ -67,7 +67,7 @@ def _for_hydra(text: str, chosen: set[str]) -> list[str]:
         return [text]
     if known[bare].type is dict:  # its entries are new
         return [f"++{bare}{equals}{value}"]
-    if value.startswith("{") and sections.whole(bare):  # nothing of an option's own stays, nor need there be any
+    if value.startswith("{") and sections.whole(bare):  # braces replace the whole section, so no option is needed
         return [f"++{bare}=???", f"{bare}={value}"]
     return [f"{bare}{equals}{value}"]
 
@@ -99,7 +99,7 @@ def _takes_text(name: str) -> bool:
 
 
 def _check_word(word: str) -> None:
-    """A word without `=` is no setting; the error names the one that it may stand for."""
+    """Refuses a word without `=`; the error names the setting that it may stand for."""
     stage, keys = named(word, {stage.name: stage.value for stage in Stage}), schema.keys()
     if word in keys and not stage:
         raise ConfigError(f"{word} has no value: write {word}=<value>")

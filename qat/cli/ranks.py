@@ -24,8 +24,8 @@ from qat.errors import RankError
 from qat.processes import environment, place, started
 
 LAUNCH = Path(__file__).resolve().parents[2] / "launch.py"
-GRACE = 20.0  # seconds in which the others may save what they have once one has failed
-PATIENCE = 5.0  # seconds in which a process that knows better can tell why all of them end
+GRACE = 20.0  # seconds that the other processes have to save their state once one has failed
+PATIENCE = 5.0  # seconds to wait for a process that knows the cause of the error to report it
 
 
 def speaks(error: BaseException) -> bool:
@@ -37,7 +37,7 @@ def speaks(error: BaseException) -> bool:
     if started() and (not place().first or isinstance(error, RankError)):
         try:
             time.sleep(PATIENCE)
-        except KeyboardInterrupt:  # the error was told: all are ended
+        except KeyboardInterrupt:  # the error was reported elsewhere, and all processes are being ended
             return place().first
     return True
 
@@ -68,7 +68,7 @@ def launch(argv: list[str], count: int) -> int:
     if first is None:
         return 0
     code = ranks[first].returncode
-    if code == -signal.SIGKILL:  # it could not say so itself
+    if code == -signal.SIGKILL:  # a process killed by SIGKILL cannot report it itself
         print(f"error: process {first} of {count} was killed", file=sys.stderr)
     return 128 - code if code < 0 else code
 

@@ -23,8 +23,8 @@ from qat.identities import RESOLVED
 from qat.suggest import did_you_mean
 
 FILE = f"{RESOLVED}.yaml"
-LARGEST = 256_000  # bytes of a recorded configuration; an ordinary one has 3,000
-DEEPEST = 16  # levels; ours have 4
+LARGEST = 256_000  # allowed bytes of a recorded configuration; an ordinary one has 3,000
+DEEPEST = 16  # allowed levels of nesting in a recorded configuration; ordinary ones have 4
 DEFAULTS = ["schema", "_self_", {"override hydra/job_logging": "qat"}]
 HEADER = f"""\
 # This run, whole. To repeat it:
@@ -98,7 +98,7 @@ def _text(file: Path) -> str:
 
 
 def _check_form(text: str, file: Path) -> None:
-    """No tag, no alias, no more than a few levels: nothing that grows or makes anything when it is read."""
+    """Refuses tags, aliases and deep nesting, which could create objects or use much memory when read."""
     depth = 0
     for event in yaml.parse(text, Loader=_Loader):
         if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None):
@@ -111,7 +111,7 @@ def _check_form(text: str, file: Path) -> None:
 
 
 def _strange(value: Any, hint: Any, key: str) -> Iterator[str]:
-    """Keys that are not ours or hold something else than ours do: a section, a reference."""
+    """Keys that do not exist here or hold a value of another kind, such as a section or a reference."""
     below = schema.hints(hint)
     if isinstance(value, dict):
         if not below and value:

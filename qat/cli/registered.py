@@ -8,7 +8,7 @@ from qat.errors import MissingError
 
 
 def check(config: Config) -> None:
-    """Refuses a name that nothing can be found under, before anything starts.
+    """Refuses a name for which nothing is found, before anything starts.
 
     Raises:
         MissingError: it is not in the outputs folder, and no store is named.

@@ -1,4 +1,4 @@
-"""`run.resume=SR-007`: an interrupted run goes on in its own folder, as what it was."""
+"""`run.resume=SR-007`: continues an interrupted run in its own folder, with the same configuration."""
 
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from qat.shaping import flat, shaping
 
 
 def check(config: Config) -> None:
-    """The run to go on with is there, and its configuration is this one.
+    """Checks that the run to resume exists and has this configuration.
 
     Raises:
         ConfigError: the run is not there, or the first key that differs.
@@ -35,12 +35,12 @@ def check(config: Config) -> None:
 
 
 def is_complete(config: Config) -> bool:
-    """True for the configuration that goes on with a run of which nothing is left to do."""
+    """True where the run to be resumed is already complete."""
     return config.run.resume is not None and _record(config).status == "complete"
 
 
 def conclude(config: Config) -> str:
-    """Does for such a run what a kill right after its end left undone; returns what to say of it."""
+    """Finishes a complete run that was killed right after its end; returns a message about it."""
     from qat import transfer
     from qat.report import log as run_log
 

@@ -14,7 +14,7 @@ from hydra.core.config_store import ConfigStore
 from qat.config import Config
 from qat.config.keys import Said, hints, required, said
 
-EXTRAS = ("experiment", "debug")  # groups without a default: presets over several other groups
+EXTRAS = ("experiment", "debug")  # groups without a default option: presets that set options of several other groups
 
 @dataclass(frozen=True)
 class Key:
@@ -27,7 +27,7 @@ class Key:
 
     @property
     def comment(self) -> str:
-        """What it is; of a section or a list of words without a comment, what its class says."""
+        """The key's description; without a comment, that of the class of its section or list of words."""
         return self.said.comment or _summary(self.type)
 
     @property
@@ -41,7 +41,7 @@ class Key:
         return self.is_section and "." not in self.name and "name" in hints(self.type)
 
     def words(self) -> dict[str, str]:
-        """The only words it takes, each with what it means where that is said; none for numbers and free text."""
+        """The only words it takes, with their meanings where given; empty for numbers and free text."""
         if issubclass(self.type, Enum):
             return {choice.name: choice.value for choice in self.type}
         return dict.fromkeys(self.said.words, "")

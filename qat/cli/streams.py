@@ -27,7 +27,7 @@ def outlive_readers() -> None:
     """Lets this process, and those that it starts, go on when whoever reads what it says goes away."""
     for name, number in {"stdout": 1, "stderr": 2}.items():
         stream = getattr(sys, name)
-        if not _leads_to(stream, number):  # nobody is there, or somebody listens inside of the process
+        if not _leads_to(stream, number):  # the stream is closed, or replaced inside this process
             continue
         stream.flush()
         buffer = io.BufferedWriter(_Outliving(number))

@@ -25,7 +25,8 @@ RESUME = "sweep.resume"
 OUTPUTS = "outputs"
 SWEEPER = "hydra_plugins.qat_sweeper.PlannedSweeper"
 PACKAGE = Path(__file__).resolve().parents[1]
-IMPORTED = [str(PACKAGE.parent), str(PACKAGE / "plugins")]  # this checkout, and what it adds to Hydra
+# Import paths for this process and its jobs: this checkout, and its plugins for Hydra.
+IMPORTED = [str(PACKAGE.parent), str(PACKAGE / "plugins")]
 # Launchers beyond Hydra's own, and the extra of this project that installs each.
 EXTRAS = {"joblib": "joblib", "submitit_local": "submitit", "submitit_slurm": "submitit", "ray": "ray"}
 LAUNCHERS = ("hydra/launcher", "hydra.launcher.")
@@ -56,7 +57,7 @@ def _load(folder: Path) -> Sweep:
 
 
 def _check_options(sweep: Sweep, command: CommandLine) -> None:
-    """Options of one's own are read from where the command line says; a plan alone may name a recorded run."""
+    """Checks that a user's own options come from the command line; only a plan may name a recorded run."""
     own = sweep.own_options()
     if own and _plain(command.flags) != sweep.flags:
         raise ConfigError(
@@ -66,13 +67,13 @@ def _check_options(sweep: Sweep, command: CommandLine) -> None:
 
 
 def _may_change(override: str) -> bool:
-    """True for what says where and how jobs run, never what they are; `run` says what they are called."""
+    """True for settings of where and how jobs run, not of what they compute or (`run`) what they are called."""
     name = override.lstrip("+").partition("=")[0]
     return name.startswith(LAUNCHERS) or (is_neutral(name) and not name.startswith(("run", "sweep", "outputs")))
 
 
 def check_launcher(parsed: list[Override], options: list[str]) -> None:
-    """The launcher is one that Hydra finds here.
+    """Checks that Hydra finds the launcher here.
 
     Raises:
         UnavailableError: its plugin is not installed.
@@ -124,7 +125,7 @@ def _would_change(sweep: Sweep, text: str) -> ConfigError:
 
 
 def check_unchanged(sweep: Sweep, configs: list[Config]) -> None:
-    """The plan still composes to the configurations that it was made from.
+    """Checks that the plan still composes to the configurations that it was made from.
 
     Raises:
         ConfigError: a file in `conf/` or a default has changed since.

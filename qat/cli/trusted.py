@@ -1,4 +1,4 @@
-"""Where options may be read from: a person's own folders, never what a run left or a store gave.
+"""Allows options to be read from the user's own folders only, never from a run or a store.
 
 Whoever writes options decides what Hydra runs. A folder that someone names as his own (`--config-dir`, `--config-path`
 with a configuration in it) is trusted like the command line; one that holds a run, a sweep or an artifact is data,
@@ -13,7 +13,7 @@ from qat.config import CONF
 from qat.errors import ConfigError
 from qat.identities import IDS, PLAN, RESOLVED, RESULT, RUN
 
-# What shows that a folder holds a run or a sweep, and where an outputs folder keeps what it made or pulled.
+# Files that mark a folder as a run or a sweep, and folders where an outputs folder keeps what it made or pulled.
 MARKS = (f"{RESOLVED}.yaml", RESULT, PLAN, ".hydra")
 NAMES = re.compile(rf"{RUN.pattern}|sweep-\d{{3,}}|\.hydra")
 KEPT = ("artifacts", "caches", "checkpoints", IDS)
@@ -31,7 +31,7 @@ def holder(path: Path) -> Path | None:
 
 
 def refuse_data(path: Path, what: str) -> None:
-    """Options and task files are read where a person keeps his own alone.
+    """Refuses options and task files outside the user's own folders.
 
     Raises:
         ConfigError: the path lies in a run, a sweep, an artifact or what was pulled.

@@ -1,4 +1,4 @@
-"""Words stay words: a value of a key that holds text arrives as it was typed.
+"""Keeps text as typed: the value of a key that holds text is not converted to another type.
 
 Hydra's grammar and YAML read `695e0514` as a number and `true` as a switch before anybody asks which key it
 is for; as text these come back as `inf` and `True`. So every such value of a key that holds text, in lists and
@@ -68,7 +68,7 @@ def quoted(override: str, swept: bool) -> str:
 class FileConfigSource(file_config_source.FileConfigSource):
     """Hydra's folders of YAML files, in which words stay words too, and an option is called like its file."""
 
-    read: ClassVar[dict[tuple[str, str, str], ConfigResult]] = {}  # by folder, name and content
+    read: ClassVar[dict[tuple[str, str, str], ConfigResult]] = {}  # parsed files, by folder, name and content
 
     def load_config(self, config_path: str) -> ConfigResult:
         """Reads a file by the schema of the group that it is an option of, or of a whole run.
@@ -83,7 +83,7 @@ class FileConfigSource(file_config_source.FileConfigSource):
         trusted.refuse_data(file, str(file))
         if file.is_file() and not file.is_relative_to(CONF):
             extent.check(file)
-        content = file.read_text(encoding="utf-8") if file.is_file() else ""  # which Hydra tells
+        content = file.read_text(encoding="utf-8") if file.is_file() else ""  # Hydra reports a missing file
         key = (f"{self.provider}:{self.path}", config_path, content)
         if key not in self.read:
             self.read[key] = self._parsed(config_path, content)
@@ -105,7 +105,7 @@ class FileConfigSource(file_config_source.FileConfigSource):
 
 def register() -> None:
     """Has Hydra read files in this way, here and when it composes a job."""
-    Plugins.instance()  # which enters Hydra's own reader first
+    Plugins.instance()  # registers Hydra's own reader, which is then replaced
     SourcesRegistry.instance().types["file"] = FileConfigSource
 
 
@@ -147,7 +147,7 @@ def _element(hint: Any, plain: Any, words: Any) -> Any:
     meant = isinstance(plain, str | QuotedString) or (plain is None and _is_optional(hint))
     if meant or not (_holds_text(hint) or hint is Any):
         return plain
-    return words if isinstance(words, QuotedString) else QuotedString(words, Quote.single)  # bare inside choice(…)
+    return words if isinstance(words, QuotedString) else QuotedString(words, Quote.single)  # in choice(…)
 
 
 def _sweep(sweep: ChoiceSweep, listed: list[Any]) -> str:

@@ -24,6 +24,6 @@ def takes_questions(tokenizer: PreTrainedTokenizerBase) -> bool:
 
 
 def begun(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """A plain text that is to be gone on with, behind the begin marker if there is one."""
+    """A plain text to be continued, after the begin marker if there is one."""
     begin = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     return [*begin, *tokenizer(text, add_special_tokens=False)["input_ids"]]

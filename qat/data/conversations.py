@@ -1,4 +1,4 @@
-"""Rows to conversations: the names that people give turns, roles, questions and answers, in tables.
+"""Turns rows into conversations, with tables of the usual names for turns, roles, questions and answers.
 
 What comes out is what chat templates take: messages with a role and a text, and the calls of tools where an
 assistant makes any. What a row has besides (weights, ids, names of sources) says nothing to a model.
@@ -16,20 +16,20 @@ Messages = list[dict[str, Any]]
 TURNS = ("messages", "conversations", "conversation", "dialogue", "dialog")
 SYSTEMS = ("system", "system_prompt")
 QUESTIONS = ("instruction", "prompt", "question", "query", "problem", "input", "inputs")
-CONTEXTS = ("input", "context")  # of an instruction
+CONTEXTS = ("input", "context")  # names for the text that an instruction is about
 ANSWERS = ("output", "completion", "response", "answer", "chosen", "solution", "target", "targets")
 TEXTS = ("text", "content")
 
 ROLE, SAID = ("role", "from"), ("content", "value")
 THOUGHTS = ("reasoning_content", "reasoning", "thinking")
-SHOWN = 80  # characters of what is strange
+SHOWN = 80  # characters of an unexpected value that a message shows
 
 ROLES = {
     "system": ("system",),
     "developer": ("developer",),
     "user": ("user", "human", "prompter"),
     "assistant": ("assistant", "gpt", "chatgpt", "bing", "bard", "model", "bot"),
-    "call": ("function_call", "tool_call"),  # an assistant's, as ShareGPT has it
+    "call": ("function_call", "tool_call"),  # a tool call by the assistant, named as in ShareGPT
     "tool": ("tool", "function", "observation", "function_response", "tool_response", "ipython"),
 }
 ROLE_OF = {name: role for role, names in ROLES.items() for name in names}
@@ -107,7 +107,7 @@ def _asked(row: dict[str, Any]) -> Messages:
         raise Unusable("no conversation, and no question with an answer", _names(row), remedy)
     said = _messages(answer) if isinstance(answer, list) else [{"role": "assistant", "content": _text(answer)}]
     if asked is None or any(message["role"] == "user" for message in said):
-        return said  # a whole conversation, as preferences come at times
+        return said  # the field holds a whole conversation, as in some preference data
     before = _messages(asked) if isinstance(asked, list) else [_user(_in_context(row, name, asked))]
     return [*_history(row.get("history")), *before, *said]
 
@@ -148,7 +148,7 @@ def _user(said: str) -> dict[str, Any]:
 
 def _messages(turns: Any) -> Messages:
     if isinstance(turns, dict) and all(isinstance(values, list) for values in turns.values()):
-        # A list for each name, as `datasets` keeps lists of objects.
+        # `datasets` stores a list of objects as one list for each name.
         turns = [dict(zip(turns, turn, strict=True)) for turn in zip(*turns.values(), strict=False)]
     if not isinstance(turns, list):
         raise Unusable("turns that are no list")
@@ -238,7 +238,7 @@ def _value(said: Any, reason: str) -> Any:
 
 
 def is_empty(message: dict[str, Any]) -> bool:
-    """True for an answer that would teach to say nothing."""
+    """True for an empty answer, which would train the student to say nothing."""
     return message["role"] == "assistant" and not message["content"].strip() and "tool_calls" not in message
 
 
@@ -248,5 +248,5 @@ def _first(row: dict[str, Any], names: tuple[str, ...]) -> tuple[str, Any]:
 
 
 def _names(row: dict[str, Any]) -> str:
-    """What there is instead."""
+    """The fields that the row has instead, for a message."""
     return f"it has {', '.join(repr(name) for name in row)[:SHOWN]}" if row else "it is empty"

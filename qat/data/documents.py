@@ -27,8 +27,8 @@ from qat.shaping import shaping
 
 FILE = "documents.jsonl"
 SPLITS = ("train", "eval")
-DECODED, DECODED_TOKENS = 512, 1 << 18  # documents turned into text at once, or so many tokens of them
-READING = 2  # the rules by which files become documents: under others other text would have the same key
+DECODED, DECODED_TOKENS = 512, 1 << 18  # limits of a batch that is decoded to text: documents, tokens
+READING = 2  # version of the rules that turn files into documents; part of the key, as other rules give other text
 
 
 @dataclass(frozen=True)
@@ -137,7 +137,7 @@ def _write(path: Path, documents: Iterable[tuple[Document, str]], eval_fraction:
 
 
 def _check_splits(path: Path, counts: dict[str, int], data: DataConfig) -> None:
-    """Refuses a text of which one side would be empty, and says what would fill it."""
+    """Refuses a text of which one split would be empty, and says how to fill it."""
     empty = next((split for split in SPLITS if not counts[split]), None)
     if empty is None:
         return
@@ -153,7 +153,7 @@ def _check_splits(path: Path, counts: dict[str, int], data: DataConfig) -> None:
 
 
 def _advice(data: DataConfig) -> str:
-    """Where more documents come from that differ in what their side is decided by."""
+    """Advice on how to get documents with more different origins, by which the split is decided."""
     if data.source.plain:
         return "give more text; blank lines separate documents"
     if data.source is DataSource.selfgen:

@@ -14,10 +14,11 @@ from qat.errors import ConfigError, MissingError
 
 log = logging.getLogger(__name__)
 
-# What is read of a folder or a hub data set; a path may have any name.
+# Endings of the files that are read in a folder or a hub data set; a file given by its path may have any name.
 ROWS = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".arrow")
 PACKED = (".gz", ".zst", ".xz", ".bz2", ".lz4")
-ABOUT = ("dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json")  # a data set, and no part of it
+# Files that describe a data set and hold none of its rows.
+ABOUT = ("dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json")
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,7 @@ def _matches(pattern: str, known: tuple[str, ...]) -> list[str]:
 
 
 def _on_hub(data: DataConfig, known: tuple[str, ...]) -> tuple[str, list[TextFile]]:
-    """The commit and the files of a hub data set, each fetched when it is its turn."""
+    """The commit and the files of a hub data set; each file is fetched when it is read."""
     if not data.repo:
         raise ConfigError(f"data={data.name} needs data.path=<file> or data.repo=<owner/name of a hub data set>")
     from huggingface_hub import hf_hub_download
@@ -108,7 +109,7 @@ def _on_hub(data: DataConfig, known: tuple[str, ...]) -> tuple[str, list[TextFil
     return commit, [TextFile(name, fetch(name)) for name in chosen]
 
 
-@cache  # what was hashed is what is read, also when the data set changes meanwhile
+@cache  # cached, so that what is read is what was hashed, even if the data set changes meanwhile
 def _listing(repo: str, revision: str | None) -> tuple[str, list[str]]:
     """The commit of a hub data set and the names of its files; of the local copy where the hub cannot be reached."""
     from huggingface_hub import HfApi, snapshot_download
@@ -116,7 +117,7 @@ def _listing(repo: str, revision: str | None) -> tuple[str, list[str]]:
     try:
         info = HfApi().dataset_info(repo, revision=revision)
         return str(info.sha), [entry.rfilename for entry in info.siblings or []]
-    except Exception as reached:  # any of a dozen kinds of network trouble: what was fetched before will do
+    except Exception as reached:  # network errors come in a dozen kinds; after any of them the local copy is used
         reason = str(reached).strip().partition("\n")[0] or type(reached).__name__
     try:
         there = Path(snapshot_download(repo, repo_type="dataset", revision=revision, local_files_only=True))

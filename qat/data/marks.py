@@ -18,9 +18,11 @@ from qat.data.conversations import Messages
 from qat.data.reading import PIECE, check
 from qat.data.tally import Unusable
 
-LONGEST = 256  # characters of a mark
-THINKING = ("<think>", "</think>")  # which an assistant may write, whatever the tokenizer calls them
-OPEN, CLOSE = "\U000f0000", "\U000f0001"  # around a mark that is text; for private use, and taken out of all text
+LONGEST = 256  # longest mark, in characters
+# Marks that an assistant may write, even if the tokenizer does not list them as special.
+THINKING = ("<think>", "</think>")
+# Private-use characters around a mark that is plain text; removed from all input.
+OPEN, CLOSE = "\U000f0000", "\U000f0001"
 
 
 def of(tokenizer: PreTrainedTokenizerBase) -> "Marks":
@@ -82,7 +84,7 @@ class Marks:
             return list(self._tokenizer(piece, add_special_tokens=False)["input_ids"])
         ids: list[int] = []
         for place, part in enumerate(self._between.split(piece)):
-            if part:  # every other one is a mark that is text
+            if part:  # every second part is a mark that is plain text
                 ids += self._as_text(part) if place % 2 else _continued(self._encoded, part, first=not ids)
         return ids
 

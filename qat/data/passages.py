@@ -7,7 +7,7 @@ from qat.data.reading import check, lines
 from qat.data.rows import Rows
 from qat.data.tally import Unusable
 
-PASSAGE = 1 << 20  # characters that are held of a text without a blank line
+PASSAGE = 1 << 20  # characters of a text without blank lines that are held at one time
 
 
 @dataclass(frozen=True)

@@ -17,9 +17,9 @@ from qat.data.files import TextFile
 from qat.data.tally import Unusable
 from qat.errors import ConfigError, MissingError, UnavailableError
 
-LINE = 1 << 25  # characters that are held of a line, and more than one of a row of any use
-PIECE = 1 << 16  # characters that become tokens at once, which take hundreds of bytes each meanwhile
-MARK = "\ufeff"  # of the byte order, which says nothing more once text is text
+LINE = 1 << 25  # characters of a line that are held at one time; longer than any useful row
+PIECE = 1 << 16  # characters tokenized at one time: each needs hundreds of bytes of memory meanwhile
+MARK = "\ufeff"  # the byte order mark, which has no meaning in decoded text
 WIDE = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 OTHERS = {b"PK\x03\x04": "a zip archive: unpack it first", b"%PDF": "a PDF: take out its text first"}
 
@@ -106,7 +106,7 @@ def lines(file: TextFile, longest: int = LINE) -> Iterator[tuple[int, str]]:
 
 
 def check(text: str) -> None:
-    """Refuses text that nobody wrote.
+    """Refuses data that is not text.
 
     Raises:
         Unusable: it holds bytes that were no UTF-8, or half of a surrogate pair.
@@ -115,6 +115,6 @@ def check(text: str) -> None:
     if strange is None:
         return
     number = ord(strange[0])
-    if 0xDC80 <= number <= 0xDCFF:  # PEP 383
+    if 0xDC80 <= number <= 0xDCFF:  # surrogates that stand for undecodable bytes (PEP 383)
         raise Unusable("not UTF-8", f"byte 0x{number - 0xDC00:02x}", "convert it, as `iconv -f latin1 -t utf-8` does")
     raise Unusable("half of a surrogate pair", f"\\u{number:04x}")

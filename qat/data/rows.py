@@ -20,10 +20,10 @@ from qat.errors import ConfigError, UnavailableError
 
 Rows = Iterator[tuple[str, Any]]
 
-LINES = (".jsonl", ".ndjson")  # which promise a row a line
+LINES = (".jsonl", ".ndjson")  # endings of files with one row per line
 CHUNK = 1 << 16  # characters read at once
-BATCH = 64  # rows of a table that exist at once
-TABLE = 1 << 28  # bytes of a table that exist at once, as far as a single row lets it
+BATCH = 64  # rows of a table that are decoded at one time
+TABLE = 1 << 28  # bytes of a table that are decoded at one time, unless a single row is larger
 
 _decode = json.JSONDecoder().raw_decode
 _SPACE = re.compile(rf"[ \t\r\n{MARK}]*")
@@ -44,7 +44,7 @@ def rows(file: TextFile) -> Rows:
         ".arrow": _arrow,
     }
     for where, row in readers.get(suffix(file.name), _json)(file):
-        if isinstance(row, list):  # of messages, with no object around it
+        if isinstance(row, list):  # the row is a list of messages without an object around it
             row = {TURNS[0]: row}
         yield file.place(where), row if isinstance(row, dict | Unusable) else Unusable("not a JSON object")
 
@@ -179,12 +179,13 @@ class _Values:
                 if not self._more():
                     raise self.damaged(_message(error)) from None
             else:
-                if end < len(self._held) or not self._more():  # what ends here may go on
+                # A value that ends where the text read so far ends may be incomplete.
+                if end < len(self._held) or not self._more():
                     self._pass(end)
                     return value
 
     def damaged(self, why: str) -> ConfigError:
-        """What the text is where it cannot be gone on with."""
+        """The error for text that is no valid JSON at this place."""
         return ConfigError(f"{self._name} line {self.line} is not JSON that can be read ({why})")
 
     def _pass(self, end: int) -> None:

@@ -34,11 +34,12 @@ from qat.seeds import mixed
 from qat.shaping import shaping
 
 PROMPTS_AT_ONCE = {"cpu": 64, "mps": 64, "cuda": 4096}
-SHARE = 0.25  # of a GPU's memory: the sources of a mixture write side by side
-COMPILED_TOKENS = 10_000_000  # that a writer writes, from which on compiling its step pays
+SHARE = 0.25  # share of a GPU's memory for one writer, as the sources of a mixture write at the same time
+COMPILED_TOKENS = 10_000_000  # tokens of a writer from which compiling its step saves more time than it takes
 ANSWERS = ".answers-"
-AHEAD = 2  # batches of a writer under way: one has the GPU while the other is prepared or stored
-WRITING = Lock()  # sources of a mixture take turns: a GPU records for one at a time
+AHEAD = 2  # batches of a writer in progress: one on the GPU while another is prepared or stored
+# Held by the source that uses the GPU: sources of a mixture take turns, as a GPU records for one at a time.
+WRITING = Lock()
 
 
 def answer(
@@ -64,7 +65,7 @@ def answer(
     else:
         asked = starts.starts(tokenizer, data, seed)
     asked *= data.answers
-    asked.sort(key=lambda item: len(item[1]))  # equal lengths together: less padding
+    asked.sort(key=lambda item: len(item[1]))  # texts of equal length together need less padding
     what = "teacher answers" if data.start in (Start.prompts, Start.questions) else "teacher text"
     with closing(author.write(what, [ids for _, ids in asked], sampling, seed)) as replies:
         for (origin, ids), reply in zip(asked, replies, strict=True):
@@ -72,7 +73,7 @@ def answer(
 
 
 class _Author:
-    """The teacher at its desk: what it wrote is kept in a folder, batch by batch."""
+    """Lets the teacher write answers, and keeps them in a folder batch by batch."""
 
     def __init__(self, teacher: ModelFolder, data: DataConfig, machine: Machine, scratch: Path) -> None:
         self.teacher, self.data, self.machine, self.scratch = teacher, data, machine, scratch
@@ -124,10 +125,10 @@ class _Author:
         self._check_context(longest + sampling.tokens)
         compiled = self.machine.compile and len(prompts) * sampling.tokens >= COMPILED_TOKENS
         rows = self._rows(longest, sampling)
-        if not compiled:  # batches of one size; what is compiled is so for the size that all sources have
+        if not compiled:  # batches of equal size; a compiled step keeps the size that all sources share
             rows = -(-len(prompts) // -(-len(prompts) // rows))
         batches = [prompts[first : first + rows] for first in range(0, len(prompts), rows)]
-        # Other machines and other starts have other names: what they left is not taken for ours.
+        # The name depends on machine and prompts, so that files of another machine or other prompts are not used.
         machine = [self.machine.describe(), torch.__version__, compiled]
         who = content_key([machine, prompts, seed, rows, shaping(self.data)])
         files = [self.scratch / f"{ANSWERS}{who}-{number:05d}.safetensors" for number in range(len(batches))]
@@ -143,7 +144,7 @@ class _Author:
             )
 
     def _rows(self, longest: int, sampling: Sampling) -> int:
-        """Rows at once, by the memory that a GPU has, not by what happens to be free: batches stay the same."""
+        """Rows per batch, from the GPU's total memory and not its free memory, so that batches stay the same."""
         device, max_rows = self.machine.device, PROMPTS_AT_ONCE[self.machine.device.type]
         if device.type != "cuda":
             return max_rows
@@ -170,7 +171,7 @@ class _Plan:
 def _in_order(
     submit: Callable[..., Future[Tensor]], make: Callable[[int], Tensor], count: int
 ) -> Generator[Tensor, None, None]:
-    """What is made of the numbers below `count`, some of it ahead."""
+    """Results for the numbers below `count`, in order; some are computed ahead."""
     coming: deque[Future[Tensor]] = deque()
     for number in range(count):
         coming.append(submit(make, number))
@@ -197,4 +198,4 @@ def _ahead() -> Iterator[tuple[Callable[..., Future[Tensor]], Callable[[], None]
             yield pool.submit, go_on
         finally:
             left.set()
-            pool.shutdown(cancel_futures=True)  # which waits: nothing is stored after that
+            pool.shutdown(cancel_futures=True)  # this waits for running work, so that nothing is stored afterwards

@@ -14,7 +14,7 @@ from qat.data.thinking import renderings
 
 Pairs = Generator[tuple[str, list[int]], None, None]
 
-ORIGIN = 200  # characters of a text that its side is decided by
+ORIGIN = 200  # characters at the start of a text that decide its split
 
 
 def render(data: DataConfig, tokenizer: PreTrainedTokenizerBase, tally: Tally) -> Pairs:

@@ -1,4 +1,4 @@
-"""What the teacher begins to write from, each start with the origin that decides its split."""
+"""Starts from which the teacher writes, each with the origin that decides its split."""
 
 import random
 from collections.abc import Iterator
@@ -16,7 +16,7 @@ from qat.data.thinking import chat_tokens, user_turn
 
 Starts = list[tuple[str, list[int]]]
 
-OPENING = (4, 32)  # tokens, fewest and most
+OPENING = (4, 32)  # fewest and most tokens of an opening
 
 
 def starts(tokenizer: PreTrainedTokenizerBase, data: DataConfig, seed: int) -> Starts:

@@ -1,4 +1,4 @@
-"""What of a text cannot be used: a little is left out, counted and told; much of it ends the run.
+"""Rows of a text that cannot be used: a few are left out, counted and reported; many end the run.
 
 Text as people have it holds a broken line here and an empty answer there. To stop at each would be
 tiresome, to pass over them without a word would be wrong.
@@ -14,9 +14,9 @@ from qat.errors import ConfigError
 
 log = logging.getLogger(__name__)
 
-FEW, SHARE = 5, 0.01  # damaged rows up to either are left out; more than both is another kind of file
-EARLY = 1000  # damaged rows after which nobody waits for the end of a file
-SHOWN, LONGEST = 4, 160  # reasons in a sentence, and characters of a detail
+FEW, SHARE = 5, 0.01  # damaged rows that are left out, as a number or a share of all rows; above both the run ends
+EARLY = 1000  # damaged rows between two checks, so that a bad file is refused before its end
+SHOWN, LONGEST = 4, 160  # reasons listed in a message, and characters shown of a detail
 
 T = TypeVar("T")
 

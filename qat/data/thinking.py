@@ -17,11 +17,11 @@ from qat.data.conversations import Conversation, Messages, is_empty
 from qat.data.tally import Unusable
 from qat.errors import ConfigError, reason
 
-THOUGHT, ANSWER = "<think>", "</think>"  # what either begins with
+THOUGHT, ANSWER = "<think>", "</think>"  # marks before the thoughts and before the answer
 SPACE = re.compile(r"\s*")
-EMPTY = r"(?:<think>\s*</think>\s*)?"  # which some templates put before any answer
+EMPTY = r"(?:<think>\s*</think>\s*)?"  # empty thoughts, which some templates put before any answer
 
-# A template is a program over messages: besides its own errors it raises what Python does for what it computes.
+# Errors of a template: its own, and those that Python raises for its computations.
 REFUSALS = (TemplateError, TypeError, ValueError, LookupError, ArithmeticError, AttributeError, RecursionError)
 INSTEAD = "use data=tokens, openings or text"
 
@@ -84,7 +84,7 @@ def _in_known_roles(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> M
 
 
 def _in_mode(tokenizer: PreTrainedTokenizerBase, messages: Messages, tools: list[Any], mode: str) -> list[str]:
-    """One rendering, or none where an answer was all thought and thoughts are left out."""
+    """One rendering; none where thoughts are left out and the answer has nothing else."""
     if mode == "false":
         messages = [_of_assistant(message, _apart(message["content"])[0]) for message in messages]
         if any(is_empty(message) for message in messages):
@@ -101,7 +101,7 @@ def _in_mode(tokenizer: PreTrainedTokenizerBase, messages: Messages, tools: list
 
 
 def _check_shown(messages: Messages, text: str, render: Callable[[Messages], str]) -> None:
-    """Refuses a text in which a template has passed over what it does not know: it comes out the same without.
+    """Refuses a text if the template ignored a part of it: the text is the same without that part.
 
     Of messages of one kind, which a template treats alike, the first is looked at.
     """
@@ -118,7 +118,7 @@ def _check_shown(messages: Messages, text: str, render: Callable[[Messages], str
             what, without = f"messages of the role {role}", [*before, *behind]
         try:
             overlooked = render(without) == text
-        except Unusable:  # the template missed it
+        except Unusable:  # the template left this out
             continue
         if overlooked:
             raise Unusable(f"{what}, which the chat template does not show", damaged=False)

@@ -1,4 +1,4 @@
-"""What a format says of itself before anything is written; the command line asks, so nothing here imports torch."""
+"""Describes an export format before anything is written; used by the command line, so torch is not imported."""
 
 import importlib
 from collections.abc import Callable, Mapping
@@ -43,7 +43,7 @@ class Exporter:
     refuse_architecture: Callable[[dict[str, Any]], None] = lambda described: None
 
     def check(self, config: Config, layers: Mapping[str, Settings]) -> None:
-        """Whether this can be written as it is configured.
+        """Checks that this export can be written as configured.
 
         Args:
             config: of `stage=export`.

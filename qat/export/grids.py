@@ -1,4 +1,4 @@
-"""Grids that engines store: what of a student is on one, and which preset would be. Nothing here imports torch."""
+"""Grids that engines store: which layers of a student are on one, and which presets are. torch is not imported."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 from qat.config import CONF, ROLES
 from qat.errors import ConfigError
 
-Settings = Mapping[str, Any]  # of a format, as manifests have them
+Settings = Mapping[str, Any]  # settings of a format, as in manifests
 
 
 class LayerRule(Protocol):

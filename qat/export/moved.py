@@ -12,19 +12,19 @@ from transformers import PreTrainedConfig
 
 from qat.models.reading import CONFUSED
 
-# What is said of files and not of the model, or of weights as the teacher has them.
+# Settings that describe files and not the model, or the type of the teacher's weights.
 NOT_THE_MODEL = {
     *("quantization_config", "transformers_weights", "auto_map", "_name_or_path", "_commit_hash"),
     *("dtype", "torch_dtype", "transformers_version", "architectures", "model_type"),
 }
-# What architectures with names of their own called the base of rotations and the part of a head that is rotated.
+# Older names for the base of rotary embeddings and the share of a head that is rotated, by architecture.
 BASES = {
     **dict.fromkeys(("gpt_neox", "gpt_neox_japanese"), "rotary_emb_base"),
     "modernbert-decoder": "global_rope_theta",
 }
 LOCAL_BASES = {"modernbert-decoder": "local_rope_theta"}
 PARTS = dict.fromkeys(("gpt_neox", "gpt_neox_japanese"), "rotary_pct")
-# What the number of layers was called after which whole attention comes again, by what lies between.
+# Older names for the number of layers from one full-attention layer to the next, by the kind of the layers between.
 PERIODS = {"sliding_attention": "sliding_window_pattern", "linear_attention": "full_attention_interval"}
 
 

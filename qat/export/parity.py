@@ -1,4 +1,4 @@
-"""Whether an export computes what its source does; asked before it is published."""
+"""Compares an export's logits with those of its source before it is published."""
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from qat.quant.linear import baked
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 
 
-ROWS, TOKENS = 5, 16  # of ids that stand for prompts
+ROWS, TOKENS = 5, 16  # random rows used where there are no prompts, and tokens in each
 
 
 def check(source: PreTrainedModel, export: PreTrainedModel, rows: list[Tensor], dtype: torch.dtype) -> float:

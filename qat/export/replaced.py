@@ -15,7 +15,8 @@ from qat.export.hf import writer as hf
 from qat.export.source import Source, cast
 from qat.quant.linear import Quantized
 
-Packed = Callable[[str, Quantized], dict[str, Tensor]]  # tensors of a layer by what follows its name
+# Makes a layer's tensors, keyed by what follows the layer's name.
+Packed = Callable[[str, Quantized], dict[str, Tensor]]
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""What is exported: a student or the teacher itself, in fp32 on the CPU, and what is known about it."""
+"""The model to export: a student or the teacher itself, in fp32 on the CPU, with its figures."""
 
 import json
 import shutil

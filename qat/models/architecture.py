@@ -5,7 +5,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from qat.errors import ConfigError
 
-CAUSAL = ("ForCausalLM", "LMHeadModel")  # how transformers' classes of such models end
+CAUSAL = ("ForCausalLM", "LMHeadModel")  # endings of the class names of causal language models in transformers
 
 
 def check(config: PreTrainedConfig, where: object) -> None:

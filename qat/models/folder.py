@@ -16,7 +16,7 @@ from qat import model_files
 from qat.forward import OWN, Found, use
 from qat.models import reading, tokenizers
 
-SOUND: set[tuple[str, torch.dtype]] = set()  # models that this process has looked at, by fingerprint and type
+SOUND: set[tuple[str, torch.dtype]] = set()  # models that this process has checked, by fingerprint and type
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class ModelFolder:
         return tokenizers.load(self.path, self.ends())
 
     def has_tokenizer(self) -> bool:
-        """Whether there is one."""
+        """Whether the folder has a tokenizer."""
         return model_files.has_tokenizer(self.path)
 
     def ends(self) -> tuple[int, ...]:

@@ -1,4 +1,4 @@
-"""What the header of a GGUF file claims, looked at before the package gguf believes it.
+"""Checks the header of a GGUF file before the package gguf relies on it.
 
 That package allocates and loops by the counts that it finds. Layout: the specification in ggml's `docs/gguf.md`.
 """
@@ -14,11 +14,12 @@ from qat.errors import ConfigError
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
-MAX_ENTRIES = 1 << 20  # fields, and tensors: more than any model has
+MAX_ENTRIES = 1 << 20  # allowed fields, and allowed tensors, in a header: more than any model has
 DIMENSIONS = 4
-SCALARS = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}  # bytes of each type of value
+# Bytes of each scalar type, by its number.
+SCALARS = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
 STRING, ARRAY = 8, 9
-NESTED = 4  # arrays within arrays
+NESTED = 4  # allowed depth of arrays within arrays
 
 
 def check(path: Path) -> None:
@@ -89,7 +90,7 @@ class _Walk:
             walk()
 
     def _tensor(self) -> int:
-        """Passes over one; the end that it claims behind the header."""
+        """Skips a tensor's entry; returns where its data ends by its own account."""
         self._text()
         dimensions = self._number("<I")
         if dimensions > DIMENSIONS:

@@ -1,4 +1,4 @@
-"""Folders whose weights are quantized, or lie inside a model of more than text, as plain ones.
+"""Converts folders with quantized weights, or with a text model inside a larger one, to plain text models.
 
 transformers reads them; what is written is an ordinary folder of the text model, made once and kept as an
 artifact, so that nothing downstream has to know.
@@ -23,8 +23,9 @@ from qat.models.tensors import Stored, refuse_unscaled
 
 log = logging.getLogger(__name__)
 
-APART = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}  # of the logits' norm: rounding alone
-PROBE = 24  # tokens
+# Allowed difference of logits, relative to their norm: rounding alone.
+APART = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+PROBE = 24  # tokens on which the logits are compared
 
 
 def write(source: Path, config: PreTrainedConfig, tensors: dict[str, Stored], folder: Path) -> None:
@@ -59,7 +60,7 @@ def save(model: PreTrainedModel, folder: Path) -> None:
     settings = model.config
     if hasattr(settings, "quantization_config"):
         del settings.quantization_config  # the weights are plain numbers from here on
-    with reading.LOADING, torch.device("meta"):  # no second set of weights
+    with reading.LOADING, torch.device("meta"):  # on the meta device, so that the weights are not allocated twice
         made = AutoModelForCausalLM.from_config(settings, trust_remote_code=False)
     needed = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
     require_space(folder, needed, f"the plain weights of {folder.name}")

@@ -1,4 +1,4 @@
-"""Models off the disk, whole: what transformers would fill up or pass over in silence is refused by name.
+"""Loads models from disk: tensors that transformers would silently fill in or ignore are refused by name.
 
 It fills parameters that no file has with random numbers and passes over tensors that it has no place for; it
 says so in a log that is silenced here.
@@ -30,10 +30,10 @@ from qat.errors import ConfigError, reason
 LOADING = RLock()
 
 SAFE = {"local_files_only": True, "trust_remote_code": False}
-NAMED = 3  # tensors in a message
-PROBE = 16  # tokens of a row that is looked at
+NAMED = 3  # tensors named in a message
+PROBE = 16  # tokens in each row that tests for causality
 
-# What transformers and what it stands on raise for a folder that they cannot make sense of.
+# Errors that transformers and its dependencies raise for a folder that they cannot read.
 CONFUSED = (
     *(OSError, ValueError, TypeError, LookupError, AttributeError, ImportError, RuntimeError),
     *(ArithmeticError, AssertionError, EOFError, SafetensorError, UnpicklingError, StrictDataclassError),
@@ -50,7 +50,7 @@ def understood(what: str) -> Iterator[None]:
     try:
         yield
     except CONFUSED as error:
-        if faults.explain(error):  # the machine's fault, no file's
+        if faults.explain(error):  # the machine is at fault, not a file
             raise
         raise ConfigError(f"{what} ({reason(error)})") from None
 
@@ -109,7 +109,7 @@ def read(
 
 
 def refuse_incomplete(folder: Path, model: nn.Module, report: dict[str, Any]) -> None:
-    """Refuses a model that does not hold what its files hold.
+    """Refuses a model whose tensors differ from those in its files.
 
     Raises:
         ConfigError: by the names of the tensors.
@@ -152,7 +152,7 @@ def refuse_foresight(folder: Path, model: PreTrainedModel) -> None:
     """
     vocabulary, half = int(model.config.get_text_config().vocab_size), PROBE // 2
     ids = torch.randint(vocabulary, (2, PROBE), generator=torch.Generator().manual_seed(0))
-    ids[1, :half] = ids[0, :half]  # two rows that begin alike
+    ids[1, :half] = ids[0, :half]  # two rows with the same first half
     with understood(f"{folder} cannot be computed"):
         first, second = cast(Any, model)(ids.to(model.device)).logits[:, :half].float()
     if not bool((first - second).norm() <= 0.05 * first.norm()):

@@ -18,7 +18,7 @@ from qat.models.folder import ModelFolder
 
 log = logging.getLogger(__name__)
 
-TEXTS = ["*.json", "*.jinja", "*.txt", "*.model"]  # of a hub repository, besides weights
+TEXTS = ["*.json", "*.jinja", "*.txt", "*.model"]  # files fetched from a hub repository besides the weights
 
 
 def locate(config: ModelConfig, artifacts: Path) -> ModelFolder:
@@ -143,7 +143,7 @@ def _usable(name: str, path: Path, fingerprint: str, artifacts: Path, text: str 
         is_plain = architecture.is_plain(config)
     held = tensors.stored(model_files.weights(path))
     layers = getattr(architecture.text_of(config), "num_hidden_layers", None) or 0
-    if layers > len(held):  # which transformers would make one after the other first
+    if layers > len(held):  # refused here: transformers would first make all the layers one by one
         raise ConfigError(
             f"{path / model_files.CONFIG} asks for num_hidden_layers={layers}, and the folder has {len(held)} tensors:"
             f" {model_files.REMEDY}"

@@ -13,10 +13,10 @@ from qat import model_files, tensor_files
 from qat.errors import ConfigError
 from qat.models.reading import listed, understood
 
-PLAIN = ("F64", "F32", "F16", "BF16")  # types that numbers are kept in as they are
+PLAIN = ("F64", "F32", "F16", "BF16")  # types that hold plain numbers, without scales
 KINDS = dict(zip((torch.float64, torch.float32, torch.float16, torch.bfloat16), PLAIN, strict=True))
 
-# Buffers that older files hold and newer models compute, as transformers has it.
+# Buffers that older files store and newer models compute, by the names in transformers.
 COMPUTED = (r"rotary_emb\.inv_freq", r"(^|\.)position_ids$")
 
 
@@ -46,7 +46,7 @@ def stored(files: Iterable[Path]) -> dict[str, Stored]:
 
 
 def refuse_ambiguous(folder: Path, model: PreTrainedModel, tensors: dict[str, Stored]) -> None:
-    """Refuses what transformers would take for one thing and might be another.
+    """Refuses tensors that transformers might misinterpret.
 
     Args:
         folder: of the tensors.

@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from qat.models.reading import LOADING
 
-VOCABULARY = 512  # tokens, of which the tokenizer uses the first
+VOCABULARY = 512  # size of the vocabulary; the tokenizer uses the first tokens only
 TEMPLATE = (
     "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}<|end|>{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"

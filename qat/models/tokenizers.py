@@ -70,7 +70,7 @@ def _read(folder: Path) -> PreTrainedTokenizerBase:
         with understood(what):
             found: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, padding_side="left", **SAFE)
     except Exception as error:
-        if type(error) is not Exception:  # which the package tokenizers raises, and nothing narrower
+        if type(error) is not Exception:  # the package tokenizers raises plain `Exception`, never a subclass
             raise
         raise ConfigError(f"{what} ({reason(error)})") from None
     if not isinstance(getattr(found, "backend_tokenizer", None), Fast):

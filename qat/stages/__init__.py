@@ -41,7 +41,7 @@ def run_job(config: Config, folder: Path, command: str = "", overrides: Sequence
         QatError: in one sentence, what the user can do; recorded in `result.json` too.
     """
     stage = importlib.import_module(f"qat.stages.{config.stage.name}")
-    if config.stage is not Stage.doctor:  # it only looks
+    if config.stage is not Stage.doctor:  # stage=doctor only looks and writes no record
         identities.sweep(Path(config.outputs))
     if config.stage in UNRECORDED:
         stage.main(config)
@@ -75,7 +75,7 @@ def _main(stage: ModuleType, config: Config, run: Run, planned: bool) -> None:
 
 
 def _refuse_no_numbers(run: Run) -> None:
-    """Refuses a figure that is none, with which no run is complete."""
+    """Refuses figures that are NaN or infinite: a run with such a figure is not complete."""
     for name, value in run.result["metrics"].items():
         if isinstance(value, float) and not math.isfinite(value):
             raise NumericsError(f"{name} came out as {value}: nothing can be said of what was made")

@@ -60,7 +60,7 @@ def _local(work: Workspace, path: Path) -> Artifact:
     if longest is not None and cache.manifest["length"] > longest:
         length = cache.manifest["length"]
         raise ConfigError(f"{path} has rows of {length} tokens, {work.teacher.name} is made for at most {longest}")
-    if cache.manifest["teacher"]["fingerprint"] is None:  # it does not know whose it is
+    if cache.manifest["teacher"]["fingerprint"] is None:  # an imported cache does not say which teacher made it
         work.settle(CacheReader(cache, "eval"))
     if cache.manifest["tail"] == "missing" and config.loss.kind.needs_tail and config.stage in TRAINS:
         raise ConfigError(

@@ -59,7 +59,7 @@ def main(config: Config) -> None:
 
 
 def _language(config: Config, teacher: ModelFolder) -> Language:
-    """The teacher's; says what is done instead where there is no conversation to be had."""
+    """The language of a chat with this teacher; prints a notice where only plain text can be continued."""
     tokenizer = teacher.tokenizer()
     tokenizers.check(teacher.path, tokenizer, teacher.vocab_size())
     converses = takes_questions(tokenizer)

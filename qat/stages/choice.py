@@ -1,4 +1,4 @@
-"""What a budget is spent on: the formats of all layers, chosen once what each costs is known.
+"""Spends a budget: chooses the formats of all layers after the cost of each is known.
 
 The costs are an artifact, which budgets of any size share. A choice is a configuration like one that a person wrote
 (`quant.layers`), and what follows knows no other.
@@ -31,9 +31,9 @@ from qat.shaping import shaping
 from qat.stages.source import Source, calibration
 from qat.stages.workspace import Workspace, start_folder
 
-COSTS = "costs.json"  # in the artifact: nats by layer and format
-FILE = "choice.json"  # in the run's folder and beside what was converted so
-OPTION = "quant.yaml"  # the same as an option of `quant`
+COSTS = "costs.json"  # file in the artifact: cost in nats by layer and format
+FILE = "choice.json"  # file with the choice, in the run's folder and beside the weights converted by it
+OPTION = "quant.yaml"  # file with the same choice as an option of `quant`
 
 
 def make(work: Workspace, cached: Artifact) -> Workspace:

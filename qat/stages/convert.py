@@ -1,4 +1,4 @@
-"""Stage 2: weights to a format of few bits, from the teacher or from a checkpoint in another one."""
+"""Stage 2: converts weights to a format of few bits, from the teacher or from a checkpoint in another format."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -20,7 +20,7 @@ from qat.stages import cache, choice
 from qat.stages.source import Source, calibration
 from qat.stages.workspace import Workspace, open_workspace, start_folder
 
-WORST = 3  # layers named
+WORST = 3  # number of layers with the largest errors that are named in the output
 
 
 def main(config: Config, run: Run) -> None:
@@ -57,15 +57,16 @@ def make(work: Workspace, cached: Artifact) -> Artifact:
     work.run.uses("convert", made)
     layers = checkpoints.layers_of(made.manifest)
     work.run.result["quant"] = {"preset": config.quant.name, **summary(layers, work.teacher.skeleton())}
-    work.run.result["paths"]["conversion"] = str(made.folder.absolute())  # the run is a checkpoint, from anywhere
+    # An absolute path, so that the run can be used as a checkpoint from any directory.
+    work.run.result["paths"]["conversion"] = str(made.folder.absolute())
     _show(layers, made.manifest, work.run.result["quant"])
-    if made.manifest["figures"]:  # none where every layer was kept
+    if made.manifest["figures"]:  # there are no figures where every layer was kept
         _draw(work, made.manifest["figures"])
     return made
 
 
 def metrics(conversion: Artifact) -> Metrics:
-    """What a conversion was worth on held-out text."""
+    """Reports how good a conversion is on held-out text."""
     return Metrics(**conversion.manifest["metrics"]["after"])
 
 

@@ -1,4 +1,4 @@
-"""What this machine has, what a run here would use, and what is amiss; nothing is left behind.
+"""Reports what this machine has, what a run would use, and what is wrong; no files are left behind.
 
 Each examination gives findings, one line of the table. What is wrong is said in a sentence below it and
 never ends the diagnosis: a broken installation is what it is for.
@@ -27,8 +27,8 @@ from qat.store.places import open_place
 
 ROOT = Path(__file__).resolve().parents[2]
 SHOWN = ("torch", "transformers", "tokenizers", "safetensors", "hydra-core", "wandb")
-MADE = ("t4", "a100", "h100", "h200")  # options of `instance` for one GPU, by what is in its name
-ROOMY = 5e9  # bytes of memory, and of disk, that the default run stays below
+MADE = ("t4", "a100", "h100", "h200")  # options of `instance` for one GPU; each is also part of the GPU's name
+ROOMY = 5e9  # bytes that the default run needs at most, of memory and of disk
 
 
 @dataclass(frozen=True)

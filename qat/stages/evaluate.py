@@ -1,4 +1,4 @@
-"""Stage 4: what students are worth, in figures and in their own words, side by side."""
+"""Stage 4: measures students and shows their answers side by side."""
 
 import logging
 import os
@@ -45,7 +45,7 @@ SIZES = {
     "bits_per_weight": "bits per quantized weight",
 }
 
-Models = dict[str, Path | None]  # what a person calls each, and its folder; None is the teacher
+Models = dict[str, Path | None]  # folder of each model by the name shown to the user; None is the teacher
 
 
 @dataclass

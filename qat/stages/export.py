@@ -1,4 +1,4 @@
-"""A checkpoint in another tool's format, compared with the checkpoint before anybody sees it."""
+"""Exports a checkpoint to another tool's format, and compares the two before the export is published."""
 
 import importlib
 from dataclasses import replace
@@ -17,7 +17,7 @@ from qat.runs import Run
 from qat.stages.workspace import Workspace, open_workspace, start_folder
 
 KIND = "export"
-PACKED = "packed"  # the format whose file sizes are told of
+PACKED = "packed"  # the format for which the type of the source becomes `export.dtype`
 
 
 def main(config: Config, run: Run) -> None:

@@ -13,10 +13,10 @@ from qat.console import console, size, table
 from qat.data.documents import SPLITS
 from qat.stages.workspace import Workspace
 
-LOOKED_AT = 4096  # rows of each split, spread over all of it
+LOOKED_AT = 4096  # rows looked at in each split, evenly spaced
 EXAMPLES = 3
-POSITIONS = 12  # of each example
-CHOICES = 3  # of the teacher at a position
+POSITIONS = 12  # positions shown of each example
+CHOICES = 3  # most likely tokens of the teacher shown at each position
 PICTURE = "tail.png"
 
 

@@ -1,4 +1,4 @@
-"""Sizes that cannot work with this teacher on this machine, found before the run does anything."""
+"""Finds sizes that cannot work with this teacher on this machine, before the run does anything."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -40,7 +40,7 @@ def check(config: Config, teacher: ModelFolder, machine: Machine) -> None:
 
 
 def check_lengths(config: Config, teacher: ModelFolder) -> None:
-    """No text is longer than the model was made for.
+    """Checks that no text is longer than the model's context.
 
     Raises:
         ConfigError: one would be.
@@ -52,7 +52,7 @@ def check_lengths(config: Config, teacher: ModelFolder) -> None:
 
 
 def _lengths(config: Config) -> Iterator[tuple[str, int]]:
-    """Tokens that are seen at once, by the key that says how many."""
+    """Numbers of tokens that the model reads in one context, by the key that sets each."""
     stage = config.stage
     if stage is Stage.chat:
         yield "chat.max_tokens", config.chat.max_tokens
@@ -95,7 +95,7 @@ def _jobs(config: Config, teacher: ModelFolder) -> Iterator[Job]:
 
 
 def _check_learning(job: Job) -> None:
-    """What has a rate is something that layers have."""
+    """Checks that at least one kind of parameter in the layers has a learning rate."""
     rates = as_plain(job.train.learn)
     learning = [layer for layer in job.layers if learns(job.mode, layer.role, layer.format)]
     kinds = {part.kind for layer in learning for part in layer.format.parts(*layer.shape).values()}
@@ -104,7 +104,7 @@ def _check_learning(job: Job) -> None:
 
 
 def _check_shapes(job: Job, quant: QuantConfig, teacher: ModelFolder) -> None:
-    """Every layer's shape suits its format."""
+    """Checks that every layer's shape suits its format."""
     for layer in job.layers:
         if misfit := layer.format.misfit(*layer.shape):
             key = f"{job.prefix}{key_of(layer.name, layer.role, quant)}.{misfit.setting}"

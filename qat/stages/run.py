@@ -1,4 +1,4 @@
-"""The whole job: cache, convert, distill, evaluate; what is already there is not made again."""
+"""The whole job: cache, convert, distill, evaluate; existing results are used again."""
 
 import logging
 from pathlib import Path
@@ -28,7 +28,7 @@ def main(config: Config, run: Run) -> None:
     start, known = _start(work, cached)
     best = distill.make(work, cached, start)
     if not place().first:
-        return  # all that is left is for one process
+        return  # the remaining work is done by one process
     measured = evaluate.make(work, cached, {"converted": start, "distilled": best}, known)
     before, after = measured["converted"], measured["distilled"]
     run.result["metrics"] |= {

@@ -1,4 +1,4 @@
-"""What a conversion begins with: the model that is quantized, and the text that its curvature is taken on."""
+"""Inputs of a conversion: the model that is quantized, and the calibration text for its curvature."""
 
 from pathlib import Path
 
@@ -65,7 +65,7 @@ class Source:
         return {name: value for name, value in found.items() if value is not None}
 
     def write_own(self, layers: list[Layer], folder: Path) -> None:
-        """What the model does not have from the teacher besides its quantized layers."""
+        """Writes the tensors that the model does not have from the teacher, without its quantized layers."""
         if self._given:
             checkpoints.write_own(self._given, folder, besides=[layer.name for layer in layers])
 

@@ -1,4 +1,4 @@
-"""Whether a teacher can do what a run asks of it, found out before the run does anything."""
+"""Checks that a teacher supports what a run needs, before the run does anything."""
 
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ def check(config: Config, teacher: ModelFolder, machine: Machine) -> None:
     layers = check_layers(config, teacher) if config.stage in CONVERTS else []
     if config.stage is Stage.distill and (start := _manifest(config, teacher)):
         check_mode(config.mode, checkpoints.layers_of(start), teacher)
-    if config.stage is not Stage.export:  # whose first work is to load it, in a type of its own
+    if config.stage is not Stage.export:  # stage=export loads the teacher itself, in its own type
         _refuse_zeros(teacher.load(machine.dtype, machine.device), layers, teacher)
 
 

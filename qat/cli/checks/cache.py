@@ -12,7 +12,7 @@ from qat.names import TRAINS
 
 
 def check(config: Config) -> None:
-    """A cache on disk is named and there; no position keeps more tokens than there are."""
+    """Checks that a cache on disk is named and exists, and that top-k does not exceed the vocabulary."""
     _check_place(config)
     if config.stage in TRAINS:
         _check_loss(config)
@@ -47,14 +47,14 @@ def _in_a_store(config: Config) -> bool:
 
 
 def _check_loss(config: Config) -> None:
-    """The cache holds what the loss learns from."""
+    """Checks that the cache holds what the loss needs."""
     cache, loss = config.cache, config.loss
     if cache.path and loss.kind.needs_tail and _lacks_tail(config):
         raise ConfigError(
             f"loss={loss.name} needs the probability outside the top-k, which {cache.path} does not hold: use"
             " loss=topk_kl, which is exact, or cache.tail=estimate where it has a random sample"
         )
-    full = loss.kind.needs_teacher  # to which the teacher beside the student says everything
+    full = loss.kind.needs_teacher  # such a loss gets full distributions from the teacher that runs beside the student
     if (not full or loss.hard > 0) and not _has_targets(config):
         which = f"loss.hard={loss.hard:g}" if full else f"loss={loss.name}"
         raise ConfigError(

@@ -1,4 +1,4 @@
-"""The chat: a temperature is one, or none at all."""
+"""Checks the settings of the chat: the temperature is 0 or large enough to divide by."""
 
 from qat.config import Config
 from qat.config.keys import COLD, HOT
@@ -6,6 +6,6 @@ from qat.errors import ConfigError
 
 
 def check(config: Config) -> None:
-    """Below the least temperature only 0 is one."""
+    """Checks that the temperature is 0 or at least the smallest one allowed."""
     if 0 < config.chat.temperature < COLD:
         raise ConfigError(f"chat.temperature={config.chat.temperature}: must be 0 or at least {COLD} and at most {HOT}")

@@ -11,7 +11,7 @@ from qat.errors import ArtifactError, ConfigError
 
 
 def check(config: Config) -> None:
-    """What is named is a checkpoint."""
+    """Checks that the named path or identity is a checkpoint."""
     given = config.checkpoint
     if given.name == "local" and not given.path:
         raise ConfigError("checkpoint=local needs a name or a path: checkpoint=<run, folder, V2 state dict or archive>")
@@ -34,7 +34,7 @@ def manifest(config: Config) -> dict[str, Any] | None:
         return None
     try:
         found = find(place)
-        if found.is_file():  # a state dict, whose tensors say what it is
+        if found.is_file():  # a V2 state dict: its tensors describe it, there is no manifest
             return None
         described = read_manifest(found)
     except ArtifactError as error:

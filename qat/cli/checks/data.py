@@ -1,4 +1,4 @@
-"""The text: every source is named and there."""
+"""Checks the text: every source is named and exists."""
 
 from qat.config import Config, DataConfig, DataPart, DataSource, Stage, Start
 from qat.data import mix, texts
@@ -8,7 +8,7 @@ READS_TEXT = (Stage.run, Stage.cache)
 
 
 def check(config: Config) -> None:
-    """The text is named and there, when the stage reads it."""
+    """Checks that the text is named and exists, if the stage reads it."""
     data = config.data
     if config.stage not in READS_TEXT or config.cache.path:
         return
@@ -31,7 +31,7 @@ def check(config: Config) -> None:
 
 
 def _check_mixture(data: DataConfig) -> None:
-    """What only one source can have is not said of several."""
+    """Checks that settings for a single source are not used with a mixture."""
     if data.start is not DataConfig.start:
         raise _of_one(data, f"start={data.start.name}", data.start.name)
     files = "text, alpaca, chat_jsonl or openings"
@@ -47,7 +47,7 @@ def _of_one(data: DataConfig, said: str, options: str) -> ConfigError:
 
 
 def _check_source(source: DataConfig | DataPart, where: str) -> None:
-    """A source has its files, or a hub data set to get them from."""
+    """Checks that a source has files, or a hub data set to fetch them from."""
     paths = [source.path] if isinstance(source.path, str) else source.path or []
     if not (isinstance(paths, list) and all(isinstance(path, str) and path for path in paths)):
         raise ConfigError(f"{where}.path={source.path}: must be a file, a glob or a list of them")

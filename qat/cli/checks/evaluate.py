@@ -1,4 +1,4 @@
-"""Evaluation: what is measured is there, and so is everything it is compared with."""
+"""Checks that everything that is measured or compared with exists."""
 
 import importlib.util
 import os
@@ -11,7 +11,7 @@ from qat.errors import ConfigError, UnavailableError
 
 
 def check(config: Config) -> None:
-    """What is measured, what it is compared with, and tasks."""
+    """Checks what is measured, what it is compared with, and the tasks."""
     evaluate = config.evaluate
     for key in ("against", "text", "tasks"):
         if getattr(evaluate, key) and config.stage is not Stage.evaluate:
@@ -26,7 +26,7 @@ def check(config: Config) -> None:
 
 
 def _check_text(evaluate: EvaluateConfig) -> None:
-    """The file is there, and windows over it leave nothing out."""
+    """Checks that the file exists, and that the windows cover all of it."""
     if evaluate.text and not os.path.isfile(os.path.expanduser(evaluate.text)):
         raise ConfigError(f"evaluate.text={evaluate.text}: no such file")
     if evaluate.stride > evaluate.context:
@@ -37,7 +37,7 @@ def _check_text(evaluate: EvaluateConfig) -> None:
 
 
 def _check_tasks(tasks: list[str]) -> None:
-    """lm-eval is installed, and tasks that are files are there."""
+    """Checks that lm-eval is installed and that task files exist."""
     if tasks and importlib.util.find_spec("lm_eval") is None:
         raise UnavailableError("evaluate.tasks needs lm-eval: run `pip install 'qat-speedrun[lm_eval]'`")
     for task in tasks:
@@ -45,4 +45,5 @@ def _check_tasks(tasks: list[str]) -> None:
             continue
         if not os.path.isfile(os.path.expanduser(task)):
             raise ConfigError(f"evaluate.tasks={task}: no such file")
-        trusted.refuse_data(Path(os.path.expanduser(task)), f"evaluate.tasks={task}")  # which may have code run
+        # A file of tasks may make lm-eval run code.
+        trusted.refuse_data(Path(os.path.expanduser(task)), f"evaluate.tasks={task}")

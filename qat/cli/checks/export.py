@@ -1,4 +1,4 @@
-"""Exports: the format takes what is asked of it, and the folder is free or an older export."""
+"""Checks exports: the format supports the settings, and the folder is free or an older export."""
 
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from qat.export.exporter import exporter
 
 
 def check(config: Config) -> None:
-    """The format can hold what is exported, and the folder can be written."""
+    """Checks that the format can hold what is exported, and that the folder can be written."""
     if config.stage is not Stage.export:
         return
     export = config.export

@@ -1,14 +1,14 @@
-"""The machine: there is something for every process to compute with."""
+"""Checks the machine: it has enough GPUs or CPU cores for all processes."""
 
 from qat import gpus, provenance
 from qat.config import Config
 from qat.errors import ConfigError
 
-PROCESSES_A_CORE = 4  # that share batches on a computer without as many GPUs: beyond, they only wait for each other
+PROCESSES_A_CORE = 4  # allowed processes per CPU core where GPUs are fewer: more would only wait for each other
 
 
 def check(config: Config) -> None:
-    """No more processes than this computer takes."""
+    """Checks that there are no more processes than this computer can run."""
     devices, visible, cores = config.instance.devices, len(gpus.visible()), provenance.cores()
     limit = max(visible, PROCESSES_A_CORE * cores)
     if devices > limit:

@@ -1,4 +1,4 @@
-"""What manifests say, asked by checks."""
+"""Reads manifests for the checks."""
 
 from pathlib import Path
 from typing import Any
@@ -8,7 +8,7 @@ from qat.errors import ArtifactError, ConfigError
 
 
 def described(folder: Path) -> dict[str, Any]:
-    """What the manifest in a folder says.
+    """The content of the manifest in a folder.
 
     Raises:
         ConfigError: it is damaged.

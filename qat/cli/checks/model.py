@@ -1,4 +1,4 @@
-"""The teacher, as far as it shows without loading it."""
+"""Checks the teacher as far as possible without loading it."""
 
 from pathlib import Path
 
@@ -7,11 +7,11 @@ from qat.config import Config, ModelSource, Stage
 from qat.config.keys import Bound
 from qat.errors import ConfigError
 
-TINY = Bound(low=261, high=2**20)  # tokens of a model over bytes, with five markers
+TINY = Bound(low=261, high=2**20)  # vocabulary size of the tiny model: at least 256 bytes and five markers
 
 
 def check(config: Config) -> None:
-    """A model on disk is named, there, and one by what shows of it."""
+    """Checks that a model on disk is named, exists, and has the files of a model."""
     model = config.model
     if model.source is ModelSource.tiny and not TINY.holds(model.vocab_size or TINY.low):
         raise ConfigError(f"model.vocab_size={model.vocab_size}: must be {TINY} for model={model.name}")
@@ -19,7 +19,7 @@ def check(config: Config) -> None:
         return
     if not model.path:
         raise ConfigError(f"model={model.name} needs a Hugging Face folder: model.path=<folder>")
-    if config.stage is not Stage.doctor:  # which tells of it
+    if config.stage is not Stage.doctor:  # stage=doctor reports on the folder itself
         model_files.check(Path(model.path).expanduser())
 
 

@@ -8,13 +8,13 @@ from qat.errors import ConfigError
 
 
 def check(config: Config) -> None:
-    """The outputs folder can be written to; stage=doctor tells of it instead."""
+    """Checks that the outputs folder can be written to; stage=doctor reports on it instead."""
     if config.stage is not Stage.doctor:
         check_folder("outputs", config.outputs)
 
 
 def check_folder(key: str, folder: str) -> None:
-    """A folder that is there and can be written to, or that can be made.
+    """Checks that a folder exists and can be written to, or that it can be created.
 
     Raises:
         ConfigError: it is neither.

@@ -1,4 +1,4 @@
-"""What layers are written in: every format has settings of its own, and those of another one would do nothing.
+"""Checks formats of layers: each has its own settings, and settings of another format would have no effect.
 
 A budget has a size and formats to choose from.
 """
@@ -12,7 +12,7 @@ from qat.errors import ConfigError
 
 
 def check(config: Config) -> None:
-    """Whatever names a format has the settings of it, and no others; a budget has one size.
+    """Checks that each format has its own settings and no others, and that a budget has one size.
 
     Raises:
         ConfigError: the first that is missing, or means nothing.

@@ -1,4 +1,4 @@
-"""The store, and what is moved from and to it."""
+"""Checks the store, and what is pulled from it or pushed to it."""
 
 from qat import names
 from qat.cli.checks.checkpoint import start
@@ -9,7 +9,7 @@ MOVES = (Stage.pull, Stage.push, Stage.store)
 
 
 def check(config: Config) -> None:
-    """A store elsewhere is named where one is needed, and so is what is moved."""
+    """Checks that a store is named where one is needed, and that what is pulled or pushed is named."""
     store = config.store
     _check_place(store)
     if store.kind is StoreKind.local and (config.stage in MOVES or store.mirror):
@@ -31,7 +31,7 @@ def _check_place(store: StoreConfig) -> None:
 
 
 def _check_pull(config: Config) -> None:
-    """What is to be pulled is named."""
+    """Checks that what is to be pulled is named."""
     named = config.checkpoint.name != names.TEACHER or names.cache_names(config)
     if not (config.store.archive or named):
         raise ConfigError(
@@ -41,7 +41,7 @@ def _check_pull(config: Config) -> None:
 
 
 def _check_push(config: Config) -> None:
-    """What is to be pushed is named, and here; the name it gets there is one."""
+    """Checks that what is to be pushed is named and exists here, and that its name in the store is valid."""
     if "/" in (config.store.archive or ""):
         raise ConfigError(f"store.archive={config.store.archive}: a name, with no folders in it")
     place = start(config) or names.cached(config)

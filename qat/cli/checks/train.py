@@ -1,4 +1,4 @@
-"""Training: something learns, from a loss that is defined, and every process has work."""
+"""Checks training: some parameters are trained, the loss is defined, and every process has work."""
 
 from qat.cli.checks.checkpoint import manifest
 from qat.config import Config, LossConfig, Stage
@@ -17,15 +17,15 @@ def check(config: Config) -> None:
 
 
 def _check_mode(config: Config) -> None:
-    """The layers that learn are quantized."""
+    """Checks that the layers that are trained are quantized."""
     quant, whose = {"mlp": config.quant.mlp, "attn": config.quant.attn}, f"quant={config.quant.name}"
     described = manifest(config) if config.stage is Stage.distill else None
     if config.stage is Stage.distill and config.checkpoint.path and described is None:
-        return  # a V2 state dict, whose tensors say what it is
+        return  # a V2 state dict: its tensors describe it, there is no manifest
     if described is not None:
         quant, whose = described["quant"], f"checkpoint={config.checkpoint.path}"
     elif config.quant.layers or config.quant.candidates:
-        return  # the teacher's layers say which have a format
+        return  # which layers have a format is known from the teacher's layers
     learning = {"mlp": config.mode.mlp, "attn": config.mode.attn}
     for kind, learns in learning.items():
         if learns and not (quant.get(kind) or quant.get("layers")):
@@ -45,7 +45,7 @@ def _check_learning(config: Config) -> None:
 
 
 def _check_batches(config: Config) -> None:
-    """Every process has a sequence of each batch."""
+    """Checks that every process gets at least one sequence of each batch."""
     if config.train.batch_size < config.instance.devices:
         raise ConfigError(
             f"train.batch_size={config.train.batch_size}: fewer sequences than instance.devices="

@@ -1,4 +1,4 @@
-"""Every value by itself, as its field says what it takes; a new key is checked without a line here."""
+"""Checks each value by what its field allows; new keys need no code here."""
 
 import math
 
@@ -7,11 +7,11 @@ from qat.config.keys import Value, values
 from qat.errors import ConfigError
 from qat.suggest import did_you_mean
 
-LARGEST = 2**63 - 1  # what torch and JSON readers hold in an integer
+LARGEST = 2**63 - 1  # largest integer that torch (int64) and readers of JSON can hold
 
 
 def check(config: Config) -> None:
-    """Every number finite and within its bound, every text one of its words where it has such.
+    """Checks that numbers are finite and within bounds, and that a text with fixed choices is one of them.
 
     Raises:
         ConfigError: the first that is not.

@@ -85,7 +85,7 @@ def _snapped(name: str, module: QuantLinear) -> dict[str, Tensor]:
 
 
 def _indices(module: QuantLinear, codebook: Tensor) -> dict[str, Tensor]:
-    # int64 and no smaller: a mask is what uint8 would be to the code that indexes with them.
+    # int64, as code that indexes with uint8 would take it for a mask.
     return {"_Q": look_up(codebook, module.indices), "_indices": module.indices.long()}
 
 

@@ -9,7 +9,7 @@ from qat.export.grids import EngineGrid
 
 
 def refuse(config: Config) -> None:
-    """Nothing is written that the library is not there to read.
+    """Refuses the export unless the library that reads it is installed.
 
     Raises:
         UnavailableError: it is not installed.

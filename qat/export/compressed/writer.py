@@ -91,11 +91,11 @@ def read(source: Source, folder: Path) -> PreTrainedModel:
     Raises:
         ArtifactError: the library decodes other weights than the student has.
     """
-    with redirect_stderr(io.StringIO()):  # bars that nothing else stops
+    with redirect_stderr(io.StringIO()):  # the library's progress bars cannot be turned off
         model = models.read(folder, "auto").eval()
         for name, module in linears(source).items():
             replaced.require_equal(name, decoded(model.get_submodule(name)), module)
-        cast(Any, model)(torch.zeros(1, 1, dtype=torch.long))  # unpacks it
+        cast(Any, model)(torch.zeros(1, 1, dtype=torch.long))  # the first forward pass unpacks the weights
     return model
 
 

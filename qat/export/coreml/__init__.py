@@ -11,11 +11,11 @@ from qat.config import Config, ExportType
 from qat.errors import UnavailableError
 from qat.export.exporter import Exporter
 
-logging.getLogger("coremltools").setLevel(logging.ERROR)  # it tells of every library that only a Mac has
+logging.getLogger("coremltools").setLevel(logging.ERROR)  # coremltools warns of every library that exists on Macs only
 
 
 def refuse(config: Config) -> None:
-    """Nothing is written without Core ML's own tools.
+    """Refuses the export unless Core ML's own tools are installed.
 
     Raises:
         UnavailableError: they are not installed.
@@ -30,7 +30,7 @@ EXPORTER = Exporter(
     types=(ExportType.fp16,),
     library="coreml",
     bounded=True,
-    samples=1,  # computed token by token in numpy, one prompt takes as long as all do elsewhere
+    samples=1,  # one prompt only: numpy computes it token by token, as slowly as other formats compute all prompts
     refuse=refuse,
     use="Open the `.mlpackage` with Core ML; on a Mac, `python check.py` compares it with the recorded numbers.",
 )

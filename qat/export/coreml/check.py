@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-MASKED = -1e4  # added to the score of a token that is not there
-MAX_DIFFERENCE = 2e-2  # difference of the logits, relative to their norm, that fp16 explains
+MASKED = -1e4  # added to the attention score of an absent token
+MAX_DIFFERENCE = 2e-2  # allowed difference of the logits, relative to their norm: what rounding to fp16 explains
 
 
 def main() -> int:

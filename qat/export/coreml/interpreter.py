@@ -19,9 +19,10 @@ from qat.errors import NumericsError
 from qat.export.coreml.program import INPUTS, STATES
 
 Array = np.ndarray[Any, Any]
-LARGEST = 65504.0  # of fp16
-OVERFLOWING = ("add", "mul", "linear", "matmul", "reduce_sum")  # may make large numbers of small ones
-MASKED = -1e4  # added to the score of a token that is not there
+LARGEST = 65504.0  # largest finite fp16 number
+# Operations whose results are checked against the range of fp16.
+OVERFLOWING = ("add", "mul", "linear", "matmul", "reduce_sum")
+MASKED = -1e4  # added to the attention score of an absent token
 
 
 class Interpreted(nn.Module):
@@ -106,7 +107,7 @@ def _matmul(x: Array, y: Array, transpose_x: Any = False, transpose_y: Any = Fal
 
 
 def _slice_update(x: Array, update: Array, begin: Array, end: Array, **_: Any) -> Array:
-    """In place, as Core ML does it to a state: nothing reads the old one again."""
+    """Updates a state in place, as Core ML does; the old state is not read again."""
     x[tuple(slice(int(low), int(high)) for low, high in zip(begin, end, strict=True))] = update
     return x
 

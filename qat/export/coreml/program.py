@@ -23,7 +23,7 @@ from qat.quant.linear import QuantLinear
 
 Array = np.ndarray[Any, Any]
 ARCHITECTURES = ("llama", "qwen3")
-WIDTHS = (1, 2, 3, 4, 6, 8)  # bits that Core ML packs indices into
+WIDTHS = (1, 2, 3, 4, 6, 8)  # bits per index that Core ML can pack
 INPUTS = ("input_ids", "position", "mask")
 STATES = ("keys", "values")
 

@@ -12,8 +12,8 @@ from torch import Tensor
 from qat.export.gguf.types import BLOCK, type_of
 from qat.quant.formats import Format, Parts
 
-Bytes = np.ndarray[Any, np.dtype[np.integer[Any]]]  # uint8
-SUPER = 256  # weights of a k-quant's block
+Bytes = np.ndarray[Any, np.dtype[np.integer[Any]]]  # an array of uint8
+SUPER = 256  # weights in a block of a k-quant
 
 
 def packed(format: Format, index_OI: Tensor, parts: Parts) -> Bytes:
@@ -29,7 +29,7 @@ def packed(format: Format, index_OI: Tensor, parts: Parts) -> Bytes:
         q, codes = index_OI.numpy().reshape(-1, SUPER), _codes(format, parts)
         made = _k_quant(kind, q, codes, *(_half(x) for name, x in parts.items() if name.startswith("super_")))
     else:
-        blocks = index_OI.shape[1] // BLOCK  # of a row
+        blocks = index_OI.shape[1] // BLOCK  # blocks in a row
         scales = [_half(parts[name].repeat_interleave(blocks // parts[name].shape[1], dim=1)) for name in parts]
         made = _plain(kind, index_OI.numpy().reshape(-1, BLOCK), scales)
     return np.concatenate(made, axis=1).reshape(len(index_OI), -1)
@@ -38,7 +38,7 @@ def packed(format: Format, index_OI: Tensor, parts: Parts) -> Bytes:
 def _plain(kind: str, q: Bytes, scales: list[Bytes]) -> list[Bytes]:
     """A block after the other: its scales, then what its indices are."""
     if kind == "Q8_0":
-        return [*scales, q ^ 128]  # from offset 128 to two's complement
+        return [*scales, q ^ 128]  # from an offset of 128 to two's complement
     high = [_planes(q >> 4, 1, 1)] if kind.startswith("Q5") else []
     return [*scales, *high, _planes(q & 15, 4, BLOCK // 2)]
 

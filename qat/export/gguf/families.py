@@ -76,19 +76,19 @@ def fields(described: Fields) -> Fields:
 
 
 def head_size(described: Fields) -> int:
-    """Outputs of an attention head."""
+    """The number of outputs of an attention head."""
     return int(described.get("head_dim") or described["hidden_size"] // described["num_attention_heads"])
 
 
 def rope(described: Fields) -> Fields:
-    """What is said of rotations.
+    """The fields about rotary embeddings.
 
     Raises:
         ConfigError: they are stretched in a way that this export does not know how to tell.
     """
     settings = described.get("rope_parameters") or {}
     kind, said = settings.get("rope_type", "default"), {"rope.freq_base": float(settings.get("rope_theta", 10_000.0))}
-    if kind in ("default", "llama3"):  # the latter is a tensor
+    if kind in ("default", "llama3"):  # scaling of kind "llama3" is stored as a tensor
         return said
     if kind == "linear":
         return said | {"rope.scaling.type": "linear", "rope.scaling.factor": float(settings["factor"])}
@@ -105,7 +105,7 @@ def rope(described: Fields) -> Fields:
 
 
 def slowed(described: Fields) -> list[float]:
-    """By what each frequency is divided, half a head of them; none where there is nothing to divide.
+    """Divisors of the rotary frequencies, half a head of them; none where they are not scaled.
 
     Long waves by a factor, short ones not at all, in between by a line: "llama3" of transformers.
     """

@@ -1,4 +1,4 @@
-"""Types of llama.cpp by the formats whose weights they hold as they are. Nothing here imports torch."""
+"""llama.cpp's types that hold weights of our formats exactly. Nothing here imports torch."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from qat.config import CONF
 from qat.errors import ConfigError
 from qat.export.grids import Settings, levels_of, said
 
-BLOCK = 32  # weights of a row that share a scale in types without blocks of 256
+BLOCK = 32  # weights of a row that share a scale, in types without blocks of 256
 GRIDS = {  # by levels and bits
     ("integers", 4): "Q4_0",
     ("shifted", 4): "Q4_1",

@@ -22,16 +22,16 @@ GPT_4O = (
     r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|" + SPACES
 )
 Step = tuple[str, Any]
-SPLITS: dict[tuple[Step, ...], str] = {  # steps of a tokenizer, and llama.cpp's name for them
+SPLITS: dict[tuple[Step, ...], str] = {  # llama.cpp's name for each sequence of pre-tokenizer steps
     (("bytes", True),): "gpt-2",
     (("digits", True), ("bytes", True)): "smollm",
     (("split", rf"{ENDINGS}|{BEFORE}\p{{L}}+|\p{{N}}|{SIGNS}|{SPACES}"), ("bytes", False)): "qwen2",
     (("split", rf"{ENDINGS}|{BEFORE}\p{{L}}+|\p{{N}}{{1,3}}|{SIGNS}|{SPACES}"), ("bytes", False)): "llama-bpe",
     (("split", GPT_4O), ("bytes", False)): "gpt-4o",
 }
-WHOLE_WORDS_FIRST = {"llama-bpe": "dbrx"}  # the same splits where a word that is a token is merged all the same
-NEVER = "-- --"  # a merge of what no merge makes: llama.cpp wants one, and a token a byte has none
-ENDS = ("eos", "eot", "eom")  # places for tokens that end a text
+WHOLE_WORDS_FIRST = {"llama-bpe": "dbrx"}  # name for the same splits where words that are tokens are taken whole
+NEVER = "-- --"  # a merge that never applies: llama.cpp wants at least one, and a tokenizer of bytes has none
+ENDS = ("eos", "eot", "eom")  # kinds of tokens that end a text
 
 
 def add(writer: GGUFWriter, teacher: ModelFolder) -> None:

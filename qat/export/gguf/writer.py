@@ -25,7 +25,7 @@ DENSE = {  # by the type of weights
     ExportType.fp16: (GGMLQuantizationType.F16, "MOSTLY_F16"),
     ExportType.bf16: (GGMLQuantizationType.BF16, "MOSTLY_BF16"),
 }
-ROTATED = ("q_proj", "k_proj")  # whose outputs are turned
+ROTATED = ("q_proj", "k_proj")  # layers whose outputs are rotated
 
 
 def write(source: Source, folder: Path, settings: ExportConfig) -> None:

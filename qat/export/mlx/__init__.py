@@ -12,7 +12,7 @@ from qat.export.grids import EngineGrid
 
 
 def refuse(config: Config) -> None:
-    """Nothing is written that MLX is not there to read.
+    """Refuses the export unless MLX is installed to read it.
 
     Raises:
         UnavailableError: it is not installed.
@@ -24,7 +24,7 @@ def refuse(config: Config) -> None:
 
 
 def refuse_architecture(described: dict[str, object]) -> None:
-    """Nothing is written that mlx-lm has no code for.
+    """Refuses architectures that mlx-lm has no code for.
 
     Raises:
         ConfigError: it does not know the model type of this `config.json`.
@@ -32,7 +32,8 @@ def refuse_architecture(described: dict[str, object]) -> None:
     from mlx_lm import utils
 
     try:
-        utils._get_classes(described)  # the engine's own answer, of which its public functions make an exception too
+        # Asks mlx-lm's own lookup; its public functions turn the answer into an exception.
+        utils._get_classes(described)
     except ValueError:
         raise ConfigError(
             f"mlx-lm does not know models of type {described.get('model_type')}: export=hf and export=packed are for"
@@ -43,7 +44,7 @@ def refuse_architecture(described: dict[str, object]) -> None:
 EXPORTER = Exporter(
     types=(ExportType.fp16, ExportType.fp32),
     library="mlx",
-    samples=1,  # every weight is compared by itself, and MLX is no fast reader on processors
+    samples=1,  # one prompt only: every weight is compared by itself as well, and MLX is slow on CPUs
     grid=EngineGrid("MLX", ("shifted", "integers"), (2, 3, 4, 5, 6, 8), (32, 64, 128), "mlx_"),
     refuse=refuse,
     refuse_architecture=refuse_architecture,

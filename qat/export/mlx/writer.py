@@ -71,7 +71,7 @@ def read(source: Source, folder: Path) -> "Loaded":
     arrays = dict(cast(Any, model).named_modules())
     for name, module in quantized(source.model).items():
         replaced.require_equal(name, decoded(arrays[name], described["quantization"][name]), module)
-    cast(Any, model).set_dtype(mx.float32)  # on processors MLX computes fp16 some fifty times more slowly
+    cast(Any, model).set_dtype(mx.float32)  # MLX computes fp16 about fifty times more slowly on CPUs
     return Loaded(model)
 
 
@@ -85,7 +85,7 @@ def decoded(layer: Any, settings: dict[str, int]) -> Tensor:
 class Loaded(nn.Module):
     """A model of mlx-lm that is asked for logits like one of transformers."""
 
-    dtype = torch.float32  # of its answers; it computes in its own
+    dtype = torch.float32  # type of the logits it returns; it computes in the model's own type
 
     def __init__(self, model: Any) -> None:
         super().__init__()

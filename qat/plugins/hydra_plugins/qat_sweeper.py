@@ -1,4 +1,4 @@
-"""Hydra's door to `qat.sweeps`: launches the jobs of a plan that are not complete, all at once.
+"""The sweeper that Hydra calls for `qat.sweeps`: launches the jobs of a plan that are not complete, all at once.
 
 Hydra loads sweepers from the package `hydra_plugins` alone, which may lie in several folders of `sys.path`;
 `qat.cli.sweeping` adds this one.
