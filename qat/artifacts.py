@@ -1,12 +1,12 @@
-"""Results on disk: keyed by what shaped them, published whole or not at all.
+"""Results on disk: named by a key of their inputs, and published complete or not at all.
 
 An artifact is a folder below `<outputs>/artifacts/<kind>/`, named `<name>-<key>`, where the key
 hashes exactly the inputs that decide its content. It is made in scratch (`qat/scratch.py`) and
 renamed once complete, so a killed process leaves nothing that looks finished. Its `manifest.json`
 lists every file with size and SHA-256, checked whenever the artifact is opened.
 
-What takes long is made `resumable`: in a partial folder, which has a name of its own and outlives the
-process, and whoever asks for the artifact next goes on in it.
+An artifact that takes long is `resumable`: it is made in a partial folder with its own name, which stays if
+the process ends, and the next process that asks for the artifact continues there.
 """
 
 import fcntl
@@ -29,9 +29,9 @@ from qat.errors import ArtifactError, ConfigError, MissingError
 
 MANIFEST = "manifest.json"
 PARTIAL = ".partial"
-POLL_SECONDS = 0.1  # between two looks at a lock that another process holds
-SETTLED_SECONDS = 2.0  # a file younger than this may change within the resolution of its time stamp
-HEAD_START = 2.0  # seconds; of processes that train together the first should make things: it shows progress
+POLL_SECONDS = 0.1  # seconds between two attempts to take a lock that another process holds
+SETTLED_SECONDS = 2.0  # seconds; digests of younger files are not noted: a change might keep the time stamp
+HEAD_START = 2.0  # seconds that other ranks wait, so that the first one, which shows progress, makes artifacts
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ def partial(folder: Path) -> Path:
 
 @contextmanager
 def publish(folder: Path, manifest: dict[str, Any], resumable: bool = False) -> Iterator[tuple[Path, dict[str, Any]]]:
-    """Gives a folder and the manifest to fill; both appear at `folder`, at once, on success.
+    """Yields a folder and a manifest to fill; on success both appear at `folder` in one step.
 
     The folder is empty, or with `resumable` as an earlier process left it. A failure leaves nothing,
     or with `resumable` what was made so far; a `ConfigError` leaves nothing in either case, since what
@@ -179,7 +179,7 @@ def hashed(paths: list[Path]) -> list[str]:
 
 
 def require_space(folder: Path, needed: int, what: str) -> None:
-    """Makes sure that `needed` bytes fit on the disk of `folder`, some to spare.
+    """Checks that the disk of `folder` has room for `needed` bytes and a reserve.
 
     Raises:
         MissingError: they do not.
@@ -194,7 +194,7 @@ def require_space(folder: Path, needed: int, what: str) -> None:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest alone, as `qat.manifests` has it, with no look at the files it lists.
+    """Reads the manifest by the rules of `qat.manifests`, without checking the files that it lists.
 
     Raises:
         ArtifactError: it is missing, unreadable, or says what no manifest does.
@@ -213,7 +213,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def require(artifact: Artifact, rule: manifests.Rule) -> None:
-    """Looks whether an artifact's manifest says what whoever made it leaves there.
+    """Checks that an artifact's manifest has the fields that its maker writes.
 
     Raises:
         ArtifactError: it does not.
@@ -226,7 +226,7 @@ def require(artifact: Artifact, rule: manifests.Rule) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object that others left in a file; empty where there is no file.
+    """The JSON object in a file written by another process; empty if there is no file.
 
     Raises:
         ArtifactError: it cannot be read, or holds something else.
@@ -303,13 +303,13 @@ def _holder(file: IO[str]) -> str:
         said = json.loads(file.read())
         where = "" if said["host"] == socket.gethostname() else f" on {said['host']}"
         return f"process {said['pid']}{where}, since {said['since']}"
-    except (ValueError, KeyError, TypeError):  # it has not written yet
+    except (ValueError, KeyError, TypeError):  # the holder has not written its name yet
         return "it has just begun"
 
 
 @contextmanager
 def _resumed(folder: Path) -> Iterator[Path]:
-    """The partial folder as an earlier process left it, without what it left for itself alone."""
+    """The partial folder as an earlier process left it, without that process's temporary files."""
     made = partial(folder)
     made.mkdir(exist_ok=True)
     scratch.sweep(made)
@@ -350,7 +350,7 @@ def _state(path: Path) -> list[int]:
 
 
 def _note(folder: Path) -> Path:
-    """Where the digests of its files are noted."""
+    """The path of the note with the digests of a folder's files."""
     return folder.parent / f".{folder.name}.checked"
 
 

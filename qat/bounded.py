@@ -1,6 +1,6 @@
-"""JSON that other runs, machines and people left, within bounds: what such a file may be is decided here alone.
+"""Reads JSON that other runs, machines and people wrote, within limits on size and depth that are set here alone.
 
-Whoever lists runs reads many of these, and one that is damaged is not his trouble: it says nothing and is named once.
+A list of runs reads many such files; a damaged one counts as empty and is named in one warning.
 What comes out is a tree of plain values: finite numbers that fit 64 bits, text that can be written, no more than
 some levels of it. Everything else in it is null.
 """
@@ -17,13 +17,13 @@ from qat.errors import ArtifactError
 
 log = logging.getLogger(__name__)
 
-LARGEST = 16_000_000  # bytes of a file; the longest record there is has 100,000
-LONGEST_ROW = 64_000  # bytes of a line of figures
-MOST_ROWS = 256_000_000  # bytes of all of them
-DEEPEST = 32  # levels
-BIGGEST = 2**63  # a whole number is below
+LARGEST = 16_000_000  # maximum bytes of a file; the longest known record has 100,000
+LONGEST_ROW = 64_000  # maximum bytes of one line in a file of figures
+MOST_ROWS = 256_000_000  # maximum bytes of all lines read from a file of figures
+DEEPEST = 32  # maximum nesting of lists and objects
+BIGGEST = 2**63  # whole numbers must be smaller than this in absolute value, to fit 64 bits
 
-_named: set[str] = set()  # files that were told of
+_named: set[str] = set()  # files already named in a warning
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -46,7 +46,7 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def said(path: Path) -> dict[str, Any]:
-    """The same of a file that is not one's own: nothing where it is not there or cannot be read, which is told once."""
+    """As `read`, for a file of another run: empty if it is missing or cannot be read, with one warning."""
     if not os.path.lexists(path):
         return {}
     try:
@@ -57,7 +57,7 @@ def said(path: Path) -> dict[str, Any]:
 
 
 def rows(path: Path) -> Iterator[dict[str, Any]]:
-    """The JSON objects of a file of them, a line each; lines that were cut short or are none are passed over."""
+    """The JSON objects of a file with one in each line; lines that hold no complete object are skipped."""
     if not os.path.isfile(path):
         return
     try:
@@ -70,7 +70,7 @@ def rows(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def row(line: bytes) -> dict[str, Any] | None:
-    """The JSON object in a line; None where it is none."""
+    """The JSON object in a line; None if there is none."""
     try:
         value = json.loads(line.decode("utf-8"))
     except (ValueError, RecursionError):
@@ -79,7 +79,7 @@ def row(line: bytes) -> dict[str, Any] | None:
 
 
 def text(path: Path) -> str:
-    """What a small file of text says, as far as it can be read; nothing where it is not there."""
+    """The text of a small file, as far as it can be read; empty if there is no file."""
     if not os.path.isfile(path):
         return ""
     try:
@@ -90,7 +90,7 @@ def text(path: Path) -> str:
 
 
 def tell_once(path: Path, why: str) -> None:
-    """Names what is left out, the first time that this process comes by it."""
+    """Warns about a file that is left out, once for each file in a process."""
     if str(path) not in _named:
         _named.add(str(path))
         log.warning("%s: it is left out", why)

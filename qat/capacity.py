@@ -1,11 +1,11 @@
-"""How much memory there is for a run: of the computer, of a container's share of it, or of a GPU."""
+"""The memory that a run can use: of the computer, of its container, or of a GPU."""
 
 from pathlib import Path
 
 import psutil
 import torch
 
-# The limit of a container, what it uses, and what of that the system would give back; of cgroup 2, then 1.
+# Where a container's memory limit, its use and its reclaimable part are read: first cgroup 2, then cgroup 1.
 CONTAINERS = (
     (Path("/sys/fs/cgroup"), "memory.max", "memory.current", "inactive_file"),
     (Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
@@ -13,7 +13,7 @@ CONTAINERS = (
 
 
 def host() -> tuple[int, int]:
-    """Bytes that this process can still take, and all that there are; what caches hold can be taken."""
+    """Free and total bytes of memory for this process; memory in reclaimable caches counts as free."""
     memory = psutil.virtual_memory()
     free, whole = memory.available, memory.total
     for folder, limit, usage, idle in CONTAINERS:
@@ -30,7 +30,7 @@ def device(which: torch.device) -> int | None:
 
 
 def _number(path: Path) -> int | None:
-    """What a file of one number says; None where there is none, or no limit."""
+    """The number in a file; None if there is no file or no limit."""
     try:
         text = path.read_text().strip()
     except OSError:

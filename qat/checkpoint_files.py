@@ -10,7 +10,7 @@ from qat.errors import ArtifactError
 from qat.identities import RESULT
 from qat.records import Record, read
 
-# What the V2 scripts call a state dict, the one to take first.
+# File names that the V2 scripts give a state dict, in order of preference.
 STATE_DICTS = ("best_state_dict.pt", "model_state_dict.pt", "final_state_dict.pt", "last_state_dict.pt")
 
 BEST = os.path.join("checkpoints", "best")

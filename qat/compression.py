@@ -1,4 +1,4 @@
-"""Compressed streams, read forwards: what archives and text come in.
+"""Compressed streams of archives and texts, read forwards.
 
 Readers here say when a stream is damaged or cut short, which not every library does by itself.
 """
@@ -14,18 +14,18 @@ from typing import IO, Any, cast
 
 from qat.errors import UnavailableError
 
-# What decompressors raise on a damaged stream: zlib, lzma and gzip their own and EOFError, lz4 RuntimeError.
+# Errors of a damaged stream: zlib, lzma and gzip raise their own and EOFError, lz4 raises RuntimeError.
 MISREAD: tuple[type[Exception], ...] = (
     *(EOFError, gzip.BadGzipFile, zlib.error),
     *(lzma.LZMAError, RuntimeError, ValueError),
 )
 
-BOMB, RATIO = 1 << 28, 1000  # bytes from which on content must not be so many times its file's size
-FEED = 1 << 12  # compressed bytes at once; at the very worst four of them turn into 128 KiB
+BOMB, RATIO = 1 << 28, 1000  # unpacked content may be 1000 times its file's size, or 256 MiB if that is more
+FEED = 1 << 12  # compressed bytes passed on at a time; small, since four bytes may unpack to 128 KiB
 
 
 def max_unpacked(packed: int) -> int:
-    """Bytes that a file of so many may unpack to, whatever it is packed with."""
+    """Maximum unpacked bytes of a compressed file of this size, whatever the format."""
     return max(BOMB, RATIO * packed)
 
 
@@ -72,7 +72,7 @@ OPENERS: dict[bytes, Callable[[IO[bytes]], IO[bytes]]] = {
 
 
 def decompressed(file: IO[bytes]) -> IO[bytes]:
-    """A file as its first bytes say it is compressed, or as it is.
+    """A file decompressed by the format that its first bytes show, or unchanged.
 
     Raises:
         UnavailableError: its compression needs a package that is not installed.
@@ -83,7 +83,7 @@ def decompressed(file: IO[bytes]) -> IO[bytes]:
 
 
 def package(module: str, name: str) -> Any:
-    """A module of a package that is no dependency.
+    """Imports a module of an optional package.
 
     Raises:
         UnavailableError: it is not installed.

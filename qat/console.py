@@ -1,4 +1,4 @@
-"""What a person sees while work goes on: a bar on a terminal, plain lines anywhere else."""
+"""Progress display: a bar on a terminal, plain lines anywhere else."""
 
 import logging
 import time
@@ -23,8 +23,8 @@ from qat.shown import shown
 
 log = logging.getLogger(__name__)
 
-PLAIN_SECONDS = 10.0  # between two plain progress lines
-WAITING_SECONDS = 30.0  # between two lines that say what is waited for
+PLAIN_SECONDS = 10.0  # seconds between two progress lines where there is no terminal
+WAITING_SECONDS = 30.0  # seconds between two lines that say what the process is waiting for
 
 
 class Harmless(Console):
@@ -35,7 +35,7 @@ class Harmless(Console):
         return super().render_str(shown(text), **how)
 
 
-# Of processes that train together only the first speaks.
+# Only the first of the processes that train together prints.
 console = Harmless(highlight=False, markup=False, emoji=False, quiet=not place().first)
 
 
@@ -47,7 +47,7 @@ class Advance(Protocol):
 
 @contextmanager
 def progress(what: str, total: float, unit: str) -> Iterator[Advance]:
-    """Shows how far `what` is, at which rate, and when it will be done.
+    """Shows the progress of `what`, its rate and the remaining time.
 
     Args:
         what: the work, in a word or two.
@@ -110,7 +110,7 @@ def _lines(what: str, total: float, unit: str) -> Iterator[Advance]:
 
 @contextmanager
 def waiting(why: str) -> Iterator[Callable[[], None]]:
-    """Says what is waited for while inside; calls to what it gives keep the time current."""
+    """Shows what the process waits for inside this context; calls of the yielded function update the time."""
     started = said = time.monotonic()
     log.info("waiting: %s", why)
 
@@ -130,7 +130,7 @@ def waiting(why: str) -> Iterator[Callable[[], None]]:
 
 def table(title: str, header: list[str], rows: list[list[str]], words: bool = False) -> None:
     """Prints a table, first column left, the others right, as figures are; with `words` all left and on one line."""
-    if title:  # one of the table's own would be broken where the table is narrower
+    if title:  # printed apart: rich would wrap a title at the width of the table
         console.print(title, style="bold", soft_wrap=True)
     grid = Table()
     for index, name in enumerate(header):

@@ -13,7 +13,7 @@ Anything else that is raised is a defect of this project, and keeps its tracebac
 """
 
 
-LONGEST = 400  # characters of what another library says
+LONGEST = 400  # maximum characters of another library's message that are shown
 
 
 class QatError(Exception):
@@ -62,6 +62,6 @@ def _reason(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     if not lines:
         return type(error).__name__
-    if isinstance(error, KeyError):  # which says no more than what it did not find
+    if isinstance(error, KeyError):  # its text is only the missing key
         return f"no {lines[0]}"
     return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]

@@ -1,4 +1,4 @@
-"""What the machine refuses, in a sentence: no memory, no disk, no right to write.
+"""Errors of the machine as one sentence: no memory, no disk space, no right to write.
 
 Such errors surface in a dozen types (`OSError` from Python, others from torch and safetensors, which
 report the same system error as text), anywhere in a run. Here they are told apart from defects.
@@ -67,7 +67,7 @@ def located(path: Path) -> Iterator[None]:
 
 
 def death(code: int, told: str) -> MachineError:
-    """The sentence for a process that is gone without one: its exit code, or minus the signal that ended it."""
+    """The message for a process that ended without one, from its exit code (minus the signal that ended it)."""
     if code == -signal.SIGKILL:
         return MachineError(f"the process was killed ({told}), as systems do that are {OUT_OF_MEMORY}")
     return MachineError(f"the process died ({told}), in a library or at the hand of the system; nothing more is known")
@@ -76,13 +76,13 @@ def death(code: int, told: str) -> MachineError:
 def _is_memory(error: BaseException) -> bool:
     if isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM:
         return True
-    if type(error).__name__ == "OutOfMemoryError":  # torch's, without importing it
+    if type(error).__name__ == "OutOfMemoryError":  # torch's class, compared by name so that torch need not be imported
         return True
     return isinstance(error, RuntimeError) and _MEMORY.search(str(error)) is not None
 
 
 def _number(error: BaseException) -> int | None:
-    """The system's error number, also where a library in another language only says it."""
+    """The system's error number, read from the message if a library gives it only there."""
     if isinstance(error, OSError):
         return error.errno
     if not (isinstance(error, RuntimeError) or type(error).__name__ == "SafetensorError"):

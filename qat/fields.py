@@ -1,4 +1,4 @@
-"""What a value out of a file may be: rules, looked at once where the file is read, so that everything else trusts it.
+"""Rules for values in files. They are checked once, when the file is read, so that all other code can rely on them.
 
 A rule is called with a value and the name under which a message speaks of it, such as `layers.q_proj.bits`.
 """
@@ -9,8 +9,8 @@ import reprlib
 from collections.abc import Callable
 from typing import Any
 
-LARGEST = 2**63 - 1  # what an integer holds in most places
-NAME = 4096  # characters of a text that names something
+LARGEST = 2**63 - 1  # maximum of a 64-bit signed integer
+NAME = 4096  # maximum characters of a text that names something
 
 Rule = Callable[[Any, str], None]
 
@@ -73,7 +73,7 @@ def one_of(*options: str) -> Rule:
 
 
 def anything(value: Any, where: str) -> None:
-    """A rule that nothing breaks, of what only people read."""
+    """A rule that accepts any value, for fields that only people read."""
 
 
 def optional(rule: Rule) -> Rule:
@@ -112,7 +112,7 @@ def mapping(names: Rule, rule: Rule, least: int = 0) -> Rule:
 
 
 def record(needed: dict[str, Rule], besides: dict[str, Rule] | None = None) -> Rule:
-    """An object with these fields, and maybe those besides; what else is in it nobody reads."""
+    """An object with required and optional fields; further fields are ignored."""
 
     def look(value: Any, where: str) -> None:
         if not isinstance(value, dict):
@@ -133,7 +133,7 @@ def _below(where: str, name: str) -> str:
     return f"{where}.{shown}" if where else shown
 
 
-NAMED = 200  # characters of a name in a message
+NAMED = 200  # maximum characters of a name that a message shows
 _short = reprlib.Repr()
 _short.maxstring = _short.maxother = 60
 

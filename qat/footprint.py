@@ -1,4 +1,4 @@
-"""What memory a run takes at least, reckoned from shapes before anything is loaded.
+"""The minimum memory of a run, computed from shapes before anything is loaded.
 
 Only what must be there at one time is counted, each thing once and at its smallest: a run that is refused
 could not have ended, one that is let through may still run out (a GPU's memory is used up to the last byte
@@ -36,9 +36,9 @@ from qat.quant.architectures import Layer, learns
 from qat.quant.vocabulary import ROLES as VOCABULARY
 
 FP32 = 4
-REFERENCE = 8  # bytes of one in a list
-MODEL = "model"  # the key of what no other setting changes
-PROMPTS = 400  # the project's own list has more
+REFERENCE = 8  # bytes of a list's reference to an object
+MODEL = "model"  # configuration key to name for memory that only a smaller model reduces
+PROMPTS = 400  # lower bound of prompts in the project's own list
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ class Shapes:
 
 
 def check(config: Config, shapes: Shapes, jobs: list[Job], machine: Machine) -> None:
-    """Refuses a run that this machine has not the memory for.
+    """Refuses a run that needs more memory than this machine has.
 
     Args:
         config: of the run.
@@ -116,7 +116,7 @@ def check(config: Config, shapes: Shapes, jobs: list[Job], machine: Machine) -> 
 
 
 def phases(config: Config, shapes: Shapes, jobs: list[Job], machine: Machine) -> Iterator[tuple[str, list[Part]]]:
-    """What a run does one after the other, each with what is in memory at that time."""
+    """The phases of a run in order, each with the memory that it holds."""
     stage, dtype = config.stage, machine.dtype.itemsize
     teacher = Part("the teacher's weights", shapes.weights * dtype, MODEL)
     in_memory = 0 if shapes.exact else shapes.weights
@@ -191,10 +191,10 @@ def _training(job: Job, config: Config, shapes: Shapes, machine: Machine) -> lis
     train, dtype, prefix = job.train, machine.dtype.itemsize, job.prefix
     learning = [layer for layer in job.layers if learns(job.mode, layer.role, layer.format)]
     weights, gpu = sum(layer.weights for layer in learning), machine.device.type == "cuda"
-    here = 1 if gpu else -(-train.batch_size // max(1, config.instance.devices))  # a GPU takes fewer at once
+    here = 1 if gpu else -(-train.batch_size // max(1, config.instance.devices))  # a GPU may take one at a time
     added_up = any(layer.role in VOCABULARY for layer in learning)
     tokens = min(machine.micro_batch, here) * config.cache.length
-    kept = shapes.hidden if gpu else 4 * shapes.hidden + 3 * shapes.inner  # a GPU computes the rest twice
+    kept = shapes.hidden if gpu else 4 * shapes.hidden + 3 * shapes.inner  # a GPU recomputes the rest
     scales = sum(_scales(layer) for layer in learning)
     meta = {"length": config.cache.length, "top_k": config.cache.top_k, "random": 0, "vocab_size": shapes.vocabulary}
     row = bytes_a_row(meta | {"format": FORMAT_VERSION, "train_targets": config.cache.train_targets}, "train")

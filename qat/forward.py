@@ -20,10 +20,10 @@ from torch.utils.checkpoint import checkpoint
 from qat import attention, masks
 from qat.decoder import Decoder, decoder
 
-FUSED = "qat_decoder"  # the attribute of a model's body where its fused layers are kept
-BODY, PASS = "qat_body", "qat_pass"  # attributes of a model
-EAGER = "eager"  # transformers' name of attention as models' own files define it
-# What a model's code may raise where it is given what it does not know.
+FUSED = "qat_decoder"  # attribute of a model's body that holds its fused layers
+BODY, PASS = "qat_body", "qat_pass"  # attributes of a model that hold its body and its `Pass`
+EAGER = "eager"  # transformers' name for the attention that a model's own file defines
+# Errors that a model's code may raise when it gets arguments it does not support.
 FOREIGN = (TypeError, ValueError, RuntimeError, AttributeError, LookupError, NotImplementedError, AssertionError)
 
 
@@ -46,13 +46,13 @@ class Pass:
 
     @property
     def plain(self) -> bool:
-        """Whether nothing is left to a model's own code that might wait for the device."""
+        """Whether no part of the pass uses the model's own code, which might wait for the device."""
         return self.attention == attention.NAME and self.product
 
 
 @dataclass
 class Found:
-    """What a job found out about computing its teacher, so that it need not look again.
+    """What a job measured about computing its teacher, kept so that nothing is measured twice.
 
     Attributes:
         passes: by type and kind of device, and by these, length of a row and whether documents share rows.
@@ -69,7 +69,7 @@ FAST = Pass(attention.NAME, product=True)
 
 
 def use(model: nn.Module, how: Pass) -> None:
-    """Has a model computed like this, from here on."""
+    """Sets the `Pass` that a model uses from now on."""
     for config in _configs(model):
         config._attn_implementation, config.use_cache = how.attention, False
     vars(model)[PASS] = how
@@ -95,14 +95,14 @@ def used(model: nn.Module) -> Pass:
 
 
 def _configs(model: nn.Module) -> Iterable[Any]:
-    """The settings of a model and of its parts, each once."""
+    """The configurations of a model and of its parts, each one once."""
     found = [config for module in model.modules() if (config := getattr(module, "config", None)) is not None]
     return {id(config): config for config in found}.values()
 
 
 @contextmanager
 def trying() -> Iterator[list[str]]:
-    """Inside, a model may be given what its code does not know: the list then says what that raised, in one line.
+    """Inside, errors of unsupported arguments are caught; the yielded list then holds the message in one line.
 
     Raises:
         torch.OutOfMemoryError: memory ran out, which is no answer.
@@ -198,14 +198,14 @@ def prepare(model: nn.Module, compiled: bool, checkpointing: bool = False) -> No
         if compiled:
             forward = torch.compile(forward, dynamic=False)
         if checkpointing:
-            # Nothing here is random, and a generator's state cannot be read while a graph is recorded.
+            # The layers draw no random numbers, and a generator's state cannot be read while a graph is recorded.
             forward = partial(checkpoint, forward, use_reentrant=False, preserve_rng_state=False)
         if compiled or checkpointing:
             layer.forward = forward
 
 
 def _plainly(layers: list[nn.Module]) -> Iterator[nn.Module]:
-    """Layers that run as their classes say."""
+    """Layers set back to the forward pass of their classes."""
     for layer in layers:
         vars(layer).pop("forward", None)
         yield layer

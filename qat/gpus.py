@@ -10,7 +10,7 @@ import tempfile
 from pathlib import Path
 from typing import IO
 
-_taken: list[IO[str]] = []  # the lock of this process's GPU, open as long as the process lives
+_taken: list[IO[str]] = []  # lock file of this process's GPU, kept open until the process ends
 
 
 def visible() -> list[str]:

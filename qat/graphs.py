@@ -1,4 +1,4 @@
-"""CUDA graphs: work that is the same every time, recorded once and launched whole.
+"""CUDA graphs: work that repeats unchanged is recorded once and launched as a whole.
 
 A step of a few sequences is thousands of kernels of some microseconds, and Python cannot launch them as
 fast as the GPU runs them. A recorded function must read and write the same tensors at every call and
@@ -10,7 +10,7 @@ from collections.abc import Callable, Hashable
 
 import torch
 
-WARM_UP = 2  # plain calls before recording: they compile, tune and allocate what lives on
+WARM_UP = 2  # plain calls before recording, in which kernels are compiled and tuned and lasting memory is allocated
 
 
 def recording_stream(device: torch.device) -> torch.cuda.Stream | None:
@@ -22,7 +22,7 @@ class Recorder:
     """Calls functions, or replays their recordings."""
 
     def __init__(self, stream: torch.cuda.Stream | None) -> None:
-        """With a stream, which all work must run on, functions are recorded; without one only called."""
+        """With a stream, on which all work must run, functions are recorded; without one they are only called."""
         self.stream = stream
         self.forget()
 
@@ -48,7 +48,7 @@ class Recorder:
 
     def _record(self, function: Callable[[], None]) -> torch.cuda.CUDAGraph:
         graph = torch.cuda.CUDAGraph()
-        # Other threads may copy or free meanwhile: they touch nothing that is recorded.
+        # Other threads may copy or free memory meanwhile; they use none of the recorded tensors.
         with torch.cuda.graph(graph, self._pool, self.stream, capture_error_mode="thread_local"):
             function()
         return graph

@@ -1,4 +1,4 @@
-"""From last hidden states to logits and back, as a model does it.
+"""Logits from a model's last hidden states, and the gradient back to them.
 
 Most models multiply with `lm_head` and stop; others divide, cap, add a bias or mask tokens afterwards. Where
 the product is known to be all there is (`Pass.product`) it is taken at once. Else the model's own forward
@@ -26,7 +26,7 @@ Back = Callable[[Tensor], Tensor]
 
 
 class OutputHead:
-    """What a model does behind its last hidden states.
+    """The part of a model that turns its last hidden states into logits.
 
     Attributes:
         weight: [V, D] where the product with it is all; else None.

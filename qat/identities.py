@@ -15,13 +15,13 @@ from pathlib import Path
 from qat import bounded, scratch
 from qat.artifacts import write_text
 
-RUN = re.compile(r"SR-[0-9]{3,12}(-[0-9]{1,9})?")  # the second number: of several machines' runs of one number
+RUN = re.compile(r"SR-[0-9]{3,12}(-[0-9]{1,9})?")  # second number: for equal first numbers of several machines
 NUMBERED = re.compile(r"(?:SR|sweep)-([0-9]{1,9})(?:-[0-9]{1,9})?")
-RESULT = "result.json"  # in a run's folder
-RESOLVED = "config_resolved"  # beside it, a configuration (.yaml) that repeats the run
-PLAN = "sweep.json"  # in a sweep's folder
-IDS = ".ids"  # below the outputs folder: a folder for each identity that was ever claimed
-NOTE = "folders"  # in one of those: folders of the run's own, one a line
+RESULT = "result.json"  # file in a run's folder with its record
+RESOLVED = "config_resolved"  # name, without .yaml, of the configuration beside it that repeats the run
+PLAN = "sweep.json"  # file in a sweep's folder with its plan
+IDS = ".ids"  # folder in the outputs folder, with one folder for each identity ever claimed
+NOTE = "folders"  # file in an identity's folder: paths of run folders that the user chose, one a line
 
 
 def claim_run(outputs: Path) -> str:
@@ -37,7 +37,7 @@ def give_back(outputs: Path, run_id: str) -> None:
 
 
 def remove_empty(folder: Path) -> None:
-    """Removes a folder, and those around it, as far as nothing else is in them and nobody works there."""
+    """Removes a folder and its parents, as long as they are empty and no process holds them."""
     with suppress(OSError):
         for place in (folder.resolve(), *folder.resolve().parents):
             if not Path.cwd().is_relative_to(place):
@@ -50,7 +50,7 @@ def claim_sweep(outputs: Path) -> Path:
 
 
 def note(outputs: Path, run_id: str, folder: Path) -> None:
-    """Remembers a run's folder where nobody would look for it."""
+    """Notes a run's folder that lies outside the usual places."""
     place, home = Path(os.path.realpath(folder)), Path(os.path.realpath(outputs))
     if place.parent == home and RUN.fullmatch(place.name):
         return
@@ -74,12 +74,12 @@ def places(outputs: Path) -> Iterator[tuple[str, Path]]:
     for path in sorted((outputs / IDS).glob(f"*/{NOTE}")):
         run_id = path.parent.name
         for folder in (outputs / line for line in _lines(path) if RUN.fullmatch(run_id)):
-            if recorded(folder) in (run_id, None):  # else another run was put there since
+            if recorded(folder) in (run_id, None):  # otherwise another run has replaced it
                 yield run_id, folder
 
 
 def sweep(outputs: Path) -> None:
-    """Removes what killed processes left, in an outputs folder and among temporary files, and sweeps never planned."""
+    """Removes leftovers of killed processes (in an outputs folder, among temporary files) and sweeps without a plan."""
     kinds = [outputs / kind for kind in ("checkpoints", "caches")]
     runs = [place for _, folder in places(outputs) for place in (folder, folder / "checkpoints")]
     sweeps = list(outputs.glob("sweep-*"))
@@ -96,7 +96,7 @@ def recorded(folder: Path) -> str | None:
 
 
 def identity(said: object) -> str | None:
-    """What a record says of its run's identity; None where that is none."""
+    """The run identity in a record; None if it is not a valid one."""
     return said if isinstance(said, str) and RUN.fullmatch(said) else None
 
 

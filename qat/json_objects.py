@@ -1,4 +1,4 @@
-"""JSON that others may have written: an object of a size and depth that files of this project have, or a sentence.
+"""Reads JSON from untrusted files: an object within limits on size and depth, or an error with the reason.
 
 Whoever uses what is read may recurse through it, print it and write it again.
 """
@@ -7,8 +7,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-MAX_BYTES = 1 << 24  # bytes, a hundred times those of the longest manifest seen
-DEPTH = 64  # of objects and lists within each other
+MAX_BYTES = 1 << 24  # maximum bytes of a file, a hundred times the longest manifest seen
+DEPTH = 64  # maximum nesting of objects and lists
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -43,7 +43,7 @@ def parsed(content: bytes) -> dict[str, Any]:
 
 
 def _look(whole: Any) -> None:
-    """Refuses what is nested deeper than anything that belongs there, and half characters, which no file can hold."""
+    """Refuses values that are nested too deep, and surrogates, which UTF-8 cannot encode."""
     level = [whole]
     for _ in range(DEPTH):
         inner: list[Any] = []

@@ -21,7 +21,7 @@ from qat.processes import place
 
 DTYPES = {Precision.bf16: torch.bfloat16, Precision.fp16: torch.float16, Precision.fp32: torch.float32}
 
-WIDENING = torch.__version__ >= "2.8"  # products of 16-bit numbers kept in fp32
+WIDENING = torch.__version__ >= "2.8"  # this torch can return products of 16-bit matrices in fp32
 
 SWITCH = {"auto": None, "true": True, "false": False}
 

@@ -1,4 +1,4 @@
-"""What the manifests of this project's folders say, kind by kind, with bounds: the one place that decides it.
+"""Rules for the fields of this project's manifests, by kind of folder, with limits. All of them are defined here.
 
 Whatever is not in here nobody reads out of a manifest. Nothing here imports torch.
 """
@@ -9,16 +9,16 @@ from qat import fields
 from qat.config import ROLES
 from qat.fields import LARGEST, Rule, Wrong, number, one_of, optional, record, several, text, truth, whole
 
-SIDE = whole(1, 2**31 - 1)  # of a matrix
+SIDE = whole(1, 2**31 - 1)  # rows or columns of a matrix
 BITS = whole(1, 8)
 KEY = fields.matching("[0-9a-f]{12}", "a key of 12 hexadecimal digits")
 SHA256 = fields.matching("[0-9a-f]{64}", "a SHA-256 of 64 hexadecimal digits")
-VOCABULARY = 2**24  # tokens, the most that a cache has bits for
+VOCABULARY = 2**24  # maximum tokens of a vocabulary, since a cache stores token ids in at most 24 bits
 SPLITS = ("train", "eval")
 
 
 def check(manifest: dict[str, Any]) -> None:
-    """Looks at a manifest, by the rules of its kind.
+    """Checks a manifest by the rules of its kind.
 
     Raises:
         Wrong: it breaks one.
@@ -77,12 +77,12 @@ ARTIFACT = record(
     },
 )
 
-# What a format's settings are (`qat.quant.formats`).
+# Settings of each quantization format (`qat.quant.formats`).
 FORMATS = {
     "codebook": record({"bits": BITS, "rank": SIDE}),
     "grid": record(
         {"format": text, "bits": BITS, "group": SIDE},
-        {"levels": one_of("halves", "integers", "shifted", "iq4nl"), "shifts": truth},  # the latter in older files
+        {"levels": one_of("halves", "integers", "shifted", "iq4nl"), "shifts": truth},  # `shifts` is in older files
     ),
 }
 FORMATS["kquant"] = record({"format": text, "bits": whole(2, 6)})
@@ -111,14 +111,14 @@ CHECKPOINT = record(
 METRICS = record(dict.fromkeys(("kl", "kd_loss", "perplexity", "teacher_perplexity", "top1_agreement"), number()))
 ERRORS = record({"weight_error": number(), "output_error": number(), "seconds": number()})
 
-# What a checkpoint says besides that a conversion made, and one that was trained on the way to another.
+# Further fields of a checkpoint: made by a conversion (CONVERSION), or trained as a step to another (TRAINED).
 CONVERSION = record(
     {
         "metrics": record({"before": optional(METRICS), "after": METRICS}),
         "figures": fields.mapping(text, ERRORS),
     }
 )
-COSTS = fields.mapping(text, fields.mapping(text, number()))  # of layers by format, in nats
+COSTS = fields.mapping(text, fields.mapping(text, number()))  # cost in nats of each layer in each format
 TRAINED = record({"kd_loss_initial": number(), "kd_loss_best": number()})
 
 COUNTS = record(dict.fromkeys(SPLITS, whole(1)))
@@ -140,7 +140,7 @@ CACHE = record(
     {"train_targets": truth, "positions": COUNTS, "document_starts": COUNTS, "tokenizer_sha256": SHA256},
 )
 
-LOSS = number(finite=False)  # before anything is known, infinite or none
+LOSS = number(finite=False)  # infinite or null before the first evaluation
 STATE = record(
     {"step": whole(1)},
     {
@@ -162,7 +162,7 @@ TEXTS = record(
 
 OF_KIND: dict[str, Rule] = {"checkpoint": _checkpoint, "caches": _cache, "state": STATE, "documents": TEXTS}
 
-# `config.json` of a packed export.
+# Fields of `config.json` in a packed export.
 PACKED = record(
     {
         "base_config": record({"model_type": text}),
@@ -172,7 +172,7 @@ PACKED = record(
     }
 )
 
-# Beside files of the older scripts, whose fields may all be missing.
+# Fields of the settings beside files of the older scripts; each of them may be missing.
 V2_SETTINGS = record(
     {},
     {

@@ -1,4 +1,4 @@
-"""Attention masks as transformers makes them, without its looks at the data.
+"""Attention masks as transformers makes them, without reading positions back from the device.
 
 transformers knows which masks the layers of a model need (whole, sliding windows, chunks), and tells
 documents of one row apart by positions that restart. But it reads positions back from the device in every
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import masking_utils
 
-ARGUMENTS = signature(masking_utils._ignore_causal_mask_sdpa)  # which releases of transformers order differently
+ARGUMENTS = signature(masking_utils._ignore_causal_mask_sdpa)  # their order depends on the transformers release
 
 @contextmanager
 def unread(joined: bool) -> Iterator[None]:
@@ -45,7 +45,7 @@ def of_documents(position_ids: Tensor) -> Tensor:
 
 
 def _needs_none(*arguments: Any, **named: Any) -> bool:
-    """Whether plain causal attention does: no window or chunk is shorter than the row."""
+    """Whether plain causal attention is enough, since no window or chunk is shorter than the row."""
     given = ARGUMENTS.bind(*arguments, **named).arguments
     local = given.get("local_attention_size")
     return local is None or given["kv_length"] < local

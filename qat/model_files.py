@@ -1,4 +1,4 @@
-"""What lies in a Hugging Face folder, found without torch, so that the command line can tell of a folder that is none.
+"""Checks and lists the files of a Hugging Face folder without torch, so that the command line can refuse a wrong one.
 
 transformers looks for weights by a list of names and takes the first it finds; whatever else lies there does
 not count. `weights` follows the same list, so that what is hashed and examined is what is loaded.
@@ -23,7 +23,7 @@ TEXT = (
     *("chat_template*", GENERATION),
 )
 REMEDY = "copy or download it again"
-LAYERS = 10_000  # more than any model has; transformers would make them one after the other
+LAYERS = 10_000  # maximum layers, more than any model has; transformers would build them one by one
 HINTS = {
     PACKED: "a packed export of this project: name its teacher, and with checkpoint= the run that it was made from",
     "*.gguf": "{}, and GGUF files in a folder are not read: name the model that it was made from",
@@ -39,7 +39,7 @@ HINTS = {
 
 
 def check(folder: Path) -> None:
-    """Looks at everything about a model folder that shows without loading it.
+    """Checks a model folder as far as possible without loading the model.
 
     Raises:
         ConfigError: it is no folder with a model that transformers loads by itself.
@@ -105,7 +105,7 @@ def weights(folder: Path) -> list[Path]:
 
 
 def has_tokenizer(folder: Path) -> bool:
-    """Whether there is a vocabulary; settings of a tokenizer alone are none."""
+    """Whether the folder has a vocabulary; a tokenizer's settings alone are not enough."""
     return any(file.is_file() for pattern in VOCABULARY for file in folder.glob(pattern))
 
 

@@ -65,7 +65,7 @@ def checkpoint(word: str, outputs: Path, archive: str | None = None) -> Path | N
 
 
 def start(config: Config) -> Path | None:
-    """The same of the configured checkpoint."""
+    """As `checkpoint`, for the configured checkpoint."""
     given = config.checkpoint
     if given.name == "local" and not given.path:
         return None
@@ -85,7 +85,7 @@ def uses_cache(config: Config) -> bool:
 
 
 def settled(given: CheckpointConfig, outputs: Path) -> CheckpointConfig:
-    """A checkpoint that is named by a word, with its path; as it is where there is none yet, which is told later."""
+    """The checkpoint with the path that its name stands for; unchanged if there is none, which is reported later."""
     if not given.path:
         return given
     try:
@@ -253,7 +253,7 @@ def _only(word: str, paths: list[Path]) -> Path:
 
 
 def _shown(path: Path) -> str:
-    """A path that is taken for nothing else."""
+    """The path, written so that it cannot be taken for another name."""
     return str(path) if path.is_absolute() else f".{os.sep}{path}"
 
 

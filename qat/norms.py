@@ -1,4 +1,4 @@
-"""Normalisation layers that learned: which there are in a model, and their fp32 weights.
+"""The trained normalisation layers of a model and their fp32 weights.
 
 The model holds them rounded to the compute type. The fp32 tensor lies beside, as `learned` of its module,
 so that whoever saves the model finds it.

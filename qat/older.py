@@ -1,4 +1,4 @@
-"""What files of earlier versions call things by other names: the one place that knows both.
+"""Names that differ in files of earlier versions, with their present names. Both are known here alone.
 
 In a checkpoint or a packed export `lut` is a layer's codebook; in a recorded run `table` is the format `codebook`.
 """

@@ -18,7 +18,7 @@ from qat.config import Config
 from qat.errors import ArtifactError
 from qat.identities import RUN
 
-FLAGS = ("config_path", "config_name", "config_dir")  # of the command line, which decide what composes
+FLAGS = ("config_path", "config_name", "config_dir")  # command-line flags that decide which files Hydra composes
 
 _SECTIONS = {field.name for field in fields(Config)} | {"schema", "experiment", "debug"}
 _GROUPS = {name for name, hint in get_type_hints(Config).items() if is_dataclass(hint)}

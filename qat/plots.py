@@ -28,7 +28,7 @@ def loss_curve(rows: list[dict[str, float]], title: str, path: Path) -> None:
     held_out = [(row["step"], row["held_out_loss"]) for row in rows if "held_out_loss" in row]
     if steps:
         axes.plot(*zip(*steps, strict=True), color=TRAINING, linewidth=1.2, label="training loss, each step")
-    if held_out and held_out != looks:  # the KD loss may be what is trained
+    if held_out and held_out != looks:  # both are the same figures if the model trains on the KD loss
         axes.plot(*zip(*held_out, strict=True), color=HELD_OUT, marker=".", label="the same on held-out text")
     axes.plot(*zip(*looks, strict=True), color=KD, marker="o", label="KD loss on held-out text")
     for step, value in (looks[0], looks[-1]):

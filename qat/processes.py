@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-PLACE = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}  # as torchrun says it, and what holds without it
+PLACE = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}  # torchrun's variables, with a lone process's values
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Ranks:
         try:
             for tensor in tensors:
                 dist.all_reduce(tensor)
-        except RuntimeError as error:  # of a type and in words that depend on what connects them
+        except RuntimeError as error:  # type and text of the error depend on the communication backend
             raise RankError(
                 f"another of the {self.count} processes that train together has ended:"
                 " when its own cause is mended, run.resume=<this run> goes on from the last state"
@@ -80,14 +80,14 @@ def environment(rank: int, count: int, port: str) -> dict[str, str]:
 
 
 def name() -> str:
-    """What only these processes are called: torchrun is the parent of all, and a restart of its workers is counted."""
+    """A name shared by these processes alone, from their parent torchrun and its count of worker restarts."""
     restart, port = (os.environ.get(key, "") for key in ("TORCHELASTIC_RESTART_COUNT", "MASTER_PORT"))
     return f"{os.getppid()}:{port}:{restart}:{place().count}"
 
 
 @contextmanager
 def joined(device: "torch.device") -> Iterator[Ranks]:
-    """Meets the other ranks; they part again at the end."""
+    """Joins the other ranks' process group, and leaves it at the end."""
     ranks = place()
     if ranks.count == 1:
         yield ranks

@@ -16,7 +16,7 @@ from typing import Any
 from qat.console import duration
 
 UNKNOWN = "made before that was recorded"
-NOTE = ".time"  # in what is being made: the seconds of goes that were not the last one
+NOTE = ".time"  # file in an unfinished artifact: seconds spent in earlier attempts
 
 
 @contextmanager
@@ -34,7 +34,7 @@ def clocked(folder: Path) -> Iterator[Callable[[], float]]:
     try:
         yield clock
     finally:
-        with suppress(OSError):  # a full disk is told by what it ended
+        with suppress(OSError):  # a full disk is reported by the work that it stops
             note.write_text(json.dumps({"seconds": clock()}), encoding="utf-8")
 
 

@@ -1,4 +1,4 @@
-"""Reads what runs left, tolerantly: a log must be able to tell of a run whose files are damaged."""
+"""Reads runs' files tolerantly: a log must be able to list a run whose files are damaged."""
 
 import os
 import re
@@ -10,10 +10,10 @@ from typing import Any
 from qat import bounded
 from qat.identities import NUMBERED, PLAN, RESULT, identity, places
 
-LONGEST = 20_000  # characters of a text
-LARGEST = 1e15  # a figure: bytes of a file are the largest there are
+LONGEST = 20_000  # maximum characters of a text
+LARGEST = 1e15  # maximum of a figure; the largest ones are bytes of files
 STATUSES = ("complete", "failed", "interrupted")
-# Where a checkpoint's own description gives its KD loss: of a conversion, of a student, of the older scripts.
+# Keys of the KD loss in the description of a conversion, of a trained student, and of the older scripts' files.
 LOSSES = (("metrics", "after", "kd_loss"), ("kd_loss_best",), ("final_loss",))
 
 
@@ -55,7 +55,7 @@ class Record:
 
     @property
     def ground(self) -> tuple[str, str]:
-        """The teacher and the text that its figures are of: only those of one ground compare."""
+        """The teacher and text of its figures; only figures with the same teacher and text can be compared."""
         teacher = self.text("measured_on", "teacher", "fingerprint") or self.text("config", "model", "name")
         return teacher, self.text("measured_on", "text") or Path(self.text("paths", "cache")).name
 

@@ -1,4 +1,4 @@
-r"""`${…}` in text that Hydra reads: with a backslash before it text, else a reference to whatever it names.
+r"""`${…}` in text that Hydra reads: plain text after a backslash, otherwise a reference to the value that it names.
 
 A recorded run and the plan of a sweep hold values alone. A reference in one of them was put there by somebody else,
 and could fetch what is none of his business (`${oc.env:…}`) or run what he likes.
@@ -6,7 +6,8 @@ and could fetch what is none of his business (`${oc.env:…}`) or run what he li
 
 import re
 
-# An odd number of backslashes makes text of it; two are one before it, and elsewhere a backslash is itself.
+# After an odd number of backslashes `${` is plain text. Before `${` two backslashes stand for one; elsewhere a
+# backslash stands for itself.
 _REFERENCE = re.compile(r"(\\*)\$\{")
 
 
@@ -16,7 +17,7 @@ def escaped(text: str) -> str:
 
 
 def unescaped(text: str) -> str:
-    """Such text as it was."""
+    """The original of a text from `escaped`."""
     return _REFERENCE.sub(lambda found: "\\" * (len(found[1]) // 2) + "${", text)
 
 

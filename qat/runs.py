@@ -30,10 +30,10 @@ log = logging.getLogger(__name__)
 SCHEMA = 1
 ARCHITECTURE = "v2"  # codebook ⊙ low-rank scale, in the run log's naming convention
 METRICS = "metrics.jsonl"
-LOG = "train.log"  # as conf/hydra/job_logging/qat.yaml has it
-SAVE_SECONDS = 10.0  # between two records of a run that trains
+LOG = "train.log"  # log file in a run's folder, named in conf/hydra/job_logging/qat.yaml
+SAVE_SECONDS = 10.0  # seconds between two writes of `result.json` during training
 
-# Stages that are no runs: no identity, no record, no line in the log.
+# Stages that are not runs: they get no identity, no record and no line in the run log.
 UNRECORDED = (Stage.chat, Stage.report, Stage.pull, Stage.push, Stage.store, Stage.doctor)
 
 
@@ -77,7 +77,7 @@ class Run:
 
     @cached_property
     def _tracker(self) -> Tracker:
-        """Hears of a run once there is something to tell: one that is refused was none."""
+        """The tracker, opened only once there is something to report, so that a refused run is not tracked."""
         return open_tracker(self._config, self.folder, self.result["run_id"])
 
     @property
@@ -89,7 +89,7 @@ class Run:
         """Records the figures of one training step or evaluation; `row` has a `step`."""
         self._metrics.write(json.dumps(_finite(row)) + "\n")
         self._tracker.log(row)
-        if time.monotonic() - self._running["total_s"] > SAVE_SECONDS:  # so that a killed run knows how long it took
+        if time.monotonic() - self._running["total_s"] > SAVE_SECONDS:  # keeps the time spent, should the run be killed
             self.save()
 
     def rewind(self, rows: int) -> list[dict[str, float]]:
@@ -98,7 +98,7 @@ class Run:
         Raises:
             ArtifactError: not so many are whole.
         """
-        if not processes.place().first:  # its figures were in a scratch folder of its own
+        if not processes.place().first:  # only the first rank keeps the figures
             return []
         path = self.folder / METRICS
         kept = path.read_bytes().splitlines(keepends=True)[:rows]
@@ -146,7 +146,7 @@ class Run:
         try:
             self.save()
             self._metrics.close()
-        except OSError as full:  # the disk may be what ended the run; `interrupted` is already on it
+        except OSError as full:  # a full disk may have ended the run; its record already says `interrupted`
             log.warning("%s could not be brought up to date: %s", self.folder / RESULT, full.strerror)
         self._tracker.finish(_finite(self.result["metrics"]), failed=status != "complete")
 
@@ -171,9 +171,9 @@ class Run:
 
 
 def _identity(config: Config, folder: Path) -> str:
-    """That of the run that is gone on with, of the folder's name, or a new one; noted where the folder is its own."""
+    """The identity of a resumed run, or from the folder's name, or a new one; the user's own folder is noted."""
     outputs, earlier = Path(config.outputs), _earlier(config, folder) if config.run.resume else None
-    if not processes.place().first:  # beside the first process, in a scratch folder
+    if not processes.place().first:  # other ranks write to a scratch folder
         return folder.name
     run_id = earlier or (folder.name if RUN.fullmatch(folder.name) else claim_run(outputs))
     note(outputs, run_id, folder)
@@ -181,7 +181,7 @@ def _identity(config: Config, folder: Path) -> str:
 
 
 def _earlier(config: Config, folder: Path) -> str | None:
-    """What the run in a folder is called, also where its record is damaged."""
+    """The identity of the run in a folder, even if its record is damaged."""
     place = os.path.realpath(folder)
     noted = (run_id for run_id, path in places(Path(config.outputs)) if os.path.realpath(path) == place)
     return recorded(folder) or next(filter(RUN.fullmatch, noted), None)

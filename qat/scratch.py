@@ -1,4 +1,4 @@
-"""Scratch: what is being made lies beside its place, so that a killed process leaves nothing half-made there.
+"""Scratch: files and folders are made beside their final place, so a killed process leaves nothing half-made there.
 
 Its name says what it becomes and on which host, `.best.1f3a90c2-x7k2m9qa.scratch`, and who fills it holds its
 lock, which the kernel releases when the process is gone, however it went. So whoever comes next can tell what is
@@ -22,8 +22,8 @@ from pathlib import Path
 SUFFIX = ".scratch"
 HOST = hashlib.sha256(socket.gethostname().encode()).hexdigest()[:8]
 ABANDONED_SECONDS = 86_400.0
-REPLACED = ".replaced"  # in scratch: what lay at its place until then
-AT_FDCWD, RENAME_EXCHANGE = -100, 2  # of renameat2(2)
+REPLACED = ".replaced"  # name in scratch of the folder that was replaced
+AT_FDCWD, RENAME_EXCHANGE = -100, 2  # constants of the system call renameat2(2)
 
 _NAME = re.compile(r"\.(?P<target>.+)\.(?P<host>[0-9a-f]{8})-\w{8}" + re.escape(SUFFIX), re.DOTALL)
 
@@ -59,10 +59,10 @@ def discard(path: Path) -> None:
 
 
 def sweep(parent: Path, target: str | None = None) -> None:
-    """Removes the scratch in a folder that is nobody's: all of it, or what was to become `target`."""
+    """Removes abandoned scratch in a folder: all of it, or only that made for `target`."""
     try:
         found = [match for name in os.listdir(parent) if (match := _NAME.fullmatch(name))]
-    except OSError:  # not there, or not ours to look into
+    except OSError:  # the folder is missing or not readable
         return
     for match in found:
         if target in (None, match["target"]):
@@ -73,7 +73,7 @@ def sweep(parent: Path, target: str | None = None) -> None:
 
 
 def remove_if_empty(path: Path) -> None:
-    """Removes a folder in which nothing is and whose lock nobody holds."""
+    """Removes a folder that is empty and whose lock no process holds."""
     with locked(path, wait=False) as took, suppress(OSError):
         if took:
             path.rmdir()
@@ -97,7 +97,7 @@ def locked(path: Path, wait: bool = True) -> Iterator[bool | None]:
 def _beside(target: Path, make: Callable[..., str]) -> Iterator[Path]:
     sweep(target.parent, target.name)
     ours: bool | None = False
-    while ours is False:  # until nobody swept it before it was locked
+    while ours is False:  # again if it was swept before it was locked
         made = Path(make(prefix=f".{target.name}.{HOST}-", suffix=SUFFIX, dir=target.parent))
         with locked(made) as ours:
             if ours is not False:
@@ -134,7 +134,7 @@ def _is_abandoned(path: Path) -> bool:
 
 def _remove(path: Path) -> None:
     """Removes scratch; what it was to replace goes back to its place if nothing is there."""
-    if not path.exists():  # it has another name by now
+    if not path.exists():  # it was renamed
         return
     match, kept = _NAME.fullmatch(path.name), path / REPLACED
     if match and kept.exists() and not (place := path.parent / match["target"]).exists():

@@ -1,4 +1,4 @@
-"""Seeds below seeds: what is drawn depends on numbers that name it, never on what was drawn before."""
+"""Derived seeds: random draws depend on the numbers that name them, never on earlier draws."""
 
 import torch
 

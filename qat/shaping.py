@@ -1,4 +1,4 @@
-"""What of a configuration can change what comes of a run; everything else may differ without a word.
+"""The settings that can change a run's result; all others may differ without notice.
 
 The fields of `qat.config` say it of themselves. Keys of artifacts, plans of sweeps and runs that are gone on
 with all ask here, so that a key which shapes a result can be forgotten nowhere.

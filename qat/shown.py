@@ -1,4 +1,4 @@
-"""Other people's words as they may be seen: what would steer a terminal or turn a line around is written out.
+"""Makes other people's text safe to show: control characters and direction marks are written as escapes.
 
 Names come from archives, stores and records, and whoever named them may have put in escape sequences, carriage
 returns or marks that reverse the direction of text. Terminal, log files, Markdown and pages all pass through here.
@@ -9,17 +9,17 @@ import re
 
 _STEERING = re.compile(
     "["
-    "\x00-\x08\x0b-\x1f\x7f-\x9f"  # control characters, but the tab and the line feed
-    "\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069"  # directions of text
-    "\u2028\u2029"  # ends of lines and paragraphs
-    "\ufeff\ufff9-\ufffb\U000e0000-\U000e007f"  # what is never seen: byte order mark, annotations, tags
-    "\ud800-\udfff"  # halves of a pair, which no file holds
+    "\x00-\x08\x0b-\x1f\x7f-\x9f"  # control characters, except tab and line feed
+    "\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069"  # marks that set the direction of text
+    "\u2028\u2029"  # line and paragraph separators
+    "\ufeff\ufff9-\ufffb\U000e0000-\U000e007f"  # invisible characters: byte order mark, annotations, tags
+    "\ud800-\udfff"  # surrogates, which UTF-8 cannot encode
     "]"
 )
 
 
 def shown(text: str) -> str:
-    r"""The text with `\x1b` and `\u202e` for what is not seen but acts."""
+    r"""The text with invisible control characters written as escapes, such as `\x1b` and `\u202e`."""
     return _STEERING.sub(lambda found: _written(ord(found[0])), text)
 
 

@@ -6,8 +6,8 @@ from collections.abc import Iterable, Mapping
 
 from qat.shown import line
 
-SIMILAR = 0.6  # share of letters in common, from which a suggestion helps more than it distracts
-BEGINNING = 3  # letters, from which the beginning of a word stands for it
+SIMILAR = 0.6  # minimum share of letters in common for a word to be suggested
+BEGINNING = 3  # minimum letters for the beginning of a word to match it
 
 
 def nearest(word: str, known: Iterable[str]) -> str | None:
@@ -45,7 +45,7 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
 
 
 def hint(found: str | None) -> str:
-    """The same for what is found already."""
+    """As `did_you_mean`, for a word that is already found."""
     return f" (did you mean {found}?)" if found else ""
 
 

@@ -1,4 +1,4 @@
-"""Sweeps that finish: which jobs there are, which are done, and what they come to.
+"""Sweeps that can be resumed: their jobs, which of these are complete, and a summary of the results.
 
 A sweep's folder holds `sweep.json`, the plan: every job with its overrides, its run identity, taken before
 the first job starts, and a key over what its configuration decides. Each job has a folder named like its
@@ -27,10 +27,10 @@ from qat.report.markdown import table as rendered
 from qat.shaping import shaping
 
 WAITING = "not started"
-# The first that jobs have is ranked by; the loss that is trained, where it is one for all jobs.
+# Figures to rank jobs by, in order of preference; the training loss only if all jobs have the same loss.
 OBJECTIVES = {"kl": "full KL", "loss_best": "loss", "kd_loss_best": "KD loss", "kd_loss": "KD loss"}
 COLUMNS = {"kl": "full KL", "loss_best": "loss", "kd_loss_final": "KD loss", "perplexity": "perplexity"}
-TEXT = "held-out text"  # a column where jobs were not all measured on one
+TEXT = "held-out text"  # column shown if jobs were measured on different texts
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ def create(
         raise ConfigError(f"{text}: a sweep keeps its settings in a plan, which takes values alone: write it out")
     folder = folder or claim_sweep(outputs)
     folder.mkdir(parents=True, exist_ok=True)
-    with scratch.locked(folder):  # empty, it would be nobody's
+    with scratch.locked(folder):  # locked, since another sweep would remove an empty folder that nobody holds
         planned = [Job(claim_run(outputs), overrides, key) for key, overrides in jobs.items()]
         for job in planned:
             note(outputs, job.run_id, folder / job.run_id)
@@ -260,7 +260,7 @@ def _rows(sweep: Sweep) -> list[dict[str, Any]]:
 
 
 def _grounds(rows: list[dict[str, Any]]) -> int:
-    """On how many teachers and texts jobs were measured: figures of two do not compare."""
+    """The number of different pairs of teacher and text among the jobs; only figures of one pair can be compared."""
     return len({tuple(row["ground"]) for row in rows if row["metrics"]})
 
 

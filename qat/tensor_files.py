@@ -1,4 +1,4 @@
-"""Files of tensors, opened in one place: nothing in them is trusted before names, types and shapes are the wanted ones.
+"""Opens files of tensors. Nothing in them is trusted before names, types and shapes are checked.
 
 safetensors' own reader looks at a file's header: its length, that tensors neither overlap nor leave gaps, and that
 the file ends with them. Pickles (`.pt`) are opened for plain tensors alone.
@@ -21,14 +21,14 @@ from torch import Tensor
 
 from qat.errors import ArtifactError, reason
 
-Known = tuple[str, tuple[int, ...]]  # type and shape
+Known = tuple[str, tuple[int, ...]]  # type and shape of a tensor
 KINDS = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64", torch.uint8: "U8"}
 FLOATS = ("F32", "F16", "BF16", "F64")
-# Bytes of a number of each type, in the order in which safetensors writes tensors: widest first, then by name.
+# Bytes per number of each type, in the order in which safetensors writes tensors: widest first, then by name.
 WIDTHS = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2, "U8": 1}
-ALIGNED = 8  # bytes, to a multiple of which a header is filled up
+ALIGNED = 8  # a file's header is padded to a multiple of so many bytes
 
-# What torch raises for a file that is not the pickle of a state dict, or not all of one.
+# Errors that torch raises for a file that is not a state dict's pickle, or is cut short.
 UNREADABLE = (
     *(OSError, EOFError, UnpicklingError, zipfile.BadZipFile, Unstructured),
     *(RuntimeError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, AssertionError, MemoryError),
@@ -43,7 +43,7 @@ class Wanted:
     shape: tuple[int, ...]
 
     def __str__(self) -> str:
-        """As a message has it."""
+        """The form used in messages."""
         return f"{' or '.join(self.kinds)} {list(self.shape)}"
 
 
@@ -95,7 +95,7 @@ def entries(path: Path, remedy: str) -> tuple[dict[str, Entry], dict[str, str]]:
     stored, said = _opened(path, remedy, lambda file: (_stored(file), dict(file.metadata() or {})))
     with open(path, "rb") as file:
         size = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(size))  # which safetensors has read as well
+        header = json.loads(file.read(size))  # safetensors has checked this header already
     begins = {name: 8 + size + header[name]["data_offsets"][0] for name in stored}
     return {name: Entry(kind, shape, begins[name]) for name, (kind, shape) in stored.items()}, said
 
@@ -144,7 +144,7 @@ def unpickled(path: Path, where: str | None = None, mapped: bool = False) -> Any
         zipped = zipfile.is_zipfile(path)
         if zipped:
             _refuse_compressed(path)
-        with warnings.catch_warnings(action="ignore"):  # torch wonders at some pickles before it refuses them
+        with warnings.catch_warnings(action="ignore"):  # torch warns about some pickles before it refuses them
             return torch.load(path, map_location=where, weights_only=True, mmap=mapped and zipped)
     except UnpicklingError:
         raise ValueError("it is damaged or holds more than plain tensors, which could run code") from None
@@ -169,7 +169,7 @@ def is_plain(value: Any) -> bool:
 
 
 def _stored(file: Any) -> dict[str, Known]:
-    slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+    slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - file is not a mapping
     return {name: (str(part.get_dtype()), tuple(part.get_shape())) for name, part in slices.items()}
 
 

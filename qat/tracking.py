@@ -55,7 +55,7 @@ class WandbTracker:
         self._tell(lambda: self._run.finish(exit_code=int(failed)))
 
     def _tell(self, do: Callable[[], object]) -> None:
-        """Whatever wandb raises is its own trouble; it is said once and not asked again."""
+        """Calls wandb; after its first error, which is logged once, it is not called again."""
         if self._silent:
             return
         try:
@@ -71,12 +71,12 @@ def open_tracker(config: Config, folder: Path, run_id: str) -> Tracker:
         return NoTracker()
     try:
         return WandbTracker(_start_wandb(config, folder, run_id))
-    except Exception as error:  # a service, a client process and a network stand behind this call
+    except Exception as error:  # a service, a client process and the network may all fail here
         log.warning("wandb is left out of this run: %s", error)
         return NoTracker()
 
 
-# offline-run-20260131_120000-x1y2z3a4, and a number behind it for another one in the same second
+# For example offline-run-20260131_120000-x1y2z3a4; a second run in the same second gets a number behind it.
 RUN_FOLDER = re.compile(r"(offline-)?run-\d+_\d+-(?P<id>[^-]+)(-\d+)?")
 
 

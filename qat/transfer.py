@@ -1,4 +1,4 @@
-"""Pull, push and mirror: nothing half-copied ever stands where a whole thing is looked for."""
+"""Pull, push and mirror: an incomplete copy never lies where a complete one is expected."""
 
 import hashlib
 import itertools
@@ -24,8 +24,8 @@ from qat.store.places import Entry, Place, open_place
 log = logging.getLogger(__name__)
 
 CHECKSUM = ".sha256"
-MIRROR_SECONDS = 120.0  # between two copies of a run
-MIRROR_NAME = "mirror.txt"  # in a run's folder: what it is called in the store
+MIRROR_SECONDS = 120.0  # seconds between two copies of a run to the store
+MIRROR_NAME = "mirror.txt"  # file in a run's folder with the run's name in the store
 
 
 def with_named(config: Config) -> Config:
@@ -148,7 +148,7 @@ def _mirror(store: StoreConfig, folder: Path, run_id: str, seconds: float, ended
                 place = open_place(store)
                 place.prepare()
             now = _state(folder)
-            if now != before and names.is_there(folder, "runs"):  # none is left of one that was refused
+            if now != before and names.is_there(folder, "runs"):  # a refused run's folder is gone
                 push(place, folder, "runs", _mirror_name(place, folder, run_id))
                 before = now
         except (QatError, OSError) as error:  # a file replaced while it is read is copied the next time
@@ -174,7 +174,7 @@ def _state(folder: Path) -> list[tuple[str, int, int]]:
 
 
 def _fetched(store: StoreConfig, place: Path, kind: str, word: str, wanted: list[str]) -> Path:
-    """What lies at a place, brought there first if need be."""
+    """The content at a path, fetched first if it is missing."""
     if place.exists():
         return place
     if file := names.archive_file(word):
@@ -200,7 +200,7 @@ def _pulled(store: StoreConfig, outputs: Path, kind: str, wanted: list[str]) -> 
 
 @contextmanager
 def _made(target: Path, kind: str, what: str) -> Iterator[Path | None]:
-    """An empty folder whose content appears at `target` once it is known for one of its kind; None if that is there.
+    """Yields an empty folder whose content is checked and then moved to `target`; None if that is there already.
 
     Raises:
         ArtifactError: it is none of its kind, or something else is at `target`.

@@ -14,8 +14,9 @@ from transformers.masking_utils import sdpa_mask
 
 from qat.attention import kernels, plain
 
-NAME = "qat"  # as transformers' `attn_implementation`
-UNKNOWN = ("dropout", "softcap", "position_bias", "s_aux", "cache", "output_attentions")  # masks hold windows
+NAME = "qat"  # value of transformers' `attn_implementation` that selects this attention
+# Arguments of attention that the kernel does not support; sliding windows are part of the mask.
+UNKNOWN = ("dropout", "softcap", "position_bias", "s_aux", "cache", "output_attentions")
 
 
 def attend(
@@ -47,7 +48,7 @@ def attend(
 
 
 def fits(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, others: dict[str, Any]) -> bool:
-    """Whether the kernel can do it: 16-bit numbers on CUDA, whole short rows, causal or under a mask of their own."""
+    """Whether the kernel supports these inputs: 16-bit numbers on CUDA, whole short rows, causal or with own masks."""
     rows, _, length, width = q.shape
     causal = others.get("is_causal")
     return (

@@ -9,7 +9,7 @@ inputs' type, sums and the softmax fp32. Nothing but the inputs is kept for the 
 Shapes: B rows, H query heads, K key-value heads (query head h looks at h // (H / K)), L tokens, D dimensions.
 """
 
-# Triton gives the arguments of kernels its own meaning.
+# Arguments of Triton kernels have no Python types.
 # mypy: disable-error-code="no-untyped-def"
 
 from functools import cache
@@ -20,16 +20,16 @@ from torch import Tensor
 try:
     import triton
     import triton.language as tl
-except ImportError:  # no CUDA build of torch
+except ImportError:  # Triton is missing from builds of torch without CUDA
     AVAILABLE = False
 else:
     AVAILABLE = True
 
-LONGEST, WIDEST = 128, 128  # tokens of a row, dimensions of a head: what a program can hold
-OLDEST = (8, 0)  # Ampere: a GPU before it has too little shared memory for long rows, however they are cut
-QUERIES = 32  # that the backward pass takes at once
+LONGEST, WIDEST = 128, 128  # maximum tokens of a row and dimensions of a head that a program can hold
+OLDEST = (8, 0)  # compute capability of Ampere; older GPUs have too little shared memory for long rows
+QUERIES = 32  # queries that the backward pass takes at a time
 BACKWARD = {"num_warps": 8, "num_stages": 1}
-LARGE, LARGE_BYTES = 64 * 128, 128 * 1024  # above so many numbers of a head, the backward pass takes so much
+LARGE, LARGE_BYTES = 64 * 128, 128 * 1024  # numbers per row and head; backward on more needs LARGE_BYTES
 
 
 @cache
@@ -95,7 +95,7 @@ def _sizes(q_BHLD: Tensor, k_BKLD: Tensor, mask_B1LL: Tensor | None) -> tuple[in
 
 
 def _padded(size: int) -> int:
-    """As matrix units take it: a power of two from 16."""
+    """The size padded for matrix units: a power of two, at least 16."""
     return max(16, triton.next_power_of_2(size))
 
 
@@ -108,7 +108,7 @@ if AVAILABLE:
         seen = inside & (k[None, :] <= q[:, None])
         if MASKED:
             seen = tl.load(mask + (row * L + q[:, None]) * L + k[None, :], mask=inside, other=0) != 0
-        # Rows of padding see themselves, or their softmax would be 0 / 0.
+        # Padding rows attend to themselves; otherwise their softmax would be 0 / 0.
         seen = seen | (k[None, :] == q[:, None])
         scores = tl.where(seen, products * scale, float("-inf"))
         p = tl.exp(scores - tl.max(scores, 1)[:, None])

@@ -7,7 +7,7 @@ because a rotation turns number i of the first with number i of the second. Othe
 Shapes: B rows, L tokens, T = B · L, H query heads, K key-value heads, D dimensions of a head.
 """
 
-# Triton gives the arguments of kernels its own meaning.
+# Arguments of Triton kernels have no Python types.
 # mypy: disable-error-code="no-untyped-def"
 
 from dataclasses import dataclass
@@ -23,15 +23,15 @@ if AVAILABLE:
 
     from qat.attention.kernels import _probabilities
 
-# What a program holds decides how it is best cut, and whether that fits into the shared memory it can have.
-# Registers are enough for few queries at once, and nothing is read ahead for others; rows of 128 with narrow heads
-# alone are faster all at once, where there is room.
-FORWARD = {"num_warps": 4}  # up to 113 KB
+# Launch settings by the size of a row and a head, chosen for speed within the GPU's shared memory. Few queries at a
+# time fit into registers, and then nothing is loaded ahead. Only rows of 128 tokens with narrow heads are faster
+# with all queries at once, if the shared memory is large enough.
+FORWARD = {"num_warps": 4}  # up to 113 KB of shared memory
 FORWARD_SMALL = {"num_warps": 4, "num_stages": 1}
-FORWARD_LARGE = {"num_warps": 8, "num_stages": 1}  # 96 KB for the longest rows of the widest heads
+FORWARD_LARGE = {"num_warps": 8, "num_stages": 1}  # 96 KB of shared memory for the longest rows and widest heads
 BACKWARD_SHORT = {"QUERIES": 32, "num_warps": 4, "num_stages": 1}
-BACKWARD_WHOLE = {"QUERIES": LONGEST, "num_warps": 8}  # 193 KB for heads of 64
-BACKWARD_LONG = {"QUERIES": 32, "num_warps": 8, "num_stages": 1}  # 96 KB as well
+BACKWARD_WHOLE = {"QUERIES": LONGEST, "num_warps": 8}  # 193 KB of shared memory for heads of 64 dimensions
+BACKWARD_LONG = {"QUERIES": 32, "num_warps": 8, "num_stages": 1}  # 96 KB of shared memory
 ROOMY = 193 * 1024
 
 
@@ -53,7 +53,7 @@ class Heads:
 
 @dataclass(frozen=True)
 class Places:
-    """Where tokens stand: what rotates a head at each position, and which tokens see each other.
+    """Positions of tokens: the rotation of a head at each of them, and which tokens see each other.
 
     Attributes:
         cos, sin: [B or 1, L, D], the second half of D like the first.
@@ -93,14 +93,14 @@ def backward(
 
 
 def _forward_cut(constants: dict[str, int | bool], device: torch.device) -> dict[str, int]:
-    """How the forward pass is launched."""
+    """Launch settings of the forward pass."""
     if constants["TOKENS"] * constants["WIDTH"] > LONGEST * 64:
         return FORWARD_LARGE
     return FORWARD if shared_memory(device) >= ROOMY else FORWARD_SMALL
 
 
 def _backward_cut(constants: dict[str, int | bool], device: torch.device) -> dict[str, int]:
-    """How the backward pass is launched, and how many queries it takes at once."""
+    """Launch settings of the backward pass, with the number of queries at a time."""
     tokens = constants["TOKENS"]
     if tokens <= 64:
         return {**BACKWARD_SHORT, "QUERIES": min(BACKWARD_SHORT["QUERIES"], tokens)}
@@ -137,8 +137,8 @@ if AVAILABLE:
     def _inside(t, d, L: tl.constexpr, WIDTH: tl.constexpr):
         return (t[:, None] < L) & (d[None, :] < WIDTH)
 
-    # Two loads of one thing are one to the compiler, and what they give stays in registers from the first to
-    # the second, unless they differ in how they use the caches: `HOW`.
+    # The compiler merges two loads of the same address and keeps the value in registers between them. Different
+    # cache modifiers (`HOW`) prevent that.
     FIRST, AGAIN = tl.constexpr(""), tl.constexpr(".ca")
 
     @triton.jit

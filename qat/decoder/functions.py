@@ -1,4 +1,4 @@
-"""The steps of a decoder layer as autograd sees them: few, fused, and keeping only what they read.
+"""The steps of a decoder layer as autograd functions: few, fused, and saving only their inputs.
 
 Gradients that meet (of the residual stream; of layers with one input) are added where they are made, so
 autograd adds nothing itself.

@@ -5,7 +5,7 @@ Sums and roots are fp32; nothing but inputs is kept for the backward pass.
 Shapes: T tokens, D hidden, F of the gated layer.
 """
 
-# Triton gives the arguments of kernels its own meaning.
+# Arguments of Triton kernels have no Python types.
 # mypy: disable-error-code="no-untyped-def"
 
 import torch
@@ -14,12 +14,12 @@ from torch import Tensor
 try:
     import triton
     import triton.language as tl
-except ImportError:  # no CUDA build of torch
+except ImportError:  # Triton is missing from builds of torch without CUDA
     AVAILABLE = False
 else:
     AVAILABLE = True
 
-TILE = 4096  # numbers of a tensor that a program holds at once
+TILE = 4096  # maximum numbers of a tensor that a program holds at a time
 
 
 def norm(x_TD: Tensor, more_TD: Tensor | None, weight_D: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:

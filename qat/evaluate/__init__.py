@@ -1,4 +1,4 @@
-"""What a student is worth.
+"""Evaluation of students.
 
 figures.py    KL, KD loss, perplexity and agreement on rows of tokens, with intervals
 windows.py    a long text as windows in which each token is scored once

@@ -1,4 +1,4 @@
-"""What models say: the same prompts answered by each, and answers that appear while they are written."""
+"""Answers of models: the same prompts answered by each, and streams that show an answer while it is written."""
 
 from typing import TextIO
 
@@ -29,10 +29,10 @@ SAMPLE_OPENINGS = (
     "The year has twelve months:",
 )
 
-ROUNDING = {torch.bfloat16: 5e-2, torch.float16: 5e-3}  # of logits, relative to their norm
+ROUNDING = {torch.bfloat16: 5e-2, torch.float16: 5e-3}  # maximum rounding error of logits, relative to their norm
 
-UNFINISHED = "�"  # what bytes decode to that are no whole character
-CHARACTER = 4  # most bytes, so most tokens, of one
+UNFINISHED = "�"  # character that an incomplete UTF-8 sequence decodes to
+CHARACTER = 4  # maximum bytes, and so maximum tokens, of one character
 
 
 def samples_of(tokenizer: PreTrainedTokenizerBase) -> dict[str, list[int]]:
@@ -85,7 +85,7 @@ def _batches(
 def settings_of(
     tokenizer: PreTrainedTokenizerBase, ends: tuple[int, ...], tokens: int, temperature: float = 0.0
 ) -> GenerationConfig:
-    """Generation of at most so many tokens, up to the first of `ends`; the likeliest, unless there is a temperature."""
+    """Settings to generate at most `tokens` tokens, up to the first of `ends`; greedy if the temperature is 0."""
     sampling = {"temperature": temperature, "top_k": 0} if temperature > 0 else {}
     return GenerationConfig(
         max_new_tokens=tokens,
@@ -103,7 +103,7 @@ class Stream(BaseStreamer):
     def __init__(self, tokenizer: PreTrainedTokenizerBase, file: TextIO) -> None:
         self._tokenizer, self._file = tokenizer, file
         self._ids: list[int] = []
-        self._before, self._shown = 0, 0  # tokens of the last piece, and all that were written
+        self._before, self._shown = 0, 0  # where the last piece begins, and how many tokens are written
         self._prompt = True
 
     def put(self, value: Tensor) -> None:
@@ -121,7 +121,7 @@ class Stream(BaseStreamer):
         self._file.flush()
 
     def _write(self, final: bool) -> None:
-        # The piece before is decoded again: a tokenizer may join what follows to it without a space.
+        # The piece before is decoded again, because a tokenizer may join the next token to it without a space.
         known = self._decode(self._ids[self._before : self._shown])
         text = self._decode(self._ids[self._before :])
         if not final and text.endswith(UNFINISHED) and len(self._ids) - self._shown < CHARACTER:

@@ -80,7 +80,7 @@ class Comparison:
         measured on the same rows are moved by the same chance.
         """
         draw = torch.Generator().manual_seed(0)
-        told = self.counts_N > 0  # a row without a position says nothing, also not by itself
+        told = self.counts_N > 0  # rows with no position that counts are left out
         rows = int(told.sum())
         drawn = torch.stack(
             [torch.randint(rows, (rows,), generator=draw).bincount(minlength=rows) for _ in range(RESAMPLES)]
@@ -104,7 +104,7 @@ def _metrics(means_F: Tensor) -> Metrics:
 
 
 def _exp(nll: float) -> float:
-    return math.exp(min(nll, 700.0))  # beyond, a float ends
+    return math.exp(min(nll, 700.0))  # exp of more than about 709 overflows a float
 
 
 def evaluate(

@@ -43,7 +43,7 @@ class Harness:
             from lm_eval.tasks import TaskManager
 
             self._tasks, self._examples = tasks, examples
-            # The harness's own list is 14,000 files long.
+            # The harness's own index has 14,000 files, so it is not read for paths alone.
             self._manager = TaskManager(include_defaults=not all(task.endswith(SUFFIXES) for task in tasks))
             for task in tasks:
                 self._look_up(task)
@@ -84,7 +84,7 @@ class Harness:
             )
         try:
             self._manager.load([task])
-        except OSError as error:  # a file or the hub; ConnectionError is one
+        except OSError as error:  # a file or the hub failed; ConnectionError is an OSError
             raise MissingError(f"evaluate.tasks: the data of {task} cannot be had ({reason(error)})") from None
         except (DatasetsError, YAMLError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise ConfigError(f"evaluate.tasks: lm-eval cannot load {task} ({reason(error)})") from None

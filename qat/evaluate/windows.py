@@ -26,7 +26,7 @@ from qat.data.tally import Unusable
 from qat.data.texts import TEXT
 from qat.errors import ConfigError
 
-AT_ONCE = 1 << 22  # characters that become tokens at once: some hundred megabytes in the tokenizer
+AT_ONCE = 1 << 22  # characters given to the tokenizer at a time, for which it takes some hundred megabytes
 
 
 class Windows:
@@ -42,7 +42,7 @@ class Windows:
     def batch(self, rows: Tensor) -> Batch:
         """The windows with these numbers [B]."""
         length, begin_B = self.meta["length"], rows * self._stride
-        reached_B = torch.where(rows > 0, begin_B - self._stride + length, 0)  # by the window before
+        reached_B = torch.where(rows > 0, begin_B - self._stride + length, 0)  # end of the window before
         place_BL = begin_B[:, None] + torch.arange(length)
         next_BL = place_BL[:, 1:]
         mask = (next_BL >= reached_B[:, None]) & (next_BL < len(self._ids))

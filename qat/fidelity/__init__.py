@@ -1,4 +1,4 @@
-"""Whether a model is computed as it computes itself, found out on a few real rows before anything relies on it.
+"""Checks on a few real rows that a faster forward pass gives the model's own results, before anything relies on it.
 
 The measure is the model's own forward pass in transformers, with eager attention in fp32, each document of a
 row alone. No list says which architectures may be computed how: the fastest pass whose log-probabilities are

@@ -1,4 +1,4 @@
-"""A model in fp32 for as long as a comparison lasts: what is left of a difference there is no rounding."""
+"""A model in fp32 during a comparison, so that remaining differences are not due to rounding."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from qat.rows import inputs
 
-LOOKED_AT = 256  # rows, of which two are chosen
-POSITIONS = 64  # looked at, at most; of longer documents evenly spread ones
+LOOKED_AT = 256  # rows looked at to choose the two that are compared
+POSITIONS = 64  # maximum positions compared in all documents together; of more, evenly spaced ones
 
 
 class Batch(Protocol):

@@ -1,4 +1,4 @@
-"""Which pass a model takes: the fastest one that says what the model's own forward pass says.
+"""Chooses a model's pass: the fastest one that gives the results of the model's own forward pass.
 
 Shapes: X positions, D hidden, V vocabulary.
 """
@@ -23,10 +23,10 @@ from qat.models import ModelFolder
 
 log = logging.getLogger(__name__)
 
-TOLERANCE = 2e-3  # of log-probabilities in fp32: what storing them in 16 bits rounds away
-RECORDED = 0.02  # KL of a cache's tokens, at half of the positions: what recording them in 16 bits may come to
-# In 16 bits a pass may be so many times as far from fp32 as the model's own pass is, at three positions of
-# four: an expert or two that change with the last bit are no fault.
+TOLERANCE = 2e-3  # largest difference of log-probabilities in fp32 (nats), about the rounding of 16-bit storage
+RECORDED = 0.02  # maximum median KL (nats) between a cache and the teacher; 16-bit recording may cause it
+# In 16 bits, a pass may differ from fp32 by TIMES the difference of the model's own pass, plus SLACK. The differences
+# compared are quantiles over positions (SHARE), because the last bit may change which expert a token is sent to.
 TIMES, SLACK, SHARE = 4, 0.02, 0.75
 
 
@@ -169,7 +169,7 @@ class Trial:
         return distance(widened(hidden_XD, weight).log_softmax(-1), wanted) <= TOLERANCE
 
     def told(self, how: Pass) -> str:
-        """Why a pass is not the fastest one; nothing of one that is."""
+        """Why a pass is not the fastest one; empty for the fastest."""
         reasons = []
         if how.attention != FAST.attention:
             reasons.append("attention is computed by transformers' own code, since the faster one differs")
@@ -216,7 +216,7 @@ def near(given: Tensor, own: Tensor, wanted: Tensor) -> bool:
 
 
 def _uncompiled() -> AbstractContextManager[None]:
-    """Compiling for a few rows takes longer than they do."""
+    """Inside, nothing is compiled: compiling takes longer than computing a few rows."""
     stance: AbstractContextManager[None] = torch.compiler.set_stance("force_eager")
     return stance
 

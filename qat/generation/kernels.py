@@ -5,7 +5,7 @@ once and then one block of them. Shapes: R rows, H query heads, K key-value head
 V tokens, N blocks of them.
 """
 
-# Triton gives the arguments of kernels its own meaning.
+# Arguments of Triton kernels have no Python types.
 # mypy: disable-error-code="no-untyped-def"
 
 import torch
@@ -14,13 +14,13 @@ from torch import Tensor
 try:
     import triton
     import triton.language as tl
-except ImportError:  # no CUDA build of torch
+except ImportError:  # Triton is missing from builds of torch without CUDA
     AVAILABLE = False
 else:
     AVAILABLE = True
 
-POSITIONS = 64  # keys that a program looks at together
-TOKENS = 2048  # of a block of the vocabulary
+POSITIONS = 64  # keys that a program loads at a time
+TOKENS = 2048  # tokens in a block of the vocabulary
 
 
 def next_token(
@@ -81,7 +81,7 @@ if AVAILABLE:
         values += row * values_row + head * values_head
         tl.store(keys + at * D + d, new_k, mask=d < D)
         tl.store(values + at * D + d, new_v, mask=d < D)
-        # The token itself first, then blocks of what was before, with running maxima (online softmax).
+        # The token's own key first, then blocks of earlier keys, with running maxima (online softmax).
         top = tl.sum(query.to(tl.float32) * new_k.to(tl.float32)[None, :], 1) * scale
         mass = tl.full([QUERIES], 1.0, tl.float32)
         mean = tl.zeros([QUERIES, WIDTH], tl.float32) + new_v.to(tl.float32)[None, :]
@@ -109,7 +109,7 @@ if AVAILABLE:
         t = block * BLOCK + tl.arange(0, BLOCK)
         x = tl.load(logits + row * V + t, mask=t < V, other=float("-inf"))
         highest = tl.max(x, 0)
-        beside = tl.where(highest > float("-inf"), highest, 0.0)  # -inf less -inf is no number
+        beside = tl.where(highest > float("-inf"), highest, 0.0)  # -inf minus -inf would be NaN
         tl.store(top + row * N + block, highest)
         tl.store(mass + row * N + block, tl.sum(tl.exp((x - beside) * inverse), 0))
 

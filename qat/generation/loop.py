@@ -24,15 +24,15 @@ from qat.generation.sampling import choose
 from qat.graphs import Recorder, recording_stream
 from qat.head import OutputHead
 
-LOOK_EVERY = 16  # tokens between two looks at whether all rows have ended
-TOKENS_AT_ONCE = 65_536  # of prompts
-ROUND = 64  # positions are reserved by; of few shapes, few are compiled
-STEP = "step"  # what the recorder knows it by
-PROMPT_ROUND = 16  # longer prompts are read by multiples of it, shorter ones by powers of two
-LOGITS_HELD = 4  # rows of fp32 logits a row: those of plain calls, of the recording, and what a choice needs
+LOOK_EVERY = 16  # tokens between two checks whether all rows have ended
+TOKENS_AT_ONCE = 65_536  # maximum prompt tokens, padding included, in one forward pass
+ROUND = 64  # reserved positions are a multiple of this, so that few shapes are compiled
+STEP = "step"  # key of a decoding step in the recorder
+PROMPT_ROUND = 16  # tokens; longer prompts are padded to a multiple of it, shorter ones to a power of two
+LOGITS_HELD = 4  # copies of a row's fp32 logits in memory: plain calls, the recording, and the choice of a token
 
 
-Watch = Callable[[Sequence[int], Tensor], None]  # is given some rows and the fp32 logits of their next tokens
+Watch = Callable[[Sequence[int], Tensor], None]  # takes row numbers and the fp32 logits of their next tokens
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ def _positions(longest: int, sampling: Sampling) -> int:
 
 
 class Writer:
-    """Goes on from up to `rows` prompts at once."""
+    """Continues up to `rows` prompts at once."""
 
     def __init__(
         self,
@@ -114,7 +114,7 @@ class Writer:
             self._begin(uniform_AR)
             self._read(ids_RL, lengths_R)
             self._follow(len(prompts), advance)
-            written_AR = self.written_AR.to("cpu", copy=True)  # whoever has the next turn writes over it
+            written_AR = self.written_AR.to("cpu", copy=True)  # a copy: the next thread's turn overwrites the tensor
         return written_AR.T[: len(prompts)].contiguous()
 
     def _begin(self, uniform_AR: Tensor) -> None:
@@ -201,14 +201,14 @@ def drawn(sampling: Sampling, rows: int, seed: int) -> Tensor:
 
 
 def overlook(rows: Sequence[int], logits_RV: Tensor) -> None:
-    """Nobody watches."""
+    """A `Watch` that does nothing."""
 
 
 def answers(written_RA: Tensor, ends: tuple[int, ...]) -> list[list[int]]:
     """The tokens of each row, up to the first that is one of `ends`."""
     ended_RA = np.isin(written_RA.numpy(), ends)
     lengths_R = np.where(ended_RA.any(1), ended_RA.argmax(1) + 1, written_RA.shape[1])
-    # NumPy makes numbers of Python ten times as fast as PyTorch.
+    # NumPy converts to Python numbers ten times as fast as PyTorch.
     return [row[:length] for row, length in zip(written_RA.numpy().tolist(), lengths_R, strict=True)]
 
 
@@ -220,7 +220,7 @@ def _together(prompts: list[list[int]]) -> tuple[Tensor, Tensor]:
 
 
 def _rounded(length: int) -> int:
-    """Every other length is one more shape that a kernel is compiled for."""
+    """The length padded to one of a few values, since kernels are compiled for each."""
     if length <= PROMPT_ROUND:
         return 1 << (length - 1).bit_length()
     return -(-length // PROMPT_ROUND) * PROMPT_ROUND

@@ -37,7 +37,7 @@ def number(config: PreTrainedConfig, name: str) -> int:
     """A number of a configuration that holds for all layers; 0 where it has none, or one for each layer."""
     try:
         value = getattr(config, name, None)
-    except RuntimeError:  # as transformers raises of what differs among layers
+    except RuntimeError:  # transformers raises it if the value differs among layers
         return 0
     return value if isinstance(value, int) else 0
 
@@ -57,7 +57,7 @@ class Memory:
         self.model = model
         self.modules: list[nn.Module] = [layer.get_submodule("self_attn") for layer in decoder_layers(model)]
         heads, width = _shape(model.config.get_text_config())
-        # Tensors of their own: of two that share memory, torch.compile would copy one before it is written to.
+        # Separate tensors: torch.compile would copy one of two that share memory before writing to it.
         self.layers = [
             [torch.zeros(rows, heads, positions, width, dtype=model.dtype, device=model.device) for _ in range(2)]
             for _ in self.modules

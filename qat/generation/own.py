@@ -22,7 +22,7 @@ from qat.models import generate
 
 
 class OwnWriter:
-    """Goes on from up to `rows` prompts at once, like `qat.generation.Writer`."""
+    """Continues up to `rows` prompts at once, like `qat.generation.Writer`."""
 
     def __init__(
         self,
@@ -34,7 +34,7 @@ class OwnWriter:
     ) -> None:
         """As the other; `remembers` keeps what was read (keys, values, states) instead of reading it again."""
         self.model, self.sampling, self.rows, self.remembers, self.turn = model, sampling, rows, remembers, turn
-        self._end = min(sampling.ends, default=0)  # what fills a row behind its end
+        self._end = min(sampling.ends, default=0)  # token that fills a row behind its end
         self.watch: Watch = overlook
 
     @torch.no_grad()
@@ -63,7 +63,7 @@ class OwnWriter:
 
 
 class _Choice(LogitsProcessor):
-    """Leaves the chosen token alone possible."""
+    """A logits processor that allows only the chosen token."""
 
     def __init__(self, uniform_AR: Tensor, temperature: float, watch: Callable[[Tensor], None]) -> None:
         self.uniform_AR, self.temperature, self.watch, self.step = uniform_AR, temperature, watch, 0

@@ -13,7 +13,7 @@ from torch.nn.functional import pad
 
 from qat.generation import kernels
 
-BLOCK = 256  # tokens, of the plain version
+BLOCK = 256  # tokens in a block of the vocabulary, in plain PyTorch
 
 
 def choose(logits_RV: Tensor, uniform_R: Tensor, temperature: float) -> Tensor:

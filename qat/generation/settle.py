@@ -1,7 +1,7 @@
 """Which loop writes a teacher's text: the fastest one whose logits are those of the model's own forward pass.
 
-Real prompts are gone on with by a few tokens, one of them so long that windows and states are full. What is
-compared is as in `qat.fidelity`: in fp32 to see whether a loop is right, in the model's own type for the kernels.
+Each loop continues real prompts by a few tokens; one prompt is long enough to fill windows and states. The
+comparison is that of `qat.fidelity`: in fp32 for the loop, in the model's own type for its kernels.
 
 Shapes: R rows, V vocabulary.
 """
@@ -26,9 +26,10 @@ from qat.models import ModelFolder
 
 log = logging.getLogger(__name__)
 
-TOKENS = 3  # looked at behind each prompt; with more, steps would be recorded
-FEW = 3  # tokens of a short prompt; another one has three times as many
-# `Writer`, and whether logits are a product there; `OwnWriter`, which remembers what it read or reads it anew.
+TOKENS = 3  # tokens compared behind each prompt; more would make the loop record a CUDA graph
+FEW = 3  # tokens of the shorter test prompt; the longer one has three times as many
+# The loops to try, fastest first, and whether their logits are a plain product with the head: `Writer`; `OwnWriter`
+# with a key-value cache ("own"); `OwnWriter` that reads the whole text for each token ("anew").
 LOOPS = (("plain", True), ("plain", False), ("own", False), ("anew", False))
 
 Turn = Callable[[], AbstractContextManager[None]]

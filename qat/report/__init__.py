@@ -1,4 +1,4 @@
-"""What all runs below one outputs folder come to: the run log and the report.
+"""The run log and the report of all runs in one outputs folder.
 
     log.py       RUNS.md, the run log
     page.py      report.html, one self-contained page, put together from page.html, page.css and page.js
@@ -14,7 +14,7 @@ from qat.artifacts import locked, write_text
 
 
 def generate(path: Path, render: Callable[[], str]) -> Path:
-    """Writes one of them, atomically; processes take turns, so that the last has seen what all of them left."""
+    """Writes one of the two files atomically, one process at a time, so that the last one includes all runs."""
     with locked(path):
         write_text(path, render())
     return path

@@ -21,7 +21,7 @@ Generated from the runs in this folder and written anew whenever one ends: edits
 words go on its command line, `run.goal="…" run.notes="…"`; `python launch.py stage=report` writes this file
 and report.html."""
 SIZES = ("file_bytes", "model_bits_per_weight", "bits_per_weight")
-TOLD = {"checkpoint.path", "run.goal", "run.notes"}  # elsewhere in a run's entry, or in other words
+TOLD = {"checkpoint.path", "run.goal", "run.notes"}  # keys shown elsewhere in a run's entry
 
 
 def write(outputs: Path) -> Path:
@@ -153,7 +153,7 @@ def _instance(run: Record) -> str:
 
 
 def _config(run: Record) -> str:
-    """What the log names of a configuration, and then whatever else the command line set."""
+    """The settings that the log names, followed by all others that the command line set."""
     config = run.section("config")
     if not config:
         return plain(run.text("quant", "preset"))
@@ -186,7 +186,7 @@ def _result(run: Record) -> str:
 
 
 def _size(run: Record) -> dict[str, str]:
-    """What the whole student weighs; nothing where an older run did not say."""
+    """The size of the whole student; empty if an older run did not record it."""
     sizes = [run.number("quant", name) for name in SIZES]
     units = ("MB packed", "bits a weight", "over the quantized layers")
     known = [f"{text} {unit}" for text, unit in zip(_sizes(sizes), units, strict=True) if text != NOTHING]
@@ -194,7 +194,7 @@ def _size(run: Record) -> dict[str, str]:
 
 
 def _dense(run: Record) -> dict[str, str]:
-    """What of the decoder is not quantized; nothing where all of it is."""
+    """The parts of the decoder that are not quantized; empty if there are none."""
     found = run.section("quant", "dense")
     shares = {name: share for name in found if (share := run.number("quant", "dense", name)) is not None}
     if not shares:

@@ -12,7 +12,7 @@ HEADER = ("run", "stage", "status", "of", "result", "time", "folder")
 
 
 def table(runs: list[Record]) -> Iterator[str]:
-    """Their section; nothing where there are none."""
+    """Their section of the log; empty if there are none."""
     if runs:
         yield "## Caches, evaluations and exports"
         yield rendered(HEADER, list(map(_row, runs)))
@@ -28,7 +28,7 @@ def _row(run: Record) -> list[str]:
 
 
 def _subject(run: Record) -> str:
-    """What was looked at."""
+    """The cache, checkpoint or model that the run looked at."""
     models = run.section("evaluation", "models")
     checkpoint = run.text("config", "checkpoint", "path") or run.text("config", "checkpoint", "name")
     return plain(", ".join(models) or checkpoint)

@@ -31,5 +31,5 @@ def table(header: tuple[str, ...], rows: list[list[str]]) -> str:
 
 
 def _cell(text: str) -> str:
-    """A pipe ends a cell even within code."""
+    """A table cell with its pipes escaped, since a pipe ends a cell even within code."""
     return _PIPE.sub(r"\|", text)

@@ -16,10 +16,10 @@ from qat.report import generate
 from qat.shown import shown
 
 FILE = "report.html"
-POINTS = 240  # of a curve; more than a chart has pixels for
-DIGITS = 5  # significant, of figures that are only drawn
+POINTS = 240  # maximum points of a drawn curve; a chart cannot show more
+DIGITS = 5  # significant digits of figures that are only drawn
 
-# Characters that could end the script element or its line are written as JSON escapes instead.
+# Characters that could end the script element or its line are written as JSON escapes.
 ESCAPES = {ord(sign): f"\\u{ord(sign):04x}" for sign in "<>&\u2028\u2029"}
 
 

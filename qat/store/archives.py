@@ -1,4 +1,4 @@
-"""Archives: written plainly, read as if each were made to do harm.
+"""Archives: written in a simple form, read as if each were hostile.
 
 An archive is a compressed tar: `.tgz`, `.tar.gz`, `.tar.lz4`, `.tar.zst` or plain `.tar`. Reading one
 extracts regular files and folders into an empty folder and refuses everything else: links, devices,
@@ -23,10 +23,10 @@ from qat.compression import MISREAD, RATIO, gunzip, max_unpacked, unlz4, unzstd
 from qat.errors import ArtifactError
 
 SUFFIXES = (".tgz", ".tar.gz", ".tar.lz4", ".tar.zst", ".tar")
-CHUNK = 1 << 20  # bytes read at once; a header that wants more is no honest header
-DEPTH = 16  # folders within folders
-RESERVED = frozenset('<>:"|?*\\')  # what some file system gives a meaning of its own
-NESTED = 3  # single folders that are stepped into: old archives nest their content under its own name
+CHUNK = 1 << 20  # maximum bytes per read; no honest header of an archive is longer
+DEPTH = 16  # maximum nesting of folders
+RESERVED = frozenset('<>:"|?*\\')  # characters with a special meaning on some file system
+NESTED = 3  # folder levels searched for the content, which older archives nest under its own name
 CLUTTER = ("__MACOSX", ".DS_Store")
 
 
@@ -34,8 +34,8 @@ CLUTTER = ("__MACOSX", ".DS_Store")
 class Caps:
     """The most that an archive may hold."""
 
-    files: int = 100_000  # and folders, each time that one is named
-    bytes: int = 64 << 30  # unpacked; four of the largest caches seen
+    files: int = 100_000  # maximum entries: files, and folders as often as they are named
+    bytes: int = 64 << 30  # maximum unpacked bytes, four times the largest cache seen
 
 
 CAPS = Caps()
@@ -60,7 +60,7 @@ def pack(source: Path, path: Path, name: str) -> None:
     files = _own_files(folder) if source.is_dir() else [folder / "config.json", source]
     with (
         open(path, "wb") as raw,
-        gzip.GzipFile("", "wb", compresslevel=1, fileobj=raw, mtime=0) as stream,  # packed bits gain little from more
+        gzip.GzipFile("", "wb", compresslevel=1, fileobj=raw, mtime=0) as stream,  # higher levels gain little
         tarfile.open(fileobj=stream, mode="w", format=tarfile.PAX_FORMAT) as tar,
     ):
         for file in filter(Path.is_file, files):
@@ -77,8 +77,8 @@ def unpack(path: Path, folder: Path, caps: Caps = CAPS) -> int:
         ArtifactError: the archive is damaged, cut short, or holds what it must not; `folder` then holds a part.
         UnavailableError: its compression needs a package that is not installed.
     """
-    seen: dict[str, bool] = {}  # normalised name to whether it is a folder
-    listed: set[str] = set()  # those that have an entry of their own
+    seen: dict[str, bool] = {}  # normalised name, and whether it is a folder
+    listed: set[str] = set()  # names that have an entry of their own
     written = 0
     with _decompressed(path) as raw:
         stream = _Stream(raw, caps.bytes, path)
@@ -196,7 +196,7 @@ class _Stream:
             left -= len(piece)
         self.last = b"".join(pieces)
         self.position += len(self.last)
-        # Headers and padding count too; names and sizes alone can be a bomb.
+        # Headers and padding count too, because an archive can be a bomb by its headers alone.
         if self.position > self.cap + (self.cap >> 4) + CHUNK:
             raise ArtifactError(f"{self.path.name} unpacks to more than {self.cap} bytes: nothing was taken over")
         if self.position > self.max_bytes:

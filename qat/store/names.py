@@ -10,7 +10,7 @@ from qat.store.archives import is_archive, stem
 from qat.store.places import Entry
 
 KINDS = ("checkpoints", "caches", "runs")
-MARKS = {  # what lies in the folder of each kind, ours or older
+MARKS = {  # files that mark a folder as one of each kind, in present and older layouts
     "checkpoints": ("manifest.json", "*.pt", "*.safetensors"),
     "caches": ("meta.json", "shard_*.pt", "manifest.json"),
     "runs": (RESULT,),
@@ -40,12 +40,12 @@ def is_there(folder: Path, kind: str) -> bool:
 
 
 def bare(path: str) -> str:
-    """The path of something in a store without what says how it is stored: `runs/q4` for `runs/q4.tgz`."""
+    """The path of a store's entry without its archive suffix: `runs/q4` for `runs/q4.tgz`."""
     return stem(path).removesuffix(".pt")
 
 
 def own(entry: Entry) -> str:
-    """What something in a store is called by itself: the name of its folder for a `best_state_dict.pt`."""
+    """The name of a store's entry; for a `best_state_dict.pt` the name of its folder."""
     folder = entry.path.rpartition("/")[0].rpartition("/")[2]
     return folder if folder and entry.name in STATE_DICTS else bare(entry.name)
 
@@ -66,7 +66,7 @@ def find(entries: list[Entry], names: list[str]) -> Entry | None:
 
 
 def is_offered(entry: Entry) -> bool:
-    """True for what can be pulled."""
+    """True for an entry that can be pulled."""
     return entry.size is None or is_archive(entry.name) or entry.name.endswith(".pt")
 
 

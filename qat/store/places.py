@@ -19,14 +19,14 @@ from qat.errors import MissingError, UnavailableError
 log = logging.getLogger(__name__)
 
 CHUNK = 1 << 22
-TEXT = 1 << 16  # bytes of a small file
+TEXT = 1 << 16  # maximum bytes read from a small text file
 ATTEMPTS = 3
-PAUSE = 1.0  # seconds before the second attempt, twice as many before each further one
-DEPTH = 3  # folders below a store in which names are looked for
+PAUSE = 1.0  # seconds before the second attempt, doubled before each further one
+DEPTH = 3  # folder levels below a store's root that are searched for names
 EXTRAS = {"gs": "gcsfs", "gcs": "gcsfs", "s3": "s3fs", "hf": "huggingface_hub"}
 CLIENTS = ("aiohttp", "botocore", "gcsfs", "google", "httpcore", "httpx", "huggingface_hub", "requests", "s3fs")
 COLAB = Path("/content/drive/MyDrive")
-FOLDER = "qat"  # below the top of a Drive
+FOLDER = "qat"  # the store's folder at the top of a Google Drive
 
 T = TypeVar("T")
 
@@ -111,11 +111,11 @@ class Place:
         full = self._full(path)
 
         def copy() -> None:
-            if not self.is_local:  # object stores publish a file when it is closed
+            if not self.is_local:  # an object store shows a file only once it is closed
                 self.fs.makedirs(full.rpartition("/")[0], exist_ok=True)
                 self._send(source, full, path)
                 return
-            if not Path(self.root).is_dir():  # unmounted meanwhile: fill no empty mount point
+            if not Path(self.root).is_dir():  # the Drive was unmounted: do not write into the empty mount point
                 raise FileNotFoundError(f"{self.root} is gone")
             place = Path(full)
             place.parent.mkdir(parents=True, exist_ok=True)
