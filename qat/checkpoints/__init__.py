@@ -58,7 +58,7 @@ def load(
 
 
 def manifest(path: Path, teacher: ModelFolder, machine: Machine) -> dict[str, Any]:
-    """What a checkpoint says of itself; a V2 state dict has to be read for it.
+    """What the manifest of a checkpoint says; for a V2 state dict the file has to be read.
 
     Raises:
         ArtifactError: as `load`.
@@ -68,7 +68,7 @@ def manifest(path: Path, teacher: ModelFolder, machine: Machine) -> dict[str, An
 
 
 def check(path: Path, teacher: ModelFolder) -> None:
-    """Looks whether a checkpoint is there and of this teacher; a V2 state dict tells the latter only when loaded.
+    """Checks that a checkpoint exists and is of this teacher; of a V2 state dict the latter shows only on loading.
 
     Raises:
         ArtifactError: the files are damaged or no checkpoint's, or it belongs to another teacher.
@@ -79,7 +79,7 @@ def check(path: Path, teacher: ModelFolder) -> None:
 
 
 def latent(path: Path) -> dict[str, Tensor]:
-    """The weights [O, I] that a checkpoint's quantized ones stand for, by layer; empty where it has none.
+    """The latent weights [O, I] of the quantized layers, by name; empty where the checkpoint has none.
 
     Raises:
         ArtifactError: the files are damaged or no checkpoint's.
@@ -89,7 +89,7 @@ def latent(path: Path) -> dict[str, Tensor]:
 
 
 def identity(path: Path) -> str:
-    """A key of a checkpoint's content, for what is made from it.
+    """A key of a checkpoint's content, to tell whether what was made from it is still up to date.
 
     Raises:
         ArtifactError: the files are damaged or no checkpoint's.

@@ -32,8 +32,10 @@ from qat.quant.places import matrix, place
 from qat.quant.size import bits_per_weight
 from qat.tensor_files import Wanted
 
-FILE = "tables.safetensors"  # codebooks had another name once, and checkpoints of that time are to load
-LATENT = "latent.safetensors"  # `<layer>.latent`, fp32: where the training of indices goes on from
+# File of the quantized layers; the old name "tables" for codebooks stays, so that older checkpoints load
+FILE = "tables.safetensors"
+# File of the latent weights `<layer>.latent`, fp32, from which training of indices continues
+LATENT = "latent.safetensors"
 REMEDY = "copy the checkpoint again from where it came, or make it again"
 
 
@@ -50,12 +52,12 @@ def describe(teacher: ModelFolder, quant: QuantConfig, layers: list[Layer]) -> d
 
 
 def entries(layers: list[Layer]) -> dict[str, dict[str, Any]]:
-    """What a manifest says of layers, by name."""
+    """The manifest's entries for layers, by name."""
     return {layer.name: {"kind": layer.role, "shape": list(layer.shape), **layer.format.settings()} for layer in layers}
 
 
 def has_formats(manifest: dict[str, Any], quant: QuantConfig, teacher: ModelFolder) -> bool:
-    """True where a checkpoint's layers are in the formats that are asked for, or were chosen by the same budget."""
+    """True where a checkpoint's layers have the formats asked for, or were chosen under the same budget."""
     own = {layer.name: layer.format for layer in layers_of(manifest)}
     wanted = select(teacher.skeleton(), quant)
     asked, said = recorded(quant), manifest["quant"]
@@ -67,7 +69,7 @@ def has_formats(manifest: dict[str, Any], quant: QuantConfig, teacher: ModelFold
 
 
 def heritage(manifest: dict[str, Any]) -> dict[str, Any]:
-    """What a checkpoint trained from another one says like it: teacher, preset, bits and layers."""
+    """What a checkpoint keeps from the one it was trained from: teacher, preset, bits and layers."""
     shared = ("kind", "model", "teacher", "quant", "bits_per_weight", "layers")
     return {key: manifest[key] for key in shared if key in manifest}
 
@@ -98,7 +100,7 @@ def save(model: PreTrainedModel, folder: Path, description: dict[str, Any]) -> N
 
 
 def write(model: PreTrainedModel, folder: Path) -> None:
-    """Writes what a checkpoint holds of a student into a folder that is not published yet."""
+    """Writes a student's part of a checkpoint into a folder that is not published yet."""
     write_layers(quantized(model), folder)
     write_own(model, folder)
     if latents := _latents(model):
@@ -145,7 +147,7 @@ def check(folder: Path, teacher: ModelFolder) -> dict[str, Any]:
 
 
 def latent(folder: Path) -> dict[str, torch.Tensor]:
-    """The weights [O, I] that the quantized ones stand for, by layer; empty where training kept none."""
+    """The latent weights [O, I] by layer; empty where training kept none."""
     manifest = opened(folder)
     if not _has(folder, manifest, LATENT):
         return {}
@@ -155,7 +157,7 @@ def latent(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def add_latents(model: PreTrainedModel, known: dict[str, torch.Tensor], teacher: ModelFolder) -> None:
-    """Latent weights for every quantized layer: the known ones, else such as begin near the teacher's."""
+    """Sets the latent weights of every quantized layer: the known ones, else new ones near the teacher's."""
     layers = quantized(model)
     original = None if known.keys() >= layers.keys() else teacher.load(torch.float32, torch.device("cpu"))
     for name, layer in layers.items():
@@ -188,10 +190,10 @@ def opened(folder: Path) -> dict[str, Any]:
 
 
 def _has(folder: Path, manifest: dict[str, Any], name: str) -> bool:
-    """Whether a checkpoint has a file that not every one has.
+    """Whether a checkpoint has an optional file.
 
     Raises:
-        ArtifactError: it lies there and the manifest does not know it.
+        ArtifactError: the file exists, but the manifest does not list it.
     """
     if name not in manifest["files"] and (folder / name).exists():
         raise ArtifactError(f"{folder / name} is not in the {MANIFEST} beside it, and is none of its files: remove it")
@@ -199,7 +201,7 @@ def _has(folder: Path, manifest: dict[str, Any], name: str) -> bool:
 
 
 def _wanted(layers: list[Layer]) -> dict[str, Wanted]:
-    """What `FILE` holds, and nothing else."""
+    """The tensors that `FILE` must hold; it may hold no others."""
     wanted: dict[str, Wanted] = {}
     for layer in layers:
         wanted[f"{layer.name}.indices"] = Wanted(("U8",), (packing.packed_bytes(layer.weights, layer.format.bits),))
@@ -209,7 +211,7 @@ def _wanted(layers: list[Layer]) -> dict[str, Wanted]:
 
 
 def _check_layers(folder: Path, manifest: dict[str, Any], teacher: ModelFolder) -> None:
-    """The layers are matrices of the teacher."""
+    """Checks that the layers are matrices of the teacher."""
     layers = layers_of(manifest)
     outer = any(layer.role in vocabulary.ROLES for layer in layers)
     roles = vocabulary.roles(teacher.skeleton()) if outer else {}

@@ -23,7 +23,7 @@ ATTRIBUTE = "own_parameters"
 
 
 def own_parameters(model: nn.Module) -> dict[str, Tensor]:
-    """By name, exactly as read; empty where everything is the teacher's."""
+    """The student's own parameters by name, exactly as read; empty where all are the teacher's."""
     return cast(dict[str, Tensor], getattr(model, ATTRIBUTE, {}))
 
 
@@ -36,10 +36,10 @@ def adopt(model: nn.Module, tensors: dict[str, Tensor]) -> None:
 
 
 def read_own(path: Path, model: nn.Module, remedy: str) -> dict[str, Tensor]:
-    """Those of a checkpoint folder's file, for a model whose quantized layers are in place.
+    """Reads a student's own parameters from a checkpoint's file; the model's quantized layers must be in place.
 
     Raises:
-        ArtifactError: it is damaged, or holds what is no parameter of the model besides the quantized ones.
+        ArtifactError: the file is damaged, or holds something that is no parameter outside of the quantized layers.
     """
     inside = tuple(f"{name}." for name in quantized(model))
     kept = {
@@ -52,9 +52,9 @@ def read_own(path: Path, model: nn.Module, remedy: str) -> dict[str, Tensor]:
 
 
 def write_own(model: nn.Module, folder: Path, besides: Iterable[str] = ()) -> None:
-    """Writes those of a model, and the norms that learned, beside its quantized layers; no file for none.
+    """Writes a model's own parameters and its trained norms beside the quantized layers; no file where there are none.
 
-    Not the weights of the modules named `besides`, which are about to be quantized.
+    The weights of the modules named in `besides` are left out, because they are about to be quantized.
     """
     gone = {id(getattr(model.get_submodule(name), "weight", None)) for name in besides}
     own = {name: value for name, value in own_parameters(model).items() if id(model.get_parameter(name)) not in gone}

@@ -32,16 +32,18 @@ log = logging.getLogger(__name__)
 
 SCALES = ("scale_A", "scale_B", "rank_magnitude")
 PARTS = (*SCALES, "lut", "weight", "_Q", "_indices", "_scales_baked_flag")
-NORM_EPS = 1e-6  # smallest norm divided by
-MAGNITUDE_EPS = 1e-6  # added to magnitudes that pass through an activation
-OFF_CODEBOOK = 1e-2  # most that a stored `_Q` may differ from its codebook entry, as a share of the largest
-# What the layout has layers for.
+NORM_EPS = 1e-6  # norms are raised to at least this value before dividing by them
+MAGNITUDE_EPS = 1e-6  # constant added to magnitudes after their activation
+# Largest difference allowed between a stored `_Q` and its codebook entry, relative to the largest entry
+OFF_CODEBOOK = 1e-2
+# Roles and their layers in this layout.
 LEAVES = {
     "mlp": ("gate_proj", "up_proj", "down_proj"),
     "attn": ("q_proj", "k_proj", "v_proj", "o_proj"),
 }
 ROLE_OF = {leaf: role for role, leaves in LEAVES.items() for leaf in leaves}
-ORIGIN = ("model_id", "config_preset", "final_loss", "source_checkpoint")  # kept in the manifest
+# Settings of `config.json` that are copied to the manifest
+ORIGIN = ("model_id", "config_preset", "final_loss", "source_checkpoint")
 
 State = dict[str, Tensor]
 
@@ -57,11 +59,11 @@ SHAPES = {
     "_indices": ("OI", False),
     "_scales_baked_flag": ("1", False),
 }
-ENTRIES = range(2, 257)  # of a codebook
+ENTRIES = range(2, 257)  # allowed numbers of entries in a codebook
 
 
 def load(file: Path, teacher: ModelFolder, machine: Machine) -> tuple[PreTrainedModel, dict[str, Any]]:
-    """The student of a V2 state dict, and a manifest as our own checkpoints have it.
+    """The student of a V2 state dict, and a manifest like that of our own checkpoints.
 
     Raises:
         ArtifactError: the file cannot be read, lacks a tensor, contradicts itself or fits another model.
@@ -146,7 +148,7 @@ def _layer_names(file: Path, state: State, model: nn.Module, settings: dict[str,
 
 
 def _shape(file: Path, name: str, state: State) -> tuple[int, ...]:
-    """Outputs and inputs of a layer, every part of which is of the shape and type that it should be."""
+    """Outputs and inputs of a layer; checks the shape and type of each of its parts."""
     parts = _parts(state, name)
     for part in SCALES:
         if part not in parts:
@@ -166,8 +168,8 @@ def _shape(file: Path, name: str, state: State) -> tuple[int, ...]:
 
 
 def _check_part(has: str, part: str, value: Tensor, letters: str, floating: bool, sizes: dict[str, int]) -> None:
-    """Looks at one part; `sizes` are those that others before it gave to the letters, and get its own."""
-    if part in ("lut", "_scales_baked_flag"):  # written with dimensions of one around it as well
+    """Checks the shape of one part; `sizes` has the dimensions known from earlier parts and gets this part's."""
+    if part in ("lut", "_scales_baked_flag"):  # some files store these with extra dimensions of size one
         value = value.flatten()
     wanted = tuple(sizes.get(letter, size) for letter, size in zip(letters, value.shape, strict=False))
     if value.dim() != len(letters) or tuple(value.shape) != wanted or not value.numel():
@@ -187,11 +189,11 @@ def _check_shape(foreign: str, name: str, stored: tuple[int, ...], expected: tup
 
 
 def _own_parameters(file: Path, state: State, model: nn.Module, quantized: list[str]) -> tuple[State, list[str]]:
-    """Parameters that are not the teacher's, and the keys that nothing here uses."""
+    """Parameters that differ from the teacher's, and the keys that are not used here."""
     quantized_parts = {f"{name}.{part}" for name in quantized for part in PARTS}
     theirs = dict(model.named_parameters(remove_duplicate=False))
     own: State = {}
-    homes: dict[int, str] = {}  # a tied parameter has one home, whatever its names
+    homes: dict[int, str] = {}  # by id: a tied parameter is listed once, however many names it has
     for name, parameter in theirs.items():
         if name in quantized_parts or name not in state:
             continue
@@ -213,7 +215,7 @@ def _parts(state: State, name: str) -> State:
 
 
 def _module(where: str, parts: State, settings: dict[str, Any], bias: Tensor | None) -> QuantLinear:
-    """One quantized layer with the very function that the file's own code computes."""
+    """One quantized layer that computes the same function as the code the file comes from."""
     A, B, g = _scales(parts, settings)
     codebook = parts["lut"].float().flatten()
     bits = (len(codebook) - 1).bit_length()
@@ -225,7 +227,7 @@ def _module(where: str, parts: State, settings: dict[str, Any], bias: Tensor | N
 
 
 def _scales(parts: State, settings: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
-    """A [O, R], B [R, I] and g [R] as used: as they are when baked, else made positive if asked, and normalised."""
+    """A [O, R], B [R, I] and g [R] as used: unchanged if baked, else made positive if asked, and normalized."""
     A, B, g = (parts[name].float() for name in SCALES)
     if int(parts.get("_scales_baked_flag", torch.zeros(1, dtype=torch.int8)).flatten()[0]):
         return A, B, g
@@ -248,7 +250,7 @@ def _activated(x: Tensor, activation: str) -> Tensor:
 
 
 def _indices(where: str, parts: State, codebook: Tensor, S_OI: Tensor) -> Tensor:
-    """Indices [O, I] uint8: as stored, else of the stored `_Q`, else nearest to the latent weight over its scale."""
+    """Indices [O, I] uint8: the stored ones, else those of the stored `_Q`, else nearest to latent weight / scale."""
     if "_indices" in parts:
         index = _stored(where, parts["_indices"].long(), len(codebook))
     elif "_Q" in parts:
@@ -281,7 +283,7 @@ def _layer(name: str, module: QuantLinear) -> Layer:
 
 
 def _preset(layers: list[Layer]) -> QuantConfig:
-    """The bits and ranks that most layers of each role have; the manifest's layers have the rest."""
+    """The bits and rank of most layers of each role; other values are in the manifest's entries for layers."""
     chosen: dict[str, WeightConfig | None] = {role: None for role in LEAVES}
     for role in LEAVES:
         if counted := Counter(layer.format for layer in layers if layer.role == role):

@@ -26,7 +26,8 @@ from qat.quant.formats import Cluster, Fitted, Format
 from qat.quant.linear import Quantized
 from qat.quant.vocabulary import ROLES
 
-STACK_BYTES = {"cpu": 2e8, "cuda": 3e9}  # of work space: what caches still help with; what hides launches
+# Work space of a stack by device, in bytes: CPU caches still help; GPU launch time is hidden
+STACK_BYTES = {"cpu": 2e8, "cuda": 3e9}
 
 Load = Callable[[], PreTrainedModel]
 Weights = Callable[[str], Tensor]
@@ -83,7 +84,7 @@ def quantize(
     device: torch.device,
     before: list[Converted] | None = None,
 ) -> list[Converted]:
-    """One pass, with the moments at hand: fits the layers from nothing, or improves on those of the pass before.
+    """One pass with given moments: fits the layers from scratch, or improves on those of the pass before.
 
     Raises:
         NumericsError: a layer's weights are all zero, or hold NaN or infinity; the sentence names the layer.
@@ -124,14 +125,14 @@ def quantize(
 def _solved(
     problem: Problem, format: Format, before: list[Quantized], cluster: Cluster, settings: ConvertConfig
 ) -> Fitted:
-    """The layers of a problem, from nothing or from those of the pass before."""
+    """Fits the layers of a problem, from scratch or from those of the pass before."""
     if not before:
         return fit(problem, format, cluster, settings.rounds, settings.sweeps)
     return improve(problem, format, fitted(format, before, problem.weight_NOI.device), settings.sweeps)
 
 
 def _check(stack: list[Layer], weight_NOI: Tensor) -> None:
-    """Names the layer that no format can stand for."""
+    """Raises an error that names the first layer whose weights are all zero or not finite."""
     largest_N = weight_NOI.abs().amax(dim=(1, 2)).tolist()  # NaN stays NaN
     for layer, largest in zip(stack, largest_N, strict=True):
         if not 0 < largest < math.inf:
@@ -172,7 +173,7 @@ def _problem(
 
 
 def stacks(layers: list[Layer], max_bytes: float) -> list[list[Layer]]:
-    """Layers of one shape and format, in lists of at most `max_bytes` of work space (one layer at least)."""
+    """Layers of one shape and format, in lists of at most `max_bytes` of work space (at least one layer each)."""
     alike: dict[tuple[object, ...], list[Layer]] = defaultdict(list)
     for layer in layers:
         alike[layer.shape, layer.format].append(layer)
@@ -180,7 +181,7 @@ def stacks(layers: list[Layer], max_bytes: float) -> list[list[Layer]]:
 
 
 def workspace(layer: Layer) -> float:
-    """Bytes that fitting one such layer takes: a dozen copies of the weight, some of either moment, all fp32."""
+    """Bytes needed to fit one such layer: 12 copies of the weight, 5 of the input and 4 of the output moment, fp32."""
     outputs, inputs = layer.shape
     return 4.0 * (12 * outputs * inputs + 5 * inputs**2 + 4 * outputs**2)
 
@@ -195,7 +196,7 @@ def _count(layers: list[Layer]) -> int:
 
 
 def errors(weight_NOI: Tensor, made_NOI: Tensor, H_NII: Tensor) -> list[dict[str, float]]:
-    """Squared error of each layer's weight and of its output, relative to their own squares."""
+    """Squared errors of each layer's weight and output, relative to the squares of the exact ones."""
     difference, outputs = weight_NOI - made_NOI, Curvature(H_NII)
     weight_error = difference.square().sum((1, 2)) / weight_NOI.square().sum((1, 2)).clamp_min(1e-30)
     output_error = outputs.cost(difference) / outputs.cost(weight_NOI).clamp_min(1e-30)
@@ -204,7 +205,7 @@ def errors(weight_NOI: Tensor, made_NOI: Tensor, H_NII: Tensor) -> list[dict[str
 
 
 def module(layer: Layer, made: Fitted, n: int) -> Quantized:
-    """Layer n of some fitted ones as a module without bias, in host memory, its parts as files have them."""
+    """Layer n of a fitted stack as a module without bias, in host memory, its parts normalized as in files."""
     device = made.index_NOI.device
     matrix = empty(layer).to(device)
     matrix.indices.copy_(made.index_NOI[n])
@@ -213,13 +214,13 @@ def module(layer: Layer, made: Fitted, n: int) -> Quantized:
 
 
 def fitted(format: Format, modules: list[Quantized], device: torch.device) -> Fitted:
-    """Quantized layers of one shape as fitting knows them."""
+    """Quantized layers of one shape in the form that the fit works on."""
     each = [module.parts() for module in modules]
     parts = {name: torch.stack([one[name] for one in each]).to(device) for name in each[0]}
     return Fitted(torch.stack([module.indices for module in modules]).to(device), format.operands(parts))
 
 
 def install(model: nn.Module, modules: dict[str, Quantized]) -> None:
-    """Puts quantized layers into a model, on its device, each with what the layer it replaces has besides a weight."""
+    """Puts quantized layers into a model, on its device; each takes over the bias and other extras of the old layer."""
     for name, made in modules.items():
         put(model, name, made)

@@ -1,4 +1,4 @@
-"""What each layer costs in each format that it may have, which is what a budget is shared out by.
+"""The cost of each layer in each format that it may have; a budget is shared out by these costs.
 
 Every layer is fitted alone, all others being exact. An error E in it adds ½ tr(G E H Eᵀ) nats a token to the KL from
 the teacher, G and H being what conversion goes by (`qat.convert.moments`), here gathered with gradients in any case. Of
@@ -22,7 +22,7 @@ from qat.quant.architectures import Layer
 from qat.quant.budget import Costs
 from qat.quant.formats import Format
 
-ROWS = 1 << 14  # of an embedding's error that are on the device at a time
+ROWS = 1 << 14  # rows of an embedding's error that are on the device at a time
 
 
 def costs(
@@ -34,7 +34,7 @@ def costs(
     kmeans: KMeansConfig,
     device: torch.device,
 ) -> Costs:
-    """The cost, in nats a token, of each layer in each of its formats; the rest as `qat.convert.convert.convert`."""
+    """The cost, in nats per token, of each layer in each of its formats; arguments as of `convert.convert`."""
     moments = gather(load(), [layer for layer, _ in choices], text, gradients=True)
     fitting = moments if settings.gradients else replace(moments, outputs={})
     found: Costs = {layer.name: {} for layer, _ in choices}
@@ -59,7 +59,7 @@ def cost(made: Converted, weight: Tensor, moments: Moments, device: torch.device
 
 
 def _by_rows(error_VD: Tensor, H_DD: Tensor, row_V: Tensor) -> float:
-    """The same with a weight for each row, some rows at a time."""
+    """½ tr(G E H Eᵀ) with a diagonal G, a weight for each row; computed for `ROWS` rows at a time."""
     total = 0.0
     for error, row in zip(error_VD.split(ROWS), row_V.split(ROWS), strict=True):
         error = error.to(H_DD)

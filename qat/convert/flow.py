@@ -1,4 +1,4 @@
-"""A text on its way through a model: every decoder layer takes all of it before the next one begins.
+"""Runs a text through a model layer by layer: a decoder layer processes all of it before the next one begins.
 
 So a layer's own figures (moments of what flows through it) are complete before the next layer's need memory.
 It holds for models in which hidden states alone pass from layer to layer, which `flows` finds out.
@@ -17,12 +17,13 @@ from transformers import PreTrainedModel
 from qat.cache.batch import Batch
 from qat.forward import decoder_layers, run_body, trying
 
-PROBE = 12  # tokens of a row that are enough to see whether layers follow one another
-ROUNDING = {torch.bfloat16: 2e-2, torch.float16: 2e-3}  # of hidden states, relative to their norm
+PROBE = 12  # tokens of a row: enough to check that the layers run one after another
+# Largest difference allowed between hidden states, relative to their norm
+ROUNDING = {torch.bfloat16: 2e-2, torch.float16: 2e-3}
 
 
 class Flow:
-    """Hidden states of a text in micro-batches, between two decoder layers; first before the lowest one.
+    """Hidden states of a text in micro-batches, between two decoder layers; at first before the lowest one.
 
     Attributes:
         layers: the decoder layers.
@@ -32,7 +33,7 @@ class Flow:
     def __init__(self, model: PreTrainedModel, text: list[Batch]) -> None:
         self.model, self._text, self.layers = model, text, decoder_layers(model)
         self.states: list[Tensor] = []
-        self._arguments: list[list[dict[str, Any]]] = []  # of each decoder layer, by micro-batch
+        self._arguments: list[list[dict[str, Any]]] = []  # arguments of each decoder layer, by micro-batch
         for batch in text:
             entered: list[tuple[Tensor, dict[str, Any]]] = []
 
@@ -45,16 +46,16 @@ class Flow:
             self._arguments.append([arguments for _, arguments in entered])
 
     def through(self, depth: int, states_BLD: Tensor, n: int) -> Tensor:
-        """What decoder layer `depth` makes of states [B, L, D] of micro-batch n."""
+        """The output of decoder layer `depth` for states [B, L, D] of micro-batch n."""
         states: Tensor = self.layers[depth](states_BLD, **self._arguments[n][depth])
         return states
 
     def advance(self, depth: int) -> None:
-        """All states through decoder layer `depth`."""
+        """Passes all states through decoder layer `depth`."""
         self.states = [self.through(depth, states, n) for n, states in enumerate(self.states)]
 
     def last(self, n: int, states_BLD: Tensor) -> Tensor:
-        """What comes behind the decoder layers, the norm, of states [B, L, D] of micro-batch n."""
+        """The final norm's output for states [B, L, D] of micro-batch n."""
         return self._run(self._text[n], lambda *_, **__: states_BLD)
 
     def entering(self, n: int) -> Tensor:
@@ -74,7 +75,7 @@ class Flow:
 
 
 def flows(model: PreTrainedModel, text: list[Batch]) -> bool:
-    """Whether layer after layer gives what the model gives, on the beginning of one row."""
+    """Whether running layer after layer gives the same as the model, tested on the beginning of one row."""
     probe = _beginning(text[0])
     wanted = run_body(model, probe.to(model.device).inputs())
     with trying():
@@ -102,7 +103,7 @@ def _in_place_of(layers: list[nn.Module], forward: Callable[..., Tensor]) -> Ite
 
 
 def micro_batches(text: list[Batch], tokens: int) -> list[Batch]:
-    """The rows of a text, all of one length, in micro-batches of at most so many tokens (one row at least)."""
+    """The rows of a text, all of one length, in micro-batches of at most `tokens` tokens (at least one row each)."""
     whole = Batch(
         {name: torch.cat([batch.stored[name] for batch in text]) for name in _INPUTS if name in text[0].stored},
         text[0].vocab_size,

@@ -38,10 +38,11 @@ from qat.quant.embedding import rows_of, with_rows
 from qat.quant.linear import baked
 from qat.quant.vocabulary import ROLES
 
-STATES = {"cuda": 1 << 22, "cpu": 1 << 20}  # numbers in the hidden states that go through a layer at one time
-LOGITS = {"cuda": 1 << 26, "cpu": 1 << 22}  # that exist at one time
-KEPT_BYTES = 7e8  # of inputs of decoder layers
-SHORTEST_SECTION = 4  # decoder layers; a longer text is taken in parts
+# Numbers in the hidden states that pass through a layer at a time, by device
+STATES = {"cuda": 1 << 22, "cpu": 1 << 20}
+LOGITS = {"cuda": 1 << 26, "cpu": 1 << 22}  # numbers in the logits that exist at one time, by device
+KEPT_BYTES = 7e8  # memory for the kept inputs of decoder layers, in bytes
+SHORTEST_SECTION = 4  # fewest decoder layers in a section on a GPU; a text too long for that is split
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ class Moments:
     Attributes:
         inputs: H [I, I] by the name of each layer's `source`.
         outputs: G [O, O] by the name of each layer; empty when gradients were not asked for.
-        rows: of embedding and head, whose H all rows share, what each counts [V], by name.
+        rows: for embedding and head, whose rows all share H: the weight of each row [V], by name.
     """
 
     inputs: dict[str, Tensor] = field(default_factory=dict)
@@ -84,7 +85,7 @@ def gather(model: PreTrainedModel, layers: list[Layer], text: list[Batch], gradi
             arriving: Callable[[], list[Mean]] = list
             for observer in observers:
                 means = observer.means()
-                found.add(arriving())  # of the layer before, while the device computes this one's
+                found.add(arriving())  # moments of the previous layer, added while the device computes this layer's
                 arriving = means
                 advance(_tokens(part) / count)
             found.add(arriving())
@@ -96,7 +97,7 @@ def gather(model: PreTrainedModel, layers: list[Layer], text: list[Batch], gradi
 
 
 def _room(model: PreTrainedModel, gradients: bool) -> int:
-    """Tokens that are taken together.
+    """Tokens that are processed together.
 
     On a GPU, moments wait in host memory: adding to them there costs more than further forward passes.
     """
@@ -107,7 +108,7 @@ def _room(model: PreTrainedModel, gradients: bool) -> int:
 
 
 def _width(model: PreTrainedModel) -> int:
-    """Numbers in a hidden state."""
+    """Numbers in the hidden state of one token."""
     weight = output_weight(model)
     return int(model.config.get_text_config().hidden_size if weight is None else weight.shape[1])
 
@@ -177,14 +178,14 @@ def _inputs(flow: Flow, section: range) -> list[list[Tensor]]:
 
 
 def _back(flow: Flow, depth: int, n: int, states: Tensor, slope: Tensor) -> Tensor:
-    """The loss's gradient before a decoder layer, from the one behind it."""
+    """The loss's gradient at the input of a decoder layer, from the gradient at its output."""
     with torch.enable_grad():
         states = states.detach().requires_grad_()
         return torch.autograd.grad(flow.through(depth, states, n), states, slope)[0]
 
 
 def _to_rows(flow: Flow, text: list[Batch], slopes: list[Tensor], watch: Watch) -> None:
-    """From gradients before the lowest decoder layer to those at the rows of tokens, by micro-batch."""
+    """Passes gradients from the input of the lowest decoder layer back to the embedding's rows, by micro-batch."""
     for n, (batch, slope) in enumerate(zip(text, slopes, strict=True)):
         rows = rows_of(flow.model, batch.input_ids.to(slope.device)).requires_grad_()
         with torch.enable_grad(), with_rows(flow.model, rows):
@@ -194,7 +195,7 @@ def _to_rows(flow: Flow, text: list[Batch], slopes: list[Tensor], watch: Watch) 
 
 
 def _watch(watch: Watch, model: PreTrainedModel, batch: Batch, hidden: Tensor) -> None:
-    """Shows a text and, if that is watched, its final hidden states [B, L, D] with what the model says there."""
+    """Gives `watch` a text and, if needed, its final hidden states [B, L, D] with the model's probabilities there."""
     watch.text(model, batch)
     if not watch.head:
         return
@@ -204,11 +205,12 @@ def _watch(watch: Watch, model: PreTrainedModel, batch: Batch, hidden: Tensor) -
 
 
 def _slopes(flow: Flow, draw: torch.Generator, watch: Watch) -> list[Tensor]:
-    """The surprise's gradient behind the last decoder layer, by micro-batch."""
+    """The gradient of the surprise at the output of the last decoder layer, by micro-batch."""
     slopes: list[Tensor] = []
     head = OutputHead(flow.model)
     for n, states in enumerate(flow.states):
-        uniform = torch.rand(states.shape[:2], generator=draw, dtype=torch.float32)  # the same for any micro-batch
+        # The random numbers do not depend on the size of micro-batches
+        uniform = torch.rand(states.shape[:2], generator=draw, dtype=torch.float32)
         with torch.enable_grad():
             states = states.detach().requires_grad_()
             hidden = flow.last(n, states)
@@ -254,7 +256,7 @@ def _backward_whole(
 
 @contextmanager
 def _learning_embeddings(model: PreTrainedModel) -> Iterator[None]:
-    """Inside, gradients reach every layer although no weight learns."""
+    """Inside, gradients reach every layer although no weight is trained."""
     embeddings: Any = model.get_input_embeddings()
     hook = embeddings.register_forward_hook(lambda _, __, states: states.detach().requires_grad_().clone())
     try:
@@ -272,7 +274,7 @@ PASSING = {
 
 
 def _at_once(head: OutputHead) -> int:
-    """Positions whose logits exist at one time."""
+    """Positions whose logits fit into `LOGITS` numbers."""
     return max(1, LOGITS.get(head.model.device.type, LOGITS["cpu"]) // head.vocabulary)
 
 
@@ -282,7 +284,7 @@ def _surprise(head: OutputHead, hidden: Tensor, uniform: Tensor, watch: Watch) -
     positions = _at_once(head)
     for states, u in zip(hidden.flatten(0, 1).split(positions), uniform.flatten().split(positions), strict=True):
         logits, back = head.differentiable(states)
-        p = (logits - logits.amax(-1, keepdim=True)).exp_()  # times what all of them add up to
+        p = (logits - logits.amax(-1, keepdim=True)).exp_()  # not normalized: the probabilities times their sum
         below = p.cumsum(-1)
         whole = below[:, -1:].clone()
         token = torch.searchsorted(below, u[:, None] * whole).clamp_max_(p.shape[1] - 1)
@@ -302,7 +304,7 @@ class _Means:
         self._tokens: dict[tuple[str, bool], int] = {}
 
     def add(self, means: list[Mean]) -> None:
-        """Those of a further part."""
+        """Adds the means of a further part of the text."""
         for mean in means:
             key = mean.name, mean.output
             weight = self._weights[key] = self._weights.get(key, 0.0) + mean.weight
@@ -313,7 +315,7 @@ class _Means:
                 self._moments[key].lerp_(mean.moment, mean.weight / weight)
 
     def of(self, layers: list[Layer], stacks: list[Routed], tokens: int) -> Moments:
-        """What layers need, in their order, of a text of so many tokens."""
+        """The moments of these layers, in their order, for a text of `tokens` tokens."""
         complete(stacks, self._moments, self._weights, self._tokens, tokens)
         found = Moments()
         for layer in layers:
@@ -325,7 +327,8 @@ class _Means:
                 found.outputs[layer.name] = self._moments[layer.name, True]
         for name, moment in [*found.inputs.items(), *found.outputs.items()]:
             what = "gradient at the output" if moment is found.outputs.get(name) else "input"
-            _refuse_not_finite(f"the {what} of {name}", moment.diagonal())  # which every number that flowed is part of
+            # Every input or gradient is part of the diagonal, so NaN and infinity show there
+            _refuse_not_finite(f"the {what} of {name}", moment.diagonal())
         return found
 
 

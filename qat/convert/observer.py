@@ -18,7 +18,7 @@ from qat.quant.architectures import Layer
 
 @dataclass(frozen=True)
 class Mean:
-    """The mean of products over some tokens, which have weights: `name` a layer for G, a source for H."""
+    """A weighted mean of products over some tokens: G of the layer `name`, or H of the source `name`."""
 
     name: str
     output: bool
@@ -29,7 +29,7 @@ class Mean:
 
 @dataclass
 class _Call:
-    """One input of layers that share it, [X, I], and how large the gradients are that met it so far, a layer each."""
+    """One input [X, I] of layers that share it, and the size of the gradients so far, for each of these layers."""
 
     inputs: Tensor
     squares: list[Tensor] = field(default_factory=list)
@@ -51,11 +51,11 @@ class Observer:
         self.totals: dict[tuple[str, bool], Tensor] = {}
         self.weights: dict[tuple[str, bool], Tensor] = {}
         self.tokens: dict[tuple[str, bool], int] = defaultdict(int)
-        self._calls: dict[str, _Call] = {}  # the last one of each source
+        self._calls: dict[str, _Call] = {}  # the latest call of each source
 
     @contextmanager
     def watching(self, gradients: bool) -> Iterator[None]:
-        """Hooks for as long as the block lasts."""
+        """Installs the hooks while the block runs."""
         find, hooks = self.model.get_submodule, []
         for source, names in self.readers.items():
             if names[0] in self.sources:
@@ -72,12 +72,12 @@ class Observer:
                 hook.remove()
 
     def _reader(self, source: str) -> nn.Module:
-        """The layer at which an input is seen: the one it is named after, where the model has it."""
+        """The layer at which an input is observed: the layer `source`, if the model has it."""
         names = {name for name, _ in self.model.named_modules()}
         return self.model.get_submodule(source if source in names else self.readers[source][0])
 
     def means(self) -> Callable[[], list[Mean]]:
-        """Gives a function that gives the means in host memory; see `to_host`."""
+        """Returns a function that returns the means in host memory; see `to_host`."""
         if not self.totals:
             return list
         moments = [mirrored(total).div_(self.weights[key].clamp_min(1e-30)) for key, total in self.totals.items()]
@@ -108,7 +108,7 @@ class Observer:
         return hook
 
     def _await(self, source: str, name: str, output: Tensor, own: Callable[[Tensor], Tensor]) -> None:
-        """Adds the gradient that will come at an output, of which `own` takes the rows [X, O] that are a layer's."""
+        """Adds the gradient that will arrive at an output; `own` takes the layer's own rows [X, O] from it."""
         call = self._calls[source]
 
         def arrived(gradient: Tensor) -> None:
@@ -124,7 +124,7 @@ class Observer:
     def _routed(
         self, gradients: bool, name: str, x: Tensor, output: Tensor, own: Callable[[Tensor], Tensor]
     ) -> None:
-        """Takes what was sent to an expert, and what comes back for it."""
+        """Takes the inputs that an expert got, and the gradients at its outputs."""
         source = self.sources[name]
         first = self.readers[source][0] == name
         if not gradients:

@@ -14,11 +14,11 @@ from torch import Tensor
 
 from qat.machine import WIDENING
 
-BLOCK = 512  # rows of a sum that are computed together, from the diagonal on
+BLOCK = 512  # rows of a sum that are computed together, starting at the diagonal
 
 
 def add_square(total_NN: Tensor, x_TN: Tensor, weight_T: Tensor | None = None) -> None:
-    """Adds `Σ weight · x xᵀ` over T vectors to an fp32 total, of which the lower triangle means nothing.
+    """Adds `Σ weight · x xᵀ` over T vectors to an fp32 total; only the upper triangle of the total is valid.
 
     Args:
         total_NN: fp32.
@@ -37,7 +37,7 @@ def add_square(total_NN: Tensor, x_TN: Tensor, weight_T: Tensor | None = None) -
 
 
 def mirrored(total_NN: Tensor) -> Tensor:
-    """The sum whose upper triangle is given, in place."""
+    """The full sum from its upper triangle, in place."""
     return total_NN.triu_().add_(total_NN.triu(1).mT)
 
 

@@ -1,4 +1,4 @@
-"""What experts see: each only the tokens that are sent to it, through no module that could be watched.
+"""Observes experts: each gets only the tokens routed to it, and no module is called that could be hooked.
 
 A stack of experts is a parameter, and what its matrices are multiplied with is seen where torch multiplies: the
 right operand of such a product lies in the parameter's memory. Experts to which few tokens were sent have moments
@@ -38,7 +38,7 @@ Seen = Callable[[str, Tensor, Tensor, Callable[[Tensor], Tensor]], None]
 
 @dataclass(frozen=True)
 class Watched:
-    """A stack of experts whose products are looked at.
+    """A stack of experts whose products are observed.
 
     Attributes:
         module, parameter: where it is.
@@ -50,7 +50,7 @@ class Watched:
     names: dict[int, str]
 
     def hit(self, operand: Tensor) -> list[int]:
-        """The experts whose matrices an operand is; none where it lies elsewhere."""
+        """The experts whose matrices are the operand; none if the operand lies outside of the stack."""
         whole: Tensor = getattr(self.module, self.parameter)
         if operand.untyped_storage().data_ptr() != whole.untyped_storage().data_ptr():
             return []
@@ -61,7 +61,7 @@ class Watched:
 
 
 class Products(TorchFunctionMode):
-    """Inside, every product with a matrix of the stacks is told of.
+    """Inside, every product with a matrix of the stacks is reported to `seen`.
 
     `seen` gets the layer's name, the rows [X, I] that met it, the tensor that holds the products, and what takes the
     rows' own [X, O] out of a tensor like that one.
@@ -72,7 +72,7 @@ class Products(TorchFunctionMode):
         self._stacks, self._seen = list(stacks), seen
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Computes what was to be computed, and looks at it."""
+        """Computes the function as usual, and reports the product."""
         made = func(*args, **(kwargs or {}))
         if func in PRODUCTS and len(args) > 1:
             for stack in self._stacks:
@@ -83,7 +83,7 @@ class Products(TorchFunctionMode):
 
     def _tell(self, name: str, x: Tensor, batched: bool, place: int, made: Tensor) -> None:
         rows = x[place] if batched else x.flatten(0, -2)
-        sent = rows.any(-1) if batched else None  # what was sent elsewhere is zero there
+        sent = rows.any(-1) if batched else None  # rows routed to other experts are zero here
 
         def own(values: Tensor) -> Tensor:
             mine = values[place] if batched else values.flatten(0, -2)
@@ -93,7 +93,7 @@ class Products(TorchFunctionMode):
 
 
 def watched(model: nn.Module, layers: list[Layer], inside: set[nn.Module]) -> list[Watched]:
-    """The stacks that some layers of a part of a model are matrices of."""
+    """The stacks in one part of a model that contain some of the layers."""
     found: dict[tuple[nn.Module, str], dict[int, str]] = defaultdict(dict)
     for layer in layers:
         if (stack := experts.home(model, layer.name)) and stack[0] in inside:
@@ -103,7 +103,7 @@ def watched(model: nn.Module, layers: list[Layer], inside: set[nn.Module]) -> li
 
 @contextmanager
 def one_by_one(stacks: list[Watched]) -> Iterator[None]:
-    """Inside, experts are computed by the code of their own class, which multiplies with their matrices plainly."""
+    """Inside, experts run in the code of their own class, which multiplies with each matrix separately."""
     configs = [config for stack in stacks if (config := getattr(stack.module, "config", None)) is not None]
     before = [getattr(config, IMPLEMENTATION, None) for config in configs]
     for config in configs:
@@ -115,8 +115,8 @@ def one_by_one(stacks: list[Watched]) -> Iterator[None]:
             setattr(config, IMPLEMENTATION, earlier)
 
 
-Key = tuple[str, bool]  # a source and False for H, a layer and True for G
-IMPLEMENTATION = "_experts_implementation"  # transformers' setting
+Key = tuple[str, bool]  # name of a source and False for H, name of a layer and True for G
+IMPLEMENTATION = "_experts_implementation"  # name of the setting of transformers that selects the code of experts
 
 
 @dataclass
@@ -129,7 +129,7 @@ class Routed:
 
 
 def stacks(model: nn.Module, layers: list[Layer]) -> list[Routed]:
-    """Those that some layers are in."""
+    """The stacks that contain some of the layers."""
     found: dict[tuple[nn.Module, str], Routed] = {}
     for layer in layers:
         if stack := experts.home(model, layer.name):
@@ -142,7 +142,7 @@ def stacks(model: nn.Module, layers: list[Layer]) -> list[Routed]:
 def complete(
     stacks: list[Routed], moments: dict[Key, Tensor], weights: dict[Key, float], met: dict[Key, int], tokens: int
 ) -> None:
-    """Completes the moments of the matrices of stacks, and says of how many.
+    """Completes the moments of the matrices of stacks, and logs for how many of them.
 
     A matrix that met fewer tokens than it has inputs gets as many as it lacks of the mean over all experts; where
     the experts make their inputs themselves, which have nothing but their size in common, of that size in every
@@ -172,7 +172,7 @@ def complete(
 
 
 def _inputs(stack: Routed, moments: dict[Key, Tensor], weights: dict[Key, float], met: dict[Key, int]) -> int:
-    """Completes the input moments of one stack; how many matrices needed it."""
+    """Completes the input moments of one stack and returns how many matrices needed it."""
     known = [(source, False) for source in stack.sources if met.get((source, False))]
     if not known:
         return 0

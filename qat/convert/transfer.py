@@ -1,4 +1,4 @@
-"""Copies between host and device beside what the device computes."""
+"""Copies between host and device while the device computes."""
 
 from collections.abc import Callable
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def to_host(tensors: list[Tensor]) -> Callable[[], list[Tensor]]:
-    """Gives a function that gives them in host memory.
+    """Returns a function that returns the tensors in host memory.
 
     It waits for what computes them, and not for what the device is told to do between the two calls.
     """

@@ -25,12 +25,12 @@ from qat.quant.fit import Problem, fit, improve
 from qat.quant.formats import Cluster, Fitted, Format
 from qat.quant.vocabulary import ROLES
 
-COPIES = 12  # of a weight in fp32 that a fit takes
-MIN_WEIGHT, MAX_WEIGHT = 1e-3, 1e3  # of the mean weight of a row: what hardly ever occurs counts a little
+COPIES = 12  # fp32 copies of a weight that exist during a fit
+MIN_WEIGHT, MAX_WEIGHT = 1e-3, 1e3  # limits of a row's weight, relative to the mean: rare tokens still count a little
 
 
 class Watch:
-    """Sums over a text of what embedding and head need, as far as layers of theirs are to be quantized.
+    """Sums over a text of what embedding and head need, if they are to be quantized.
 
     Attributes:
         embed, head: which of both jobs is looked at.
@@ -46,24 +46,24 @@ class Watch:
         self._positions = 0
 
     def text(self, model: PreTrainedModel, batch: Batch) -> None:
-        """Counts tokens."""
+        """Counts the tokens of a batch."""
         if self.embed:
             tokens = int(model.config.get_text_config().vocab_size)
             self._add("counts", torch.bincount(batch.input_ids.flatten().cpu(), minlength=tokens).float())
 
     def states(self, hidden_PD: Tensor, p_PV: Tensor) -> None:
-        """Takes final hidden states, and the model's distributions there."""
+        """Adds final hidden states, and the model's distributions at them."""
         if self.head:
             self._add("bends", p_PV.sum(0) - torch.linalg.vector_norm(p_PV, dim=0).square())
             self._square("states", hidden_PD)
             self._positions += len(hidden_PD)
 
     def slopes(self, grad_XD: Tensor, rows_XD: Tensor) -> None:
-        """Takes gradients of the loss at rows of tokens, those of zeros left out: behind them a norm's has no bound."""
+        """Adds the loss's gradients at rows of tokens; leaves out zero rows, where a norm's gradient is unbounded."""
         self._square("slopes", grad_XD * rows_XD.any(1, keepdim=True))
 
     def moments(self) -> dict[str, tuple[Tensor, Tensor]]:
-        """By layer the rows' joint matrix [D, D] and the weight [V] of each, fp32 in host memory.
+        """By layer the second moment [D, D] shared by all rows, and the weight [V] of each row, fp32 in host memory.
 
         Their product is, by row and column, what the loss's second derivative at a position is on average.
         """
@@ -95,11 +95,11 @@ class Watch:
         add_square(self._sums[name], x_PD)
 
 
-Job = tuple[Tensor, Tensor]  # a matrix [D, D] that rows share, and the weight [V] of each
+Job = tuple[Tensor, Tensor]  # the second moment [D, D] shared by all rows, and the weight [V] of each row
 
 
 def joined(jobs: list[Job]) -> Job:
-    """Several as one, whose weights are those of their traces."""
+    """Several jobs joined into one, weighted by their traces."""
     traces = [float(matrix.trace()) for matrix, _ in jobs]
     whole = sum(float(row.sum()) * trace for (_, row), trace in zip(jobs, traces, strict=True))
     matrix = torch.stack([matrix.cpu() * row.sum().cpu() for matrix, row in jobs]).sum(0) / max(whole, 1e-30)
@@ -115,7 +115,7 @@ def quantize(
     settings: ConvertConfig,
     max_bytes: float,
 ) -> tuple[Fitted, dict[str, float]]:
-    """Fits a matrix, or improves on the fit of the pass before, and says its errors and seconds.
+    """Fits a matrix, or improves on the fit of the pass before; returns the fit with its errors and seconds.
 
     What all rows share (a codebook, the columns' scales) is fitted to evenly many rows of every weight, as many as
     there is room for; then the rows follow, some at a time. A matrix for which there is room is fitted at once.
@@ -138,7 +138,7 @@ def quantize(
 
 
 class Pieces:
-    """A matrix whose rows are fitted together or in turn."""
+    """A matrix whose rows are fitted all at once or some at a time."""
 
     def __init__(
         self,
@@ -149,17 +149,17 @@ class Pieces:
         cluster: Cluster,
         settings: ConvertConfig,
     ) -> None:
-        """`row_V` is 1 in the mean."""
+        """Prepares the fit; the mean of `row_V` is 1."""
         self.format, self.weight, self.matrix = format, weight_VD, matrix_DD[None]
         self.row, self.factor = row_V.clamp(MIN_WEIGHT, MAX_WEIGHT), Factor.of(self.matrix)
         self.cluster, self.settings = cluster, settings
 
     def whole(self, before: Fitted | None) -> Fitted:
-        """All rows at once."""
+        """Fits all rows at once."""
         return self._fitted(slice(None), before, None)
 
     def several(self, size: int, before: Fitted | None) -> Fitted:
-        """At most `size` rows at once."""
+        """Fits at most `size` rows at a time."""
         known = before
         if before is None:
             order = self.row.argsort(descending=True)
@@ -171,7 +171,7 @@ class Pieces:
         return self._put_together(parts)
 
     def errors(self, made: Fitted, size: int) -> dict[str, float]:
-        """Squared error of the weight, and of what it costs, relative to their own squares."""
+        """Squared error of the weight, and the cost of that error, relative to those of the weight itself."""
         sums, cost = torch.zeros(4, dtype=torch.float64), Curvature(self.matrix)
         for start in range(0, len(self.weight), size):
             rows = slice(start, start + size)

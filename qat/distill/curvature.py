@@ -1,4 +1,4 @@
-"""How strongly the loss bends along each latent weight, for `qat.quant.latent`.
+"""The second derivative of the loss for each latent weight, for `qat.quant.latent`.
 
 The second derivative is the diagonal of the K-FAC approximation that conversion uses (`qat.quant.curvature`):
 of outputs times of inputs, measured with the student as it is before training on text it will learn from.
@@ -14,7 +14,7 @@ from qat.quant.architectures import Layer
 from qat.quant.linear import Quantized
 
 TOKENS = 8_192
-ROWS = 32  # in a batch
+ROWS = 32  # rows of text in a batch
 
 
 def measure(
@@ -44,5 +44,5 @@ def measure(
             moments.inputs[one.name].diagonal(),
         ]
         pair = [diagonal.to(layer.indices.device, copy=True) / ranks.count for diagonal in pair]
-        ranks.sum_(pair)  # which rounding may have made different
+        ranks.sum_(pair)  # mean over all processes, whose values may differ by rounding
         layer.curvature = (pair[0], pair[1])

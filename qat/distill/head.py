@@ -19,15 +19,16 @@ from transformers import PreTrainedModel
 from qat.distill.loss import Loss, differentiated, full_kl
 from qat.head import OutputHead
 
-CHUNK_BYTES = {"cuda": 2**30, "cpu": 2**26, "mps": 2**28}  # of fp32 logits that exist at one time
-COPIES = 4  # of logits that a model's own code behind its body may keep for its gradient
+# Largest size of the fp32 logits that exist at one time, in bytes
+CHUNK_BYTES = {"cuda": 2**30, "cpu": 2**26, "mps": 2**28}
+COPIES = 4  # copies of the logits that a model's own code after the body may keep for its gradient
 
 
 class Head:
     """The student's head with a loss on top."""
 
     def __init__(self, student: PreTrainedModel, loss: Loss) -> None:
-        """The teacher beside the student has a head of its own."""
+        """Prepares the head; a teacher that runs beside the student keeps its own head."""
         self.head, self.loss, self.device = OutputHead(student), loss, student.device
         self.beside = None if loss.teacher is None else OutputHead(loss.teacher)
         self.sparse = not loss.needs_vocabulary and self.head.weight is not None and self.head.learns is None
@@ -112,7 +113,7 @@ class Head:
         return value + further, back(grad)
 
     def _full(self, logits: Tensor, teacher: Tensor, weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """The divergence from the teacher's whole distribution, and its gradient for the logits."""
+        """The divergence from the teacher's whole distribution, and its gradient with respect to the logits."""
         theirs, T = self._teacher_logits(teacher), self.loss.temperature
         if (kernels := _kernels(logits)) is not None:
             kl, *sums = kernels.divergence(logits, theirs, T)
@@ -136,7 +137,7 @@ class Head:
         return torch.bmm(weight_VD[ids].float(), hidden[..., None].float())[..., 0]
 
     def _chunks(self, positions: int, sparse: bool = False) -> Iterator[slice]:
-        """Slices of positions, all of one length but the last."""
+        """Slices of positions, all of the same length except the last."""
         size = positions
         if not (sparse or self.sparse):
             held = CHUNK_BYTES[self.device.type] // (4 * self.head.vocabulary)
@@ -147,15 +148,15 @@ class Head:
 
 
 class Softmax:
-    """The softmax of fp32 logits [P, V]: its log-sum-exp, and itself times a factor; each in one pass on CUDA."""
+    """The softmax of fp32 logits [P, V]: its log-sum-exp, and the softmax times a factor; each in one pass on CUDA."""
 
     def __init__(self, logits_PV: Tensor) -> None:
-        """`log_sum` [P] is there at once."""
+        """Computes `log_sum` [P]."""
         self._kernels, self._logits = _kernels(logits_PV), logits_PV
         if self._kernels is not None:
             self.log_sum = self._kernels.log_sum_exp(logits_PV)
             return
-        # The likeliest token's share is at least 1/V, so its logarithm is exact enough to tell the sum.
+        # The most likely token has a share of at least 1/V, so its logarithm gives the sum precisely enough.
         self._softmax = logits_PV.softmax(-1)
         top, place = logits_PV.max(-1, keepdim=True)
         self.log_sum = (top - self._softmax.gather(1, place).log())[:, 0]
@@ -173,7 +174,7 @@ def position_chunks(hidden: Tensor, targets: tuple[Tensor, ...], size: int = 256
 
 
 def _kernels(x: Tensor) -> Any:
-    """The fused kernels where they run, else None."""
+    """The fused kernels on CUDA, else None."""
     if not x.is_cuda:
         return None
     from qat.distill import kernels

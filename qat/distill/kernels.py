@@ -5,7 +5,7 @@ Plain torch would write the rows of every cached token to memory, and pass over 
 Shapes: P positions, D hidden, V vocabulary, K cached tokens.
 """
 
-# Triton gives the arguments of kernels its own meaning.
+# Triton gives kernel arguments a meaning of its own, so they have no type annotations.
 # mypy: disable-error-code="no-untyped-def"
 
 import torch
@@ -19,9 +19,9 @@ except ImportError:  # no CUDA build of torch
 else:
     AVAILABLE = True
 
-WIDE = 4096  # logits a program holds at once
-NARROW = 128  # hidden dimensions a program holds at once, for all of its tokens
-FEW = 16  # tokens a program adds at once, in `ACROSS` hidden dimensions
+WIDE = 4096  # logits that a program processes at a time
+NARROW = 128  # hidden dimensions that a program processes at a time, for all of its tokens
+FEW = 16  # tokens that a program adds at a time, each in `ACROSS` hidden dimensions
 ACROSS = 512
 
 
@@ -115,7 +115,7 @@ if AVAILABLE:
 
     @triton.jit
     def _combine_rows(weight, ids, factor, out, width, K: tl.constexpr, FEW: tl.constexpr, WIDTH: tl.constexpr):
-        """One warp a program: a thread adds up its own dimensions and asks no other."""
+        """One warp per program: each thread adds up its own dimensions and needs no data of others."""
         position = tl.program_id(0).to(tl.int64)
         d = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
         total = tl.zeros([WIDTH], tl.float32)
@@ -137,7 +137,7 @@ if AVAILABLE:
             v = start + tl.arange(0, WIDTH)
             x = tl.load(logits + position * vocabulary + v, mask=v < vocabulary, other=float("-inf")).to(tl.float32)
             higher = tl.maximum(highest, x)
-            seen = higher > float("-inf")  # a lane of padding alone has seen nothing
+            seen = higher > float("-inf")  # false for lanes that only had padding so far
             total = tl.where(seen, total * tl.exp(highest - higher) + tl.exp(x - higher), 0.0)
             highest = higher
         top = tl.max(highest, 0)
@@ -170,7 +170,7 @@ if AVAILABLE:
             t = tl.load(teacher + place, mask=inside, other=0.0).to(tl.float32) * inverse_temperature
             higher_s = tl.where(inside, tl.maximum(high_s, s), high_s)
             higher_t = tl.where(inside, tl.maximum(high_t, t), high_t)
-            # A lane outside the vocabulary keeps what it had; its factors are exp(-inf) and exp(0).
+            # Lanes outside the vocabulary keep their value: their factors are exp(-inf) and exp(0).
             keep_s = tl.where(inside, tl.exp(high_s - higher_s), 1.0)
             keep_t = tl.where(inside, tl.exp(high_t - higher_t), 1.0)
             add_s = tl.where(inside, tl.exp(s - higher_s), 0.0)

@@ -1,4 +1,4 @@
-"""How far the student is from the teacher, for each position.
+"""Losses: the distance of the student from the teacher at each position.
 
 All take logits in fp32 and give KL(teacher‖student) in nats. V is the vocabulary, K the cached top-k.
 
@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from qat.config import LossKind
 
-KD_TEMPERATURE = 2.0  # of `kd_loss` in the run log
+KD_TEMPERATURE = 2.0  # temperature of `kd_loss` in the run log
 
 
 def topk_kl(logits_K: Tensor, topk_logprobs_K: Tensor, temperature: float) -> Tensor:
@@ -40,7 +40,7 @@ def topk_kl(logits_K: Tensor, topk_logprobs_K: Tensor, temperature: float) -> Te
 
 
 def bucket_kl(logits_K: Tensor, log_sum: Tensor, topk_logprobs_K: Tensor) -> Tensor:
-    """KL over the top-k and one bucket for the rest, at T = 1: the cache knows the tail's mass at T = 1 only.
+    """KL over the top-k and one bucket for the rest, at T = 1: the cached log-probabilities give the rest only there.
 
     Args:
         logits_K: [..., K] of the student, at the cached tokens.
@@ -54,7 +54,7 @@ def bucket_kl(logits_K: Tensor, log_sum: Tensor, topk_logprobs_K: Tensor) -> Ten
 
 
 def rest(logprobs_K: Tensor) -> Tensor:
-    """Probability outside the given tokens [...], never below 1e-6: fp16 and rounding end there."""
+    """Probability outside of the given tokens [...], at least 1e-6: fp16 and rounding cannot resolve less."""
     return (1 - logprobs_K.exp().sum(-1)).clamp_min(1e-6)
 
 
@@ -83,11 +83,11 @@ class Loss:
 
     @property
     def needs_vocabulary(self) -> bool:
-        """False where the student's logits at the cached tokens are all that counts."""
+        """False where the loss only needs the student's logits at the cached tokens."""
         return self.kind is not LossKind.topk_kl or self.hard > 0
 
     def at(self, logits_K: Tensor, log_sum: Tensor, topk_logprobs_K: Tensor) -> Tensor:
-        """What the cached tokens [..., K], most likely first, say of each position; for `full_kl` the hard term."""
+        """The loss of each position from the cached tokens [..., K], most likely first; for `full_kl` the hard term."""
         hard = self.hard * (log_sum - logits_K[..., 0])
         if self.kind.needs_teacher:
             return hard
@@ -97,7 +97,7 @@ class Loss:
 
 
 def differentiated(function: Callable[..., Tensor], weight: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
-    """The weighted sum of a loss over positions, then its gradient for each input that is a floating tensor.
+    """The weighted sum of a loss over positions, then its gradient for each floating-point input.
 
     Args:
         function: gives a loss [...] of `inputs`.

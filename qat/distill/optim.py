@@ -20,7 +20,7 @@ class Optimizer:
     """
 
     def __init__(self, parameters: list[Parameter], train: TrainConfig, device: torch.device) -> None:
-        """Each parameter's rate is `train.lr`, times the factor of its kind, its pace and its root mean square."""
+        """Each parameter's rate is `train.lr` times the factor of its kind, its pace and its root mean square."""
         sizes = torch.stack([p.value.detach().square().mean().sqrt() for p in parameters]).tolist()
         groups: dict[float, list[Tensor]] = {}
         for parameter, size in zip(parameters, sizes, strict=True):
@@ -42,9 +42,9 @@ class Optimizer:
         self._factor.fill_(factor)
 
     def step(self, divisor: Tensor, skip: Tensor) -> None:
-        """One update with the gradients over `divisor`; none at all where `skip` is 1. Both are fp32 scalars."""
+        """One update with the gradients divided by `divisor`; none where `skip` is 1. Both are fp32 scalars."""
         torch.mul(self._base, self._factor, out=self._rates)
-        # What torch's own gradient scaler sets, and the fused kernels read.
+        # Attributes that torch's own gradient scaler sets and that the fused kernels read.
         self.adam.grad_scale, self.adam.found_inf = divisor, skip  # type: ignore[attr-defined]
         self.adam.step()
 
@@ -57,7 +57,7 @@ class Optimizer:
         }
 
     def load(self, parameters: list[Parameter], tensors: dict[str, Tensor]) -> None:
-        """Takes over what `state` gave."""
+        """Restores what `state` returned."""
         for parameter in parameters:
             for name in ("step", "exp_avg", "exp_avg_sq"):
                 value = tensors.get(f"{parameter.name}.{name}")

@@ -21,7 +21,7 @@ from qat.quant.linear import Quantized
 from qat.quant.stack import stacks
 from qat.quant.weights import Weights
 
-NORMS, LATENT = "norms", "latent"  # kinds that are no format's parts
+NORMS, LATENT = "norms", "latent"  # kinds of parameters that are not parts of a format
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Norms:
     """Weights of normalisation layers, which learn as fp32 copies of those in the model."""
 
     def __init__(self, model: nn.Module) -> None:
-        """Starts from what the model's layers learned before, else from their weights."""
+        """Starts from the fp32 values that the layers learned before, else from their weights."""
         self.weights = {f"{name}.weight": cast(nn.Parameter, module.weight) for name, module in norms(model).items()}
         start = {name: weight.detach().float().clone() for name, weight in self.weights.items()}
         set_learned(model, start | learned(model))
@@ -61,7 +61,7 @@ class Norms:
             weight.copy_(self.masters[name])
 
     def clear(self) -> None:
-        """Forgets the gradients of an earlier step."""
+        """Clears the gradients of an earlier step."""
         for name, weight in self.weights.items():
             weight.grad = None
             self._grad(name).zero_()
@@ -127,12 +127,12 @@ class Learners:
             stack.reduce()
 
     def shift(self, factor: Tensor) -> None:
-        """Takes the gradients of latent weights, which are multiplied by `factor`, from their entries to themselves."""
+        """Multiplies latent weights' gradients by `factor` and takes them at the latent weights, not at entries."""
         for stack in self._stacks:
             stack.shift(factor)
 
     def grads(self) -> list[Tensor]:
-        """Gradients of all parameters, joined where they lie side by side: for norms and reductions."""
+        """Gradients of all parameters, adjacent ones joined into one tensor: for norms and reductions."""
         joint = [
             stack.grads[name]
             for stack in self._stacks
@@ -160,7 +160,7 @@ def _pace(layer: Quantized, kind: str) -> float:
 
 
 def _of_kind(layer: Quantized, kind: str) -> list[str]:
-    """The names of a layer's parameters that have the rate of a kind."""
+    """The names of a layer's parameters that use the learning rate of a kind."""
     if kind == LATENT:
         return [LATENT]
     return [name for name, part in layer.format.parts(layer.outputs, layer.inputs).items() if part.kind == kind]

@@ -1,4 +1,4 @@
-"""The whole state of training on disk: from it a killed run goes on to the same numbers, bit for bit.
+"""The whole state of training on disk: a killed run continues from it with the same numbers, bit for bit.
 
 A state is written while training goes on: its tensors are first copied into memory, then a thread of its
 own writes them. It appears whole or not at all, the newest `keep` stay, and a damaged one is passed over. Each says
@@ -36,7 +36,7 @@ class State:
 
 
 def misfit(state: State, parameters: list[Parameter]) -> str:
-    """How a state's tensors differ from those of a training in which these parameters learn; nothing where they fit."""
+    """How a state's tensors differ from the parameters of a training; empty where they match."""
     number = Wanted(("F32",), ())
     wanted = {"scaler.scale": number, "scaler.good": number}
     for parameter in parameters:
@@ -53,7 +53,7 @@ class States:
     """The states of one run in a folder."""
 
     def __init__(self, folder: Path, keep: int, whose: dict[str, str]) -> None:
-        """Nothing is read or made yet; `whose` is what tells the run from every other."""
+        """Prepares the folder's states without reading any; `whose` identifies the run."""
         self.folder, self.keep, self.whose = folder, keep, whose
         self._writer = ThreadPoolExecutor(1, "state")
         self._pending: Future[None] | None = None
@@ -65,13 +65,13 @@ class States:
         self._pending = self._writer.submit(self._write, State(state.step, copies, state.facts))
 
     def wait(self) -> None:
-        """Returns when everything is on disk, and raises what went wrong on the way."""
+        """Waits until everything is on disk, and raises an error that occurred while writing."""
         if self._pending is not None:
             self._pending.result()
             self._pending = None
 
     def newest(self) -> State | None:
-        """The newest state of the run that is whole."""
+        """The newest undamaged state of the run."""
         for folder in reversed(self._folders()):
             try:
                 facts = open_artifact(folder).manifest
@@ -89,7 +89,7 @@ class States:
         self.thin()
 
     def thin(self) -> None:
-        """Removes the run's states but the newest `keep`, also those that a process left which was killed just then."""
+        """Removes the run's states except the newest `keep`, and unfinished ones left by a killed process."""
         own = [path for path in self._folders() if bounded.said(path / MANIFEST).get("whose") == self.whose]
         for folder in own[: -self.keep]:
             discard(folder)
@@ -107,7 +107,7 @@ def random_state() -> dict[str, Tensor]:
 
 
 def set_random_state(tensors: dict[str, Tensor]) -> None:
-    """Takes over what `random_state` gave, as far as this machine has the generators."""
+    """Restores what `random_state` returned, for the generators that this machine has."""
     if "random.cpu" in tensors:
         torch.set_rng_state(tensors["random.cpu"])
     if "random.cuda" in tensors and torch.cuda.is_available():

@@ -29,13 +29,14 @@ from qat.processes import Ranks
 
 log = logging.getLogger(__name__)
 
-RECORDED_TOKENS = 16_384  # in a micro-batch; above, the GPU is slower than Python anyway
-FEW_TOKENS = 4_096  # in a micro-batch; below, matrix products lose more by halving it than by checkpointing
+# Largest micro-batch, in tokens, that is recorded as a graph; above it the GPU takes longer than Python
+RECORDED_TOKENS = 16_384
+FEW_TOKENS = 4_096  # micro-batch in tokens: smaller ones lose more speed by halving than by checkpointing
 
 
 @dataclass(frozen=True)
 class Figures:
-    """What a step tells: mean loss, norm of the gradient, whether it was skipped, whether a rank wants to stop."""
+    """Results of a step: mean loss, norm of the gradient, whether it was skipped, whether a rank wants to stop."""
 
     loss: float
     grad_norm: float
@@ -44,7 +45,7 @@ class Figures:
 
 
 class Scaler:
-    """The factor on the loss in fp16, in which most gradients would be zero (Micikevicius et al. 2018).
+    """The factor on the loss in fp16, without which most gradients would be zero (Micikevicius et al. 2018).
 
     Halved when a gradient overflows, doubled after `PATIENCE` steps without; 1 for ever in other types.
     """
@@ -94,7 +95,7 @@ class Step:
             prepare(loss.teacher, machine.compile)
 
     def confirm(self, sample: Sample) -> None:
-        """Lets go of fused layers that do not say what the models' own do."""
+        """Removes fused layers whose outputs differ from those of the model's own layers."""
         self.learners.write()
         ready(self.student, sample, self.machine.compile, bool(self.machine.checkpointing))
         if self.loss.teacher is not None:
@@ -121,24 +122,24 @@ class Step:
         return Figures(loss, norm, skipped > 0, stopping > 0)
 
     def _positions(self, batch: Batch) -> Tensor:
-        """Counted positions of the global batch."""
+        """Number of counted positions of the global batch."""
         count = batch.loss_mask.sum().to(self.machine.device, torch.float32)
         self.ranks.sum_([count])
         self.counted.copy_(count)
         return count.clamp_min(1)
 
     def _accumulate(self, batch: Batch, positions: Tensor) -> None:
-        """The gradient sums of all micro-batches, in smaller ones if memory runs out."""
+        """Sums the gradients of all micro-batches; uses smaller ones if memory runs out."""
         while True:
             try:
                 return self._attempt(batch, positions)
             except torch.OutOfMemoryError:
-                pass  # the error holds the frames that hold the tensors: first let go of it
+                pass  # leave the handler first: the error keeps the tensors of its frames alive
             self._make_room(batch)
 
     def _attempt(self, batch: Batch, positions: Tensor) -> None:
         parts = max(1, -(-len(batch.input_ids) // self.machine.micro_batch))
-        size = -(-len(batch.input_ids) // parts)  # micro-batches of one size need one compiled form
+        size = -(-len(batch.input_ids) // parts)  # micro-batches of equal size need only one compiled form
         self.learners.begin(parts)
         self.recorder(("open", parts > 1), self._open)
         for micro in batch.to(self.machine.device).split(size):
@@ -164,7 +165,7 @@ class Step:
         self.recorder(("add", adding, *key), lambda: self._backward(*static))
 
     def _backward(self, inputs: dict[str, Tensor], outputs: dict[str, Tensor]) -> None:
-        """Forward, loss and backward; the head's part is taken at once and not held by autograd."""
+        """Forward, loss and backward; the head's gradient is computed at once and not kept by autograd."""
         hidden_PD = hidden_states(self.student, inputs)
         beside = self.loss.teacher
         with torch.no_grad():
@@ -190,7 +191,7 @@ class Step:
         self.figures.copy_(torch.stack([self.total, norm, self.skip, self.stop]))
 
     def _make_room(self, batch: Batch) -> None:
-        """Less memory from here on, the result unchanged."""
+        """Reduces the memory of later steps without changing their result."""
         self.recorder.forget()
         self._held.clear()
         if self.machine.device.type == "cuda":
@@ -211,7 +212,7 @@ class Step:
 
 
 def _stream(machine: Machine) -> torch.cuda.Stream | None:
-    """A stream on which work can be recorded; all that this thread does from here on goes there."""
+    """A stream on which work can be recorded; it becomes the current stream of this thread."""
     stream = recording_stream(machine.device)
     if stream is not None:
         stream.wait_stream(torch.cuda.current_stream(machine.device))

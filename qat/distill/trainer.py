@@ -1,4 +1,4 @@
-"""The training loop: batches in, steps made, now and then a look at held-out text and a state on disk."""
+"""The training loop: reads batches, makes steps, evaluates on held-out text and saves states."""
 
 import hashlib
 import logging
@@ -35,16 +35,16 @@ from qat.quant.linear import Quantized
 
 log = logging.getLogger(__name__)
 
-MAX_SKIPS = 10  # steps in a row that do not count
+MAX_SKIPS = 10  # skipped steps in a row after which training stops
 SKIPPED = "the loss or its gradient was not finite, or no position counted,"
 REMEDY = "lower train.lr, or use a loss.temperature nearer to 1"
-FEWEST = 0.5  # share of steps that count, below which training was none
-LOOKED_AT = 4096  # numbers of each tensor, by which it shows whether anything was learnt
+FEWEST = 0.5  # smallest share of counted steps; training with fewer is refused
+LOOKED_AT = 4096  # numbers of each tensor that are compared to see whether anything was learnt
 
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Means over the held-out split: of the loss that is trained, and of the run log's."""
+    """Means over the held-out split: of the training loss, and of the run log's measure."""
 
     loss: float
     kd_loss: float
@@ -52,12 +52,12 @@ class HeldOut:
 
 @dataclass
 class Progress:
-    """What training has come to, beside the parameters: small enough for a manifest.
+    """The progress of training, without the parameters: small enough for a manifest.
 
     Held-out figures are those before the first step, where the loss that is trained was lowest, and the last ones.
     """
 
-    step: int = 0  # steps made
+    step: int = 0  # number of steps made
     best_step: int = 0
     loss_initial: float = math.nan
     loss_best: float = math.inf
@@ -66,22 +66,22 @@ class Progress:
     kd_loss_best: float = math.nan
     kd_loss_final: float = math.nan
     tokens: int = 0
-    seconds: float = 0.0  # of training steps alone
-    skipped: int = 0  # steps in all
+    seconds: float = 0.0  # seconds spent in training steps, without evaluations
+    skipped: int = 0  # number of skipped steps
     skipped_in_a_row: int = 0
-    changed: bool = False  # what learns is not what it was before the first step
-    logged: int = 0  # rows reported
+    changed: bool = False  # whether the parameters differ from those before the first step
+    logged: int = 0  # number of rows reported
 
 
 @dataclass
 class History(Progress):
-    """Progress with the rows of `metrics.jsonl`."""
+    """Progress and the rows of `metrics.jsonl`."""
 
     rows: list[dict[str, float]] = field(default_factory=list)
 
 
 class Trainer:
-    """Trains what learns of a student, in place."""
+    """Trains a student in place."""
 
     def __init__(
         self,
@@ -95,7 +95,7 @@ class Trainer:
         seed: int,
         ranks: Ranks = Ranks(),  # noqa: B008 - immutable
     ) -> None:
-        """Chooses what learns.
+        """Chooses the parameters that learn.
 
         Args:
             student: the model; `layers` are its quantized modules with their kinds, by name.
@@ -126,7 +126,7 @@ class Trainer:
         self.unlearned = _fingerprint(layers, {p.name for p in self.learners.parameters})
         self.history = History()
         self._before = self._some()
-        self._shown = math.nan  # the last loss
+        self._shown = math.nan  # latest loss
 
     def run(
         self,
@@ -134,7 +134,7 @@ class Trainer:
         on_best: Callable[[], None],
         states: States | None = None,
     ) -> History:
-        """All steps from where it stands, with evaluations before the first, every `eval_every` and after the last.
+        """All remaining steps, with evaluations before the first, every `eval_every` and after the last.
 
         Args:
             report: is given each step's and each evaluation's figures.
@@ -240,7 +240,7 @@ class Trainer:
             on_best()
 
     def _check_learnt(self) -> None:
-        """Refuses training that came to nothing, whose checkpoint would be taken for a trained one."""
+        """Refuses training without effect, whose checkpoint would be taken for a trained one."""
         steps, counted = self.history.step, self.history.step - self.history.skipped
         if counted < FEWEST * steps:
             raise NumericsError(f"only {counted} of {steps} steps counted: in the others {SKIPPED}; {REMEDY}")
@@ -251,7 +251,7 @@ class Trainer:
             )
 
     def _some(self) -> list[Tensor]:
-        """Some numbers of every tensor that learns."""
+        """A sample of the numbers of every tensor that learns."""
         flat = [parameter.value.detach().flatten() for parameter in self.learners.parameters]
         return [values[:: max(1, len(values) // LOOKED_AT)].clone() for values in flat]
 
@@ -303,7 +303,7 @@ class Trainer:
 
     @torch.no_grad()
     def held_out(self) -> HeldOut:
-        """What the student is worth on the held-out split, over all counted positions.
+        """Losses of the student on the held-out split, over all counted positions.
 
         That is the loss that is trained, and the run log's measure: top-k KL at T = 2, times 4.
         """
@@ -337,11 +337,12 @@ class Trainer:
 
 
 def _fingerprint(layers: dict[str, tuple[str, Quantized]], learned: set[str]) -> str:
-    """SHA-256 of what a state does not hold of the quantized layers: it must be the same where training goes on."""
+    """SHA-256 of the quantized layers without what the state holds; it must be the same when training continues."""
     found = hashlib.sha256()
     for layer, (_, module) in sorted(layers.items()):
         for name, value in {"indices": module.indices, **module.parts()}.items():
-            chosen = name == "indices" and f"{layer}.latent" in learned  # from what the state does hold
+            # Indices that follow from latent weights, which the state holds
+            chosen = name == "indices" and f"{layer}.latent" in learned
             if not chosen and f"{layer}.{name}" not in learned:
                 found.update(f"{layer}.{name}".encode())
                 found.update(value.detach().cpu().contiguous().numpy().tobytes())
@@ -392,7 +393,7 @@ def stop_signals() -> Iterator[threading.Event]:
         yield asked
     except Stopped:
         if arrived and callable(before[arrived[0]]):
-            signal.raise_signal(arrived[0])  # now that the state is saved: whoever handled it before does so
+            signal.raise_signal(arrived[0])  # the state is saved: the signal now goes to the previous handler
         raise
     finally:
         restore()

@@ -3,5 +3,5 @@
 Imported by `import qat` in other people's programs: nothing here may touch transformers' settings.
 """
 
-METHOD = "qat_packed"  # `quant_method`, and the model type that plain transformers does not know
-FILE = "packed.safetensors"  # a name that plain transformers does not look for
+METHOD = "qat_packed"  # `quant_method` and model type of our exports; plain transformers does not know this type
+FILE = "packed.safetensors"  # file of the weights; plain transformers does not look for this name

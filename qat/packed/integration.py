@@ -56,7 +56,7 @@ class PackedQuantizationConfig(QuantizationConfigMixin):
     """
 
     def __init__(self, layers: dict[str, dict[str, Any]], bits_per_weight: float, **kwargs: Any) -> None:
-        self.quant_method = cast(Any, METHOD)  # a name of ours, none of the enumeration
+        self.quant_method = cast(Any, METHOD)  # our own name, which is not in the enumeration of transformers
         self.layers = layers
         self.bits_per_weight = bits_per_weight
 
@@ -89,13 +89,13 @@ def register_quantizer() -> None:
             check_tensors(model, [Path(file) for file in kwargs.get("checkpoint_files") or []])
 
         def get_weight_conversions(self) -> list[Any]:
-            """Older exports call a part otherwise."""
+            """New names of a part that older exports call differently."""
             from transformers.core_model_loading import WeightRenaming
 
             return [WeightRenaming(rf"\.{before}$", f".{now}") for before, now in older.PARTS.items()]
 
         def is_serializable(self) -> bool:
-            """Not by `save_pretrained`, which would write a folder that only looks like an export."""
+            """False: `save_pretrained` would write a folder that only looks like an export."""
             return False
 
     auto.AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD] = PackedQuantizationConfig
@@ -103,10 +103,10 @@ def register_quantizer() -> None:
 
 
 def check_place(model: Any, name: str, format: Format) -> None:
-    """Looks whether a model has something that can be in few bits, of a shape that suits the format.
+    """Checks that a model has a matrix of this name that can be quantized, of a shape that suits the format.
 
     Raises:
-        ArtifactError: it has not.
+        ArtifactError: it has none.
     """
     found = place(model, name)
     if found is None:
@@ -117,10 +117,10 @@ def check_place(model: Any, name: str, format: Format) -> None:
 
 
 def check_tensors(model: Any, files: list[Path]) -> None:
-    """Looks whether the files hold the tensors of a model that is on no device yet: of others transformers only warns.
+    """Checks that the files hold exactly the tensors of a model on no device; transformers only warns otherwise.
 
     Raises:
-        ArtifactError: one is missing, of another type or shape, or there is one more.
+        ArtifactError: a tensor is missing, has another type or shape, or is not part of the model.
     """
     wanted = {name: Wanted(_kinds(value), tuple(value.shape)) for name, value in model.state_dict().items()}
     for file in files:
@@ -133,5 +133,5 @@ def check_tensors(model: Any, files: list[Path]) -> None:
 
 
 def _kinds(value: torch.Tensor) -> tuple[str, ...]:
-    """What a tensor may be stored as: parts of formats as they are, other numbers in the type of the export."""
+    """Types that a tensor may be stored in: parts of formats have one type, other numbers the type of the export."""
     return FLOATS if value.is_floating_point() and value.dtype is not SIXTEEN else (known(value)[0],)

@@ -1,4 +1,4 @@
-"""Linear layers, embeddings and heads whose weight stays packed: bit stream of indices, all else in 16 bits.
+"""Linear layers, embeddings and heads whose weight stays packed: a bit stream of indices, and parts in 16 bits.
 
 On a CPU and on Apple's GPU a product's weight is multiplied out at the first call and kept, because one dense
 product is faster there than unpacking at each token. On CUDA it stays packed: one token at a time goes
@@ -21,19 +21,20 @@ from qat.quant.embedding import each, through, without_weight
 from qat.quant.formats import Format, Part, Parts
 from qat.quant.places import bias, place
 
-SIXTEEN = torch.float16  # parts of formats are of order one or below, where fp16 has three bits more than bf16
-ROWS = 1 << 13  # of a matrix that are multiplied out at one time on CUDA; a multiple of 8, so bytes end where rows do
+# Type of stored parts: they are of order one or below, where fp16 has three bits more than bf16
+SIXTEEN = torch.float16
+ROWS = 1 << 13  # rows of a matrix that are decoded at a time on CUDA; a multiple of 8, so that they end at a whole byte
 
 
 def stored(part: Part, value: Tensor) -> Tensor:
-    """A part in fp16, or its whole numbers, from the lowest up, as a bit stream."""
+    """A part as it is stored: in fp16, or whole numbers minus the lowest one as a bit stream."""
     if part.bits == SIXTEEN.itemsize * 8:
         return value.to(SIXTEEN)
     return packing.pack((value - part.lowest).to(torch.uint8), part.bits)
 
 
 def room(part: Part) -> Tensor:
-    """Zeros of the type and shape of what is stored."""
+    """Zeros of the type and shape of the stored part."""
     if part.bits == SIXTEEN.itemsize * 8:
         return torch.zeros(part.shape, dtype=SIXTEEN)
     return torch.zeros(-(-math.prod(part.shape) * part.bits // 8), dtype=torch.uint8)
@@ -72,23 +73,23 @@ class Packed(nn.Module):
         return {name: self.get_buffer(name) for name in self.format.parts(self.out_features, self.in_features)}
 
     def weight(self, dtype: torch.dtype) -> Tensor:
-        """W [O, I], multiplied out in fp32 and rounded once."""
+        """W [O, I], computed in fp32 and rounded once."""
         index = packing.unpack(self.indices, self.format.bits, (self.out_features, self.in_features))
         return self.format.weight(index, self._wide()).to(dtype)
 
     def held(self, dtype: torch.dtype) -> Tensor:
-        """W [O, I], which is kept where that is the faster."""
+        """W [O, I], kept for further calls where that is faster."""
         return self.weight(dtype) if self.indices.is_cuda else self.kept(dtype)
 
     def kept(self, dtype: torch.dtype) -> Tensor:
-        """W [O, I], which stays for the next call."""
+        """W [O, I], kept for the next call."""
         if self.dense is None or self.dense.dtype != dtype:
             with torch.inference_mode(False), torch.no_grad():
                 self.dense = self.weight(dtype)
         return self.dense
 
     def rows(self, rows_X: Tensor, dtype: torch.dtype) -> Tensor:
-        """Some rows [X, I] of W, which alone are multiplied out."""
+        """Some rows [X, I] of W; no other rows are decoded."""
         if self.dense is not None and self.dense.dtype == dtype:
             return self.dense[rows_X]
         operands, rowwise = self.format.operands(self._wide()), self.format.rowwise
@@ -145,7 +146,7 @@ class PackedHead(PackedLinear):
 
 
 class PackedEmbedding(Packed):
-    """Rows for tokens, and what the model's own class makes of them.
+    """Looks up the rows of tokens, and passes them through the model's own class.
 
     Attributes:
         plain: the module in whose place it is, without a weight.
@@ -164,7 +165,7 @@ class PackedEmbedding(Packed):
 
 
 class PackedTiedHead(nn.Module):
-    """The product with a packed embedding, which stays the embedding's."""
+    """The logits' product with a packed embedding; the matrix belongs to the embedding."""
 
     def __init__(self, embedding: PackedEmbedding, bias: nn.Parameter | None) -> None:
         super().__init__()
@@ -176,7 +177,7 @@ class PackedTiedHead(nn.Module):
 
 
 def logits(matrix: Packed, x: Tensor, bias: Tensor | None) -> Tensor:
-    """`x Wᵀ + bias` [..., V]; W is there whole only where it is kept."""
+    """`x Wᵀ + bias` [..., V]; the whole W exists only where it is kept."""
     if (y := matrix.fused(x)) is None:
         if not x.is_cuda:
             return nn.functional.linear(x, matrix.kept(x.dtype), bias)
@@ -186,7 +187,7 @@ def logits(matrix: Packed, x: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def put(model: Any, name: str, format: Format) -> None:
-    """An empty packed module in the place of a dense one, and of the head where that is tied to it."""
+    """Puts an empty packed module in place of a dense one, and of the head where it is tied to that."""
     old, head, added = place(model, name), model.get_output_embeddings(), bias(model, name)
     if old is None:
         raise KeyError(name)
@@ -204,7 +205,7 @@ def put(model: Any, name: str, format: Format) -> None:
 
 
 def _tied(model: Any, name: str) -> str | None:
-    """The layer whose weight is that of an embedding, by transformers' list of such pairs, which forgets it."""
+    """The layer tied to an embedding, by transformers' list of tied weights; the pair is removed from that list."""
     tied: dict[str, str] = model.all_tied_weights_keys
     others = [other for other, one in tied.items() if one == f"{name}.weight"]
     for keys in ("all_tied_weights_keys", "_tied_weights_keys"):

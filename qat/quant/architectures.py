@@ -22,29 +22,30 @@ from qat.quant.formats import Format
 from qat.quant.places import places
 from qat.shaping import shaping
 
-# What stays dense in any case: small, and more depends on it than on other weights.
-CHOOSES = r"router\w*|gate|shared_expert_gate|\w*indexer"  # experts, or tokens to attend to
+# Parts that always stay dense: they are small, and more depends on them than on other weights.
+CHOOSES = r"router\w*|gate|shared_expert_gate|\w*indexer"  # choose experts, or the tokens to attend to
 KEPT = (
     CHOOSES,
-    r"A_log|x_proj|dt_proj|in_proj_(a|b|ba)|[ab]_proj|[if]gate_preact|time_mix_\w+|sink_proj",  # rates, a few a token
-    r"altup\w*|\w*hyper_connection\w*|\w*_hc|hc_head|\w*_sconv",  # mixes a few streams or neighbours
-    r"encoder_attn|crossattention|cross_attn",  # attends to an encoder, which a causal language model has not
+    # Rates: a few numbers per token
+    r"A_log|x_proj|dt_proj|in_proj_(a|b|ba)|[ab]_proj|[if]gate_preact|time_mix_\w+|sink_proj",
+    r"altup\w*|\w*hyper_connection\w*|\w*_hc|hc_head|\w*_sconv",  # mix a few streams or neighbouring tokens
+    r"encoder_attn|crossattention|cross_attn",  # attend to an encoder, which a causal language model does not have
     r"rel_pos\w*|rel_logits_proj|relative_pos_embeddings|r_proj",  # positions
 )
-# What a matrix is for, by pieces of its name (between dots): the first rule decides whose patterns all fit some piece.
+# Roles by the pieces of a name (between dots): the first rule applies whose patterns each match some piece.
 RULES = (
-    ("mlp", r"mixer", r"(gate|up|gate_up|down)_proj"),  # a block that mixes tokens in one layer and is an MLP in others
+    ("mlp", r"mixer", r"(gate|up|gate_up|down)_proj"),  # blocks that mix tokens in some layers and are an MLP in others
     ("attn", r"\w*(attn|attention)s?|cross_attn_layers"),
     ("mlp", r"\w*(mlp|ffn|feed_forward|moe|expert)s?(_block|_in|_out)?|ff"),
-    ("attn", r"mixer|mamba\w*|conv|temporal_block|mlstm_layer"),  # mixes tokens in attention's place
+    ("attn", r"mixer|mamba\w*|conv|temporal_block|mlstm_layer"),  # blocks that mix tokens in place of attention
     ("mlp", r"fc[12]|intermediate|output|laurel|per_layer_(input_gate|projection)"),
 )
-# Layers whose input is another one's beside them, at which it is observed.
+# Layers that share their input with another layer, at which it is observed.
 SAME_INPUT = {"up_proj": "gate_proj", "k_proj": "q_proj", "v_proj": "q_proj", "w3": "w1"}
-INNER = ("down_proj", "w2", "output_linear")  # of an expert: what it reads was made by the expert itself
+INNER = ("down_proj", "w2", "output_linear")  # layers of an expert whose input is computed by the expert itself
 NUMBER = re.compile(r"\.\d+(?=\.|$)")
-EXACT_BITS = 8  # from which on rounding an embedding to the nearest cannot be measured
-NAMED = 6  # patterns in a message
+EXACT_BITS = 8  # bits of an embedding from which on the effect of nearest rounding is too small to measure
+NAMED = 6  # largest number of patterns named in a message
 HERE = "qat/quant/architectures.py"
 
 
@@ -112,7 +113,7 @@ def _known(model: nn.Module, quant: QuantConfig) -> dict[str, tuple[str, tuple[i
 
 
 def recorded(quant: QuantConfig) -> dict[str, Any]:
-    """What of `quant` shapes a student: `partial` only says what is not refused."""
+    """The settings of `quant` that determine a student; `partial` is left out, as it only switches off a refusal."""
     chosen = {role: _settings(choice.of_role(role, quant)) for role in ROLES}
     said = {key: value for key, value in shaping(quant).items() if value or key in ROLES}
     if quant.layers:
@@ -134,7 +135,7 @@ def role_of(name: str) -> str | None:
 
 
 def _kept(name: str) -> bool:
-    """Whether a weight stays dense on purpose."""
+    """Whether a weight always stays dense."""
     return any(_fits(name, pattern) for pattern in KEPT)
 
 
@@ -150,9 +151,9 @@ def _outside(model: nn.Module) -> set[nn.Module]:
 
 
 def decoder_weights(model: nn.Module) -> dict[str, torch.Size]:
-    """Shapes of all weights that hidden states are multiplied with, matrices by their names (`qat.quant.places`).
+    """Shapes of all weights that hidden states are multiplied with; matrices by their names (`qat.quant.places`).
 
-    A weight that is none goes by its own name, as a parameter.
+    A weight that is no matrix goes by its name as a parameter.
     """
     found: dict[str, torch.Size] = {}
     outside = _outside(model)
@@ -168,16 +169,17 @@ def decoder_weights(model: nn.Module) -> dict[str, torch.Size]:
 
 
 def dense(model: nn.Module, layers: list[Layer], besides: Collection[str] = ()) -> dict[str, float]:
-    """The decoder's dense weights as shares of all of them, layers that differ in number as one pattern.
+    """The dense weights of the decoder as shares of all its weights; layer numbers are merged into one pattern.
 
-    `model` has its weights as they were before quantization; what chooses experts is not told of, nor `besides`.
+    `model` has its weights as before quantization; routers and the layers in `besides` are left out.
     """
     weights, matrices = decoder_weights(model), places(model)
     quantized = {layer.name for layer in layers} | {*besides}
     whole = sum(shape.numel() for shape in weights.values())
     shares: dict[str, float] = {}
     for name, shape in weights.items():
-        chooses = _fits(name, CHOOSES) and not (name in matrices and shape[0] >= shape[1])  # few of many
+        # A router has fewer outputs than inputs
+        chooses = _fits(name, CHOOSES) and not (name in matrices and shape[0] >= shape[1])
         if name not in quantized and not chooses:
             pattern = NUMBER.sub(".*", name)
             shares[pattern] = shares.get(pattern, 0.0) + shape.numel() / whole
@@ -185,7 +187,7 @@ def dense(model: nn.Module, layers: list[Layer], besides: Collection[str] = ()) 
 
 
 def learns(mode: ModeConfig, role: str, format: Format) -> bool:
-    """Whether a layer learns; an embedding or head of 8 bits costs nothing that training could win back."""
+    """Whether a layer learns; an embedding or head of 8 bits does not, as it has no loss to recover."""
     if role in vocabulary.ROLES:
         return mode.embed and format.bits < EXACT_BITS
     return {"mlp": mode.mlp, "attn": mode.attn}[role]
@@ -199,7 +201,7 @@ def told(shares: dict[str, float]) -> str:
 
 
 def _refuse_unmatched(shares: dict[str, float], quant: QuantConfig) -> None:
-    """Refuses a model of which a part that `quant` may mean would stay dense, unless that is asked for too."""
+    """Refuses a model where part of what `quant` may mean would stay dense, unless `partial` allows it."""
     missed = {
         pattern: share
         for pattern, share in shares.items()

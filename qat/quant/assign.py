@@ -1,4 +1,4 @@
-"""Which value each weight gets.
+"""Chooses the codebook or grid value of each weight.
 
 `nearest` looks at each weight alone. `compensated` is GPTQ (Frantar et al. 2022, section 3.3) on our grid:
 columns are fixed in order of decreasing importance, the grid of column j being `values · S[:, j]`, and the
@@ -16,13 +16,14 @@ from qat.quant.curvature import Curvature, Factor
 from qat.quant.lookup import look_up
 from qat.quant.walk import walk_block
 
-BLOCK = 64  # columns between two updates of everything behind them
-ROWS = 32  # moved at once where outputs are coupled: few enough for their moves to add up well
+BLOCK = 64  # columns of a block; the error is passed to all later columns after each block
+ROWS = 32  # rows moved together where outputs are coupled: few enough for their moves to add up well
 
 
 def nearest(weight_NOI: Tensor, S_NOI: Tensor, values_NK: Tensor) -> Tensor:
-    """Index [N, O, I] uint8 with the least `|W − values[index] ⊙ S|` of each weight alone."""
-    return lookup.nearest(weight_NOI / S_NOI, values_NK)  # under a scale of zero, 0/0 too, all values are as near
+    """Index [N, O, I] uint8 with the smallest `|W − values[index] ⊙ S|` for each weight by itself."""
+    # Where the scale is zero (0/0 too), all values are equally near
+    return lookup.nearest(weight_NOI / S_NOI, values_NK)
 
 
 def compensated(weight_NOI: Tensor, S_NOI: Tensor, values_NK: Tensor, factor: Factor) -> Tensor:
@@ -57,7 +58,7 @@ def descended(
 
 
 def _groups(weight_NOI: Tensor) -> tuple[Tensor, ...]:
-    """Row numbers in groups: neighbours, which belong to one attention head, in different ones."""
+    """Row numbers in groups; neighbouring rows, which belong to one attention head, are in different groups."""
     outputs = weight_NOI.shape[1]
     order = torch.randperm(outputs, generator=torch.Generator().manual_seed(0))
     return order.to(weight_NOI.device).split(ROWS)
@@ -66,7 +67,7 @@ def _groups(weight_NOI: Tensor) -> tuple[Tensor, ...]:
 def _descend(
     slope: Tensor, value: Tensor, S: Tensor, values: Tensor, H: Tensor, spread: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """One walk that moves each value to the best one by the slope there; indices and changes [N, O, I]."""
+    """One walk that moves each weight to its best value by the local gradient; indices and changes [N, O, I]."""
     return _walk(value - slope / H.diagonal(dim1=1, dim2=2)[:, None], S, values, spread, value)
 
 

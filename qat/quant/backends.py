@@ -1,4 +1,4 @@
-"""Codebooks by the kmeans-pytorch package, made safe.
+"""Codebooks by the kmeans-pytorch package, with a seed, weights and a limit on iterations added.
 
 Version 0.3 has no seed, no weights and no iteration limit; its tolerance is absolute, an empty cluster
 makes it loop for ever, and it prints. Here it gets standardised values drawn evenly from the weighted
@@ -17,17 +17,17 @@ from torch import Tensor
 from qat.errors import NumericsError
 from qat.quant.kmeans import check
 
-SAMPLES = 2048  # weighted quantiles that stand for a layer
+SAMPLES = 2048  # weighted quantiles that represent a layer
 MAX_ITERATIONS = 200
-SEEDS = 20  # starts that are tried before giving up
+SEEDS = 20  # random starts that are tried before an error is raised
 
 
 class _OutOfPatience(Exception):
-    """Raised inside the package's endless loop to leave it."""
+    """Raised inside the package's loop to end it."""
 
 
 class _Meter:
-    """Stands in for the progress bar, the one thing the loop calls every time round."""
+    """Replaces the package's progress bar, which the loop calls at each iteration."""
 
     def __init__(self, **_: object) -> None:
         self.iterations = 0
@@ -38,7 +38,7 @@ class _Meter:
             raise _OutOfPatience
 
     def update(self) -> None:
-        """Nothing to show."""
+        """Does nothing: no progress is shown."""
 
 
 def kmeans_pytorch(x_NM: Tensor, weight_NM: Tensor, entries: int) -> Tensor:
@@ -53,7 +53,7 @@ def kmeans_pytorch(x_NM: Tensor, weight_NM: Tensor, entries: int) -> Tensor:
 
 
 def _quantiles(x_M: Tensor, weight_M: Tensor) -> Tensor:
-    """Values at evenly spaced places of the weighted distribution."""
+    """Values at evenly spaced quantiles of the weighted distribution."""
     x, order = x_M.double().sort()
     mass = weight_M.double()[order].cumsum(0)
     places = (torch.arange(SAMPLES, dtype=torch.float32, device=x.device) + 0.5) / SAMPLES * mass[-1]
@@ -75,7 +75,7 @@ def _cluster(x_M: Tensor, entries: int) -> Tensor:
 
 @contextlib.contextmanager
 def _tamed(seed: int) -> Iterator[Any]:
-    """The package, seeded, silent and bounded; the global random state is put back."""
+    """The package with a seed, an iteration limit and no output; restores the global random state."""
     import kmeans_pytorch as package
 
     state, meter = np.random.get_state(), package.tqdm

@@ -1,4 +1,4 @@
-"""Bits where they are worth most: of the formats that each layer may have, those that cost least in so many bytes.
+"""Chooses each layer's format under a size budget: the formats with the smallest total cost that fit.
 
 What an error in a layer costs is known for each format (`qat.convert.costs`), and costs add up, so this is a knapsack
 with one choice a layer (Kellerer, Pferschy and Pisinger 2004, "Knapsack Problems", chapter 11). Dynamic programming
@@ -20,18 +20,18 @@ from qat.quant.choice import options
 from qat.quant.formats import Format
 from qat.quant.size import file_bytes, model_bits_per_weight
 
-Costs = dict[str, dict[Format, float]]  # in nats, by layer and format, before training
+Costs = dict[str, dict[Format, float]]  # cost in nats by layer and format, before training
 
 UNITS = 1 << 16
 MEGA = 10**6
-# What training leaves of a cost, by bits of the index: trained KL over converted KL of the records (docs/LOG.md) at 2,
-# 3 and 4 bits, and at others like the nearest.
+# Share of a cost that is left after training, by bits of the index: trained KL over converted KL in docs/LOG.md at 2,
+# 3 and 4 bits; other widths have about the value of the nearest of these.
 LEFT = {1: 0.31, 2: 0.31, 3: 0.45, 4: 0.48, 5: 0.5, 6: 0.5, 7: 0.5, 8: 0.5}
 
 
 @dataclass(frozen=True)
 class Budget:
-    """What a student may weigh at most.
+    """The largest size that a student may have.
 
     Attributes:
         said: the setting, `quant.megabytes=56`.
@@ -47,7 +47,7 @@ class Budget:
 
 
 def budget(quant: QuantConfig, model: nn.Module) -> Budget:
-    """The budget of a configuration for a model, which may be its names and shapes."""
+    """The budget of a configuration for a model; the model's names and shapes are enough."""
     if quant.megabytes is not None:
         unit = 8.0 * MEGA
         return Budget(
@@ -56,7 +56,7 @@ def budget(quant: QuantConfig, model: nn.Module) -> Budget:
             lambda layers: 8 * file_bytes(layers, model),
             lambda bits: bits / unit,
         )
-    assert quant.bits is not None  # as qat.cli.checks sees to
+    assert quant.bits is not None  # ensured by qat.cli.checks
     weights = sum(parameter.numel() for parameter in model.parameters())
     return Budget(
         f"quant.bits={quant.bits:g}",
@@ -72,10 +72,10 @@ def formats_of(layer: Layer, quant: QuantConfig) -> list[Format]:
 
 
 def check(quant: QuantConfig, layers: list[Layer], model: nn.Module) -> None:
-    """Refuses a budget that no choice meets.
+    """Refuses a budget that no choice of formats meets.
 
     Raises:
-        ConfigError: the sentence has the smallest that one does.
+        ConfigError: the budget is too small; the message has the smallest possible one.
     """
     allowed = budget(quant, model)
     needed = allowed.measure([replace(layer, format=formats_of(layer, quant)[0]) for layer in layers])
@@ -88,7 +88,7 @@ def check(quant: QuantConfig, layers: list[Layer], model: nn.Module) -> None:
 
 
 def chosen(quant: QuantConfig, layers: list[Layer], model: nn.Module, costs: Costs) -> list[Layer]:
-    """The layers in the formats whose costs, as training leaves them, add up to least within the budget.
+    """The layers in the formats with the smallest total cost after training, within the budget.
 
     Args:
         quant: with a budget that some choice meets.
@@ -100,7 +100,7 @@ def chosen(quant: QuantConfig, layers: list[Layer], model: nn.Module, costs: Cos
     choices = {layer.name: formats_of(layer, quant) for layer in layers}
     found = [replace(layer, format=choices[layer.name][0]) for layer in layers]
     room = allowed.bits - allowed.measure(found)
-    while True:  # sizes are rounded down, and headers of files differ by some bytes
+    while True:  # repeated, because sizes are rounded down and file headers differ by some bytes
         made = _fill(found, choices, costs, max(0.0, room))
         over = allowed.measure(made) - allowed.bits
         if over <= 0:
@@ -109,7 +109,7 @@ def chosen(quant: QuantConfig, layers: list[Layer], model: nn.Module, costs: Cos
 
 
 def _fill(smallest: list[Layer], choices: dict[str, list[Format]], costs: Costs, room: float) -> list[Layer]:
-    """The best formats that take at most `room` bits more than the smallest."""
+    """The best formats that take at most `room` bits more than the smallest ones."""
     unit = max(1.0, room / UNITS)
     best, picks = torch.zeros(int(room / unit) + 1, dtype=torch.float64), []
     steps = {layer.name: [_steps(layer, one, unit) for one in choices[layer.name]] for layer in smallest}
@@ -132,6 +132,6 @@ def _steps(layer: Layer, format: Format, unit: float) -> int:
 
 
 def _after(best: Tensor, step: int) -> Tensor:
-    """The least costs where a layer takes so many units first."""
+    """The smallest costs when a layer takes `step` units."""
     step = min(step, len(best))
     return torch.cat([best.new_full((step,), math.inf), best[: len(best) - step]])

@@ -1,4 +1,4 @@
-"""Which formats a layer may have: what a pattern of names says, else its role, else all that a budget chooses from.
+"""The formats that a layer may have: from a pattern of names, else its role, else all candidates of a budget.
 
 With one of them a layer has it, with none it stays dense, and of several the budget takes one (`qat.convert.budget`).
 """
@@ -21,7 +21,7 @@ def format_of(settings: WeightConfig) -> Format:
 
 
 def options(name: str, role: str, shape: Shape, quant: QuantConfig) -> list[Format]:
-    """The formats that a layer may have, each once.
+    """The formats that a layer may have, without duplicates.
 
     Of a budget's candidates only those that suit the shape; the first, for a message, if none does.
     """
@@ -40,18 +40,18 @@ def asks(role: str, quant: QuantConfig) -> bool:
 
 
 def of_role(role: str, quant: QuantConfig) -> WeightConfig | None:
-    """What a role's layers are written in."""
+    """The settings for layers of a role."""
     settings: WeightConfig | None = getattr(quant, role)
     return settings
 
 
 def pattern_of(name: str, quant: QuantConfig) -> str | None:
-    """The pattern that decides about a layer, if one does: the last that fits."""
+    """The last pattern that matches a layer's name, if any."""
     return next((pattern for pattern in reversed(quant.layers) if fnmatchcase(name, pattern)), None)
 
 
 def key_of(name: str, role: str, quant: QuantConfig) -> str:
-    """The key that says what a layer is written in."""
+    """The configuration key that decides a layer's format."""
     if pattern := pattern_of(name, quant):
         return f"quant.layers[{pattern}]"
     return f"quant.{role}" if of_role(role, quant) else "quant.candidates"
@@ -61,7 +61,7 @@ def refuse_idle(quant: QuantConfig, names: Collection[str]) -> None:
     """Refuses a pattern that fits no layer.
 
     Raises:
-        ConfigError: one does not; the sentence has the layer with the nearest name.
+        ConfigError: a pattern fits none; the message names the layer with the most similar name.
     """
     for pattern in quant.layers:
         if not any(fnmatchcase(name, pattern) for name in names):

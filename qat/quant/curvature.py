@@ -1,4 +1,4 @@
-"""What an error in a weight costs: the loss's second derivative, as a Kronecker product of two small matrices.
+"""The cost of an error in a weight: the loss's second derivative, as a Kronecker product of two small matrices.
 
 Over calibration text let x be a layer's inputs and g the gradient of the loss at its outputs, for next
 tokens drawn from the model itself. Then the expected KL that an error E adds is, to second order,
@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-INPUT_DAMPING = 0.01  # of the mean diagonal of H
-OUTPUT_DAMPING = 0.1  # of the mean diagonal of G, which fewer independent samples describe
+INPUT_DAMPING = 0.01  # damping of H, relative to its mean diagonal
+OUTPUT_DAMPING = 0.1  # damping of G, relative to its mean diagonal; larger, as G comes from fewer independent samples
 
 
 @dataclass(frozen=True)
@@ -39,14 +39,14 @@ class Curvature:
 
 
 def damp(moment_NXX: Tensor, share: float = INPUT_DAMPING) -> Tensor:
-    """The matrix with a share of its mean diagonal added, so that directions never seen cost something too."""
+    """The matrix with a share of its mean diagonal added, so that directions without samples have a cost too."""
     mean = moment_NXX.diagonal(dim1=1, dim2=2).mean(1).clamp_min(1e-10)
     one_XX = torch.eye(moment_NXX.shape[1], dtype=moment_NXX.dtype, device=moment_NXX.device)
     return moment_NXX + share * mean[:, None, None] * one_XX
 
 
 def normalized(G_NOO: Tensor) -> tuple[Tensor, Tensor]:
-    """G, damped, as a matrix [N, O, O] of unit diagonal and what rows [N, O] have to be multiplied by for it."""
+    """G, damped and scaled to a unit diagonal [N, O, O], and the factors of rows [N, O] for that."""
     damped = damp(G_NOO, OUTPUT_DAMPING)
     row_NO = damped.diagonal(dim1=1, dim2=2).sqrt()
     row_NO = row_NO / row_NO.square().mean(1, keepdim=True).sqrt()
@@ -55,7 +55,7 @@ def normalized(G_NOO: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class Factor:
-    """What error compensation needs of a second moment, computed once for all layers that share an input.
+    """What error compensation needs of a second moment; computed once for all layers that share an input.
 
     Attributes:
         order_NI: columns by decreasing diagonal.
@@ -79,6 +79,6 @@ class Factor:
 
     @staticmethod
     def join(factors: list["Factor"]) -> "Factor":
-        """Factors of single layers as one of several."""
+        """Joins the factors of single layers into one of several layers."""
         orders, spreads = [f.order_NI for f in factors], [f.spread_NII for f in factors]
         return Factor(torch.cat(orders), torch.cat(spreads))

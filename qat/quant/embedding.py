@@ -1,4 +1,4 @@
-"""The quantized embedding, and the head that is tied to it: one set of parts, rows for tokens and logits of states.
+"""The quantized embedding and its tied head: one set of parts, used to look up rows and to compute logits.
 
 Models do more with an embedding than look rows up (they scale, or place, what they found), and their own class says
 what. So that class keeps its job: it is given the rows as if they were its whole matrix.
@@ -19,7 +19,7 @@ from qat.quant import places
 from qat.quant.formats import Format
 from qat.quant.linear import QuantHead, Quantized, QuantLinear, quantized
 
-if TYPE_CHECKING:  # packed exports are registered while transformers is imported
+if TYPE_CHECKING:  # not imported at run time: packed exports are registered while transformers is imported
     from transformers import PreTrainedModel
 
 
@@ -31,10 +31,10 @@ class QuantEmbedding(Quantized):
         like: empty, in the type of rows; transformers takes the type of a model's first parameter for the model's.
     """
 
-    several = True  # where the head is tied, by its product in chunks of positions
+    several = True  # a tied head adds a gradient for each chunk of positions
 
     def __init__(self, format: Format, outputs: int, inputs: int) -> None:
-        """Makes room: indices and parts are zero."""
+        """Creates indices and parts, all zero."""
         super().__init__(format, outputs, inputs)
         self.plain: nn.Module = nn.Identity()
         parts = dict(self._parameters)
@@ -43,7 +43,7 @@ class QuantEmbedding(Quantized):
         self._parameters.update(parts)
 
     def take_over(self, old: nn.Module) -> None:
-        """What the class does, and the type of its rows."""
+        """Takes over the old module's own code, and the type of its rows."""
         if isinstance(old, QuantEmbedding):
             self.plain, self.like = old.plain, old.like
             return
@@ -51,7 +51,7 @@ class QuantEmbedding(Quantized):
         self.plain = without_weight(old)
 
     def forward(self, input_ids: Tensor) -> Tensor:
-        """Token ids [...] to what the model makes of their rows, [..., D]."""
+        """Token ids [...] to the model's embeddings [..., D]."""
         if self.dense is not None:
             return through(self.plain, self.dense, input_ids)
         return through(self.plain, self.rows(input_ids.flatten()), each(input_ids))
@@ -65,7 +65,7 @@ class QuantEmbedding(Quantized):
 
 
 class TiedHead(nn.Module):
-    """The product with a quantized embedding, which stays the embedding's: nothing of it is registered here."""
+    """The logits' product with a quantized embedding; the matrix is the embedding's and is not registered here."""
 
     def __init__(self, embedding: QuantEmbedding, bias: Tensor | None = None) -> None:
         super().__init__()
@@ -73,7 +73,7 @@ class TiedHead(nn.Module):
 
     @property
     def embedding(self) -> QuantEmbedding:
-        """Whose matrix it is."""
+        """The embedding that holds the matrix."""
         return self._embedding[0]
 
     def forward(self, x: Tensor) -> Tensor:
@@ -85,7 +85,7 @@ class TiedHead(nn.Module):
 
 @dataclass(frozen=True)
 class Ends:
-    """The modules at either end of a model, by their names in it; None where it has none that is its own module.
+    """Embedding and head of a model with their names in it; None where it has no such separate module.
 
     Attributes:
         tied: both have one tensor.
@@ -97,7 +97,7 @@ class Ends:
 
 
 def ends(model: nn.Module) -> Ends:
-    """Those of a model of transformers."""
+    """Embedding and head of a transformers model."""
     if not hasattr(model, "get_input_embeddings"):
         return Ends(None, None, False)
     made: Any = model
@@ -109,9 +109,9 @@ def ends(model: nn.Module) -> Ends:
 
 
 def through(embedding: nn.Module, rows_XD: Tensor, ids: Tensor) -> Tensor:
-    """What an embedding's own code makes of tokens [...] if these rows were its whole matrix."""
+    """The output of an embedding's own code for tokens [...] if these rows were its whole matrix."""
     padding, plain = embedding.padding_idx, cast(Any, embedding)
-    plain.padding_idx = None  # a row of the matrix, which only its gradient is held back from
+    plain.padding_idx = None  # only blocks one row's gradient, by its number in the full matrix
     try:
         return cast(Tensor, functional_call(embedding, {"weight": rows_XD}, (ids,)))
     finally:
@@ -127,13 +127,13 @@ def rows_of(model: "PreTrainedModel", ids: Tensor) -> Tensor:
 
 
 def own_code(model: "PreTrainedModel") -> nn.Module:
-    """The module that says what a model does with rows of its embedding."""
+    """The module with the model's own code for rows of its embedding."""
     embedding: Any = model.get_input_embeddings()
     return embedding.plain if isinstance(embedding, QuantEmbedding) else cast(nn.Module, embedding)
 
 
 def head_matrix(model: "PreTrainedModel") -> Quantized | None:
-    """The quantized matrix that hidden states are multiplied with, if it is one."""
+    """The quantized matrix of the head; None where it is not quantized."""
     head: Any = model.get_output_embeddings()
     if isinstance(head, TiedHead):
         return head.embedding
@@ -142,11 +142,11 @@ def head_matrix(model: "PreTrainedModel") -> Quantized | None:
 
 @contextmanager
 def with_rows(model: "PreTrainedModel", rows_XD: Tensor) -> Iterator[None]:
-    """Inside, the embedding takes these for the rows of the tokens it is given, one after the other."""
+    """Inside, the embedding uses these rows for its tokens, in their order."""
     embedding, plain = model.get_input_embeddings(), own_code(model)
 
     def forward(input_ids: Tensor) -> Tensor:
-        del vars(embedding)["forward"]  # which may be that of `plain`
+        del vars(embedding)["forward"]  # `embedding` may be the `plain` module of a quantized embedding
         try:
             return through(plain, rows_XD, each(input_ids))
         finally:
@@ -160,7 +160,7 @@ def with_rows(model: "PreTrainedModel", rows_XD: Tensor) -> Iterator[None]:
 
 
 def without_weight(embedding: nn.Module) -> nn.Module:
-    """The module with nothing but what its class does, and buffers; its weight has no rows and is no parameter."""
+    """The module with only its code and buffers; its weight has no rows and is not a parameter."""
     none, plain = cast(Tensor, embedding.weight).detach().new_empty(0, 1), cast(Any, embedding)
     del plain.weight
     plain.weight, plain.padding_idx = none, None
@@ -168,13 +168,13 @@ def without_weight(embedding: nn.Module) -> nn.Module:
 
 
 def empty(layer: Any) -> Quantized:
-    """Room for a layer (`architectures.Layer`), as the module that its role asks for."""
+    """An empty module for a layer (`architectures.Layer`), of the class for its role."""
     kinds: dict[str, type[Quantized]] = {"embed": QuantEmbedding, "head": QuantHead}
     return kinds.get(layer.role, QuantLinear)(layer.format, *layer.shape)
 
 
 def put(model: nn.Module, name: str, made: Quantized) -> None:
-    """Puts a quantized matrix in the place of a module of the model's, with what that one does besides."""
+    """Replaces a module of the model by a quantized matrix, which takes over the old one's bias and other extras."""
     if isinstance(made, QuantLinear):
         made.bias = places.bias(model, name)
     else:
@@ -185,7 +185,7 @@ def put(model: nn.Module, name: str, made: Quantized) -> None:
 
 
 def _tie(model: nn.Module, name: str, made: Quantized) -> None:
-    """The head's product with the embedding's matrix, where it is tied to the embedding that goes."""
+    """Connects a tied head to the matrix of the new embedding."""
     found = ends(model)
     if isinstance(made, QuantEmbedding) and found.tied and found.embed == name and found.head is not None:
         bias = cast(Tensor | None, model.get_submodule(found.head).bias)
@@ -194,7 +194,7 @@ def _tie(model: nn.Module, name: str, made: Quantized) -> None:
 
 @torch.no_grad()
 def restore(model: "PreTrainedModel") -> None:
-    """Embedding and head as they were, with the weights that they stand for: for who knows no others."""
+    """Puts dense modules back for embedding and head, for programs that know no others."""
     found, head = ends(model), head_matrix(model)
     for name, matrix in quantized(model).items():
         if name == found.embed and isinstance(matrix, QuantEmbedding):
@@ -213,5 +213,5 @@ def restore(model: "PreTrainedModel") -> None:
 
 
 def each(ids: Tensor) -> Tensor:
-    """The places of tokens [...] among rows that are theirs one by one."""
+    """Positions of tokens [...] in a list that has one row for each token."""
     return torch.arange(ids.numel(), device=ids.device).view(ids.shape)

@@ -1,4 +1,4 @@
-"""Stacks of experts: one parameter of transformers as layers of its own, and back for the code that reads it.
+"""Stacks of experts: splits one parameter of transformers into layers, and joins them for the model's own code.
 
 transformers keeps the matrices of all experts of a block as one parameter [E, O, I] (or [E, I, O]), and its code
 indexes it or multiplies with all of it at once. To quantize each matrix by itself the parameter is opened: the
@@ -12,24 +12,24 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-# Experts that keep their matrices as [I, O] and do not say so as transformers' own `is_transposed`.
+# Classes of experts that store matrices as [I, O] without setting transformers' `is_transposed`.
 TRANSPOSED = ("Llama4TextExperts",)
 
 
 def stacked(module: nn.Module) -> list[str]:
-    """Names of the parameters of a module that are stacks of matrices, a matrix an expert."""
+    """Names of the parameters of a module that stack matrices, one for each expert."""
     if "Experts" not in type(module).__name__:
         return []
     return [name for name, value in module._parameters.items() if value is not None and value.dim() == 3]
 
 
 def transposed(module: nn.Module) -> bool:
-    """Whether a module of experts keeps its matrices as [I, O]."""
+    """Whether a module of experts stores its matrices as [I, O]."""
     return bool(getattr(module, "is_transposed", type(module).__name__ in TRANSPOSED))
 
 
 def parsed(name: str) -> tuple[str, int, str]:
-    """Module, number and parameter of `<module>.<e>.<parameter>`; a number of −1 for any other name."""
+    """Module, number and parameter of `<module>.<e>.<parameter>`; the number is −1 for any other name."""
     owner, _, parameter = name.rpartition(".")
     owner, _, number = owner.rpartition(".")
     return owner, int(number) if number.isdecimal() else -1, parameter
@@ -48,7 +48,7 @@ class Stack:
 
     @property
     def layers(self) -> list[Any]:
-        """One an expert, in order."""
+        """The layers, one for each expert, in order."""
         return [child._modules[self._parameter] for child in _children(self._module)]
 
     def __call__(self) -> Tensor:
@@ -73,7 +73,7 @@ class Stack:
         return self._whole
 
     def _lasting(self, layers: list[Any], weights: list[Tensor]) -> bool:
-        """Whether weights are there to stay: neither learning, nor made for this call, nor in a type for a while."""
+        """Whether weights stay valid: not trained, not made for this call only, and in their usual type."""
         kept = [isinstance(layer, nn.Linear) or layer.dense is x for layer, x in zip(layers, weights, strict=True)]
         return all(kept) and not any(x.requires_grad or x.dtype != self._dtype for x in weights)
 
@@ -81,7 +81,7 @@ class Stack:
     @torch.inference_mode(False)
     @torch.no_grad()
     def _views(layers: list[Any], weights: list[Tensor]) -> Tensor:
-        """All weights as one tensor, of which those of the layers become views."""
+        """All weights as one tensor; the layers' own weights become views of it."""
         whole = torch.stack(weights)
         for layer, view in zip(layers, whole, strict=True):
             if isinstance(layer, nn.Linear):
@@ -91,11 +91,11 @@ class Stack:
         return whole
 
 
-LIKE = "like"  # an empty buffer of a module's type, which moves with it
+LIKE = "like"  # name of an empty buffer that has a module's type and device
 
 
 def open(module: nn.Module, parameter: str) -> None:
-    """Makes layers of a parameter of a module of experts."""
+    """Turns a parameter of a module of experts into layers."""
     whole = cast(nn.Parameter, module._parameters.pop(parameter))
     matrices = (whole.mT if transposed(module) else whole).detach()
     for number, matrix in enumerate(matrices):
@@ -107,35 +107,35 @@ def open(module: nn.Module, parameter: str) -> None:
     if LIKE not in module._buffers:
         module.register_buffer(LIKE, whole.new_empty(0), persistent=False)
     module.__class__ = _opened(type(module), parameter)  # type: ignore[arg-type]
-    vars(module)["_is_hf_initialized"] = True  # else transformers fills with random numbers what it reads here
+    vars(module)["_is_hf_initialized"] = True  # otherwise transformers initialises these weights with random numbers
     vars(module)[STACK + parameter] = Stack(module, parameter, whole.dtype)
 
 
 def join(model: nn.Module, name: str) -> None:
-    """Tells a layer that was put where an expert's matrix was of which stack it is."""
+    """Sets the stack of a layer that replaces an expert's matrix."""
     owner, number, parameter = parsed(name)
     if number >= 0 and (stack := vars(model.get_submodule(owner)).get(STACK + parameter)) is not None:
         vars(model.get_submodule(name))["stack"] = stack
 
 
-STACK = "stack_of_"  # attributes of a module of experts, by parameter
+STACK = "stack_of_"  # prefix of a stack's attribute in a module of experts; the parameter's name follows
 
 
 @cache
 def _opened(kind: type[nn.Module], parameter: str) -> type[nn.Module]:
-    """The class whose attribute `parameter` is made of layers, and all else as in `kind`."""
+    """A subclass of `kind` whose attribute `parameter` is computed from the layers."""
     made = property(lambda module: vars(module)[STACK + parameter]())
     return type(kind.__name__, (kind,), {parameter: made, "__module__": kind.__module__})
 
 
 def _children(module: nn.Module) -> list[nn.Module]:
-    """One an expert, in order."""
+    """The children of a module, one for each expert, in order."""
     numbers = sorted(int(name) for name in module._modules if name.isdecimal())
     return [module.get_submodule(str(number)) for number in numbers]
 
 
 def _weight(layer: Any, dtype: torch.dtype) -> Tensor:
-    """A layer's weight [O, I]: the one that it keeps, else computed."""
+    """A layer's weight [O, I]: the kept one, else computed."""
     weight: Tensor = layer.weight if isinstance(layer, nn.Linear) else layer.held(dtype)
     return weight
 

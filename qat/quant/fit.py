@@ -51,11 +51,11 @@ class Problem:
         self.factor = factor
 
     def enter(self, format: Format, fitted: Fitted) -> Fitted:
-        """Quantized layers as those of the scaled rows."""
+        """Converts quantized layers to those of the scaled rows."""
         return self._with_rows(format, fitted, self._scaled)
 
     def leave(self, format: Format, fitted: Fitted) -> Fitted:
-        """Those of the scaled rows as the layers'."""
+        """Converts fitted layers of the scaled rows back to the original scale."""
         row_NO = self.row_NO
         return fitted if row_NO is None else self._with_rows(format, fitted, lambda x: x / row_NO[:, :, None])
 
@@ -89,7 +89,7 @@ def fit(
 
 
 def improve(problem: Problem, format: Format, fitted: Fitted, sweeps: int, shared: bool = True) -> Fitted:
-    """Assigns the indices of quantized layers anew and descends from there; see `fit`.
+    """Assigns the indices of quantized layers again and continues with `fit`'s last step.
 
     Without `shared`, operands that other rows have too stay as they are.
     """

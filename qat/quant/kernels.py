@@ -1,9 +1,9 @@
-"""The Triton kernel behind `qat.quant.stack` that no format has a part in: gradients taken to latent weights.
+"""The Triton kernel of `qat.quant.stack` that is the same for all formats: corrects gradients of latent weights.
 
 Shapes: N layers, O outputs, I inputs.
 """
 
-# Triton gives the arguments of kernels its own meaning.
+# Triton gives kernel arguments a meaning of its own, so they have no type annotations.
 # mypy: disable-error-code="no-untyped-def"
 
 from torch import Tensor
@@ -18,7 +18,7 @@ except ImportError:  # no CUDA build of torch
 else:
     AVAILABLE = True
 
-TILE = 64  # outputs and inputs a program holds at once
+TILE = 64  # outputs and inputs of the tile that a program processes
 
 
 def shift(

@@ -37,13 +37,14 @@ from torch import Tensor
 
 from qat.errors import NumericsError
 
-EXACT = 1024  # values up to which every one of them is a candidate boundary
-FINE = 65_536  # bins of a large layer
-CELLS = 512  # groups of bins whose weights say where candidate boundaries should lie
-EDGES = 80  # candidate boundaries for each entry of the codebook: 3 / 80² < 0.0005
-MAX_EDGES = 1280  # in all, which 16 entries ask for
+EXACT = 1024  # largest number of values for which each value is a candidate boundary
+FINE = 65_536  # bins into which the values of a larger layer are summed
+CELLS = 512  # groups of bins whose weights decide how densely candidate boundaries lie
+EDGES = 80  # candidate boundaries per codebook entry; error below 0.05 %, as 3 / 80² < 0.0005
+MAX_EDGES = 1280  # largest number of candidate boundaries, reached at 16 entries
 LLOYD_STEPS = 64
-AT_ONCE = {"cpu": 1 << 19, "cuda": 1 << 22}  # numbers in a temporary tensor: what caches hold; what hides launches
+# Numbers in a temporary tensor: fits into CPU caches; hides launch time on a GPU
+AT_ONCE = {"cpu": 1 << 19, "cuda": 1 << 22}
 
 
 def kmeans(x_NM: Tensor, weight_NM: Tensor, entries: int) -> Tensor:
@@ -75,7 +76,7 @@ def kmeans(x_NM: Tensor, weight_NM: Tensor, entries: int) -> Tensor:
 
 
 def check(x: Tensor, weight: Tensor) -> None:
-    """Refuses what has no best codebook; see `kmeans`."""
+    """Refuses values and weights for which no best codebook exists; see `kmeans`."""
     extremes = [part.double() for part in (x.amin(1), x.amax(1), weight.amin(1), weight.amax(1))]  # NaN stays NaN
     for row, (lowest, highest, lightest, heaviest) in enumerate(torch.stack(extremes, dim=1).tolist()):
         if not (math.isfinite(lowest) and math.isfinite(highest)):
@@ -87,18 +88,18 @@ def check(x: Tensor, weight: Tensor) -> None:
 
 
 def _grid(x_NM: Tensor) -> tuple[Tensor, Tensor]:
-    """Origin and unit [N, 1] of places, which run from 0 to FINE − 1."""
+    """Origin and unit [N, 1] of a scale on which values have places from 0 to FINE − 1."""
     low, high = x_NM.amin(1, keepdim=True).double(), x_NM.amax(1, keepdim=True).double()
     return low, ((high - low) / (FINE - 1)).clamp_min(torch.finfo(torch.float32).tiny)
 
 
 def _unit(weight_NM: Tensor) -> Tensor:
-    """What to count weights in [N, 1], so that all of a row add up to less than 2⁶² of it."""
+    """The unit [N, 1] in which weights are counted, so that a row's sum is below 2⁶²."""
     return weight_NM.amax(1, keepdim=True).double() * (weight_NM.shape[1] * 2.0**-61)
 
 
 def _sorted(x_NM: Tensor, weight_NM: Tensor, low: Tensor, width: Tensor) -> tuple[Tensor, Tensor]:
-    """Weight and place [N, M] of each value, by place."""
+    """Weight and place [N, M] of each value, sorted by place."""
     x, order = x_NM.sort(dim=1)
     weight = (weight_NM.gather(1, order).double() / _unit(weight_NM)).round_()
     return weight, (x.double() - low) / width
@@ -124,7 +125,7 @@ def _histogram(x_NM: Tensor, weight_NM: Tensor, low: Tensor, width: Tensor) -> t
 
 
 def _prefix(weight_NB: Tensor, place_NB: Tensor) -> Tensor:
-    """Weight and first moment [2, N, B+1] of everything before each point: whole numbers, 2⁴⁶ the row's weight."""
+    """Weight and first moment [2, N, B+1] of all bins before each edge: whole numbers, the row's weight being 2⁴⁶."""
     total = weight_NB.long().sum(1, keepdim=True).double()
     weight = (weight_NB * (2.0**46 / total)).round_()
     whole = torch.stack([weight, (weight * place_NB).round_()]).long()
@@ -132,14 +133,14 @@ def _prefix(weight_NB: Tensor, place_NB: Tensor) -> Tensor:
 
 
 def _candidates(prefix_2NB: Tensor, entries: int) -> Tensor:
-    """Bin edges [N, C], as dense as the cube root of the weight around them.
+    """Candidate bin edges [N, C], with a density of the cube root of the weight around them.
 
     So dense do the best boundaries of many entries lie (Panter & Dite 1951): a far outlier, which
     stretches the range, takes few of them away from the bulk.
     """
     intervals = min(EDGES * entries, MAX_EDGES)
     density = prefix_2NB[0, :, :: FINE // CELLS].diff(dim=1) ** (1 / 3)  # at most 2^(46/3)
-    whole = (density * 2.0**16).round_().long()  # summed in any order, again
+    whole = (density * 2.0**16).round_().long()  # whole numbers, so that sums do not depend on their order
     share = torch.nn.functional.pad(whole.repeat_interleave(FINE // CELLS, dim=1).cumsum(1), (1, 0))
     wanted = torch.arange(intervals + 1, device=share.device) * share[:, -1:] // intervals
     edges = torch.searchsorted(share, wanted)
@@ -188,13 +189,13 @@ def _means(prefix_2NB: Tensor, ends_NE: Tensor) -> Tensor:
 
 
 def _fill(mean_NK: Tensor) -> Tensor:
-    """Ascending, empty intervals replaced by the largest mean."""
+    """The means in ascending order; empty intervals get the largest mean."""
     largest = mean_NK.nan_to_num(nan=-torch.inf).amax(1, keepdim=True)
     return torch.where(mean_NK.isnan(), largest, mean_NK).sort(dim=1).values
 
 
 def _lloyd(place_NB: Tensor, prefix_2NB: Tensor, ends_NE: Tensor) -> Tensor:
-    """Interval ends [N, K+1] at rest: every bin lies, by its mean, with the entry nearest to it."""
+    """Interval ends [N, K+1] after convergence: the mean of every bin is nearest to the entry of its interval."""
     for _ in range(LLOYD_STEPS):
         mean = _fill(_means(prefix_2NB, ends_NE))
         middle = (mean[:, 1:] + mean[:, :-1]) / 2

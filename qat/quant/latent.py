@@ -1,4 +1,4 @@
-"""Latent weights: where they begin to learn, and by which gradient.
+"""Latent weights: their starting values, and the gradient that they learn by.
 
 Straight-through training moves a weight that nobody sees until another codebook entry is the nearest. From the
 entry itself that is half a cell away, whatever the teacher's weight was; from the teacher's weight it may be
@@ -27,13 +27,15 @@ from torch import Tensor
 
 from qat.quant.linear import Quantized
 
-PACES = {1: 1.0, 2: 1.0, 3: 0.4, 4: 0.175, 5: 0.09, 6: 0.045, 7: 0.0225, 8: 0.01125}  # by bits of the index
-REACH = 0.8  # of the way: what lies on a border turns at the first step
+# Learning rates relative to that of 2 bits, by bits of the index
+PACES = {1: 1.0, 2: 1.0, 3: 0.4, 4: 0.175, 5: 0.09, 6: 0.045, 7: 0.0225, 8: 0.01125}
+# Share of the way to the teacher's weight or the cell's border; at the border the first step changes indices
+REACH = 0.8
 
 
 @torch.no_grad()
 def between(layer: Quantized, weight_OI: Tensor) -> Tensor:
-    """Latent weights [O, I], fp32, of which a layer's own indices are the nearest.
+    """Latent weights [O, I], fp32, whose nearest values are those of the layer's own indices.
 
     Args:
         layer: quantized, its values in any order.

@@ -15,8 +15,8 @@ from torch import Tensor
 from qat.quant.curvature import Curvature
 from qat.quant.lookup import entry_sums, look_up
 
-SOLVED = 1e-10  # of the first squared residual: as far as conjugate gradients get in fp32
-DAMPING = 1e-3  # of the mean diagonal, towards the last value: keeps unused directions where they are
+SOLVED = 1e-10  # squared residual, relative to the first, at which conjugate gradients stop: the limit of fp32
+DAMPING = 1e-3  # damping towards the previous value, relative to the mean diagonal: unused directions keep their value
 
 
 def initial(weight_NOI: Tensor, rank: int) -> tuple[Tensor, Tensor]:
@@ -32,7 +32,7 @@ def initial(weight_NOI: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     spread[(column * groups) // inputs, column] = 1.0
     if groups == rank:
         return means, spread.expand(len(means), -1, -1).contiguous()
-    if groups < rank:  # fewer inputs than ranks: the rest starts idle
+    if groups < rank:  # fewer groups of inputs than ranks: the remaining ranks start unused
         idle = rank - groups
         A_NOR = torch.nn.functional.pad(means, (0, idle))
         return A_NOR, torch.nn.functional.pad(spread, (0, 0, 0, idle)).expand(len(means), -1, -1).contiguous()
@@ -42,7 +42,7 @@ def initial(weight_NOI: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class Linear:
-    """A way the quantized weight depends linearly on some unknowns.
+    """A linear map from unknowns to the quantized weight.
 
     Attributes:
         expand: unknowns to quantized weight [N, O, I].
@@ -89,14 +89,14 @@ def codebook(index_NOI: Tensor, S_NOI: Tensor, h_NI: Tensor, entries: int) -> Li
 
 
 def _pairs(factor_NRY: Tensor) -> Tensor:
-    """Products [N, P, Y] of all rows r ≥ s: what weights are multiplied with for a sum of `factor factorᵀ`."""
+    """Products [N, P, Y] of all pairs of rows r ≥ s; weighted sums of them give `factor factorᵀ`."""
     i, j = torch.tril_indices(factor_NRY.shape[1], factor_NRY.shape[1], device=factor_NRY.device)
     factor_NRY = factor_NRY.contiguous()
     return factor_NRY[:, i] * factor_NRY[:, j]
 
 
 def _symmetric(sum_NXP: Tensor, rank: int) -> Tensor:
-    """Symmetric matrices [N, X, R, R] from their sums over pairs."""
+    """Symmetric matrices [N, X, R, R] from sums over pairs of rows."""
     i, j = torch.tril_indices(rank, rank, device=sum_NXP.device)
     pair_RR = torch.empty(rank, rank, dtype=torch.long, device=i.device)
     pair_RR[i, j] = pair_RR[j, i] = torch.arange(len(i), device=i.device)
@@ -104,7 +104,7 @@ def _symmetric(sum_NXP: Tensor, rank: int) -> Tensor:
 
 
 def solver(gram_NXRR: Tensor) -> Callable[[Tensor], Tensor]:
-    """Solves many R × R systems, which are damped in place."""
+    """A function that solves many R × R systems; the matrices are damped in place."""
     diagonal_NXR = gram_NXRR.diagonal(dim1=-2, dim2=-1)
     diagonal_NXR.add_(DAMPING * diagonal_NXR.mean(-1, keepdim=True).clamp_min(1e-20))
     factor, failed = torch.linalg.cholesky_ex(gram_NXRR)
@@ -113,7 +113,7 @@ def solver(gram_NXRR: Tensor) -> Callable[[Tensor], Tensor]:
 
 
 def refit(x: Tensor, linear: Linear, weight_NOI: Tensor, h_NI: Tensor, relaxation: float = 1.0) -> Tensor:
-    """The unknowns with the least `Σ h (W − expand(x))²`, damped towards the given ones.
+    """The unknowns with the smallest `Σ h (W − expand(x))²`, damped towards the given ones.
 
     A relaxation below 1 goes a part of that way, one above 1 beyond; up to 2 the sum does not rise.
     """
@@ -130,7 +130,7 @@ def conjugate_gradient(x: Tensor, linear: Linear, weight_NOI: Tensor, curvature:
     residual = linear.reduce(curvature.slope(weight_NOI - linear.expand(x)))
     direction = step = linear.solve(residual)
     gain = _dot(residual, step, coupled)
-    solved = SOLVED * gain  # below it rounding is all there is, and steps would follow it anywhere
+    solved = SOLVED * gain  # below this the residual is only rounding error, which further steps must not follow
     for _ in range(iterations):
         curved = linear.reduce(curvature.slope(linear.expand(direction)))
         length = _ratio(gain * (gain > solved), _dot(direction, curved, coupled))
@@ -147,5 +147,5 @@ def _dot(x: Tensor, y: Tensor, dims: tuple[int, ...]) -> Tensor:
 
 
 def _ratio(above: Tensor, below: Tensor) -> Tensor:
-    """Zero where a system is already solved."""
+    """The quotient; zero where a system is already solved."""
     return torch.where(below > 0, above / below.clamp_min(1e-30), 0.0)

@@ -1,4 +1,4 @@
-"""Quantized matrices, W materialised from indices and a format's parts, and linear layers of them.
+"""Quantized matrices, which compute W from indices and a format's parts, and linear layers with such weights.
 
 For codebooks, computing it rank by rank is the same function at R times the cost. Training does not differentiate
 through this module: `qat.quant.stack` writes the weights of many layers at once and turns their gradients into
@@ -35,10 +35,10 @@ class Quantized(nn.Module):
         stack: the stack of experts that W is a matrix of; None for a layer of its own.
     """
 
-    several: bool = False  # whether one pass over a model adds to the gradient more than once
+    several: bool = False  # whether one backward pass adds several gradients to this weight
 
     def __init__(self, format: Format, outputs: int, inputs: int) -> None:
-        """Makes room: indices and parts are zero."""
+        """Creates indices and parts, all zero."""
         super().__init__()
         self.format, self.outputs, self.inputs = format, outputs, inputs
         self.indices: Tensor
@@ -52,7 +52,7 @@ class Quantized(nn.Module):
         self.stack: Stack | None = None
 
     def take_over(self, old: nn.Module) -> None:
-        """What the module in whose place this one comes has besides its weight."""
+        """Takes over what the replaced module has besides its weight."""
         raise NotImplementedError
 
     def parts(self) -> Parts:
@@ -61,7 +61,7 @@ class Quantized(nn.Module):
 
     @torch.no_grad()
     def grid(self) -> Grid:
-        """Where its weights may lie."""
+        """The values that its weights can take."""
         return self.format.grid(self.format.operands(self.parts()))
 
     @torch.no_grad()
@@ -70,7 +70,7 @@ class Quantized(nn.Module):
         return self.format.weight(self.indices, self.parts()).to(dtype)
 
     def held(self, dtype: torch.dtype) -> Tensor:
-        """W [O, I] as it is kept, else computed."""
+        """W [O, I]: the kept one, else computed."""
         return self.weight(dtype) if self.dense is None else self.dense
 
     def bake(self, dtype: torch.dtype) -> None:
@@ -78,12 +78,12 @@ class Quantized(nn.Module):
         self.dense, self.home = self.weight(dtype), None
 
     def unbake(self) -> None:
-        """Computes W anew at every call again."""
+        """Lets W be computed again at every call."""
         self.dense, self.home = None, None
 
     @torch.no_grad()
     def normalized(self) -> Parts:
-        """Parts of the same W as files have them."""
+        """Parts of the same W in the form that files have."""
         return self.format.normalized(self.parts())
 
     @torch.no_grad()
@@ -101,12 +101,12 @@ class QuantLinear(Quantized):
     """
 
     def __init__(self, format: Format, outputs: int, inputs: int, bias: Tensor | None = None) -> None:
-        """Makes room: indices and parts are zero."""
+        """Creates indices and parts, all zero."""
         super().__init__(format, outputs, inputs)
         self.bias = bias
 
     def take_over(self, old: nn.Module) -> None:
-        """The bias."""
+        """Takes over the bias."""
         self.bias = cast(Tensor | None, old.bias)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -116,14 +116,14 @@ class QuantLinear(Quantized):
 
 
 class QuantHead(QuantLinear):
-    """The linear layer before the logits, where it is no embedding as well."""
+    """The linear layer before the logits, where it is not tied to the embedding."""
 
-    several = True  # chunks of positions
+    several = True  # adds a gradient for each chunk of positions
 
 
 @torch.no_grad()
 def kept(layer: Quantized, format: Format) -> Quantized | None:
-    """The same function with the same indices in another format, in host memory; None where that cannot be."""
+    """The same weights and indices in another format, in host memory; None where that is impossible."""
     parts = format.kept(layer.parts(), layer.format)
     if parts is None:
         return None
@@ -141,7 +141,7 @@ def quantized(model: nn.Module) -> dict[str, Quantized]:
 
 @contextmanager
 def baked(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
-    """Every quantized weight computed once for all calls inside."""
+    """Inside, every quantized weight is computed once and kept."""
     loose = [layer for layer in quantized(model).values() if layer.dense is None]
     for layer in loose:
         layer.bake(dtype)

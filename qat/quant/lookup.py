@@ -6,8 +6,8 @@ Shapes: N layers, which a single layer's tensors may be without, O outputs, I in
 import torch
 from torch import Tensor
 
-LOOKED_UP = 1 << 16  # weights at once on a CPU
-COMPARED = 16  # values, the most that a CPU compares with one after the other
+LOOKED_UP = 1 << 16  # weights that are looked up at a time on a CPU
+COMPARED = 16  # largest number of values that a CPU compares one after the other
 
 
 def look_up(values_NK: Tensor, index_NOI: Tensor) -> Tensor:
@@ -27,7 +27,7 @@ def look_up(values_NK: Tensor, index_NOI: Tensor) -> Tensor:
 
 
 def entry_sums(x_NOI: Tensor, index_NOI: Tensor, entries: int) -> Tensor:
-    """Sum [N, K] of what stands at each index.
+    """Sums [N, K] of the numbers that have the same index.
 
     On a GPU one masked reduction an entry: a scatter would queue up at a few addresses. On a CPU one
     count over all, in float64: it passes over the numbers once.
@@ -57,11 +57,11 @@ def nearest(x: Tensor, values_NK: Tensor) -> Tensor:
 
 
 def relative(weight: Tensor, S: Tensor) -> Tensor:
-    """`W / S` where S may touch zero: such a weight is far out on its own side."""
+    """`W / S`; where S is zero, the result is large and has the sign of W."""
     return weight / nonzero(S)
 
 
 def nonzero(S: Tensor) -> Tensor:
-    """S with the smallest normal number where it touches zero."""
+    """S with zeros replaced by the smallest normal number."""
     smallest = torch.finfo(S.dtype).tiny
     return torch.where(S.abs() < smallest, smallest, S)

@@ -1,4 +1,4 @@
-"""Indices of 1 to 8 bits as a dense bit stream: what a checkpoint stores, and in another order what engines do.
+"""Indices of 1 to 8 bits as a dense bit stream: in the order of checkpoints, and in that of engines.
 
 Eight indices fill as many bytes as they have bits. Those bytes, the first the most significant, are one
 number of at most 64 bits, in which an index is a shift away.
@@ -14,7 +14,7 @@ TOGETHER = 8
 
 
 def packed_bytes(count: int, bits: int) -> int:
-    """Bytes that so many indices fill."""
+    """Bytes that `count` indices take."""
     return -(-count * bits // 8)
 
 
@@ -43,27 +43,27 @@ def words(index_OI: Tensor, bits: int) -> Tensor:
 
 
 def unpack_rows(packed: Tensor, bits: int, rows_X: Tensor, columns: int) -> Tensor:
-    """uint8 indices [X, columns] of some rows of a packed matrix, whose others stay packed.
+    """uint8 indices [X, columns] of some rows of a packed matrix; no other rows are unpacked.
 
     An index lies in at most two bytes, wherever its row begins.
     """
     first_XC = (rows_X[:, None] * columns + torch.arange(columns, device=packed.device)) * bits
     byte_XC, within_XC = first_XC // 8, first_XC % 8
-    behind_XC = (byte_XC + 1).clamp_max_(len(packed) - 1)  # of the last index nothing lies there
+    behind_XC = (byte_XC + 1).clamp_max_(len(packed) - 1)  # the last index may have no next byte
     both_XC = packed[byte_XC].int() << 8 | packed[behind_XC].int()
     return (both_XC >> (16 - bits - within_XC) & (2**bits - 1)).to(torch.uint8)
 
 
 def _joined(parts_NP: Tensor, bits: int) -> Tensor:
-    """Words [N], int64, of P parts of so many bits each, the first the most significant."""
+    """Joins P parts of `bits` bits each into words [N], int64, the first part the most significant."""
     return (parts_NP.long() << _shifts(parts_NP.shape[1], bits, parts_NP)).sum(1)
 
 
 def _cut(words_N: Tensor, parts: int, bits: int) -> Tensor:
-    """The inverse: parts [N, P], uint8."""
+    """Splits words into parts [N, P], uint8; the inverse of `_joined`."""
     return (words_N[:, None] >> _shifts(parts, bits, words_N) & (2**bits - 1)).to(torch.uint8)
 
 
 def _shifts(parts: int, bits: int, like: Tensor) -> Tensor:
-    """How far each part lies above the last bit of its word."""
+    """Number of bits below each part in its word."""
     return torch.arange(parts - 1, -1, -1, device=like.device) * bits

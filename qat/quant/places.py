@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from qat.quant import experts
 
-PROBE = 2  # rows that a layer is tried on
+PROBE = 2  # rows that a layer of unknown class is tested on
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ def place(model: nn.Module, name: str) -> Place | None:
 
 
 def matrix(model: nn.Module, name: str) -> Tensor:
-    """The matrix [O, I] of that name, a view: what is written there is in the model.
+    """The matrix [O, I] of that name, a view: writing to it changes the model.
 
     Raises:
         KeyError: there is none.
@@ -87,12 +87,12 @@ def matrix(model: nn.Module, name: str) -> Tensor:
 
 
 def bias(model: nn.Module, name: str) -> nn.Parameter | None:
-    """What the layer of that name adds, [O]; what is added behind a matrix of a stack stays where it is."""
+    """The bias [O] of the layer of that name; biases of stacks of experts stay where they are."""
     return cast(nn.Parameter | None, getattr(_module(model, name), "bias", None))
 
 
 def put(model: nn.Module, name: str, module: nn.Module) -> None:
-    """Puts a layer where a matrix is; a stack of experts that has this one becomes layers first."""
+    """Replaces a matrix by a layer; a stack of experts that contains it is turned into layers first."""
     if _module(model, name) is None:
         owner, _, parameter = experts.parsed(name)
         experts.open(model.get_submodule(owner), parameter)
@@ -103,16 +103,16 @@ def put(model: nn.Module, name: str, module: nn.Module) -> None:
 def _module(model: nn.Module, name: str) -> nn.Module | None:
     try:
         return model.get_submodule(name)
-    except AttributeError:  # how torch says that there is none
+    except AttributeError:  # raised by torch where there is no such module
         return None
 
 
-# By class of a module: whether the weight that a row is multiplied with is kept transposed; None where it is none.
+# By class of module: whether it stores its weight transposed; None where it is no linear layer.
 _KNOWN: dict[type[nn.Module], bool | None] = {nn.Linear: False}
 
 
 def _transposed(module: nn.Module) -> bool | None:
-    """Whether a linear layer keeps its weight as [I, O]; None for what is no linear layer.
+    """Whether a linear layer stores its weight as [I, O]; None for other modules.
 
     A class that is not torch's own is tried once: what it makes of a few rows says whether it is one.
     """
@@ -123,7 +123,7 @@ def _transposed(module: nn.Module) -> bool | None:
 
 
 def _tried(module: nn.Module, shape: torch.Size) -> bool | None:
-    """`_transposed`, by numbers drawn in place of a module's parameters."""
+    """The answer of `_transposed` from a test with random parameters."""
     draw = torch.Generator().manual_seed(0)
     weight = torch.randn(shape, generator=draw, dtype=torch.float32, device="cpu")
     for transposed in (False, True):
@@ -135,7 +135,7 @@ def _tried(module: nn.Module, shape: torch.Size) -> bool | None:
         try:
             made = torch.func.functional_call(module, values, (x,))
         except (TypeError, ValueError, RuntimeError, LookupError, AttributeError, NotImplementedError):
-            continue  # of other people's code, given what may not be meant for it
+            continue  # foreign code may raise any error on inputs that it is not made for
         wanted = nn.functional.linear(x, matrix, values.get("bias"))
         if isinstance(made, Tensor) and made.shape == wanted.shape and torch.allclose(made, wanted, atol=1e-4):
             return transposed

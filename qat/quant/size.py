@@ -1,4 +1,4 @@
-"""What a student weighs: bits a weight, and the bytes of its packed file, reckoned from formats and shapes alone.
+"""The size of a student: bits per weight and bytes of its packed file, computed from formats and shapes alone.
 
 The two sides of a packed file, who writes and who reads it, have the same tensors; this module names them once more
 without their numbers, so that a size is known before anything is fitted.
@@ -18,17 +18,17 @@ from qat.quant.experts import parsed
 from qat.tensor_files import KINDS as TYPES
 from qat.tensor_files import Known
 
-DENSE_BITS = 16  # that a weight in no format counts as
-METADATA = {"format": "pt"}  # of a packed file
+DENSE_BITS = 16  # bits of a weight that is not quantized
+METADATA = {"format": "pt"}  # metadata of a packed file
 
 
 def bits_per_weight(layers: list[Layer]) -> float:
-    """Mean over all quantized weights."""
+    """Mean bits per weight over all quantized weights."""
     return sum(layer.weights * layer.bits_per_weight for layer in layers) / sum(layer.weights for layer in layers)
 
 
 def model_bits_per_weight(layers: list[Layer], model: nn.Module) -> float:
-    """Mean over the whole model, whose other weights count as 16 bits."""
+    """Mean bits per weight over the whole model; weights that are not quantized count as 16 bits."""
     whole = sum(parameter.numel() for parameter in model.parameters())
     quantized = sum(layer.weights for layer in layers)
     return (sum(x.weights * x.bits_per_weight for x in layers) + DENSE_BITS * (whole - quantized)) / whole
@@ -51,7 +51,7 @@ def stored(layers: Iterable[Layer], model: nn.Module, dtype: torch.dtype) -> dic
     quantized = set()
     for layer in layers:
         owner, _, leaf = parsed(layer.name)
-        quantized |= {layer.name, f"{owner}.{leaf}"}  # the parameter of a stack
+        quantized |= {layer.name, f"{owner}.{leaf}"}  # the second name is that of a stack's parameter
         found[f"{layer.name}.indices"] = "U8", (packing.packed_bytes(layer.weights, layer.format.bits),)
         for name, part in layer.format.parts(*layer.shape).items():
             found[f"{layer.name}.{name}"] = "F16", part.shape
@@ -63,7 +63,7 @@ def stored(layers: Iterable[Layer], model: nn.Module, dtype: torch.dtype) -> dic
 
 
 def summary(layers: list[Layer], model: nn.Module, dtype: torch.dtype = torch.bfloat16) -> dict[str, Any]:
-    """Sizes, counts and what is left dense, as `result.json` has them.
+    """Sizes, counts and the weights that stay dense, as in `result.json`.
 
     Bits are said of the quantized layers and of the whole model, bytes of its packed file with `dtype` for all else.
     `model` is the teacher, or its names and shapes.

@@ -63,7 +63,7 @@ class Stack:
 
     @torch.no_grad()
     def write(self) -> None:
-        """Computes every weight, and before that the indices where they learn."""
+        """Computes every weight; before that the indices, where they learn."""
         operands = self.format.operands(self.parts, self.snap)
         if (fused := self.format.kernels(self.indices.device)) is not None:
             fused.write(self.indices, operands, self.latent, self.weights.values, self.starts)
@@ -76,7 +76,7 @@ class Stack:
 
     @torch.no_grad()
     def reduce(self) -> None:
-        """From the weights' summed gradients to those of the parts, in fp32."""
+        """Turns the weights' summed gradients into those of the parts, in fp32."""
         operands = self.format.operands(self.parts, self.snap)
         found = {name: self.grads[name] if name in self.grads else torch.empty_like(x) for name, x in operands.items()}
         if (fused := self.format.kernels(self.indices.device)) is not None:
@@ -90,7 +90,7 @@ class Stack:
 
     @torch.no_grad()
     def shift(self, factor: Tensor) -> None:
-        """Takes the summed gradients from where the weights are to where the latent weights are (`qat.quant.latent`).
+        """Corrects the summed gradients from the weights to the latent weights (`qat.quant.latent`).
 
         Args:
             factor: fp32 scalar by which the gradients are multiplied.
@@ -114,7 +114,7 @@ class Stack:
         return torch.stack(outputs), torch.stack(inputs)
 
     def _join(self, name: str) -> Tensor:
-        """Puts one parameter of all layers into a joint tensor, each layer's own becoming a view."""
+        """Puts one parameter of all layers into a joint tensor; each layer's own becomes a view of it."""
         joint = torch.stack([getattr(layer, name).detach() for layer in self.layers])
         for layer, view in zip(self.layers, joint, strict=True):
             setattr(layer, name, nn.Parameter(view, requires_grad=False))
@@ -122,12 +122,12 @@ class Stack:
 
 
 def _of(operands: Parts, n: int) -> Parts:
-    """One layer's."""
+    """The operands of layer n."""
     return {name: joint[n] for name, joint in operands.items()}
 
 
 def _kernels(x: Tensor) -> Any:
-    """The fused kernel where it runs, else None."""
+    """The fused kernel on CUDA, else None."""
     if not x.is_cuda:
         return None
     from qat.quant import kernels

@@ -29,7 +29,7 @@ def matrices(model: nn.Module, quant: QuantConfig) -> dict[str, str]:
     found, asked = ends(model), quant.embed is not None or quant.head is not None
     if asked:
         _refuse_two(quant) if found.tied else _refuse_one(quant)
-    # What else multiplies with an embedding would miss it, so both are looked at.
+    # Other code that multiplies with the embedding would not find its matrix, so both modules are checked.
     for role, name, kind in (("head", found.head, nn.Linear), ("embed", found.embed, nn.Embedding)):
         if not _plain(model, name, kind):
             if asked:
@@ -39,7 +39,7 @@ def matrices(model: nn.Module, quant: QuantConfig) -> dict[str, str]:
 
 
 def _plain(model: nn.Module, name: str | None, kind: type[nn.Module]) -> bool:
-    """An embedding may do more with what it looks up; a head that is no plain product computes something else."""
+    """Whether a module is an embedding, perhaps of the model's own class, or else exactly a plain product."""
     module = None if name is None else model.get_submodule(name)
     return isinstance(module, nn.Embedding) if kind is nn.Embedding else type(module) is kind
 
@@ -53,7 +53,7 @@ def _refuse_other(model: nn.Module, role: str, name: str | None, kind: type[nn.M
 
 
 def _refuse_two(quant: QuantConfig) -> None:
-    """One tensor has one format."""
+    """Refuses two different settings for one tied tensor."""
     if quant.head is not None and quant.head != quant.embed:
         what = "quant.head is set and quant.embed is not" if quant.embed is None else "quant.head is not quant.embed"
         raise ConfigError(
@@ -63,7 +63,7 @@ def _refuse_two(quant: QuantConfig) -> None:
 
 
 def _refuse_one(quant: QuantConfig) -> None:
-    """Of two tensors none stays dense by mistake."""
+    """Refuses settings that would leave one of two separate tensors dense by mistake."""
     if (quant.embed is None) != (quant.head is None) and not quant.partial:
         there, missing = ("embed", "head") if quant.head is None else ("head", "embed")
         raise ConfigError(

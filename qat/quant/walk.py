@@ -12,7 +12,7 @@ from qat.quant import lookup
 try:
     import triton
     import triton.language as tl
-except ImportError:  # macOS, Windows, CPU builds
+except ImportError:  # no Triton on macOS, Windows and CPU builds of torch
     triton = None
 
 WIDTH = 64  # columns of a block, a power of two
@@ -42,7 +42,7 @@ def walk_block(
 def _walk_torch(
     wanted: Tensor, S: Tensor, values: Tensor, spread: Tensor, value: Tensor | None, index: Tensor, moved: Tensor
 ) -> None:
-    columns = wanted.mT.contiguous()  # a column's numbers side by side
+    columns = wanted.mT.contiguous()  # the numbers of a column are adjacent in memory
     scale = S.mT.contiguous()
     divisor = lookup.nonzero(scale)
     before = columns if value is None else value.mT.contiguous()
@@ -87,7 +87,7 @@ if triton is not None:
         VALUES: tl.constexpr, FROM_WANTED: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
         SMALLEST: tl.constexpr,
     ):  # fmt: skip
-        """One layer's next `ROWS` rows, whose block of columns stays in registers from first to last."""
+        """Processes `ROWS` rows of one layer; their block of columns stays in registers throughout."""
         n = tl.program_id(0).to(tl.int64)
         row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
         column = tl.arange(0, WIDTH)

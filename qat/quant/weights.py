@@ -1,4 +1,4 @@
-"""Weights of the layers that learn, in one piece of memory, and the sums of their gradients, laid out alike.
+"""The weights of the layers that learn in one piece of memory, and the sums of their gradients in the same layout.
 
 Autograd sees each weight as a leaf. What follows one another in the model lies side by side, so that a
 product with several layers of one input (query, key and value; gate and up) needs no copy: `joint`.
@@ -27,7 +27,7 @@ class Weights:
     """
 
     def __init__(self, layers: list[Quantized], dtype: torch.dtype, latent: bool = False) -> None:
-        """Makes room; nothing is computed yet."""
+        """Allocates memory; nothing is computed yet."""
         self.layers, self.latent = layers, latent
         self._starts: dict[Quantized, int] = {}
         total = 0
@@ -46,7 +46,7 @@ class Weights:
 
     @property
     def sums(self) -> Tensor:
-        """The summed gradients [total]: as the weights, and fp32 where some are added up or latent weights learn."""
+        """The summed gradients [total], in the weights' type; fp32 if several are added or latent weights learn."""
         if self._sums is None:
             raise RuntimeError("gradients before begin()")
         return self._sums
@@ -64,7 +64,7 @@ class Weights:
                     layer.latent.grad = self.sum(layer)  # type: ignore[union-attr]  # straight through
 
     def clear(self) -> None:
-        """Forgets the gradients of an earlier step."""
+        """Clears the gradients of an earlier step."""
         for leaf in [*self._leaves.values(), *self._stacked.values()]:
             leaf.grad = None
         if self._sums is not None:
@@ -109,7 +109,7 @@ class Weights:
 
     @torch.no_grad()
     def add(self, layers: list[Quantized], grad_TO: Tensor, input_TI: Tensor) -> None:
-        """Adds the gradient `gradᵀ input` [ΣO, I] of a joint weight to the sums, without a copy where it is one."""
+        """Adds the gradient `gradᵀ input` [ΣO, I] of a joint weight to the sums; no copy where these are adjacent."""
         place = self._cut(self.sums, layers)
         if layers[0].several:
             _add_product(place, grad_TO.mT, input_TI)
@@ -128,12 +128,12 @@ class Weights:
         return whole[start : start + outputs * inputs].view(outputs, inputs)
 
     def _cut_stack(self, whole: Tensor, layers: list[Quantized]) -> Tensor:
-        """[E, O, I] of layers of one shape that lie side by side."""
+        """The tensor [E, O, I] of layers of one shape that are adjacent in memory."""
         starts, shape = [self._starts[layer] for layer in layers[:2]], layers[0].indices.shape
         return whole.as_strided((len(layers), *shape), (starts[-1] - starts[0], shape[1], 1), starts[0])
 
     def _take(self, layers: list[Quantized], weight: Tensor) -> None:
-        """Moves a weight's new gradient into the sum, so that it is gone before the next layer's comes."""
+        """Adds a weight's new gradient to the sum and frees it before the next layer's is computed."""
         if weight.grad is None:
             raise RuntimeError("a weight without its gradient")
         sums = self.sum(layers[0]) if weight.dim() == 2 else self._cut_stack(self.sums, layers)
@@ -142,7 +142,7 @@ class Weights:
 
 
 def _side_by_side(layers: list[Quantized]) -> list[Quantized]:
-    """Those of one stack of experts after one another, else as they are."""
+    """The layers with those of one stack of experts adjacent, otherwise in their order."""
     firsts: dict[object, int] = {}
     places = {layer: firsts.setdefault(layer.stack or layer, n) for n, layer in enumerate(layers)}
     return sorted(layers, key=places.__getitem__)

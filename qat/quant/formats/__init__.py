@@ -32,5 +32,5 @@ FORMATS: dict[str, type[Format]] = {
 
 
 def of(settings: dict[str, Any]) -> Format:
-    """The format that a manifest or a configuration describes; files older than the choice have codebooks."""
+    """The format that a manifest or a configuration describes; files without a format's name have codebooks."""
     return FORMATS[settings.get("format", Codebook.name)].of(settings)

@@ -21,7 +21,7 @@ from qat.quant.curvature import Curvature
 from qat.quant.lookup import look_up, nearest, relative
 
 Parts = dict[str, Tensor]
-Cluster = Callable[[Tensor, Tensor, int], Tensor]  # the best values [N, K] for some numbers [N, M] and their importance
+Cluster = Callable[[Tensor, Tensor, int], Tensor]  # the best values [N, K] for numbers [N, M] and their importance
 Product = Callable[[Tensor, Tensor, Parts], Tensor]  # `W x` [O] from x [I], a bit stream of indices, and parts in fp16
 
 
@@ -44,7 +44,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Grid:
-    """Where the weights of some layers may lie.
+    """The values that the weights of some layers can take.
 
     Attributes:
         values_NK: in any order.
@@ -67,15 +67,15 @@ class Grid:
         return scaled if self.shift_NOI is None else scaled + self.shift_NOI
 
     def unshifted(self, weight_NOI: Tensor) -> Tensor:
-        """What scaled values have to make up for: weights without the shifts."""
+        """Weights minus the shifts, which scaled values have to match."""
         return weight_NOI if self.shift_NOI is None else weight_NOI - self.shift_NOI
 
     def relative(self, weight_NOI: Tensor) -> Tensor:
-        """Weights as values before they are scaled and shifted."""
+        """Weights as values before scaling and shifting."""
         return relative(self.unshifted(weight_NOI), self.scale_NOI)
 
     def nearest(self, weight_NOI: Tensor) -> Tensor:
-        """The index [N, O, I], uint8, at which each weight is nearest to what it is.
+        """The index [N, O, I], uint8, of the grid value nearest to each weight.
 
         Values need not be sorted: training may let two of them pass each other.
         """
@@ -93,7 +93,7 @@ class Fitted:
 
 @dataclass(frozen=True)
 class Misfit:
-    """Why a format does not suit a layer: the setting to change, and what of the layer speaks against it."""
+    """Why a format does not suit a layer: the setting to change, and the property of the layer that is the reason."""
 
     setting: str
     why: str
@@ -101,18 +101,18 @@ class Misfit:
 
 @dataclass(frozen=True)
 class Equations:
-    """The linear systems that a fit holds at one time: numbers, what they are, and the setting that they grow with."""
+    """The linear systems that a fit holds at one time: size, description, and the setting that they grow with."""
 
     numbers: int
     what: str
     setting: str
 
 
-ALIGNMENT = 16  # of where a weight begins, in numbers, so that kernels read and write many at once
+ALIGNMENT = 16  # weights begin at multiples of this many numbers, so that kernels can read and write several at once
 
 
 class Kernels(Protocol):
-    """Weights and gradients of a stack of layers, each in one pass or two over memory."""
+    """Computes weights and gradients of a stack of layers, each in one pass or two over memory."""
 
     def write(self, indices: Tensor, operands: Parts, latent: Tensor | None, weights: Tensor, starts: Tensor) -> None:
         """Weights from indices and operands; with latent weights, indices are first set to the nearest.
@@ -145,11 +145,11 @@ class Format(ABC):
     @property
     @abstractmethod
     def rowwise(self) -> tuple[str, ...]:
-        """The operands [O, …] of which W's rows have one each."""
+        """The operands [O, …] that have one row for each row of W."""
 
     @property
     def scaled(self) -> tuple[str, ...]:
-        """Those that are multiplied where W's rows are."""
+        """The row-wise operands that scale with W's rows."""
         return self.rowwise
 
     @classmethod
@@ -159,7 +159,7 @@ class Format(ABC):
 
     @abstractmethod
     def settings(self) -> dict[str, Any]:
-        """What files say of it; `formats.of` makes it from that again."""
+        """The format as written to files; `formats.of` reads it."""
 
     @abstractmethod
     def parts(self, outputs: int, inputs: int) -> dict[str, Part]:
@@ -167,7 +167,7 @@ class Format(ABC):
 
     @abstractmethod
     def operands(self, parts: Parts, snap: bool = False) -> Parts:
-        """What weights are linear in, fp32; with `snap`, or where files of any kind do, as a file in fp16 holds it.
+        """The tensors that weights are linear in, fp32; with `snap`, or if all files do so, rounded as in fp16 files.
 
         An operand with the name of a part has that part's gradient.
         """
@@ -182,21 +182,21 @@ class Format(ABC):
 
     @abstractmethod
     def distribute(self, gradients: Parts, parts: Parts, found: Parts, snap: bool = False) -> None:
-        """From gradients of operands to those of the parts they are made of, which are written to `found`.
+        """Turns gradients of operands into those of the parts they are made of, written to `found`.
 
         They go straight through what `snap` rounds. Nothing to do where every operand is a part.
         """
 
     @abstractmethod
     def stored(self, operands: Parts) -> Parts:
-        """Parts that have these operands, as they are stored."""
+        """The parts of these operands, as they are stored."""
 
     def normalized(self, parts: Parts) -> Parts:
-        """Parts of the same weights as they are stored."""
+        """Parts of the same weights in their stored form."""
         return {name: part.clone() for name, part in self.stored(self.operands(parts)).items()}
 
     def kept(self, parts: Parts, older: "Format") -> Parts | None:
-        """The parts of an older format with the same indices in this one, for the same weights; None: it cannot."""
+        """The parts in this format for weights of an older format with the same indices; None where impossible."""
         return dict(parts) if older == self else None
 
     @abstractmethod
@@ -211,7 +211,7 @@ class Format(ABC):
 
     @abstractmethod
     def continued(self, fitted: Fitted, weight_NOI: Tensor, h_NI: Tensor) -> Fitted:
-        """As `start`, for further rows of fitted matrices, whose operands stay but for those that are `rowwise`."""
+        """Like `start`, for further rows of fitted matrices; only `rowwise` operands change."""
 
     @abstractmethod
     def alternated(self, fitted: Fitted, weight_NOI: Tensor, h_NI: Tensor, shared: bool = True) -> Fitted:
@@ -222,7 +222,7 @@ class Format(ABC):
 
     @abstractmethod
     def refined(self, fitted: Fitted, weight_NOI: Tensor, cost: Curvature, shared: bool = True) -> Fitted:
-        """Operands under the whole curvature, each weight staying with its value; `shared` as of `alternated`."""
+        """Operands fitted under the whole curvature with fixed indices; `shared` as in `alternated`."""
 
     @abstractmethod
     def stored_bits(self, outputs: int, inputs: int) -> int:
@@ -230,10 +230,10 @@ class Format(ABC):
 
     @abstractmethod
     def equations(self, outputs: int, inputs: int) -> Equations:
-        """What a layer's fit has to solve at one time."""
+        """The linear systems that a layer's fit solves at one time."""
 
     def misfit(self, outputs: int, inputs: int) -> Misfit | None:
-        """Why a layer of this shape cannot have it, if it cannot."""
+        """Why a layer of this shape cannot have the format; None if it can."""
         return None
 
     def weight(self, index_NOI: Tensor, parts: Parts) -> Tensor:

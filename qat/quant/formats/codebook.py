@@ -34,7 +34,7 @@ class Codebook(Format):
         return ("A",)
 
     def settings(self) -> dict[str, Any]:
-        """Bits and rank, and no name: files are older than other formats."""
+        """Bits and rank without a name, because such files are older than the other formats."""
         return {"bits": self.bits, "rank": self.rank}
 
     def parts(self, outputs: int, inputs: int) -> dict[str, Part]:
@@ -47,7 +47,7 @@ class Codebook(Format):
         }
 
     def operands(self, parts: Parts, snap: bool = False) -> Parts:
-        """A file in fp16 keeps the norms of B's rows in A."""
+        """Codebook, A and B; a file in fp16 keeps the norms of B's rows in A."""
         A = parts["scale_A"] * parts["rank_magnitude"][..., None, :]
         if not snap:
             return {"codebook": parts["codebook"], "A": A, "B": parts["scale_B"]}
@@ -59,7 +59,7 @@ class Codebook(Format):
         return Grid(operands["codebook"], operands["A"] @ operands["B"])
 
     def gradients(self, grad_NOI: Tensor, index_NOI: Tensor, operands: Parts) -> Parts:
-        """The codebook's is a masked sum for each entry: indexing under autograd would scatter millions of values
+        """The codebook's gradient is a masked sum for each entry: autograd's indexing would scatter millions of values
         into four addresses. The scales are computed again, which is cheaper than keeping them."""
         codebook, A, B = operands["codebook"], operands["A"], operands["B"]
         grad_NOI = grad_NOI.to(codebook.dtype)
@@ -68,7 +68,7 @@ class Codebook(Format):
         return {"codebook": d_codebook, "A": d_scale @ B.mT, "B": A.mT @ d_scale}
 
     def distribute(self, gradients: Parts, parts: Parts, found: Parts, snap: bool = False) -> None:
-        """That of A is shared by `scale_A` and the magnitudes."""
+        """Splits the gradient of A between `scale_A` and the magnitudes."""
         d_A, d_B = gradients["A"], gradients["B"]
         if snap:
             norm = _norms(parts["scale_B"])
@@ -78,7 +78,7 @@ class Codebook(Format):
         found["scale_B"].copy_(d_B)
 
     def stored(self, operands: Parts) -> Parts:
-        """Magnitudes are the norms of A's columns and B's rows."""
+        """Parts with unit norms; magnitudes are the norms of A's columns times those of B's rows."""
         codebook, A, B = (operands[name] for name in ("codebook", "A", "B"))
         ones = torch.ones_like(A[..., 0, :])
         return self.normalized({"codebook": codebook, "scale_A": A, "scale_B": B, "rank_magnitude": ones})
@@ -95,7 +95,7 @@ class Codebook(Format):
         }
 
     def kept(self, parts: Parts, older: Format) -> Parts | None:
-        """More ranks may be there: the new ones point anywhere, with magnitude zero, and may learn."""
+        """The parts with more ranks; new ranks have any direction and magnitude zero, and can learn."""
         if not isinstance(older, Codebook) or older.bits != self.bits or older.rank > self.rank:
             return None
         draw = torch.Generator().manual_seed(0)
@@ -112,11 +112,11 @@ class Codebook(Format):
         return codebook_fit.start(weight_NOI, h_NI, 2**self.bits, self.rank, cluster).fitted()
 
     def continued(self, fitted: Fitted, weight_NOI: Tensor, h_NI: Tensor) -> Fitted:
-        """A that suits the rows' magnitudes, and nearest indices."""
+        """A fitted to the rows' magnitudes, then nearest indices."""
         return codebook_fit.further(Codebooks.of(fitted), weight_NOI, h_NI).fitted()
 
     def alternated(self, fitted: Fitted, weight_NOI: Tensor, h_NI: Tensor, shared: bool = True) -> Fitted:
-        """Codebook, A, B and indices in turn; A and indices alone where others are not of these rows alone."""
+        """Codebook, A, B and indices in turn; only A and indices where codebook and B are shared with other rows."""
         round = codebook_fit.alternate if shared else codebook_fit.alternate_rows
         return round(Codebooks.of(fitted), weight_NOI, h_NI).fitted()
 
@@ -134,7 +134,7 @@ class Codebook(Format):
         return Equations(2 * max(outputs, inputs) * self.rank**2, f"equations of rank {self.rank}", "rank")
 
     def misfit(self, outputs: int, inputs: int) -> Misfit | None:
-        """No rank is above the smaller side of a matrix, where more of it says nothing more."""
+        """A rank above the smaller side of a matrix is refused, as it adds nothing."""
         max_rank = min(outputs, inputs)
         if self.rank <= max_rank:
             return None

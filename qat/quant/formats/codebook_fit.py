@@ -15,9 +15,10 @@ from qat.quant.curvature import Curvature
 from qat.quant.formats.base import Cluster, Fitted
 
 CG_ITERATIONS = 4
-SAMPLE = 1 << 18  # weights of a layer that a round fits the codebook to; the first comes from all, as few may decide it
-RELAXATION = 1.5  # of the way to the minimum; below 2 the error cannot rise
-FARTHEST = 8.0  # root mean squares beyond which a relative weight says more about its scale than about the codebook
+# Weights of a layer that a round fits the codebook to; the first fit uses all, as a few weights may decide it
+SAMPLE = 1 << 18
+RELAXATION = 1.5  # step length, relative to the way to the minimum; below 2 the error cannot rise
+FARTHEST = 8.0  # in root mean squares; larger relative weights are clipped, as they reflect a poor scale
 
 
 @dataclass(frozen=True)
@@ -39,11 +40,11 @@ class Codebooks:
 
     @staticmethod
     def of(fitted: Fitted) -> "Codebooks":
-        """From what formats have in common."""
+        """Converts from the form that all formats share."""
         return Codebooks(fitted.index_NOI, *(fitted.operands[name] for name in ("codebook", "A", "B")))
 
     def fitted(self) -> Fitted:
-        """To what formats have in common."""
+        """Converts to the form that all formats share."""
         return Fitted(self.index_NOI, {"codebook": self.codebook_NK, "A": self.A_NOR, "B": self.B_NRI})
 
 
@@ -71,7 +72,7 @@ def alternate(codebooks: Codebooks, weight_NOI: Tensor, h_NI: Tensor) -> Codeboo
 
 
 def further(codebooks: Codebooks, weight_NOI: Tensor, h_NI: Tensor) -> Codebooks:
-    """Further rows for fitted ones' codebook and B: A by least squares from magnitudes, then the nearest indices."""
+    """Fits further rows under a given codebook and B: A by least squares from magnitudes, then the nearest indices."""
     codebook, B = codebooks.codebook_NK, codebooks.B_NRI
     typical = lookup.look_up(codebook, codebooks.index_NOI).abs().mean(dim=(1, 2), keepdim=True)
     ones = torch.ones_like(weight_NOI)
@@ -80,14 +81,14 @@ def further(codebooks: Codebooks, weight_NOI: Tensor, h_NI: Tensor) -> Codebooks
 
 
 def alternate_rows(codebooks: Codebooks, weight_NOI: Tensor, h_NI: Tensor) -> Codebooks:
-    """As `alternate`, with codebook and B as they are."""
+    """Like `alternate`, with codebook and B fixed."""
     codebook, B, Q = codebooks.codebook_NK, codebooks.B_NRI, lookup.look_up(codebooks.codebook_NK, codebooks.index_NOI)
     A = least_squares.refit(codebooks.A_NOR, least_squares.rows(Q, B, h_NI), weight_NOI, h_NI, RELAXATION)
     return Codebooks(assign.nearest(weight_NOI, A @ B, codebook), codebook, A, B)
 
 
 def refine_rows(codebooks: Codebooks, weight_NOI: Tensor, cost: Curvature) -> Codebooks:
-    """As `refine`, with codebook and B as they are."""
+    """Like `refine`, with codebook and B fixed."""
     h_NI = cost.inputs_NII.diagonal(dim1=1, dim2=2)
     Q = lookup.look_up(codebooks.codebook_NK, codebooks.index_NOI)
     A = _descend(codebooks.A_NOR, least_squares.rows(Q, codebooks.B_NRI, h_NI), weight_NOI, cost)
@@ -95,7 +96,7 @@ def refine_rows(codebooks: Codebooks, weight_NOI: Tensor, cost: Curvature) -> Co
 
 
 def sample(weight_NOI: Tensor) -> slice:
-    """Evenly spread outputs with about `SAMPLE` weights in each layer, or all."""
+    """Evenly spaced outputs with about `SAMPLE` weights in each layer, or all outputs."""
     return slice(None, None, max(1, weight_NOI[0].numel() // SAMPLE))
 
 

@@ -7,7 +7,7 @@ three TF32 products where the hardware has TF32, plain fp32 elsewhere), sums are
 Shapes: N layers, O outputs, I inputs, K codebook entries, R ranks.
 """
 
-# Triton gives the arguments of kernels its own meaning.
+# Triton gives kernel arguments a meaning of its own, so they have no type annotations.
 # mypy: disable-error-code="no-untyped-def"
 
 import torch
@@ -23,11 +23,11 @@ except ImportError:  # no CUDA build of torch
 else:
     AVAILABLE = True
 
-TILE = 64  # outputs and inputs a program holds at once
+TILE = 64  # outputs and inputs of the tile that a program processes
 
 
 def write(indices: Tensor, operands: Parts, latent: Tensor | None, weights: Tensor, starts: Tensor) -> None:
-    """`weight = codebook[indices] ⊙ A @ B`; as `Kernels.write`.
+    """`weight = codebook[indices] ⊙ A @ B`; see `Kernels.write`.
 
     Args:
         indices, latent, weights, starts: as there.
@@ -56,24 +56,24 @@ def write(indices: Tensor, operands: Parts, latent: Tensor | None, weights: Tens
 
 
 def gradients(grads: Tensor, starts: Tensor, indices: Tensor, operands: Parts, found: Parts) -> None:
-    """Those of codebook, A and B; as `Kernels.gradients`."""
+    """Gradients of codebook, A and B; see `Kernels.gradients`."""
     codebook, A, B = operands["codebook"], operands["A"].contiguous(), operands["B"].contiguous()
     layers, outputs, inputs = indices.shape
     rows, columns = triton.cdiv(outputs, TILE), triton.cdiv(inputs, TILE)
     partial = torch.empty(layers, rows, codebook.shape[1], dtype=torch.float32, device=codebook.device)
     sizes = (outputs, inputs, A.shape[2])
-    # A gradient of 16 bits has no more digits than TF32.
+    # Gradients of 16 bits have no more digits than TF32.
     precision = _precision(grads) if grads.dtype == torch.float32 else _precision(grads).removesuffix("x3")
     constants = {"K": codebook.shape[1], "RANKS": _padded(A.shape[2]), "TILE": TILE, "PRECISION": precision}
     _reduce_rows[(rows, layers)](grads, starts, indices, codebook, A, B, found["A"], partial, *sizes, **constants)
     torch.sum(partial, 1, out=found["codebook"])
-    # Nothing is read ahead: with what is looked up in codebooks that takes three times as long.
+    # Loads ahead of their use are off: with codebook lookups they take three times as long.
     further = constants | {"num_stages": 1}
     _reduce_columns[(columns, layers)](grads, starts, indices, codebook, A, found["B"], *sizes, **further)
 
 
 def _padded(rank: int) -> int:
-    """Ranks as the matrix units take them: a power of two from 16."""
+    """Number of ranks padded for the matrix units: a power of two, at least 16."""
     return max(16, triton.next_power_of_2(rank))
 
 
@@ -156,7 +156,7 @@ if AVAILABLE:
         TILE: tl.constexpr,
         PRECISION: tl.constexpr,
     ):
-        """Some rows of dA, and what these rows add to the gradient of the codebook."""
+        """Some rows of A's gradient, and the contribution of these rows to the codebook's gradient."""
         layer = tl.program_id(1).to(tl.int64)
         begin = tl.multiple_of(tl.load(starts + layer), BEGIN)
         o = tl.program_id(0) * TILE + tl.arange(0, TILE)
@@ -197,12 +197,12 @@ if AVAILABLE:
         TILE: tl.constexpr,
         PRECISION: tl.constexpr,
     ):
-        """Some columns of dB."""
+        """Some columns of B's gradient."""
         layer = tl.program_id(1).to(tl.int64)
         begin = tl.multiple_of(tl.load(starts + layer), BEGIN)
         i = tl.program_id(0) * TILE + tl.arange(0, TILE)
         r = tl.arange(0, RANKS)
-        sum_B = tl.zeros([TILE, RANKS], tl.float32)  # the other way round: A's ranks lie side by side
+        sum_B = tl.zeros([TILE, RANKS], tl.float32)  # transposed, because the ranks of A are adjacent in memory
         for start in range(0, outputs, TILE):
             o = start + tl.arange(0, TILE)
             inside = (o[:, None] < outputs) & (i[None, :] < inputs)

@@ -1,4 +1,4 @@
-"""One token through a packed layer on CUDA: indices, codebook and scales are read once, W never exists.
+"""Multiplies one token with a packed layer on CUDA: reads indices, codebook and scales once, never stores W.
 
 `y_o = Σ_i codebook[index_oi] · S_oi · x_i` with `S = (A·g) @ B`. A program takes a tile of rows and columns, has all
 its loads in flight at once, makes its part of S by one matrix instruction chain in fp16 and sums along its
@@ -7,7 +7,7 @@ row is cut into several tiles, each leaves its partial sums in fp32, and the las
 the order of columns: still one launch, and the same bits at every run.
 """
 
-# Triton gives the arguments of kernels its own meaning.
+# Triton gives kernel arguments a meaning of its own, so they have no type annotations.
 # mypy: disable-error-code="no-untyped-def"
 
 import math
@@ -28,7 +28,7 @@ except ImportError:  # no CUDA build of torch, or a platform without Triton
 
 @dataclass(frozen=True)
 class Tiling:
-    """How the work is cut: rows and columns of a program (powers of two, at least 16), and its warps."""
+    """The tile of a program: rows and columns (powers of two, at least 16), and its warps."""
 
     rows: int
     columns: int
@@ -36,7 +36,7 @@ class Tiling:
 
 
 def tiling(outputs: int, inputs: int) -> Tiling:
-    """The cut for a layer, by what was fastest on an H200 (`benchmarks/export.py product --sweep`).
+    """The tiling for a layer that was fastest on an H200 (`benchmarks/export.py product --sweep`).
 
     Rows that one program can take whole are, as meeting other programs takes time, as long as all programs
     find a multiprocessor of a large GPU; else small tiles, several of which share one.
@@ -59,7 +59,7 @@ class Arrivals:
         self.given = 0
 
     def take(self, count: int) -> int:
-        """The first of so many counters."""
+        """Reserves `count` counters and returns the first."""
         first = self.given if self.given + count <= len(self.counters) else 0
         self.given = first + count
         return first
@@ -67,7 +67,7 @@ class Arrivals:
 
 @cache
 def arrivals(device: torch.device) -> Arrivals:
-    """Those of a device. Made by its first product, which therefore must not be part of a recorded graph."""
+    """The counters of a device. The first product creates them, so it must not be part of a recorded graph."""
     return Arrivals(device)
 
 
@@ -135,15 +135,15 @@ if AVAILABLE:
         first,
         outputs,
         inputs,
-        width,  # groups of a row
+        width,  # groups in a row
         length,  # bytes of all rows
         BITS: tl.constexpr,
         RANK: tl.constexpr,
-        RANKS: tl.constexpr,  # at least 16, the least a matrix instruction takes
+        RANKS: tl.constexpr,  # at least 16, the smallest size of a matrix instruction
         ROWS: tl.constexpr,
         COLUMNS: tl.constexpr,
-        BYTES: tl.constexpr,  # of a group, the least number that holds whole indices
-        WHOLE: tl.constexpr,  # rows are made of whole groups, and groups are small enough for a 32-bit word
+        BYTES: tl.constexpr,  # bytes of a group: the smallest number that holds whole indices
+        WHOLE: tl.constexpr,  # whether rows consist of whole groups, each of which fits into a 32-bit word
         SPLIT: tl.constexpr,
     ):
         tile, split = tl.program_id(0), tl.program_id(1)
@@ -154,8 +154,8 @@ if AVAILABLE:
         inside = in_row[:, None] & in_column[None, :]
         inside_A = in_row[:, None] & in_rank[None, :]
         inside_B = in_rank[:, None] & in_column[None, :]
-        # Every load is on its way before the first one is used: its use meets a barrier, and what is loaded
-        # behind that would wait a second time.
+        # All loads start before the first one is used: a use waits at a barrier, and loads started after it
+        # would wait a second time.
         if WHOLE:
             EACH: tl.constexpr = 8 * BYTES // BITS
             group = split * (COLUMNS // EACH) + tl.arange(0, COLUMNS // EACH)
@@ -183,7 +183,7 @@ if AVAILABLE:
         B = tl.load(B_ptr + rank[:, None] * inputs + column[None, :], mask=inside_B, other=0)
 
         magnified = (A.to(tl.float32) * g.to(tl.float32)[None, :]).to(tl.float16)
-        # The sum over one element keeps the compiler from moving A through shared memory as soon as it is there.
+        # The sum over one element keeps the compiler from moving A through shared memory early.
         S = tl.dot(tl.sum(magnified[:, :, None], axis=2), B.to(tl.float16))
         if WHOLE:
             if BYTES == 3:
@@ -195,7 +195,7 @@ if AVAILABLE:
             word = (stream.to(tl.int32) << 8) | following.to(tl.int32)
             shift = 16 - BITS - bit % 8
         if BITS <= 4:
-            scaled = (word << 4) >> shift  # sixteen times the index, below what came before it
+            scaled = (word << 4) >> shift  # the index times 16 in the low bits; earlier indices lie above it
             four = four_0
             if BITS == 3:
                 four = tl.where(scaled & 64 != 0, four_1, four_0)
@@ -208,12 +208,12 @@ if AVAILABLE:
         y = tl.sum(S * Q.to(tl.float32) * x.to(tl.float32)[None, :], axis=1)
         if SPLIT:
             tl.store(partial_ptr + split * outputs + row, y, mask=in_row)
-            tl.debug_barrier()  # the counter speaks for all threads of this program
+            tl.debug_barrier()  # all threads of this program must be done before the counter rises
             splits = tl.num_programs(1)
             if tl.atomic_add(counter_ptr + first + tile, 1, sem="acq_rel") == splits - 1:
                 total = tl.zeros((ROWS,), dtype=tl.float32)
                 for part in range(splits):
-                    # not from this multiprocessor's own cache, which other programs do not write to
+                    # Bypasses this multiprocessor's cache, which does not see writes of other programs
                     total += tl.load(partial_ptr + part * outputs + row, mask=in_row, other=0, cache_modifier=".cg")
                 tl.store(y_ptr + row, total.to(y_ptr.dtype.element_ty), mask=in_row)
                 tl.store(counter_ptr + first + tile, 0)

@@ -1,4 +1,4 @@
-"""Fixed values, a scale for each group of a row's columns and perhaps a shift: what most engines run.
+"""Fixed values with a scale, and perhaps a shift, for each group of columns in a row, as most engines use.
 
 `W = values[q] · s`, or `values[q] · s + z` where groups have shifts. Which values there are is a setting (`LEVELS`);
 scales and shifts are fitted and learn. Files hold them in fp16, so weights are computed with what fp16 makes of them,
@@ -22,7 +22,7 @@ from qat.quant.least_squares import Linear
 from qat.quant.lookup import look_up
 
 CG_ITERATIONS = 4
-# The values that there are for so many bits, ascending: `integers` are those of llama.cpp's Q4_0 and Q8_0 and of
+# The values by levels and bits, ascending: `integers` are those of llama.cpp's Q4_0 and Q8_0 and of
 # symmetric integers in compressed-tensors; `shifted` ones, which have a shift besides, those of MLX and of Q4_1;
 # `iq4nl` those of llama.cpp's IQ4_NL, dense around zero as weights are.
 LEVELS: dict[str, Callable[[int], Tensor]] = {
@@ -57,7 +57,7 @@ class Uniform(Format):
 
     @property
     def rowwise(self) -> tuple[str, ...]:
-        """All of them."""
+        """All operands."""
         return ("scale", "shift") if self.shifts else ("scale",)
 
     def settings(self) -> dict[str, Any]:
@@ -66,7 +66,7 @@ class Uniform(Format):
 
     @classmethod
     def of(cls, settings: dict[str, Any]) -> "Uniform":
-        """Older files say whether there are `shifts` instead of which levels there are."""
+        """From settings; older files have `shifts` instead of `levels`."""
         older = SHIFTED if settings.get("shifts") else "halves"
         return cls(settings["bits"], settings["group"], settings.get("levels", older))
 
@@ -75,7 +75,7 @@ class Uniform(Format):
         return {name: Part((outputs, inputs // self.group), "scales") for name in self.rowwise}
 
     def operands(self, parts: Parts, snap: bool = False) -> Parts:
-        """The parts in fp16, with `snap` or without."""
+        """The parts rounded to fp16, with or without `snap`."""
         return {name: part.half().float() for name, part in parts.items()}
 
     def grid(self, operands: Parts) -> Grid:
@@ -91,18 +91,18 @@ class Uniform(Format):
         return found | {"shift": groups.sums(grad_NOI, self.group)} if self.shifts else found
 
     def distribute(self, gradients: Parts, parts: Parts, found: Parts, snap: bool = False) -> None:
-        """Nothing to do: operands are parts, and gradients go straight through their rounding."""
+        """Does nothing: operands are parts, and gradients pass straight through their rounding."""
 
     def stored(self, operands: Parts) -> Parts:
-        """In fp16."""
+        """The parts in fp16."""
         return self.operands(operands)
 
     def start(self, weight_NOI: Tensor, h_NI: Tensor, cluster: Cluster) -> Fitted:
-        """The best scales and shifts of a few."""
+        """The best of several candidate scales and shifts, then nearest indices."""
         return self._started(weight_NOI, h_NI)
 
     def continued(self, fitted: Fitted, weight_NOI: Tensor, h_NI: Tensor) -> Fitted:
-        """Rows have nothing in common."""
+        """Fits the new rows from scratch, as rows share no operands."""
         return self._started(weight_NOI, h_NI)
 
     def _started(self, weight_NOI: Tensor, h_NI: Tensor) -> Fitted:
@@ -133,7 +133,7 @@ class Uniform(Format):
         return Equations(2 * systems * len(self.rowwise) ** 2, f"equations of groups of {self.group}", "group")
 
     def misfit(self, outputs: int, inputs: int) -> Misfit | None:
-        """Rows consist of whole groups, and levels that are a list are of as many bits as it has."""
+        """Why rows do not consist of whole groups, or why the levels do not suit the bits."""
         if 2**self.bits != len(LEVELS[self.levels](self.bits)):
             return Misfit("levels", f"has indices of {self.bits} bits, and these levels are sixteen: 4 bits")
         if inputs % self.group == 0:
@@ -155,13 +155,13 @@ class Uniform(Format):
         return groups.linear(value_NOI, h_NI, self.group, self.shifts)
 
     def _together(self, operands: Parts) -> Tensor:
-        """[N, O, G, P]."""
+        """Scales and shifts as one tensor [N, O, G, P]."""
         return torch.stack([operands[name] for name in self.rowwise], 3)
 
     def _named(self, x: Tensor) -> Parts:
         return {name: part.contiguous() for name, part in zip(self.rowwise, x.unbind(3), strict=True)}
 
     def _values(self, like: Tensor) -> Tensor:
-        """[N, K] fp32 or whatever `like` is, which has N layers or is one."""
+        """The values [N, K], fp32 or in the type of `like`, for its N layers or its single one."""
         values = LEVELS[self.levels](self.bits).to(like)
         return values if like.dim() == 2 else values.expand(len(like), -1).contiguous()

@@ -6,7 +6,7 @@ whole when it ends.
 Shapes: N layers, O outputs, I inputs, G groups of a row.
 """
 
-# Triton gives the arguments of kernels its own meaning.
+# Triton gives kernel arguments a meaning of its own, so they have no type annotations.
 # mypy: disable-error-code="no-untyped-def"
 
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ except ImportError:  # no CUDA build of torch
 else:
     AVAILABLE = True
 
-TILE = 4096  # weights a program holds at once
+TILE = 4096  # weights that a program processes
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ class GridKernels:
 
 if AVAILABLE:
     BEGIN = tl.constexpr(ALIGNMENT)
-    SMALLEST = tl.constexpr(1.1754943508222875e-38)  # instead of scales that touch zero
+    SMALLEST = tl.constexpr(1.1754943508222875e-38)  # replaces scales of zero: the smallest normal fp32 number
 
     @triton.jit
     def _tile(starts, outputs, inputs, GROUP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
@@ -92,7 +92,7 @@ if AVAILABLE:
 
     @triton.jit
     def _value(index, VALUES: tl.constexpr, EVEN: tl.constexpr):
-        """Values, fp32, at some indices; where they are a step of one apart, `VALUES` has the first and the last."""
+        """Values, fp32, at some indices; if they are evenly spaced by one, `VALUES` has only the first and the last."""
         if EVEN:
             return index.to(tl.float32) + VALUES[0]
         found = tl.zeros(index.shape, tl.float32)

@@ -1,4 +1,4 @@
-"""Groups of a row's columns that share a scale and perhaps a shift: a first guess of both, and what follows by squares.
+"""Groups of columns of a row that share a scale and perhaps a shift: first guess and least-squares fit of both.
 
 Formats whose scales are numbers of groups (`grid`, `kquant`) differ in what values there are and in how scales are
 stored; what is here they have in common.
@@ -13,13 +13,13 @@ from qat.quant import least_squares
 from qat.quant.least_squares import Linear
 from qat.quant.lookup import look_up, nearest, nonzero
 
-TRIED = 10  # widths of a group's values
-# Of the widest values, the least to try is 1 − NARROW^bits: the fewer there are, the more of the weights lie outside.
+TRIED = 10  # number of candidate widths of a group's values
+# The smallest width tried, relative to the widest, is 1 − NARROW^bits: with fewer values, more weights lie outside.
 NARROW = 0.76
 
 
 def each(of_group: Tensor, size: int) -> Tensor:
-    """[N, O, G] to [N, O, I]: each column has its group's number."""
+    """[N, O, G] to [N, O, I]: each column gets the number of its group."""
     return of_group.repeat_interleave(size, dim=-1)
 
 
@@ -63,7 +63,7 @@ def guess(weight_NOI: Tensor, h_NI: Tensor, values_K: Tensor, size: int, shifted
 
 
 def _regression(x: Tensor, y: Tensor, h: Tensor, shifted: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """How much of the weighted squares of y a line over x explains, its slope and its value at zero, along the end."""
+    """A weighted line of y over x: explained squares, slope and intercept, along the last dimension."""
     if not shifted:
         square, product = (h * x.square()).sum(-1), (h * x * y).sum(-1)
         slope = product / square.clamp_min(1e-30)
@@ -79,7 +79,7 @@ def linear(value_NOI: Tensor, h_NI: Tensor, size: int, shifted: bool) -> Linear:
 
 
 def combined(of: list[Tensor], h_NI: Tensor, size: int) -> Linear:
-    """Sums of known matrices [N, O, I], each times numbers of its groups, as a function of these [N, O, G, P]."""
+    """Sums of known matrices [N, O, I], each times factors of its groups, as a function of the factors [N, O, G, P]."""
     importance = h_NI[:, None].expand_as(of[0])
     gram = [torch.stack([sums(a * b * importance, size) for b in of], 3) for a in of]
     return Linear(

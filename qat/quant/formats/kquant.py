@@ -1,4 +1,4 @@
-"""llama.cpp's k-quants: small scales of groups, themselves whole numbers of few bits times a scale in fp16.
+"""llama.cpp's k-quants: each group's scale is a small whole number times a scale in fp16.
 
 `W = values[q] · (D · c)`, for some layouts `− M · m`: 256 weights of a row share D and M (*super-scales*, fp16), groups
 of 16 or 32 of them the codes c and m. All of it is fitted and learns: codes are rounded at every write, and gradients
@@ -24,13 +24,14 @@ from qat.quant.lookup import look_up
 
 BLOCK = 256  # weights of a row that share super-scales
 CG_ITERATIONS = 4
-ROUNDS = 2  # of super-scale and codes in turn, from each beginning
-TRIED = (0.7, 0.8, 0.9, 1.0, 1.1)  # beginnings of a super-scale, in shares of that under which the largest code is used
+ROUNDS = 2  # rounds of fitting super-scale and codes in turn, from each starting value
+# Starting values of a super-scale, relative to the one under which the largest code is used
+TRIED = (0.7, 0.8, 0.9, 1.0, 1.1)
 
 
 @dataclass(frozen=True)
 class Layout:
-    """What a type of llama.cpp consists of.
+    """The structure of a quantization type of llama.cpp.
 
     Attributes:
         lowest: of the values, which are whole numbers.
@@ -46,12 +47,12 @@ class Layout:
 
     @property
     def codes(self) -> tuple[int, int]:
-        """The least and the largest code; below zero too where values are on both sides of it."""
+        """The smallest and the largest code; negative codes exist only where values have both signs."""
         lowest = 0 if self.shifted else -(2 ** (self.code_bits - 1))
         return lowest, lowest + 2**self.code_bits - 1
 
 
-LAYOUTS = {  # by the bits of an index: Q2_K, Q3_K, Q4_K, Q5_K, Q6_K
+LAYOUTS = {  # by bits of the index: Q2_K, Q3_K, Q4_K, Q5_K, Q6_K
     2: Layout(0, 16, 4, True),
     3: Layout(-4, 16, 6, False),
     4: Layout(0, 32, 6, True),
@@ -72,12 +73,12 @@ class KQuant(Format):
 
     @property
     def layout(self) -> Layout:
-        """That of the bits."""
+        """The layout for these bits."""
         return LAYOUTS[self.bits]
 
     @property
     def rowwise(self) -> tuple[str, ...]:
-        """All of them."""
+        """All operands."""
         return tuple(self.parts(0, 0))
 
     @property
@@ -97,7 +98,7 @@ class KQuant(Format):
         return pairs if self.layout.shifted else dict(list(pairs.items())[:2])
 
     def operands(self, parts: Parts, snap: bool = False) -> Parts:
-        """Super-scales in fp16 and whole codes, with `snap` or without."""
+        """Super-scales rounded to fp16 and codes to whole numbers, with or without `snap`."""
         return {name: self._whole(x) if name.endswith("codes") else x.half().float() for name, x in parts.items()}
 
     def grid(self, operands: Parts) -> Grid:
@@ -117,10 +118,10 @@ class KQuant(Format):
         return found
 
     def distribute(self, gradients: Parts, parts: Parts, found: Parts, snap: bool = False) -> None:
-        """Nothing to do: operands are parts, and gradients go straight through their rounding."""
+        """Does nothing: operands are parts, and gradients pass straight through their rounding."""
 
     def stored(self, operands: Parts) -> Parts:
-        """In fp16, and whole."""
+        """Super-scales in fp16, codes as whole numbers."""
         return self.operands(operands)
 
     def start(self, weight_NOI: Tensor, h_NI: Tensor, cluster: Cluster) -> Fitted:
@@ -128,7 +129,7 @@ class KQuant(Format):
         return self._started(weight_NOI, h_NI)
 
     def continued(self, fitted: Fitted, weight_NOI: Tensor, h_NI: Tensor) -> Fitted:
-        """Rows have nothing in common."""
+        """Fits the new rows from scratch, as rows share no operands."""
         return self._started(weight_NOI, h_NI)
 
     def _started(self, weight_NOI: Tensor, h_NI: Tensor) -> Fitted:
@@ -160,7 +161,7 @@ class KQuant(Format):
         return Equations(2 * systems * len(self.scaled) ** 2, f"equations of groups of {self.layout.group}", "bits")
 
     def misfit(self, outputs: int, inputs: int) -> Misfit | None:
-        """Rows consist of whole blocks, and there is a layout of these bits."""
+        """Why rows do not consist of whole blocks, or why there is no layout of these bits."""
         if self.bits not in LAYOUTS:
             return Misfit("bits", f"could have k-quants of {', '.join(map(str, LAYOUTS))} bits, as llama.cpp has them")
         if inputs % BLOCK == 0:
@@ -173,35 +174,35 @@ class KQuant(Format):
 
     @property
     def _groups(self) -> int:
-        """Of a block."""
+        """Number of groups in a block."""
         return BLOCK // self.layout.group
 
     def _whole(self, codes: Tensor) -> Tensor:
         return codes.round().clamp(*self.layout.codes)
 
     def _values(self, like: Tensor) -> Tensor:
-        """[N, K] fp32 or whatever `like` is, which has N layers or is one."""
+        """The values [N, K], fp32 or in the type of `like`, for its N layers or its single one."""
         values = torch.arange(2**self.bits, device=like.device, dtype=like.dtype) + self.layout.lowest
         return values if like.dim() == 2 else values.expand(len(like), -1).contiguous()
 
     def _scale(self, operands: Parts) -> Tensor:
-        """[N, O, G]."""
+        """The scale of each group [N, O, G]."""
         return each(operands["super_scale"], self._groups) * operands["scale_codes"]
 
     def _shift(self, operands: Parts) -> Tensor:
-        """[N, O, G], what is taken off."""
+        """The shift of each group [N, O, G], which is subtracted."""
         return each(operands["super_shift"], self._groups) * operands["shift_codes"]
 
     def _each_group(self, operands: Parts) -> list[Tensor]:
         return [self._scale(operands), -self._shift(operands)] if self.layout.shifted else [self._scale(operands)]
 
     def _by_group(self, error_NOI: Tensor, value_NOI: Tensor) -> dict[str, Tensor]:
-        """From the gradient of weights to those of each group's scale and of what is taken off, [N, O, G]."""
+        """Gradients of each group's scale and subtracted shift [N, O, G] from the gradient of the weights."""
         scale = sums(error_NOI * value_NOI, self.layout.group)
         return {"scale": scale} | ({"shift": -sums(error_NOI, self.layout.group)} if self.layout.shifted else {})
 
     def _coded(self, around: list[Tensor], index_NOI: Tensor, weight_NOI: Tensor, h_NI: Tensor) -> Fitted:
-        """Operands near the least squares for some indices, then the nearest indices.
+        """Operands close to the least-squares solution for given indices, then the nearest indices.
 
         Args:
             around: scales and shifts of groups, towards which unused ones are drawn.
@@ -217,7 +218,7 @@ class KQuant(Format):
             operands = {"super_scale": shared, "scale_codes": codes}
         else:
             count, product = sums(h_NOI, self.layout.group), sums(h_NOI * value_NOI, self.layout.group)
-            slope = product / count  # by which the best shift falls where the scale is larger than its best
+            slope = product / count  # decrease of the best shift per unit by which the scale exceeds its optimum
             shared, codes = self._project(best[..., 0], square - slope * product)
             away = each(shared, self._groups) * codes - best[..., 0]
             shift, shift_codes = self._project(slope * away - best[..., 1], count)
@@ -225,7 +226,7 @@ class KQuant(Format):
         return Fitted(self.grid(operands).nearest(weight_NOI), operands)
 
     def _project(self, wanted_NOG: Tensor, importance_NOG: Tensor) -> tuple[Tensor, Tensor]:
-        """Super-scales [N, O, B] and whole codes [N, O, G] whose products are nearly what is wanted."""
+        """Super-scales [N, O, B] and whole codes [N, O, G] whose products approximate the wanted scales."""
         lowest, largest = self.layout.codes
         wanted, weight = (x.unflatten(2, (-1, self._groups)) for x in (wanted_NOG, importance_NOG.clamp_min(1e-20)))
         top = wanted.amax(3) if lowest == 0 else wanted.abs().amax(3)
