@@ -1,5 +1,7 @@
 """Quantized folders and models of more than text, as plain text models: number by number."""
 
+from importlib.util import find_spec
+
 import pytest
 import torch
 import transformers
@@ -62,7 +64,9 @@ def test_plain_weights_are_made_once_and_are_an_ordinary_folder(folder, teacher)
 
 @pytest.mark.parametrize("method", ["gptq", "awq", "compressed-tensors", "bitsandbytes", "hqq", "torchao"])
 def test_what_transformers_cannot_read_here_is_one_sentence(folder, method):
-    """None of their packages is installed with the tests; where one is, these folders lack its tensors."""
+    """Where a package is installed, these folders lack its tensors; they have plain ones, as it may leave them."""
+    if method == "compressed-tensors" and find_spec("compressed_tensors"):
+        pytest.skip("compressed-tensors is installed, and leaves layers that no group of its settings names plain")
     bits = {"load_in_8bit": True} if method == "bitsandbytes" else {"bits": 4, "group_size": 32}
     folder.settings(quantization_config={"quant_method": method, "quant_type": "int8_weight_only"} | bits)
     with pytest.raises(ConfigError, match=rf"odd is quantized \({method}\) and transformers cannot make plain|lacks"):
