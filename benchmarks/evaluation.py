@@ -29,7 +29,7 @@ from qat.forward import body
 from qat.machine import DTYPES, Machine
 from qat.models import ModelFolder, locate
 from qat.quant.architectures import Layer
-from qat.quant.formats import Uniform
+from qat.quant.formats import GroupGrid
 from qat.quant.size import bits_per_weight, file_bytes
 
 TOP_K = 64  # tokens that `kd_loss` looks at
@@ -156,7 +156,7 @@ def trained(work: Evaluation, name: str, paths: Iterable[Path]) -> Entry:
 
 
 def _on_grid(path: Path) -> bool:
-    return path.is_dir() and all(isinstance(x.format, Uniform) for x in checkpoints.layers_of(read_manifest(path)))
+    return path.is_dir() and all(isinstance(x.format, GroupGrid) for x in checkpoints.layers_of(read_manifest(path)))
 
 
 def teacher_of(path: Path, folder: ModelFolder) -> ModelFolder:

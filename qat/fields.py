@@ -72,10 +72,6 @@ def one_of(*options: str) -> Rule:
     return look
 
 
-def anything(value: Any, where: str) -> None:
-    """A rule that accepts any value, for fields that only people read."""
-
-
 def optional(rule: Rule) -> Rule:
     """As the rule, or null."""
 

@@ -24,6 +24,7 @@ class Exporter:
         library: what reads it, as model hubs call it.
         takes_teacher: a teacher that is not quantized can be written too.
         bounded: it never holds more than `export.context` tokens.
+        sized: its file is the one whose bytes `quant.file_bytes` tells, so they are told in its type.
         samples: prompts that it is compared on, the first ones; None takes all.
         grid: what its quantized weights lie on; None takes any format, or says itself what it does not.
         writes_out: with `export.dense`, weights that lie on nothing of it are written all the same.
@@ -36,6 +37,7 @@ class Exporter:
     library: str = "transformers"
     takes_teacher: bool = False
     bounded: bool = False
+    sized: bool = False
     samples: int | None = None
     grid: LayerRule | None = None
     writes_out: bool = False

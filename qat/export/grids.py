@@ -1,8 +1,8 @@
 """Grids that engines store: which layers of a student are on one, and which presets are. torch is not imported."""
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any, Protocol
 
 from omegaconf import OmegaConf
@@ -10,6 +10,7 @@ from omegaconf import OmegaConf
 from qat.config import CONF, ROLES
 from qat.errors import ConfigError
 
+BLOCK_OF_K_QUANTS = 256  # weights of a row that k-quants handle together; their presets name no group
 Settings = Mapping[str, Any]  # settings of a format, as in manifests
 
 
@@ -48,9 +49,10 @@ class EngineGrid:
         """
         for name, layer in layers.items():
             if layer.get("kind") in (None, *self.roles) and not self.holds(layer):
+                fitting = fitting_preset(self.presets, layers)
                 raise ConfigError(
-                    f"{self.engine} cannot hold {name}, which is in {said(layer)}: {self._remedy(layers)}; export=hf"
-                    " is dense, and takes any"
+                    f"{self.engine} cannot hold {name}, which is in {said(layer)}: {fitting}; export=hf is dense, and"
+                    " takes any"
                 )
 
     def holds(self, layer: Settings) -> bool:
@@ -62,25 +64,32 @@ class EngineGrid:
             and (not self.groups or layer["group"] in self.groups)
         )
 
-    @cached_property
-    def options(self) -> dict[str, Settings]:
-        """The presets that are on this grid, with what they make of an MLP."""
-        found = sorted(CONF.glob(f"quant/{self.presets}*.yaml"))
-        return {path.stem: OmegaConf.to_container(OmegaConf.load(path))["mlp"] for path in found}  # type: ignore
 
-    def _remedy(self, layers: Mapping[str, Settings]) -> str:
-        """The preset with groups that divide all rows whose bits are nearest to those of the layers."""
-        weights = {name: layer["shape"][0] * layer["shape"][1] for name, layer in layers.items()}
-        mean = sum(layers[name]["bits"] * weights[name] for name in layers) / sum(weights.values())
-        rows = {layer["shape"][1] for layer in layers.values()}
-        fitting = {
-            name: option for name, option in self.options.items() if all(row % option["group"] == 0 for row in rows)
-        }
-        if not fitting:
-            groups = sorted({option["group"] for option in self.options.values()})
-            return f"and groups of {_listed(groups)} do not divide its rows of {_listed(sorted(rows))} weights"
-        nearest = min(fitting, key=lambda name: abs(fitting[name]["bits"] - mean))
-        return f"a student made with quant={nearest} fits"
+def fitting_preset(prefix: str, layers: Mapping[str, Settings]) -> str:
+    """Words for the preset of an engine that is nearest to some layers.
+
+    Its groups divide all rows; of several, its bits are nearest to those of the layers and its groups largest.
+
+    Args:
+        prefix: of the names of the engine's options in `conf/quant/`.
+        layers: by name, each with its shape and the settings of its format.
+    """
+    known = presets(prefix)
+    sizes = {name: mlp.get("group", BLOCK_OF_K_QUANTS) for name, mlp in known.items()}
+    rows = sorted({layer["shape"][1] for layer in layers.values()})
+    fitting = [name for name, size in sizes.items() if all(row % size == 0 for row in rows)]
+    if not fitting:
+        return f"its groups of {_listed(sorted(set(sizes.values())))} do not divide rows of {_listed(rows)} weights"
+    weights = {name: math.prod(layer["shape"]) for name, layer in layers.items()}
+    mean = sum(layers[name]["bits"] * weights[name] for name in layers) / sum(weights.values())
+    nearest = min(fitting, key=lambda name: (abs(known[name]["bits"] - mean), -sizes[name]))
+    return f"a student made with quant={nearest} fits"
+
+
+def presets(prefix: str) -> dict[str, Settings]:
+    """The options in `conf/quant/` whose names begin with a prefix, each with what it makes of an MLP."""
+    found = sorted(CONF.glob(f"quant/{prefix}*.yaml"))
+    return {path.stem: OmegaConf.to_container(OmegaConf.load(path))["mlp"] for path in found}  # type: ignore
 
 
 def levels_of(layer: Settings) -> str:

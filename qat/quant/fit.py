@@ -82,7 +82,7 @@ def fit(
         known: other rows of the same layers, fitted before, whose operands stay where rows share them.
     """
     weight, h, shared = problem.weight_NOI, problem.importance_NI, known is None
-    fitted = format.start(weight, h, cluster) if known is None else format.continued(known, weight, h)
+    fitted = format.start(weight, h, cluster) if known is None else format.continued(known, weight, h, cluster)
     for _ in range(rounds):
         fitted = format.alternated(fitted, weight, h, shared)
     return improve(problem, format, problem.leave(format, fitted), sweeps, shared)

@@ -17,7 +17,6 @@ from qat.runs import Run
 from qat.stages.workspace import Workspace, open_workspace, start_folder
 
 KIND = "export"
-PACKED = "packed"  # the format for which the type of the source becomes `export.dtype`
 
 
 def main(config: Config, run: Run) -> None:
@@ -30,7 +29,7 @@ def main(config: Config, run: Run) -> None:
     with work.timed("export"):
         source = open_source(work.teacher, start_folder(config.checkpoint))
         form.refuse_layers(checkpoints.entries(source.layers), config.export)
-        if config.export.format == PACKED:
+        if form.sized:
             source = replace(source, dtype=DTYPES[config.export.dtype])
         make(work, writer, source, folder)
     size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())

@@ -10,7 +10,7 @@ from qat.config import Levels, QuantConfig, WeightConfig, WeightFormat
 from qat.convert.convert import install
 from qat.evaluate.answers import answers
 from qat.models import ModelFolder
-from qat.quant.formats import Uniform
+from qat.quant.formats import GroupGrid
 from qat.quant.linear import QuantLinear
 from tests import tiny
 
@@ -35,7 +35,7 @@ def checkpoint(folder: Path, teacher: ModelFolder, cache, quant: QuantConfig) ->
 def layer(bits: int, group: int, levels: str, outputs: int = 6, inputs: int = 384) -> QuantLinear:
     """Any numbers of fp16 in one layer."""
     draw = torch.Generator().manual_seed(bits)
-    made = QuantLinear(Uniform(bits, group, levels), outputs, inputs)
+    made = QuantLinear(GroupGrid(bits, group, levels), outputs, inputs)
     made.indices.copy_(torch.randint(2**bits, (outputs, inputs), generator=draw))
     numbers = {name: torch.randn(part.shape, generator=draw) for name, part in made.parts().items()}
     made.set_parts({name: value.half().float() for name, value in numbers.items()})

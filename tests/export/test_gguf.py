@@ -18,19 +18,19 @@ from qat.export.source import Source
 from qat.models import ModelFolder
 from qat.models import tiny as tiny_model
 from qat.quant.architectures import select
-from qat.quant.formats import Format, KQuant, Uniform
+from qat.quant.formats import Format, GroupGrid, KQuant
 from qat.quant.linear import QuantLinear
 from tests import tiny
 from tests.export import engines
 from tests.export.conftest import IDS
 
 HELD = {
-    "Q4_0": Uniform(4, 64, "integers"),  # a scale for two blocks
-    "Q4_1": Uniform(4, 32, "shifted"),
-    "Q5_0": Uniform(5, 32, "integers"),
-    "Q5_1": Uniform(5, 32, "shifted"),
-    "Q8_0": Uniform(8, 32, "integers"),
-    "IQ4_NL": Uniform(4, 32, "iq4nl"),
+    "Q4_0": GroupGrid(4, 64, "integers"),  # a scale for two blocks
+    "Q4_1": GroupGrid(4, 32, "shifted"),
+    "Q5_0": GroupGrid(5, 32, "integers"),
+    "Q5_1": GroupGrid(5, 32, "shifted"),
+    "Q8_0": GroupGrid(8, 32, "integers"),
+    "IQ4_NL": GroupGrid(4, 32, "iq4nl"),
     **{f"Q{bits}_K": KQuant(bits) for bits in (2, 3, 4, 5, 6)},
 }
 QUANT = QuantConfig(
@@ -222,7 +222,7 @@ def test_codebooks_are_refused_with_a_preset_and_written_out_on_request(best, st
     [
         ({"bits": 2, "rank": 8, "shape": [512, 512]}, "codebook, bits 2, rank 8: a student made with quant=gguf_q2_k"),
         ({"bits": 2, "rank": 8, "shape": [512, 576]}, "a student made with quant=gguf_"),
-        ({"format": "grid", "bits": 4, "group": 16, "shape": [8, 48]}, "which do not divide rows of 48 weights"),
+        ({"format": "grid", "bits": 4, "group": 16, "shape": [8, 48]}, "groups of 32 or 256 do not divide rows of 48"),
         ({"format": "grid", "bits": 4, "group": 64, "levels": "halves", "shape": [8, 64]}, "quant=gguf_"),
     ],
 )

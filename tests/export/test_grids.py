@@ -9,6 +9,7 @@ from qat.config import Config, ExportConfig, ExportType
 from qat.errors import ConfigError, UnavailableError
 from qat.export import compressed, mlx
 from qat.export.exporter import exporter
+from qat.export.grids import presets
 from tests import described
 
 GRIDS = {name: exporter(name).grid for name in ("mlx", "compressed")}
@@ -24,7 +25,7 @@ REFUSED = [
     ("mlx", {"shape": [64, 576], "bits": 2, "rank": 8}, "format codebook, bits 2, rank 8: ", "mlx_2bit_g64"),
     ("mlx", grid(levels="halves"), "levels halves: ", "mlx_4bit_g64"),
     ("mlx", grid(bits=7), "bits 7, group 64, levels shifted: ", "mlx_6bit_g64"),
-    ("mlx", grid(group=16, row=48), "groups of 64 do not divide its rows of 48 weights; export=hf is dense", ""),
+    ("mlx", grid(group=16, row=48), "groups of 64 do not divide rows of 48 weights; export=hf is dense", ""),
     ("compressed", grid(), "levels shifted: ", "compressed_w4_g64"),
     ("compressed", grid(levels="iq4nl"), "levels iq4nl: ", "compressed_w4_g64"),
     ("compressed", OLDER, "shifts true: ", "compressed_w3_g64"),
@@ -53,8 +54,9 @@ def test_a_role_that_an_engine_has_dense_may_be_in_any_format():
 
 def test_every_preset_of_an_engine_is_on_its_grid():
     for engine in GRIDS.values():
-        assert engine.options
-        for name, option in engine.options.items():
+        found = presets(engine.presets)
+        assert found
+        for name, option in found.items():
             assert engine.holds(option), name
 
 

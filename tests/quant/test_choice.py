@@ -3,7 +3,7 @@ import pytest
 from qat.config import QuantConfig, WeightConfig, WeightFormat
 from qat.errors import ConfigError
 from qat.quant.architectures import recorded, select
-from qat.quant.formats import Codebook, Uniform
+from qat.quant.formats import Codebook, GroupGrid
 
 TWO, THREE, FOUR = (WeightConfig(bits=bits, rank=2) for bits in (2, 3, 4))
 GRID = WeightConfig(bits=4, format=WeightFormat.grid, group=16)
@@ -18,7 +18,7 @@ def test_the_last_pattern_that_fits_decides_and_else_the_role(teacher):
     patterns = {"model.layers.0.*": THREE, "*.down_proj": GRID, "model.layers.1.mlp.down_proj": FOUR}
     found = formats(teacher, mlp=TWO, layers=patterns)
     assert found["model.layers.0.self_attn.q_proj"] == found["model.layers.0.mlp.up_proj"] == Codebook(3, 2)
-    assert found["model.layers.0.mlp.down_proj"] == Uniform(4, 16)
+    assert found["model.layers.0.mlp.down_proj"] == GroupGrid(4, 16)
     assert found["model.layers.1.mlp.down_proj"] == Codebook(4, 2)
     assert found["model.layers.1.mlp.up_proj"] == Codebook(2, 2)
     assert "model.layers.1.self_attn.q_proj" not in found
@@ -44,4 +44,4 @@ def test_what_is_written_for_a_layer_shapes_the_key_and_nothing_else_does():
     plain = QuantConfig(name="own", mlp=TWO)
     assert "layers" not in recorded(plain) and "candidates" not in recorded(plain)
     other = QuantConfig(name="own", mlp=TWO, layers={"*.up_proj": GRID}, partial=True)
-    assert recorded(other) == recorded(plain) | {"layers": {"*.up_proj": Uniform(4, 16).settings()}}
+    assert recorded(other) == recorded(plain) | {"layers": {"*.up_proj": GroupGrid(4, 16).settings()}}

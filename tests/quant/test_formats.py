@@ -11,7 +11,7 @@ from qat import manifests
 from qat.config import SETTINGS, WeightConfig, WeightFormat
 from qat.quant import formats, latent
 from qat.quant.choice import format_of
-from qat.quant.formats import Codebook, Format, KQuant, Uniform
+from qat.quant.formats import Codebook, Format, GroupGrid, KQuant
 from qat.quant.linear import QuantLinear, kept
 from qat.quant.stack import stacks
 from qat.quant.weights import Weights
@@ -19,13 +19,13 @@ from qat.quant.weights import Weights
 OUTPUTS = 20
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA"))]
 GRIDS = [
-    Uniform(1, 16),
-    Uniform(2, 48),
-    Uniform(4, 8),
-    Uniform(3, 16, "shifted"),
-    Uniform(3, 12, "integers"),
-    Uniform(8, 48, "integers"),
-    Uniform(4, 24, "iq4nl"),
+    GroupGrid(1, 16),
+    GroupGrid(2, 48),
+    GroupGrid(4, 8),
+    GroupGrid(3, 16, "shifted"),
+    GroupGrid(3, 12, "integers"),
+    GroupGrid(8, 48, "integers"),
+    GroupGrid(4, 24, "iq4nl"),
 ]
 K_QUANTS = [KQuant(bits) for bits in (2, 3, 4, 5, 6)]
 FORMATS = [Codebook(1, 1), Codebook(3, 5), *GRIDS, *K_QUANTS]
@@ -74,7 +74,7 @@ def exact_k_quant(format: KQuant, index: Tensor, parts: dict[str, Tensor]) -> Te
     return scaled - parts["super_shift"][:, block] * parts["shift_codes"][:, group]
 
 
-def values_of(format: Uniform) -> Tensor:
+def values_of(format: GroupGrid) -> Tensor:
     """From the package that has llama.cpp's own decoders, where that knows them."""
     if format.levels == "iq4nl":
         return torch.tensor(gguf.quants.IQ4_NL.kvalues).double()
@@ -232,7 +232,7 @@ def test_a_format_is_what_its_settings_say(format):
 def test_grids_of_files_older_than_levels_are_read(shifts, levels):
     older = {"format": "grid", "bits": 2, "group": 8, "shifts": shifts}
     manifests.FORMATS["grid"](older, "")
-    assert formats.of(older) == Uniform(2, 8, levels)
+    assert formats.of(older) == GroupGrid(2, 8, levels)
 
 
 def test_the_settings_of_every_format_are_said_alike_everywhere():
@@ -255,10 +255,10 @@ def test_a_layer_is_kept_in_its_own_format_alone(format):
     ("format", "setting", "why"),
     [
         (Codebook(2, 21), "rank", "has 20 outputs and 48 inputs, so no rank above 20 adds anything"),
-        (Uniform(2, 32), "group", "has rows of 48 weights, which groups of 32 do not divide"),
-        (Uniform(3, 16, "iq4nl"), "levels", "has indices of 3 bits, and these levels are sixteen: 4 bits"),
+        (GroupGrid(2, 32), "group", "has rows of 48 weights, which groups of 32 do not divide"),
+        (GroupGrid(3, 16, "iq4nl"), "levels", "has indices of 3 bits, and these levels are sixteen: 4 bits"),
         (KQuant(8), "bits", "could have k-quants of 2, 3, 4, 5, 6 bits, as llama.cpp has them"),
-        (Uniform(2, 96), "group", "has rows of 48 weights, which groups of 96 do not divide"),
+        (GroupGrid(2, 96), "group", "has rows of 48 weights, which groups of 96 do not divide"),
     ],
 )
 def test_a_shape_that_a_format_does_not_suit_is_told(format, setting, why):

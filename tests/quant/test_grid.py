@@ -7,10 +7,10 @@ from hypothesis import strategies as st
 
 from qat.quant.curvature import Curvature, Factor
 from qat.quant.fit import Problem, fit, importance, improve
-from qat.quant.formats import Fitted, Uniform, grid
+from qat.quant.formats import Fitted, GroupGrid, grid
 from tests.quant.test_curvature import problem
 
-BOTH = [Uniform(2, 8), Uniform(3, 8, levels="shifted")]
+BOTH = [GroupGrid(2, 8), GroupGrid(3, 8, levels="shifted")]
 both = pytest.mark.parametrize("format", BOTH, ids=str)
 
 
@@ -18,7 +18,7 @@ def no_codebook(*_):
     raise AssertionError("a grid's values are fixed")
 
 
-def weight_of(format: Uniform, made: Fitted):
+def weight_of(format: GroupGrid, made: Fitted):
     return format.grid(made.operands).at(made.index_NOI)
 
 
@@ -27,7 +27,7 @@ def fitted(format, weight, H, G=None, rounds=4, sweeps=0):
     return posed, fit(posed, format, no_codebook, rounds, sweeps)
 
 
-def design(format: Uniform, index_I):
+def design(format: GroupGrid, index_I):
     """What scales and shifts of one row [G·P] are multiplied with for its weights, [I, G·P] float64."""
     q = index_I.double() if format.shifts else index_I.double() - (2**format.bits - 1) / 2
     columns = torch.stack([q, torch.ones_like(q)], 1) if format.shifts else q[:, None]
@@ -82,7 +82,7 @@ def test_refinement_and_sweeps_never_raise_the_cost(seed, format, coupled):
     assert (cost(refined) <= cost(entered) * (1 + 1e-5)).all()
 
 
-@pytest.mark.parametrize("format", [Uniform(2, 8), Uniform(1, 8, levels="shifted")], ids=str)
+@pytest.mark.parametrize("format", [GroupGrid(2, 8), GroupGrid(1, 8, levels="shifted")], ids=str)
 def test_a_weight_of_the_very_form_is_found_again(format):
     draw = torch.Generator().manual_seed(0)
     index = torch.randint(2**format.bits, (1, 16, 32), generator=draw).to(torch.uint8)
@@ -110,7 +110,7 @@ def test_shifts_are_worth_something_where_groups_do_not_lie_around_zero():
     weight = weight + 2 * weight.abs().mean()
     left = {}
     for levels in ("halves", "shifted"):
-        format = Uniform(3, 8, levels)
+        format = GroupGrid(3, 8, levels)
         left[levels] = float((weight - weight_of(format, fitted(format, weight, H)[1])).norm())
     assert left["shifted"] < 0.8 * left["halves"]
 

@@ -8,13 +8,13 @@ from qat import tensor_files
 from qat.export.packed import writer as packed
 from qat.export.source import Source
 from qat.quant.architectures import Layer
-from qat.quant.formats import Codebook, Uniform
+from qat.quant.formats import Codebook, GroupGrid
 from qat.quant.linear import QuantLinear
 from qat.quant.size import METADATA, file_bytes, model_bits_per_weight, stored
 from qat.tensor_files import known
 
 TYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.uint8]
-FORMATS = [Codebook(1, 3), Codebook(3, 2), Uniform(5, 16), Uniform(4, 32, "shifted")]
+FORMATS = [Codebook(1, 3), Codebook(3, 2), GroupGrid(5, 16), GroupGrid(4, 32, "shifted")]
 
 
 @pytest.mark.parametrize("seed", range(20))

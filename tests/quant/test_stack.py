@@ -214,10 +214,10 @@ GRID_KERNELS = """
 import os
 os.environ["TRITON_INTERPRET"] = "1"
 import torch
-from qat.quant.formats import Uniform, grid_kernels
+from qat.quant.formats import GroupGrid, grid_kernels
 from qat.quant.formats.grid import LEVELS
 draw = torch.Generator().manual_seed(0)
-formats = Uniform(2, 48), Uniform(4, 32, "shifted"), Uniform(4, 32, "iq4nl"), Uniform(8, 96, "integers")
+formats = GroupGrid(2, 48), GroupGrid(4, 32, "shifted"), GroupGrid(4, 32, "iq4nl"), GroupGrid(8, 96, "integers")
 for format, N, O, I in zip(formats, (2, 1, 2, 1), (100, 33, 9, 40), (96, 96, 96, 192)):
     kernels = grid_kernels.GridKernels(tuple(map(float, LEVELS[format.levels](format.bits))), format.group)
     shapes = {name: (N, *part.shape) for name, part in format.parts(O, I).items()}

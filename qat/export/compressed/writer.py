@@ -20,7 +20,7 @@ from qat.export import replaced
 from qat.export.replaced import exact
 from qat.export.source import DTYPES, Source
 from qat.quant import packing
-from qat.quant.formats import Uniform
+from qat.quant.formats import GroupGrid
 from qat.quant.linear import Quantized, QuantLinear, quantized
 
 LAYOUT = "pack-quantized"
@@ -77,7 +77,7 @@ def description(source: Source, layers: dict[str, Quantized]) -> dict[str, Any]:
 
 
 def _numbers(module: Quantized) -> tuple[int, int]:
-    return cast(Uniform, module.format).group, module.format.bits
+    return cast(GroupGrid, module.format).group, module.format.bits
 
 
 def rounding(settings: ExportConfig) -> torch.dtype:

@@ -18,7 +18,7 @@ from qat.export import replaced
 from qat.export.replaced import exact
 from qat.export.source import DTYPES, Source
 from qat.quant import packing
-from qat.quant.formats import Uniform
+from qat.quant.formats import GroupGrid
 from qat.quant.linear import Quantized, quantized
 
 
@@ -37,7 +37,7 @@ def write(source: Source, folder: Path, settings: ExportConfig) -> None:
 
 def tensors(name: str, module: Quantized, dtype: torch.dtype) -> dict[str, Tensor]:
     """`weight` [O, I · bits / 32] uint32, `scales` and `biases` [O, I / group] in the model's type."""
-    format, parts = cast(Uniform, module.format), module.normalized()
+    format, parts = cast(GroupGrid, module.format), module.normalized()
     lowest = module.grid().values_NK.min()
     biases = parts["shift"] if format.shifts else parts["scale"] * lowest
     return {
@@ -50,7 +50,7 @@ def tensors(name: str, module: Quantized, dtype: torch.dtype) -> dict[str, Tenso
 def description(layers: dict[str, Quantized]) -> dict[str, Any]:
     """`quantization` of `config.json`: of the first layer for all, and each layer's own by name."""
     each = {
-        name: {"group_size": cast(Uniform, module.format).group, "bits": module.format.bits}
+        name: {"group_size": cast(GroupGrid, module.format).group, "bits": module.format.bits}
         for name, module in layers.items()
     }
     return {**next(iter(each.values())), "mode": "affine", **each}

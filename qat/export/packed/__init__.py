@@ -8,6 +8,7 @@ from qat.export.exporter import Exporter
 
 EXPORTER = Exporter(
     types=tuple(ExportType),
+    sized=True,
     use="""\
 ```python
 import qat  # pip install qat-speedrun; registers the format with transformers

@@ -4,7 +4,7 @@ from typing import Any
 
 from qat.quant.formats.base import Cluster, Equations, Fitted, Format, Grid, Misfit, Part, Parts, Product
 from qat.quant.formats.codebook import Codebook
-from qat.quant.formats.grid import Uniform
+from qat.quant.formats.grid import GroupGrid
 from qat.quant.formats.kquant import KQuant
 
 __all__ = [
@@ -15,18 +15,18 @@ __all__ = [
     "Fitted",
     "Format",
     "Grid",
+    "GroupGrid",
     "KQuant",
     "Misfit",
     "Part",
     "Parts",
     "Product",
-    "Uniform",
     "of",
 ]
 
 FORMATS: dict[str, type[Format]] = {
     Codebook.name: Codebook,
-    Uniform.name: Uniform,
+    GroupGrid.name: GroupGrid,
     KQuant.name: KQuant,
 }
 

@@ -209,9 +209,12 @@ class Format(ABC):
             cluster: makes the first values from relative weights and their importance, if values are learned.
         """
 
-    @abstractmethod
-    def continued(self, fitted: Fitted, weight_NOI: Tensor, h_NI: Tensor) -> Fitted:
-        """Like `start`, for further rows of fitted matrices; only `rowwise` operands change."""
+    def continued(self, fitted: Fitted, weight_NOI: Tensor, h_NI: Tensor, cluster: Cluster) -> Fitted:
+        """Like `start`, for further rows of fitted matrices; only `rowwise` operands change.
+
+        Rows are fitted from scratch unless a format has operands that rows share.
+        """
+        return self.start(weight_NOI, h_NI, cluster)
 
     @abstractmethod
     def alternated(self, fitted: Fitted, weight_NOI: Tensor, h_NI: Tensor, shared: bool = True) -> Fitted:

@@ -111,7 +111,7 @@ class Codebook(Format):
         """Scales from group means, then the best codebook for the weights relative to them."""
         return codebook_fit.start(weight_NOI, h_NI, 2**self.bits, self.rank, cluster).fitted()
 
-    def continued(self, fitted: Fitted, weight_NOI: Tensor, h_NI: Tensor) -> Fitted:
+    def continued(self, fitted: Fitted, weight_NOI: Tensor, h_NI: Tensor, cluster: Cluster) -> Fitted:
         """A fitted to the rows' magnitudes, then nearest indices."""
         return codebook_fit.further(Codebooks.of(fitted), weight_NOI, h_NI).fitted()
 

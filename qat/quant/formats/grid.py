@@ -35,7 +35,7 @@ SHIFTED = "shifted"
 
 
 @dataclass(frozen=True)
-class Uniform(Format):
+class GroupGrid(Format):
     """The format `grid`.
 
     Parts, which are its operands too: `scale` [O, G] and, with shifts, `shift` [O, G].
@@ -65,7 +65,7 @@ class Uniform(Format):
         return {"format": self.name, "bits": self.bits, "group": self.group, "levels": self.levels}
 
     @classmethod
-    def of(cls, settings: dict[str, Any]) -> "Uniform":
+    def of(cls, settings: dict[str, Any]) -> "GroupGrid":
         """From settings; older files have `shifts` instead of `levels`."""
         older = SHIFTED if settings.get("shifts") else "halves"
         return cls(settings["bits"], settings["group"], settings.get("levels", older))
@@ -99,13 +99,6 @@ class Uniform(Format):
 
     def start(self, weight_NOI: Tensor, h_NI: Tensor, cluster: Cluster) -> Fitted:
         """The best of several candidate scales and shifts, then nearest indices."""
-        return self._started(weight_NOI, h_NI)
-
-    def continued(self, fitted: Fitted, weight_NOI: Tensor, h_NI: Tensor) -> Fitted:
-        """Fits the new rows from scratch, as rows share no operands."""
-        return self._started(weight_NOI, h_NI)
-
-    def _started(self, weight_NOI: Tensor, h_NI: Tensor) -> Fitted:
         guessed = groups.guess(weight_NOI, h_NI, self._values(weight_NOI[0]), self.group, self.shifts)
         operands = dict(zip(self.rowwise, guessed, strict=True))
         return Fitted(self.grid(operands).nearest(weight_NOI), operands)

@@ -126,13 +126,6 @@ class KQuant(Format):
 
     def start(self, weight_NOI: Tensor, h_NI: Tensor, cluster: Cluster) -> Fitted:
         """The best scales and shifts of a few for each group by itself, then super-scales and codes for them."""
-        return self._started(weight_NOI, h_NI)
-
-    def continued(self, fitted: Fitted, weight_NOI: Tensor, h_NI: Tensor) -> Fitted:
-        """Fits the new rows from scratch, as rows share no operands."""
-        return self._started(weight_NOI, h_NI)
-
-    def _started(self, weight_NOI: Tensor, h_NI: Tensor) -> Fitted:
         layout = self.layout
         guessed = groups.guess(weight_NOI, h_NI, self._values(weight_NOI[0]), layout.group, layout.shifted)
         free = Grid(self._values(weight_NOI), *(each(x, layout.group) for x in guessed))
