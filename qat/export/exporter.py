@@ -3,12 +3,15 @@
 import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qat.config import FORMATS, Config, ExportConfig, ExportType
 from qat.errors import ConfigError
 from qat.export.grids import LayerRule, Settings
 from qat.names import TEACHER
+
+if TYPE_CHECKING:
+    from qat.models import ModelFolder
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,7 @@ class Exporter:
         writes_out: with `export.dense`, weights that lie on nothing of it are written all the same.
         refuse: raises a `QatError` for anything else that cannot be written.
         refuse_architecture: raises one for a `config.json` that the reader cannot compute.
+        refuse_tokenizer: raises one for a teacher whose tokenizer the reader would take for another.
     """
 
     types: tuple[ExportType, ...]
@@ -43,6 +47,7 @@ class Exporter:
     writes_out: bool = False
     refuse: Callable[[Config], None] = lambda config: None
     refuse_architecture: Callable[[dict[str, Any]], None] = lambda described: None
+    refuse_tokenizer: Callable[["ModelFolder"], None] = lambda teacher: None
 
     def check(self, config: Config, layers: Mapping[str, Settings]) -> None:
         """Checks that this export can be written as configured.

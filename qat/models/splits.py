@@ -7,10 +7,13 @@ name in `tokenizer.ggml.pre`. A `tokenizer.json` describes it, in steps.
 import json
 from typing import Any
 
+from tokenizers import Tokenizer, pre_tokenizers
+
 from qat.errors import ConfigError
 from qat.suggest import did_you_mean
 
 Step = tuple[str, Any]
+ALPHABET = set(pre_tokenizers.ByteLevel.alphabet())
 
 BEFORE = r"[^\r\n\p{L}\p{N}]?"
 ENDINGS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
@@ -100,3 +103,16 @@ def _described(step: Step) -> dict[str, Any]:
         case ("digits", alone):
             return {"type": "Digits", "individual_digits": alone}
     return {"type": "Split", "pattern": {"Regex": step[1]}, "behavior": "Isolated", "invert": False}
+
+
+def merge_to_themselves(model: dict[str, Any]) -> bool:
+    """Whether merges alone make every token of their bytes, so that taking words that are tokens whole changes nothing.
+
+    Args:
+        model: of a `tokenizer.json`.
+    """
+    plain = Tokenizer.from_str(
+        json.dumps({"version": "1.0", "added_tokens": [], "model": model | {"ignore_merges": False}})
+    )
+    tokens = [token for token in model["vocab"] if set(token) <= ALPHABET]
+    return all(len(made.ids) == 1 for made in plain.encode_batch_fast(tokens))

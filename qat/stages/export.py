@@ -25,7 +25,6 @@ def main(config: Config, run: Run) -> None:
     writer = importlib.import_module(f"qat.export.{config.export.format}.writer")
     folder = Path(str(config.export.output)).expanduser()
     form = exporter(config.export.format)
-    form.refuse_architecture(work.teacher.settings().to_dict())
     with work.timed("export"):
         source = open_source(work.teacher, start_folder(config.checkpoint))
         form.refuse_layers(checkpoints.entries(source.layers), config.export)

@@ -12,6 +12,7 @@ from qat.data import mix
 from qat.data.asking import asked
 from qat.data.thinking import user_turn
 from qat.errors import ConfigError
+from qat.export.exporter import exporter
 from qat.machine import Machine
 from qat.models import ModelFolder, tokenizers
 from qat.models.reading import listed
@@ -20,6 +21,7 @@ from qat.quant.places import matrix
 
 CONVERTS = (Stage.run, Stage.convert)
 TRAINS = (Stage.run, Stage.distill)
+EXPORTED = (*CONVERTS, Stage.distill, Stage.export)  # stages whose student `export` is for, now or later
 
 
 def check(config: Config, teacher: ModelFolder, machine: Machine) -> None:
@@ -33,6 +35,8 @@ def check(config: Config, teacher: ModelFolder, machine: Machine) -> None:
     layers = check_layers(config, teacher) if config.stage in CONVERTS else []
     if config.stage is Stage.distill and (start := _manifest(config, teacher)):
         check_mode(config.mode, checkpoints.layers_of(start), teacher)
+    if config.stage in EXPORTED:
+        check_export(config, teacher, layers)
     if config.stage is not Stage.export:  # stage=export loads the teacher itself, in its own type
         _refuse_zeros(teacher.load(machine.dtype, machine.device), layers, teacher)
 
@@ -57,6 +61,24 @@ def check_text(config: Config, teacher: ModelFolder) -> None:
             asked(tokenizer, "?")
         if part.source is DataSource.selfgen and part.start is Start.questions:
             user_turn(tokenizer)
+
+
+def check_export(config: Config, teacher: ModelFolder, layers: list[Layer]) -> None:
+    """Whether the tool that `export` names can hold what comes of this stage, before hours go into it.
+
+    Args:
+        config: of a stage that makes a student or exports one.
+        teacher: what the student is made from.
+        layers: that are to be converted; where there are none, those of the checkpoint count.
+
+    Raises:
+        ConfigError: it does not know the architecture or the tokenizer, or its types hold no such layers.
+    """
+    form = exporter(config.export.format)
+    form.refuse_architecture(teacher.settings().to_dict())
+    form.refuse_tokenizer(teacher)
+    start = None if layers else _manifest(config, teacher)
+    form.refuse_layers(start["layers"] if start else checkpoints.entries(layers), config.export)
 
 
 def check_layers(config: Config, teacher: ModelFolder) -> list[Layer]:

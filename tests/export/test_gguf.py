@@ -48,8 +48,9 @@ SHAPE = {
     "initializer_range": 0.05,
     "bos_token_id": 256,
     "eos_token_id": 257,
-    "tie_word_embeddings": False,
+    "pad_token_id": 257,
 }
+TIED = {**SHAPE, "head_dim": 32, "tie_word_embeddings": True}
 LLAMA3 = {
     "rope_type": "llama3",
     "rope_theta": 1000.0,
@@ -58,11 +59,38 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 16,
 }
+YARN = {"rope_type": "yarn", "rope_theta": 1000.0, "factor": 4.0, "original_max_position_embeddings": 32}
+LINEAR = {"rope_type": "linear", "rope_theta": 1000.0, "factor": 4.0}
+LONG = {
+    "rope_type": "longrope",
+    "rope_theta": 10_000.0,
+    "short_factor": [1 + i / 20 for i in range(32)],  # llama.cpp takes these for the short contexts of the tests
+    "long_factor": [2.0] * 32,
+}
+HALF = {"rope_type": "default", "rope_theta": 10_000.0, "partial_rotary_factor": 0.5}
+TWO = {"full_attention": LINEAR, "sliding_attention": {"rope_type": "default", "rope_theta": 10_000.0}}
 MODELS = {
     "llama": transformers.LlamaConfig(**SHAPE, head_dim=32, rope_parameters=LLAMA3),
+    "llama_biases": transformers.LlamaConfig(**SHAPE, attention_bias=True, mlp_bias=True, rope_parameters=LINEAR),
     "mistral": transformers.MistralConfig(**SHAPE, sliding_window=None),
-    "qwen2": transformers.Qwen2Config(**SHAPE),
+    "smollm3": transformers.SmolLM3Config(**SHAPE | {"num_hidden_layers": 4}),
+    "granite": transformers.GraniteConfig(
+        **SHAPE, embedding_multiplier=2.0, attention_multiplier=0.2, residual_multiplier=0.5, logits_scaling=3.0
+    ),
+    "qwen2": transformers.Qwen2Config(**SHAPE, rope_parameters=YARN),
     "qwen3": transformers.Qwen3Config(**SHAPE, head_dim=32),
+    "olmo2": transformers.Olmo2Config(**SHAPE),
+    "phi3": transformers.Phi3Config(**SHAPE, sliding_window=40, rope_parameters=HALF),
+    "phi3_long": transformers.Phi3Config(
+        **SHAPE, max_position_embeddings=2048, original_max_position_embeddings=512, rope_parameters=LONG
+    ),
+    "gemma": transformers.GemmaConfig(**TIED),
+    "gemma2": transformers.Gemma2Config(
+        **TIED, sliding_window=8, query_pre_attn_scalar=32, attn_logit_softcapping=5.0, final_logit_softcapping=7.0
+    ),
+    "gemma3": transformers.Gemma3TextConfig(
+        **TIED | {"num_hidden_layers": 6}, sliding_window=8, query_pre_attn_scalar=32, rope_parameters=TWO
+    ),
 }
 
 
@@ -111,6 +139,12 @@ def away(file, model) -> float:
         (row, said) for row, said in zip(IDS, rows, strict=True) if said.argmax() != 257
     )  # after an end it says nothing
     return float((next_token(served(file), row) - expected).norm() / expected.norm())
+
+
+def away_from(again, model) -> float:
+    """The same of a model read back."""
+    expected = model(IDS).logits
+    return float((again(IDS).logits - expected).norm() / expected.norm())
 
 
 @pytest.fixture(scope="module")
@@ -163,8 +197,27 @@ def test_llama_cpp_answers_word_for_word(tmp_path):
 def test_llama_cpp_computes_each_architecture(kind, tmp_path):
     teacher = folder_of(kind, tmp_path / "model")
     model = teacher.load(torch.float32, tiny.CPU)
+    families.refuse_architecture(teacher.settings().to_dict())
     writer.write(Source(teacher, model), tmp_path, EXACT)
     assert away(tmp_path / FILE, model) < 1e-4
+    assert away_from(writer.read(Source(teacher, model), tmp_path), model) < 1e-6
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["phi3", "gemma3", "granite"])
+def test_llama_cpp_computes_students_of_each_shape(kind, tmp_path):
+    teacher = folder_of(kind, tmp_path / "model")
+    model = quantized_to(engines.grid(8, 32, "integers"), teacher)
+    writer.write(Source(teacher, model), tmp_path, EXACT)
+    writer.read(Source(teacher, model), tmp_path)  # which compares every weight
+    assert away(tmp_path / FILE, model) < 2e-2
+
+
+def test_a_model_with_windows_says_that_it_is_for_as_many_tokens(capsys):
+    described = transformers.MistralConfig(**SHAPE, sliding_window=64).to_dict()
+    families.refuse_architecture(described)
+    assert families.fields(described)["context_length"] == 64
+    assert families.fields(MODELS["gemma2"].to_dict())["context_length"] == 8192
 
 
 @torch.no_grad()
@@ -209,17 +262,24 @@ def test_what_no_type_holds_is_told_with_what_would(layer, told):
 
 
 @pytest.mark.parametrize(
-    ("described", "told"),
+    ("changed", "told"),
     [
-        ({"model_type": "qwen4"}, r"models of type qwen4 \(did you mean qwen"),
-        ({"model_type": "mistral", "sliding_window": 64}, "without windows, and this one has sliding_window 64"),
-        ({"model_type": "llama", "hidden_act": "gelu"}, "with silu, and this one has gelu"),
-        ({"model_type": "llama", "rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "of type dynamic"),
+        (transformers.MambaConfig(), r"does not write models of type mamba; it knows llama, mistral"),
+        (transformers.LlamaConfig(hidden_act="gelu"), "with hidden_act=silu, and this one has gelu"),
+        (transformers.Qwen2Config(rope_parameters=LLAMA3), r"of type llama3 with .* in models of type qwen2"),
+        (transformers.Qwen2Config(rope_parameters=YARN | {"attention_factor": 2.0}), "rotations of type yarn with"),
+        (transformers.Olmo2Config(tie_word_embeddings=True), "tie_word_embeddings=False, and this one has True"),
+        (transformers.GraniteConfig(attention_bias=True), "attention_bias=False, and this one has True"),
+        (transformers.Gemma2Config(query_pre_attn_scalar=144), "query_pre_attn_scalar=256, and this one has 144"),
+        (transformers.Gemma2Config(final_logit_softcapping=None), "final_logit_softcapping=True"),
+        (transformers.Gemma3TextConfig(sliding_window_pattern=4), r"layer_types=\['sliding_attention'"),
+        (transformers.SmolLM3Config(no_rope_layer_interval=3), r"no_rope_layers=\[1, 1, 1, 0"),
+        (transformers.Phi3Config(hidden_size=96, num_attention_heads=4, head_dim=32), "head_dim=24, and this one has"),
     ],
 )
-def test_what_llama_cpp_does_not_compute_is_refused(described, told):
+def test_what_llama_cpp_does_not_compute_is_refused(changed, told):
     with pytest.raises(ConfigError, match=told):
-        families.refuse_architecture(described)
+        families.refuse_architecture(changed.to_dict())
 
 
 def described_with(*steps) -> dict:

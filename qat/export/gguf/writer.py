@@ -15,7 +15,7 @@ from qat.config import ExportConfig, ExportType
 from qat.console import console
 from qat.errors import ArtifactError, ConfigError
 from qat.export.gguf import FILE, blocks, vocabulary
-from qat.export.gguf.families import FAMILIES, Family, fields, head_size, slowed
+from qat.export.gguf.families import FAMILIES, Family, factors, fields, head_size, window
 from qat.export.gguf.types import type_of
 from qat.export.source import CPU, DTYPES, Source, cast
 from qat.quant.linear import Quantized, quantized
@@ -39,7 +39,7 @@ def write(source: Source, folder: Path, settings: ExportConfig) -> None:
     family = FAMILIES[described["model_type"]]
     writer = GGUFWriter(folder / FILE, family.name)
     vocabulary.add(writer, source.teacher)
-    writer.add_name(source.teacher.name)
+    writer.add_name(vocabulary.file_name(source.teacher))
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     writer.add_file_type(int(gguf.LlamaFileType[_file_type(source, settings)]))
     for name, value in fields(described).items():
@@ -47,8 +47,10 @@ def write(source: Source, folder: Path, settings: ExportConfig) -> None:
     dense = [name for name, module in quantized(source.model).items() if type_of(module.format.settings()) is None]
     if dense:
         console.print(f"{len(dense)} layers are in no type of llama.cpp and are written in {settings.dtype.name}")
-    if factors := slowed(described):
-        writer.add_tensor("rope_freqs.weight", np.array(factors, dtype=np.float32))
+    if seen := window(described):
+        console.print(f"llama.cpp sees all tokens where this model sees {seen}: the file says that it is for so many")
+    for name, divisors in factors(described).items():
+        writer.add_tensor(name, np.array(divisors, dtype=np.float32))
     for name, value, kind in _tensors(source, family, settings):
         writer.add_tensor(name, value, raw_dtype=kind)
     writer.write_header_to_file()
@@ -99,7 +101,8 @@ def _tensors(
     for name, parameter in source.model.named_parameters():
         owner, _, leaf = name.rpartition(".")
         if (owner not in modules or leaf == "bias") and parameter.numel():
-            yield names.of(name), *_dense(name, parameter[names.order(owner)], settings)
+            value = parameter + names.added(name) if names.added(name) else parameter
+            yield names.of(name), *_dense(name, value[names.order(owner)], settings)
 
 
 def _dense(name: str, value: Tensor, settings: ExportConfig) -> tuple[np.ndarray, GGMLQuantizationType]:
@@ -133,6 +136,10 @@ class Names:
             raise ConfigError(f"llama.cpp has no {name} in models of type {self._family.name}: export=hf is dense")
         return str(found)
 
+    def added(self, name: str) -> float:
+        """What a file's number is more than the parameter."""
+        return 1.0 if self._family.norms_from_one and name.endswith("norm.weight") else 0.0
+
     def order(self, owner: str) -> Tensor | slice:
         """Of a layer's rows: pairs that are turned together lie half a head apart, or side by side."""
         if not self._family.interleaved or owner.rpartition(".")[2] not in ROTATED:
@@ -162,7 +169,7 @@ def read(source: Source, folder: Path) -> PreTrainedModel:
         tensor = stored[names.of(name)]
         value = torch.from_numpy(gguf.dequantize(tensor.data, tensor.tensor_type).copy()).view_as(parameter)
         owner, _, leaf = name.rpartition(".")
-        parameter[names.order(owner)] = value
+        parameter[names.order(owner)] = value - names.added(name) if names.added(name) else value
         known = modules.get(owner) if leaf == "weight" else None
         exact = known is not None and type_of(known.format.settings()) is not None
         if exact and not torch.equal(parameter, known.weight(torch.float32)):  # type: ignore[union-attr]

@@ -24,11 +24,13 @@ def refuse(config: Config) -> None:
 
 
 def refuse_architecture(described: dict[str, object]) -> None:
-    """Refuses architectures that mlx-lm has no code for.
+    """Refuses architectures that mlx-lm has no code for; where it is not installed, the export itself asks.
 
     Raises:
         ConfigError: it does not know the model type of this `config.json`.
     """
+    if find_spec("mlx_lm") is None or find_spec("mlx") is None:
+        return
     from mlx_lm import utils
 
     try:
