@@ -105,14 +105,14 @@ def _described(step: Step) -> dict[str, Any]:
     return {"type": "Split", "pattern": {"Regex": step[1]}, "behavior": "Isolated", "invert": False}
 
 
-def merge_to_themselves(model: dict[str, Any]) -> bool:
-    """Whether merges alone make every token of their bytes, so that taking words that are tokens whole changes nothing.
+def merge_to_themselves(described: dict[str, Any]) -> bool:
+    """Whether merges alone make every token of its bytes, so that taking words that are tokens whole changes nothing.
 
     Args:
-        model: of a `tokenizer.json`.
+        described: a `tokenizer.json` of merged bytes.
     """
-    plain = Tokenizer.from_str(
-        json.dumps({"version": "1.0", "added_tokens": [], "model": model | {"ignore_merges": False}})
-    )
-    tokens = [token for token in model["vocab"] if set(token) <= ALPHABET]
-    return all(len(made.ids) == 1 for made in plain.encode_batch_fast(tokens))
+    added = {token["content"] for token in described["added_tokens"]}  # found in text before anything is merged
+    model = described["model"] | {"ignore_merges": False}
+    merging = Tokenizer.from_str(json.dumps({"version": "1.0", "added_tokens": [], "model": model}))
+    tokens = [token for token in model["vocab"] if token not in added and set(token) <= ALPHABET]
+    return all(len(made.ids) == 1 for made in merging.encode_batch(tokens))

@@ -1,14 +1,15 @@
 """Tokenizers through GGUF files: llama.cpp and what is read back make of text what the model's own does."""
 
+import io
 import json
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import GemmaTokenizer, LlamaTokenizer, PreTrainedTokenizerFast
 
 from qat.errors import ConfigError
-from qat.export.gguf import FILE, writer
+from qat.export.gguf import FILE, characters, vocabulary, writer
 from qat.export.source import Source
 from qat.models import ModelFolder, gguf_header, gguf_tokenizer, splits, tokenizers
 from qat.models import tiny as tiny_model
@@ -90,3 +91,132 @@ def test_text_is_split_alike_by_llama_cpp_and_by_what_is_read_back(name, tmp_pat
 def test_a_file_that_names_no_known_splits_is_refused(texts, told, tmp_path):
     with pytest.raises(ConfigError, match=told):
         gguf_tokenizer.splits_of(tmp_path / "a.gguf", texts)
+
+
+@pytest.fixture(scope="module")
+def sentencepiece_model(tmp_path_factory):
+    """The file of a model that SentencePiece trained on the odd texts, with bytes for what is rare."""
+    spm = pytest.importorskip("sentencepiece", reason="sentencepiece, which mlx-lm brings, is not installed")
+    made, lines = io.BytesIO(), [*ODD, *(text.replace("\n", " ") for text in ODD)]
+    spm.SentencePieceTrainer.train(
+        sentence_iterator=iter(lines * 3),
+        model_writer=made,
+        model_type="bpe",
+        vocab_size=480,
+        byte_fallback=True,
+        character_coverage=0.98,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        split_by_whitespace=False,
+        max_sentencepiece_length=8,
+        user_defined_symbols=["[INST]"],
+        minloglevel=5,
+    )
+    folder = tmp_path_factory.mktemp("sentencepiece")
+    (folder / "tokenizer.model").write_bytes(made.getvalue())
+    return folder
+
+
+@pytest.mark.parametrize(("kind", "begin"), [(LlamaTokenizer, "<s>"), (GemmaTokenizer, "")])
+def test_llama_cpp_merges_characters_and_falls_back_to_bytes_alike(kind, begin, sentencepiece_model, tmp_path, capsys):
+    folder = file_with(kind.from_pretrained(sentencepiece_model), tmp_path)
+    server, tokenizer = served(tmp_path / FILE), folder.tokenizer()
+    texts = [f"{before}{text}</s>" for text in ODD for before in (begin, f"{begin} ", "<s>[INST]", "</s> [INST] ")]
+    expected = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+    assert [tokens(server, text) for text in texts] == expected
+    named = {token for ids in expected for token in tokenizer.convert_ids_to_tokens(ids)}
+    assert any(map(characters.is_byte, named)) and "[INST]" in named
+    assert ("begins with neither a special token" in " ".join(capsys.readouterr().out.split())) == bool(begin)
+
+
+def of_characters(**changed) -> dict:
+    """A `tokenizer.json` with two merges."""
+    model = {
+        "type": "BPE",
+        "byte_fallback": True,
+        "vocab": {letters: i for i, letters in enumerate(["a", "b", "c", "ab", "abc"])},
+    }
+    return {"added_tokens": [], "normalizer": None, "model": model | {"merges": ["a b", "ab c"]}} | changed
+
+
+METASPACE = {"type": "Metaspace", "replacement": "\u2581", "prepend_scheme": "always", "split": False}
+PREPENDED = {
+    "type": "Sequence",
+    "normalizers": [
+        {"type": "Prepend", "prepend": "\u2581"},
+        {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"},
+    ],
+}
+
+
+def test_merges_become_scores_and_prefixes_are_told_as_they_are():
+    assert characters.scores(of_characters()) == {"ab": 0.0, "abc": -1.0}
+    assert characters.prefixed(of_characters(normalizer=PREPENDED, pre_tokenizer=None)) == (True, "")
+    assert characters.prefixed(of_characters(pre_tokenizer=METASPACE)) == (True, "a text that begins with a space")
+    assert characters.prefixed(of_characters(pre_tokenizer=METASPACE | {"prepend_scheme": "never"})) == (False, "")
+
+
+def test_characters_that_llama_cpp_would_merge_otherwise_are_refused():
+    missing = of_characters()
+    missing["model"]["vocab"]["bc"] = 5
+    with pytest.raises(ConfigError, match="merges any two tokens that make a third, and this tokenizer not"):
+        characters.scores(missing)
+    torn = of_characters()
+    torn["model"]["vocab"]["bc"] = 5
+    torn["model"]["merges"] = ["ab c", "b c", "a b", "a bc"]
+    with pytest.raises(ConfigError, match=r"one token after the other, and this tokenizer not \(abc\)"):
+        characters.scores(torn)
+    with pytest.raises(ConfigError, match="does before it merges characters"):
+        characters.prefixed(of_characters(pre_tokenizer=METASPACE | {"split": True}))
+
+
+@pytest.mark.parametrize(
+    ("name", "whole", "told"), [("qwen2", True, "merges words"), ("tekken", False, "merges no words")]
+)
+def test_words_that_are_tokens_count_where_merges_do_not_make_them(name, whole, told):
+    described = json.loads(trained(splits.named(name)[0], whole).backend_tokenizer.to_str())
+    assert vocabulary.splits(described) == name
+    described["model"]["merges"] = described["model"]["merges"][:-1]
+    with pytest.raises(ConfigError, match=told):
+        vocabulary.splits(described)
+
+
+def ending(tmp_path, ends: list[str], capsys) -> tuple[list[int], str]:
+    """What stays of a text of these ends that llama.cpp is made to write, and what was said of them."""
+    tokenizer = tiny_model.byte_tokenizer()
+    tokenizer.add_special_tokens({"extra_special_tokens": ends})
+    folder = file_with(tokenizer, tmp_path)
+    settings = json.loads((tmp_path / "generation_config.json").read_text())
+    settings["eos_token_id"] = [257, *tokenizer.convert_tokens_to_ids(ends)]
+    (tmp_path / "generation_config.json").write_text(json.dumps(settings))
+    folder = ModelFolder("tiny", tmp_path, "tiny")
+    writer.write(Source(folder, folder.load(torch.float32, tiny.CPU)), tmp_path, EXACT)
+    server = served(tmp_path / FILE)
+    stopped = []
+    for token in ends:
+        number = tokenizer.convert_tokens_to_ids(token)
+        asked = {"prompt": "a", "n_predict": 3, "logit_bias": [[number, 1000.0]]}
+        choice = server.handle_completions(asked)["choices"][0]
+        stopped.append(choice["finish_reason"] == "stop")
+    return stopped, " ".join(capsys.readouterr().out.split())
+
+
+def test_every_end_ends_an_answer_or_is_named(tmp_path, capsys):
+    stopped, said = ending(tmp_path, ["<one>", "<two>", "<|eot_id|>", "<|im_end|>", "<three>"], capsys)
+    assert stopped == [True, True, True, True, False]
+    assert "not at <three>" in said
+
+
+def test_names_decide_whether_llama_cpp_swallows_spaces(tmp_path, capsys):
+    plain = file_with(tiny_model.byte_tokenizer(), tmp_path / "plain")
+    assert vocabulary.file_name(ModelFolder("My-Phi-3-mini", plain.path, "")) == "My-phi 3-mini"
+    tokenizer = trained(*splits.named("gpt-2"))
+    swallowing = {
+        name: name not in vocabulary.KEPT_BEHIND for name in ("<unk>", "<s>", "</s>", "<|endoftext|>", "<|x|>")
+    }
+    made = Tokenizer(tokenizer.backend_tokenizer.model)
+    made.add_special_tokens([AddedToken(name, rstrip=strip, normalized=False) for name, strip in swallowing.items()])
+    PreTrainedTokenizerFast(tokenizer_object=made).save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text((plain.path / "config.json").read_text())
+    assert vocabulary.file_name(ModelFolder("student", tmp_path, "")) == "student (phi-3)"
+    assert not capsys.readouterr().out

@@ -1,6 +1,7 @@
 """What a teacher cannot do is told before a run does anything, and what it can is not refused."""
 
 import copy
+import json
 import shutil
 from dataclasses import replace
 
@@ -10,7 +11,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from qat.cli import arguments, main
-from qat.config import DataConfig, DataSource, ModeConfig, ModelConfig, ModelSource, Stage, Start
+from qat.config import DataConfig, DataSource, ExportConfig, ModeConfig, ModelConfig, ModelSource, Stage, Start
 from qat.errors import ConfigError
 from qat.models import locate
 from qat.stages.teacher import check
@@ -31,9 +32,7 @@ SMALL = {
 def configs():
     """Checked configurations of the tiny job, by their experiment."""
     lines = {"": [], "progressive": ["+experiment=progressive"]}
-    return {
-        name: main.check(arguments.parse(["+debug=tiny", *words])).configs[0] for name, words in lines.items()
-    }
+    return {name: main.check(arguments.parse(["+debug=tiny", *words])).configs[0] for name, words in lines.items()}
 
 
 @pytest.fixture
@@ -137,3 +136,28 @@ def test_the_checked_teacher_is_loaded_in_the_type_that_will_be_used(check_of, t
     check_of(teacher=large)
     with pytest.raises(ConfigError, match=r"infinite in model\.norm\.weight in float16"):
         check_of(teacher=large, machine=replace(tiny.FP32, dtype=torch.float16))
+
+
+GGUF = ExportConfig("gguf", "gguf")
+
+
+@pytest.mark.parametrize("stage", ["run", "convert"])
+def test_what_an_engine_cannot_hold_is_told_before_anything_is_made(check_of, stage):
+    with pytest.raises(ConfigError, match=r"llama\.cpp cannot hold model\.layers\.0.*quant=gguf_"):
+        check_of(stage, export=GGUF)
+    with pytest.raises(ConfigError, match=r"compressed-tensors cannot hold"):
+        check_of(stage, export=ExportConfig("compressed", "compressed"))
+    with pytest.raises(ConfigError, match=r"MLX cannot hold .*quant=mlx_"):
+        check_of(stage, export=ExportConfig("mlx", "mlx"))
+
+
+def test_an_architecture_or_tokenizer_that_an_engine_does_not_know_is_told_as_early(check_of, other, teacher, tmp_path):
+    check_of(export=replace(GGUF, dense=True))
+    with pytest.raises(ConfigError, match=r"export=gguf does not write models of type gpt_neox; it knows llama"):
+        check_of(teacher=other("GPTNeoX"), export=GGUF)
+    shutil.copytree(teacher.path, tmp_path / "split")
+    described = json.loads((tmp_path / "split" / "tokenizer.json").read_text())
+    described["pre_tokenizer"] = {"type": "Whitespace"}
+    (tmp_path / "split" / "tokenizer.json").write_text(json.dumps(described))
+    with pytest.raises(ConfigError, match=r"llama\.cpp's name for how this tokenizer splits text"):
+        check_of(teacher=replace(teacher, path=tmp_path / "split"), export=replace(GGUF, dense=True))

@@ -86,7 +86,7 @@ def splits(described: dict[str, Any]) -> str:
             f"export=gguf does not know llama.cpp's name for how this tokenizer splits text ({_told(found)}); it knows"
             f" {', '.join(STEPS)}: export=hf or export=mlx take the tokenizer as it is"
         )
-    if (name in WHOLE_WORDS) != whole and not merge_to_themselves(model):
+    if (name in WHOLE_WORDS) != whole and not merge_to_themselves(described):
         raise ConfigError(
             f"llama.cpp merges {'no ' if name in WHOLE_WORDS else ''}words that are tokens where text is split as"
             f" {name}, and this tokenizer does not: export=hf or export=mlx take it as it is"
