@@ -6,7 +6,7 @@ with, or it is refused.
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from qat.errors import ConfigError
@@ -117,7 +117,7 @@ def _smollm3_demands(described: Fields) -> Demands:
 def _phi3(described: Fields) -> Fields:
     settings = described["rope_parameters"]
     known = settings.get("original_max_position_embeddings") or described["original_max_position_embeddings"]
-    said = {"rope.scaling.original_context_length": int(known), "attention.sliding_window": 0}
+    said: Fields = {"rope.scaling.original_context_length": int(known), "attention.sliding_window": 0}
     if settings.get("rope_type") == "longrope":
         said["rope.scaling.attn_factor"] = _long_attention(described, known)
     return said
@@ -132,7 +132,7 @@ def _long_attention(described: Fields, known: int) -> float:
 
 
 LLAMA = Family("llama", interleaved=True, rotations=("default", "linear", "yarn", "llama3"), biases=True)
-GEMMA = {"norms_from_one": True, "activation": "gelu_pytorch_tanh", "tied": True}
+GEMMA = Family("gemma", norms_from_one=True, activation="gelu_pytorch_tanh", rotations=("default",), tied=True)
 FAMILIES = {  # by `model_type`
     "llama": LLAMA,
     "mistral": LLAMA,
@@ -142,9 +142,11 @@ FAMILIES = {  # by `model_type`
     "qwen3": Family("qwen3"),
     "olmo2": Family("olmo2", tied=False, demands=_whole_heads),
     "phi3": Family("phi3", rotations=("default", "longrope"), more=_phi3, demands=_whole_heads),
-    "gemma": Family("gemma", rotations=("default",), **GEMMA),
-    "gemma2": Family("gemma2", rotations=("default",), more=_gemma2, demands=_gemma2_demands, **GEMMA),
-    "gemma3_text": Family("gemma3", rotations=("default", "linear"), more=_windows, demands=_gemma3_demands, **GEMMA),
+    "gemma": GEMMA,
+    "gemma2": replace(GEMMA, name="gemma2", more=_gemma2, demands=_gemma2_demands),
+    "gemma3_text": replace(
+        GEMMA, name="gemma3", rotations=("default", "linear"), more=_windows, demands=_gemma3_demands
+    ),
 }
 WITH_WINDOWS = ("gemma2", "gemma3_text")
 
