@@ -2,6 +2,7 @@
 
 import os
 import socket
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -46,6 +47,20 @@ def sealed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
             patch.delenv(name, raising=False)
         patch.setattr(socket.socket, "connect", refuse)
         yield home
+
+
+@pytest.fixture(autouse=True)
+def undrawn(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pictures are only begun, but where a test is about pictures and asks for `drawn`."""
+    if "drawn" not in request.fixturenames and "matplotlib.figure" in sys.modules:
+        from tests import undrawn
+
+        monkeypatch.setattr("matplotlib.figure.Figure.savefig", undrawn.savefig)
+
+
+@pytest.fixture
+def drawn() -> None:
+    """Pictures are drawn."""
 
 
 @pytest.fixture(scope="session")

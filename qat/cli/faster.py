@@ -1,8 +1,9 @@
 """Composing in half the time: what Hydra and OmegaConf do over and over is done once, or not at all.
 
-A launch composes three times and a sweep every job twice. A third of that is copying what describes each node, types
-and a few switches, attribute by attribute; a fifth is collecting, for each file, the options chosen so far, which only
-names with `${…}` in a defaults list ask for.
+A sweep composes every job twice, and Hydra composes a launch once more before it begins, for the one value
+`hydra.mode`. A third of composing is copying what describes each node, types and a few switches, attribute by
+attribute; a fifth is collecting, for each file, the options chosen so far, which only names with `${…}` in a defaults
+list ask for.
 """
 
 import copy
@@ -10,19 +11,34 @@ from collections import defaultdict
 from typing import Any
 
 from hydra._internal import defaults_list
+from hydra._internal.hydra import Hydra
 from hydra.core.default_element import InputDefault
+from hydra.types import RunMode
 from omegaconf import DictConfig, ListConfig, OmegaConf, nodes
 from omegaconf.base import Node
 
+from qat.config import CONF
+
 SINGLE = nodes.ValueNode.__subclasses__()
-collected = defaults_list._create_interpolation_map
+OURS = ("pkg://hydra.conf", f"file://{CONF}", str(CONF), "structured://")
+collected, composed_mode = defaults_list._create_interpolation_map, Hydra.get_mode
 
 
 def register() -> None:
     """Has Hydra and OmegaConf work in this way."""
+    Hydra.get_mode = _mode
     defaults_list._create_interpolation_map = _known_choices
     for kind in (DictConfig, ListConfig, *SINGLE):
         kind.__deepcopy__ = _copied
+
+
+def _mode(hydra: Hydra, config_name: str | None, overrides: list[str]) -> RunMode | None:
+    """What `hydra.mode` is; nothing in `conf/` sets it, so it is composed where a word or a file of one's own may."""
+    folders = {path.path for path in hydra.config_loader.get_search_path().get_path()}
+    if folders <= set(OURS) and not any("hydra" in text for text in overrides if not text.startswith("hydra.run.dir=")):
+        return None
+    mode: RunMode | None = composed_mode(hydra, config_name, overrides)
+    return mode
 
 
 def _known_choices(overrides: defaults_list.Overrides, found: list[InputDefault], self_added: bool) -> DictConfig:

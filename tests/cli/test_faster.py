@@ -12,6 +12,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf, flag_override
 from omegaconf.base import Node
 
 from qat.cli import arguments, faster, main
+from qat.config import CONF
 
 OWN = {kind: kind.__deepcopy__ for kind in (DictConfig, ListConfig, *faster.SINGLE)}  # before any composer
 OWN_CHOICES = faster.collected
@@ -96,3 +97,39 @@ def test_names_in_a_defaults_list_know_the_options_chosen_before(here, named):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(defaults_list, "_create_interpolation_map", OWN_CHOICES)
         assert OmegaConf.to_container(composer.compose(["quant=q2a4"])) == found
+
+
+@pytest.mark.parametrize(
+    ("words", "composed"),
+    [
+        (["+debug=tiny"], 0),
+        (["+debug=tiny", "hydra.run.dir=x"], 0),
+        (["-m", "seed=1,2"], 0),
+        (["hydra.mode=RUN"], 1),
+        (["hydra={mode:RUN}"], 1),
+        (["--config-dir", "{here}/mine"], 1),
+        (["--config-path", "{here}/mine"], 1),
+    ],
+)
+def test_the_mode_is_composed_where_it_may_be_set(here, monkeypatch, words, composed):
+    from hydra._internal.hydra import Hydra
+    from hydra.core.global_hydra import GlobalHydra
+
+    (here / "mine").mkdir()
+    (here / "mine" / "config.yaml").write_text("defaults:\n  - schema\n  - hydra/job_logging: default\n")
+    command, asked = arguments.parse([word.replace("{here}", str(here)) for word in words]), []
+    composer = main.Composer(command.flags)
+    monkeypatch.setattr(faster, "composed_mode", lambda *told: asked.append(told))
+    try:
+        hydra = Hydra.create_main_hydra2("launch", composer.loader.config_search_path)
+        assert hydra.get_mode(config_name=composer.name, overrides=command.overrides) is None
+    finally:
+        GlobalHydra.instance().clear()
+    assert len(asked) == composed
+
+
+def test_no_option_of_ours_sets_the_mode(here):
+    for file in CONF.rglob("*.yaml"):
+        said = OmegaConf.load(file)
+        assert isinstance(said, ListConfig) or "mode" not in (said.get("hydra") or {}), file
+        assert "hydra" not in file.relative_to(CONF).parts[:1] or "mode" not in said
