@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from hypothesis import settings
 
+from tests import quick
+
 if TYPE_CHECKING:
     from qat.artifacts import Artifact
     from qat.machine import Machine
@@ -27,6 +29,11 @@ os.environ.update(
 # The same examples every time, and no clock: the machine may be busy.
 settings.register_profile("steady", derandomize=True, deadline=None, database=None, max_examples=50)
 settings.load_profile("steady")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Every run of pytest notes how long tests take, for `make quick`."""
+    config.pluginmanager.register(quick.Seconds(config))
 
 
 @pytest.fixture(scope="session", autouse=True)

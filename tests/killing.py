@@ -19,6 +19,7 @@ from typing import Any
 
 import safetensors.torch
 import torch
+
 from qat import scratch
 from tests.launching import Launch
 

@@ -77,7 +77,7 @@ def test_error_by_depth_is_drawn_for_any_number_of_leaves(tmp_path):
 @pytest.mark.parametrize(
     ("points", "lines", "bars"),
     [
-        ([({"lr": "1e-3", "quant": "q2a4"}, 0.3), ({"lr": "1", "quant": "q2a4"}, 0.2), ({"lr": "2", "quant": "a"}, 1)], 2, 0),
+        ([({"lr": "1e-3", "quant": "a"}, 0.3), ({"lr": "1", "quant": "a"}, 0.2), ({"lr": "2", "quant": "b"}, 1)], 2, 0),
         ([({"lr": "1"}, 0.3), ({"lr": "2"}, None)], 1, 0),
         ([({"quant": "q2a4"}, 0.3), ({"quant": "q4a4"}, 0.1)], 0, 2),
     ],
@@ -92,4 +92,4 @@ def test_a_sweep_is_a_line_over_numbers_and_bars_over_words(tmp_path, axes, poin
 def test_the_tail_of_each_split_is_drawn_whatever_its_range(tmp_path, axes):
     plots.tail_mass({"train": [0.0, 1e-9, 0.5, 1.0], "eval": [0.1]}, "L64", tmp_path / "tail.png")
     size_of(tmp_path / "tail.png")
-    assert [text.get_text() for text in axes[0].get_legend().get_texts()][0] == "train: 4 positions, mean 0.3750"
+    assert axes[0].get_legend().get_texts()[0].get_text() == "train: 4 positions, mean 0.3750"
