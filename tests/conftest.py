@@ -1,5 +1,6 @@
 """What every test stands on: no network, no home, no path outside pytest's temporary folders, one thread."""
 
+import gc
 import os
 import socket
 import sys
@@ -34,6 +35,12 @@ settings.load_profile("steady")
 def pytest_configure(config: pytest.Config) -> None:
     """Every run of pytest notes how long tests take, for `make quick`."""
     config.pluginmanager.register(quick.Seconds(config))
+
+
+def pytest_collection_finish() -> None:
+    """What was imported and collected stays, so nobody looks through it for garbage again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)

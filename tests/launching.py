@@ -26,6 +26,8 @@ IMPORTED = [
     "qat.stages.run",
     "qat.plots",
     "hydra._internal.hydra",
+    "hydra._internal.logging_config",
+    "transformers.models.llama.modeling_llama",
     "torch.distributed.run",
     "tests.making",
     "tests.warm",
