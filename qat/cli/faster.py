@@ -10,7 +10,7 @@ import copy
 from collections import defaultdict
 from typing import Any
 
-from hydra._internal import defaults_list
+from hydra._internal import defaults_list as listing
 from hydra._internal.hydra import Hydra
 from hydra.core.default_element import InputDefault
 from hydra.types import RunMode
@@ -21,15 +21,15 @@ from qat.config import CONF
 
 SINGLE = nodes.ValueNode.__subclasses__()
 OURS = ("pkg://hydra.conf", f"file://{CONF}", str(CONF), "structured://")
-collected, composed_mode = defaults_list._create_interpolation_map, Hydra.get_mode
+collected, composed_mode = listing._create_interpolation_map, Hydra.get_mode
 
 
 def register() -> None:
     """Has Hydra and OmegaConf work in this way."""
-    Hydra.get_mode = _mode
-    defaults_list._create_interpolation_map = _known_choices
+    Hydra.get_mode = _mode  # type: ignore[assignment, method-assign]
+    listing._create_interpolation_map = _known_choices
     for kind in (DictConfig, ListConfig, *SINGLE):
-        kind.__deepcopy__ = _copied
+        kind.__deepcopy__ = _copied  # type: ignore[attr-defined]
 
 
 def _mode(hydra: Hydra, config_name: str | None, overrides: list[str]) -> RunMode | None:
@@ -41,10 +41,10 @@ def _mode(hydra: Hydra, config_name: str | None, overrides: list[str]) -> RunMod
     return mode
 
 
-def _known_choices(overrides: defaults_list.Overrides, found: list[InputDefault], self_added: bool) -> DictConfig:
+def _known_choices(overrides: listing.Overrides, defaults_list: list[InputDefault], self_added: bool) -> DictConfig:
     """What the names in a defaults list are looked up in; nothing where all of them are plain."""
-    if any(one.is_interpolation() for one in found):
-        return collected(overrides, found, self_added)
+    if any(one.is_interpolation() for one in defaults_list):
+        return collected(overrides, defaults_list, self_added)
     return OmegaConf.create()
 
 
