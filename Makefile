@@ -2,7 +2,7 @@
 # proof. The first of either makes .venv; later ones reuse it until the pins change.
 
 .DEFAULT_GOAL := help
-.PHONY: help run test setup check clean
+.PHONY: help run test quick setup check clean
 
 READY  := .venv/.ready
 VENV   := .venv/bin/python
@@ -13,10 +13,11 @@ DEBRIS := .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis build *.egg-in
 help:
 	@echo "make run     set up once, then quantize, train and evaluate the default model"
 	@echo "make test    set up once, then run the test suite"
+	@echo "make quick   run the tests that a change can break, nearest first, in under a minute"
 	@echo "make setup   only make .venv and fetch the model file"
 	@echo "make check   lint (ruff) and type-check (mypy)"
 	@echo "make clean   remove .venv and caches; outputs/ stays"
-	@echo "ARGS='...' is passed to run and test; PYTHON=/path/to/python picks the interpreter"
+	@echo "ARGS='...' is passed to run, test and quick; PYTHON=/path/to/python picks the interpreter"
 
 run: $(READY)
 	$(info Running python $(strip $(JOB) $(ARGS)))
@@ -25,6 +26,9 @@ run: $(READY)
 test: $(READY)
 	$(info Running the tests: $(strip pytest $(ARGS)))
 	@$(VENV) -m pytest --numprocesses 2 --dist worksteal $(ARGS)
+
+quick: $(READY)
+	@$(VENV) -m tests.quick $(ARGS)
 
 setup: $(READY)
 	@echo ".venv is ready"

@@ -1,13 +1,17 @@
 """What every test stands on: no network, no home, no path outside pytest's temporary folders, one thread."""
 
+import gc
 import os
 import socket
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 from hypothesis import settings
+
+from tests import quick
 
 if TYPE_CHECKING:
     from qat.artifacts import Artifact
@@ -28,6 +32,17 @@ settings.register_profile("steady", derandomize=True, deadline=None, database=No
 settings.load_profile("steady")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Every run of pytest notes how long tests take, for `make quick`."""
+    config.pluginmanager.register(quick.Seconds(config))
+
+
+def pytest_collection_finish() -> None:
+    """What was imported and collected stays, so nobody looks through it for garbage again."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(scope="session", autouse=True)
 def sealed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A home of its own, no login, and a loud refusal of any connection to elsewhere."""
@@ -46,6 +61,20 @@ def sealed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
             patch.delenv(name, raising=False)
         patch.setattr(socket.socket, "connect", refuse)
         yield home
+
+
+@pytest.fixture(autouse=True)
+def undrawn(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pictures are only begun, but where a test is about pictures and asks for `drawn`."""
+    if "drawn" not in request.fixturenames and "matplotlib.figure" in sys.modules:
+        from tests import undrawn
+
+        monkeypatch.setattr("matplotlib.figure.Figure.savefig", undrawn.savefig)
+
+
+@pytest.fixture
+def drawn() -> None:
+    """Pictures are drawn."""
 
 
 @pytest.fixture(scope="session")

@@ -19,7 +19,6 @@ from typing import Any
 
 import safetensors.torch
 import torch
-from matplotlib.figure import Figure
 
 from qat import scratch
 from tests.launching import Launch
@@ -105,8 +104,6 @@ def located(path: Any, descriptor: int = -1) -> str | None:
 
 def install(folders: list[Path], number: int, told: Path, home: Path) -> None:
     """Lets this process die before its n-th operation below `folders`; `home` is where its temporary files go."""
-    Figure.savefig = lambda figure, file, **named: file.write(b"a picture")  # drawing it takes longer than all else
-
     tempfile.tempdir = str(home)
     killer = Killer(folders, number, os.open(told, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644))
     serialize, save, sync, exchange = safetensors.torch.serialize_file, torch.save, os.fsync, scratch._exchanged

@@ -171,8 +171,8 @@ def made_by(folder: Path) -> dict[str, Any]:
     """What a run came to: its bytes, and its figures."""
     checkpoints = {name: open_artifact(folder / "checkpoints" / name).manifest["files"] for name in ("best", "last")}
     result = json.loads((folder / "result.json").read_text())
-    texts = {name: (folder / name).read_text() for name in ("metrics.jsonl", "samples.md")}
-    texts["loss.png"] = (folder / "loss.png").read_text()
+    texts: dict[str, Any] = {name: (folder / name).read_text() for name in ("metrics.jsonl", "samples.md")}
+    texts["loss.png"] = (folder / "loss.png").read_bytes()
     return {"metrics": result["metrics"], "quant": result["quant"], **checkpoints, **texts}
 
 

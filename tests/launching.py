@@ -26,6 +26,8 @@ IMPORTED = [
     "qat.stages.run",
     "qat.plots",
     "hydra._internal.hydra",
+    "hydra._internal.logging_config",
+    "transformers.models.llama.modeling_llama",
     "torch.distributed.run",
     "tests.making",
     "tests.warm",
@@ -101,6 +103,17 @@ def python(*words: str, stdin: str = "", env: Mapping[str, str] | None = None) -
     return subprocess.CompletedProcess(words, code, out, err)
 
 
+def lighten() -> None:
+    """Spares this process what takes long and what no test of launches looks at: its speed, and its pictures."""
+    from matplotlib.figure import Figure
+
+    from qat import machine
+    from tests import undrawn
+
+    machine.matmul_flops = lambda _: 1e11
+    Figure.savefig = undrawn.savefig
+
+
 def fork_pythons() -> None:
     """From now on this process forks the interpreters that it would start."""
     execute = subprocess.Popen._execute_child  # type: ignore[attr-defined]
@@ -144,9 +157,7 @@ def _afresh(words: tuple[str, ...], streams: list[int], cwd: str | None, env: Ma
 def _begin(
     words: tuple[str, ...], paths: list[Path], cwd: str, env: dict[str, str], before: Callable[[], None] | None
 ) -> None:
-    from qat import machine
-
-    machine.matmul_flops = lambda _: 1e11  # a second each time
+    lighten()
     if before is not None:
         before()
     flags = [os.O_RDONLY, *[os.O_WRONLY | os.O_CREAT | os.O_APPEND] * 2]

@@ -12,7 +12,7 @@ SHARD_ROWS = 4
 
 
 def make_cache(outputs: str, text: str, environment: dict[str, str] | None = None) -> None:
-    """The cache of a text file, in shards of four rows; what it says goes to `outputs`/said."""
+    """The cache of a text file, in shards of four rows, each one batch; what it says goes to `outputs`/said."""
     import torch
 
     from qat.cache import writer
@@ -23,7 +23,7 @@ def make_cache(outputs: str, text: str, environment: dict[str, str] | None = Non
 
     prepare(outputs, environment)
     writer.SHARD_ROWS = SHARD_ROWS
-    machine, folder = Machine(torch.device("cpu"), torch.float32, 3), Path(outputs)
+    machine, folder = Machine(torch.device("cpu"), torch.float32, SHARD_ROWS), Path(outputs)
     teacher = tiny.teacher_in(folder)
     data = DataConfig(name="text", source=DataSource.text, path=text, eval_fraction=0.25)
     documents = obtain_documents(data, teacher, 0, machine, folder)

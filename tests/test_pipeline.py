@@ -324,7 +324,7 @@ def test_a_student_that_is_no_better_than_its_conversion_is_called_so(first, sho
     assert f"**Result**: **{verdict}**" in (shop.outputs / "RUNS.md").read_text()
 
 
-def test_cache_alone_can_be_looked_at(first, shop):
+def test_cache_alone_can_be_looked_at(first, shop, drawn):
     done = shop.tiny("stage=cache", "cache.inspect=true")
     assert (done.result["status"], done.result["stage"]) == ("complete", "cache")
     assert done.result["paths"]["cache"] == first.result["paths"]["cache"]

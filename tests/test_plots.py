@@ -7,6 +7,8 @@ import pytest
 from qat import plots
 from qat.plots import loss_curve
 
+pytestmark = pytest.mark.usefixtures("drawn")
+
 ROWS = [{"step": 0, "kd_loss": 5.8}] + [{"step": step, "loss": 5.0 / step} for step in range(1, 6)]
 
 
@@ -70,3 +72,24 @@ def test_error_by_depth_is_drawn_for_any_number_of_leaves(tmp_path):
     errors = {f"model.layers.{i}.block.leaf{j}_proj": 0.01 * (i + j + 1) for i in range(3) for j in range(9)}
     plots.error_by_depth(errors, "tiny", tmp_path / "depth.png")
     assert (tmp_path / "depth.png").read_bytes()[:4] == b"\x89PNG"
+
+
+@pytest.mark.parametrize(
+    ("points", "lines", "bars"),
+    [
+        ([({"lr": "1e-3", "quant": "a"}, 0.3), ({"lr": "1", "quant": "a"}, 0.2), ({"lr": "2", "quant": "b"}, 1)], 2, 0),
+        ([({"lr": "1"}, 0.3), ({"lr": "2"}, None)], 1, 0),
+        ([({"quant": "q2a4"}, 0.3), ({"quant": "q4a4"}, 0.1)], 0, 2),
+    ],
+    ids=["two keys", "a job that failed", "words alone"],
+)
+def test_a_sweep_is_a_line_over_numbers_and_bars_over_words(tmp_path, axes, points, lines, bars):
+    plots.sweep(points, "kl", "sweep-001", tmp_path / "sweep.png")
+    size_of(tmp_path / "sweep.png")
+    assert (len(axes[0].lines), len(axes[0].patches)) == (lines, bars)
+
+
+def test_the_tail_of_each_split_is_drawn_whatever_its_range(tmp_path, axes):
+    plots.tail_mass({"train": [0.0, 1e-9, 0.5, 1.0], "eval": [0.1]}, "L64", tmp_path / "tail.png")
+    size_of(tmp_path / "tail.png")
+    assert axes[0].get_legend().get_texts()[0].get_text() == "train: 4 positions, mean 0.3750"

@@ -65,7 +65,7 @@ def run(options, monkeypatch, attention_of_32):
     return command
 
 
-def test_a_comparison_and_its_picture(run, teacher, tmp_path, capsys):
+def test_a_comparison_and_its_picture(run, teacher, tmp_path, capsys, drawn):
     rows = run()
     assert [(row["method"], row["name"], row["text"]) for row in rows] == [
         ("RTN", bits, text) for bits in ("2:32", "4:32") for text in ("chat", "wiki")
@@ -184,7 +184,7 @@ def test_a_file_to_merge_that_is_not_there_is_said(run, tmp_path):
         run(draw=True, merge=[str(tmp_path / "nowhere.json")])
 
 
-def test_drawing_needs_no_model(run, options, monkeypatch):
+def test_drawing_needs_no_model(run, options, monkeypatch, drawn):
     rows = run()
     monkeypatch.setattr(quality, "Work", lambda _: pytest.fail("a model was wanted"))
     assert run(draw=True, model=None) == rows

@@ -1,16 +1,29 @@
 """A run goes on in its own folder, and only as what it was."""
 
 import json
+import shutil
 
 import pytest
 
 from qat.cli import main
+from tests.cli.conftest import DRIVER
+from tests.launching import python
+
+
+@pytest.fixture(scope="module")
+def begun(tmp_path_factory):
+    """A directory with a run to go on with."""
+    folder = tmp_path_factory.mktemp("begun")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        assert python("-c", DRIVER, "train.lr=0.5", "run.goal='costs ${5}'".replace("$", "\\$")).returncode == 0
+    return folder
 
 
 @pytest.fixture
-def interrupted(launch, here):
-    """The folder of a run to go on with."""
-    assert launch("train.lr=0.5", "run.goal='costs ${5}'".replace("$", "\\$")).code == 0
+def interrupted(begun, here):
+    """The folder of a run to go on with, in a directory of its own."""
+    shutil.copytree(begun / "outputs", here / "outputs")
     return here / "outputs" / "SR-001"
 
 

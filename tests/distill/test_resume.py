@@ -33,6 +33,7 @@ def job(words: list[str]) -> None:
     import launch
     from qat.cli import main
 
+    launching.lighten()
     sys.exit(main.main(words, launch.launch))
 
 

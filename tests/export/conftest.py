@@ -93,7 +93,7 @@ def elsewhere(tmp_path):
         (home / "code.py").write_text(code)
         command = [sys.executable, "-P", "code.py", *map(str, argv)]
         environment = {**os.environ, "PYTHONPATH": path}
-        done = subprocess.run(command, cwd=home, env=environment, capture_output=True, text=True, timeout=100)
+        done = subprocess.run(command, cwd=home, env=environment, capture_output=True, text=True, timeout=300)
         return done.returncode, done.stdout + done.stderr
 
     return run
