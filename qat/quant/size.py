@@ -40,7 +40,7 @@ def rounded(layers: Iterable[Layer], model: nn.Module) -> list[Layer]:
         if name not in quantized:
             tokens, hidden = model.get_parameter(f"{name}.weight").shape
             group = hidden if hidden % GROUP else GROUP
-            found.append(Layer(name, role, (tokens, hidden), GroupGrid(EXACT_BITS, group)))
+            found.append(Layer(name, role, (tokens, hidden), GroupGrid(EXACT_BITS, group, "integers")))
     return found
 
 
