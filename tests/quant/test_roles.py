@@ -40,8 +40,9 @@ SMALL = {
 EXPERTS = {"num_experts": 3, "num_local_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 4}
 
 
-def smollm2() -> PreTrainedModel:
+def smollm2(**shape: Any) -> PreTrainedModel:
     return skeleton(
+        **shape,
         hidden_size=576,
         intermediate_size=1536,
         num_hidden_layers=30,
