@@ -5,9 +5,10 @@
     python benchmarks/export.py product                                         # one token, CUDA, shapes of Qwen3-0.6B
     python benchmarks/export.py product --sweep                                 # every tiling of each shape, best first
 
-`vocabulary` looks one row up and multiplies a state with all of them, at the shape of SmolLM2-135M with random numbers;
-the first call of a packed pair multiplies its weight out. `product` walks over so many layers of one shape that no weight is still in the L2 cache when its turn
-comes again, as in a model, and measures both the bare kernels (CUDA graph) and calls from Python (eager).
+`vocabulary` looks one row up and multiplies a state with all of them, at the shape of SmolLM2-135M with random
+numbers; the first call of a packed pair multiplies its weight out. `product` walks over so many layers of one shape
+that no weight is still in the L2 cache when its turn comes again, as in a model, and measures both the bare kernels
+(CUDA graph) and calls from Python (eager).
 """
 
 import argparse

@@ -29,7 +29,7 @@ def test_the_gpu_walks_as_the_cpu_does(from_value, rows, columns, entries):
 @pytest.mark.parametrize("from_value", [True, False])
 @pytest.mark.parametrize(("rows", "columns", "entries"), [(1, 1, 2), (40, 64, 4), (33, 17, 256)])
 def test_a_column_takes_the_nearest_value_and_later_ones_make_up_for_it(from_value, rows, columns, entries):
-    """Against one weight at a time in float64; the walk's own changes are passed on, so that none tips all behind it."""
+    """Against float64, column by column; the walk's own changes are passed on, so that none tips all behind it."""
     draw = torch.Generator().manual_seed(0)
     wanted, S, value = (torch.randn(2, rows, columns, generator=draw) for _ in range(3))
     values = torch.randn(2, entries, generator=draw).sort(1).values
