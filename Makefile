@@ -6,7 +6,7 @@
 
 READY  := .venv/.ready
 VENV   := .venv/bin/python
-JOB    := launch.py quant=q2a4 mode=mlp
+JOB    := launch.py quant=mb66 mode=mlp
 # What `make clean` removes. Never outputs/: results are the user's.
 DEBRIS := .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis build *.egg-info
 

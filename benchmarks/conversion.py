@@ -17,6 +17,8 @@ from transformers import PreTrainedModel
 
 from qat import machine as machines
 from qat.cache.batch import Text
+from qat.cli import arguments as command_line
+from qat.cli import main as launch
 from qat.config import (
     ConvertConfig,
     DataConfig,
@@ -28,7 +30,6 @@ from qat.config import (
     ModelSource,
     Packing,
     QuantConfig,
-    WeightConfig,
 )
 from qat.convert.convert import Converted, convert, install
 from qat.data import packing, sources
@@ -140,9 +141,7 @@ def convert_option(name: str) -> ConvertConfig:
 
 def preset(name: str) -> QuantConfig:
     """A `quant` option as the command line would compose it."""
-    option = yaml.safe_load((CONF / "quant" / f"{name}.yaml").read_text())
-    kinds = {kind: WeightConfig(**option[kind]) if option.get(kind) else None for kind in ("mlp", "attn")}
-    return QuantConfig(name, **kinds)
+    return launch.check(command_line.parse([f"quant={name}"])).configs[0].quant
 
 
 def arguments() -> argparse.Namespace:

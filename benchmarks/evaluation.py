@@ -24,13 +24,15 @@ from qat.cache.batch import Text
 from qat.checkpoint_files import find
 from qat.config import InstanceConfig, ModelConfig, ModelSource, Precision
 from qat.evaluate import evaluate
+from qat.export.packed import writer
 from qat.fidelity import Sample, settle
 from qat.forward import body
 from qat.machine import DTYPES, Machine
 from qat.models import ModelFolder, locate
 from qat.quant.architectures import Layer
+from qat.quant.embedding import put
 from qat.quant.formats import GroupGrid
-from qat.quant.size import bits_per_weight, file_bytes
+from qat.quant.size import bits_per_weight, file_bytes, rounded
 
 TOP_K = 64  # tokens that `kd_loss` looks at
 
@@ -149,7 +151,7 @@ def trained(work: Evaluation, name: str, paths: Iterable[Path]) -> Entry:
     def student(path: Path, dtype: torch.dtype) -> Student:
         machine = Machine(work.machine.device, dtype, work.machine.micro_batch)
         model, manifest = checkpoints.load(path, teacher_of(path, work.folder), machine)
-        return model, our_size(checkpoints.layers_of(manifest), work.folder)
+        return as_packed(model, checkpoints.layers_of(manifest), work.folder)
 
     makers = tuple(lambda dtype, path=path: student(path, dtype) for path in found)
     return Entry(f"{method}, trained", name, settings, makers)
@@ -176,6 +178,13 @@ def size_of(layers: list[Layer], grids: dict[str, Grid], folder: ModelFolder) ->
     megabytes = (sum(weights * bits for _, (weights, bits) in costs) + 16 * rest) / 8e6
     every = mean_bits(cost for _, cost in costs)
     return {"bits": round(mlp, 4), "bits_all": round(every, 4), "megabytes": round(megabytes, 3)}
+
+
+def as_packed(model: PreTrainedModel, layers: list[Layer], folder: ModelFolder) -> Student:
+    """A student as its packed file has it, embedding and head rounded where they are not quantized, and its sizes."""
+    for layer in rounded(layers, folder.skeleton()):
+        put(model, layer.name, writer.rounded(layer, model.get_parameter(f"{layer.name}.weight").cpu()))
+    return model, our_size(layers, folder)
 
 
 def our_size(layers: list[Layer], folder: ModelFolder) -> dict[str, float]:

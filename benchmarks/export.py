@@ -1,11 +1,14 @@
 """What a packed export costs to run, side by side with the dense model.
 
     python benchmarks/export.py generation --packed <folder> --dense <folder>   # both exports, greedy tokens/s
+    python benchmarks/export.py vocabulary [--threads 2]                        # one token, embedding and tied head
     python benchmarks/export.py product                                         # one token, CUDA, shapes of Qwen3-0.6B
     python benchmarks/export.py product --sweep                                 # every tiling of each shape, best first
 
-`product` walks over so many layers of one shape that no weight is still in the L2 cache when its turn
-comes again, as in a model, and measures both the bare kernels (CUDA graph) and calls from Python (eager).
+`vocabulary` looks one row up and multiplies a state with all of them, at the shape of SmolLM2-135M with random
+numbers; the first call of a packed pair multiplies its weight out. `product` walks over so many layers of one shape
+that no weight is still in the L2 cache when its turn comes again, as in a model, and measures both the bare kernels
+(CUDA graph) and calls from Python (eager).
 """
 
 import argparse
@@ -15,12 +18,13 @@ import time
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 import qat  # noqa: F401 - registers packed exports
-from qat.packed.linear import PackedLinear
-from qat.quant.formats import Codebook
+from qat.machine import computes_bf16
+from qat.packed.linear import PackedEmbedding, PackedLinear, PackedTiedHead
+from qat.quant.formats import Codebook, Format, GroupGrid
 from qat.quant.formats import codebook_product as kernel
 from qat.quant.formats.codebook_product import Tiling
 
@@ -32,6 +36,12 @@ SHAPES = {  # outputs, inputs of Qwen3-0.6B
     "down": (1024, 3072),
 }
 CODEBOOKS = ((2, 32), (2, 8), (3, 8), (4, 8), (4, 4))  # bits, rank
+TOKENS, HIDDEN = 49_152, 576  # of SmolLM2-135M
+VOCABULARIES: dict[str, Format | None] = {
+    "dense": None,
+    "codebook, 4 bits, rank 16": Codebook(4, 16),
+    "grid, 8 bits": GroupGrid(8, 64),
+}
 DENSE_BYTES = 400_000_000  # of all layers walked over: several times any L2 cache
 REPEATS = 20
 SWEPT_CODEBOOKS = ((2, 32), (2, 8), (4, 8))
@@ -42,9 +52,9 @@ SWEEP = [  # rows, columns, warps
 
 
 def main() -> None:
-    """One of the two measurements."""
+    """One of the measurements."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["generation", "product"])
+    parser.add_argument("what", choices=["generation", "vocabulary", "product"])
     parser.add_argument("--packed", help="folder of a packed export")
     parser.add_argument("--dense", help="folder of an hf export")
     parser.add_argument("--tokens", type=int, default=64)
@@ -53,7 +63,13 @@ def main() -> None:
     options = parser.parse_args()
     if options.threads:
         torch.set_num_threads(options.threads)
-    generation(options) if options.what == "generation" else product(options.sweep)
+    match options.what:
+        case "generation":
+            generation(options)
+        case "vocabulary":
+            vocabulary()
+        case "product":
+            product(options.sweep)
 
 
 def generation(options: argparse.Namespace) -> None:
@@ -75,6 +91,40 @@ def generation(options: argparse.Namespace) -> None:
         print(f"{name:8} {model.dtype!s:15} {speed:7.1f} tokens/s (median of {len(seconds[name])} by turns)")
     ratios = [dense / packed for dense, packed in zip(seconds["dense"], seconds["packed"], strict=True)]
     print(f"packed is {statistics.median(ratios):.2f} times as fast as dense")
+
+
+@torch.inference_mode()
+def vocabulary() -> None:
+    """Milliseconds of embedding and head for one token, by turns, and the seconds of the first call."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = torch.bfloat16 if computes_bf16(device) else torch.float32
+    pairs = {name: vocabulary_pair(format, dtype, device) for name, format in VOCABULARIES.items()}
+    spent: dict[str, list[float]] = {name: [] for name in pairs}
+    for turn in range(REPEATS + 1):
+        for name, (embedding, head) in pairs.items():
+            ids = torch.tensor([[turn]], device=device)
+            began = time.perf_counter()
+            head(embedding(ids)).argmax(-1).item()
+            spent[name].append(time.perf_counter() - began)
+    print(f"{device}, {torch.get_num_threads()} threads, {dtype}: first call, then the median of {REPEATS}")
+    usual = statistics.median(spent["dense"][1:])
+    for name, (first, *others) in spent.items():
+        later = statistics.median(others)
+        print(f"{name:28}{first:8.2f} s {later * 1e3:8.2f} ms {later / usual:6.2f} times dense")
+
+
+def vocabulary_pair(format: Format | None, dtype: torch.dtype, device: torch.device) -> tuple[nn.Module, nn.Module]:
+    """An embedding and the head that is tied to it, with random numbers."""
+    embedding = nn.Embedding(TOKENS, HIDDEN, dtype=dtype, device=device)
+    if format is None:
+        head = nn.Linear(HIDDEN, TOKENS, bias=False, device="meta")
+        head.weight = embedding.weight
+        return embedding, head
+    packed = PackedEmbedding(format, embedding).to(device)
+    packed.indices.random_(256)
+    for part in packed.parts().values():
+        part.uniform_(-0.1, 0.1)
+    return packed, PackedTiedHead(packed, None)
 
 
 def load(folder: str, device: str) -> torch.nn.Module:

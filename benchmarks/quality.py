@@ -41,7 +41,7 @@ from typing import Any
 
 import torch
 from conversion import convert_option, convert_preset, texts
-from evaluation import Entry, Evaluation, Student, add_arguments, digest, our_size, size_of, trained
+from evaluation import Entry, Evaluation, Student, add_arguments, as_packed, digest, size_of, trained
 from peers import PEERS, Peer
 from peers.grid import Grid, levels, parse, prove
 from results import OURS, Results, draw, table
@@ -177,7 +177,8 @@ def preset(work: Work, name: str, convert: str) -> Entry:
         seconds = time.monotonic() - began
         student = work.folder.load(dtype, work.machine.device)
         install(student, {one.layer.name: one.module for one in made})
-        return student, {**our_size([one.layer for one in made], work.folder), "seconds": round(seconds, 1)}
+        student, sizes = as_packed(student, [one.layer for one in made], work.folder)
+        return student, {**sizes, "seconds": round(seconds, 1)}
 
     return Entry(f"{OURS}, convert={convert}", name, shaping | work.calibrated, (make,))
 

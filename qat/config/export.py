@@ -37,7 +37,9 @@ class ExportConfig:
     dtype: ExportType = key(
         ExportType.fp32, "of dense weights; packed: of unquantized parts; anemll_v2: fp16 snaps"
     )
-    dense: bool = key(False, "gguf: layers that are in no type of llama.cpp are written in export.dtype")
+    dense: bool = key(
+        False, "in export.dtype are, gguf: layers in no type of llama.cpp; packed: embedding and head, if not quantized"
+    )
     scales: ScaleForm = key(ScaleForm.factored, "coreml")
     context: int = key(512, "coreml: tokens that the key-value cache holds", low=1)
     output: str | None = key(None, "a new folder, or an older export to replace")

@@ -64,7 +64,15 @@ def _bits(quant: dict[str, Any]) -> list[str]:
         f" model. The {quant['layers']} quantized layers have {quant['bits_per_weight']}, scales and the like included"
         f" ({', '.join(roles)}); what is not quantized counts as 16."
     )
-    return ["## Size", text, *_dense(quant["dense"])]
+    return ["## Size", text, *_rounded(quant["rounded"]), *_dense(quant["dense"])]
+
+
+def _rounded(bits: dict[str, float]) -> list[str]:
+    """What only a packed file has in few bits; nothing where all of it is quantized, or left exact."""
+    if not bits:
+        return []
+    named = " and ".join(f"{code(name)} ({number:.2f} bits a weight)" for name, number in bits.items())
+    return [f"Not quantized, but rounded to 8 bits where the model is packed: {named}."]
 
 
 def _dense(shares: dict[str, float]) -> list[str]:

@@ -30,7 +30,7 @@ class Exporter:
         sized: its file is the one whose bytes `quant.file_bytes` tells, so they are told in its type.
         samples: prompts that it is compared on, the first ones; None takes all.
         grid: what its quantized weights lie on; None takes any format, or says itself what it does not.
-        writes_out: with `export.dense`, weights that lie on nothing of it are written all the same.
+        writes_out: with `export.dense`, weights that it would refuse or round are written as they are.
         refuse: raises a `QatError` for anything else that cannot be written.
         refuse_architecture: raises one for a `config.json` that the reader cannot compute.
         refuse_tokenizer: raises one for a teacher whose tokenizer the reader would take for another.

@@ -42,6 +42,7 @@ class Source:
         latent: the weights that the codebooks stand for, by layer, where the checkpoint has them.
         record: of the run that made the checkpoint, where there is one.
         dtype: of what is not quantized in the packed file whose size is told.
+        exact: that file does not round embedding and head.
     """
 
     teacher: ModelFolder
@@ -50,6 +51,7 @@ class Source:
     latent: dict[str, Tensor] = field(default_factory=dict)
     record: Record = field(default_factory=lambda: Record(Path(), {}, ""))
     dtype: torch.dtype = torch.bfloat16
+    exact: bool = False
 
     @property
     def layers(self) -> list[Layer]:
@@ -61,7 +63,8 @@ class Source:
         """Preset, counts and sizes, as `result.json` has them."""
         if not self.manifest:
             return {}
-        return {"preset": self.manifest["quant"]["name"], **summary(self.layers, self.teacher.skeleton(), self.dtype)}
+        sizes = summary(self.layers, self.teacher.skeleton(), self.dtype, self.exact)
+        return {"preset": self.manifest["quant"]["name"], **sizes}
 
 
 def open_source(teacher: ModelFolder, checkpoint: Path | None) -> Source:

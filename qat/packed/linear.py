@@ -56,6 +56,7 @@ class Packed(nn.Module):
         format: what W is.
         indices: [ceil(O · I · bits / 8)] uint8, the bit stream of `qat.quant.packing`.
         dense: W while it is kept.
+        operands: those of the format, in fp32, while rows are looked up.
     """
 
     def __init__(self, format: Format, outputs: int, inputs: int) -> None:
@@ -67,6 +68,7 @@ class Packed(nn.Module):
         for name, part in format.parts(outputs, inputs).items():
             self.register_buffer(name, room(part))
         self.dense: Tensor | None = None
+        self.operands: Parts | None = None
 
     def parts(self) -> Parts:
         """The format's parts by name, as they are."""
@@ -92,8 +94,11 @@ class Packed(nn.Module):
         """Some rows [X, I] of W; no other rows are decoded."""
         if self.dense is not None and self.dense.dtype == dtype:
             return self.dense[rows_X]
-        operands, rowwise = self.format.operands(self._wide()), self.format.rowwise
-        chosen = {name: value[rows_X] if name in rowwise else value for name, value in operands.items()}
+        if self.operands is None:
+            with torch.inference_mode(False), torch.no_grad():
+                self.operands = self.format.operands(self._wide())
+        rowwise = self.format.rowwise
+        chosen = {name: value[rows_X] if name in rowwise else value for name, value in self.operands.items()}
         index = packing.unpack_rows(self.indices, self.format.bits, rows_X, self.in_features)
         return self.format.grid(chosen).at(index).to(dtype)
 
@@ -109,8 +114,8 @@ class Packed(nn.Module):
         return {name: read(described[name], value) for name, value in self.parts().items()}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Packed":
-        """Forgets the dense weight when the layer moves or changes its type."""
-        self.dense = None
+        """Forgets the dense weight and the operands when the layer moves or changes its type."""
+        self.dense = self.operands = None
         super()._apply(fn, recurse)
         return self
 

@@ -121,17 +121,23 @@ def refit(x: Tensor, linear: Linear, weight_NOI: Tensor, h_NI: Tensor, relaxatio
     return x - relaxation * linear.solve(linear.reduce(error_NOI))
 
 
-def conjugate_gradient(x: Tensor, linear: Linear, weight_NOI: Tensor, curvature: Curvature, iterations: int) -> Tensor:
+def conjugate_gradient(
+    x: Tensor, linear: Linear, weight_NOI: Tensor, curvature: Curvature, iterations: int, enough: float = 0.0
+) -> Tensor:
     """Lowers the cost of `W − expand(x)` from the given unknowns; it never rises.
 
-    Preconditioned by the same problem under a diagonal importance, whose solution is at hand.
+    Preconditioned by the same problem under a diagonal importance, whose solution is at hand. A CPU stops where the
+    squared residual is at most `enough` of the first one; a GPU would have to wait to see it.
     """
     coupled = linear.coupled if curvature.outputs_NOO is None else tuple(range(1, x.dim()))
     residual = linear.reduce(curvature.slope(weight_NOI - linear.expand(x)))
     direction = step = linear.solve(residual)
     gain = _dot(residual, step, coupled)
     solved = SOLVED * gain  # below this the residual is only rounding error, which further steps must not follow
+    small = enough * gain
     for _ in range(iterations):
+        if enough and gain.device.type == "cpu" and bool((gain <= small).all()):
+            break
         curved = linear.reduce(curvature.slope(linear.expand(direction)))
         length = _ratio(gain * (gain > solved), _dot(direction, curved, coupled))
         x = x + length * direction

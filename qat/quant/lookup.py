@@ -46,7 +46,7 @@ def nearest(x: Tensor, values_NK: Tensor) -> Tensor:
 
     On a GPU one search, which is one launch. A CPU compares many numbers at once with each of a few boundaries instead.
     """
-    middle_NK = ((values_NK[..., 1:] + values_NK[..., :-1]) / 2).contiguous()
+    middle_NK = middles(values_NK)
     if x.device.type != "cpu" or values_NK.shape[-1] > COMPARED:
         found = torch.searchsorted(middle_NK, x.flatten(values_NK.dim() - 1).contiguous(), right=True, out_int32=True)
         return found.to(torch.uint8).view(x.shape)
@@ -54,6 +54,11 @@ def nearest(x: Tensor, values_NK: Tensor) -> Tensor:
     for middle_N in middle_NK.unbind(-1):
         index += (x >= middle_N.view(*middle_N.shape, *[1] * (x.dim() - middle_N.dim()))).view(torch.uint8)
     return index
+
+
+def middles(values_NK: Tensor) -> Tensor:
+    """Boundaries [N, K − 1] between neighbouring values."""
+    return ((values_NK[..., 1:] + values_NK[..., :-1]) / 2).contiguous()
 
 
 def relative(weight: Tensor, S: Tensor) -> Tensor:

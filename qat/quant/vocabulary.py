@@ -26,16 +26,27 @@ def matrices(model: nn.Module, quant: QuantConfig) -> dict[str, str]:
     Raises:
         ConfigError: `quant` says two things of one tensor, or of two tensors only one thing, or there is none such.
     """
-    found, asked = ends(model), quant.embed is not None or quant.head is not None
+    asked = quant.embed is not None or quant.head is not None
     if asked:
-        _refuse_two(quant) if found.tied else _refuse_one(quant)
-    # Other code that multiplies with the embedding would not find its matrix, so both modules are checked.
-    for role, name, kind in (("head", found.head, nn.Linear), ("embed", found.embed, nn.Embedding)):
-        if not _plain(model, name, kind):
-            if asked:
-                _refuse_other(model, role, name, kind)
-            return {}
-    return roles(model)
+        _refuse_two(quant) if ends(model).tied else _refuse_one(quant)
+        for role, name, kind in _other(model):
+            _refuse_other(model, role, name, kind)
+    return possible(model)
+
+
+def possible(model: nn.Module) -> dict[str, str]:
+    """The role of each of a model's matrices of vocabulary × hidden, by its name; none where one of them is unknown.
+
+    Other code that multiplies with the embedding would not find its matrix, so both modules are checked.
+    """
+    return {} if _other(model) else roles(model)
+
+
+def _other(model: nn.Module) -> list[tuple[str, str | None, type[nn.Module]]]:
+    """The roles whose module is none of the plain kind, with its name and that kind."""
+    found = ends(model)
+    kinds = (("head", found.head, nn.Linear), ("embed", found.embed, nn.Embedding))
+    return [(role, name, kind) for role, name, kind in kinds if not _plain(model, name, kind)]
 
 
 def _plain(model: nn.Module, name: str | None, kind: type[nn.Module]) -> bool:

@@ -42,16 +42,18 @@ def walk_block(
 def _walk_torch(
     wanted: Tensor, S: Tensor, values: Tensor, spread: Tensor, value: Tensor | None, index: Tensor, moved: Tensor
 ) -> None:
+    """The same in few operations a column, as each handles few numbers: one search finds the nearest values."""
     columns = wanted.mT.contiguous()  # the numbers of a column are adjacent in memory
     scale = S.mT.contiguous()
-    divisor = lookup.nonzero(scale)
+    divisor, middle = lookup.nonzero(scale), lookup.middles(values)
     before = columns if value is None else value.mT.contiguous()
-    change = torch.empty_like(columns)
+    chosen, change = torch.empty_like(columns, dtype=torch.uint8), torch.empty_like(columns)
     for j in range(columns.shape[1]):
-        chosen = lookup.nearest(columns[:, j] / divisor[:, j], values)
-        index[:, :, j] = chosen
-        change[:, j] = values.gather(1, chosen.long()) * scale[:, j] - before[:, j]
-        columns[:, j + 1 :] -= spread[:, j, j + 1 :, None] * change[:, j, None]
+        found = torch.searchsorted(middle, columns[:, j] / divisor[:, j], right=True)
+        chosen[:, j] = found
+        torch.sub(values.gather(1, found).mul_(scale[:, j]), before[:, j], out=change[:, j])
+        columns[:, j + 1 :].addcmul_(spread[:, j, j + 1 :, None], change[:, j, None], value=-1)
+    index.copy_(chosen.mT)
     moved.copy_(change.mT)
 
 

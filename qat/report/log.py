@@ -131,6 +131,7 @@ def _run(run: Record) -> str:
         "Result": _result(run),
         "Measured on": _ground(run),
         **_size(run),
+        **_rounded(run),
         **_dense(run),
         "Conversion": _conversion(run),
         "Resumed": _resumed(run),
@@ -191,6 +192,14 @@ def _size(run: Record) -> dict[str, str]:
     units = ("MB packed", "bits a weight", "over the quantized layers")
     known = [f"{text} {unit}" for text, unit in zip(_sizes(sizes), units, strict=True) if text != NOTHING]
     return {"Size": ", ".join(known)} if sizes[1] is not None else {}
+
+
+def _rounded(run: Record) -> dict[str, str]:
+    """What only the packed file has in few bits; empty if there is nothing."""
+    found = run.section("quant", "rounded")
+    bits = {name: number for name in found if (number := run.number("quant", "rounded", name)) is not None}
+    named = ", ".join(f"{code(name)} {number:.2f} bits" for name, number in bits.items())
+    return {"Rounded in the packed file": named} if named else {}
 
 
 def _dense(run: Record) -> dict[str, str]:

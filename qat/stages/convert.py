@@ -123,7 +123,7 @@ def _show(layers: list[Layer], manifest: dict[str, Any], quant: dict[str, Any]) 
             rows.append([role, str(len(members)), f"{bits_per_weight(members):.2f}", *_figures(members, figures)])
     header = ["role", "layers", "bits/weight", "weight error", "output error", "seconds"]
     table(f"{len(layers)} layers converted ({' + '.join(counts)})", header, rows)
-    console.print(f"size, packed: {said(quant)} over the whole model", soft_wrap=True)
+    console.print(f"size, packed: {said(quant)}", soft_wrap=True)
     if quant["dense"]:
         console.print(f"left dense, as shares of the decoder's weights: {told(quant['dense'])}", soft_wrap=True)
     before, after = manifest["metrics"]["before"] or {"kd_loss": 0.0, "kl": 0.0}, manifest["metrics"]["after"]

@@ -29,7 +29,7 @@ def main(config: Config, run: Run) -> None:
         source = open_source(work.teacher, start_folder(config.checkpoint))
         form.refuse_layers(checkpoints.entries(source.layers), config.export)
         if form.sized:
-            source = replace(source, dtype=DTYPES[config.export.dtype])
+            source = replace(source, dtype=DTYPES[config.export.dtype], exact=config.export.dense)
         make(work, writer, source, folder)
     size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     run.result["quant"] = source.quant

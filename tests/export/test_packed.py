@@ -75,7 +75,7 @@ def header():
 
 @pytest.mark.parametrize("imports", ORDERS.values(), ids=ORDERS.keys())
 def test_import_qat_makes_it_load_in_either_order(best, student, export, elsewhere, tmp_path, imports):
-    folder = export(best, "packed", "fp32")
+    folder = export(best, "packed", "fp32", dense=True)
     code, said = elsewhere(LOAD.format(imports=imports), folder, tmp_path / "logits.pt", path=str(ROOT))
     assert code == 0, said
     dtype, logits = torch.load(tmp_path / "logits.pt", weights_only=True)
@@ -113,7 +113,7 @@ def test_transformers_alone_loads_nothing_of_ours(elsewhere):
 
 
 def test_the_file_weighs_what_the_bits_say(best, student, export, header):
-    folder = export(best, "packed", "bf16")
+    folder = export(best, "packed", "bf16", dense=True)
     tensors = header(folder)
     layers = quantized(student)
     codebooks = sum(entry["bytes"] for name, entry in tensors.items() if name.rpartition(".")[0] in layers)
@@ -128,11 +128,14 @@ def test_the_file_weighs_what_the_bits_say(best, student, export, header):
     assert (folder / packed.FILE).stat().st_size < codebooks + others + 200 * len(tensors)
 
 
+@pytest.mark.parametrize("dense", [False, True])
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
-def test_the_file_has_as_many_bytes_as_the_record_says(best, teacher, export, dtype):
-    folder = export(best, "packed", dtype)
-    said = json.loads((folder / "manifest.json").read_text())["quant"]["file_bytes"]
-    assert said == (folder / packed.FILE).stat().st_size
+def test_the_file_has_as_many_bytes_as_the_record_says(best, export, dtype, dense):
+    folder = export(best, "packed", dtype, dense=dense)
+    said = json.loads((folder / "manifest.json").read_text())["quant"]
+    assert said["file_bytes"] == (folder / packed.FILE).stat().st_size
+    assert said["rounded"] == ({} if dense else {"model.embed_tokens": 8 + 16 / 64})
+    assert ("rounded to 8 bits" in (folder / "README.md").read_text()) is not dense
 
 
 @torch.no_grad()
@@ -198,7 +201,7 @@ def test_experts_are_packed_each_by_itself_and_read_back(kind, tmp_path):
     experts.quantize(student, experts.experts_of(student))
     layers = [Layer(name, "mlp", (one.outputs, one.inputs), one.format) for name, one in quantized(student).items()]
     source = Source(teacher, student, checkpoints.describe(teacher, QuantConfig("q2a16"), layers))
-    packed.write(source, tmp_path, ExportConfig("packed", "packed", ExportType.fp32))
+    packed.write(source, tmp_path, ExportConfig("packed", "packed", ExportType.fp32, dense=True))
     read, expected = packed.read(source, tmp_path), experts.logits(student)
     assert (experts.logits(read) - expected).norm() < 5e-3 * expected.norm()
     names = [name for name, module in read.named_modules() if isinstance(module, PackedLinear)]

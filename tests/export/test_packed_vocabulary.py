@@ -75,6 +75,27 @@ def test_it_says_and_writes_what_the_student_does(source, packed):
 
 
 @torch.no_grad()
+def test_what_is_not_quantized_is_rounded_to_8_bits(teacher, tmp_path):
+    model = teacher.load(torch.float32, tiny.CPU)
+    exact = model.get_input_embeddings().weight.clone()
+    exact[3], exact[4] = 0.0, exact[4] * 1e-3  # padding, and a row whose scale has few digits in fp16
+    model.get_input_embeddings().weight.copy_(exact)
+    made = tiny.converted(model, torch.arange(256).view(8, 32))
+    install(model, {name: module for name, (_, module, _) in made.items()})
+    source = Source(teacher, model, checkpoints.describe(teacher, tiny.QUANT, [layer for layer, _, _ in made.values()]))
+    writer.write(source, tmp_path, ExportConfig("packed", "packed", ExportType.fp32))
+    loaded = writer.read(source, tmp_path)
+    assert type(loaded.get_input_embeddings()) is PackedEmbedding and type(loaded.lm_head) is PackedTiedHead
+    error = (loaded.get_input_embeddings()(torch.arange(512)).double() - exact.double()).abs().amax(1)
+    largest = exact.abs().amax(1).double()
+    ordinary = torch.arange(512) != 4
+    assert (error <= largest * (0.5 / 127.5 + 2**-11))[ordinary].all()  # half a step, and a scale in fp16
+    assert not error[3] and error[4] < 0.1 * largest[4]
+    wanted = model(IDS).logits
+    assert (loaded(IDS).logits - wanted).norm() < 5e-2 * wanted.norm()
+
+
+@torch.no_grad()
 def test_an_untied_head_is_packed_by_itself(source, tmp_path):
     model = copy.deepcopy(source.model)
     embedding = model.get_input_embeddings()
@@ -89,7 +110,7 @@ def test_an_untied_head_is_packed_by_itself(source, tmp_path):
     manifest = copy.deepcopy(source.manifest)
     manifest["layers"]["lm_head"] = manifest["layers"]["model.embed_tokens"] | {"kind": "head"}
     untied = type("Untied", (Source,), {"quant": {"bits_per_weight": 1.0}})(teacher, model, manifest)
-    writer.write(untied, tmp_path, ExportConfig("packed", "packed", ExportType.fp32))
+    writer.write(untied, tmp_path, ExportConfig("packed", "packed", ExportType.fp32, dense=True))
     loaded = writer.read(untied, tmp_path)
     assert type(loaded.lm_head) is PackedHead
     wanted = source.model(IDS).logits

@@ -40,8 +40,9 @@ SMALL = {
 EXPERTS = {"num_experts": 3, "num_local_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 4}
 
 
-def smollm2() -> PreTrainedModel:
+def smollm2(**shape: Any) -> PreTrainedModel:
     return skeleton(
+        **shape,
         hidden_size=576,
         intermediate_size=1536,
         num_hidden_layers=30,
@@ -141,15 +142,18 @@ def test_a_kind_without_codebooks_is_left_out_and_told():
     assert figures["dense"] == {name: round(share, 4) for name, share in shares.items()}
 
 
-def test_bits_of_the_whole_model_count_sixteen_for_what_is_not_quantized():
+@pytest.mark.parametrize("exact", [False, True])
+def test_bits_of_the_whole_model_count_sixteen_for_what_is_in_no_format(exact):
     layers = select(smollm2(), preset("q2a4"))
     quantized = sum(layer.weights for layer in layers)
-    rest = 100 * 576 + 61 * 576  # the tied embedding once, and all norms
-    expected = (by_hand(2, 32, *SMOLLM2_MLP) * 90 * 576 * 1536 + by_hand(4, 8, *SMOLLM2_ATTENTION) * 30 * 884_736) / (
-        quantized + rest
-    ) + 16 * rest / (quantized + rest)
+    embedding, norms = 100 * 576, 61 * 576  # the tied embedding counts once
+    bits = by_hand(2, 32, *SMOLLM2_MLP) * 90 * 576 * 1536 + by_hand(4, 8, *SMOLLM2_ATTENTION) * 30 * 884_736
+    bits += (16 if exact else 8 + 16 / 64) * embedding + 16 * norms
     assert quantized == 90 * 576 * 1536 + 30 * 884_736
-    assert summary(layers, smollm2())["model_bits_per_weight"] == pytest.approx(expected, abs=1e-4)
+    figures = summary(layers, smollm2(), exact=exact)
+    expected = bits / (quantized + embedding + norms)
+    assert figures["model_bits_per_weight"] == pytest.approx(expected, abs=1e-4)
+    assert figures["rounded"] == ({} if exact else {"model.embed_tokens": 8.25})
 
 
 def test_a_layer_takes_bits_and_rank_of_its_kind():
@@ -299,8 +303,12 @@ def test_embedding_and_head_are_one_layer_where_they_are_one_tensor(tied, chosen
     stored = sum(16 * (2 * 108 + 2**layer.format.bits) + layer.format.bits * 800 for layer in outer.values())
     inner = [layer for layer in layers if layer.role == "mlp"]
     stored += sum(layer.format.stored_bits(*layer.shape) for layer in inner)
-    stored += 16 * (weights - sum(layer.weights for layer in layers))
-    assert summary(layers, model)["model_bits_per_weight"] == pytest.approx(stored / weights, abs=1e-3)
+    others = [name for name in ("model.embed_tokens", "lm_head")[: 1 if tied else 2] if name not in outer]
+    stored += (8 * 8 + 16) * 100 * len(others)  # rounded, with a scale a row: 64 does not divide it
+    stored += 16 * (weights - sum(layer.weights for layer in layers) - 800 * len(others))
+    figures = summary(layers, model)
+    assert figures["model_bits_per_weight"] == pytest.approx(stored / weights, abs=1e-3)
+    assert list(figures["rounded"]) == others
 
 
 @pytest.mark.parametrize(

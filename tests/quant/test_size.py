@@ -1,17 +1,21 @@
 import random
+import re
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
 from qat import tensor_files
+from qat.cli import arguments, main
 from qat.export.packed import writer as packed
 from qat.export.source import Source
-from qat.quant.architectures import Layer
+from qat.quant.architectures import Layer, select
 from qat.quant.formats import Codebook, GroupGrid
 from qat.quant.linear import QuantLinear
-from qat.quant.size import METADATA, file_bytes, model_bits_per_weight, stored
+from qat.quant.size import METADATA, file_bytes, model_bits_per_weight, rounded, stored
 from qat.tensor_files import known
+from tests.cli.conftest import ROOT
+from tests.quant.test_roles import smollm2
 
 TYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.uint8]
 FORMATS = [Codebook(1, 3), Codebook(3, 2), GroupGrid(5, 16), GroupGrid(4, 32, "shifted")]
@@ -40,19 +44,32 @@ def mixed(teacher):
     return model, layers
 
 
+@pytest.mark.parametrize("exact", [False, True], ids=["rounded", "exact"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_sizes_are_known_before_anything_is_written(teacher, tmp_path, dtype):
+def test_sizes_are_known_before_anything_is_written(teacher, tmp_path, dtype, exact):
     model, layers = mixed(teacher)
-    tensors = packed.tensors(Source(teacher, model), dtype)
+    besides = [] if exact else rounded(layers, teacher.skeleton())
+    assert [one.name for one in besides] == ["model.embed_tokens"][exact:]  # tied, so once
+    tensors = packed.tensors(Source(teacher, model), dtype, besides)
     save_file(tensors, tmp_path / "file", metadata=METADATA)
-    assert stored(layers, teacher.skeleton(), dtype) == {name: known(tensor) for name, tensor in tensors.items()}
-    assert file_bytes(layers, teacher.skeleton(), dtype) == (tmp_path / "file").stat().st_size
+    described = stored([*layers, *besides], teacher.skeleton(), dtype)
+    assert described == {name: known(tensor) for name, tensor in tensors.items()}
+    assert file_bytes(layers, teacher.skeleton(), dtype, exact) == (tmp_path / "file").stat().st_size
 
 
-def test_bits_of_the_whole_model_are_those_of_its_file_but_for_the_header(teacher):
+@pytest.mark.parametrize("exact", [False, True], ids=["rounded", "exact"])
+def test_bits_of_the_whole_model_are_those_of_its_file_but_for_the_header(teacher, exact):
     _, layers = mixed(teacher)
     whole = sum(parameter.numel() for parameter in teacher.skeleton().parameters())
-    data = file_bytes(layers, teacher.skeleton()) * 8 / whole
-    bits = model_bits_per_weight(layers, teacher.skeleton())
+    data = file_bytes(layers, teacher.skeleton(), exact=exact) * 8 / whole
+    bits = model_bits_per_weight(layers, teacher.skeleton(), exact)
     named = len(stored(layers, teacher.skeleton(), torch.bfloat16))
     assert 0 <= data - bits < 8 * 120 * named / whole
+
+
+def test_make_run_makes_a_file_of_at_most_66_mb():
+    """Of SmolLM2-135M, whose shapes these are."""
+    (job,) = re.findall(r"^JOB +:= launch.py (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    quant = main.check(arguments.parse(job.split())).configs[0].quant
+    model = smollm2(vocab_size=49_152)
+    assert 60e6 < file_bytes(select(model, quant), model) <= 66e6

@@ -38,13 +38,18 @@ def test_what_stays_dense_is_told_on_the_screen_in_the_record_in_the_log_and_on_
     read = ("data=text", f"data.path={place / 'text.txt'}")
     _, result = job("phi3", "stage=convert", *read, "quant=q2a16", "quant.mlp.rank=4")
     assert result["quant"]["dense"] == {name: round(share, 4) for name, share in SHARES.items()}
-    quantized, rest = 2 * 144 * 32, 2 * 128 * 32 + 2 * 300 * 32 + 5 * 32
-    bits = (result["quant"]["bits_per_weight"] * quantized + 16 * rest) / (quantized + rest)
+    quantized, rounded, rest = 2 * 144 * 32, 2 * 300 * 32, 2 * 128 * 32 + 5 * 32
+    assert result["quant"]["rounded"] == {"model.embed_tokens": 8.5, "lm_head": 8.5}
+    bits = result["quant"]["bits_per_weight"] * quantized + 8.5 * rounded + 16 * rest
+    bits /= quantized + rounded + rest
     assert result["quant"]["model_bits_per_weight"] == pytest.approx(bits, abs=1e-3)
     said = "model.layers.*.self_attn.qkv_proj (35.3%), model.layers.*.self_attn.o_proj (11.8%)"
-    assert f"left dense, as shares of the decoder's weights: {said}\n" in capsys.readouterr().out
+    out, log = capsys.readouterr().out, (place / "outputs" / "RUNS.md").read_text()
+    assert f"left dense, as shares of the decoder's weights: {said}\n" in out
+    assert "model.embed_tokens and lm_head rounded to 8 bits there\n" in out
+    assert "- **Rounded in the packed file**: `model.embed_tokens` 8.50 bits, `lm_head` 8.50 bits\n" in log
     left = f"{sum(result['quant']['dense'].values()):.1%} of the decoder's weights"
-    assert f"**Left dense**: {left} (" in (place / "outputs" / "RUNS.md").read_text()
+    assert f"**Left dense**: {left} (" in log
     start, output = f"checkpoint={result['paths']['conversion']}", place / "exports" / "hf"
     _, exported = job("phi3", "stage=export", start, "export=hf", f"export.output={output}")
     assert exported["quant"]["dense"] == result["quant"]["dense"]

@@ -9,6 +9,7 @@ from qat.export.exporter import Exporter
 EXPORTER = Exporter(
     types=tuple(ExportType),
     sized=True,
+    writes_out=True,
     use="""\
 ```python
 import qat  # pip install qat-speedrun; registers the format with transformers
