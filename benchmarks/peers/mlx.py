@@ -36,19 +36,17 @@ def quantize(folder: ModelFolder, target: Path, bits: int, group: int) -> None:
 @torch.no_grad()
 def read(folder: ModelFolder, target: Path) -> Stored:
     """A folder of MLX, decoded by MLX."""
-    loaded, described = load_model(target)
-    arrays = dict(loaded.named_modules())
-    model, sizes = folder.load(torch.float32, CPU), {}
-    stored = _bytes(target)
+    layers, model = dict(load_model(target)[0].named_modules()), folder.load(torch.float32, CPU)
+    held, sizes = _bytes(target), {}
     for name, parameter in model.named_parameters():
         owner, _, leaf = name.rpartition(".")
-        layer = arrays[owner]
+        layer = layers[owner]
         if leaf == "weight" and hasattr(layer, "scales"):
             parameter.copy_(decoded(layer, {"group_size": layer.group_size, "bits": layer.bits}))
+            sizes[name] = sum(held[f"{owner}.{part}"] for part in ("weight", "scales", "biases"))
         else:
             parameter.copy_(_tensor(layer[leaf]))
-        own = (f"{owner}.scales", f"{owner}.biases") if leaf == "weight" else ()
-        sizes[name] = sum(stored.get(part, 0) for part in (name, *own))
+            sizes[name] = held[name]
     return Stored(model, sizes, sum(file.stat().st_size for file in target.glob("*.safetensors")))
 
 

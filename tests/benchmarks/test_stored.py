@@ -90,7 +90,7 @@ def test_what_matters_is_rounded_with_more_care(teacher, dense, importance, tmp_
 def test_a_type_that_llama_cpp_does_not_have_is_refused(dense, importance, tmp_path):
     from peers import llamacpp
 
-    with pytest.raises(ConfigError, match=r"llama.cpp has no type Q4_K_X \(did you mean Q4_K_[SM]\?\); it knows .*Q8_0"):
+    with pytest.raises(ConfigError, match=r"llama.cpp has no type Q4_K_X \(did you mean Q4_K_[SM]\?\); it knows"):
         llamacpp.quantize(dense, tmp_path / "no.gguf", "Q4_K_X", None, importance)
     assert not (tmp_path / "no.gguf").exists()
 
