@@ -10,9 +10,11 @@ import argparse
 import json
 import time
 from pathlib import Path
+from typing import cast
 
 import torch
 import yaml
+from omegaconf import OmegaConf
 from transformers import PreTrainedModel
 
 from qat import machine as machines
@@ -28,7 +30,6 @@ from qat.config import (
     ModelSource,
     Packing,
     QuantConfig,
-    WeightConfig,
 )
 from qat.convert.convert import Converted, convert, install
 from qat.data import packing, sources
@@ -140,9 +141,8 @@ def convert_option(name: str) -> ConvertConfig:
 
 def preset(name: str) -> QuantConfig:
     """A `quant` option as the command line would compose it."""
-    option = yaml.safe_load((CONF / "quant" / f"{name}.yaml").read_text())
-    kinds = {kind: WeightConfig(**option[kind]) if option.get(kind) else None for kind in ("mlp", "attn")}
-    return QuantConfig(name, **kinds)
+    composed = OmegaConf.merge(OmegaConf.structured(QuantConfig), OmegaConf.load(CONF / "quant" / f"{name}.yaml"))
+    return cast(QuantConfig, OmegaConf.to_object(composed))
 
 
 def arguments() -> argparse.Namespace:
