@@ -2,11 +2,8 @@
 
     pip install -e '.[engines]' llama-cpp-python
     python benchmarks/engines.py --model <folder> --cache <folder> --evaluation chat.json wiki.txt \
-        --presets gguf_q4_0 mlx_4bit_g64 mlx_3bit_g64 mlx_2bit_g64
-    python benchmarks/engines.py --model <folder> --cache <folder> --evaluation chat.json wiki.txt \
-        --trained mlx_4bit_g64=outputs/SR-001 gguf_q4_0=outputs/SR-002
-    python benchmarks/engines.py --model <folder> --cache <folder> --evaluation chat.json wiki.txt \
-        --dwq mlx_4bit_g64 --dwq-tokens 4096 --dwq-rate 1e-5
+        --own gguf_q4_0 mlx_4bit_g64 --converted gguf_q4_0 mlx_4bit_g64 --dwq mlx_4bit_g64 \
+        --trained gguf_q4_0=outputs/SR-001 mlx_4bit_g64=outputs/SR-002
     python benchmarks/engines.py --model <folder> --cache <folder> --speeds gguf_q4_0 --threads 2
     python benchmarks/engines.py --merge elsewhere.json
 
@@ -29,7 +26,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -94,11 +91,11 @@ def main() -> None:
             results.merge(Results(Path(path)))
         if options.model:
             work = Work(options)
-            for entry in entries(work):
+            for one in entries(work):
                 try:
-                    work.measure(entry, results)
+                    work.measure(one, results)
                 except UnavailableError as error:
-                    skipped[f"{entry.name}, {entry.method}"] = str(error)
+                    skipped[f"{one.name}, {one.method}"] = str(error)
             for name in options.speeds:
                 for row in speed(work, name):
                     results.add(row)
@@ -110,21 +107,24 @@ def main() -> None:
 def entries(work: Work) -> Iterator[Entry]:
     """Every file that was asked for."""
     options = work.options
-    for name in options.presets:
-        yield Entry(OWN, name, looked_at(work), (lambda _, name=name: student(work, name, own(work, name)),))
-        yield Entry(
-            CONVERTED,
-            name,
-            looked_at(work) | {"convert": options.convert},
-            (lambda _, name=name: student(work, name, ours(work, name, converted(work, name))),),
-        )
+    for name in options.own:
+        yield entry(work, OWN, name, looked_at(work), partial(own, work, name))
+    for name in options.converted:
+        settings = looked_at(work) | {"convert": options.convert}
+        yield entry(work, CONVERTED, name, settings, lambda name=name: ours(work, name, converted(work, name)))
     for name in options.dwq:
         settings = {"dwq_tokens": work.text(options.dwq_tokens).numel(), "rate": options.dwq_rate}
-        yield Entry(DWQ, name, settings, (lambda _, name=name: student(work, name, dwq(work, name)),))
+        yield entry(work, DWQ, name, settings, partial(dwq, work, name))
     for name, paths in named(options.trained).items():
         found = [find(path) for path in paths]
-        makers = tuple(lambda _, name=name, path=path: student(work, name, ours(work, name, path)) for path in found)
-        yield Entry(TRAINED, name, {"checkpoints": [checkpoints.identity(path) for path in found]}, makers)
+        settings = {"checkpoints": [checkpoints.identity(path) for path in found]}
+        yield entry(work, TRAINED, name, settings, *(partial(ours, work, name, path) for path in found))
+
+
+def entry(work: Work, method: str, name: str, settings: dict[str, Any], *files: Callable[[], Path]) -> Entry:
+    """A file for an engine, or one a seed."""
+    makers = tuple(lambda _, file=file: student(work, name, file()) for file in files)
+    return Entry(method, name, settings, makers)
 
 
 def looked_at(work: Work) -> dict[str, Any]:
@@ -288,7 +288,8 @@ def arguments() -> argparse.Namespace:
     add_arguments(parser)
     parser.add_argument("--cache", help="the folder of a cache, of whose training rows methods see the first")
     parser.add_argument("--calibration-tokens", type=int, default=32_768, help="of conversions, importance matrices")
-    parser.add_argument("--presets", nargs="+", default=[], help="the engine's own and ours converted, of each")
+    parser.add_argument("--own", nargs="+", default=[], metavar="PRESET", help="by the engine's own quantizer")
+    parser.add_argument("--converted", nargs="+", default=[], metavar="PRESET", help="ours, not trained")
     parser.add_argument("--convert", default="fast", help="an option of conf/convert")
     parser.add_argument("--trained", nargs="+", default=[], metavar="PRESET=PATH", help="runs, one a seed")
     parser.add_argument("--dwq", nargs="+", default=[], metavar="PRESET", help="of MLX, trained by mlx_lm.dwq")

@@ -28,7 +28,8 @@ def options(teacher, cache, tmp_path):
         model=str(teacher.path),
         cache=str(cache.folder),
         evaluation=[str(tmp_path / "chat.json")],
-        presets=[],
+        own=[],
+        converted=[],
         trained=[],
         dwq=[],
         dwq_tokens=256,
@@ -70,7 +71,7 @@ def by_hand(teacher, checkpoint, ids_NL) -> float:
 
 
 def test_files_of_one_grid_are_measured_and_kept(run, options, capsys, monkeypatch):
-    rows = run(presets=[NAME], dwq=[NAME])
+    rows = run(own=[NAME], converted=[NAME], dwq=[NAME])
     own, ours, dwq = (rows[NAME, method] for method in (engines.OWN, engines.CONVERTED, engines.DWQ))
     folders = Path(options.outputs) / "artifacts" / "engines"
     for row, label in ((own, "own"), (ours, "ours"), (dwq, "dwq")):
@@ -85,14 +86,14 @@ def test_files_of_one_grid_are_measured_and_kept(run, options, capsys, monkeypat
     assert f"| {NAME} | ours, converted | 0.0 | {ours['kl']:.3f} ({ours['kl'] / own['kl']:.2f}) |" in told
     assert "mlx_lm.dwq (256 tokens)" in told
     monkeypatch.setattr(engines, "student", None)  # nothing is measured twice
-    assert run(presets=[NAME], dwq=[NAME]) == rows
+    assert run(own=[NAME], converted=[NAME], dwq=[NAME]) == rows
 
 
 def test_runs_of_one_preset_are_seeds_and_other_engines_have_their_own_files(run, teacher, cache, tmp_path, capsys):
     grid = grids.grid(4, 64, "integers")
     quant = QuantConfig("compressed_w4_g64", grid, grid)
     made = [grids.checkpoint(tmp_path / f"seed{seed}", teacher, cache, quant) for seed in (0, 1)]
-    rows = run(trained=[f"compressed_w4_g64={path}" for path in made], presets=["gguf_q4_0"])
+    rows = run(trained=[f"compressed_w4_g64={path}" for path in made], own=["gguf_q4_0"], converted=["gguf_q4_0"])
     trained, ours = rows["compressed_w4_g64", engines.TRAINED], rows["gguf_q4_0", engines.CONVERTED]
     assert (trained["seeds"], trained["engine"], ours["engine"]) == (2, "compressed-tensors", "llama.cpp")
     assert 0 < trained["kl"] < 1 and 0 < ours["kl"] < 1
@@ -130,7 +131,7 @@ def test_a_ratio_is_the_median_over_turns(monkeypatch):
     ("asked", "told"),
     [
         ({"trained": ["mlx_2bit_g64"]}, "--trained mlx_2bit_g64 is not preset=path"),
-        ({"presets": ["q2a4"]}, "quant=q2a4 is on no engine's grid: presets of engines begin with gguf_…, mlx_…, "),
+        ({"converted": ["q2a4"]}, "quant=q2a4 is on no engine's grid: presets of engines begin with gguf_…, mlx_…, "),
         ({"dwq": ["gguf_q4_0"]}, "--dwq gguf_q4_0: mlx_lm.dwq trains grids of MLX, such as mlx_4bit_g64"),
         (
             {"speeds": ["compressed_w4_g64"]},
