@@ -5,9 +5,12 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from conversion import preset
+from evaluation import digest
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -15,9 +18,16 @@ from qat import models
 from qat.config import ExportConfig, ExportType, WeightConfig
 from qat.errors import ConfigError, UnavailableError
 from qat.export.gguf import FILE
+from qat.export.gguf.types import type_of
 from qat.export.source import CPU, Source
 from qat.models import ModelFolder
 from qat.quant.places import matrix
+
+IMPORTANCE = "importance.npz"
+MIXED = {f"Q{bits}_K": f"Q{bits}_K_M" for bits in (3, 4, 5)}  # what llama.cpp means by these names of files
+
+# Gives a folder that is filled once, by its label and what shapes its content.
+Kept = Callable[[str, dict[str, Any], Callable[[Path], None]], Path]
 
 
 @dataclass(frozen=True)
@@ -75,8 +85,16 @@ def write_ours(engine: Engine, source: Source, folder: Path) -> None:
     writer.read(source, folder)
 
 
-def write_own(engine: Engine, teacher: ModelFolder, name: str, text_NL: Tensor, folder: Path) -> None:
+def write_own(engine: Engine, teacher: ModelFolder, name: str, text_NL: Tensor, folder: Path, kept: Kept) -> None:
     """Lets the engine's own quantizer write the teacher in the type that a preset is named after.
+
+    Args:
+        engine: whose quantizer.
+        teacher: what it quantizes.
+        name: the preset.
+        text_NL: rows of tokens that it may look at.
+        folder: where to write.
+        kept: keeps what several types are made from.
 
     Raises:
         UnavailableError: it has none, or it is not installed.
@@ -84,7 +102,7 @@ def write_own(engine: Engine, teacher: ModelFolder, name: str, text_NL: Tensor, 
     if engine.package is None:
         raise UnavailableError(f"{engine.label} is a format without a quantizer of its own")
     try:
-        OWN[engine.export](teacher, name, text_NL, folder)
+        OWN[engine.export](teacher, name, text_NL, folder, kept)
     except (ImportError, OSError) as error:
         told = f"{engine.label}'s own quantizer cannot run here ({error}): pip install {engine.package}"
         raise UnavailableError(told) from None
@@ -95,17 +113,29 @@ def read(engine: Engine, teacher: ModelFolder, folder: Path) -> PreTrainedModel:
     return READERS[engine.export](teacher, folder)
 
 
-def _own_gguf(teacher: ModelFolder, name: str, text_NL: Tensor, folder: Path) -> None:
+def _own_gguf(teacher: ModelFolder, name: str, text_NL: Tensor, folder: Path, kept: Kept) -> None:
     from peers import llamacpp
 
-    kind = name.removeprefix("gguf_").upper()
-    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
-        dense = Path(scratch) / FILE
-        llamacpp.write(teacher, dense)
-        llamacpp.quantize(dense, folder / FILE, kind, kind, llamacpp.importance(teacher, text_NL))
+    def prepare(scratch: Path) -> None:
+        llamacpp.write(teacher, scratch / FILE)
+        np.savez(scratch / IMPORTANCE, **llamacpp.importance(teacher, text_NL))
+
+    made = kept("gguf_dense", {"text": digest(text_NL)}, prepare)
+    kind, embedding = (_type(role) for role in (preset(name).mlp, preset(name).embed))
+    with np.load(made / IMPORTANCE) as importance:
+        llamacpp.quantize(made / FILE, folder / FILE, MIXED.get(kind, kind), embedding, dict(importance))
 
 
-def _own_mlx(teacher: ModelFolder, name: str, text_NL: Tensor, folder: Path) -> None:
+def _type(weight: WeightConfig | None) -> str:
+    """llama.cpp's type of a preset's weights."""
+    assert weight is not None
+    levels = weight.levels.name
+    kind = type_of({"format": weight.format.name, "bits": weight.bits, "group": weight.group, "levels": levels})
+    assert kind is not None
+    return kind
+
+
+def _own_mlx(teacher: ModelFolder, name: str, text_NL: Tensor, folder: Path, kept: Kept) -> None:
     from peers import mlx
 
     with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
@@ -148,7 +178,7 @@ def _read_compressed(teacher: ModelFolder, folder: Path) -> PreTrainedModel:
     return model
 
 
-OWN: dict[str, Callable[[ModelFolder, str, Tensor, Path], None]] = {"gguf": _own_gguf, "mlx": _own_mlx}
+OWN: dict[str, Callable[[ModelFolder, str, Tensor, Path, Kept], None]] = {"gguf": _own_gguf, "mlx": _own_mlx}
 READERS: dict[str, Callable[[ModelFolder, Path], PreTrainedModel]] = {
     "gguf": _read_gguf,
     "mlx": _read_mlx,

@@ -47,7 +47,7 @@ from qat.errors import ConfigError, QatError, UnavailableError
 from qat.export.packed import writer as packed_writer
 from qat.export.source import Source, open_source
 
-OWN, DWQ, CONVERTED, TRAINED = "its own", "mlx_lm.dwq", "ours, converted", "ours, trained"
+OWN, DWQ, CONVERTED, TRAINED = "the engine's own", "mlx_lm.dwq", "ours, converted", "ours, trained"
 METHODS = (OWN, DWQ, CONVERTED, TRAINED)
 SPEED, OURS, PACKED = "tokens/s", "ours", "packed"  # a row's place for a text, and its files besides the engine's own
 
@@ -164,7 +164,7 @@ def own(work: Work, name: str) -> Path:
     return work.kept(
         f"{name}_own",
         looked_at(work),
-        lambda folder: engine_files.write_own(engine, work.folder, name, work.calibration, folder),
+        lambda folder: engine_files.write_own(engine, work.folder, name, work.calibration, folder, work.kept),
     )
 
 
@@ -251,7 +251,13 @@ def packed(work: Work, name: str, checkpoint: Path) -> Path:
 def table(rows: list[dict[str, Any]], skipped: dict[str, str]) -> str:
     """Markdown: a line a file, those of a preset together; each KL with its share of the KL of the engine's own."""
     texts = sorted({row["text"] for row in rows} - {SPEED})
-    heads = ["preset", "file", "MB", *(f"{text} KL" for text in texts), "tokens/s, times its own, times packed"]
+    heads = [
+        "preset",
+        "file",
+        "MB",
+        *(f"{text} KL" for text in texts),
+        "tokens/s, times the engine's own, times packed",
+    ]
     lines = [heads, ["---"] * len(heads)]
     place = {(row["name"], row["method"], row["text"]): row for row in rows}
     for name in dict.fromkeys(row["name"] for row in rows):

@@ -99,7 +99,7 @@ def test_runs_of_one_preset_are_seeds_and_other_engines_have_their_own_files(run
     assert 0 < trained["kl"] < 1 and 0 < ours["kl"] < 1
     told = capsys.readouterr().out
     if find_spec("llama_cpp") is None:
-        assert "gguf_q4_0, its own was left out: llama.cpp's own quantizer cannot run here" in told
+        assert f"gguf_q4_0, {engines.OWN} was left out: llama.cpp's own quantizer cannot run here" in told
     else:
         assert 0 < rows["gguf_q4_0", engines.OWN]["kl"] < 1
 
