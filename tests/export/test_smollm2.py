@@ -21,7 +21,7 @@ from qat.quant.linear import baked
 from qat.quant.places import matrix
 from tests import tiny
 from tests.export import engines
-from tests.export.test_gguf import served
+from tests.export.llama import served
 
 TOKENS = 16
 NEAR = 0.3  # between logits that llama.cpp may rank otherwise, as it rounds what enters a product to 8 bits
