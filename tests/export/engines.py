@@ -1,17 +1,23 @@
 """Students on grids of engines, and what ours answer."""
 
 from pathlib import Path
+from typing import cast
 
 import torch
+from omegaconf import OmegaConf
+from torch import Tensor
 
 from qat import checkpoints
 from qat.cache.reader import CacheReader
-from qat.config import Levels, QuantConfig, WeightConfig, WeightFormat
+from qat.config import CONF, Levels, QuantConfig, WeightConfig, WeightFormat
 from qat.convert.convert import install
 from qat.evaluate.answers import answers
 from qat.models import ModelFolder
+from qat.quant.architectures import Layer
+from qat.quant.embedding import empty
 from qat.quant.formats import GroupGrid
-from qat.quant.linear import QuantLinear
+from qat.quant.formats.grid import LEVELS
+from qat.quant.linear import Quantized, QuantLinear
 from tests import tiny
 
 PROMPTS = ("What is the capital of France?", "Write a short poem about the sea.", "What is 12 plus 30?")
@@ -20,6 +26,26 @@ TOKENS = 12
 
 def grid(bits: int, group: int, levels: str) -> WeightConfig:
     return WeightConfig(bits, format=WeightFormat.grid, group=group, levels=Levels[levels])
+
+
+def preset(name: str) -> QuantConfig:
+    """An option of `conf/quant/`."""
+    composed = OmegaConf.merge(OmegaConf.structured(QuantConfig), OmegaConf.load(CONF / "quant" / f"{name}.yaml"))
+    return cast(QuantConfig, OmegaConf.to_object(composed))
+
+
+def rounded(layer: Layer, weight_OI: Tensor) -> Quantized:
+    """A layer on a grid by the range of each group, without any fit."""
+    format = cast(GroupGrid, layer.format)
+    values, groups = LEVELS[format.levels](format.bits).float(), weight_OI.unflatten(1, (-1, format.group))
+    shift = groups.amin(2).half().float() if format.shifts else torch.zeros(groups.shape[:2])
+    widest = (groups - shift[..., None]).abs().amax(2)
+    scale = (widest / values.abs().max()).half().float().clamp_min(2**-24)
+    module = empty(layer)
+    nearest = torch.bucketize((groups - shift[..., None]) / scale[..., None], (values[1:] + values[:-1]) / 2)
+    module.indices.copy_(nearest.view_as(weight_OI))
+    module.set_parts({"scale": scale, "shift": shift} if format.shifts else {"scale": scale})
+    return module.requires_grad_(False)
 
 
 def checkpoint(folder: Path, teacher: ModelFolder, cache, quant: QuantConfig) -> Path:

@@ -29,9 +29,10 @@ EXPORTER = Exporter(
     refuse=refuse,
     use="""\
 ```python
-from transformers import AutoModelForCausalLM  # pip install compressed-tensors
+from transformers import AutoModelForCausalLM  # pip install 'compressed-tensors>=0.18'
 model = AutoModelForCausalLM.from_pretrained("{folder}", dtype="auto")
 ```
-vLLM loads it where all layers have 4 or 8 bits: `vllm serve {folder}`. The embedding is dense, whatever the checkpoint
-has it in, and so is a head that is tied to it.""",
+vLLM's code says that it loads layers of 4 or 8 bits, newer versions those of 2 to 8, if query, key and value have one
+format, and gate and up: `vllm serve {folder}`. The embedding is dense, whatever the checkpoint has it in, and so is a
+head that is tied to it.""",
 )
