@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from conversion import texts
 from peers.grid import Grid, mean_bits
+from peers.stored import Stored
 from results import OURS, Results
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
@@ -32,7 +33,7 @@ from qat.models import ModelFolder, locate
 from qat.quant.architectures import Layer
 from qat.quant.embedding import put
 from qat.quant.formats import GroupGrid
-from qat.quant.size import bits_per_weight, file_bytes, rounded
+from qat.quant.size import bits_per_weight, file_bytes, model_bits_per_weight, rounded
 
 TOP_K = 64  # tokens that `kd_loss` looks at
 
@@ -170,14 +171,16 @@ def teacher_of(path: Path, folder: ModelFolder) -> ModelFolder:
 
 
 def size_of(layers: list[Layer], grids: dict[str, Grid], folder: ModelFolder) -> dict[str, float]:
-    """Mean bits per weight of the MLP and of all quantized layers, and megabytes, with 16 bits for all else."""
+    """Bits per weight and megabytes of grids, with 16 bits for all else.
+
+    Mean bits are said of the MLP (`bits`), of all quantized layers (`bits_all`) and of the whole model (`bits_model`).
+    """
     costs = [(layer.role, (layer.weights, grids[layer.name].bits_per_weight)) for layer in layers]
     mlp = mean_bits(cost for role, cost in costs if role == "mlp")
     whole = sum(parameter.numel() for parameter in folder.skeleton().parameters())
     rest = whole - sum(layer.weights for layer in layers)
-    megabytes = (sum(weights * bits for _, (weights, bits) in costs) + 16 * rest) / 8e6
-    every = mean_bits(cost for _, cost in costs)
-    return {"bits": round(mlp, 4), "bits_all": round(every, 4), "megabytes": round(megabytes, 3)}
+    bits = sum(weights * bits for _, (weights, bits) in costs) + 16 * rest
+    return sizes(mlp, mean_bits(cost for _, cost in costs), bits / whole, bits / 8)
 
 
 def as_packed(model: PreTrainedModel, layers: list[Layer], folder: ModelFolder) -> Student:
@@ -189,12 +192,22 @@ def as_packed(model: PreTrainedModel, layers: list[Layer], folder: ModelFolder) 
 
 def our_size(layers: list[Layer], folder: ModelFolder) -> dict[str, float]:
     """As `size_of`, for formats of this package, whose megabytes are those of the packed file."""
-    mlp = [layer for layer in layers if layer.role == "mlp"]
-    return {
-        "bits": round(bits_per_weight(mlp), 4),
-        "bits_all": round(bits_per_weight(layers), 4),
-        "megabytes": round(file_bytes(layers, folder.skeleton()) / 1e6, 3),
-    }
+    mlp, model = [layer for layer in layers if layer.role == "mlp"], folder.skeleton()
+    whole = model_bits_per_weight(layers, model)
+    return sizes(bits_per_weight(mlp), bits_per_weight(layers), whole, file_bytes(layers, model))
+
+
+def stored_size(layers: list[Layer], stored: Stored) -> dict[str, float]:
+    """As `size_of`, for files of a peer: `bits_all` is of the decoder's layers, megabytes are those of the files."""
+    mlp = [f"{layer.name}.weight" for layer in layers if layer.role == "mlp"]
+    every = [f"{layer.name}.weight" for layer in layers]
+    return sizes(stored.bits(mlp), stored.bits(every), stored.bits(stored.parameter_bytes), stored.file_bytes)
+
+
+def sizes(mlp: float, layers: float, model: float, bytes: float) -> dict[str, float]:
+    """Mean bits and megabytes as a row has them."""
+    bits = {"bits": mlp, "bits_all": layers, "bits_model": model}
+    return {name: round(value, 4) for name, value in bits.items()} | {"megabytes": round(bytes / 1e6, 3)}
 
 
 def digest(ids_NL: torch.Tensor) -> str:

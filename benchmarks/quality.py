@@ -1,9 +1,11 @@
 """Our presets against other quantizers by the megabytes of a file: KL to the teacher, as a table and a picture.
 
-    pip install hqq auto-round datasets
+    pip install hqq auto-round datasets llama-cpp-python mlx-lm 'mlx[cpu]'
     pip install --no-deps gptqmodel pypcre tokenicer logbar device-smi defuser torchao threadpoolctl
     python benchmarks/quality.py --model <folder> --calibration a.json b.txt --evaluation chat.json wiki.txt \
         --methods rtn hqq gptq autoround --bits 2:64 3:64 4:64
+    python benchmarks/quality.py --model <folder> --calibration a.json b.txt --evaluation chat.json wiki.txt \
+        --llama-cpp IQ4_XS:IQ4_NL Q3_K_M Q4_K_M --mlx 4:64 3:64 2:64
     python benchmarks/quality.py --model <folder> --calibration a.json b.txt --evaluation chat.json wiki.txt \
         --ours q2a4 q2a4_r8 q3a4_r8 q4a4 --convert fast
     python benchmarks/quality.py --model <folder> --evaluation chat.json wiki.txt \
@@ -11,18 +13,26 @@
     python benchmarks/quality.py --draw --merge elsewhere.json
 
 `--bits 2:64` quantizes the MLP to 2 bits in groups of 64 consecutive inputs; attention always gets 4 bits in
-groups of 64. Megabytes are of all weights: indices, scales (16 bits), zero points (as each format stores them), for
-ours the bytes of the packed file, and 16 bits for what nobody quantized, such as the embedding of all peers.
-Everything that calibrates sees the same tokens; everything is measured by one function on the same rows. No weight of
-a peer counts before every group of every layer was found to hold no more values than its bits can tell apart, and to
-resemble the layer's own. Checkpoints of one name are one model trained from several seeds: a point at their mean, with
-the deviation in its row.
+groups of 64. `--llama-cpp IQ4_XS:IQ4_NL` is a file of llama.cpp's as `llama-quantize` makes it, under an importance
+matrix, with the embedding in IQ4_NL; without a type after the colon llama.cpp chooses that of the embedding too.
+`--mlx 4:64` is a folder as `mlx_lm.convert` makes it, 4 bits in groups of 64 everywhere.
+
+Megabytes are those of the files that hold weights: of ours the packed file, of llama.cpp the GGUF file, which holds
+the tokenizer as well (1.8 MB of SmolLM2). Methods on a grid have none here: theirs are reckoned from indices, scales
+(16 bits) and zero points (as each format stores them), with 16 bits for what they leave as it is, such as the
+embedding. Everything that calibrates sees the same tokens; everything is measured by one function on the same rows.
+No weight on a grid counts before every group of every layer was found to hold no more values than its bits can tell
+apart, and to resemble the layer's own. Checkpoints of one name are one model trained from several seeds: a point at
+their mean, with the deviation in its row and in the picture, hollow with fewer than three seeds.
 
 GPTQModel 7.7 asks for a newer torch than the one pinned here and works with it, so pip must not have its way.
 Evaluation costs most on a CPU: `--precision bf16` is much faster there and reads slightly lower (docs/LOG.md).
 
-SmolLM2's own weights, as the wheel has them, lie on 4-bit grids in groups of 32, so such groups say nothing. In
-groups of 64 they hold more than 16 values: a row has that count (`teacher_levels`) beside its own (`levels`).
+SmolLM2's own weights, as the wheel has them, lie on 4-bit grids in groups of 32 (Q4_1) with an embedding of 8 bits
+(Q8_0), so llama.cpp's files of these two types return them unharmed, and 4 bits in blocks of 32 have it easy. In
+groups of 64 they hold more than 16 values: a row has that count (`teacher_levels`) beside its own (`levels`). Its rows
+of 576 are no whole number of blocks of 256: there llama.cpp takes a larger type, so its Q2_K has over 4 bits in the
+MLP.
 
 What is made is kept: weights under `--outputs`, figures in `--json`. A command that was stopped, or that is
 given with more methods, does what is missing; a row is made anew when anything that shaped it has changed.
@@ -41,10 +51,14 @@ from typing import Any
 
 import torch
 from conversion import convert_option, convert_preset, texts
-from evaluation import Entry, Evaluation, Student, add_arguments, as_packed, digest, size_of, trained
-from peers import PEERS, Peer
+from evaluation import Entry, Evaluation, Student, add_arguments, as_packed, digest, size_of, stored_size, trained
+from peers import PEERS, Peer, imported
 from peers.grid import Grid, levels, parse, prove
-from results import OURS, Results, draw, table
+from peers.stored import Stored
+from picture import draw
+from results import OURS, Results, table
+from safetensors.numpy import load_file as load_arrays
+from safetensors.numpy import save_file as save_arrays
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
@@ -57,6 +71,7 @@ from qat.quant.places import matrix
 
 ATTENTION = (4, 64)
 WEIGHTS = "weights.safetensors"
+DENSE, IMPORTANCE, QUANTIZED = "dense.gguf", "importance.safetensors", "model.gguf"
 
 
 class Work(Evaluation):
@@ -109,6 +124,11 @@ def entries(work: Work, options: argparse.Namespace, skipped: dict[str, str]) ->
             continue
         for text in options.bits:
             yield peer(work, PEERS[name], text, quantize, settings)
+    for label, make, names in (("llama.cpp", llama_cpp, options.llama_cpp), ("MLX", mlx, options.mlx)):
+        try:
+            yield from [make(work, name) for name in names]
+        except UnavailableError as error:
+            skipped[label] = str(error)
     for name in options.ours:
         yield preset(work, name, options.convert)
     named: dict[str, list[Path]] = defaultdict(list)
@@ -166,6 +186,61 @@ def proved(
     return found
 
 
+def llama_cpp(work: Work, name: str) -> Entry:
+    """A file of llama.cpp's in a type such as `Q4_K_M`, or `IQ4_XS:IQ4_NL` with that of the embedding."""
+    module, settings = imported("llama.cpp", "llamacpp", "llama-cpp-python")
+    kind, _, embedding = name.partition(":")
+    shaping = settings | work.calibrated
+
+    def prepare(folder: Path) -> dict[str, Any]:
+        began = time.monotonic()
+        module.write(work.folder, folder / DENSE)
+        save_arrays(module.importance(work.folder, work.calibration), folder / IMPORTANCE)
+        return {"seconds": time.monotonic() - began}
+
+    def fill(folder: Path) -> dict[str, Any]:
+        inputs = {"teacher": work.folder.fingerprint, "method": "llama.cpp", **shaping}
+        prepared, began = obtain(work.outputs / "artifacts", "peers", "llama.cpp", inputs, prepare), time.monotonic()
+        weights = load_arrays(prepared.folder / IMPORTANCE)
+        module.quantize(prepared.folder / DENSE, folder / QUANTIZED, kind, embedding or None, weights)
+        return {"seconds": round(prepared.manifest["seconds"] + time.monotonic() - began, 1)}
+
+    return stored(work, "llama.cpp", name, shaping, fill, lambda kept: module.read(work.folder, kept / QUANTIZED))
+
+
+def mlx(work: Work, text: str) -> Entry:
+    """A folder of MLX in so many bits and groups."""
+    module, settings = imported("MLX", "mlx", "mlx-lm")
+    bits, group = parse(text)
+
+    def fill(folder: Path) -> dict[str, Any]:
+        began = time.monotonic()
+        module.quantize(work.folder, folder / "model", bits, group)
+        return {"seconds": round(time.monotonic() - began, 1)}
+
+    return stored(work, "MLX", text, settings, fill, lambda kept: module.read(work.folder, kept / "model"))
+
+
+def stored(
+    work: Work,
+    label: str,
+    name: str,
+    shaping: dict[str, Any],
+    fill: Callable[[Path], dict[str, Any]],
+    read: Callable[[Path], Stored],
+) -> Entry:
+    """What an engine's own quantizer writes."""
+    inputs = {"teacher": work.folder.fingerprint, "method": label, "name": name, **shaping}
+
+    def make(dtype: torch.dtype) -> Student:
+        kept = obtain(work.outputs / "artifacts", "peers", f"{label}-{name.replace(':', '-')}", inputs, fill)
+        found = read(kept.folder)
+        told = {**stored_size(layers_of(found.model), found), "seconds": kept.manifest["seconds"]}
+        return found.model.to(work.machine.device, dtype), told
+
+    return Entry(label, name, shaping, (make,))
+
+
 def preset(work: Work, name: str, convert: str) -> Entry:
     """A preset of ours, converted and not trained."""
     settings = convert_option(convert)
@@ -197,6 +272,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--calibration-tokens", type=int, default=32_768, help="of all calibration files")
     parser.add_argument("--methods", nargs="+", default=[], choices=PEERS, help="peers")
     parser.add_argument("--bits", nargs="+", default=["2:64", "3:64", "4:64"], help="of the MLP, with the group")
+    parser.add_argument("--llama-cpp", nargs="+", default=[], metavar="TYPE[:EMBEDDING]", help="its own types")
+    parser.add_argument("--mlx", nargs="+", default=[], metavar="BITS:GROUP", help="of everything, embedding included")
     parser.add_argument("--ours", nargs="+", default=[], metavar="PRESET", help="options of conf/quant, converted")
     parser.add_argument("--convert", default="fast", help="an option of conf/convert")
     parser.add_argument("--checkpoint", nargs="+", default=[], metavar="NAME=PATH", help="trained students")
@@ -208,8 +285,8 @@ def arguments() -> argparse.Namespace:
     options = parser.parse_args()
     if not options.draw and not (options.model and options.evaluation):
         parser.error("--model and --evaluation are needed, or --draw")
-    if (options.methods or options.ours) and not options.calibration:
-        parser.error("--methods and --ours need --calibration")
+    if (options.methods or options.llama_cpp or options.ours) and not options.calibration:
+        parser.error("--methods, --llama-cpp and --ours need --calibration")
     return options
 
 

@@ -5,9 +5,9 @@
     python benchmarks/records.py --merge elsewhere.json
 
 The runs are `stage=run` of one `+experiment=…`, and nothing but their seed may differ. The best checkpoint of each
-is measured by what measures everything in `quality.py`, in fp32; `--json` gets the rows of that comparison, so that
-a record is a point of its picture as well. `--records` gets the record and `--page` is written anew from all of
-them. A stage costs what it did in the run where it took longest: what one run made, the others found.
+is measured by what measures everything in `quality.py`, in fp32; `--json` gets the rows of the record that stands
+then, so that it is a point of that comparison's picture as well. `--records` gets the record and `--page` is written
+anew from all of them. A stage costs what it did in the run where it took longest: what one run made, the others found.
 
 A machine that measures and has no checkout says `--commit`, and its `--records` are merged elsewhere. Seeds that one
 experiment at one commit did not have yet join its record; all that it had, measured again, take its place.
@@ -22,7 +22,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from evaluation import Evaluation, add_arguments, trained
-from results import Results, shown
+from results import SEEDS_OF_A_RECORD, Results, shown
 
 from qat.artifacts import write_json
 from qat.checkpoint_files import BEST
@@ -38,8 +38,9 @@ PAGE = """# Records
 The best students so far: KL(teacher‖student) over the whole vocabulary at T = 1, in fp32, on text that neither
 training nor calibration saw; mean and standard deviation over the seeds. MB are those of the packed file, bits are
 effective bits on the MLP, scales and the like included. Seconds are those of cache, conversion and distillation, and of
-the whole job, evaluation and all. The record that stands is a table's last line. Written by `benchmarks/records.py`
-from [records.json](records.json), which has more figures.
+the whole job, evaluation and all. The record that stands is in bold: one stands with three seeds, and another beats it
+with three of its own, on some text by more than the two standard deviations together, on none by as much worse, and in
+a file that is no larger. Written by `benchmarks/records.py` from [records.json](records.json), which has more figures.
 """
 
 
@@ -55,14 +56,15 @@ def main() -> None:
             fresh.append(told | measure(options, told["preset"]))
         for record in fresh:
             kept = added(kept, record)
-        places = [_place(record) for record in fresh]
-        for row in (row for record in kept if _place(record) in places for row in record["texts"].values()):
-            Results(Path(options.json)).add(row)
+        for preset in dict.fromkeys(record["preset"] for record in fresh):
+            members = [record for record in kept if record["preset"] == preset]
+            for row in (standing(members) or members[-1])["texts"].values():
+                Results(Path(options.json)).add(row)
     except QatError as error:
         raise SystemExit(f"records.py: {error}") from None
     write_json(Path(options.records), kept)
     Path(options.page).write_text(page(kept), encoding="utf-8")
-    print(*(table(kept[-1:]) if options.runs else []), sep="\n")
+    print(*(table([x for x in kept if x["preset"] == kept[-1]["preset"]]) if options.runs else []), sep="\n")
 
 
 def described(options: argparse.Namespace) -> dict[str, Any]:
@@ -167,6 +169,28 @@ def pooled(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
     return other | means | told
 
 
+def standing(records: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """The one of a preset's records, oldest first, that no later one beats; None before three seeds of any."""
+    found = None
+    for record in records:
+        if len(record["seeds"]) >= SEEDS_OF_A_RECORD and (found is None or beats(record, found)):
+            found = record
+    return found
+
+
+def beats(fresh: dict[str, Any], old: dict[str, Any]) -> bool:
+    """Whether one record of three seeds is better than another by more than chance, and no larger.
+
+    A difference counts where it is larger than the standard deviations of both together.
+    """
+    gaps = []
+    for text in fresh["texts"].keys() & old["texts"].keys():
+        one, other = fresh["texts"][text], old["texts"][text]
+        gaps.append((other["kl"] - one["kl"], one["deviation"]["kl"] + other["deviation"]["kl"]))
+    better, worse = (any(sign * gap > spread for gap, spread in gaps) for sign in (1, -1))
+    return better and not worse and fresh["megabytes"] <= old["megabytes"]
+
+
 def result(folder: Path) -> dict[str, Any]:
     """What a finished run recorded.
 
@@ -227,8 +251,10 @@ def table(records: list[dict[str, Any]]) -> list[str]:
     kinds = [f"{text} KL" for text in texts]
     heads = ["date", "experiment", "MB", "bits", *kinds, "seconds", "device", "seeds", "commit"]
     lines = [[*heads, "what changed"], ["---"] * (len(heads) + 1)]
+    stands = standing(records)
     for record in records:
         kl = [shown(record["texts"][text]) if text in record["texts"] else "" for text in texts]
+        kl = [f"**{figure}**" if figure and record is stands else figure for figure in kl]
         seconds = " + ".join(f"{record['seconds'][stage]:.0f}" for stage in STAGES)
         told = f"{seconds}, {record['seconds']['total']:.0f}", record["device"], str(len(record["seeds"]))
         name = f"[{record['experiment']}](../conf/experiment/{record['experiment']}.yaml)"

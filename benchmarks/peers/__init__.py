@@ -1,7 +1,10 @@
-"""Other people's quantizers, each behind one function: a model folder goes in, dequantized weights come out.
+"""Other people's quantizers.
 
-A method's package is imported by its own module when it is asked for, and nowhere else; without it the
-module raises `UnavailableError` with what is missing. What comes out is checked by `grid.prove`.
+`rtn`, `hqq`, `gptq` and `autoround` are methods on a grid, each behind one function: a model folder goes in,
+dequantized weights come out, and `grid.prove` checks them. `llamacpp` and `mlx` are engines with formats of their
+own: they write the files that people use, embedding and all, and decode them again (`stored.py`).
+
+A package is imported by its own module when it is asked for, and nowhere else.
 """
 
 import importlib
@@ -48,14 +51,24 @@ class Peer:
         Raises:
             UnavailableError: the package is not installed, or does not import here.
         """
-        version = {}
-        try:
-            if self.package:
-                version = {self.package: importlib.metadata.version(self.package)}
-            module = importlib.import_module(f"peers.{self.module}")
-        except (ImportError, OSError) as error:
-            raise UnavailableError(f"{self.label} cannot run here ({error}): pip install {self.package}") from None
-        return module.quantize, {**module.SETTINGS, **version}
+        module, settings = imported(self.label, self.module, self.package)
+        return module.quantize, settings
+
+
+def imported(label: str, name: str, package: str | None) -> tuple[Any, dict[str, Any]]:
+    """A module of this folder, and its settings with the version of the package that it stands on.
+
+    Raises:
+        UnavailableError: the package is not installed, or does not import here.
+    """
+    version = {}
+    try:
+        if package:
+            version = {package: importlib.metadata.version(package)}
+        module = importlib.import_module(f"peers.{name}")
+    except (ImportError, OSError, RuntimeError) as error:
+        raise UnavailableError(f"{label} cannot run here ({error}): pip install {package}") from None
+    return module, {**module.SETTINGS, **version}
 
 
 PEERS = {

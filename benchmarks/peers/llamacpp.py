@@ -10,7 +10,6 @@ import logging
 import tempfile
 from pathlib import Path
 
-import gguf
 import numpy as np
 import torch
 from llama_cpp import llama_cpp
@@ -91,9 +90,33 @@ def read(folder: ModelFolder, file: Path) -> Stored:
     with tempfile.TemporaryDirectory(dir=file.parent) as scratch:
         _run(file, Path(scratch) / FILE, settings)
         model = writer.read(Source(folder, folder.load(torch.float32, CPU)), Path(scratch))
-    names = _names(folder, model)
-    held = {tensor.name: int(tensor.n_bytes) for tensor in gguf.GGUFReader(file).tensors}
+    names, held = _names(folder, model), _tensor_bytes(file)
     return Stored(model, {name: held[names.of(name)] for name, _ in model.named_parameters()}, file.stat().st_size)
+
+
+class _Opening(ctypes.Structure):
+    """`gguf_init_params`: reads what a file says of its tensors, not the tensors."""
+
+    _fields_ = (("no_alloc", ctypes.c_bool), ("context", ctypes.c_void_p))
+
+
+def _tensor_bytes(file: Path) -> dict[str, int]:
+    """Bytes of every tensor by name, by llama.cpp itself, since the package `gguf` does not know its newest types."""
+    library = llama_cpp._lib
+    functions = {
+        "gguf_init_from_file": (ctypes.c_void_p, ctypes.c_char_p, _Opening),
+        "gguf_get_n_tensors": (ctypes.c_int64, ctypes.c_void_p),
+        "gguf_get_tensor_name": (ctypes.c_char_p, ctypes.c_void_p, ctypes.c_int64),
+        "gguf_get_tensor_size": (ctypes.c_size_t, ctypes.c_void_p, ctypes.c_int64),
+        "gguf_free": (None, ctypes.c_void_p),
+    }
+    for name, (gives, *takes) in functions.items():
+        getattr(library, name).restype, getattr(library, name).argtypes = gives, takes
+    opened = library.gguf_init_from_file(str(file).encode(), _Opening(True, None))
+    numbers = range(library.gguf_get_n_tensors(opened))
+    found = {library.gguf_get_tensor_name(opened, i).decode(): library.gguf_get_tensor_size(opened, i) for i in numbers}
+    library.gguf_free(opened)
+    return found
 
 
 def _names(folder: ModelFolder, model: nn.Module) -> writer.Names:

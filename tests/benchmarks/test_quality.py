@@ -32,6 +32,8 @@ def options(teacher, tmp_path):
         evaluation=[str(tmp_path / "chat.json"), str(tmp_path / "wiki.txt")],
         methods=["rtn"],
         bits=["2:32", "4:32"],
+        llama_cpp=[],
+        mlx=[],
         ours=[],
         convert="fast",
         checkpoint=[],
@@ -81,7 +83,9 @@ def test_a_comparison_and_its_picture(run, teacher, tmp_path, capsys, drawn):
         assert coarse["teacher_levels"] == {"attn": 32, "mlp": 32}
         assert coarse["kl"] > fine["kl"] > 0
     assert (tmp_path / "quality.png").read_bytes().startswith(b"\x89PNG")
-    assert f"| RTN | 2:32 | {sizes[0]:.1f} | 2.56 |" in capsys.readouterr().out
+    bits = [row["megabytes"] * 8e6 / whole for row in rows[::2]]
+    assert [row["bits_model"] for row in rows[::2]] == pytest.approx(bits, rel=0.02)  # MB have few digits here
+    assert f"| RTN | 2:32 | {sizes[0]:.1f} | {rows[0]['bits_model']:.2f} | 2.56 |" in capsys.readouterr().out
 
 
 def test_the_measured_model_is_the_one_with_rounded_weights(run, options, teacher):
@@ -139,6 +143,20 @@ def test_a_missing_package_is_told_below_the_table(run, monkeypatch, capsys):
     rows = run(methods=["absent", "rtn"])
     assert {row["method"] for row in rows} == {"RTN"}
     assert "Absent was left out: Absent cannot run here" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("engine", "package", "name", "bits"),
+    [("llama_cpp", "llama_cpp", "Q8_0", 8.5), ("mlx", "mlx_lm", "4:32", 5.0)],
+)
+def test_an_engines_file_is_measured_as_it_is(engine, package, name, bits, run, options, teacher, tmp_path):
+    pytest.importorskip(package, reason=f"{package} is not installed, which {engine} needs")
+    row = run(methods=[], **{engine: [name]})[0]
+    (file,) = (tmp_path / "outputs" / "artifacts" / "peers").rglob("model.[gs]*")
+    assert row["megabytes"] == round(file.stat().st_size / 1e6, 3)
+    assert (row["bits"], row["bits_all"]) == (bits, bits) and bits < row["bits_model"] < bits + 0.5  # norms are not
+    assert 0 < row["kl"] < 0.1
+    assert run(methods=[], **{engine: [name]})[0] == row
 
 
 def test_presets_and_checkpoints_of_ours(run, options, tmp_path, cache, monkeypatch):

@@ -168,6 +168,41 @@ def test_a_seed_that_does_not_join_leaves_the_files_as_they_were(command, finish
     assert [Path(path).read_bytes() for path in (options.records, options.page, options.json)] == kept
 
 
+def said(chat: float, wiki: float, deviation: float = 0.01, seeds: int = 3, megabytes: float = 50.0):
+    """A record with these figures."""
+    texts = {"chat": chat, "wiki": wiki}
+    rows = {text: {"kl": kl, "deviation": {"kl": deviation}} for text, kl in texts.items()}
+    return {"seeds": list(range(seeds)), "megabytes": megabytes, "texts": rows}
+
+
+@pytest.mark.parametrize(
+    ("fresh", "wins"),
+    [
+        (said(0.27, 0.27), True),
+        (said(0.27, 0.31), True),  # no worse on the other text than chance allows
+        (said(0.27, 0.33), False),
+        (said(0.285, 0.285), False),  # by less than 0.01 + 0.01
+        (said(0.285, 0.285, deviation=0.001), True),
+        (said(0.27, 0.27, deviation=0.03), False),
+        (said(0.1, 0.1, seeds=2), False),
+        (said(0.1, 0.1, megabytes=51.0), False),
+        (said(0.3, float("nan")), False),
+    ],
+)
+def test_a_record_is_beaten_by_more_than_chance_alone(fresh, wins):
+    old = said(0.3, 0.3)
+    assert records.standing([said(0.2, 0.2, seeds=1), old, fresh]) is (fresh if wins else old)
+
+
+def test_before_three_seeds_no_record_stands(command, finished, options, tmp_path):
+    assert records.standing([said(0.2, 0.2, seeds=2)]) is None
+    command(runs=[finished(seed) for seed in (1, 2, 3)], commit="older")
+    command(runs=[finished(4)], commit="newer")
+    lines = [line for line in Path(options.page).read_text().splitlines() if line.startswith("| 2")]
+    assert ["**" in line for line in lines] == [True, False]
+    assert json.loads(Path(options.json).read_text())[0]["seeds"] == 3
+
+
 def test_runs_that_are_no_record_are_refused(command, finished):
     one = finished(1)
     with pytest.raises(SystemExit, match=r"SR-002 is not the folder of a complete stage=run"):
