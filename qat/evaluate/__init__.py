@@ -1,6 +1,8 @@
 """Evaluation of students.
 
-figures.py    KL, KD loss, perplexity and agreement on rows of tokens, with intervals
+figures.py    KL, KD loss, perplexity and agreement on rows of tokens
+positions.py  the same KL against the position in a document
+intervals.py  what chance may make of a mean over rows
 windows.py    a long text as windows in which each token is scored once
 answers.py    what models say: sample prompts, and streams for a conversation
 tasks.py      the tasks of lm-eval, which is an extra

@@ -61,6 +61,22 @@ def run(command, outputs, tmp_path):
     return measure
 
 
+def test_kl_by_position_comes_as_a_table_a_picture_and_figures(run, text, outputs, tmp_path, capsys):
+    result = run(f"evaluate.text={text}", "checkpoint=SR-001")
+    assert "one window of 719 tokens" in result["evaluation"]["on"]  # all of it: tiny is made for 1024
+    bands = result["evaluation"]["models"]["SR-001"]["positions"]
+    assert [band["first"] for band in bands] == [0, 64, 128, 256, 512]
+    assert sum(band["count"] for band in bands) == 718
+    assert [result["metrics"][f"kl_{band['first']}_{band['end']}"] for band in bands] == [band["kl"] for band in bands]
+    mean = sum(band["kl"] * band["count"] for band in bands) / 718
+    assert mean == pytest.approx(result["metrics"]["kl"], rel=1e-9)
+    assert (tmp_path / "positions.png").read_bytes()[:4] == b"\x89PNG"
+    shown = capsys.readouterr().out
+    assert "512 to 1,023" in shown and f"{bands[1]['kl']:.4f}" in shown
+    told = f"KL at 64 to 127 {bands[1]['kl']:.4f}, KL at 512 to 1,023 {bands[-1]['kl']:.4f}"
+    assert told in (outputs / "RUNS.md").read_text()
+
+
 def test_the_teacher_alone_has_its_perplexity(run, text):
     result = run(f"evaluate.text={text}", "evaluate.context=64", "evaluate.stride=64")
     assert list(result["evaluation"]["models"]) == ["teacher"]
