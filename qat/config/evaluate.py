@@ -21,8 +21,21 @@ class EvaluateConfig:
         None, "text: tokens between the beginnings of two windows; null puts them side by side", low=1
     )
     tokens: int | None = key(None, "text: at most so many tokens of the file; null takes all", low=2)
-    tasks: list[str] = key([], "of lm-eval, by name or YAML file, instead of the cache")
+    tasks: list[str] = key(
+        [], "of lm-eval, by name or YAML file, instead of the cache; local takes the package's own, offline"
+    )
     examples: int | None = key(None, "tasks: at most so many examples of each; null takes all", low=1)
+    chat: bool | None = key(None, "tasks: through the chat template; null does where there is one")
+    fewshot: int | None = key(None, "tasks: examples shown before a question; null takes what each says", low=0)
+    answers: int | None = key(
+        None, "so many of the package's prompts are answered by each, greedy and drawn, side by side", low=1, high=200
+    )
+    answer_tokens: int = key(128, "answers: tokens of the longest", low=1)
+
+    @property
+    def apart(self) -> bool:
+        """Whether it measures on anything but a cache."""
+        return bool(self.text or self.tasks or self.answers)
 
 
 @dataclass

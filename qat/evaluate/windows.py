@@ -41,8 +41,8 @@ class Windows:
 
     def __str__(self) -> str:
         """How the text is cut, in words."""
-        length = self.meta["length"]
-        return f"windows of {length} tokens, stride {self.stride}" if self.rows > 1 else f"one window of {length} tokens"
+        size = f"{self.meta['length']} tokens"
+        return f"windows of {size}, stride {self.stride}" if self.rows > 1 else f"one window of {size}"
 
     def batch(self, rows: Tensor) -> Batch:
         """The windows with these numbers [B]."""

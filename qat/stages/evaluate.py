@@ -16,8 +16,10 @@ from qat.config.evaluate import WINDOW
 from qat.console import console, table
 from qat.data.asking import takes_questions
 from qat.errors import ConfigError
-from qat.evaluate import Comparison, Metrics, answers, compare, samples_of
+from qat.evaluate import Comparison, Metrics, compare, samples_of
+from qat.evaluate import answers as answered
 from qat.evaluate.figures import Rows
+from qat.evaluate.free import FreeRunning
 from qat.evaluate.intervals import METHOD
 from qat.evaluate.tasks import Harness
 from qat.evaluate.windows import Windows, read
@@ -25,12 +27,12 @@ from qat.names import TEACHER, called, checkpoint
 from qat.quant.size import summary
 from qat.runs import Run
 from qat.stages import cache
-from qat.stages.found import Found, figures, positions
+from qat.stages.found import Found, answers, figures, positions
 from qat.stages.workspace import Workspace, open_workspace, start_folder
 
 log = logging.getLogger(__name__)
 
-SAMPLES, POSITIONS = "samples.md", "positions.png"
+SAMPLES, POSITIONS, ANSWERS = "samples.md", "positions.png", "answers.html"
 TITLES = {
     True: "The same prompts, answered by each model",
     False: "The same texts, gone on with by each model, which has no chat template that takes a question",
@@ -40,11 +42,12 @@ Models = dict[str, Path | None]  # folder of each model by the name shown to the
 
 @dataclass
 class Ground:
-    """What models are measured on: rows of text, tasks or both."""
+    """What models are measured on: rows of text, tasks, prompts."""
 
     rows: Rows | None = None
     top_k: int = 0
     harness: Harness | None = None
+    free: FreeRunning | None = None
 
 
 def main(config: Config, run: Run) -> None:
@@ -61,6 +64,7 @@ def main(config: Config, run: Run) -> None:
     run.result["evaluation"]["on"] = on
     table(f"on {on}", ["", *found], figures(found))
     _show_positions(run, found, on)
+    _show_answers(run, found, ground.free)
     if ground.rows is not None:
         console.print(f"± is half of the interval: {METHOD}", soft_wrap=True)
     if ground.harness is not None:
@@ -77,6 +81,17 @@ def _show_positions(run: Run, found: dict[str, Found], on: str) -> None:
     plots.kl_by_position({name: one.curve for name, one in students.items()}, f"on {on}", picture)
     run.result["paths"]["positions"] = str(picture)
     console.print(f"picture of it: {picture}", soft_wrap=True)
+
+
+def _show_answers(run: Run, found: dict[str, Found], free: FreeRunning | None) -> None:
+    """What is told of answers, as a table, and the answers side by side on a page."""
+    if free is None:
+        return
+    page = run.folder / ANSWERS
+    write_text(page, free.page())
+    run.result["paths"]["answers"] = str(page)
+    table(f"answers to {len(free.prompts)} prompts", ["", *found], answers(found))
+    console.print(f"± is 1.96 standard errors; the answers side by side: {page}", soft_wrap=True)
 
 
 def make(
@@ -110,10 +125,10 @@ def _models(config: Config) -> Models:
 
 
 def _ground(work: Workspace) -> tuple[Ground, str]:
-    """What is measured on, with a phrase for it: a text or tasks where they are asked for, else the cache."""
+    """What is measured on, with a phrase for it: a text, tasks or prompts where they are asked for, else the cache."""
     settings, said = work.config.evaluate, []
     ground = Ground(top_k=work.config.cache.top_k)
-    if not (settings.text or settings.tasks):
+    if not settings.apart:
         cached = cache.make(work)
         return _held_out(cached), f"held-out text of {cached.folder.name}"
     if settings.text:
@@ -122,9 +137,22 @@ def _ground(work: Workspace) -> tuple[Ground, str]:
         said.append(f"{settings.text}, {windows}")
         work.measures_on(windows.text_key(), said[0])
     if settings.tasks:
-        ground.harness = Harness(settings.tasks, settings.examples)
-        said.append(f"tasks of lm-eval: {', '.join(settings.tasks)}")
+        chat = _chats(work)
+        ground.harness = Harness(settings.tasks, settings.examples, chat, settings.fewshot)
+        how = [*(["as chat"] if chat else []), *([f"{settings.fewshot} examples before"] if settings.fewshot else [])]
+        said.append(", ".join([f"tasks of lm-eval: {', '.join(settings.tasks)}", *how]))
+    if settings.answers:
+        ground.free = FreeRunning(work.teacher, settings.answers, settings.answer_tokens, work.machine)
+        said.append(f"answers to {len(ground.free.prompts)} prompts, at most {settings.answer_tokens} tokens long")
     return ground, "; ".join(said)
+
+
+def _chats(work: Workspace) -> bool:
+    """Whether tasks are asked through the chat template."""
+    wanted, there = work.config.evaluate.chat, takes_questions(work.teacher.tokenizer())
+    if wanted and not there:
+        raise ConfigError(f"evaluate.chat=true: {work.teacher.name} has no chat template that takes a question")
+    return there if wanted is None else wanted
 
 
 def _held_out(cached: Artifact) -> Ground:
@@ -153,6 +181,7 @@ def _measure(
         if ground.rows is not None:
             work.settle(ground.rows, teacher)
         speech.hear(TEACHER, teacher)
+        teachers_own = ground.free.hear(TEACHER, teacher) if ground.free else {}
         for name, folder in models.items():
             student, quant = _load(work, folder) if folder else (teacher, None)
             found[name] = Found(quant=quant)
@@ -165,11 +194,15 @@ def _measure(
                 found[name].take(comparison)
             if ground.harness is not None:
                 found[name].scores = ground.harness.run(student, work.teacher.tokenizer(), machine)
+            if ground.free is not None:
+                found[name].answers = ground.free.hear(name, student) if folder else teachers_own
             if folder:
                 speech.hear(name, student)
             _record(work.run, found)
-        if comparison is not None and TEACHER not in found:
-            found[TEACHER] = Found().take(comparison.of_teacher())
+        if (comparison is not None or teachers_own) and TEACHER not in found:
+            found[TEACHER] = Found(answers=teachers_own)
+            if comparison is not None:
+                found[TEACHER].take(comparison.of_teacher())
             _record(work.run, found)
         speech.write()
     return found
@@ -189,7 +222,7 @@ class Speech:
             return
         prompts, tokens = list(self._prompts.values()), self._work.config.evaluate.sample_tokens
         ends, machine = self._work.teacher.ends(), self._work.machine
-        self._said[name] = answers(model, self._tokenizer, prompts, ends, tokens, machine)
+        self._said[name] = answered(model, self._tokenizer, prompts, ends, tokens, machine)
 
     def write(self) -> None:
         """Writes `samples.md` and notes where it is."""

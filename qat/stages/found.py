@@ -14,6 +14,12 @@ FIGURES: dict[str, tuple[str, Callable[[float], str]]] = {
     "perplexity": ("perplexity", "{:.2f}".format),
     "top1_agreement": ("same first choice", "{:.1%}".format),
 }
+ANSWERS = {
+    "ended": ("end by themselves", 100, "{:.1f}%"),
+    "tokens": ("tokens", 1, "{:.1f}"),
+    "distinct": ("different 4-grams", 100, "{:.1f}%"),
+    "agreeing": ("tokens as the teacher's", 1, "{:.1f}"),
+}
 SIZES = {
     "file_bytes": "MB, packed",
     "model_bits_per_weight": "bits per weight",
@@ -31,6 +37,7 @@ class Found:
         positions: its KL by position; none where the rows are too short for two bands.
         curve: the same as tokens read and KL, in finer steps.
         scores: of tasks.
+        answers: what is told of its own answers, by how tokens were chosen.
         quant: what it is written in, and its sizes; None of the teacher.
     """
 
@@ -39,6 +46,7 @@ class Found:
     positions: list[Band] = field(default_factory=list)
     curve: list[tuple[float, float]] = field(default_factory=list)
     scores: Scores = field(default_factory=dict)
+    answers: Scores = field(default_factory=dict)
     quant: dict[str, Any] | None = None
 
     def take(self, comparison: Comparison) -> "Found":
@@ -51,7 +59,9 @@ class Found:
     def figures(self) -> dict[str, float]:
         """Its figures by the names that a run's record has for them."""
         measured = vars(self.metrics) if self.metrics else {}
-        return measured | {band.key: band.kl for band in self.positions}
+        told = {f"{kind}_{name}": value for kind, one in self.answers.items() for name, value in one.items()}
+        own = {name: value for name, value in told.items() if STDERR not in name}
+        return measured | {band.key: band.kl for band in self.positions} | own
 
 
 def figures(found: Mapping[str, Found]) -> list[list[str]]:
@@ -71,6 +81,25 @@ def positions(found: Mapping[str, Found]) -> list[list[str]]:
     firsts = dict.fromkeys(first for one in bands for first in one)
     ends = {band.first: band.end for one in bands for band in one.values()}
     return [[f"{first:,} to {ends[first] - 1:,}", *(_band(one.get(first)) for one in bands)] for first in firsts]
+
+
+def answers(found: Mapping[str, Found]) -> list[list[str]]:
+    """Table rows: what is told of answers, with 1.96 standard errors."""
+    told = [one.answers for one in found.values()]
+    kinds = dict.fromkeys(kind for one in told for kind in one)
+    return [
+        [f"{kind}: {title}", *(_told(one.get(kind, {}), name, times, form) for one in told)]
+        for kind in kinds
+        for name, (title, times, form) in ANSWERS.items()
+        if any(name in one.get(kind, {}) for one in told)
+    ]
+
+
+def _told(figures: Mapping[str, float], name: str, times: int, form: str) -> str:
+    if name not in figures:
+        return "-"
+    error = figures.get(f"{name}{STDERR}")
+    return form.format(times * figures[name]) + (f" ± {form.format(times * 1.96 * error)}" if error else "")
 
 
 def _figure(one: Found, key: str) -> str:

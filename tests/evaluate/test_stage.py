@@ -77,6 +77,18 @@ def test_kl_by_position_comes_as_a_table_a_picture_and_figures(run, text, output
     assert told in (outputs / "RUNS.md").read_text()
 
 
+def test_answers_come_as_a_table_a_page_and_figures(run, tmp_path, capsys):
+    result = run("checkpoint=SR-001", "evaluate.answers=2", "evaluate.answer_tokens=5")
+    found = result["evaluation"]["models"]
+    assert list(found) == ["SR-001", "teacher"] and "agreeing" not in found["teacher"]["answers"]["greedy"]
+    assert result["metrics"]["drawn_ended"] == found["SR-001"]["answers"]["drawn"]["ended"]
+    assert 0 <= result["metrics"]["greedy_agreeing"] <= result["metrics"]["greedy_tokens"] <= 5
+    shown = capsys.readouterr().out
+    assert "greedy: end by themselves" in shown and "answers.html" in shown
+    assert (tmp_path / "answers.html").read_text().count("<article>") == 2 * 2 * 2
+    assert "cache" not in result["paths"] and "kl" not in result["metrics"]
+
+
 def test_the_teacher_alone_has_its_perplexity(run, text):
     result = run(f"evaluate.text={text}", "evaluate.context=64", "evaluate.stride=64")
     assert list(result["evaluation"]["models"]) == ["teacher"]

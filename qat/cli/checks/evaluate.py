@@ -14,7 +14,7 @@ from qat.errors import ConfigError, UnavailableError
 def check(config: Config) -> None:
     """Checks what is measured, what it is compared with, and the tasks."""
     evaluate = config.evaluate
-    for key in ("against", "text", "tasks"):
+    for key in ("against", "text", "tasks", "answers"):
         if getattr(evaluate, key) and config.stage is not Stage.evaluate:
             raise ConfigError(f"evaluate.{key} goes with stage=evaluate")
     _check_text(evaluate)
