@@ -78,9 +78,8 @@ def uses_checkpoint(config: Config) -> bool:
 
 
 def uses_cache(config: Config) -> bool:
-    """Whether the stage needs a cache; evaluation does without it on a text or tasks."""
-    evaluate = config.evaluate
-    measures = config.stage is Stage.evaluate and not (evaluate.text or evaluate.tasks)
+    """Whether the stage needs a cache; evaluation does without it on anything else."""
+    measures = config.stage is Stage.evaluate and not config.evaluate.apart
     return measures or config.stage in (*TRAINS, Stage.cache, Stage.convert)
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 
 from qat.artifacts import write_bytes
 
@@ -58,6 +59,28 @@ def error_by_depth(errors: dict[str, float], title: str, path: Path) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", alpha=0.3)
     axes.legend(frameon=False, ncols=4, fontsize="small")
+    _save(figure, path)
+
+
+def kl_by_position(curves: dict[str, list[tuple[float, float]]], title: str, path: Path) -> None:
+    """KL against how many tokens of its document a model had read, as a PNG.
+
+    Args:
+        curves: tokens read and the mean KL there in nats, by what a person calls each student.
+        title: what it was measured on.
+        path: where the picture goes.
+    """
+    figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
+    axes = figure.subplots()
+    for (name, curve), color in zip(curves.items(), cycle(LEAVES), strict=False):
+        axes.plot(*zip(*curve, strict=True), marker=".", color=color, label=name)
+    axes.set(xscale="log", xlabel="tokens of the document read", ylabel="full KL (nats)", ylim=(0, None))
+    axes.xaxis.set_major_locator(LogLocator(base=2, numticks=20))
+    axes.xaxis.set_major_formatter("{x:,.0f}")
+    axes.set_title(title, fontsize="medium", wrap=True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", alpha=0.3)
+    axes.legend(frameon=False, fontsize="small")
     _save(figure, path)
 
 

@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 from qat.config.keys import HOT, key
 
+WINDOW = 2048  # tokens of a window of text where neither a person nor the model asks for fewer
+
 
 @dataclass
 class EvaluateConfig:
@@ -12,11 +14,28 @@ class EvaluateConfig:
     sample_tokens: int = key(48, "longest sample answer", low=1)
     against: list[str] = key([], "further models: teacher, runs (SR-001), registered names, paths")
     text: str | None = key(None, "a text file that is measured on, in sliding windows; null takes the cache")
-    context: int = key(1024, "text: tokens of a window", low=2)
-    stride: int = key(512, "text: tokens between the beginnings of two windows", low=1)
+    context: int | None = key(
+        None, f"text: tokens of a window; null takes {WINDOW}, or what the model was made for", low=2
+    )
+    stride: int | None = key(
+        None, "text: tokens between the beginnings of two windows; null puts them side by side", low=1
+    )
     tokens: int | None = key(None, "text: at most so many tokens of the file; null takes all", low=2)
-    tasks: list[str] = key([], "of lm-eval, by name or YAML file, instead of the cache")
+    tasks: list[str] = key(
+        [], "of lm-eval, by name or YAML file, instead of the cache; local takes the package's own, offline"
+    )
     examples: int | None = key(None, "tasks: at most so many examples of each; null takes all", low=1)
+    chat: bool | None = key(None, "tasks: through the chat template; null does where there is one")
+    fewshot: int | None = key(None, "tasks: examples shown before a question; null takes what each says", low=0)
+    answers: int | None = key(
+        None, "so many of the package's prompts are answered by each, greedy and drawn, side by side", low=1, high=200
+    )
+    answer_tokens: int = key(128, "answers: tokens of the longest", low=1)
+
+    @property
+    def apart(self) -> bool:
+        """Whether it measures on anything but a cache."""
+        return bool(self.text or self.tasks or self.answers)
 
 
 @dataclass

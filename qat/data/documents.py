@@ -100,11 +100,12 @@ def _pairs(
 
 
 def _settled(tallies: list[Tally]) -> dict[str, Any]:
-    """What was left out of the sources that were read, for the manifest."""
+    """What was left out of the sources that were read, and how answers in them begin, for the manifest."""
     for tally in tallies:
         tally.settle()
     left_out = [{"rows": tally.rows, "left_out": tally.counts()} for tally in tallies if tally.left_out]
-    return {"read": left_out} if left_out else {}
+    turns = [{"answers": t.turns.answers, "differing": t.turns.differing} for t in tallies if t.turns.answers]
+    return {**({"read": left_out} if left_out else {}), **({"turns": turns} if turns else {})}
 
 
 def _limit(data: DataConfig) -> int | None:

@@ -124,7 +124,7 @@ class _Author:
         longest = max(map(len, prompts))
         self._check_context(longest + sampling.tokens)
         compiled = self.machine.compile and len(prompts) * sampling.tokens >= COMPILED_TOKENS
-        rows = self._rows(longest, sampling)
+        rows = rows_at_once(self.teacher, self.machine, longest, sampling)
         if not compiled:  # batches of equal size; a compiled step keeps the size that all sources share
             rows = -(-len(prompts) // -(-len(prompts) // rows))
         batches = [prompts[first : first + rows] for first in range(0, len(prompts), rows)]
@@ -143,14 +143,15 @@ class _Author:
                 f" {self.teacher.name} is made for at most {context}: ask for fewer"
             )
 
-    def _rows(self, longest: int, sampling: Sampling) -> int:
-        """Rows per batch, from the GPU's total memory and not its free memory, so that batches stay the same."""
-        device, max_rows = self.machine.device, PROMPTS_AT_ONCE[self.machine.device.type]
-        if device.type != "cuda":
-            return max_rows
-        share = SHARE * torch.cuda.get_device_properties(device).total_memory
-        a_row = bytes_a_row(self.teacher.settings(), longest, sampling, self.machine.dtype)
-        return max(1, min(max_rows, int(share / a_row)))
+
+def rows_at_once(teacher: ModelFolder, machine: Machine, longest: int, sampling: Sampling) -> int:
+    """Rows per batch, from the GPU's total memory and not its free memory, so that batches stay the same."""
+    max_rows = PROMPTS_AT_ONCE[machine.device.type]
+    if machine.device.type != "cuda":
+        return max_rows
+    share = SHARE * torch.cuda.get_device_properties(machine.device).total_memory
+    a_row = bytes_a_row(teacher.settings(), longest, sampling, machine.dtype)
+    return max(1, min(max_rows, int(share / a_row)))
 
 
 @dataclass(frozen=True)

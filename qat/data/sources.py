@@ -11,6 +11,7 @@ from qat.data.passages import Passage
 from qat.data.reading import PIECE
 from qat.data.tally import Tally
 from qat.data.thinking import renderings
+from qat.data.turns import compared
 
 Pairs = Generator[tuple[str, list[int]], None, None]
 
@@ -28,8 +29,10 @@ def render(data: DataConfig, tokenizer: PreTrainedTokenizerBase, tally: Tally) -
     def made(row: dict[str, Any]) -> Pairs:
         said = conversations.conversation(row)
         rendered = renderings(tokenizer, said, data.thinking)
-        tally.marked += any(map(marks.holds_hidden, rendered))
-        for piece in (piece for text in rendered for piece in hiding.pieces(text)):
+        tally.marked += any(marks.holds_hidden(one.text) for one in rendered)
+        for one in rendered:
+            tally.compare(compared(tokenizer, one))
+        for piece in (piece for one in rendered for piece in hiding.pieces(one.text)):
             yield said.question[:PIECE], hiding.tokens(piece)
 
     yield from tally.usable(texts.found(data), made)

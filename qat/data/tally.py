@@ -36,6 +36,16 @@ class Unusable(Exception):
         self.reason, self.detail, self.remedy, self.damaged = reason, detail, remedy, damaged
 
 
+@dataclass(frozen=True)
+class Turns:
+    """Answers of a conversation that follow what a user or a tool said, those that follow other tokens than in a chat,
+    and an example of these: what training text and a chat show from where they differ."""
+
+    answers: int = 0
+    differing: int = 0
+    example: str = ""
+
+
 @dataclass
 class _LeftOut:
     """Rows that are left out for one reason, and where the first is."""
@@ -59,6 +69,7 @@ class Tally:
         ended: there are no more.
         marked: those with marks of the chat template in their text.
         left_out: by reason.
+        turns: answers, and those that follow other tokens than in a chat.
     """
 
     source: str
@@ -66,6 +77,7 @@ class Tally:
     ended: bool = False
     marked: int = 0
     left_out: dict[str, _LeftOut] = field(default_factory=dict)
+    turns: Turns = Turns()
 
     @classmethod
     def of(cls, data: DataConfig) -> "Tally":
@@ -92,8 +104,14 @@ class Tally:
                 self._leave_out(place, unusable)
         self.ended = True
 
+    def compare(self, found: Turns) -> None:
+        """Adds the answers of a conversation; the first example stays."""
+        known = self.turns
+        example = known.example or found.example
+        self.turns = Turns(known.answers + found.answers, known.differing + found.differing, example)
+
     def settle(self) -> None:
-        """Tells what was left out, in a line.
+        """Tells what was left out, and how many answers a chat would ask for otherwise, in a line each.
 
         Raises:
             ConfigError: as `check`.
@@ -105,6 +123,11 @@ class Tally:
         if self.marked:
             said = "%s: %s of %s rows have marks of the chat template in their text, where they are read as text"
             log.info(said, self.source, f"{self.marked:,}", rows)
+
+        if self.turns.differing:
+            count, answers = f"{self.turns.differing:,}", f"{self.turns.answers:,}"
+            said = "%s: %s of %s answers follow other tokens than they would in a chat: %s"
+            log.warning(said, self.source, count, answers, self.turns.example)
 
     def check(self) -> None:
         """Looks at what was read so far.

@@ -7,6 +7,7 @@ keeps them whole, also where the template would drop what an earlier turn though
 
 import re
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, cast
 
 from jinja2 import TemplateError
@@ -26,8 +27,18 @@ REFUSALS = (TemplateError, TypeError, ValueError, LookupError, ArithmeticError, 
 INSTEAD = "use data=tokens, openings or text"
 
 
-def renderings(tokenizer: PreTrainedTokenizerBase, said: Conversation, thinking: str) -> list[str]:
-    """A conversation as text in the asked modes, marks in it hidden; `both` gives one where both come out the same.
+@dataclass(frozen=True)
+class Rendering:
+    """A conversation as text in one mode, with what the template was given for it; marks in both are hidden."""
+
+    text: str
+    mode: str
+    messages: Messages
+    tools: list[Any]
+
+
+def renderings(tokenizer: PreTrainedTokenizerBase, said: Conversation, thinking: str) -> list[Rendering]:
+    """A conversation in the asked modes; `both` gives one where both come out the same.
 
     Raises:
         ConfigError: there is no template.
@@ -36,10 +47,10 @@ def renderings(tokenizer: PreTrainedTokenizerBase, said: Conversation, thinking:
     hiding = marks.of(tokenizer)
     messages, tools = hiding.hidden(_in_known_roles(tokenizer, said.messages)), hiding.hide(said.tools)
     modes = ["false", "true"] if thinking == "both" else [thinking]
-    found = [text for mode in modes for text in _in_mode(tokenizer, messages, tools, mode)]
+    found = [one for mode in modes for one in _in_mode(tokenizer, messages, tools, mode)]
     if not found:
         raise Unusable("an empty answer", damaged=False)
-    return list(dict.fromkeys(found))
+    return list({one.text: one for one in reversed(found)}.values())[::-1]
 
 
 def chat_tokens(
@@ -52,7 +63,7 @@ def chat_tokens(
     """
     hiding = marks.of(tokenizer)
     try:
-        return hiding.tokens(_template(tokenizer, hiding.hidden(messages), thinking, add_generation_prompt=ask))
+        return hiding.tokens(template(tokenizer, hiding.hidden(messages), thinking, add_generation_prompt=ask))
     except Unusable as refused:
         said = f"the chat template refuses a conversation ({refused.detail}): {str(messages)[:200]}"
         raise ConfigError(said) from None
@@ -66,7 +77,7 @@ def user_turn(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], int]:
     """
     mark = "what-the-user-says"
     try:
-        whole = _template(tokenizer, [{"role": "user", "content": mark}], "false")
+        whole = template(tokenizer, [{"role": "user", "content": mark}], "false")
     except Unusable as refused:
         raise ConfigError(f"data.start=questions: the chat template refuses a question ({refused.detail})") from None
     opening, said, closing = whole.partition(mark)
@@ -83,7 +94,7 @@ def _in_known_roles(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> M
     return [message | {"role": "system"} if message["role"] == "developer" else message for message in messages]
 
 
-def _in_mode(tokenizer: PreTrainedTokenizerBase, messages: Messages, tools: list[Any], mode: str) -> list[str]:
+def _in_mode(tokenizer: PreTrainedTokenizerBase, messages: Messages, tools: list[Any], mode: str) -> list[Rendering]:
     """One rendering; none where thoughts are left out and the answer has nothing else."""
     if mode == "false":
         messages = [_of_assistant(message, _apart(message["content"])[0]) for message in messages]
@@ -92,12 +103,12 @@ def _in_mode(tokenizer: PreTrainedTokenizerBase, messages: Messages, tools: list
 
     def render(messages: Messages) -> str:
         if mode == "false":
-            return _template(tokenizer, messages, mode, tools)
+            return template(tokenizer, messages, mode, tools)
         return _thinking(tokenizer, messages, tools)
 
     text = render(messages)
     _check_shown(messages, text, render)
-    return [text]
+    return [Rendering(text, mode, messages, tools)]
 
 
 def _check_shown(messages: Messages, text: str, render: Callable[[Messages], str]) -> None:
@@ -126,12 +137,12 @@ def _check_shown(messages: Messages, text: str, render: Callable[[Messages], str
 
 def _thinking(tokenizer: PreTrainedTokenizerBase, messages: Messages, tools: list[Any]) -> str:
     thoughts = [t.strip() for m in messages if m["role"] == "assistant" for t in _apart(m["content"])[1]]
-    rendered = _template(tokenizer, messages, "true", tools)
+    rendered = template(tokenizer, messages, "true", tools)
     if _in_order(thoughts, rendered):
         return rendered
     stand_ins = [f"answer-{number}-of-{len(messages)}-here" for number in range(len(messages))]
     told = [_of_assistant(message, name) for message, name in zip(messages, stand_ins, strict=True)]
-    text = _template(tokenizer, told, "true", tools)
+    text = template(tokenizer, told, "true", tools)
     for message, name in zip(messages, stand_ins, strict=True):
         text = re.sub(EMPTY + name, lambda _, whole=message["content"]: whole, text)  # type: ignore[misc]
     return text
@@ -166,13 +177,19 @@ def _without_calls(message: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in message.items() if key != "tool_calls"}
 
 
-def _template(
+def template(
     tokenizer: PreTrainedTokenizerBase,
     messages: Messages,
     thinking: str,
     tools: list[Any] | None = None,
     add_generation_prompt: bool = False,
 ) -> str:
+    """Messages as the tokenizer's own chat template has them, up to where an answer begins if that is asked for.
+
+    Raises:
+        ConfigError: there is no template.
+        Unusable: it refuses them.
+    """
     if not tokenizer.chat_template:
         raise ConfigError(f"this model's tokenizer has no chat template: {INSTEAD}")
     how = {"enable_thinking": thinking == "true", "add_generation_prompt": add_generation_prompt}

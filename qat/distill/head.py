@@ -168,8 +168,11 @@ class Softmax:
         return self._softmax.mul_(factor_P[:, None]).to(dtype)
 
 
-def position_chunks(hidden: Tensor, targets: tuple[Tensor, ...], size: int = 256) -> Iterator[tuple[Tensor, ...]]:
-    """Hidden states and targets [X, …] as pieces of at most `size` positions."""
+def position_chunks(
+    hidden: Tensor, targets: tuple[Tensor, ...], vocabulary: int, most: int = 256
+) -> Iterator[tuple[Tensor, ...]]:
+    """Hidden states and targets [X, …] as pieces of at most `most` positions, fewer where the vocabulary is large."""
+    size = max(1, min(most, CHUNK_BYTES[hidden.device.type] // (4 * vocabulary)))
     return zip(*(tensor.split(size) for tensor in (hidden, *targets)), strict=True)
 
 

@@ -21,14 +21,14 @@ from qat.console import progress
 from qat.distill.head import position_chunks
 from qat.distill.loss import KD_TEMPERATURE, full_kl, topk_kl
 from qat.errors import NumericsError
+from qat.evaluate.intervals import interval
+from qat.evaluate.positions import Positions
 from qat.forward import hidden_states
 from qat.head import OutputHead
 from qat.machine import Machine
 from qat.quant.linear import baked
 
-RESAMPLES = 1000
-CONFIDENCE = 0.95
-METHOD = f"{CONFIDENCE:.0%}, percentile bootstrap over sequences, {RESAMPLES} resamples"
+TOKENS_AT_ONCE = 8192  # of a batch: 128 rows of 64, 4 of 2,048
 
 
 class Rows(Protocol):
@@ -63,32 +63,20 @@ class Comparison:
         sums_NF: float64 sums over a row's positions in the order of `Metrics`, negative log-likelihoods
             for perplexities.
         counts_N: positions of each row that count.
+        positions: where in its document KL was found; None for a teacher beside itself.
     """
 
     sums_NF: Tensor
     counts_N: Tensor
+    positions: Positions | None = None
 
     def metrics(self) -> Metrics:
         """The figures of all rows together."""
         return _metrics(self.sums_NF.sum(0) / self.counts_N.sum())
 
     def intervals(self) -> dict[str, tuple[float, float]]:
-        """Lowest and highest value of each figure that resampled rows make plausible.
-
-        The percentile bootstrap (Efron and Tibshirani 1993, chapter 13), rows being drawn whole because
-        positions of one row depend on each other. The draws are always the same, so that models which are
-        measured on the same rows are moved by the same chance.
-        """
-        draw = torch.Generator().manual_seed(0)
-        told = self.counts_N > 0  # rows with no position that counts are left out
-        rows = int(told.sum())
-        drawn = torch.stack(
-            [torch.randint(rows, (rows,), generator=draw).bincount(minlength=rows) for _ in range(RESAMPLES)]
-        ).double()
-        means = (drawn @ self.sums_NF[told]) / (drawn @ self.counts_N[told].double())[:, None]
-        places = torch.tensor([(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2], dtype=torch.float32)
-        ends = means.quantile(places.double(), dim=0)
-        low, high = (asdict(_metrics(end)) for end in ends)
+        """Lowest and highest value of each figure that resampled rows make plausible."""
+        low, high = (asdict(_metrics(end)) for end in interval(self.sums_NF, self.counts_N))
         return {name: (low[name], high[name]) for name in low}
 
     def of_teacher(self) -> "Comparison":
@@ -130,13 +118,16 @@ def compare(
     Raises:
         NumericsError: a figure is not finite, or no position counts.
     """
-    found = Comparison(torch.zeros(held_out.rows, 5, dtype=torch.float64), torch.zeros(held_out.rows, dtype=torch.long))
-    tokens = held_out.rows * int(held_out.meta["length"])
-    with baked(student, machine.dtype), progress("evaluation", tokens, "tokens") as advance:
-        for rows in held_out.in_order(machine.micro_batch):
+    length, positions = int(held_out.meta["length"]), Positions(held_out.rows, int(held_out.meta["length"]))
+    sums_NF = torch.zeros(held_out.rows, 5, dtype=torch.float64)
+    found = Comparison(sums_NF, torch.zeros(held_out.rows, dtype=torch.long), positions)
+    at_once = max(1, min(machine.micro_batch, TOKENS_AT_ONCE // length))
+    with baked(student, machine.dtype), progress("evaluation", held_out.rows * length, "tokens") as advance:
+        for rows in held_out.in_order(at_once):
             batch = held_out.batch(rows).to(machine.device)
-            for row_X, values_FX in _positions(student, teacher, batch, top_k):
-                found.sums_NF.index_add_(0, rows[row_X], values_FX.mT)
+            for row_X, place_X, values_FX in _values_of(student, teacher, batch, top_k):
+                sums_NF.index_add_(0, rows[row_X], values_FX.mT)
+                positions.add(rows[row_X], place_X, values_FX[0])
             found.counts_N[rows] = batch.loss_mask.sum(1).cpu()
             advance(batch.input_ids.numel())
     if not found.counts_N.any():
@@ -150,18 +141,25 @@ def compare(
     return found
 
 
-def _positions(
+def _values_of(
     student: PreTrainedModel, teacher: PreTrainedModel, batch: Batch, top_k: int
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Row numbers in the batch [X] and figures [F, X], float64 on the CPU, of some positions at a time."""
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Rows in the batch [X], places in their documents [X] and float64 figures [F, X], on the CPU, some at a time."""
     counts = batch.loss_mask
     theirs = hidden_states(teacher, batch.inputs())[counts.flatten()]
     ours = theirs if student is teacher else hidden_states(student, batch.inputs())[counts.flatten()]
-    targets = (theirs, batch.input_ids[:, 1:][counts], counts.nonzero()[:, 0])
     head, teacher_head = OutputHead(student), OutputHead(teacher)
-    for ours_XD, theirs_XD, next_X, row_X in position_chunks(ours, targets):
+    targets = (theirs, batch.input_ids[:, 1:][counts], counts.nonzero()[:, 0], _places(batch)[counts])
+    for ours_XD, theirs_XD, next_X, row_X, place_X in position_chunks(ours, targets, head.vocabulary):
         logits_XV, teacher_XV = head.logits(ours_XD), teacher_head.logits(theirs_XD)
-        yield row_X.cpu(), _values(logits_XV, teacher_XV, next_X, top_k).cpu().double()
+        yield row_X.cpu(), place_X.cpu(), _values(logits_XV, teacher_XV, next_X, top_k).cpu().double()
+
+
+def _places(batch: Batch) -> Tensor:
+    """Where each token that predicts one lies in its document [B, L-1]."""
+    ids_BL = batch.input_ids
+    counted = torch.arange(ids_BL.shape[1], device=ids_BL.device).expand_as(ids_BL)
+    return batch.inputs().get("position_ids", counted)[:, :-1]
 
 
 def _values(logits_XV: Tensor, teacher_XV: Tensor, next_X: Tensor, top_k: int) -> Tensor:

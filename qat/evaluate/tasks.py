@@ -1,7 +1,10 @@
 """Tasks of lm-eval, run by its own harness on a model of ours; the package is the extra `lm_eval`.
 
-A task is one that the harness knows by name, or a YAML file in its format. Tasks by name mostly fetch
-their data from the hub; a file may name data on disk.
+A task is one that the harness knows by name, a YAML file in its format, or one of the package's own
+(`qat.evaluate.local`). Tasks by name mostly fetch their data from the hub; a file may name data on disk.
+
+Models that converse are asked through their chat template, without thoughts, examples before the question being turns
+of the conversation: what `lm_eval --apply_chat_template --model_args enable_thinking=False,…` does.
 """
 
 import difflib
@@ -16,6 +19,7 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qat.errors import ConfigError, MissingError, NumericsError, reason
+from qat.evaluate import local
 from qat.machine import Machine
 from qat.quant.linear import baked
 
@@ -28,12 +32,16 @@ Scores = dict[str, dict[str, float]]  # by task, then by metric; a metric's stan
 class Harness:
     """Some tasks, found and with their data at hand."""
 
-    def __init__(self, tasks: list[str], examples: int | None) -> None:
+    def __init__(
+        self, tasks: list[str], examples: int | None = None, chat: bool = False, fewshot: int | None = None
+    ) -> None:
         """Looks the tasks up and loads their data.
 
         Args:
             tasks: names, or paths of YAML files.
             examples: of each task, at most; None takes all.
+            chat: asks through the tokenizer's chat template.
+            fewshot: examples shown before each question; None takes as many as a task says.
 
         Raises:
             ConfigError: there is no such task, or its file is none.
@@ -42,7 +50,8 @@ class Harness:
         with _quiet():
             from lm_eval.tasks import TaskManager
 
-            self._tasks, self._examples = tasks, examples
+            tasks = [file for task in tasks for file in local.files_of(task)]
+            self._tasks, self._examples, self._chat, self._fewshot = tasks, examples, chat, fewshot
             # The harness's own index has 14,000 files, so it is not read for paths alone.
             self._manager = TaskManager(include_defaults=not all(task.endswith(SUFFIXES) for task in tasks))
             for task in tasks:
@@ -59,11 +68,22 @@ class Harness:
             from lm_eval.models.huggingface import HFLM
 
             beside: Any = HFLM(
-                pretrained=model, tokenizer=tokenizer, batch_size=machine.micro_batch, trust_remote_code=False
+                pretrained=model,
+                tokenizer=tokenizer,
+                batch_size=machine.micro_batch,
+                trust_remote_code=False,
+                enable_thinking=False if self._chat else None,
             )
             asked: Any = list(self._tasks)
             found = simple_evaluate(
-                model=beside, tasks=asked, task_manager=self._manager, limit=self._examples, log_samples=False
+                model=beside,
+                tasks=asked,
+                task_manager=self._manager,
+                limit=self._examples,
+                num_fewshot=self._fewshot,
+                apply_chat_template=self._chat,
+                fewshot_as_multiturn=self._chat,
+                log_samples=False,
             )
         scores = {name: _numbers(figures) for name, figures in found["results"].items()}
         for name, figures in scores.items():

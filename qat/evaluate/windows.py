@@ -34,15 +34,20 @@ class Windows:
 
     def __init__(self, ids_T: Tensor, context: int, stride: int) -> None:
         """Nothing is copied before it is read."""
-        self._ids, self._stride = ids_T, stride
+        self._ids, self.stride = ids_T, stride
         length = min(context, len(ids_T))
         self.rows = 1 + -(-(len(ids_T) - length) // stride)
         self.meta: dict[str, Any] = {"length": length}
 
+    def __str__(self) -> str:
+        """How the text is cut, in words."""
+        size = f"{self.meta['length']} tokens"
+        return f"windows of {size}, stride {self.stride}" if self.rows > 1 else f"one window of {size}"
+
     def batch(self, rows: Tensor) -> Batch:
         """The windows with these numbers [B]."""
-        length, begin_B = self.meta["length"], rows * self._stride
-        reached_B = torch.where(rows > 0, begin_B - self._stride + length, 0)  # end of the window before
+        length, begin_B = self.meta["length"], rows * self.stride
+        reached_B = torch.where(rows > 0, begin_B - self.stride + length, 0)  # end of the window before
         place_BL = begin_B[:, None] + torch.arange(length)
         next_BL = place_BL[:, 1:]
         mask = (next_BL >= reached_B[:, None]) & (next_BL < len(self._ids))
@@ -51,7 +56,7 @@ class Windows:
 
     def text_key(self) -> str:
         """A key of the tokens and of how they are cut into windows."""
-        read = [self.meta["length"], self._stride, hashlib.sha256(self._ids.numpy().tobytes()).hexdigest()]
+        read = [self.meta["length"], self.stride, hashlib.sha256(self._ids.numpy().tobytes()).hexdigest()]
         return content_key(read)
 
     def in_order(self, size: int) -> list[Tensor]:

@@ -1,5 +1,6 @@
 """Caches, evaluations and exports in the run log: they train nothing, so each is one line."""
 
+import re
 from collections.abc import Iterator
 
 from qat.console import duration
@@ -8,6 +9,7 @@ from qat.report.markdown import NOTHING, code, plain
 from qat.report.markdown import table as rendered
 
 FIGURES = {"kl": "full KL", "kd_loss": "KD loss", "perplexity": "perplexity"}
+BAND = re.compile(r"kl_(\d{1,9})_(\d{1,9})")  # names of figures of KL by position
 HEADER = ("run", "stage", "status", "of", "result", "time", "folder")
 
 
@@ -37,8 +39,18 @@ def _subject(run: Record) -> str:
 def _evaluation(run: Record) -> str:
     found = {name: run.number("metrics", key) for key, name in FIGURES.items()}
     figures = [f"{name} {value:.4f}" for name, value in found.items() if value is not None]
+    figures += [f"KL at {place} {value:.4f}" for place, value in _by_position(run)]
     on = run.text("evaluation", "on")
     return plain(" on ".join(part for part in (", ".join(figures), on) if part))
+
+
+def _by_position(run: Record) -> Iterator[tuple[str, float]]:
+    """The KL where a document begins to be long, and at the end of the longest rows."""
+    bands = {key: match for key in run.section("metrics") if (match := BAND.fullmatch(key))}
+    ordered = sorted(bands.values(), key=lambda match: int(match[1]))
+    for match in [*ordered[1:2], *ordered[2:][-1:]]:
+        if (value := run.number("metrics", match[0])) is not None:
+            yield f"{int(match[1]):,} to {int(match[2]) - 1:,}", value
 
 
 def _export(run: Record) -> str:

@@ -253,13 +253,15 @@ function facts() {
   document.title = $("title").textContent;
 }
 
+const RARE = ["near", "far"]; // columns that are there where a run has such a figure
 const COLUMNS = [
   ["id", "run", run => run.id, false], ["stage", "stage", run => run.stage || "–", false], ["status", "status", run => run.status, false],
   ["kl", "full KL", run => figure(run.kl), true], ["megabytes", "MB", run => figure(run.megabytes, 1), true],
+  ["near", "KL at 64–127", run => figure(run.near), true], ["far", "KL at 1,024–2,047", run => figure(run.far), true],
   ["kd0", "KD before", run => figure(run.kd0), true], ["kd", "KD after", run => figure(run.kd), true], ["perplexity", "perplexity", run => figure(run.perplexity, 2), true],
   ["agreement", "agreement", run => percent(run.agreement), true], ["speed", "tokens/s", run => run.speed == null ? "–" : Math.round(run.speed).toLocaleString("en"), true],
   ["seconds", "time", run => time(run.seconds), true], ["name", "name", run => run.name || "–", false], ["ground", "teacher and text", run => run.ground || "–", false], ["goal", "goal", run => run.goal, false],
-];
+].filter(([key]) => !RARE.includes(key) || runs.some(run => run[key] != null));
 
 function table() {
   const head = COLUMNS.map(([key, name, , numeric]) => make("th", {

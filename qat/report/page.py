@@ -103,6 +103,8 @@ def _run(
         "kd0": run.number("metrics", "kd_loss_initial"),
         "kd": run.first(("metrics", "kd_loss_final"), ("metrics", "kd_loss")),
         "kl": run.number("metrics", "kl"),
+        "near": run.number("metrics", "kl_64_128"),
+        "far": run.number("metrics", "kl_1024_2048"),
         "perplexity": run.number("metrics", "perplexity"),
         "agreement": run.number("metrics", "top1_agreement"),
         "speed": run.number("throughput", "tokens_per_second"),

@@ -2,69 +2,52 @@
 
 import logging
 import os
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel
 
-from qat import checkpoints
+from qat import checkpoints, plots
 from qat.artifacts import Artifact, write_text
 from qat.cache.reader import CacheReader
 from qat.config import Config
+from qat.config.evaluate import WINDOW
 from qat.console import console, table
 from qat.data.asking import takes_questions
 from qat.errors import ConfigError
-from qat.evaluate import Comparison, Metrics, answers, compare, samples_of
-from qat.evaluate.figures import METHOD, Rows
-from qat.evaluate.tasks import STDERR, Harness, Scores
+from qat.evaluate import Comparison, Metrics, compare, samples_of
+from qat.evaluate import answers as answered
+from qat.evaluate.figures import Rows
+from qat.evaluate.free import FreeRunning
+from qat.evaluate.intervals import METHOD
+from qat.evaluate.tasks import Harness
 from qat.evaluate.windows import Windows, read
 from qat.names import TEACHER, called, checkpoint
 from qat.quant.size import summary
 from qat.runs import Run
 from qat.stages import cache
+from qat.stages.found import Found, answers, figures, positions
 from qat.stages.workspace import Workspace, open_workspace, start_folder
 
 log = logging.getLogger(__name__)
 
-SAMPLES = "samples.md"
+SAMPLES, POSITIONS, ANSWERS = "samples.md", "positions.png", "answers.html"
 TITLES = {
     True: "The same prompts, answered by each model",
     False: "The same texts, gone on with by each model, which has no chat template that takes a question",
 }
-FIGURES: dict[str, tuple[str, Callable[[float], str]]] = {
-    "kl": ("full KL", "{:.4f}".format),
-    "kd_loss": ("KD loss", "{:.4f}".format),
-    "perplexity": ("perplexity", "{:.2f}".format),
-    "top1_agreement": ("same first choice", "{:.1%}".format),
-}
-SIZES = {
-    "file_bytes": "MB, packed",
-    "model_bits_per_weight": "bits per weight",
-    "bits_per_weight": "bits per quantized weight",
-}
-
 Models = dict[str, Path | None]  # folder of each model by the name shown to the user; None is the teacher
 
 
 @dataclass
 class Ground:
-    """What models are measured on: rows of text, tasks or both."""
+    """What models are measured on: rows of text, tasks, prompts."""
 
     rows: Rows | None = None
     top_k: int = 0
     harness: Harness | None = None
-
-
-@dataclass
-class Found:
-    """What was found of one model; `intervals` of its figures, `scores` of tasks."""
-
-    metrics: Metrics | None = None
-    intervals: dict[str, tuple[float, float]] = field(default_factory=dict)
-    scores: Scores = field(default_factory=dict)
-    quant: dict[str, Any] | None = None
+    free: FreeRunning | None = None
 
 
 def main(config: Config, run: Run) -> None:
@@ -76,15 +59,39 @@ def main(config: Config, run: Run) -> None:
     ground, on = _ground(work)
     found = _measure(work, ground, models)
     first = next((name for name, folder in models.items() if folder), TEACHER)
-    if (metrics := found[first].metrics) is not None:
-        run.result["metrics"] |= asdict(metrics)
+    run.result["metrics"] |= found[first].figures()
     run.result["quant"] = found[first].quant or {"preset": None}
     run.result["evaluation"]["on"] = on
-    table(f"on {on}", ["", *found], _rows(found))
+    table(f"on {on}", ["", *found], figures(found))
+    _show_positions(run, found, on)
+    _show_answers(run, found, ground.free)
     if ground.rows is not None:
         console.print(f"± is half of the interval: {METHOD}", soft_wrap=True)
     if ground.harness is not None:
         console.print("± of a task is the harness's standard error times 1.96", soft_wrap=True)
+
+
+def _show_positions(run: Run, found: dict[str, Found], on: str) -> None:
+    """The KL of students by the position in a document, as a table and a picture, where rows are long enough."""
+    students = {name: one for name, one in found.items() if one.positions}
+    if not students:
+        return
+    table("full KL by tokens that come before", ["", *students], positions(students))
+    picture = run.folder / POSITIONS
+    plots.kl_by_position({name: one.curve for name, one in students.items()}, f"on {on}", picture)
+    run.result["paths"]["positions"] = str(picture)
+    console.print(f"picture of it: {picture}", soft_wrap=True)
+
+
+def _show_answers(run: Run, found: dict[str, Found], free: FreeRunning | None) -> None:
+    """What is told of answers, as a table, and the answers side by side on a page."""
+    if free is None:
+        return
+    page = run.folder / ANSWERS
+    write_text(page, free.page())
+    run.result["paths"]["answers"] = str(page)
+    table(f"answers to {len(free.prompts)} prompts", ["", *found], answers(found))
+    console.print(f"± is 1.96 standard errors; the answers side by side: {page}", soft_wrap=True)
 
 
 def make(
@@ -118,21 +125,34 @@ def _models(config: Config) -> Models:
 
 
 def _ground(work: Workspace) -> tuple[Ground, str]:
-    """What is measured on, with a phrase for it: a text or tasks where they are asked for, else the cache."""
+    """What is measured on, with a phrase for it: a text, tasks or prompts where they are asked for, else the cache."""
     settings, said = work.config.evaluate, []
     ground = Ground(top_k=work.config.cache.top_k)
-    if not (settings.text or settings.tasks):
+    if not settings.apart:
         cached = cache.make(work)
         return _held_out(cached), f"held-out text of {cached.folder.name}"
     if settings.text:
         windows = _text(work, settings.text)
         ground.rows = windows
-        said.append(f"{settings.text}, windows of {windows.meta['length']} tokens, stride {settings.stride}")
+        said.append(f"{settings.text}, {windows}")
         work.measures_on(windows.text_key(), said[0])
     if settings.tasks:
-        ground.harness = Harness(settings.tasks, settings.examples)
-        said.append(f"tasks of lm-eval: {', '.join(settings.tasks)}")
+        chat = _chats(work)
+        ground.harness = Harness(settings.tasks, settings.examples, chat, settings.fewshot)
+        how = [*(["as chat"] if chat else []), *([f"{settings.fewshot} examples before"] if settings.fewshot else [])]
+        said.append(", ".join([f"tasks of lm-eval: {', '.join(settings.tasks)}", *how]))
+    if settings.answers:
+        ground.free = FreeRunning(work.teacher, settings.answers, settings.answer_tokens, work.machine)
+        said.append(f"answers to {len(ground.free.prompts)} prompts, at most {settings.answer_tokens} tokens long")
     return ground, "; ".join(said)
+
+
+def _chats(work: Workspace) -> bool:
+    """Whether tasks are asked through the chat template."""
+    wanted, there = work.config.evaluate.chat, takes_questions(work.teacher.tokenizer())
+    if wanted and not there:
+        raise ConfigError(f"evaluate.chat=true: {work.teacher.name} has no chat template that takes a question")
+    return there if wanted is None else wanted
 
 
 def _held_out(cached: Artifact) -> Ground:
@@ -141,12 +161,12 @@ def _held_out(cached: Artifact) -> Ground:
 
 
 def _text(work: Workspace, path: str) -> Windows:
-    settings, longest = work.config.evaluate, work.teacher.context()
-    if longest is not None and settings.context > longest:
-        raise ConfigError(
-            f"evaluate.context={settings.context}: {work.teacher.name} is made for at most {longest} tokens"
-        )
-    return Windows(read(path, work.teacher.tokenizer(), settings.tokens), settings.context, settings.stride)
+    settings, longest = work.config.evaluate, work.teacher.context() or WINDOW
+    context = settings.context or min(WINDOW, longest)
+    stride = settings.stride or context
+    if stride > context:
+        raise ConfigError(f"evaluate.stride={stride}: {work.teacher.name} takes windows of at most {context} tokens")
+    return Windows(read(path, work.teacher.tokenizer(), settings.tokens), context, stride)
 
 
 def _measure(
@@ -161,23 +181,28 @@ def _measure(
         if ground.rows is not None:
             work.settle(ground.rows, teacher)
         speech.hear(TEACHER, teacher)
+        teachers_own = ground.free.hear(TEACHER, teacher) if ground.free else {}
         for name, folder in models.items():
             student, quant = _load(work, folder) if folder else (teacher, None)
             found[name] = Found(quant=quant)
             if known and name in known:
                 found[name].metrics = known[name]
             elif comparison is not None and folder is None:
-                _take(found[name], comparison.of_teacher())
+                found[name].take(comparison.of_teacher())
             elif ground.rows is not None:
                 comparison = compare(student, teacher, ground.rows, ground.top_k, machine)
-                _take(found[name], comparison)
+                found[name].take(comparison)
             if ground.harness is not None:
                 found[name].scores = ground.harness.run(student, work.teacher.tokenizer(), machine)
+            if ground.free is not None:
+                found[name].answers = ground.free.hear(name, student) if folder else teachers_own
             if folder:
                 speech.hear(name, student)
             _record(work.run, found)
-        if comparison is not None and TEACHER not in found:
-            found[TEACHER] = _take(Found(), comparison.of_teacher())
+        if (comparison is not None or teachers_own) and TEACHER not in found:
+            found[TEACHER] = Found(answers=teachers_own)
+            if comparison is not None:
+                found[TEACHER].take(comparison.of_teacher())
             _record(work.run, found)
         speech.write()
     return found
@@ -197,7 +222,7 @@ class Speech:
             return
         prompts, tokens = list(self._prompts.values()), self._work.config.evaluate.sample_tokens
         ends, machine = self._work.teacher.ends(), self._work.machine
-        self._said[name] = answers(model, self._tokenizer, prompts, ends, tokens, machine)
+        self._said[name] = answered(model, self._tokenizer, prompts, ends, tokens, machine)
 
     def write(self) -> None:
         """Writes `samples.md` and notes where it is."""
@@ -210,11 +235,6 @@ class Speech:
         self._work.run.result["paths"]["samples"] = str(path)
 
 
-def _take(found: Found, comparison: Comparison) -> Found:
-    found.metrics, found.intervals = comparison.metrics(), comparison.intervals()
-    return found
-
-
 def _load(work: Workspace, folder: Path) -> tuple[PreTrainedModel, dict[str, Any]]:
     student, manifest = checkpoints.load(folder, work.teacher, work.machine)
     figures = summary(checkpoints.layers_of(manifest), work.teacher.skeleton())
@@ -224,44 +244,6 @@ def _load(work: Workspace, folder: Path) -> tuple[PreTrainedModel, dict[str, Any
 def _record(run: Run, found: dict[str, Found]) -> None:
     run.result["evaluation"] = {"interval": METHOD, "models": {name: asdict(one) for name, one in found.items()}}
     run.save()
-
-
-def _rows(found: dict[str, Found]) -> list[list[str]]:
-    """Table rows: figures with half their interval, scores of tasks, bits."""
-    models, rows = list(found.values()), []
-    if any(one.metrics for one in models):
-        rows += [[title, *(_figure(one, key) for one in models)] for key, (title, _) in FIGURES.items()]
-    names = {(task, metric): None for one in models for task, scores in one.scores.items() for metric in scores}
-    shown = [(task, metric) for task, metric in names if STDERR not in metric]
-    rows += [[f"{task} {metric}", *(_score(one, task, metric) for one in models)] for task, metric in shown]
-    return [*rows, *([title, *(_size(one, key) for one in models)] for key, title in SIZES.items())]
-
-
-def _figure(one: Found, key: str) -> str:
-    if one.metrics is None:
-        return "-"
-    shown, interval = FIGURES[key][1], one.intervals.get(key)
-    value = shown(getattr(one.metrics, key))
-    return (
-        value
-        if interval is None or interval[0] == interval[1]
-        else f"{value} ± {shown((interval[1] - interval[0]) / 2)}"
-    )
-
-
-def _score(one: Found, task: str, metric: str) -> str:
-    scores = one.scores.get(task, {})
-    if metric not in scores:
-        return "-"
-    name, comma, kind = metric.partition(",")
-    error = scores.get(f"{name}{STDERR}{comma}{kind}")
-    return f"{scores[metric]:.4f}" + ("" if error is None else f" ± {1.96 * error:.4f}")
-
-
-def _size(one: Found, key: str) -> str:
-    if one.quant is None:
-        return "-"
-    return f"{one.quant[key] / 1e6:.1f}" if key == "file_bytes" else f"{one.quant[key]:.2f}"
 
 
 def samples(title: str, prompts: list[str], said: dict[str, list[str]]) -> str:

@@ -58,8 +58,10 @@ def _lengths(config: Config) -> Iterator[tuple[str, int]]:
         yield "chat.max_tokens", config.chat.max_tokens
     if stage is Stage.export and exporter(config.export.format).bounded:
         yield "export.context", config.export.context
-    if stage is Stage.evaluate and config.evaluate.text:
+    if stage is Stage.evaluate and config.evaluate.text and config.evaluate.context:
         yield "evaluate.context", config.evaluate.context
+    if stage is Stage.evaluate and config.evaluate.answers:
+        yield "evaluate.answer_tokens", config.evaluate.answer_tokens
     if stage in (Stage.run, Stage.evaluate):
         yield "evaluate.sample_tokens", config.evaluate.sample_tokens
     if stage in (Stage.chat, Stage.export) or config.cache.path:

@@ -43,8 +43,7 @@ def check(config: Config, teacher: ModelFolder, machine: Machine) -> None:
 
 def makes_text(config: Config) -> bool:
     """Whether a stage turns text into tokens, or tokens into text that somebody asked for."""
-    measured = config.evaluate.text or config.evaluate.tasks
-    if config.stage is Stage.evaluate and measured:
+    if config.stage is Stage.evaluate and config.evaluate.apart:
         return True
     makes_cache = config.stage is not Stage.export and not config.cache.path
     return makes_cache or config.cache.inspect
@@ -54,7 +53,7 @@ def check_text(config: Config, teacher: ModelFolder) -> None:
     """Whether there is a tokenizer of the model's, and a chat template where the text needs one."""
     tokenizer = teacher.tokenizer()
     tokenizers.check(teacher.path, tokenizer, teacher.vocab_size())
-    if config.cache.path or config.evaluate.text or config.evaluate.tasks:
+    if config.cache.path or config.evaluate.apart:
         return
     for part in mix.parts(config.data):
         if _talks(part):

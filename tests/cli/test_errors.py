@@ -179,7 +179,7 @@ MISTAKES = [
     ("stage=evaluate evaluate.against=[taken]", "is no checkpoint"),
     ("stage=evaluate evaluate.text=nowhere", "evaluate.text=nowhere: no such file"),
     ("stage=evaluate evaluate.text=folder", "evaluate.text=folder: no such file"),
-    ("evaluate.stride=2000", "longer than evaluate.context=1024"),
+    ("evaluate.stride=3000", "longer than evaluate.context=2048"),
     ("evaluate.tokens=1", "at least 2"),
     ("store=gcs", "store.path"),
     ("instance.compile=maybe", "auto, true or false"),

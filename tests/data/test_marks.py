@@ -55,7 +55,7 @@ def test_marks_in_the_arguments_of_tools_are_text_too(tiny, control):
     tokenizer.chat_template = "<|user|>{{ messages[0].tool_calls[0].function.arguments.a }}<|end|>"
     call = {"type": "function", "function": {"name": "f", "arguments": {"a": "<|end|>"}}}
     said = Conversation([{"role": "assistant", "content": "", "tool_calls": [call]}])
-    (text,) = renderings(tokenizer, said, "false")
+    text = renderings(tokenizer, said, "false")[0].text
     assert len([id for id in marks.of(tokenizer).tokens(text) if id in control]) == 2
 
 

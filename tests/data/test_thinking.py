@@ -37,8 +37,8 @@ def shown(tiny):
     def make(template, messages, thinking="false", tools=()):
         tokenizer = tiny.tokenizer()
         tokenizer.chat_template = template
-        texts = renderings(tokenizer, Conversation(messages, list(tools)), thinking)
-        return [tokenizer.decode(marks.of(tokenizer).tokens(text)) for text in texts]
+        found = renderings(tokenizer, Conversation(messages, list(tools)), thinking)
+        return [tokenizer.decode(marks.of(tokenizer).tokens(one.text)) for one in found]
 
     return make
 

@@ -61,6 +61,34 @@ def run(command, outputs, tmp_path):
     return measure
 
 
+def test_kl_by_position_comes_as_a_table_a_picture_and_figures(run, text, outputs, tmp_path, capsys):
+    result = run(f"evaluate.text={text}", "checkpoint=SR-001")
+    assert "one window of 719 tokens" in result["evaluation"]["on"]  # all of it: tiny is made for 1024
+    bands = result["evaluation"]["models"]["SR-001"]["positions"]
+    assert [band["first"] for band in bands] == [0, 64, 128, 256, 512]
+    assert sum(band["count"] for band in bands) == 718
+    assert [result["metrics"][f"kl_{band['first']}_{band['end']}"] for band in bands] == [band["kl"] for band in bands]
+    mean = sum(band["kl"] * band["count"] for band in bands) / 718
+    assert mean == pytest.approx(result["metrics"]["kl"], rel=1e-9)
+    assert (tmp_path / "positions.png").read_bytes()[:4] == b"\x89PNG"
+    shown = capsys.readouterr().out
+    assert "512 to 1,023" in shown and f"{bands[1]['kl']:.4f}" in shown
+    told = f"KL at 64 to 127 {bands[1]['kl']:.4f}, KL at 512 to 1,023 {bands[-1]['kl']:.4f}"
+    assert told in (outputs / "RUNS.md").read_text()
+
+
+def test_answers_come_as_a_table_a_page_and_figures(run, tmp_path, capsys):
+    result = run("checkpoint=SR-001", "evaluate.answers=2", "evaluate.answer_tokens=5")
+    found = result["evaluation"]["models"]
+    assert list(found) == ["SR-001", "teacher"] and "agreeing" not in found["teacher"]["answers"]["greedy"]
+    assert result["metrics"]["drawn_ended"] == found["SR-001"]["answers"]["drawn"]["ended"]
+    assert 0 <= result["metrics"]["greedy_agreeing"] <= result["metrics"]["greedy_tokens"] <= 5
+    shown = capsys.readouterr().out
+    assert "greedy: end by themselves" in shown and "answers.html" in shown
+    assert (tmp_path / "answers.html").read_text().count("<article>") == 2 * 2 * 2
+    assert "cache" not in result["paths"] and "kl" not in result["metrics"]
+
+
 def test_the_teacher_alone_has_its_perplexity(run, text):
     result = run(f"evaluate.text={text}", "evaluate.context=64", "evaluate.stride=64")
     assert list(result["evaluation"]["models"]) == ["teacher"]

@@ -9,6 +9,7 @@ import yaml
 
 from qat import checkpoints
 from qat.errors import ConfigError, MissingError
+from qat.evaluate import local
 from qat.evaluate.tasks import Harness
 from tests import tiny
 
@@ -72,9 +73,8 @@ def accuracy(model, tokenizer, rows):
 
 
 def test_models_are_scored_side_by_side(launch, outputs, task, rows, teacher):
-    done, result = launch(
-        "stage=evaluate", "checkpoint=SR-001", "evaluate.against=[teacher]", f"evaluate.tasks=[{task}]"
-    )
+    words = ("checkpoint=SR-001", "evaluate.against=[teacher]", f"evaluate.tasks=[{task}]", "evaluate.chat=false")
+    done, result = launch("stage=evaluate", *words)
     tokenizer = teacher.tokenizer()
     student = checkpoints.load(outputs / "SR-001" / "checkpoints" / "best", teacher, tiny.FP32)[0]
     expected = {
@@ -90,24 +90,48 @@ def test_models_are_scored_side_by_side(launch, outputs, task, rows, teacher):
     assert [line for line in done.stderr.splitlines() if "not a git repository" not in line] == []  # lm-eval asks git
 
 
+@pytest.mark.parametrize("fewshot", [0, 2])
+def test_a_chat_has_the_figures_of_the_harnesss_own_command_line(task, teacher, monkeypatch, tmp_path, fewshot):
+    from lm_eval.__main__ import cli_evaluate
+
+    scores = Harness([str(task)], chat=True, fewshot=fewshot).run(
+        teacher.load(torch.float32, tiny.CPU), teacher.tokenizer(), tiny.FP32
+    )
+    words = ["run", "--model", "hf", "--model_args", f"pretrained={teacher.path},dtype=float32,enable_thinking=False"]
+    words += ["--tasks", str(task), "--apply_chat_template", "--num_fewshot", str(fewshot), "--batch_size", "4"]
+    monkeypatch.setattr("sys.argv", ["lm_eval", *words, "--device", "cpu", "--output_path", str(tmp_path)])
+    cli_evaluate()
+    (written,) = tmp_path.rglob("results_*.json")
+    found = json.loads(written.read_text())["results"]["letters"]
+    assert scores["letters"] == {"acc": found["acc,none"], "acc_stderr": found["acc_stderr,none"]}
+
+
+def test_the_local_tasks_need_no_network_and_score_every_row(teacher):
+    scores = Harness(["local"], examples=3, chat=True).run(
+        teacher.load(torch.float32, tiny.CPU), teacher.tokenizer(), tiny.FP32
+    )
+    assert list(scores) == list(local.NAMES)
+    assert all(0 <= one["acc"] <= 1 for one in scores.values())
+
+
 def test_at_most_so_many_examples(task, rows, teacher):
     model, tokenizer = teacher.load(torch.float32, tiny.CPU), teacher.tokenizer()
-    scores = Harness([str(task)], 5).run(model, tokenizer, tiny.FP32)
+    scores = Harness([str(task)], examples=5).run(model, tokenizer, tiny.FP32)
     assert scores["letters"]["acc"] == pytest.approx(accuracy(model, tokenizer, rows[:5]))
 
 
 def test_an_unknown_task_is_told_with_the_nearest():
     with pytest.raises(ConfigError, match=r"knows no task arc_easi \(did you mean arc_easy\?\)"):
-        Harness(["arc_easi"], None)
+        Harness(["arc_easi"])
 
 
 def test_data_that_is_not_there_is_told(folder):
     with pytest.raises(MissingError, match=r"the data of .*lost\.yaml cannot be had"):
-        Harness([str(write(folder / "lost.yaml", folder / "nowhere.jsonl"))], None)
+        Harness([str(write(folder / "lost.yaml", folder / "nowhere.jsonl"))])
 
 
 @pytest.mark.parametrize("content", ["- 1\n", "a: [\n", "output_type: multiple_choice\n", ""])
 def test_a_file_that_is_no_task_is_told(folder, content):
     (folder / "broken.yaml").write_text(content)
     with pytest.raises(ConfigError, match=r"lm-eval cannot load .*broken\.yaml"):
-        Harness([str(folder / "broken.yaml")], None)
+        Harness([str(folder / "broken.yaml")])

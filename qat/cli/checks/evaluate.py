@@ -7,13 +7,14 @@ from pathlib import Path
 from qat import names
 from qat.cli import trusted
 from qat.config import Config, EvaluateConfig, Stage
+from qat.config.evaluate import WINDOW
 from qat.errors import ConfigError, UnavailableError
 
 
 def check(config: Config) -> None:
     """Checks what is measured, what it is compared with, and the tasks."""
     evaluate = config.evaluate
-    for key in ("against", "text", "tasks"):
+    for key in ("against", "text", "tasks", "answers"):
         if getattr(evaluate, key) and config.stage is not Stage.evaluate:
             raise ConfigError(f"evaluate.{key} goes with stage=evaluate")
     _check_text(evaluate)
@@ -29,10 +30,11 @@ def _check_text(evaluate: EvaluateConfig) -> None:
     """Checks that the file exists, and that the windows cover all of it."""
     if evaluate.text and not os.path.isfile(os.path.expanduser(evaluate.text)):
         raise ConfigError(f"evaluate.text={evaluate.text}: no such file")
-    if evaluate.stride > evaluate.context:
+    context = evaluate.context or WINDOW
+    if evaluate.stride is not None and evaluate.stride > context:
         raise ConfigError(
-            f"evaluate.stride={evaluate.stride} is longer than evaluate.context={evaluate.context}: tokens between"
-            " two windows would not be scored"
+            f"evaluate.stride={evaluate.stride} is longer than evaluate.context={context}: tokens between two windows"
+            " would not be scored"
         )
 
 
