@@ -4,7 +4,6 @@
     arguments.py    the words typed, as flags and overrides Hydra reads
     checkpoints.py  `checkpoint=<path>` and `checkpoint=SR-007`, which qat/names.py understands
     compose.py      overrides to a `Config`; Hydra's errors as one sentence each
-    faster.py       composing in half the time
     overrides.py    keys and options that do not exist
     checks/         values and combinations that cannot work, a module a section
     folders.py      where a run or sweep lands

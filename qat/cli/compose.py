@@ -24,7 +24,7 @@ from omegaconf.errors import (
 )
 from yaml import YAMLError
 
-from qat.cli import faster, recorded, schema, sections, trusted, words
+from qat.cli import recorded, schema, sections, trusted, words
 from qat.config import CONF, Config, Stage
 from qat.config.keys import values
 from qat.errors import ConfigError
@@ -62,7 +62,6 @@ class Composer:
         JobRuntime.instance().set("name", "launch")  # the job name that Hydra will use, after launch.py
         schema.register()
         words.register()
-        faster.register()
         self.name = flags.get("config_name") or "config"
         self.is_default = self.name == "config" and not flags.get("config_path")
         self.loader = ConfigLoaderImpl(_search_path(flags))
