@@ -187,8 +187,8 @@ def beats(fresh: dict[str, Any], old: dict[str, Any]) -> bool:
     for text in fresh["texts"].keys() & old["texts"].keys():
         one, other = fresh["texts"][text], old["texts"][text]
         gaps.append((other["kl"] - one["kl"], one["deviation"]["kl"] + other["deviation"]["kl"]))
-    better, worse = (any(sign * gap > spread for gap, spread in gaps) for sign in (1, -1))
-    return better and not worse and fresh["megabytes"] <= old["megabytes"]
+    better, as_good = any(gap > spread for gap, spread in gaps), all(gap >= -spread for gap, spread in gaps)
+    return better and as_good and fresh["megabytes"] <= old["megabytes"]
 
 
 def result(folder: Path) -> dict[str, Any]:

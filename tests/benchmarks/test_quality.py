@@ -152,10 +152,11 @@ def test_a_missing_package_is_told_below_the_table(run, monkeypatch, capsys):
 def test_an_engines_file_is_measured_as_it_is(engine, package, name, bits, run, options, teacher, tmp_path):
     pytest.importorskip(package, reason=f"{package} is not installed, which {engine} needs")
     row = run(methods=[], **{engine: [name]})[0]
-    (file,) = (tmp_path / "outputs" / "artifacts" / "peers").rglob("model.[gs]*")
+    made = (tmp_path / "outputs" / "artifacts" / "peers").rglob("model.*")
+    (file,) = (path for path in made if path.suffix in (".gguf", ".safetensors"))
     assert row["megabytes"] == round(file.stat().st_size / 1e6, 3)
     assert (row["bits"], row["bits_all"]) == (bits, bits) and bits < row["bits_model"] < bits + 0.5  # norms are not
-    assert 0 < row["kl"] < 0.1
+    assert 0 < row["kl"] < 1
     assert run(methods=[], **{engine: [name]})[0] == row
 
 
