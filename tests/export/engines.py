@@ -35,14 +35,14 @@ def preset(name: str) -> QuantConfig:
 
 
 def rounded(layer: Layer, weight_OI: Tensor) -> Quantized:
-    """A layer on a grid by the range of each group, without any fit."""
+    """A layer on a grid of even steps by the range of each group, without any fit."""
     format = cast(GroupGrid, layer.format)
     values, groups = LEVELS[format.levels](format.bits).float(), weight_OI.unflatten(1, (-1, format.group))
     shift = groups.amin(2).half().float() if format.shifts else torch.zeros(groups.shape[:2])
-    widest = (groups - shift[..., None]).abs().amax(2)
-    scale = (widest / values.abs().max()).half().float().clamp_min(2**-24)
+    apart = groups - shift[..., None]
+    scale = (apart.abs().amax(2) / values.abs().max()).half().float().clamp_min(2**-24)
     module = empty(layer)
-    nearest = torch.bucketize((groups - shift[..., None]) / scale[..., None], (values[1:] + values[:-1]) / 2)
+    nearest = (apart / scale[..., None] - values[0]).round_().clamp_(0, len(values) - 1)
     module.indices.copy_(nearest.view_as(weight_OI))
     module.set_parts({"scale": scale, "shift": shift} if format.shifts else {"scale": scale})
     return module.requires_grad_(False)
