@@ -9,6 +9,9 @@ is measured by what measures everything in `quality.py`, in fp32; `--json` gets 
 then, so that it is a point of that comparison's picture as well. `--records` gets the record and `--page` is written
 anew from all of them. A stage costs what it did in the run where it took longest: what one run made, the others found.
 
+`--looks` are `stage=evaluate` of the same runs: KL by position of a text, answers and tasks of the package, as far as
+each measured them (`evaluate.text=… evaluate.answers=200 evaluate.tasks=[local]`).
+
 A machine that measures and has no checkout says `--commit`, and its `--records` are merged elsewhere. Seeds that one
 experiment at one commit did not have yet join its record; all that it had, measured again, take its place.
 """
@@ -16,6 +19,7 @@ experiment at one commit did not have yet join its record; all that it had, meas
 import argparse
 import json
 import math
+import statistics
 import time
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -27,20 +31,34 @@ from results import SEEDS_OF_A_RECORD, Results, shown
 from qat.artifacts import write_json
 from qat.checkpoint_files import BEST
 from qat.errors import ArtifactError, ConfigError, QatError
+from qat.evaluate.local import NAMES as TASKS
 from qat.identities import RESULT
+from qat.names import TEACHER
+from qat.records import Record
 from qat.shaping import flat, is_neutral
 
 STAGES = ("cache", "convert", "distill")
 SEEDS = ("seed", "data.seed")  # what shapes a result and may differ
 FIGURES = ("kl", "kd_loss", "perplexity", "teacher_perplexity", "agreement")
+# Columns of what stage=evaluate measures: of the student, and of the teacher where it has such a figure
+LOOKS = {
+    "KL at 64 to 127": ("kl_64_128", "{:.3f}"),
+    "KL at 1,024 to 2,047": ("kl_1024_2048", "{:.3f}"),
+    "answers that end": ("ended", "{:.0%}"),
+    "accuracy": ("accuracy", "{:.1%}"),
+}
+NOTHING = "–"
 PAGE = """# Records
 
 The best students so far: KL(teacher‖student) over the whole vocabulary at T = 1, in fp32, on text that neither
 training nor calibration saw; mean and standard deviation over the seeds. MB are those of the packed file, bits are
 effective bits on the MLP, scales and the like included. Seconds are those of cache, conversion and distillation, and of
-the whole job, evaluation and all. The record that stands is in bold: one stands with three seeds, and another beats it
-with three of its own, on some text by more than the two standard deviations together, on none by as much worse, and in
-a file that is no larger. Written by `benchmarks/records.py` from [records.json](records.json), which has more figures.
+the whole job, evaluation and all. KL by position is on a text in windows of 2,048 tokens; answers are the greedy ones
+to the package's 200 prompts that end by themselves within 128 tokens; accuracy is the mean over its local tasks, both
+with the teacher's in brackets; a dash where nobody measured them. The record that stands is in bold: one stands with
+three seeds, and another beats it with three of its own, on some text by more than the two standard deviations together,
+on none by as much worse, and in a file that is no larger. Written by `benchmarks/records.py` from
+[records.json](records.json), which has more figures.
 """
 
 
@@ -53,6 +71,7 @@ def main() -> None:
         if options.runs:
             told = described(options)
             check_seeds(kept, told)
+            told["looks"] = [look(Path(folder), options.runs) for folder in options.looks]
             fresh.append(told | measure(options, told["preset"]))
         for record in fresh:
             kept = added(kept, record)
@@ -148,6 +167,7 @@ def joined(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
         "device": " and ".join(dict.fromkeys([one["device"], other["device"]])),
         "seeds": one["seeds"] + other["seeds"],
         "seconds": {part: max(one["seconds"][part], value) for part, value in other["seconds"].items()},
+        "looks": one.get("looks", []) + other.get("looks", []),
         "texts": {text: pooled(one["texts"][text], row) for text, row in other["texts"].items()},
     }
 
@@ -204,6 +224,30 @@ def result(folder: Path) -> dict[str, Any]:
     return found
 
 
+def look(folder: Path, runs: list[str]) -> dict[str, float]:
+    """What a complete `stage=evaluate` says of the student of one of some runs, and of the teacher.
+
+    Raises:
+        ConfigError: it is none, or one of another student.
+    """
+    path = folder / RESULT
+    found = Record(folder, json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}, str(folder))
+    if (found.text("stage"), found.status) != ("evaluate", "complete"):
+        raise ConfigError(f"{folder} is not the folder of a complete stage=evaluate")
+    measured = Path(found.text("config", "checkpoint", "path"))
+    students = {place.resolve() for run in runs for place in (Path(run), Path(run) / BEST)}
+    if measured.resolve() not in students:
+        raise ConfigError(f"{folder} measured {measured}, which is no student of {', '.join(runs)}")
+    models = found.section("evaluation", "models")
+    sides = {"": next(name for name in models if name != TEACHER), "teacher_": TEACHER}
+    told = {key: found.number("metrics", key) for key in ("kl_64_128", "kl_1024_2048")}
+    for prefix, name in sides.items():
+        told[f"{prefix}ended"] = found.number("evaluation", "models", name, "answers", "greedy", "ended")
+        scores = [found.number("evaluation", "models", name, "scores", task, "acc") for task in TASKS]
+        told[f"{prefix}accuracy"] = None if None in scores else statistics.fmean(scores)
+    return {key: value for key, value in told.items() if value is not None}
+
+
 def check(runs: list[dict[str, Any]]) -> None:
     """Makes sure that runs are one experiment and differ in their seeds.
 
@@ -249,7 +293,7 @@ def table(records: list[dict[str, Any]]) -> list[str]:
     """Markdown lines."""
     texts = sorted({text for record in records for text in record["texts"]})
     kinds = [f"{text} KL" for text in texts]
-    heads = ["date", "experiment", "MB", "bits", *kinds, "seconds", "device", "seeds", "commit"]
+    heads = ["date", "experiment", "MB", "bits", *kinds, *LOOKS, "seconds", "device", "seeds", "commit"]
     lines = [[*heads, "what changed"], ["---"] * (len(heads) + 1)]
     stands = standing(records)
     for record in records:
@@ -259,8 +303,16 @@ def table(records: list[dict[str, Any]]) -> list[str]:
         told = f"{seconds}, {record['seconds']['total']:.0f}", record["device"], str(len(record["seeds"]))
         name = f"[{record['experiment']}](../conf/experiment/{record['experiment']}.yaml)"
         start = [record["date"], name, f"{record['megabytes']:.1f}", f"{record['bits']:.2f}"]
-        lines.append([*start, *kl, *told, f"`{record['commit'] or 'unknown'}`", record["changed"]])
+        looks = [looked(record.get("looks", []), *column) for column in LOOKS.values()]
+        lines.append([*start, *kl, *looks, *told, f"`{record['commit'] or 'unknown'}`", record["changed"]])
     return [f"| {' | '.join(cells)} |" for cells in lines]
+
+
+def looked(looks: list[dict[str, float]], figure: str, form: str) -> str:
+    """The mean of a figure over the seeds that have it, the teacher's in brackets."""
+    sides = [[one[name] for one in looks if name in one] for name in (figure, f"teacher_{figure}")]
+    student, teacher = (form.format(statistics.fmean(values)) if values else "" for values in sides)
+    return (f"{student} ({teacher})" if teacher else student) or NOTHING
 
 
 def read(path: Path) -> list[dict[str, Any]]:
@@ -300,6 +352,7 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_arguments(parser)
     parser.add_argument("--runs", nargs="+", default=[], help="folders of runs, one a seed")
+    parser.add_argument("--looks", nargs="+", default=[], help="folders of stage=evaluate of these runs")
     parser.add_argument("--changed", default="", help="what is different from the record before")
     parser.add_argument("--commit", help="of the code, where the runs could not tell")
     parser.add_argument("--json", default="docs/quality.json", help="rows of the comparison")

@@ -38,8 +38,13 @@ class Unusable(Exception):
 
 @dataclass(frozen=True)
 class Turns:
-    """Answers of a conversation that follow what a user or a tool said, those that follow other tokens than in a chat,
-    and an example of these: what training text and a chat show from where they differ."""
+    """How answers begin in training text, and in a chat.
+
+    Attributes:
+        answers: those that follow what a user or a tool said.
+        differing: those of them that follow other tokens than they would in a chat.
+        example: what both show from where one of these differs.
+    """
 
     answers: int = 0
     differing: int = 0

@@ -40,6 +40,8 @@ def _evaluation(run: Record) -> str:
     found = {name: run.number("metrics", key) for key, name in FIGURES.items()}
     figures = [f"{name} {value:.4f}" for name, value in found.items() if value is not None]
     figures += [f"KL at {place} {value:.4f}" for place, value in _by_position(run)]
+    share = run.number("metrics", "greedy_ended")
+    figures += [] if share is None else [f"{share:.1%} of greedy answers end"]
     on = run.text("evaluation", "on")
     return plain(" on ".join(part for part in (", ".join(figures), on) if part))
 

@@ -32,6 +32,7 @@ def options(teacher, tmp_path):
         precision="fp32",
         micro_batch=4,
         runs=[],
+        looks=[],
         changed="everything",
         commit=None,
         json=str(tmp_path / "quality.json"),
@@ -213,3 +214,51 @@ def test_runs_that_are_no_record_are_refused(command, finished):
         command(runs=[one, one])
     with pytest.raises(SystemExit, match=r"SR-004 was not started with \+experiment"):
         command(runs=[finished(4, words=())])
+
+
+@pytest.fixture
+def looks(tmp_path):
+    """Makes the folder of a stage=evaluate of a run's student."""
+
+    def make(run, number, **words):
+        sides = {f"SR-{number}": 0.1 * number, "teacher": 0.5}
+        models = {
+            name: {"answers": {"greedy": {"ended": x}}, "scores": {f"local_{t}": {"acc": x} for t in TASKS}}
+            for name, x in sides.items()
+        }
+        found = {
+            "stage": "evaluate",
+            "status": "complete",
+            "config": {"checkpoint": {"path": run}},
+            "metrics": {"kl": 1.0, "kl_64_128": 0.1 * number, "kl_1024_2048": 0.2 * number},
+            "evaluation": {"models": models},
+        }
+        folder = tmp_path / f"look-{number}"
+        folder.mkdir()
+        (folder / "result.json").write_text(json.dumps(found | words))
+        return str(folder)
+
+    return make
+
+
+TASKS = ("cloze", "choice", "instructions")
+
+
+def test_a_record_says_what_evaluation_found_of_its_seeds(looks):
+    found = [records.look(Path(looks("outputs/SR-001", number)), ["outputs/SR-001"]) for number in (1, 3)]
+    words = dict.fromkeys(("preset", "experiment", "changed", "commit", "date", "device"), "x")
+    seconds = dict.fromkeys((*records.STAGES, "total"), 1.0)
+    record = {**words, "seeds": [0, 1], "seconds": seconds, "bits": 2.0, "megabytes": 1.0, "texts": {}}
+    cells = [line.split(" | ") for line in records.table([record | {"looks": found}, record])]
+    columns = dict(zip(cells[0], zip(*cells[2:], strict=True), strict=True))
+    assert columns["KL at 64 to 127"] == ("0.200", "–") and columns["KL at 1,024 to 2,047"] == ("0.400", "–")
+    assert columns["answers that end"] == ("20% (50%)", "–") and columns["accuracy"] == ("20.0% (50.0%)", "–")
+    other = record | {"looks": found[:1]}
+    assert records.joined(other | {"texts": {}}, other | {"texts": {}})["looks"] == found[:1] * 2
+
+
+def test_an_evaluation_of_another_student_is_refused(looks):
+    with pytest.raises(records.ConfigError, match="measured outputs/SR-002, which is no student of outputs/SR-001"):
+        records.look(Path(looks("outputs/SR-002", 1)), ["outputs/SR-001"])
+    with pytest.raises(records.ConfigError, match="not the folder of a complete stage=evaluate"):
+        records.look(Path(looks("outputs/SR-001", 2, status="failed")), ["outputs/SR-001"])
