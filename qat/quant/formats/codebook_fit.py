@@ -15,7 +15,7 @@ from qat.quant.curvature import Curvature
 from qat.quant.formats.base import Cluster, Fitted
 
 CG_ITERATIONS = 4
-ENOUGH = 0.1  # squared residual, relative to the first, at which these stop: more lowers the cost by less than 0.1 %
+ENOUGH = 0.01  # squared residual, relative to the first, at which these stop: more lowers the cost by less than 0.1 %
 # Weights of a layer that a round fits the codebook to; the first fit uses all, as a few weights may decide it
 SAMPLE = 1 << 18
 RELAXATION = 1.5  # step length, relative to the way to the minimum; below 2 the error cannot rise
