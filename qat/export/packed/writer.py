@@ -38,7 +38,8 @@ def tensors(source: Source, dtype: torch.dtype) -> dict[str, Tensor]:
     modules = quantized(source.model)
     made: dict[str, Tensor] = {}
     for name, module in modules.items():
-        made[f"{name}.indices"] = packing.pack(module.indices, module.format.bits)
+        bits = module.format.indices(module.outputs, module.inputs).bits
+        made[f"{name}.indices"] = packing.pack(module.indices, bits)
         parts = module.format.parts(module.outputs, module.inputs)
         for part, value in module.normalized().items():
             made[f"{name}.{part}"] = stored(parts[part], cast(name, value, SIXTEEN)).contiguous()
