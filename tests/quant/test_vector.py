@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from qat.quant import assign, kmeans, latent, vector_kmeans
+from qat.packed.linear import PackedLinear, stored
+from qat.quant import assign, kmeans, latent, packing, vector_kmeans
 from qat.quant.curvature import Curvature, Factor
 from qat.quant.fit import Problem, fit, improve
 from qat.quant.formats import Codebook, Vector
@@ -128,12 +129,32 @@ def test_vectors_cost_less_than_numbers_of_as_many_bits(coupled):
     assert found[Vector(2, 2, 4)] < 0.9 * found[Codebook(2, 2)]
 
 
-def test_latent_vectors_begin_on_the_way_to_the_weight_as_far_as_the_cell_reaches():
+def layer_of(format: Vector, outputs: int, inputs: int) -> QuantLinear:
     draw = torch.Generator().manual_seed(0)
-    module = QuantLinear(Vector(2, 2, 2), 6, 8).requires_grad_(False)
-    module.indices.random_(0, 16, generator=draw)
+    module = QuantLinear(format, outputs, inputs).requires_grad_(False)
+    module.indices.random_(0, format.entries, generator=draw)
     module.set_parts({name: torch.randn(part.shape, generator=draw) for name, part in module.parts().items()})
-    weight = 2 * torch.randn(6, 8, generator=draw)
+    return module
+
+
+@pytest.mark.parametrize("format", [Vector(2, 3, 4), Vector(5, 2, 2)], ids=str)
+def test_a_packed_layer_is_the_same_matrix_whole_and_by_rows(format):
+    module, made = layer_of(format, 10, 36), PackedLinear(format, 10, 36, bias=False)
+    described = format.indices(10, 36)
+    made.indices.copy_(packing.pack(module.indices, described.bits))
+    for name, part in format.parts(10, 36).items():
+        made.get_buffer(name).copy_(stored(part, module.parts()[name]))
+    expected = format.weight(module.indices, {name: x.half().float() for name, x in module.parts().items()})
+    some = torch.tensor([7, 0, 7, 3])
+    assert torch.equal(made.weight(torch.float32), expected)
+    torch.testing.assert_close(made.rows(some, torch.float32), expected[some])
+    held = sum(buffer.numel() * buffer.itemsize for buffer in made.buffers())
+    assert 8 * held == format.stored_bits(10, 36) + 16 * format.rank  # magnitudes
+
+
+def test_latent_vectors_begin_on_the_way_to_the_weight_as_far_as_the_cell_reaches():
+    module = layer_of(Vector(2, 2, 2), 6, 8)
+    weight = 2 * torch.randn(6, 8, generator=torch.Generator().manual_seed(1))
     entry, grid = module.weight(torch.float32), module.grid()
     found = latent.between(module, weight)
     shares = ((found - entry) / (weight - entry)).unflatten(1, (-1, 2))
