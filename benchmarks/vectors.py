@@ -45,6 +45,7 @@ def main() -> None:
     documents = [Document(q, thinking.chat_tokens(tokenizer, [{"role": "user", "content": q}])) for q in questions]
     rows = packing.pack(documents, 128, Packing.joined, 0).input_ids[: options.tokens // 128].long()
     layers = [layer for layer in select(model, preset("q2a4_r8")) if decoder_layer(layer) in options.layers]
+    del model.model.layers[max(options.layers) + 1 :]  # what lies above tells nothing of the inputs below
     moments = gather(model, layers, Text(rows).batches(8))
     print(f"{rows.numel()} tokens, {options.rounds} rounds, {len(layers)} matrices")
     found: dict[str, list[tuple[float, float, float]]] = defaultdict(list)
@@ -66,7 +67,7 @@ def ways(
     weight: Tensor, H: Tensor, options: argparse.Namespace
 ) -> Iterator[tuple[str, tuple[float, float, float]]]:
     """What is compared, with the figures of each that `measured` gives."""
-    shape, scalar = tuple(weight.shape[1:]), Codebook(options.bits, options.rank)
+    shape, scalar = (weight.shape[1], weight.shape[2]), Codebook(options.bits, options.rank)
     yield f"codebook, rank {scalar.rank}", measured(weight, H, scalar, 0, options)
     yield f"vector of {options.dim}", measured(weight, H, as_large(scalar, options.dim, shape), 0, options)
     for q in options.corrections:
