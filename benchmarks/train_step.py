@@ -382,7 +382,7 @@ def shape(options: argparse.Namespace) -> PreTrainedModel:
 def random_layer(format: Format, outputs: int, inputs: int, device: torch.device) -> QuantLinear:
     """Random indices, even values, scales that give about the size of a trained weight."""
     layer = QuantLinear(format, outputs, inputs).to(device).requires_grad_(False)
-    layer.indices.random_(0, 2**format.bits)
+    layer.indices.random_(0, 2 ** format.indices(outputs, inputs).bits)
     if not isinstance(format, Codebook):
         layer.set_parts({name: part.normal_(std=0.02) for name, part in layer.parts().items()})
         return layer

@@ -86,6 +86,7 @@ FORMATS = {
     ),
 }
 FORMATS["kquant"] = record({"format": text, "bits": whole(2, 6)})
+FORMATS["vector"] = record({"format": text, "bits": whole(1, 6), "dim": whole(2, 8), "rank": SIDE})
 NAMED = record({}, {"format": one_of(*FORMATS)})
 LAYER = record({"kind": one_of(*ROLES), "shape": several(SIDE, SIDE)})
 CHECKPOINT = record(

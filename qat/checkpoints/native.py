@@ -87,7 +87,8 @@ def write_layers(modules: dict[str, Quantized], folder: Path) -> None:
     """Writes the quantized layers, their parts normalized; the modules themselves stay as they are."""
     tensors: dict[str, torch.Tensor] = {}
     for name, module in modules.items():
-        tensors[f"{name}.indices"] = packing.pack(module.indices, module.format.bits)
+        bits = module.format.indices(module.outputs, module.inputs).bits
+        tensors[f"{name}.indices"] = packing.pack(module.indices, bits)
         for part, value in module.normalized().items():
             tensors[f"{name}.{part}"] = value.float().cpu().contiguous()
     save_file(tensors, folder / FILE)
@@ -120,8 +121,8 @@ def load(folder: Path, teacher: ModelFolder, machine: Machine) -> tuple[PreTrain
     for layer in layers:
         with machine.device:
             module = empty(layer)
-        packed = tensors[f"{layer.name}.indices"].to(machine.device)
-        module.indices.copy_(packing.unpack(packed, layer.format.bits, layer.shape))
+        packed, indices = tensors[f"{layer.name}.indices"].to(machine.device), layer.format.indices(*layer.shape)
+        module.indices.copy_(packing.unpack(packed, indices.bits, indices.shape))
         module.set_parts({part: tensors[f"{layer.name}.{part}"] for part in module.parts()})
         put(model, layer.name, module.requires_grad_(False))
     own = read_own(folder / OWN, model, REMEDY) if _has(folder, manifest, OWN) else {}

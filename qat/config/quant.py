@@ -21,6 +21,7 @@ class WeightFormat(Enum):
     codebook = "a learned codebook for each layer, times a low-rank scale"
     grid = "fixed values, with a scale for each group of a row's columns"
     kquant = "llama.cpp's k-quants: groups whose scales are themselves of few bits, in rows of whole 256"
+    vector = "a learned codebook of vectors for each layer, of several weights each, times a low-rank scale"
 
 
 class Levels(Enum):
@@ -41,6 +42,7 @@ SETTINGS = {
     WeightFormat.codebook: ("bits", "rank"),
     WeightFormat.grid: ("bits", "group", "levels"),
     WeightFormat.kquant: ("bits",),
+    WeightFormat.vector: ("bits", "dim", "rank"),
 }
 
 
@@ -49,7 +51,8 @@ class WeightConfig:
     """What one kind of layers is written in."""
 
     bits: int = key(MISSING, "of the index of each weight into 2**bits values", low=1, high=8)
-    rank: int | None = key(None, "codebook: of the scale matrix", low=1)
+    dim: int | None = key(None, "vector: adjacent weights that share an index of bits * dim bits, at most 12", low=2)
+    rank: int | None = key(None, "codebook and vector: of the scale matrix", low=1)
     format: WeightFormat = WeightFormat.codebook
     group: int | None = key(None, "grid: columns that share a scale, a divisor of every row's length", low=1)
     levels: Levels = key(Levels.halves, "grid: the values before they are scaled")

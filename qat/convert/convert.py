@@ -102,7 +102,8 @@ def quantize(
             _check(stack, weight)
             inputs = {layer.source: moments.inputs[layer.source] for layer in stack}
             inputs = {source: H.to(device) for source, H in inputs.items()}
-            problem = _problem(stack, weight, inputs, moments.outputs, factors.of(inputs, queue[number + 1 :]))
+            dim, later = stack[0].format.dim, queue[number + 1 :]
+            problem = _problem(stack, weight, inputs, moments.outputs, factors.of(inputs, dim, later))
             del inputs
             found = _solved(problem, stack[0].format, [start[one.name] for one in stack if start], cluster, settings)
             values = stack[0].format.grid(found.operands).at(found.index_NOI)
@@ -147,16 +148,17 @@ BACKENDS: dict[KMeansBackend, Cluster] = {
 
 
 class _Factors:
-    """Factorised input moments, each computed once and kept until the last layer that shares the input."""
+    """Factorised input moments, each computed once and kept until the last layer that shares input and `dim`."""
 
     def __init__(self) -> None:
-        self.known: dict[str, Factor] = {}
+        self.known: dict[tuple[str, int], Factor] = {}
 
-    def of(self, inputs: dict[str, Tensor], later: list[list[Layer]]) -> dict[str, Factor]:
-        """The factors of a stack's input moments, by source."""
-        found = {source: self.known.get(source) or Factor.of(H[None]) for source, H in inputs.items()}
-        wanted = {layer.source for others in later for layer in others}
-        self.known = {source: factor for source, factor in (self.known | found).items() if source in wanted}
+    def of(self, inputs: dict[str, Tensor], dim: int, later: list[list[Layer]]) -> dict[str, Factor]:
+        """The factors of a stack's input moments by source, for formats of this `dim`."""
+        found = {source: self.known.get((source, dim)) or Factor.of(H[None], dim) for source, H in inputs.items()}
+        wanted = {(layer.source, layer.format.dim) for others in later for layer in others}
+        both = self.known | {(source, dim): factor for source, factor in found.items()}
+        self.known = {key: factor for key, factor in both.items() if key in wanted}
         return found
 
 

@@ -151,7 +151,7 @@ class Pieces:
     ) -> None:
         """Prepares the fit; the mean of `row_V` is 1."""
         self.format, self.weight, self.matrix = format, weight_VD, matrix_DD[None]
-        self.row, self.factor = row_V.clamp(MIN_WEIGHT, MAX_WEIGHT), Factor.of(self.matrix)
+        self.row, self.factor = row_V.clamp(MIN_WEIGHT, MAX_WEIGHT), Factor.of(self.matrix, format.dim)
         self.cluster, self.settings = cluster, settings
 
     def whole(self, before: Fitted | None) -> Fitted:

@@ -76,7 +76,8 @@ class Packed(nn.Module):
 
     def weight(self, dtype: torch.dtype) -> Tensor:
         """W [O, I], computed in fp32 and rounded once."""
-        index = packing.unpack(self.indices, self.format.bits, (self.out_features, self.in_features))
+        described = self.format.indices(self.out_features, self.in_features)
+        index = packing.unpack(self.indices, described.bits, described.shape)
         return self.format.weight(index, self._wide()).to(dtype)
 
     def held(self, dtype: torch.dtype) -> Tensor:
@@ -99,7 +100,8 @@ class Packed(nn.Module):
                 self.operands = self.format.operands(self._wide())
         rowwise = self.format.rowwise
         chosen = {name: value[rows_X] if name in rowwise else value for name, value in self.operands.items()}
-        index = packing.unpack_rows(self.indices, self.format.bits, rows_X, self.in_features)
+        described = self.format.indices(self.out_features, self.in_features)
+        index = packing.unpack_rows(self.indices, described.bits, rows_X, described.shape[1])
         return self.format.grid(chosen).at(index).to(dtype)
 
     def fused(self, x: Tensor) -> Tensor | None:

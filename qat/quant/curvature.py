@@ -57,28 +57,45 @@ def normalized(G_NOO: Tensor) -> tuple[Tensor, Tensor]:
 class Factor:
     """What error compensation needs of a second moment; computed once for all layers that share an input.
 
+    Columns that share an index are chosen at once and make up a *block*; else a block is a column.
+
     Attributes:
-        order_NI: columns by decreasing diagonal.
-        spread_NII: columns in that order; row j says how much of the error made in column j each later
-            column takes over: the rows of the inverse's upper Cholesky factor over its diagonal, negative.
+        order_NI: columns, by decreasing diagonal of their blocks.
+        spread_NII: columns in that order; row j says how much of the error made in column j the columns of each later
+            block take over: with the inverse's upper Cholesky factor U, the rows of a block are `-U_bb⁻¹ U_b`.
+        metric_NBDD: of each block in that order, what errors in it cost once later columns have made up for them as
+            far as they can: `(U_bbᵀ U_bb)⁻¹`.
     """
 
-    def __init__(self, order_NI: Tensor, spread_NII: Tensor) -> None:
-        self.order_NI, self.spread_NII = order_NI, spread_NII
+    def __init__(self, order_NI: Tensor, spread_NII: Tensor, metric_NBDD: Tensor) -> None:
+        self.order_NI, self.spread_NII, self.metric_NBDD = order_NI, spread_NII, metric_NBDD
 
     @staticmethod
-    def of(H_NII: Tensor) -> "Factor":
-        """Factorises H, damped, in full fp32."""
+    def of(H_NII: Tensor, dim: int = 1) -> "Factor":
+        """Factorises H, damped, in full fp32; `dim` adjacent columns share an index."""
         damped = damp(H_NII)
-        order = damped.diagonal(dim1=1, dim2=2).argsort(dim=1, descending=True)
+        diagonal = damped.diagonal(dim1=1, dim2=2).unflatten(1, (-1, dim)).sum(2)
+        first = diagonal.argsort(dim=1, descending=True) * dim
+        order = (first[:, :, None] + torch.arange(dim, device=first.device)).flatten(1)
         by_row = damped.gather(1, order[:, :, None].expand_as(damped))
         ordered = by_row.gather(2, order[:, None, :].expand_as(damped))
         inverse = torch.cholesky_inverse(torch.linalg.cholesky(ordered))
         upper = torch.linalg.cholesky(inverse, upper=True)
-        return Factor(order, upper.div_(-upper.diagonal(dim1=1, dim2=2)[:, :, None]))
+        corner_NBDD = blocks(upper, dim)
+        if dim == 1:
+            return Factor(order, upper.div_(-corner_NBDD[..., 0]), corner_NBDD.square().reciprocal_())
+        inverse_NBDD = torch.linalg.inv(corner_NBDD)
+        spread = (inverse_NBDD @ upper.unflatten(1, (-1, dim))).flatten(1, 2).neg_()
+        return Factor(order, spread, inverse_NBDD @ inverse_NBDD.mT)
 
     @staticmethod
     def join(factors: list["Factor"]) -> "Factor":
         """Joins the factors of single layers into one of several layers."""
-        orders, spreads = [f.order_NI for f in factors], [f.spread_NII for f in factors]
-        return Factor(torch.cat(orders), torch.cat(spreads))
+        parts = [(factor.order_NI, factor.spread_NII, factor.metric_NBDD) for factor in factors]
+        return Factor(*(torch.cat(part) for part in zip(*parts, strict=True)))
+
+
+def blocks(matrix_NII: Tensor, dim: int) -> Tensor:
+    """The blocks [N, B, D, D] of D adjacent rows and columns on the diagonal."""
+    cut = matrix_NII.unflatten(2, (-1, dim)).unflatten(1, (-1, dim))
+    return cut.diagonal(dim1=1, dim2=3).permute(0, 3, 1, 2)

@@ -84,7 +84,7 @@ def codebook(index_NOI: Tensor, S_NOI: Tensor, h_NI: Tensor, entries: int) -> Li
         lambda t: look_up(t, index_NOI).mul_(S_NOI),
         lambda E: entry_sums(E.mul_(S_NOI), index_NOI, entries),
         lambda r: torch.where(used_NK > 0, r / used_NK.clamp_min(1e-30), 0.0),
-        (1,),
+        tuple(range(1, used_NK.dim())),
     )
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from qat.quant.formats import Format, Grid, Parts
+from qat.quant.lookup import index_type
 
 if TYPE_CHECKING:
     from qat.quant.experts import Stack
@@ -27,7 +28,7 @@ class Quantized(nn.Module):
     Attributes:
         format: what the weight is.
         outputs, inputs: O and I.
-        indices: [O, I] uint8.
+        indices: [O, I] uint8, for vectors as `Format.indices` says.
         latent: [O, I] fp32, the weight whose nearest value each index is, while indices learn.
         curvature: [O] and [I] fp32, whose product is the loss's second derivative for each latent weight.
         dense: W in a compute type while it is kept, which training and inference do.
@@ -42,7 +43,8 @@ class Quantized(nn.Module):
         super().__init__()
         self.format, self.outputs, self.inputs = format, outputs, inputs
         self.indices: Tensor
-        self.register_buffer("indices", torch.zeros(outputs, inputs, dtype=torch.uint8))
+        indices = format.indices(outputs, inputs)
+        self.register_buffer("indices", torch.zeros(indices.shape, dtype=index_type(2**indices.bits)))
         for name, part in format.parts(outputs, inputs).items():
             self.register_parameter(name, nn.Parameter(torch.zeros(part.shape, dtype=torch.float32)))
         self.latent: nn.Parameter | None = None

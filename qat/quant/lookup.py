@@ -1,20 +1,34 @@
 """Values by their indices and indices by values: the few operations that quantized weights are made of.
 
-Shapes: N layers, which a single layer's tensors may be without, O outputs, I inputs, K values of each layer.
+A value is a number, or a *vector* of numbers for as many weights, which follow each other in a row and share an index.
+
+Shapes: N layers, which a single layer's tensors may be without, O outputs, I inputs, K values of each layer; D numbers
+of a vector, J = I / D indices of a row (I where values are numbers).
 """
 
 import torch
 from torch import Tensor
 
+from qat.machine import exact_matmul
+
 LOOKED_UP = 1 << 16  # weights that are looked up at a time on a CPU
 COMPARED = 16  # largest number of values that a CPU compares one after the other
+# Numbers in a temporary tensor of all vectors' distances: fits into CPU caches; hides launch time on a GPU
+AT_ONCE = {"cpu": 1 << 20, "cuda": 1 << 26}
+
+
+def are_vectors(values: Tensor, of_rows: Tensor) -> bool:
+    """Whether values are vectors, [N, K, D]: as many dimensions as what lies in rows, such as indices [N, O, J]."""
+    return values.dim() > 1 and values.dim() == of_rows.dim()
 
 
 def look_up(values_NK: Tensor, index_NOI: Tensor) -> Tensor:
-    """`values[index]` [N, O, I], each layer with its own values.
+    """`values[index]` [N, O, I], each layer with its own values [N, K], or vectors [N, K, D] at indices [N, O, J].
 
     PyTorch gathers by 64-bit indices, which on a CPU are made for some weights at a time: they stay in its caches.
     """
+    if are_vectors(values_NK, index_NOI):
+        return _look_up_vectors(values_NK, index_NOI)
     if values_NK.dim() == 1:
         return torch.take(values_NK, index_NOI.long())
     if values_NK.device.type != "cpu":
@@ -26,19 +40,72 @@ def look_up(values_NK: Tensor, index_NOI: Tensor) -> Tensor:
     return found_NOI
 
 
-def entry_sums(x_NOI: Tensor, index_NOI: Tensor, entries: int) -> Tensor:
-    """Sums [N, K] of the numbers that have the same index.
+def _look_up_vectors(values_NKD: Tensor, index_NOJ: Tensor) -> Tensor:
+    if values_NKD.dim() == 2:
+        found_MD = values_NKD.index_select(0, index_NOJ.flatten().long())
+        return found_MD.view(*index_NOJ.shape[:-1], -1)
+    return torch.stack([_look_up_vectors(*one) for one in zip(values_NKD, index_NOJ, strict=True)])
 
-    On a GPU one masked reduction an entry: a scatter would queue up at a few addresses. On a CPU one
+
+def entry_sums(x_NOI: Tensor, index_NOI: Tensor, entries: int) -> Tensor:
+    """Sums [N, K] of the numbers that have the same index; [N, K, D] with indices [N, O, J] of vectors.
+
+    On a GPU one masked reduction an entry: a scatter would queue up at a few addresses, in any order. On a CPU one
     count over all, in float64: it passes over the numbers once.
     """
     if x_NOI.dim() == 2:
         return entry_sums(x_NOI[None], index_NOI[None], entries)[0]
+    if (dim := x_NOI.shape[2] // index_NOI.shape[2]) > 1:
+        return _vector_sums(x_NOI, index_NOI, entries, dim)
     if x_NOI.device.type != "cpu":
         return torch.stack([(x_NOI * (index_NOI == k)).sum(dim=(1, 2)) for k in range(entries)], dim=1)
     layers = torch.arange(len(x_NOI))[:, None, None] * entries
     sums = torch.bincount((index_NOI + layers).flatten(), x_NOI.flatten().double(), len(x_NOI) * entries)
     return sums.view(-1, entries).to(x_NOI.dtype)
+
+
+def _vector_sums(x_NOI: Tensor, index_NOJ: Tensor, entries: int, dim: int) -> Tensor:
+    """As `entry_sums` for vectors; on a GPU a product with the indices' indicators, some of them at a time."""
+    if x_NOI.device.type == "cpu":
+        place = index_NOJ.long()[..., None] * dim + torch.arange(dim)
+        return entry_sums(x_NOI, place.flatten(2), entries * dim).unflatten(1, (entries, dim))
+    sums_NKD = torch.zeros(len(x_NOI), entries, dim, dtype=x_NOI.dtype, device=x_NOI.device)
+    each_K, size = torch.arange(entries, device=x_NOI.device), max(1, AT_ONCE["cuda"] // entries)
+    with exact_matmul():
+        for x_OI, index_OJ, sums_KD in zip(x_NOI, index_NOJ, sums_NKD, strict=True):
+            parts = zip(x_OI.reshape(-1, dim).split(size), index_OJ.flatten().split(size), strict=True)
+            for x_MD, index_M in parts:
+                sums_KD.addmm_((index_M == each_K[:, None]).to(x_MD.dtype), x_MD)
+    return sums_NKD
+
+
+def nearest_vector(weight_NOI: Tensor, S_NOI: Tensor, values_NKD: Tensor) -> Tensor:
+    """Index [N, O, J] of the vector c with the smallest `Σ (w - s c)²` over the D weights that share it.
+
+    The type is `index_type`'s. Of equally near ones it is any.
+    """
+    if values_NKD.dim() == 3:
+        each = zip(weight_NOI, S_NOI, values_NKD, strict=True)
+        return torch.stack([nearest_vector(*layer) for layer in each])
+    dim = values_NKD.shape[1]
+    s_MD, w_MD = S_NOI.reshape(-1, dim), weight_NOI.reshape(-1, dim)
+    index = closest(s_MD.square(), s_MD * w_MD, values_NKD)
+    return index.view(*weight_NOI.shape[:-1], -1)
+
+
+def closest(square_MD: Tensor, product_MD: Tensor, values_KD: Tensor) -> Tensor:
+    """Index [M] of the vector c with the smallest `Σ square c² - 2 product c`; one matrix product and a search."""
+    table_FK = torch.cat([values_KD.square(), -2 * values_KD], 1).mT.contiguous()
+    size = max(1, AT_ONCE.get(square_MD.device.type, 1 << 20) // len(values_KD))
+    parts = zip(square_MD.split(size), product_MD.split(size), strict=True)
+    with exact_matmul():
+        found = [(torch.cat(part, 1) @ table_FK).argmin(1) for part in parts]
+    return torch.cat(found).to(index_type(len(values_KD)))
+
+
+def index_type(entries: int) -> torch.dtype:
+    """What holds indices below so many entries, at most 2^15."""
+    return torch.uint8 if entries <= 256 else torch.int16
 
 
 def nearest(x: Tensor, values_NK: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
-"""Indices of 1 to 8 bits as a dense bit stream: in the order of checkpoints, and in that of engines.
+"""Indices of 1 to 8 bits, or 10 or 12, as a dense bit stream: in the order of checkpoints, and in that of engines.
 
-Eight indices fill as many bytes as they have bits. Those bytes, the first the most significant, are one
-number of at most 64 bits, in which an index is a shift away.
+Eight indices of at most 8 bits fill as many bytes as they have bits. Those bytes, the first the most significant, are
+one number of at most 64 bits, in which an index is a shift away. An index of more bits goes as two halves.
 """
 
 import math
@@ -10,7 +10,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from qat.quant.lookup import index_type
+
 TOGETHER = 8
+NARROW = 8  # bits of the widest index that a byte holds
 
 
 def packed_bytes(count: int, bits: int) -> int:
@@ -19,14 +22,19 @@ def packed_bytes(count: int, bits: int) -> int:
 
 
 def pack(index: Tensor, bits: int) -> Tensor:
-    """uint8 indices of any shape below 2**bits, as ceil(n · bits / 8) bytes, most significant bit first."""
+    """Indices of any shape below 2**bits, as ceil(n · bits / 8) bytes, most significant bit first."""
+    if bits > NARROW:
+        return pack(_cut(index.flatten(), 2, bits // 2), bits // 2)
     eights = pad(index.flatten(), (0, -index.numel() % TOGETHER)).view(-1, TOGETHER)
     packed = _cut(_joined(eights, bits), bits, 8).flatten()
     return packed[: packed_bytes(index.numel(), bits)].cpu().contiguous()
 
 
 def unpack(packed: Tensor, bits: int, shape: tuple[int, ...]) -> Tensor:
-    """The inverse of `pack`: uint8 indices of the given shape, on the same device."""
+    """The inverse of `pack`: indices of the given shape on the same device, uint8, or int16 of more than 8 bits."""
+    if bits > NARROW:
+        halves = unpack(packed, bits // 2, (math.prod(shape), 2))
+        return _joined(halves, bits // 2).to(index_type(2**bits)).view(shape)
     words = _joined(pad(packed, (0, -packed.numel() % bits)).view(-1, bits), 8)
     return _cut(words, TOGETHER, bits).flatten()[: math.prod(shape)].view(shape)
 
@@ -43,7 +51,7 @@ def words(index_OI: Tensor, bits: int) -> Tensor:
 
 
 def unpack_rows(packed: Tensor, bits: int, rows_X: Tensor, columns: int) -> Tensor:
-    """uint8 indices [X, columns] of some rows of a packed matrix; no other rows are unpacked.
+    """Indices [X, columns] of some rows of a packed matrix, in the type of `unpack`; no other rows are unpacked.
 
     An index lies in at most two bytes, wherever its row begins.
     """
@@ -51,7 +59,7 @@ def unpack_rows(packed: Tensor, bits: int, rows_X: Tensor, columns: int) -> Tens
     byte_XC, within_XC = first_XC // 8, first_XC % 8
     behind_XC = (byte_XC + 1).clamp_max_(len(packed) - 1)  # the last index may have no next byte
     both_XC = packed[byte_XC].int() << 8 | packed[behind_XC].int()
-    return (both_XC >> (16 - bits - within_XC) & (2**bits - 1)).to(torch.uint8)
+    return (both_XC >> (16 - bits - within_XC) & (2**bits - 1)).to(index_type(2**bits))
 
 
 def _joined(parts_NP: Tensor, bits: int) -> Tensor:

@@ -1,7 +1,8 @@
-"""The innermost loop of assignment: a block of columns, one after the other, for many rows at once.
+"""The innermost loop of assignment: some columns, one after the other, for many rows at once.
 
 Every column is a handful of operations on few numbers, so on a GPU launches would take all the time: there
-one Triton kernel walks the whole block with the rows in registers. Elsewhere the same in plain torch.
+one Triton kernel walks all of them with the rows in registers. Elsewhere the same in plain torch. Vectors take some
+columns at once and are searched by a matrix product, which is plain torch everywhere.
 """
 
 import torch
@@ -22,7 +23,7 @@ ROWS_AT_ONCE = 16
 def walk_block(
     wanted: Tensor, S: Tensor, values: Tensor, spread: Tensor, value: Tensor | None, index: Tensor, moved: Tensor
 ) -> None:
-    """Fixes a block of at most 64 columns; see `assign._walk`.
+    """Fixes at most 64 columns; see `assign._walk`.
 
     Args:
         wanted: [N, O, J] fp32; may change.
@@ -55,6 +56,40 @@ def _walk_torch(
         columns[:, j + 1 :].addcmul_(spread[:, j, j + 1 :, None], change[:, j, None], value=-1)
     index.copy_(chosen.mT)
     moved.copy_(change.mT)
+
+
+def walk_vectors(
+    wanted: Tensor,
+    S: Tensor,
+    vectors: Tensor,
+    spread: Tensor,
+    metric: Tensor,
+    value: Tensor | None,
+    index: Tensor,
+    moved: Tensor,
+) -> None:
+    """As `walk_block` for vectors of D columns, each the best one under `(w - s c) M (w - s c)ᵀ`.
+
+    Args:
+        wanted, S, value, moved: as there.
+        vectors: [N, K, D] fp32, in any order.
+        spread: [N, J, J] fp32; what lies right of the blocks on the diagonal is used.
+        metric: [N, J / D, D, D] fp32, the M of each block, symmetric.
+        index: [N, O, J / D], written.
+    """
+    dim = vectors.shape[2]
+    a, b = torch.tril_indices(dim, dim, device=vectors.device)
+    pairs = vectors[..., a] * vectors[..., b] * torch.where(a == b, 1, 2)
+    table = torch.cat([pairs, -2 * vectors], 2).mT.contiguous()
+    for block in range(wanted.shape[2] // dim):
+        here, behind = slice(block * dim, (block + 1) * dim), slice((block + 1) * dim, None)
+        w, s, M = wanted[:, :, here], S[:, :, here], metric[:, block]
+        coefficients = torch.cat([s[..., a] * s[..., b] * M[:, None, a, b], (w @ M) * s], 2)
+        chosen = (coefficients @ table).argmin(2)
+        found = vectors.gather(1, chosen[..., None].expand(-1, -1, dim)).mul_(s)
+        change = found - (w if value is None else value[:, :, here])
+        index[:, :, block], moved[:, :, here] = chosen, change
+        wanted[:, :, behind] -= change @ spread[:, here, behind]
 
 
 def _walk_cuda(

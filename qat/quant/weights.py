@@ -33,7 +33,7 @@ class Weights:
         total = 0
         for layer in _side_by_side(layers):
             self._starts[layer] = total
-            total += math.ceil(layer.indices.numel() / ALIGNMENT) * ALIGNMENT
+            total += math.ceil(layer.outputs * layer.inputs / ALIGNMENT) * ALIGNMENT
         self.values = torch.empty(total, dtype=dtype, device=layers[0].indices.device)
         self._sums: Tensor | None = None
         self._adding = False
@@ -85,7 +85,7 @@ class Weights:
 
     def joint(self, layers: list[Quantized]) -> Tensor | None:
         """One weight [ΣO, I] of several layers that share an input, a view; None where they do not lie together."""
-        ends = [self._starts.get(layer, -1) + layer.indices.numel() for layer in layers]
+        ends = [self._starts.get(layer, -1) + layer.outputs * layer.inputs for layer in layers]
         together = all(self._starts.get(layer) == end for layer, end in zip(layers[1:], ends, strict=False))
         return self._cut(self.values, layers).detach() if together and layers[0] in self._starts else None
 
@@ -99,7 +99,7 @@ class Weights:
         pitch = starts[1] - starts[0] if len(starts) > 1 else 0
         even = all(later - start == pitch for start, later in pairwise(starts))
         leaves = all(layer.dense is self._leaves.get(layer) for layer in layers)
-        if not leaves or not even or pitch < 0 or len({layer.indices.shape for layer in layers}) > 1:
+        if not leaves or not even or pitch < 0 or len({_shape(layer) for layer in layers}) > 1:
             return None
         if layers[0] not in self._stacked:
             leaf = self._cut_stack(self.values, layers).detach().requires_grad_()
@@ -123,13 +123,13 @@ class Weights:
             place.copy_(grad_TO.mT @ input_TI)
 
     def _cut(self, whole: Tensor, layers: list[Quantized]) -> Tensor:
-        start, inputs = self._starts[layers[0]], layers[0].indices.shape[1]
-        outputs = sum(layer.indices.shape[0] for layer in layers)
+        start, inputs = self._starts[layers[0]], layers[0].inputs
+        outputs = sum(layer.outputs for layer in layers)
         return whole[start : start + outputs * inputs].view(outputs, inputs)
 
     def _cut_stack(self, whole: Tensor, layers: list[Quantized]) -> Tensor:
         """The tensor [E, O, I] of layers of one shape that are adjacent in memory."""
-        starts, shape = [self._starts[layer] for layer in layers[:2]], layers[0].indices.shape
+        starts, shape = [self._starts[layer] for layer in layers[:2]], _shape(layers[0])
         return whole.as_strided((len(layers), *shape), (starts[-1] - starts[0], shape[1], 1), starts[0])
 
     def _take(self, layers: list[Quantized], weight: Tensor) -> None:
@@ -139,6 +139,10 @@ class Weights:
         sums = self.sum(layers[0]) if weight.dim() == 2 else self._cut_stack(self.sums, layers)
         (sums.add_ if self._adding or layers[0].several else sums.copy_)(weight.grad)
         weight.grad = None
+
+
+def _shape(layer: Quantized) -> tuple[int, int]:
+    return layer.outputs, layer.inputs
 
 
 def _side_by_side(layers: list[Quantized]) -> list[Quantized]:

@@ -11,7 +11,8 @@ from qat import manifests
 from qat.config import SETTINGS, WeightConfig, WeightFormat
 from qat.quant import formats, latent
 from qat.quant.choice import format_of
-from qat.quant.formats import Codebook, Format, GroupGrid, KQuant
+from qat.quant.formats import Codebook, Format, GroupGrid, KQuant, Vector
+from qat.quant.formats.codebook import LowRank
 from qat.quant.linear import QuantLinear, kept
 from qat.quant.stack import stacks
 from qat.quant.weights import Weights
@@ -28,12 +29,17 @@ GRIDS = [
     GroupGrid(4, 24, "iq4nl"),
 ]
 K_QUANTS = [KQuant(bits) for bits in (2, 3, 4, 5, 6)]
-FORMATS = [Codebook(1, 1), Codebook(3, 5), *GRIDS, *K_QUANTS]
+VECTORS = [Vector(1, 1, 8), Vector(2, 5, 4), Vector(3, 3, 2), Vector(5, 2, 2)]
+FORMATS = [Codebook(1, 1), Codebook(3, 5), *GRIDS, *K_QUANTS, *VECTORS]
 every = pytest.mark.parametrize("format", FORMATS, ids=str)
 
 
 def inputs(format: Format) -> int:
     return 512 if isinstance(format, KQuant) else 48
+
+
+def entries(format: Format) -> int:
+    return 2 ** (format.bits * format.dim)
 
 
 def drawn(shape: tuple[int, ...], seed: int) -> Tensor:
@@ -42,7 +48,7 @@ def drawn(shape: tuple[int, ...], seed: int) -> Tensor:
 
 def layer_of(format: Format, seed: int = 0) -> QuantLinear:
     module = QuantLinear(format, OUTPUTS, inputs(format))
-    module.indices.random_(0, 2**format.bits, generator=torch.Generator().manual_seed(seed))
+    module.indices.random_(0, entries(format), generator=torch.Generator().manual_seed(seed))
     parts = {name: drawn(part.shape, seed + n) for n, (name, part) in enumerate(module.parts().items())}
     module.set_parts({name: 1 + 3 * x.abs() if "codes" in name else x for name, x in parts.items()})
     return module.requires_grad_(False)
@@ -50,12 +56,12 @@ def layer_of(format: Format, seed: int = 0) -> QuantLinear:
 
 def exact(format: Format, index: Tensor, parts: dict[str, Tensor]) -> Tensor:
     """W in float64, weight by weight as the format's description has it; grids have scales in fp16."""
-    if isinstance(format, Codebook):
+    if isinstance(format, LowRank):
         scale = sum(
             parts["rank_magnitude"][r] * torch.outer(parts["scale_A"][:, r], parts["scale_B"][r])
             for r in range(format.rank)
         )
-        return parts["codebook"][index.long()] * scale
+        return parts["codebook"][index.long()].reshape(scale.shape) * scale
     if isinstance(format, KQuant):
         return exact_k_quant(format, index, halved(format, parts))
     group, parts = torch.arange(inputs(format)) // format.group, halved(format, parts)
@@ -93,11 +99,18 @@ def halved(format: Format, p: dict[str, Tensor]) -> dict[str, Tensor]:
         low, high = {2: (0, 15), 3: (-32, 31), 6: (-128, 127)}.get(format.bits, (0, 63))
         whole = lambda x: x + (x.detach().round().clamp(low, high) - x.detach())  # noqa: E731
         return {name: whole(part) if "codes" in name else through(part) for name, part in p.items()}
-    if not isinstance(format, Codebook):
+    if not isinstance(format, LowRank):
         return {name: through(part) for name, part in p.items()}
     norm = p["scale_B"].norm(dim=1).detach()
     A, B = through(p["scale_A"] * p["rank_magnitude"] * norm), through(p["scale_B"] / norm[:, None])
     return {"codebook": through(p["codebook"]), "scale_A": A, "scale_B": B, "rank_magnitude": torch.ones_like(norm)}
+
+
+def distances(format: Format, module: QuantLinear, wanted: Tensor, p: dict[str, Tensor]) -> Tensor:
+    """How far what shares an index is from each value [O, J, K]."""
+    of_index = [exact(format, torch.full_like(module.indices, k), p).detach() for k in range(entries(format))]
+    away = torch.stack(of_index, -1) - wanted[..., None].double()
+    return away.unflatten(1, (-1, format.dim)).norm(dim=2)
 
 
 @every
@@ -142,8 +155,7 @@ def test_a_stack_moves_each_index_to_the_value_nearest_to_its_latent_weight(form
     stack.write()
     for layer in members:
         p = {name: part.detach() for name, part in doubles(layer).items()}
-        of_index = [exact(format, torch.full_like(layer.indices, k), p) for k in range(2**format.bits)]
-        away = (torch.stack(of_index, -1) - layer.latent[..., None].double()).abs()
+        away = distances(format, layer, layer.latent, p)
         found = away.gather(-1, layer.indices[..., None].long())[..., 0]
         assert torch.allclose(found, away.min(-1).values, rtol=1e-4, atol=1e-5)
         assert torch.allclose(layer.dense.double(), exact(format, layer.indices, p), rtol=1e-4, atol=1e-4)
@@ -152,12 +164,10 @@ def test_a_stack_moves_each_index_to_the_value_nearest_to_its_latent_weight(form
 @every
 def test_the_nearest_index_is_found_among_all(format):
     module, wanted = layer_of(format), 3 * drawn((OUTPUTS, inputs(format)), 30)
-    p = doubles(module)
-    of_index = [exact(format, torch.full_like(module.indices, k), p) for k in range(2**format.bits)]
-    away = (torch.stack(of_index, -1) - wanted[..., None].double()).abs().detach()
+    away = distances(format, module, wanted, doubles(module))
     found = module.grid().nearest(wanted)
     chosen = away.gather(-1, found.long()[..., None])[..., 0]
-    assert found.dtype is torch.uint8 and torch.allclose(chosen, away.min(-1).values, atol=1e-5)
+    assert found.dtype is module.indices.dtype and torch.allclose(chosen, away.min(-1).values, atol=1e-5)
 
 
 @every
@@ -259,6 +269,9 @@ def test_a_layer_is_kept_in_its_own_format_alone(format):
         (GroupGrid(3, 16, "iq4nl"), "levels", "has indices of 3 bits, and these levels are sixteen: 4 bits"),
         (KQuant(8), "bits", "could have k-quants of 2, 3, 4, 5, 6 bits, as llama.cpp has them"),
         (GroupGrid(2, 96), "group", "has rows of 48 weights, which groups of 96 do not divide"),
+        (Vector(2, 4, 3), "dim", "could have vectors of 2, 4, 8 weights"),
+        (Vector(4, 4, 4), "bits", "could have vectors of 4 weights at 3 bits at most: 4096 entries"),
+        (Vector(2, 21, 2), "rank", "has 20 outputs and 48 inputs, so no rank above 20 adds anything"),
     ],
 )
 def test_a_shape_that_a_format_does_not_suit_is_told(format, setting, why):

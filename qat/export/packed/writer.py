@@ -48,7 +48,8 @@ def tensors(source: Source, dtype: torch.dtype, besides: Sequence[Layer] = ()) -
     modules |= {layer.name: rounded(layer, source.model.get_parameter(f"{layer.name}.weight")) for layer in besides}
     made: dict[str, Tensor] = {}
     for name, module in modules.items():
-        made[f"{name}.indices"] = packing.pack(module.indices, module.format.bits)
+        bits = module.format.indices(module.outputs, module.inputs).bits
+        made[f"{name}.indices"] = packing.pack(module.indices, bits)
         parts = module.format.parts(module.outputs, module.inputs)
         for part, value in module.normalized().items():
             made[f"{name}.{part}"] = stored(parts[part], cast(name, value, SIXTEEN)).contiguous()

@@ -6,6 +6,7 @@ from qat.quant.formats.base import Cluster, Equations, Fitted, Format, Grid, Mis
 from qat.quant.formats.codebook import Codebook
 from qat.quant.formats.grid import GroupGrid
 from qat.quant.formats.kquant import KQuant
+from qat.quant.formats.vector import Vector
 
 __all__ = [
     "FORMATS",
@@ -21,6 +22,7 @@ __all__ = [
     "Part",
     "Parts",
     "Product",
+    "Vector",
     "of",
 ]
 
@@ -28,6 +30,7 @@ FORMATS: dict[str, type[Format]] = {
     Codebook.name: Codebook,
     GroupGrid.name: GroupGrid,
     KQuant.name: KQuant,
+    Vector.name: Vector,
 }
 
 

@@ -1,12 +1,14 @@
 """What a quantized weight is: an index for each weight into a few values, which are scaled and perhaps shifted.
 
-`W = values[index] ⊙ S + Z`. A format says what values, S and Z are made of: its *parts*, fp32 tensors that learn,
-each like others of its kind. W is linear in its *operands*, which follow from the parts (a product of two of them,
-or a part as it is stored). Everything else that handles quantized weights (stacks, learners, checkpoints, packed
-files, exports, conversion) asks the format, so that a new one is a new file here.
+`W = values[index] ⊙ S + Z`. A value may be a vector for several weights of a row, which then share an index. A format
+says what values, S and Z are made of: its *parts*, fp32 tensors that learn, each like others of its kind. W is linear
+in its *operands*, which follow from the parts (a product of two of them, or a part as it is stored). Everything else
+that handles quantized weights (stacks, learners, checkpoints, packed files, exports, conversion) asks the format, so
+that a new one is a new file here.
 
-Shapes: N layers of one shape that are handled together, O outputs, I inputs, K values. Where nothing else is said,
-N may be left out of all tensors for a single layer.
+Shapes: N layers of one shape that are handled together, O outputs, I inputs, K values, D numbers of a vector. Where
+nothing else is said, N may be left out of all tensors for a single layer; indices [N, O, I] are [N, O, I / D] where
+values are vectors.
 """
 
 from abc import ABC, abstractmethod
@@ -18,7 +20,7 @@ import torch
 from torch import Tensor
 
 from qat.quant.curvature import Curvature
-from qat.quant.lookup import look_up, nearest, relative
+from qat.quant.lookup import are_vectors, look_up, nearest, nearest_vector, relative
 
 Parts = dict[str, Tensor]
 Cluster = Callable[[Tensor, Tensor, int], Tensor]  # the best values [N, K] for numbers [N, M] and their importance
@@ -47,7 +49,7 @@ class Grid:
     """The values that the weights of some layers can take.
 
     Attributes:
-        values_NK: in any order.
+        values_NK: in any order; or vectors [N, K, D].
         scale_NOI: of each weight.
         shift_NOI: of each weight; None where there is none.
     """
@@ -75,10 +77,12 @@ class Grid:
         return relative(self.unshifted(weight_NOI), self.scale_NOI)
 
     def nearest(self, weight_NOI: Tensor) -> Tensor:
-        """The index [N, O, I], uint8, of the grid value nearest to each weight.
+        """The index [N, O, I] of the grid value nearest to each weight, uint8, or int16 of more than 256 vectors.
 
         Values need not be sorted: training may let two of them pass each other.
         """
+        if are_vectors(self.values_NK, weight_NOI):
+            return nearest_vector(self.unshifted(weight_NOI), self.scale_NOI, self.values_NK)
         ascending_NK, order_NK = self.values_NK.sort(dim=-1)
         return look_up(order_NK, nearest(self.relative(weight_NOI), ascending_NK)).to(torch.uint8)
 
@@ -87,7 +91,7 @@ class Grid:
 class Fitted:
     """Quantized layers, N of them: their indices, and the operands of their format."""
 
-    index_NOI: Tensor  # uint8
+    index_NOI: Tensor  # uint8, or int16 of more than 256 values
     operands: Parts
 
 
@@ -118,7 +122,7 @@ class Kernels(Protocol):
         """Weights from indices and operands; with latent weights, indices are first set to the nearest.
 
         Args:
-            indices: [N, O, I] uint8.
+            indices: [N, O, I] uint8; of vectors as `Format.indices` says.
             operands: each [N, …] fp32.
             latent: [N, O, I] fp32 or None.
             weights: flat, in any floating type: where a layer's [O, I] begins, it is overwritten.
@@ -135,7 +139,7 @@ class Format(ABC):
 
     Attributes:
         name: what it is called in configurations and files.
-        bits: of an index, 1 to 8.
+        bits: of indices for each weight, 1 to 8.
     """
 
     bits: int
@@ -164,6 +168,15 @@ class Format(ABC):
     @abstractmethod
     def parts(self, outputs: int, inputs: int) -> dict[str, Part]:
         """The tensors of a layer by name, indices apart, in a fixed order, which training states rely on."""
+
+    @property
+    def dim(self) -> int:
+        """How many weights of a row share an index, a divisor of every row's length."""
+        return 1
+
+    def indices(self, outputs: int, inputs: int) -> Part:
+        """The indices of a layer: their shape, and bits of each."""
+        return Part((outputs, inputs // self.dim), "indices", self.bits * self.dim)
 
     @abstractmethod
     def operands(self, parts: Parts, snap: bool = False) -> Parts:

@@ -1,9 +1,9 @@
 """A learned codebook for each layer, times a low-rank scale: `W = codebook[index] ⊙ (A·g) @ B`.
 
-Shapes: N layers, O outputs, I inputs, K = 2^bits entries, R ranks.
+Shapes: N layers, O outputs, I inputs, K entries, R ranks; D numbers of an entry that is a vector.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -17,30 +17,29 @@ from qat.quant.lookup import entry_sums, look_up
 
 
 @dataclass(frozen=True)
-class Codebook(Format):
-    """The format `codebook`.
+class LowRank(Format):
+    """What formats with a codebook and low-rank scales have in common; entries are numbers or vectors.
 
-    Parts: `codebook` [K], ascending at conversion; `scale_A` [O, R], unit-norm columns at conversion; `scale_B` [R, I],
-    unit-norm rows; `rank_magnitude` [R]. Operands: `codebook`, `A` [O, R] with magnitudes, `B`.
+    Parts: `codebook` [K] or [K, D]; `scale_A` [O, R], unit-norm columns at conversion; `scale_B` [R, I], unit-norm
+    rows; `rank_magnitude` [R]. Operands: `codebook`, `A` [O, R] with magnitudes, `B`.
     """
 
     rank: int
 
-    name: ClassVar[str] = "codebook"
+    @property
+    def entries(self) -> int:
+        """K."""
+        return int(2 ** (self.bits * self.dim))
 
     @property
     def rowwise(self) -> tuple[str, ...]:
         """A."""
         return ("A",)
 
-    def settings(self) -> dict[str, Any]:
-        """Bits and rank without a name, because such files are older than the other formats."""
-        return {"bits": self.bits, "rank": self.rank}
-
     def parts(self, outputs: int, inputs: int) -> dict[str, Part]:
         """Codebook and scales."""
         return {
-            "codebook": Part((2**self.bits,), "codebooks"),
+            "codebook": Part((self.entries,) if self.dim == 1 else (self.entries, self.dim), "codebooks"),
             "scale_A": Part((outputs, self.rank), "scales"),
             "scale_B": Part((self.rank, inputs), "scales"),
             "rank_magnitude": Part((self.rank,), "scales"),
@@ -63,7 +62,7 @@ class Codebook(Format):
         into four addresses. The scales are computed again, which is cheaper than keeping them."""
         codebook, A, B = operands["codebook"], operands["A"], operands["B"]
         grad_NOI = grad_NOI.to(codebook.dtype)
-        d_codebook = entry_sums(grad_NOI * (A @ B), index_NOI, codebook.shape[-1])
+        d_codebook = entry_sums(grad_NOI * (A @ B), index_NOI, self.entries)
         d_scale = grad_NOI * look_up(codebook, index_NOI)
         return {"codebook": d_codebook, "A": d_scale @ B.mT, "B": A.mT @ d_scale}
 
@@ -96,7 +95,7 @@ class Codebook(Format):
 
     def kept(self, parts: Parts, older: Format) -> Parts | None:
         """The parts with more ranks; new ranks have any direction and magnitude zero, and can learn."""
-        if not isinstance(older, Codebook) or older.bits != self.bits or older.rank > self.rank:
+        if not isinstance(older, LowRank) or replace(older, rank=self.rank) != self or older.rank > self.rank:
             return None
         draw = torch.Generator().manual_seed(0)
         A = torch.randn(parts["scale_A"].shape[0], self.rank, generator=draw, dtype=torch.float32)
@@ -108,8 +107,8 @@ class Codebook(Format):
         return {"codebook": parts["codebook"], "scale_A": A, "scale_B": B, "rank_magnitude": magnitude}
 
     def start(self, weight_NOI: Tensor, h_NI: Tensor, cluster: Cluster) -> Fitted:
-        """Scales from group means, then the best codebook for the weights relative to them."""
-        return codebook_fit.start(weight_NOI, h_NI, 2**self.bits, self.rank, cluster).fitted()
+        """Scales from group means, then a codebook for the weights relative to them."""
+        return codebook_fit.start(weight_NOI, h_NI, self.entries, self.rank, cluster).fitted()
 
     def continued(self, fitted: Fitted, weight_NOI: Tensor, h_NI: Tensor, cluster: Cluster) -> Fitted:
         """A fitted to the rows' magnitudes, then nearest indices."""
@@ -127,7 +126,7 @@ class Codebook(Format):
 
     def stored_bits(self, outputs: int, inputs: int) -> int:
         """Indices, scales with their magnitudes, and the codebook."""
-        return self.bits * outputs * inputs + 16 * (self.rank * (outputs + inputs) + 2**self.bits)
+        return self.bits * outputs * inputs + 16 * (self.rank * (outputs + inputs) + self.entries * self.dim)
 
     def equations(self, outputs: int, inputs: int) -> Equations:
         """Normal equations of every row or every column, and their factors."""
@@ -139,6 +138,17 @@ class Codebook(Format):
         if self.rank <= max_rank:
             return None
         return Misfit("rank", f"has {outputs} outputs and {inputs} inputs, so no rank above {max_rank} adds anything")
+
+
+@dataclass(frozen=True)
+class Codebook(LowRank):
+    """The format `codebook`, whose entries are numbers, ascending at conversion."""
+
+    name: ClassVar[str] = "codebook"
+
+    def settings(self) -> dict[str, Any]:
+        """Bits and rank without a name, because such files are older than the other formats."""
+        return {"bits": self.bits, "rank": self.rank}
 
     def kernels(self, device: torch.device) -> Kernels | None:
         """Triton kernels on CUDA."""

@@ -24,9 +24,9 @@ FARTHEST = 8.0  # in root mean squares; larger relative weights are clipped, as 
 
 @dataclass(frozen=True)
 class Codebooks:
-    """Quantized layers: `W ≈ codebook[index] ⊙ (A @ B)`."""
+    """Quantized layers: `W ≈ codebook[index] ⊙ (A @ B)`, the codebook [N, K], or [N, K, D] if it has vectors."""
 
-    index_NOI: Tensor  # uint8
+    index_NOI: Tensor
     codebook_NK: Tensor
     A_NOR: Tensor
     B_NRI: Tensor
@@ -50,7 +50,7 @@ class Codebooks:
 
 
 def start(weight_NOI: Tensor, h_NI: Tensor, entries: int, rank: int, cluster: Cluster) -> Codebooks:
-    """Scales from group means, then the best codebook for the weights relative to them."""
+    """Scales from group means, then the codebook that `cluster` makes for the weights relative to them."""
     A, B = least_squares.initial(weight_NOI, rank)
     S = A @ B
     x = lookup.relative(weight_NOI, S).flatten(1)
@@ -68,7 +68,7 @@ def alternate(codebooks: Codebooks, weight_NOI: Tensor, h_NI: Tensor) -> Codeboo
     Q = lookup.look_up(codebook, index)
     A = least_squares.refit(codebooks.A_NOR, least_squares.rows(Q, codebooks.B_NRI, h_NI), weight_NOI, h_NI, RELAXATION)
     B = least_squares.refit(codebooks.B_NRI, least_squares.columns(Q, A, h_NI), weight_NOI, h_NI, RELAXATION)
-    codebook = codebook.sort(dim=1).values
+    codebook = codebook.sort(dim=1).values if codebook.dim() == 2 else codebook
     return Codebooks(assign.nearest(weight_NOI, A @ B, codebook), codebook, A, B)
 
 
@@ -117,7 +117,9 @@ def _descend(x: Tensor, linear: least_squares.Linear, weight_NOI: Tensor, cost: 
 
 
 def _ascending(index_NOI: Tensor, codebook_NK: Tensor) -> tuple[Tensor, Tensor]:
-    """The same quantization with each codebook in ascending order."""
+    """The same quantization with each codebook in ascending order; vectors have none."""
+    if codebook_NK.dim() == 3:
+        return index_NOI, codebook_NK
     codebook, order = codebook_NK.sort(dim=1)
     place = order.argsort(dim=1)
     if torch.equal(place, torch.arange(place.shape[1], device=place.device).expand_as(place)):
