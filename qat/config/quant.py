@@ -51,11 +51,11 @@ class WeightConfig:
     """What one kind of layers is written in."""
 
     bits: int = key(MISSING, "of the index of each weight into 2**bits values", low=1, high=8)
-    dim: int | None = key(None, "vector: adjacent weights that share an index of bits * dim bits, at most 12", low=2)
     rank: int | None = key(None, "codebook and vector: of the scale matrix", low=1)
     format: WeightFormat = WeightFormat.codebook
     group: int | None = key(None, "grid: columns that share a scale, a divisor of every row's length", low=1)
     levels: Levels = key(Levels.halves, "grid: the values before they are scaled")
+    dim: int | None = key(None, "vector: adjacent weights that share an index of bits * dim bits, at most 12", low=2)
 
 
 @dataclass
