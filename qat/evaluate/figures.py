@@ -10,6 +10,7 @@ Shapes: N rows, F figures, X positions that count, V vocabulary, D hidden.
 import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from itertools import repeat
 from typing import Any, Protocol
 
 import torch
@@ -21,11 +22,12 @@ from qat.console import progress
 from qat.distill.head import position_chunks
 from qat.distill.loss import KD_TEMPERATURE, full_kl, topk_kl
 from qat.errors import NumericsError
-from qat.forward import hidden_states
 from qat.head import OutputHead
 from qat.machine import Machine
+from qat.models.streamed import each_hidden, stream_of
 from qat.quant.linear import baked
 
+TOGETHER = 1 << 15  # tokens of a text that go through one decoder layer before the next one is read
 RESAMPLES = 1000
 CONFIDENCE = 0.95
 METHOD = f"{CONFIDENCE:.0%}, percentile bootstrap over sequences, {RESAMPLES} resamples"
@@ -133,9 +135,8 @@ def compare(
     found = Comparison(torch.zeros(held_out.rows, 5, dtype=torch.float64), torch.zeros(held_out.rows, dtype=torch.long))
     tokens = held_out.rows * int(held_out.meta["length"])
     with baked(student, machine.dtype), progress("evaluation", tokens, "tokens") as advance:
-        for rows in held_out.in_order(machine.micro_batch):
-            batch = held_out.batch(rows).to(machine.device)
-            for row_X, values_FX in _positions(student, teacher, batch, top_k):
+        for rows, batch, ours, theirs in _states(student, teacher, held_out, machine):
+            for row_X, values_FX in _positions(student, teacher, batch, ours, theirs, top_k):
                 found.sums_NF.index_add_(0, rows[row_X], values_FX.mT)
             found.counts_N[rows] = batch.loss_mask.sum(1).cpu()
             advance(batch.input_ids.numel())
@@ -150,13 +151,32 @@ def compare(
     return found
 
 
+def _states(
+    student: PreTrainedModel, teacher: PreTrainedModel, held_out: Rows, machine: Machine
+) -> Iterator[tuple[Tensor, Batch, Tensor, Tensor]]:
+    """Numbers of rows, the batch of them, and last hidden states [P, D] of both models there, batch by batch.
+
+    Models whose decoder layers lie in files take many batches at a time, so that a layer is read once for these.
+    """
+    order = held_out.in_order(machine.micro_batch)
+    in_files = stream_of(student) is not None or stream_of(teacher) is not None
+    together = max(1, TOGETHER // (machine.micro_batch * int(held_out.meta["length"]))) if in_files else 1
+    for start in range(0, len(order), together):
+        some = order[start : start + together]
+        batches = [held_out.batch(rows).to(machine.device) for rows in some]
+        text = [batch.inputs() for batch in batches]
+        theirs = each_hidden(teacher, text)
+        ours = repeat(None) if student is teacher else each_hidden(student, text)
+        for rows, batch, given, own in zip(some, batches, theirs, ours, strict=False):
+            yield rows, batch, given if own is None else own, given
+
+
 def _positions(
-    student: PreTrainedModel, teacher: PreTrainedModel, batch: Batch, top_k: int
+    student: PreTrainedModel, teacher: PreTrainedModel, batch: Batch, ours: Tensor, theirs: Tensor, top_k: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Row numbers in the batch [X] and figures [F, X], float64 on the CPU, of some positions at a time."""
     counts = batch.loss_mask
-    theirs = hidden_states(teacher, batch.inputs())[counts.flatten()]
-    ours = theirs if student is teacher else hidden_states(student, batch.inputs())[counts.flatten()]
+    theirs, ours = theirs[counts.flatten()], ours[counts.flatten()]
     targets = (theirs, batch.input_ids[:, 1:][counts], counts.nonzero()[:, 0])
     head, teacher_head = OutputHead(student), OutputHead(teacher)
     for ours_XD, theirs_XD, next_X, row_X in position_chunks(ours, targets):

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 TOGETHER = 8
+PIECE = 1 << 20  # words made at one time: in int64 they take many times the memory of indices
 
 
 def packed_bytes(count: int, bits: int) -> int:
@@ -21,14 +22,15 @@ def packed_bytes(count: int, bits: int) -> int:
 def pack(index: Tensor, bits: int) -> Tensor:
     """uint8 indices of any shape below 2**bits, as ceil(n · bits / 8) bytes, most significant bit first."""
     eights = pad(index.flatten(), (0, -index.numel() % TOGETHER)).view(-1, TOGETHER)
-    packed = _cut(_joined(eights, bits), bits, 8).flatten()
+    packed = torch.cat([_cut(_joined(some, bits), bits, 8).flatten() for some in eights.split(PIECE)])
     return packed[: packed_bytes(index.numel(), bits)].cpu().contiguous()
 
 
 def unpack(packed: Tensor, bits: int, shape: tuple[int, ...]) -> Tensor:
     """The inverse of `pack`: uint8 indices of the given shape, on the same device."""
-    words = _joined(pad(packed, (0, -packed.numel() % bits)).view(-1, bits), 8)
-    return _cut(words, TOGETHER, bits).flatten()[: math.prod(shape)].view(shape)
+    parts = pad(packed, (0, -packed.numel() % bits)).view(-1, bits).split(PIECE)
+    index = torch.cat([_cut(_joined(some, 8), TOGETHER, bits).flatten() for some in parts])
+    return index[: math.prod(shape)].view(shape)
 
 
 def words(index_OI: Tensor, bits: int) -> Tensor:
