@@ -185,7 +185,7 @@ class Store:
 
     def _write(self, key: Hashable, tensor: Tensor) -> None:
         if self._file is None:
-            self._file = tempfile.TemporaryFile(dir=self._folder)
+            self._file = tempfile.TemporaryFile(dir=self._folder)  # noqa: SIM115 - closed when the store is forgotten
         if self._free[tensor.nbytes]:
             place = self._free[tensor.nbytes].pop()
         else:

@@ -77,9 +77,8 @@ def gather(model: PreTrainedModel, layers: list[Layer], text: list[Batch], gradi
         for members, moments in walk(model, layers, text, gradients):
             found.add(moments)
             advance(sum(layer.weights for layer in members))
-    sources = {layer.source if layer.role not in ROLES else layer.name: None for layer in layers}
     return Moments(
-        {source: found.inputs[source] for source in sources},
+        {layer.source: found.inputs[layer.source] for layer in layers},
         {layer.name: found.outputs[layer.name] for layer in layers if layer.name in found.outputs},
         found.rows,
     )

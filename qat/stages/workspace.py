@@ -70,10 +70,11 @@ def open_workspace(config: Config, run: Run) -> Workspace:
         ConfigError: the teacher cannot, or a size is beyond it or the machine.
     """
     resolved = machine.resolve(config.instance)
+    run.result["memory"]["start_bytes"] = machine.peak_bytes(resolved.device)
     run.result["environment"] = environment(resolved.describe(), resolved.instance)
     teacher = models.locate(config.model, Path(config.outputs) / "artifacts")
     check(config, teacher, resolved)
-    limits.check(config, teacher, resolved)
+    run.result["memory"]["planned_bytes"] = limits.check(config, teacher, resolved)
     return Workspace(config, run, resolved, teacher)
 
 

@@ -2,11 +2,13 @@
 
 import hashlib
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 import zoo
 from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM
 
 from qat import checkpoints
 from qat.config import Config, ConvertConfig, KMeansBackend, KMeansConfig, QuantConfig, TrackerConfig, TrackerKind
@@ -44,9 +46,10 @@ CASES = [
 def family(name, folder, tied, dtype=torch.float32):
     """A tiny model of a family as a folder, with the byte tokenizer of the tiny model."""
     tiny_model.write(folder, 512)
-    settings = zoo.architectures()[name]
+    settings = zoo.small(zoo.architectures()[name]())
     settings.tie_word_embeddings = tied
-    model = zoo.tiny(settings).to(dtype)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(settings, dtype=torch.float32).to(dtype)
     for leftover in folder.glob("*.safetensors"):
         leftover.unlink()
     model.save_pretrained(folder, max_shard_size="60KB")
@@ -99,18 +102,23 @@ def test_a_streamed_model_is_the_loaded_one_and_has_one_decoder_layer_in_memory(
     ids = torch.randint(200, (2, 16), generator=torch.Generator().manual_seed(0))
     for dtype in (torch.float32, torch.bfloat16):
         loaded, model = teacher.load(dtype, tiny.CPU), teacher.stream(dtype, tiny.CPU)
-        stream, here = streamed.stream_of(model), []
-        for layer in stream.layers:
-            layer.register_forward_hook(lambda *_: here.append([not one.mlp.gate.weight.is_meta for one in stream.layers]))
+        layers, seen = streamed.stream_of(model).layers, []
+        note = partial(_note, layers, seen)
+        for layer in layers:
+            layer.register_forward_hook(note)
         with torch.no_grad():
             assert torch.equal(model(ids).logits, loaded(ids).logits)
-        assert here == [[one is other for one in stream.layers] for other in stream.layers]
+        assert seen == [[one is other for one in layers] for other in layers]
         assert model.dtype == dtype and model.lm_head.weight.dtype == dtype
     twin, weight = teacher.stream(dtype, tiny.CPU, model), teacher.matrices()
     assert twin.lm_head.weight is model.lm_head.weight
     exact = teacher.load(torch.float32, tiny.CPU)
     for name in ("model.layers.1.mlp.experts.2.down_proj", "model.layers.0.self_attn.q_proj", "lm_head"):
         assert weight(name).dtype == torch.float32 and torch.equal(weight(name), matrix(exact, name))
+
+
+def _note(layers, seen, *_):
+    seen.append([not layer.mlp.gate.weight.is_meta for layer in layers])
 
 
 def test_matrices_take_the_place_of_those_in_the_files(tmp_path):
