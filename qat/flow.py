@@ -190,7 +190,7 @@ class Store:
             place = self._free[tensor.nbytes].pop()
         else:
             place, self._end = self._end, self._end + tensor.nbytes
-        left = memoryview(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+        left = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data
         at = place
         while left:
             written = os.pwrite(self._file.fileno(), left, at)

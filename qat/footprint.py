@@ -277,7 +277,7 @@ def phases(config: Config, shapes: Shapes, jobs: list[Job], machine: Machine) ->
     if stage in (Stage.run, Stage.cache, Stage.convert, Stage.distill) and not config.cache.path:
         for where, source in _generated(config.data):
             yield "text", [teacher, *_writing(source, where, shapes, machine)]
-        streams = shapes.streams and not capacity.roomy(teacher.bytes, machine.device)
+        streams = shapes.streams and (stage is Stage.convert or not capacity.roomy(teacher.bytes, machine.device))
         held = _reading(shapes, dtype, 1) if streams else [teacher]
         yield "the cache", [*held, _logits(shapes, machine, 3)]
     if stage in (Stage.run, Stage.convert):

@@ -124,7 +124,7 @@ class Writer:
             raise ValueError(f"{name} is {known(tensor)} and not {self._tensors[name]}")
         with open(self._path, "r+b") as file:
             file.seek(self._begins[name])
-            file.write(memoryview(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()))
+            file.write(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
 
     def get(self, name: str) -> Tensor:
         """A tensor that was written."""

@@ -27,16 +27,16 @@ COMPILED_TOKENS = 2_000_000  # tokens of a cache from which compiling the teache
 class Author:
     """The teacher on this process's device."""
 
-    def __init__(self, teacher: ModelFolder, machine: Machine, crew: Crew) -> None:
-        """Stores the settings; the model is loaded when it is first needed."""
-        self.teacher, self.machine, self.crew = teacher, machine, crew
+    def __init__(self, teacher: ModelFolder, machine: Machine, crew: Crew, whole: bool = True) -> None:
+        """Stores the settings; the model is loaded when it is first needed, as a whole only if `whole` allows it."""
+        self.teacher, self.machine, self.crew, self.whole = teacher, machine, crew, whole
 
     @cached_property
     def model(self) -> PreTrainedModel:
-        """The teacher's model; one for which there is little room is read layer by layer."""
+        """The teacher's model; one that is not to be whole, or has little room, is read layer by layer."""
         dtype, device = self.machine.dtype, self.crew.device(self.machine.device)
         weights = sum(parameter.numel() for parameter in self.teacher.skeleton().parameters())
-        fits = capacity.roomy(weights * dtype.itemsize, device)
+        fits = self.whole and capacity.roomy(weights * dtype.itemsize, device)
         return self.teacher.load(dtype, device) if fits else self.teacher.stream(dtype, device)
 
     def settle(self, scratch: Path, sample: Sample) -> Pass:

@@ -93,9 +93,11 @@ def obtain_cache(
     seed: int,
     machine: Machine,
     artifacts: Path,
+    whole: bool = True,
 ) -> Artifact:
     """The teacher's outputs on these documents, as an artifact.
 
+    With `whole` the teacher may be in memory as a whole; else, and where it has little room, it is read layer by layer.
     Documents get rows of their own where the teacher would mix those that share one; meta.json's `packing` says so.
 
     Raises:
@@ -118,7 +120,7 @@ def obtain_cache(
     if not cache.train_targets:
         key, full_name = key | {"train_targets": False}, f"{full_name}_text"
     folder, crew = place(artifacts, "caches", full_name, key), Crew.here()
-    author = Author(teacher, machine, crew)
+    author = Author(teacher, machine, crew, whole)
 
     def make(scratch: Path) -> dict[str, Any]:
         """The part of the first process (usually the only one), which holds the lock."""

@@ -15,7 +15,6 @@ from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, Pr
 from qat import model_files
 from qat.forward import OWN, Found, use
 from qat.models import reading, streamed, tokenizers
-from qat.quant.places import matrix
 
 SOUND: set[tuple[str, torch.dtype]] = set()  # models that this process has checked, by fingerprint and type
 
@@ -107,8 +106,8 @@ class ModelFolder:
         try:
             model = streamed.open_stream(self.path, self.settings(), torch.float32, cpu, rest=False)
         except NotImplementedError:
-            return partial(matrix, self.load(torch.float32, cpu))
-        return cast(streamed.Stream, streamed.stream_of(model)).weight
+            model = self.load(torch.float32, cpu)
+        return partial(streamed.matrix_of, model)
 
     def unstreamed(self, dtype: torch.dtype, device: torch.device) -> str:
         """Why the model's decoder layers cannot be read one at a time; empty where they can.

@@ -5,6 +5,7 @@ that what is read is what a model loaded whole would have; one layer at a time o
 where the type is that of the file. Whoever computes a long text should let a layer take all of it (`qat.flow`).
 """
 
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import cache, wraps
@@ -29,7 +30,7 @@ from qat.errors import ConfigError
 from qat.flow import Inputs, same_by_layers, through_all
 from qat.forward import OWN, body, decoder_layers, hidden_states, trying, use
 from qat.models import reading
-from qat.quant.places import place
+from qat.quant.places import matrix, place
 
 STREAM = "qat_stream"  # attribute of a streamed model and of its decoder layers that holds their `Stream`
 
@@ -46,7 +47,8 @@ class Stream:
         self, folder: Path, model: PreTrainedModel, device: torch.device, rest: "PreTrainedModel | bool" = True
     ) -> None:
         """Reads the headers of the files, and what is outside of decoder layers; see `open_stream`."""
-        self.folder, self.model, self.device = folder, model, device
+        # Whoever has the model has this, and not the other way round: so its memory is free once it is forgotten.
+        self.folder, self._model, self.device = folder, weakref.ref(model), device
         by_module = {module: name for name, module in model.named_modules()}
         self.layers = decoder_layers(model)
         self.names = [by_module[layer] for layer in self.layers]
@@ -68,8 +70,15 @@ class Stream:
         elif rest:
             self._share_rest(rest)
         for depth, layer in enumerate(self.layers):
-            vars(layer)[STREAM] = (self, depth)
+            vars(layer)[STREAM] = (weakref.ref(self), depth)
             layer.__class__ = _reading(type(layer))  # type: ignore[assignment]
+
+    @property
+    def model(self) -> PreTrainedModel:
+        """The model whose layers these are."""
+        model = self._model()
+        assert model is not None  # nobody else holds this
+        return model
 
     def bring(self, depth: int) -> None:
         """Reads a decoder layer, in place of the one that was there."""
@@ -202,6 +211,16 @@ def stream_of(model: nn.Module) -> Stream | None:
     """How a model's decoder layers are read; None for a model that is in memory."""
     found: Stream | None = vars(model).get(STREAM)
     return found
+
+
+def matrix_of(model: PreTrainedModel, name: str) -> Tensor:
+    """A matrix [O, I] of a model by name; of one in files it is valid for as long as its decoder layer is here.
+
+    Raises:
+        KeyError: there is none.
+    """
+    stream = stream_of(model)
+    return matrix(model, name) if stream is None else stream.weight(name)
 
 
 def open_stream(
@@ -367,7 +386,7 @@ def _reading(kind: type[nn.Module]) -> type[nn.Module]:
     @wraps(kind.forward)
     def forward(self: nn.Module, *given: Any, **named: Any) -> Any:
         stream, depth = vars(self)[STREAM]
-        stream.bring(depth)
+        stream().bring(depth)
         return kind.forward(self, *given, **named)
 
     return type(kind.__name__, (kind,), {"forward": forward, "__module__": kind.__module__})

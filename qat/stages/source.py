@@ -14,7 +14,7 @@ from qat.cache.batch import Batch
 from qat.cache.reader import CacheReader
 from qat.convert.convert import Shelf, install
 from qat.fidelity.sample import Rows
-from qat.models.streamed import stream_of
+from qat.models.streamed import matrix_of, stream_of
 from qat.quant.architectures import Layer
 from qat.quant.linear import Quantized, kept, quantized
 from qat.stages.workspace import Workspace
@@ -84,8 +84,7 @@ class Source:
     def _exact(self) -> Callable[[str], Tensor]:
         """Gives the teacher's matrices in fp32: where it computes in that, those that it computes with."""
         exact = self._work.machine.dtype is torch.float32 and self._start is None
-        stream = stream_of(self.teacher) if exact else None
-        return self._work.teacher.matrices() if stream is None else stream.weight
+        return partial(matrix_of, self.teacher) if exact else self._work.teacher.matrices()
 
     def _student(self) -> PreTrainedModel:
         assert self._start is not None

@@ -1,11 +1,9 @@
 """Checks that a teacher supports what a run needs, before the run does anything."""
 
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from transformers import PreTrainedModel
 
 from qat import checkpoints
 from qat.checkpoint_files import find
@@ -17,9 +15,8 @@ from qat.errors import ConfigError
 from qat.machine import Machine
 from qat.models import ModelFolder, tokenizers
 from qat.models.reading import listed
-from qat.models.streamed import stream_of
+from qat.models.streamed import matrix_of
 from qat.quant.architectures import Layer, select
-from qat.quant.places import matrix
 
 CONVERTS = (Stage.run, Stage.convert)
 TRAINS = (Stage.run, Stage.distill)
@@ -37,7 +34,7 @@ def check(config: Config, teacher: ModelFolder, machine: Machine) -> None:
     if config.stage is Stage.distill and (start := _manifest(config, teacher)):
         check_mode(config.mode, checkpoints.layers_of(start), teacher)
     if config.stage is not Stage.export:  # stage=export loads the teacher itself, in its own type
-        _refuse_zeros(_weights(config, teacher, machine), layers, teacher)
+        _refuse_zeros(_loaded(config, teacher, machine), layers, teacher)
 
 
 def makes_text(config: Config) -> bool:
@@ -73,17 +70,15 @@ def check_layers(config: Config, teacher: ModelFolder) -> list[Layer]:
     return found
 
 
-def _weights(config: Config, teacher: ModelFolder, machine: Machine) -> Callable[[str], Tensor]:
-    """Gives the teacher's matrices by name; a conversion alone does not need all of them at once."""
-    if config.stage is not Stage.convert:
-        return partial(matrix, teacher.load(machine.dtype, machine.device))
-    model = teacher.stream(machine.dtype, machine.device)
-    return partial(matrix, model) if (stream := stream_of(model)) is None else stream.weight
+def _loaded(config: Config, teacher: ModelFolder, machine: Machine) -> PreTrainedModel:
+    """The teacher; a conversion alone does not need all of its decoder layers at once."""
+    load = teacher.stream if config.stage is Stage.convert else teacher.load
+    return load(machine.dtype, machine.device)
 
 
-def _refuse_zeros(weight: Callable[[str], Tensor], layers: list[Layer], teacher: ModelFolder) -> None:
+def _refuse_zeros(model: PreTrainedModel, layers: list[Layer], teacher: ModelFolder) -> None:
     """Refuses layers of zeros, to which nothing can be fitted."""
-    empty = [layer.name for layer in layers if not bool(weight(layer.name).any())]
+    empty = [layer.name for layer in layers if not bool(matrix_of(model, layer.name).any())]
     if empty:
         raise ConfigError(f"{teacher.path} has nothing but zeros in {listed(empty)}, to which no format fits")
 
