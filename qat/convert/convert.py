@@ -234,7 +234,8 @@ def _solved(
 
 def _check(stack: list[Layer], weight_NOI: Tensor) -> None:
     """Raises an error that names the first layer whose weights are all zero or not finite."""
-    largest_N = weight_NOI.abs().amax(dim=(1, 2)).tolist()  # NaN stays NaN
+    least_N, most_N = weight_NOI.flatten(1).aminmax(dim=1)
+    largest_N = torch.maximum(-least_N, most_N).tolist()  # NaN stays NaN
     for layer, largest in zip(stack, largest_N, strict=True):
         if not 0 < largest < math.inf:
             what = "are all zero" if largest == 0 else "hold NaN or infinity"

@@ -57,7 +57,7 @@ def costs(
 def cost(made: Converted, weight: Tensor, moments: Moments, device: torch.device) -> float:
     """½ tr(G E H Eᵀ) of a quantized layer."""
     layer = made.layer
-    error = made.module.weight(torch.float32) - weight.cpu().float()
+    error = made.module.weight(torch.float32).sub_(weight.cpu())
     H = moments.inputs[layer.source].to(device, torch.float32)
     with exact_matmul():
         if layer.name in moments.rows:

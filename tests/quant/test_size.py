@@ -56,3 +56,22 @@ def test_bits_of_the_whole_model_are_those_of_its_file_but_for_the_header(teache
     bits = model_bits_per_weight(layers, teacher.skeleton())
     named = len(stored(layers, teacher.skeleton(), torch.bfloat16))
     assert 0 <= data - bits < 8 * 120 * named / whole
+
+
+def test_a_file_written_tensor_by_tensor_is_the_one_that_safetensors_writes(tmp_path):
+    draw = torch.Generator().manual_seed(0)
+    tensors = {
+        "b.indices": torch.randint(256, (7,), generator=draw).to(torch.uint8),
+        "b.scale": torch.randn(3, 4, generator=draw),
+        "a.scale": torch.randn(5, generator=draw),
+        "a.half": torch.randn(2, 3, generator=draw).bfloat16(),
+        "\u00e4": torch.randn(1, generator=draw).half(),
+    }
+    save_file(tensors, tmp_path / "whole")
+    writer = tensor_files.Writer(tmp_path / "pieces", {name: tensor_files.known(x) for name, x in tensors.items()})
+    for name in sorted(tensors, reverse=True):
+        writer.put(name, tensors[name])
+    assert (tmp_path / "pieces").read_bytes() == (tmp_path / "whole").read_bytes()
+    assert all(torch.equal(writer.get(name), tensor) for name, tensor in tensors.items())
+    with pytest.raises(ValueError, match=r"b\.scale"):
+        writer.put("b.scale", torch.zeros(4, 3))
