@@ -110,7 +110,7 @@ def convert(
             parts = walk(load(before), layers, text, settings.gradients, scratch)
             for members, moments in groups(parts, STACK_BYTES[fitting(device).type]):
                 known = {layer.name: weights(layer.name) for layer in members}
-                old = {layer.name: before.get(layer) for layer in members} if before else None
+                old = {layer.name: before.get(layer) for layer in members} if before is not None else None
                 for one in quantize(members, known.__getitem__, moments, settings, kmeans, device, old, advance):
                     shelf.put(one.layer.name, one.module)
                     figures[one.layer.name] = one.figures
@@ -183,7 +183,7 @@ def _quantized(
 ) -> list[Converted]:
     """Fits the layers of a stack."""
     began = time.monotonic()
-    weight = torch.stack([weights(layer.name).to(device, torch.float32) for layer in stack])
+    weight = _stacked([weights(layer.name).to(device, torch.float32) for layer in stack])
     _check(stack, weight)
     inputs = {layer.source: moments.inputs[layer.source] for layer in stack}
     inputs = {source: H.to(device) for source, H in inputs.items()}
@@ -269,9 +269,14 @@ def _problem(
     outputs: dict[str, Tensor],
     factors: dict[str, Factor],
 ) -> Problem:
-    H = torch.stack([inputs[layer.source] for layer in stack])
-    G = torch.stack([outputs[layer.name].to(H.device) for layer in stack]) if outputs else None
+    H = _stacked([inputs[layer.source] for layer in stack])
+    G = _stacked([outputs[layer.name].to(H.device) for layer in stack]) if outputs else None
     return Problem(weight_NOI, H, Factor.join([factors[layer.source] for layer in stack]), G)
+
+
+def _stacked(matrices: list[Tensor]) -> Tensor:
+    """Matrices as one tensor; a single one is not copied."""
+    return matrices[0][None] if len(matrices) == 1 else torch.stack(matrices)
 
 
 def stacks(layers: list[Layer], max_bytes: float) -> list[list[Layer]]:

@@ -69,16 +69,19 @@ class Factor:
     @staticmethod
     def of(H_NII: Tensor) -> "Factor":
         """Factorises H, damped, in full fp32."""
-        damped = damp(H_NII)
-        order = damped.diagonal(dim1=1, dim2=2).argsort(dim=1, descending=True)
-        by_row = damped.gather(1, order[:, :, None].expand_as(damped))
-        ordered = by_row.gather(2, order[:, None, :].expand_as(damped))
-        inverse = torch.cholesky_inverse(torch.linalg.cholesky(ordered))
-        upper = torch.linalg.cholesky(inverse, upper=True)
+        made = damp(H_NII)  # one name for every step: of wide layers, more than two of these matrices are gigabytes
+        order = made.diagonal(dim1=1, dim2=2).argsort(dim=1, descending=True)
+        made = made.gather(1, order[:, :, None].expand_as(made))
+        made = made.gather(2, order[:, None, :].expand_as(made))
+        made = torch.linalg.cholesky(made)
+        made = torch.cholesky_inverse(made)
+        upper = torch.linalg.cholesky(made, upper=True)
         return Factor(order, upper.div_(-upper.diagonal(dim1=1, dim2=2)[:, :, None]))
 
     @staticmethod
     def join(factors: list["Factor"]) -> "Factor":
         """Joins the factors of single layers into one of several layers."""
+        if len(factors) == 1:
+            return factors[0]
         orders, spreads = [f.order_NI for f in factors], [f.spread_NII for f in factors]
         return Factor(torch.cat(orders), torch.cat(spreads))
