@@ -34,7 +34,14 @@ TINY = (
 )
 STORE = ("store=gdrive", "store.path={root}/store")
 EXPORT = ("+debug=tiny", "stage=export", "export.output={root}/export")
-FORMS = ("hf", "packed", "anemll_v2")
+FORMS = {  # what is exported, and formats that it can hold
+    "hf": "q2a16",
+    "packed": "q2a16",
+    "anemll_v2": "q2a16",
+    "gguf": "gguf_q8_0",
+    "mlx": "mlx_4bit_g64",
+    "compressed": "compressed_w4_g64",
+}
 HIDDEN = (".hydra", ".ids")
 Problems = Iterator[str]
 
@@ -250,10 +257,15 @@ def empty(root: Path) -> None:
     root.mkdir(parents=True)
 
 
+def two_students(root: Path, quant: str = "q2a16") -> None:
+    """Two runs that differ in their learning rate."""
+    launched(root, *TINY, f"quant={quant}")
+    launched(root, *TINY, f"quant={quant}", "train.lr=3e-3")
+
+
 def two_runs(root: Path) -> None:
-    """Two students; the first is exported and in the store, under the names that the second will take."""
-    launched(root, *TINY)
-    launched(root, *TINY, "train.lr=3e-3")
+    """Two students; the first is in the store, under the name that the second will take."""
+    two_students(root)
     (root / "store").mkdir()
     launched(root, "+debug=tiny", "stage=push", "checkpoint=SR-001", "store.archive=student", *STORE)
 
@@ -262,7 +274,7 @@ def exported(form: str) -> Callable[[Path], None]:
     """Two students, of which the first is exported."""
 
     def prepare(root: Path) -> None:
-        two_runs(root)
+        two_students(root, FORMS[form])
         launched(root, *EXPORT, f"export={form}", "checkpoint=SR-001")
 
     return prepare

@@ -22,15 +22,20 @@ STRING, ARRAY = 8, 9
 NESTED = 4  # allowed depth of arrays within arrays
 
 
-def check(path: Path) -> None:
+def check(path: Path) -> dict[str, str]:
     """Walks over fields and tensors of a file.
+
+    Returns:
+        The fields that are texts, by name.
 
     Raises:
         ConfigError: it is no GGUF file, or claims more than it holds.
     """
     try:
         with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-            _Walk(content).whole()
+            walk = _Walk(content)
+            walk.whole()
+            return walk.texts
     except (ValueError, KeyError, struct.error) as error:
         raise ConfigError(f"{path} is no GGUF file, or damaged ({error}): download or install it again") from None
 
@@ -40,6 +45,7 @@ class _Walk:
 
     def __init__(self, content: mmap.mmap) -> None:
         self._content, self._at = content, 0
+        self.texts: dict[str, str] = {}
 
     def whole(self) -> None:
         if self._take(4) != MAGIC or self._number("<I") not in VERSIONS:
@@ -48,11 +54,20 @@ class _Walk:
         if max(tensors, fields) > MAX_ENTRIES:
             raise ValueError(f"it claims {tensors:,} tensors and {fields:,} fields")
         for _ in range(fields):
-            self._text()
-            self._value(self._number("<I"))
+            self._field()
         claimed = max([self._tensor() for _ in range(tensors)], default=0)
         if claimed > len(self._content) - self._at:
             raise ValueError(f"its tensors take {claimed:,} bytes, and it has {len(self._content):,} in all")
+
+    def _field(self) -> None:
+        name, kind = self._read(), self._number("<I")
+        if kind == STRING:
+            self.texts[name] = self._read()
+        else:
+            self._value(kind)
+
+    def _read(self) -> str:
+        return self._take(self._number("<Q")).decode(errors="replace")
 
     def _take(self, count: int) -> bytes:
         self._pass(count)

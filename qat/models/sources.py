@@ -7,13 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer
 
 from qat import model_files
 from qat.artifacts import obtain
 from qat.config import ModelConfig, ModelSource
 from qat.errors import ConfigError, MissingError, reason
-from qat.models import architecture, gguf_header, plain, reading, tensors, tiny
+from qat.models import architecture, gguf_header, gguf_tokenizer, plain, reading, tensors, tiny
 from qat.models.folder import ModelFolder
 
 log = logging.getLogger(__name__)
@@ -84,7 +83,7 @@ def _from_wheel(config: ModelConfig, artifacts: Path) -> ModelFolder:
         dequantize(gguf, folder)
         return {"package": package}
 
-    inputs = {"package": package, "gguf": _sha256([gguf]), "dtype": "float32"}
+    inputs = {"package": package, "gguf": _sha256([gguf]), "dtype": "float32", "splits": "tokenizer.ggml.pre"}
     artifact = obtain(artifacts, "models", config.name, inputs, make)
     return ModelFolder(config.name, artifact.folder, artifact.key)
 
@@ -93,13 +92,12 @@ def dequantize(gguf: Path, folder: Path) -> None:
     """Writes the model and tokenizer of a GGUF file as a Hugging Face folder with fp32 safetensors.
 
     Raises:
-        ConfigError: the file is damaged, or no model that transformers reads.
+        ConfigError: the file is damaged, or no model that transformers reads, or splits text as is not known here.
     """
-    gguf_header.check(gguf)
+    splits = gguf_tokenizer.splits_of(gguf, gguf_header.check(gguf))
     log.info("converting %s to safetensors", gguf.name)
     plain.save(reading.read(gguf.parent, torch.float32, gguf_file=gguf.name), folder)
-    with reading.understood(f"the tokenizer in {gguf} cannot be read"):
-        AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name, **reading.SAFE).save_pretrained(folder)
+    gguf_tokenizer.write(gguf, splits, folder)
 
 
 def _gguf_file(package: str) -> Path:

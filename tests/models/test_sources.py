@@ -156,6 +156,7 @@ def write_gguf(teacher, path) -> None:
     tokens = [tokenizer.convert_ids_to_tokens(i) if i < len(tokenizer) else f"<{i}>" for i in range(c.vocab_size)]
     tokens[-1] = "ab"  # the one merge: none at all is not allowed
     writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("smollm")
     writer.add_token_list(tokens)
     writer.add_token_types([3 if 256 <= i < len(tokenizer) else 1 for i in range(c.vocab_size)])
     writer.add_token_merges(["a b"])

@@ -1,7 +1,7 @@
 """A tokenizer as llama.cpp reads it: tokens, merges, what splits text before them, ends, and the chat template.
 
-How text is split before merges llama.cpp has in code, by name. The name is found by what a tokenizer's own description
-says that it does, so that any model with such a tokenizer is written right, whatever it is called.
+llama.cpp's name for how text is split before merges is found by what a tokenizer's own description says that it does,
+so that any model with such a tokenizer is written right, whatever it is called.
 """
 
 import json
@@ -12,24 +12,8 @@ from transformers import PreTrainedTokenizerBase
 
 from qat.errors import ConfigError
 from qat.models import ModelFolder
+from qat.models.splits import STEPS, Step, name_of, steps
 
-BEFORE = r"[^\r\n\p{L}\p{N}]?"
-ENDINGS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
-UPPER, LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
-SIGNS, SPACES = r" ?[^\s\p{L}\p{N}]+[\r\n]*", r"\s*[\r\n]+|\s+(?!\S)|\s+"
-GPT_4O = (
-    f"{BEFORE}{UPPER}*{LOWER}+{ENDINGS}?|{BEFORE}{UPPER}+{LOWER}*{ENDINGS}?"
-    r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|" + SPACES
-)
-Step = tuple[str, Any]
-SPLITS: dict[tuple[Step, ...], str] = {  # llama.cpp's name for each sequence of pre-tokenizer steps
-    (("bytes", True),): "gpt-2",
-    (("digits", True), ("bytes", True)): "smollm",
-    (("split", rf"{ENDINGS}|{BEFORE}\p{{L}}+|\p{{N}}|{SIGNS}|{SPACES}"), ("bytes", False)): "qwen2",
-    (("split", rf"{ENDINGS}|{BEFORE}\p{{L}}+|\p{{N}}{{1,3}}|{SIGNS}|{SPACES}"), ("bytes", False)): "llama-bpe",
-    (("split", GPT_4O), ("bytes", False)): "gpt-4o",
-}
-WHOLE_WORDS_FIRST = {"llama-bpe": "dbrx"}  # name for the same splits where words that are tokens are taken whole
 NEVER = "-- --"  # a merge that never applies: llama.cpp wants at least one, and a tokenizer of bytes has none
 ENDS = ("eos", "eot", "eom")  # kinds of tokens that end a text
 
@@ -67,14 +51,14 @@ def splits(described: dict[str, Any]) -> str:
             f"export=gguf writes tokenizers of merged bytes, and this one is {_kind(model, normalizer)}: export=hf is"
             " dense, and llama.cpp's own converter takes it on"
         )
-    steps = tuple(_steps(described.get("pre_tokenizer")))
-    if steps not in SPLITS:
+    found = steps(described.get("pre_tokenizer"))
+    name = name_of(found, bool(model.get("ignore_merges")))
+    if name is None:
         raise ConfigError(
-            f"export=gguf does not know llama.cpp's name for how this tokenizer splits text ({_told(steps)}); it knows"
-            f" {', '.join(SPLITS.values())}"
+            f"export=gguf does not know llama.cpp's name for how this tokenizer splits text ({_told(found)}); it knows"
+            f" {', '.join(STEPS)}"
         )
-    name = SPLITS[steps]
-    return name if model.get("ignore_merges") else WHOLE_WORDS_FIRST.get(name, name)
+    return name
 
 
 def listed(tokenizer: PreTrainedTokenizerBase, described: dict[str, Any], size: int) -> tuple[list[str], list[int]]:
@@ -103,22 +87,6 @@ def _add_special(writer: GGUFWriter, tokenizer: PreTrainedTokenizerBase, teacher
     writer.add_add_eos_token(bool(written) and written[-1] == own)
 
 
-def _steps(described: Any) -> list[Step]:
-    """What a pre-tokenizer does, step after step."""
-    match described:
-        case {"type": "Sequence", "pretokenizers": [*each]}:
-            return [step for one in each for step in _steps(one)]
-        case {"type": "ByteLevel", "add_prefix_space": False}:
-            return [("bytes", bool(described.get("use_regex", True)))]
-        case {"type": "Digits", "individual_digits": alone}:
-            return [("digits", alone)]
-        case {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}:
-            return [("split", pattern)]
-        case {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Removed", "invert": True}:
-            return [("split", pattern)]
-    return [("other", json.dumps(described))]
-
-
 def _merge(pair: str | list[str]) -> str:
     """Two tokens with a space between them; spaces inside are written as byte-level merges write them."""
     if isinstance(pair, str):
@@ -132,5 +100,5 @@ def _kind(model: dict[str, Any], normalizer: dict[str, Any] | None) -> str:
     return "one of merged characters" if model.get("byte_fallback") else f"one that changes text ({normalizer!s:.80})"
 
 
-def _told(steps: tuple[Step, ...]) -> str:
-    return ", then ".join(f"{name} {value!s:.120}" for name, value in steps) or "not at all"
+def _told(found: tuple[Step, ...]) -> str:
+    return ", then ".join(f"{name} {value!s:.120}" for name, value in found) or "not at all"
