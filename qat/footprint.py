@@ -203,13 +203,12 @@ def remedy(
     """
 
     def fits(changed: Config, on: Machine) -> bool:
-        places_of = [
-            place
-            for name, parts in phases(changed, shapes, jobs(changed), on)
-            if name == phase
-            for place in places(parts, on)
-        ]
-        return all(place.needed(least) <= place.free for place in places_of)
+        try:
+            made = list(phases(changed, shapes, jobs(changed), on))
+        except ConfigError:  # nothing would be left to quantize
+            return False
+        held = [place for name, parts in made if name == phase for place in places(parts, on)]
+        return all(place.needed(least) <= place.free for place in held)
 
     taken: list[tuple[str, Change]] = []
     for said, change in _cheaper(config):

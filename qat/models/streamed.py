@@ -5,6 +5,7 @@ that what is read is what a model loaded whole would have; one layer at a time o
 where the type is that of the file. Whoever computes a long text should let a layer take all of it (`qat.flow`).
 """
 
+import copy
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -80,6 +81,7 @@ class Stream:
         assert model is not None  # nobody else holds this
         return model
 
+    @torch.inference_mode(False)  # whoever comes next may want gradients through it
     def bring(self, depth: int) -> None:
         """Reads a decoder layer, in place of the one that was there."""
         if self._here == depth:
@@ -249,15 +251,15 @@ def open_stream(
         model = cast(
             PreTrainedModel,
             AutoModelForCausalLM.from_config(
-                config, dtype=dtype, attn_implementation=OWN.attention, trust_remote_code=False
+                copy.deepcopy(config), dtype=dtype, attn_implementation=OWN.attention, trust_remote_code=False
             ),
         )
     use(model, OWN)
-    with trying() as failed:
-        if not decoder_layers(model):
-            raise NotImplementedError("it has no list of decoder layers")
-    if failed:
-        raise NotImplementedError(f"its layers are not found ({failed[0]})")
+    found: list[nn.Module] = []
+    with trying():
+        found = decoder_layers(model)
+    if not found:
+        raise NotImplementedError("it has no list of decoder layers")
     _refuse_shared(model)
     vars(model)[STREAM] = Stream(folder, model, device, rest)
     return model

@@ -8,7 +8,7 @@ from pathlib import Path
 from transformers import PreTrainedModel
 
 from qat import machine, models
-from qat.config import CheckpointConfig, Config
+from qat.config import CheckpointConfig, Config, Stage
 from qat.fidelity import Sample, settle
 from qat.fidelity.sample import Rows
 from qat.forward import Pass
@@ -43,6 +43,8 @@ class Workspace:
         Raises:
             ConfigError, ArtifactError, NumericsError: as `qat.fidelity.settle`.
         """
+        if model is None and self.config.stage is Stage.convert:  # which never holds all of the teacher
+            model = self.teacher.stream(self.machine.dtype, self.machine.device)
         return settle(self.teacher, self.machine, Sample.of_rows(rows), model)
 
     @contextmanager
