@@ -60,7 +60,7 @@ class Stream:
         self._how = LoadStateDictConfig(
             dtype=model.dtype,
             dtype_plan=model._get_dtype_plan(model.dtype),
-            weight_mapping=get_model_conversion_mapping(model, None, None),
+            weight_mapping=cast(Any, get_model_conversion_mapping(model, None, None)),
             ignore_mismatched_sizes=True,
             device_map={"": str(device)},
         )
@@ -72,7 +72,7 @@ class Stream:
             self._share_rest(rest)
         for depth, layer in enumerate(self.layers):
             vars(layer)[STREAM] = (weakref.ref(self), depth)
-            layer.__class__ = _reading(type(layer))  # type: ignore[assignment]
+            layer.__class__ = _reading(cast(Any, type(layer)))
 
     @property
     def model(self) -> PreTrainedModel:
@@ -382,7 +382,7 @@ def _widen(layer: nn.Module) -> None:
 
 
 @cache
-def _reading(kind: type[nn.Module]) -> type[nn.Module]:
+def _reading(kind: type[nn.Module]) -> Any:
     """A subclass of a decoder layer that has itself read before it is computed."""
 
     @wraps(kind.forward)
