@@ -32,7 +32,7 @@ from qat.config import (
     TrainConfig,
 )
 from qat.console import size
-from qat.convert.convert import STACK_BYTES, stacks, workspace
+from qat.convert.convert import STACK_BYTES, stacks
 from qat.data import mix
 from qat.distill.head import CHUNK_BYTES
 from qat.errors import ConfigError
@@ -50,6 +50,7 @@ POSITIONS = 2048  # positions whose logits a GPU holds together; a CPU an eighth
 # Numbers that a decoder layer's own code in transformers keeps of a token beside what its formulas need, in hidden
 # states and in what is inside its MLP; and logits that exist at one time in training, in chunks
 FURTHER_HIDDEN, FURTHER_INNER, LOGIT_COPIES = 8, 1, 3
+COPIES, SQUARES = 5, 4  # copies of a weight and of a moment that its fit has at one time
 REFERENCE = 8  # bytes of a list's reference to an object
 MODEL = "model"  # configuration key to name for memory that only a smaller model reduces
 PROMPTS = 400  # lower bound of prompts in the project's own list
@@ -316,7 +317,7 @@ def _conversion(job: Job, config: Config, shapes: Shapes, machine: Machine) -> I
     tokens, gradients = config.convert.calibration_tokens, config.convert.gradients
     states = tokens * shapes.hidden * dtype * (shapes.depth + 1 if gradients else 2)
     kept = Part("hidden states", min(states, KEPT_BYTES), "convert.calibration_tokens", least=False)
-    fitting = [kept, *_moments(inner, gradients), *_fit(inner, job, machine)]
+    fitting = [kept, *_moments(inner, gradients), *_fit(inner, gradients, job, machine)]
     if dtype != FP32 or machine.device.type == "cuda":
         fitting.append(Part("a decoder layer in fp32", shapes.layer * FP32, MODEL, host=True))
     yield "conversion", [*held, *fitting]
@@ -373,15 +374,21 @@ def _writing(source: DataConfig, where: str, shapes: Shapes, machine: Machine) -
     yield Part("keys and values of answers", remembered, f"{where}answer_tokens")
 
 
-def _fit(layers: list[Layer], job: Job, machine: Machine) -> Iterator[Part]:
+def _fit(layers: list[Layer], gradients: bool, job: Job, machine: Machine) -> Iterator[Part]:
     """The work space of the stack of layers that takes most."""
     queue = stacks(layers, STACK_BYTES[_kind(machine)])
     largest = max(queue, key=_equations, default=[])
     if largest:
         told = largest[0].format.equations(*largest[0].shape)
         yield Part(told.what, _equations(largest), f"{job.prefix}quant.{largest[0].role}.{told.setting}")
-    work = max((sum(map(workspace, stack)) for stack in queue), default=0.0)
-    yield Part("a fit", work, MODEL, least=False)
+    work = max((sum(_work(layer, gradients) for layer in stack) for stack in queue), default=0.0)
+    yield Part("the rest of a fit", max(0.0, work - (_equations(largest) if largest else 0)), MODEL, least=False)
+
+
+def _work(layer: Layer, gradients: bool) -> float:
+    """Bytes that the fit of a layer takes beside its weight and moments, as measured (docs/LOG.md)."""
+    outputs, inputs = layer.shape
+    return FP32 * (COPIES * outputs * inputs + SQUARES * (inputs**2 + (outputs**2 if gradients else 0)))
 
 
 def _equations(stack: list[Layer]) -> float:
