@@ -31,7 +31,7 @@ from qat.config import (
     Packing,
     QuantConfig,
 )
-from qat.convert.convert import Converted, convert, install
+from qat.convert.convert import Converted, Held, Shelf, convert, install
 from qat.data import packing, sources
 from qat.data.documents import Document
 from qat.data.tally import Tally
@@ -104,15 +104,24 @@ def convert_layers(
     machine: machines.Machine,
 ) -> list[Converted]:
     """Some layers of a model, calibrated on rows of tokens."""
-    return convert(
+    held = [Held() for _ in range(settings.passes)]
+
+    def load(shelf: Shelf | None) -> PreTrainedModel:
+        model = folder.load(machine.dtype, machine.device)
+        install(model, {layer.name: shelf.get(layer) for layer in layers} if shelf else {})
+        return model
+
+    figures = convert(
         layers,
-        lambda: folder.load(machine.dtype, machine.device),
+        load,
         lambda layer: matrix(teacher, layer),
         Text(calibration_NL).batches(machine.micro_batch),
         settings,
         KMeansConfig("exact", KMeansBackend.exact),
         machine.device,
+        held,
     )
+    return [Converted(layer, held[-1].get(layer), figures[layer.name]) for layer in layers]
 
 
 def texts(

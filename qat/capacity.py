@@ -29,6 +29,12 @@ def device(which: torch.device) -> int | None:
     return int(torch.cuda.mem_get_info(which)[0]) if which.type == "cuda" else None
 
 
+def roomy(needed: float, which: torch.device) -> bool:
+    """Whether a device has room for so many bytes and as many again for what is done with them."""
+    free = device(which)
+    return 2 * needed <= (host()[0] if free is None else free)
+
+
 def _number(path: Path) -> int | None:
     """The number in a file; None if there is no file or no limit."""
     try:

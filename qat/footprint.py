@@ -1,17 +1,21 @@
-"""The minimum memory of a run, computed from shapes before anything is loaded.
+"""The memory of a run, computed from shapes before anything is loaded.
 
-Only what must be there at one time is counted, each thing once and at its smallest: a run that is refused
-could not have ended, one that is let through may still run out (a GPU's memory is used up to the last byte
-by smaller micro-batches first, `qat.distill.step`).
+A phase has parts. Some must be there at one time whatever is done, each counted once and at its smallest: a run of
+which these alone have no room could not have ended, and is refused. With the others, which depend on how work is cut
+into pieces, they are what the run is expected to take: that is shown before it starts, and a run of which that has no
+room may still end (a GPU's memory is used up to the last byte by smaller micro-batches first, `qat.distill.step`).
+Either way the sentence names the cheapest key that makes it fit.
 """
 
+import copy
+import logging
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import psutil
-import torch
 from torch import nn
 from transformers import PreTrainedConfig
 
@@ -21,6 +25,7 @@ from qat.config import (
     Config,
     DataConfig,
     DataSource,
+    LossKind,
     ModeConfig,
     Stage,
     Start,
@@ -29,13 +34,23 @@ from qat.config import (
 from qat.console import size
 from qat.convert.convert import STACK_BYTES, stacks
 from qat.data import mix
+from qat.distill.head import CHUNK_BYTES
 from qat.errors import ConfigError
+from qat.evaluate.figures import TOGETHER
+from qat.flow import KEPT_BYTES
 from qat.generation.memory import elements, number
 from qat.machine import Machine
-from qat.quant.architectures import Layer, learns
+from qat.quant.architectures import NUMBER, Layer, learns
 from qat.quant.vocabulary import ROLES as VOCABULARY
 
+log = logging.getLogger(__name__)
+
 FP32 = 4
+POSITIONS = 2048  # positions whose logits a GPU holds together; a CPU an eighth of them
+# Numbers that a decoder layer's own code in transformers keeps of a token beside what its formulas need, in hidden
+# states and in what is inside its MLP; and logits that exist at one time in training, in chunks
+FURTHER_HIDDEN, FURTHER_INNER, LOGIT_COPIES = 8, 1, 3
+COPIES, SQUARES = 5, 4  # copies of a weight and of a moment that its fit has at one time
 REFERENCE = 8  # bytes of a list's reference to an object
 MODEL = "model"  # configuration key to name for memory that only a smaller model reduces
 PROMPTS = 400  # lower bound of prompts in the project's own list
@@ -43,12 +58,18 @@ PROMPTS = 400  # lower bound of prompts in the project's own list
 
 @dataclass(frozen=True)
 class Part:
-    """What some memory is for, and the key that decides it; `host` where a GPU does not hold it."""
+    """What some memory is for, and the key that decides it.
+
+    Attributes:
+        host: a GPU does not hold it.
+        least: it must be there whatever is done; else it is expected.
+    """
 
     what: str
     bytes: float
     key: str
     host: bool = False
+    least: bool = True
 
 
 @dataclass(frozen=True)
@@ -61,19 +82,25 @@ class Job:
     prefix: str = ""
 
 
+Jobs = Callable[[Config], list[Job]]
+
+
 @dataclass(frozen=True)
 class Shapes:
     """Sizes of a teacher.
 
     Attributes:
         weights: how many there are.
-        exact: on the disk they are fp32, and so read from there as they are needed.
+        outside, layer: of them, those outside of decoder layers, and those of the largest decoder layer.
+        streams: decoder layers can be read one at a time.
         vocabulary, hidden, inner, depth: tokens, dimensions of hidden states and inside MLPs, decoder layers.
         remembered: numbers that are kept of a token while text is written.
     """
 
     weights: int
-    exact: bool
+    outside: int
+    layer: int
+    streams: bool
     vocabulary: int
     hidden: int
     inner: int
@@ -81,60 +108,248 @@ class Shapes:
     remembered: int
 
     @classmethod
-    def of(cls, model: nn.Module, config: PreTrainedConfig) -> "Shapes":
+    def of(cls, model: nn.Module, config: PreTrainedConfig, streams: bool = True) -> "Shapes":
         """Those of a model, which needs no memory behind it; what its configuration does not tell counts as none."""
         text: Any = config.get_text_config()
         names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
         vocabulary, hidden, inner, depth = (number(text, name) for name in names)
         remembered = elements(text) if number(text, "num_attention_heads") else 0
-        weights = sum(parameter.numel() for parameter in model.parameters())
-        stored = getattr(config, "dtype", None)
-        return cls(weights, stored is torch.float32, vocabulary, hidden, inner, depth, remembered)
+        inside: dict[str, int] = defaultdict(int)  # weights by decoder layer
+        weights = 0
+        for name, parameter in model.named_parameters():
+            weights += parameter.numel()
+            if found := NUMBER.search(name):
+                inside[name[: found.end()]] += parameter.numel()
+        outside, layer = weights - sum(inside.values()), max(inside.values(), default=0)
+        return cls(weights, outside, layer, streams, vocabulary, hidden, inner, depth, remembered)
 
 
-def check(config: Config, shapes: Shapes, jobs: list[Job], machine: Machine) -> None:
-    """Refuses a run that needs more memory than this machine has.
+@dataclass(frozen=True)
+class Place:
+    """Memory of one kind, with what is free of it; `where` in a sentence."""
+
+    free: float
+    where: str
+    parts: list[Part]
+
+    def needed(self, least: bool = False) -> float:
+        """Bytes of all parts, or of those alone that must be there."""
+        return sum(part.bytes for part in self.parts if part.least or not least)
+
+
+def check(config: Config, shapes: Shapes, jobs: Jobs, machine: Machine) -> None:
+    """Refuses a run that needs more memory than this machine has, and warns of one that is expected to take more.
 
     Args:
         config: of the run.
         shapes: of its teacher.
-        jobs: the students that it makes or trains.
+        jobs: gives the students that a configuration makes or trains.
         machine: that it is to run on.
 
     Raises:
         ConfigError: what takes most of the memory, and which key to change.
     """
-    gpu = capacity.device(machine.device)
-    host = capacity.host()[0] + psutil.swap_memory().free
+    for least in (True, False):
+        for name, parts in phases(config, shapes, jobs(config), machine):
+            for place in places(parts, machine):
+                if place.needed(least) > place.free:
+                    said = _refusal(name, place, least, remedy(config, shapes, jobs, machine, name, least))
+                    if least:
+                        raise ConfigError(said)
+                    log.warning(said)
+                    return
+
+
+def plan(config: Config, shapes: Shapes, jobs: list[Job], machine: Machine) -> dict[str, Place]:
+    """What each phase of a run is expected to take, where most is taken for what is free: a GPU, else the host."""
+    found: dict[str, Place] = {}
     for name, parts in phases(config, shapes, jobs, machine):
-        for free, held in (
-            (gpu, [part for part in parts if not part.host]),
-            (host, [part for part in parts if part.host or gpu is None]),
-        ):
-            if free is not None and sum(part.bytes for part in held) > free:
-                raise ConfigError(_refusal(name, held, free, "" if free == host else " on the GPU"))
+        tightest = max(places(parts, machine), key=lambda place: place.needed() / max(place.free, 1))
+        if name not in found or found[name].needed() < tightest.needed():
+            found[name] = tightest
+    return found
+
+
+def told(place: Place) -> str:
+    """A phase in a few words: all of it and its largest parts."""
+    largest = [part for part in sorted(place.parts, key=lambda part: -part.bytes) if part.bytes > 0.02 * place.needed()]
+    parts = ", ".join(f"{part.what} {size(part.bytes)}" for part in largest)
+    return f"{size(place.needed())}{place.where} ({parts})"
+
+
+def summary(places: dict[str, Place]) -> str:
+    """All phases in one line, the largest with its parts."""
+    most = max(places, key=lambda name: places[name].needed())
+    said = [f"{name} {told(place) if name == most else size(place.needed())}" for name, place in places.items()]
+    return f"{', '.join(said)}; {size(places[most].free)} free"
+
+
+def places(parts: list[Part], machine: Machine) -> list[Place]:
+    """The kinds of memory with the parts that each holds."""
+    gpu, host = capacity.device(machine.device), capacity.host()[0] + psutil.swap_memory().free
+    if gpu is None:
+        return [Place(host, "", parts)]
+    return [
+        Place(gpu, " on the GPU", [part for part in parts if not part.host]),
+        Place(host, "", [part for part in parts if part.host]),
+    ]
+
+
+def remedy(
+    config: Config, shapes: Shapes, jobs: Jobs, machine: Machine, phase: str, least: bool = False
+) -> list[str]:
+    """The cheapest keys with which a phase fits, as typed; none where all of them together do not help.
+
+    Changes are tried in the order of what they cost: time alone, then precision of the conversion, then of the student.
+    """
+
+    def fits(changed: Config, on: Machine) -> bool:
+        try:
+            made = list(phases(changed, shapes, jobs(changed), on))
+        except ConfigError:  # nothing would be left to quantize
+            return False
+        held = [place for name, parts in made if name == phase for place in places(parts, on)]
+        return all(place.needed(least) <= place.free for place in held)
+
+    taken: list[tuple[str, Change]] = []
+    for said, change in _cheaper(config):
+        taken.append((said, change))
+        if fits(*_changed(config, machine, [one for _, one in taken])):
+            break
+    else:
+        return []
+    for one in list(taken):  # what came before and is not needed
+        rest = [other for other in taken if other is not one]
+        if fits(*_changed(config, machine, [change for _, change in rest])):
+            taken = rest
+    return [said for said, _ in taken]
+
+
+Change = Callable[[Config], None]
+
+
+def _changed(config: Config, machine: Machine, changes: list[Change]) -> tuple[Config, Machine]:
+    changed = copy.deepcopy(config)
+    for change in changes:
+        change(changed)
+    same = changed.instance.micro_batch == config.instance.micro_batch
+    rows = machine.micro_batch if same else changed.instance.micro_batch
+    again = True if changed.instance.checkpointing == "true" else machine.checkpointing
+    return changed, replace(machine, micro_batch=rows, checkpointing=again)
+
+
+def _cheaper(config: Config) -> Iterator[tuple[str, Change]]:
+    """Changes that take less memory, as typed, from the cheapest on."""
+
+    def setting(key: str, value: Any) -> Change:
+        *path, leaf = key.split(".")
+
+        def change(changed: Any) -> None:
+            for part in path:
+                changed = getattr(changed, part)
+            setattr(changed, leaf, value)
+
+        return change
+
+    rows = config.instance.micro_batch
+    while rows > 1:
+        rows //= 2
+        yield f"instance.micro_batch={rows}", setting("instance.micro_batch", rows)
+    if config.instance.checkpointing != "true":
+        yield "instance.checkpointing=true", setting("instance.checkpointing", "true")
+    if config.convert.gradients:
+        yield "convert.gradients=false", setting("convert.gradients", False)
+    if config.loss.kind.needs_teacher:
+        yield "loss=bucket_kl", setting("loss.kind", LossKind.bucket_kl)
+    if config.train.learn.latent > 0:
+        yield "train.learn.latent=0", setting("train.learn.latent", 0.0)
+    for role in ("embed", "head"):
+        if getattr(config.quant, role) is not None:
+            yield f"quant.{role}=null", setting(f"quant.{role}", None)
+    if config.mode.mlp and config.mode.attn:
+        yield "mode=mlp", setting("mode.attn", False)
 
 
 def phases(config: Config, shapes: Shapes, jobs: list[Job], machine: Machine) -> Iterator[tuple[str, list[Part]]]:
     """The phases of a run in order, each with the memory that it holds."""
     stage, dtype = config.stage, machine.dtype.itemsize
     teacher = Part("the teacher's weights", shapes.weights * dtype, MODEL)
-    in_memory = 0 if shapes.exact else shapes.weights
-    exact = Part("the teacher's weights in fp32", in_memory * FP32, MODEL, host=True)
     if stage in (Stage.run, Stage.cache, Stage.convert, Stage.distill) and not config.cache.path:
         for where, source in _generated(config.data):
             yield "text", [teacher, *_writing(source, where, shapes, machine)]
-        yield "the cache", [teacher]
+        streams = shapes.streams and (stage is Stage.convert or not capacity.roomy(teacher.bytes, machine.device))
+        held = _reading(shapes, dtype, 1) if streams else [teacher]
+        yield "the cache", [*held, _logits(shapes, machine, 3)]
     if stage in (Stage.run, Stage.convert):
         for job in jobs:
-            yield "conversion", [exact, teacher, *_fit(job, config, machine)]
+            yield from _conversion(job, config, shapes, machine)
     if stage in (Stage.run, Stage.distill):
         for job in jobs:
             yield "training", _training(job, config, shapes, machine)
     if stage in (Stage.run, Stage.evaluate):
-        yield "evaluation", [teacher, Part("the student's weights", shapes.weights * dtype, MODEL)]
+        student = Part("the student's weights", shapes.weights * dtype, MODEL)
+        yield "evaluation", [teacher, student, _logits(shapes, machine, 6)]
     if stage is Stage.export:
-        yield "export", [exact]
+        yield "export", [Part("the teacher's weights in fp32", shapes.weights * FP32, MODEL, host=True)]
+
+
+def _reading(shapes: Shapes, dtype: int, models: int) -> list[Part]:
+    """What is in memory of models whose decoder layers are read one at a time; they share what is outside of these."""
+    return [
+        Part("embedding, head and norms", shapes.outside * dtype, MODEL),
+        Part("a decoder layer", models * shapes.layer * dtype, MODEL),
+    ]
+
+
+def _logits(shapes: Shapes, machine: Machine, copies: int) -> Part:
+    """Logits of the positions that are looked at together, fp32."""
+    positions = POSITIONS if machine.device.type == "cuda" else POSITIONS // 8
+    return Part("logits", copies * FP32 * positions * shapes.vocabulary, MODEL, least=False)
+
+
+def _conversion(job: Job, config: Config, shapes: Shapes, machine: Machine) -> Iterator[tuple[str, list[Part]]]:
+    """A student is fitted decoder layer by decoder layer, then embedding and head, and then measured."""
+    dtype, inner = machine.dtype.itemsize, [layer for layer in job.layers if layer.role not in VOCABULARY]
+    streams = shapes.streams and not config.checkpoint.path
+    held = _reading(shapes, dtype, 1) if streams else [Part("the teacher's weights", shapes.weights * dtype, MODEL)]
+    if config.checkpoint.path:
+        held.append(Part("the student's weights", shapes.weights * dtype, "checkpoint"))
+    tokens, gradients = config.convert.calibration_tokens, config.convert.gradients
+    states = tokens * shapes.hidden * dtype * (shapes.depth + 1 if gradients else 2)
+    kept = Part("hidden states", min(states, KEPT_BYTES), "convert.calibration_tokens", least=False)
+    fitting = [kept, *_moments(inner, gradients), *_fit(inner, gradients, job, machine)]
+    if dtype != FP32 or machine.device.type == "cuda":
+        fitting.append(Part("a decoder layer in fp32", shapes.layer * FP32, MODEL, host=True))
+    yield "conversion", [*held, *fitting]
+    for outer in [layer for layer in job.layers if layer.role in VOCABULARY]:
+        matrix = Part(f"the {outer.role} matrix in fp32", FP32 * outer.weights, f"{job.prefix}quant.{outer.role}")
+        work = Part("its indices and the fit", 3 * outer.weights + STACK_BYTES[_kind(machine)], MODEL, least=False)
+        yield f"conversion of {outer.role}", [*held, matrix, work]
+    both = _reading(shapes, dtype, 2) if streams else [*held, Part("the student", shapes.weights * dtype, MODEL)]
+    outer_weights = sum(layer.weights for layer in job.layers if layer.role in VOCABULARY)
+    both += [
+        Part("the student's embedding and head", outer_weights * dtype, f"{job.prefix}quant.embed"),
+        Part("hidden states", min(2 * KEPT_BYTES, 4 * TOGETHER * shapes.hidden * dtype), MODEL, least=False),
+        _logits(shapes, machine, 6),
+    ]
+    yield "figures of the conversion", both
+
+
+def _kind(machine: Machine) -> str:
+    return "cuda" if machine.device.type == "cuda" else "cpu"
+
+
+def _moments(layers: list[Layer], gradients: bool) -> list[Part]:
+    """The second moments of one decoder layer, those of each of its experts among them; of the largest."""
+    inputs: dict[str, dict[str, int]] = defaultdict(dict)  # width of each input, by decoder layer
+    outputs: dict[str, int] = defaultdict(int)
+    for layer in layers:
+        found = NUMBER.search(layer.name)
+        depth = layer.name[: found.end()] if found else ""
+        inputs[depth][layer.source] = layer.shape[1]
+        outputs[depth] += layer.shape[0] ** 2 if gradients else 0
+    largest = max((sum(w**2 for w in inputs[one].values()) + outputs[one] for one in inputs), default=0)
+    return [Part("second moments", FP32 * largest, "convert.gradients" if gradients else MODEL, host=True)]
 
 
 def _generated(data: DataConfig) -> Iterator[tuple[str, DataConfig]]:
@@ -159,22 +374,21 @@ def _writing(source: DataConfig, where: str, shapes: Shapes, machine: Machine) -
     yield Part("keys and values of answers", remembered, f"{where}answer_tokens")
 
 
-def _fit(job: Job, config: Config, machine: Machine) -> Iterator[Part]:
-    inputs = {layer.source: layer.shape[1] for layer in job.layers}
-    moments = FP32 * sum(width**2 for width in inputs.values())
-    outer = [layer for layer in job.layers if layer.role in VOCABULARY]
-    inner = [layer for layer in job.layers if layer not in outer]
-    if config.convert.gradients:
-        moments += FP32 * sum(layer.shape[0] ** 2 for layer in inner)
-    yield Part("second moments", moments, "convert.gradients" if config.convert.gradients else MODEL, host=True)
-    device = "cuda" if machine.device.type == "cuda" else "cpu"
-    largest = max(stacks(inner, STACK_BYTES[device]), key=_equations, default=[])
+def _fit(layers: list[Layer], gradients: bool, job: Job, machine: Machine) -> Iterator[Part]:
+    """The work space of the stack of layers that takes most."""
+    queue = stacks(layers, STACK_BYTES[_kind(machine)])
+    largest = max(queue, key=_equations, default=[])
     if largest:
         told = largest[0].format.equations(*largest[0].shape)
         yield Part(told.what, _equations(largest), f"{job.prefix}quant.{largest[0].role}.{told.setting}")
-    if outer:
-        most = max(outer, key=lambda layer: layer.weights)
-        yield Part(f"the {most.role} matrix in fp32", FP32 * most.weights, f"{job.prefix}quant.{most.role}")
+    work = max((sum(_work(layer, gradients) for layer in stack) for stack in queue), default=0.0)
+    yield Part("the rest of a fit", max(0.0, work - (_equations(largest) if largest else 0)), MODEL, least=False)
+
+
+def _work(layer: Layer, gradients: bool) -> float:
+    """Bytes that the fit of a layer takes beside its weight and moments, as measured (docs/LOG.md)."""
+    outputs, inputs = layer.shape
+    return FP32 * (COPIES * outputs * inputs + SQUARES * (inputs**2 + (outputs**2 if gradients else 0)))
 
 
 def _equations(stack: list[Layer]) -> float:
@@ -192,9 +406,13 @@ def _training(job: Job, config: Config, shapes: Shapes, machine: Machine) -> lis
     learning = [layer for layer in job.layers if learns(job.mode, layer.role, layer.format)]
     weights, gpu = sum(layer.weights for layer in learning), machine.device.type == "cuda"
     here = 1 if gpu else -(-train.batch_size // max(1, config.instance.devices))  # a GPU may take one at a time
-    added_up = any(layer.role in VOCABULARY for layer in learning)
+    latent = train.learn.latent > 0
+    added_up = latent or here > machine.micro_batch or any(layer.role in VOCABULARY for layer in learning)
     tokens = min(machine.micro_batch, here) * config.cache.length
-    kept = shapes.hidden if gpu else 4 * shapes.hidden + 3 * shapes.inner  # a GPU recomputes the rest
+    # A GPU, and whoever is told to, can compute the rest again
+    again = machine.checkpointing if not gpu else True
+    kept = shapes.hidden if again else 4 * shapes.hidden + 3 * shapes.inner
+    further = 0 if machine.checkpointing else (FURTHER_HIDDEN * shapes.hidden + FURTHER_INNER * shapes.inner)
     scales = sum(_scales(layer) for layer in learning)
     meta = {"length": config.cache.length, "top_k": config.cache.top_k, "random": 0, "vocab_size": shapes.vocabulary}
     row = bytes_a_row(meta | {"format": FORMAT_VERSION, "train_targets": config.cache.train_targets}, "train")
@@ -202,22 +420,26 @@ def _training(job: Job, config: Config, shapes: Shapes, machine: Machine) -> lis
         Part("the student's weights", shapes.weights * dtype, MODEL),
         Part("gradients of the weights", weights * (FP32 if added_up else dtype), f"{prefix}mode"),
         Part("scales with their gradients and moments", 4 * FP32 * scales, f"{prefix}quant"),
+        Part("indices", sum(layer.weights for layer in job.layers), f"{prefix}quant"),
         Part("activations", tokens * shapes.depth * kept * dtype, "instance.micro_batch"),
+        Part("further activations", tokens * shapes.depth * further * dtype, "instance.micro_batch", least=False),
+        Part("logits", LOGIT_COPIES * CHUNK_BYTES[machine.device.type], "loss", least=False),
         Part("the sequences of a batch", train.batch_size * row, f"{prefix}train.batch_size", host=True),
     ]
-    if train.learn.latent > 0:
+    if latent:
         parts.append(Part("latent weights with their moments", 3 * FP32 * weights, f"{prefix}train.learn.latent"))
     if config.loss.kind.needs_teacher:
         parts.append(Part("the teacher's weights", shapes.weights * dtype, "loss"))
     return parts
 
 
-def _refusal(phase: str, parts: list[Part], free: float, where: str) -> str:
-    largest = sorted(parts, key=lambda part: -part.bytes)[:2]
+def _refusal(phase: str, place: Place, least: bool, keys: list[str]) -> str:
+    largest = sorted((part for part in place.parts if part.least or not least), key=lambda part: -part.bytes)[:2]
     told = " and ".join(f"{size(part.bytes)} for {part.what} ({part.key})" for part in largest)
-    keys = [part.key for part in largest if part.key != MODEL]
-    change = f"change {keys[0]}" if keys else "choose a smaller model"
+    own = [part.key for part in largest if part.key != MODEL]
+    change = f"{' '.join(keys)} makes it fit" if keys else f"change {own[0]}" if own else "choose a smaller model"
+    needs = "needs at least" if least else "is expected to take"
     return (
-        f"{phase} needs at least {size(sum(part.bytes for part in parts))} of memory{where} and {size(free)} are free:"
+        f"{phase} {needs} {size(place.needed(least))} of memory{place.where} and {size(place.free)} are free:"
         f" {told}; {change}, or use a machine with more"
     )

@@ -56,11 +56,13 @@ class Found:
 
     Attributes:
         passes: by type and kind of device, and by these, length of a row and whether documents share rows.
+        streams: why decoder layers cannot be read one at a time, by type and kind of device; empty where they can.
         loops: which loop writes text, by type and kind of device: up to how many tokens it was looked at, its
             name, and whether logits are a product there.
     """
 
     passes: dict[tuple[Any, ...], Pass] = field(default_factory=dict)
+    streams: dict[tuple[Any, ...], str] = field(default_factory=dict)
     loops: dict[tuple[Any, ...], tuple[int, str, bool]] = field(default_factory=dict)
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
 from struct import error as Unstructured
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -100,15 +100,55 @@ def entries(path: Path, remedy: str) -> tuple[dict[str, Entry], dict[str, str]]:
     return {name: Entry(kind, shape, begins[name]) for name, (kind, shape) in stored.items()}, said
 
 
+class Writer:
+    """A safetensors file whose tensors come one at a time, in any order, and can be had back.
+
+    Once all are there its bytes are those that `safetensors.torch.save_file` writes of them.
+    """
+
+    def __init__(self, path: Path, tensors: Mapping[str, Known]) -> None:
+        """Writes the header and makes room for tensors of these types and shapes."""
+        self._path, self._tensors = path, tensors
+        header, self._begins, size = _layout(tensors, None)
+        with open(path, "wb") as file:
+            file.write(header)
+            file.truncate(size)
+
+    def put(self, name: str, tensor: Tensor) -> None:
+        """Writes a tensor to its place.
+
+        Raises:
+            ValueError: it has another type or shape than was said.
+        """
+        if known(tensor) != self._tensors[name]:
+            raise ValueError(f"{name} is {known(tensor)} and not {self._tensors[name]}")
+        with open(self._path, "r+b") as file:
+            file.seek(self._begins[name])
+            file.write(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+
+    def get(self, name: str) -> Tensor:
+        """A tensor that was written."""
+        with safe_open(self._path, framework="pt") as file:
+            return cast(Tensor, file.get_tensor(name))
+
+
 def file_bytes(tensors: Mapping[str, Known], metadata: Mapping[str, str]) -> int:
     """Bytes of the file that `safetensors.torch.save_file` writes of tensors of these types and shapes."""
-    header: dict[str, object] = {"__metadata__": metadata}
-    order, end = list(WIDTHS), 0
+    return _layout(tensors, metadata)[2]
+
+
+def _layout(tensors: Mapping[str, Known], metadata: Mapping[str, str] | None) -> tuple[bytes, dict[str, int], int]:
+    """The header of a safetensors file as its own writer makes it, where each tensor begins, and the file's bytes."""
+    header: dict[str, object] = {} if metadata is None else {"__metadata__": metadata}
+    order, end, begins = list(WIDTHS), 0, dict[str, int]()
     for name, (kind, shape) in sorted(tensors.items(), key=lambda item: (order.index(item[1][0]), item[0])):
         begin, end = end, end + WIDTHS[kind] * math.prod(shape)
-        header[name] = {"dtype": kind, "shape": shape, "data_offsets": (begin, end)}
+        header[name], begins[name] = {"dtype": kind, "shape": shape, "data_offsets": (begin, end)}, begin
     written = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
-    return 8 + -(-len(written) // ALIGNED) * ALIGNED + end
+    written += b" " * (-len(written) % ALIGNED)
+    ahead = 8 + len(written)
+    places = {name: ahead + begin for name, begin in begins.items()}
+    return len(written).to_bytes(8, "little") + written, places, ahead + end
 
 
 def difference(found: Mapping[str, Known], wanted: Mapping[str, Wanted], some: bool = False) -> str:

@@ -12,11 +12,13 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from qat import capacity
 from qat.cache.crew import Crew
 from qat.fidelity import Sample, ready, settle
 from qat.forward import Pass, use
 from qat.machine import Machine
 from qat.models import ModelFolder
+from qat.models.streamed import stream_of
 
 MADE_WITH = ".made_with.json"
 COMPILED_TOKENS = 2_000_000  # tokens of a cache from which compiling the teacher saves more time than it takes
@@ -25,14 +27,17 @@ COMPILED_TOKENS = 2_000_000  # tokens of a cache from which compiling the teache
 class Author:
     """The teacher on this process's device."""
 
-    def __init__(self, teacher: ModelFolder, machine: Machine, crew: Crew) -> None:
-        """Stores the settings; the model is loaded when it is first needed."""
-        self.teacher, self.machine, self.crew = teacher, machine, crew
+    def __init__(self, teacher: ModelFolder, machine: Machine, crew: Crew, whole: bool = True) -> None:
+        """Stores the settings; the model is loaded when it is first needed, as a whole only if `whole` allows it."""
+        self.teacher, self.machine, self.crew, self.whole = teacher, machine, crew, whole
 
     @cached_property
     def model(self) -> PreTrainedModel:
-        """The teacher's model."""
-        return self.teacher.load(self.machine.dtype, self.crew.device(self.machine.device))
+        """The teacher's model; one that is not to be whole, or has little room, is read layer by layer."""
+        dtype, device = self.machine.dtype, self.crew.device(self.machine.device)
+        weights = sum(parameter.numel() for parameter in self.teacher.skeleton().parameters())
+        fits = self.whole and capacity.roomy(weights * dtype.itemsize, device)
+        return self.teacher.load(dtype, device) if fits else self.teacher.stream(dtype, device)
 
     def settle(self, scratch: Path, sample: Sample) -> Pass:
         """How the teacher is computed, from the note in `scratch` if this machine wrote it, else by looking.
@@ -48,7 +53,7 @@ class Author:
     def ready(self, how: Pass, sample: Sample, tokens: int) -> PreTrainedModel:
         """The model, compiled if the number of tokens to read makes that worthwhile."""
         use(self.model, how)
-        ready(self.model, sample, self._compiled(tokens))
+        ready(self.model, sample, self._compiled(tokens) and stream_of(self.model) is None)
         return self.model
 
     def made_with(self, how: Pass, tokens: int) -> dict[str, Any]:

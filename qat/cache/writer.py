@@ -50,10 +50,11 @@ from qat.data.documents import SPLITS, read_documents
 from qat.data.packing import Rows, pack
 from qat.errors import ConfigError, NumericsError
 from qat.fidelity import Sample
-from qat.forward import Pass, hidden_states
+from qat.forward import Pass
 from qat.head import OutputHead
 from qat.machine import Machine
 from qat.models import ModelFolder
+from qat.models.streamed import each_hidden
 from qat.provenance import NOTE
 from qat.rows import inputs
 
@@ -92,9 +93,11 @@ def obtain_cache(
     seed: int,
     machine: Machine,
     artifacts: Path,
+    whole: bool = True,
 ) -> Artifact:
     """The teacher's outputs on these documents, as an artifact.
 
+    With `whole` the teacher may be in memory as a whole; else, and where it has little room, it is read layer by layer.
     Documents get rows of their own where the teacher would mix those that share one; meta.json's `packing` says so.
 
     Raises:
@@ -117,7 +120,7 @@ def obtain_cache(
     if not cache.train_targets:
         key, full_name = key | {"train_targets": False}, f"{full_name}_text"
     folder, crew = place(artifacts, "caches", full_name, key), Crew.here()
-    author = Author(teacher, machine, crew)
+    author = Author(teacher, machine, crew, whole)
 
     def make(scratch: Path) -> dict[str, Any]:
         """The part of the first process (usually the only one), which holds the lock."""
@@ -282,13 +285,16 @@ def record(
     drawn = random_ids(meta["seed"], shard.split, shard.index, shape, meta["vocab_size"]).int()
     head = OutputHead(model)
     parts: list[dict[str, Tensor]] = []
-    for piece, sample in zip(rows.split(micro_batch), drawn.split(micro_batch), strict=True):
-        ids = piece.input_ids.to(model.device).long()
-        starts = piece.document_starts.to(model.device) if joined else None
-        hidden = hidden_states(model, inputs(ids, starts))
+    text = (_given(piece, joined, model.device) for piece in rows.split(micro_batch))
+    for hidden, sample in zip(each_hidden(model, text), drawn.split(micro_batch), strict=True):
         parts += _outputs(head, hidden, sample.flatten(0, 1).to(model.device).long(), shard.top_k)
-        advance(ids.numel())
+        advance(len(sample) * length)
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+
+def _given(rows: Rows, joined: bool, device: torch.device) -> dict[str, Tensor]:
+    """Arguments of a forward pass over some rows."""
+    return inputs(rows.input_ids.to(device).long(), rows.document_starts.to(device) if joined else None)
 
 
 def _nothing(shard: Shard) -> dict[str, Tensor]:

@@ -15,13 +15,14 @@ from transformers import PreTrainedModel
 from qat.artifacts import content_key, open_artifact
 from qat.checkpoint_files import find
 from qat.checkpoints import native, v2
-from qat.checkpoints.native import FILE, describe, entries, has_formats, heritage, layers_of, save, write, write_layers
+from qat.checkpoints.native import FILE, Shelf, describe, entries, has_formats, heritage, layers_of, save, write
 from qat.checkpoints.own import own_parameters, write_own
 from qat.machine import Machine
 from qat.models import ModelFolder
 
 __all__ = [
     "FILE",
+    "Shelf",
     "check",
     "describe",
     "entries",
@@ -35,7 +36,6 @@ __all__ = [
     "own_parameters",
     "save",
     "write",
-    "write_layers",
     "write_own",
 ]
 

@@ -6,6 +6,7 @@ these too, `own.safetensors` has them; where training kept the weights that the 
 `latent.safetensors` has those.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
@@ -30,7 +31,7 @@ from qat.quant.embedding import empty, put
 from qat.quant.linear import Quantized, quantized
 from qat.quant.places import matrix, place
 from qat.quant.size import bits_per_weight
-from qat.tensor_files import Wanted
+from qat.tensor_files import Wanted, Writer
 
 # File of the quantized layers; the old name "tables" for codebooks stays, so that older checkpoints load
 FILE = "tables.safetensors"
@@ -87,11 +88,43 @@ def write_layers(modules: dict[str, Quantized], folder: Path) -> None:
     """Writes the quantized layers, their parts normalized; the modules themselves stay as they are."""
     tensors: dict[str, torch.Tensor] = {}
     for name, module in modules.items():
-        bits = module.format.indices(module.outputs, module.inputs).bits
-        tensors[f"{name}.indices"] = packing.pack(module.indices, bits)
-        for part, value in module.normalized().items():
-            tensors[f"{name}.{part}"] = value.float().cpu().contiguous()
+        tensors |= _tensors(name, module)
     save_file(tensors, folder / FILE)
+
+
+def _tensors(name: str, module: Quantized) -> dict[str, torch.Tensor]:
+    """What the file holds of a layer."""
+    parts = {f"{name}.{part}": value.float().cpu().contiguous() for part, value in module.normalized().items()}
+    bits = module.format.indices(module.outputs, module.inputs).bits
+    return {f"{name}.indices": packing.pack(module.indices, bits)} | parts
+
+
+def _filled(layer: Layer, tensor: Callable[[str], torch.Tensor], device: torch.device | None = None) -> Quantized:
+    """A layer's module made of the tensors that a file holds of it, on a device."""
+    with device or torch.device("cpu"):
+        module = empty(layer)
+    packed, indices = tensor(f"{layer.name}.indices").to(module.indices.device), layer.format.indices(*layer.shape)
+    module.indices.copy_(packing.unpack(packed, indices.bits, indices.shape))
+    module.set_parts({part: tensor(f"{layer.name}.{part}") for part in module.parts()})
+    return module.requires_grad_(False)
+
+
+class Shelf:
+    """The file of quantized layers, written layer by layer; its bytes are those of `write_layers`."""
+
+    def __init__(self, path: Path, layers: list[Layer]) -> None:
+        """Makes room for these layers."""
+        wanted = _wanted(layers)
+        self._file = Writer(path, {name: (one.kinds[0], one.shape) for name, one in wanted.items()})
+
+    def put(self, name: str, module: Quantized) -> None:
+        """Writes a layer, its parts normalized; the module stays as it is."""
+        for key, tensor in _tensors(name, module).items():
+            self._file.put(key, tensor)
+
+    def get(self, layer: Layer) -> Quantized:
+        """A layer that was written, in host memory."""
+        return _filled(layer, self._file.get)
 
 
 def save(model: PreTrainedModel, folder: Path, description: dict[str, Any]) -> None:
@@ -119,12 +152,7 @@ def load(folder: Path, teacher: ModelFolder, machine: Machine) -> tuple[PreTrain
     tensors = tensor_files.read(folder / FILE, _wanted(layers), REMEDY, names=older.names)
     model = teacher.load(machine.dtype, machine.device)
     for layer in layers:
-        with machine.device:
-            module = empty(layer)
-        packed, indices = tensors[f"{layer.name}.indices"].to(machine.device), layer.format.indices(*layer.shape)
-        module.indices.copy_(packing.unpack(packed, indices.bits, indices.shape))
-        module.set_parts({part: tensors[f"{layer.name}.{part}"] for part in module.parts()})
-        put(model, layer.name, module.requires_grad_(False))
+        put(model, layer.name, _filled(layer, tensors.__getitem__, machine.device))
     own = read_own(folder / OWN, model, REMEDY) if _has(folder, manifest, OWN) else {}
     adopt(model, own)
     set_learned(model, own)

@@ -1,10 +1,17 @@
-"""A whole model quantized: layers of one shape go through the fit together, a few at a time."""
+"""A whole model quantized, decoder layer by decoder layer.
+
+Moments of one are gathered, its layers are fitted and put away, and the next one comes (`qat.convert.moments.walk`): so
+neither the weights nor the moments nor what is made of them is ever in memory as a whole. Layers of one shape go
+through the fit together, a few at a time; where they are small, those of several decoder layers.
+"""
 
 import math
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -12,9 +19,9 @@ from transformers import PreTrainedModel
 
 from qat.cache.batch import Batch
 from qat.config import ConvertConfig, KMeansBackend, KMeansConfig
-from qat.console import progress
+from qat.console import Advance, progress
 from qat.convert import vocabulary
-from qat.convert.moments import Moments, gather
+from qat.convert.moments import Moments, walk
 from qat.errors import NumericsError
 from qat.machine import exact_matmul
 from qat.quant import backends, kmeans
@@ -29,8 +36,32 @@ from qat.quant.vocabulary import ROLES
 # Work space of a stack by device, in bytes: CPU caches still help; GPU launch time is hidden
 STACK_BYTES = {"cpu": 2e8, "cuda": 3e9}
 
-Load = Callable[[], PreTrainedModel]
 Weights = Callable[[str], Tensor]
+
+
+class Shelf(Protocol):
+    """Where quantized layers are put, and found again."""
+
+    def put(self, name: str, module: Quantized) -> None:
+        """Keeps a layer."""
+
+    def get(self, layer: Layer) -> Quantized:
+        """A layer that was put, in host memory."""
+
+
+class Held(dict[str, Quantized]):
+    """A shelf in host memory."""
+
+    def put(self, name: str, module: Quantized) -> None:
+        """Keeps a layer."""
+        self[name] = module
+
+    def get(self, layer: Layer) -> Quantized:  # type: ignore[override]
+        """A layer that was put."""
+        return self[layer.name]
+
+
+Load = Callable[[Shelf | None], PreTrainedModel]
 
 
 @dataclass(frozen=True)
@@ -50,7 +81,9 @@ def convert(
     settings: ConvertConfig,
     kmeans: KMeansConfig,
     device: torch.device,
-) -> list[Converted]:
+    shelves: Sequence[Shelf],
+    scratch: Path | None = None,
+) -> dict[str, dict[str, float]]:
     """Quantizes layers of a model in `settings.passes` passes.
 
     The first pass looks at the inputs that layers have in the model as it is, each further one at those
@@ -58,21 +91,52 @@ def convert(
 
     Args:
         layers: what to quantize, and how.
-        load: gives the model before quantization, on the machine, new at every call.
+        load: gives the model on the machine, new at every call, with the layers of a shelf in it.
         weights: gives the weight [O, I] of a layer by name, any float type, any device.
         text: for calibration, in micro-batches.
         settings: how the fit is done.
         kmeans: who makes the first codebooks.
         device: computes.
+        shelves: where each pass puts its layers.
+        scratch: a folder for hidden states that are too large for memory.
+
+    Returns:
+        The figures of each layer by name, see `Converted`.
     """
-    made: list[Converted] = []
-    for _ in range(settings.passes):
-        model = load()
-        install(model, {one.layer.name: one.module for one in made})
-        moments = gather(model, layers, text, settings.gradients)
-        del model
-        made = quantize(layers, weights, moments, settings, kmeans, device, made)
-    return made
+    figures: dict[str, dict[str, float]] = {}
+    before: Shelf | None = None
+    with progress("layers quantized", _count(layers) * settings.passes, "weights") as advance:
+        for shelf in shelves[: settings.passes]:
+            parts = walk(load(before), layers, text, settings.gradients, scratch)
+            for members, moments in groups(parts, STACK_BYTES[fitting(device).type]):
+                known = {layer.name: weights(layer.name) for layer in members}
+                old = {layer.name: before.get(layer) for layer in members} if before is not None else None
+                for one in quantize(members, known.__getitem__, moments, settings, kmeans, device, old, advance):
+                    shelf.put(one.layer.name, one.module)
+                    figures[one.layer.name] = one.figures
+                del known, moments, one
+            before = shelf
+    return {layer.name: figures[layer.name] for layer in layers}
+
+
+def groups(
+    parts: Iterable[tuple[list[Layer], Moments]], max_bytes: float
+) -> Iterator[tuple[list[Layer], Moments]]:
+    """Layers with their moments, as many decoder layers together as one stack of some shape takes."""
+    pending, found = list[Layer](), Moments()
+    for members, moments in parts:
+        pending, used = [*pending, *members], defaultdict[object, float](float)
+        found.add(moments)
+        for layer in pending:
+            used[layer.shape, layer.format] += workspace(layer)
+        del moments
+        if max(used.values()) >= max_bytes:
+            together, known = pending, found
+            pending, found = [], Moments()
+            yield together, known
+            del together, known
+    if pending:
+        yield pending, found
 
 
 def quantize(
@@ -82,45 +146,81 @@ def quantize(
     settings: ConvertConfig,
     kmeans: KMeansConfig,
     device: torch.device,
-    before: list[Converted] | None = None,
+    before: Mapping[str, Quantized] | None = None,
+    advance: Advance = lambda *_: None,
 ) -> list[Converted]:
-    """One pass with given moments: fits the layers from scratch, or improves on those of the pass before.
+    """Fits layers with given moments: from scratch, or from what was `before`, which it improves on.
 
     Raises:
         NumericsError: a layer's weights are all zero, or hold NaN or infinity; the sentence names the layer.
     """
-    cluster, start = BACKENDS[kmeans.backend], {one.layer.name: one.module for one in before or []}
-    made: dict[str, Converted] = {}
-    device = torch.device("cpu") if device.type == "mps" else device  # Apple GPUs have no float64
-    factors = _Factors()
-    max_bytes, outer = STACK_BYTES[device.type], [layer for layer in layers if layer.role in ROLES]
-    queue = stacks([layer for layer in layers if layer not in outer], max_bytes)
-    with torch.no_grad(), exact_matmul(), progress("layers quantized", _count(layers), "weights") as advance:
-        for number, stack in enumerate(queue):
-            began = time.monotonic()
-            weight = torch.stack([weights(layer.name).to(device, torch.float32) for layer in stack])
-            _check(stack, weight)
-            inputs = {layer.source: moments.inputs[layer.source] for layer in stack}
-            inputs = {source: H.to(device) for source, H in inputs.items()}
-            dim, later = stack[0].format.dim, queue[number + 1 :]
-            problem = _problem(stack, weight, inputs, moments.outputs, factors.of(inputs, dim, later))
-            del inputs
-            found = _solved(problem, stack[0].format, [start[one.name] for one in stack if start], cluster, settings)
-            values = stack[0].format.grid(found.operands).at(found.index_NOI)
-            figures = errors(weight, values, problem.curvature.inputs_NII)
-            seconds = (time.monotonic() - began) / len(stack)
-            for n, layer in enumerate(stack):
-                made[layer.name] = Converted(layer, module(layer, found, n), figures[n] | {"seconds": seconds})
-            advance(weight.numel())
-        for layer in outer:
-            weight = weights(layer.name).to(device, torch.float32)
-            _check([layer], weight[None])
-            known = (moments.inputs[layer.name], moments.rows[layer.name])
-            old = fitted(layer.format, [start[layer.name]], device) if start else None
-            found, said = vocabulary.quantize(layer, weight, known, old, cluster, settings, max_bytes)
-            made[layer.name] = Converted(layer, module(layer, found, 0), said)
-            advance(weight.numel())
+    cluster, start, device = BACKENDS[kmeans.backend], before or {}, fitting(device)
+    factors, max_bytes, made = _Factors(), STACK_BYTES[device.type], dict[str, Converted]()
+    queue = stacks([layer for layer in layers if layer.role not in ROLES], max_bytes)
+    for number, stack in enumerate(queue):
+        later = queue[number + 1 :]
+        for one in _quantized(stack, weights, moments, settings, cluster, device, start, factors, later):
+            made[one.layer.name] = one
+        advance(_count(stack))
+    for layer in [layer for layer in layers if layer.role in ROLES]:
+        made[layer.name] = _of_vocabulary(layer, weights, moments, settings, cluster, device, start)
+        advance(layer.weights)
     return [made[layer.name] for layer in layers]
+
+
+@torch.no_grad()
+@exact_matmul()
+def _quantized(
+    stack: list[Layer],
+    weights: Weights,
+    moments: Moments,
+    settings: ConvertConfig,
+    cluster: Cluster,
+    device: torch.device,
+    start: Mapping[str, Quantized],
+    factors: "_Factors",
+    later: list[list[Layer]],
+) -> list[Converted]:
+    """Fits the layers of a stack."""
+    began = time.monotonic()
+    weight = _stacked([weights(layer.name).to(device, torch.float32) for layer in stack])
+    _check(stack, weight)
+    inputs = {layer.source: moments.inputs[layer.source] for layer in stack}
+    inputs = {source: H.to(device) for source, H in inputs.items()}
+    problem = _problem(stack, weight, inputs, moments.outputs, factors.of(inputs, stack[0].format.dim, later))
+    del inputs
+    found = _solved(problem, stack[0].format, [start[one.name] for one in stack if start], cluster, settings)
+    values = stack[0].format.grid(found.operands).at(found.index_NOI)
+    figures = errors(weight, values, problem.curvature.inputs_NII)
+    seconds = (time.monotonic() - began) / len(stack)
+    return [
+        Converted(layer, module(layer, found, n), figures[n] | {"seconds": seconds}) for n, layer in enumerate(stack)
+    ]
+
+
+@torch.no_grad()
+@exact_matmul()
+def _of_vocabulary(
+    layer: Layer,
+    weights: Weights,
+    moments: Moments,
+    settings: ConvertConfig,
+    cluster: Cluster,
+    device: torch.device,
+    start: Mapping[str, Quantized],
+) -> Converted:
+    """Fits embedding or head."""
+    weight = weights(layer.name).to(device, torch.float32)
+    _check([layer], weight[None])
+    known = (moments.inputs[layer.name], moments.rows[layer.name])
+    old = fitted(layer.format, [start[layer.name]], device) if start else None
+    found, said = vocabulary.quantize(layer, weight, known, old, cluster, settings, STACK_BYTES[device.type])
+    return Converted(layer, module(layer, found, 0), said)
+
+
+def fitting(device: torch.device) -> torch.device:
+    """The device that fits: Apple's GPUs have no float64."""
+    return torch.device("cpu") if device.type == "mps" else device
 
 
 def _solved(
@@ -134,7 +234,8 @@ def _solved(
 
 def _check(stack: list[Layer], weight_NOI: Tensor) -> None:
     """Raises an error that names the first layer whose weights are all zero or not finite."""
-    largest_N = weight_NOI.abs().amax(dim=(1, 2)).tolist()  # NaN stays NaN
+    least_N, most_N = weight_NOI.flatten(1).aminmax(dim=1)
+    largest_N = torch.maximum(-least_N, most_N).tolist()  # NaN stays NaN
     for layer, largest in zip(stack, largest_N, strict=True):
         if not 0 < largest < math.inf:
             what = "are all zero" if largest == 0 else "hold NaN or infinity"
@@ -169,9 +270,14 @@ def _problem(
     outputs: dict[str, Tensor],
     factors: dict[str, Factor],
 ) -> Problem:
-    H = torch.stack([inputs[layer.source] for layer in stack])
-    G = torch.stack([outputs[layer.name].to(H.device) for layer in stack]) if outputs else None
+    H = _stacked([inputs[layer.source] for layer in stack])
+    G = _stacked([outputs[layer.name].to(H.device) for layer in stack]) if outputs else None
     return Problem(weight_NOI, H, Factor.join([factors[layer.source] for layer in stack]), G)
+
+
+def _stacked(matrices: list[Tensor]) -> Tensor:
+    """Matrices as one tensor; a single one is not copied."""
+    return matrices[0][None] if len(matrices) == 1 else torch.stack(matrices)
 
 
 def stacks(layers: list[Layer], max_bytes: float) -> list[list[Layer]]:

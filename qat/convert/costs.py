@@ -6,17 +6,17 @@ embedding and head, G is a weight for each row (`qat.convert.vocabulary`). Sweep
 better by about as much and take most of the time.
 """
 
-from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from qat.cache.batch import Batch
 from qat.config import ConvertConfig, KMeansConfig
-from qat.convert.convert import Converted, Weights, quantize
-from qat.convert.moments import Moments, gather
+from qat.console import progress
+from qat.convert.convert import STACK_BYTES, Converted, Load, Weights, fitting, groups, quantize
+from qat.convert.moments import Moments, walk
 from qat.machine import exact_matmul
 from qat.quant.architectures import Layer
 from qat.quant.budget import Costs
@@ -27,29 +27,37 @@ ROWS = 1 << 14  # rows of an embedding's error that are on the device at a time
 
 def costs(
     choices: list[tuple[Layer, list[Format]]],
-    load: Callable[[], PreTrainedModel],
+    load: Load,
     weights: Weights,
     text: list[Batch],
     settings: ConvertConfig,
     kmeans: KMeansConfig,
     device: torch.device,
+    scratch: Path | None = None,
 ) -> Costs:
     """The cost, in nats per token, of each layer in each of its formats; arguments as of `convert.convert`."""
-    moments = gather(load(), [layer for layer, _ in choices], text, gradients=True)
-    fitting = moments if settings.gradients else replace(moments, outputs={})
     found: Costs = {layer.name: {} for layer, _ in choices}
-    for format in dict.fromkeys(one for _, formats in choices for one in formats):
-        members = [replace(layer, format=format) for layer, formats in choices if format in formats]
-        for made in quantize(members, weights, fitting, replace(settings, sweeps=0), kmeans, device):
-            found[made.layer.name][format] = cost(made, weights(made.layer.name), moments, device)
-    return found
+    options, quick = {layer.name: formats for layer, formats in choices}, replace(settings, sweeps=0)
+    whole = sum(layer.weights * len(formats) for layer, formats in choices)
+    with progress("formats tried", whole, "weights") as advance:
+        parts = walk(load(None), [layer for layer, _ in choices], text, True, scratch)
+        for layers, moments in groups(parts, STACK_BYTES[fitting(device).type]):
+            known = {layer.name: weights(layer.name) for layer in layers}
+            given = moments if settings.gradients else replace(moments, outputs={})
+            for format in dict.fromkeys(one for layer in layers for one in options[layer.name]):
+                members = [replace(layer, format=format) for layer in layers if format in options[layer.name]]
+                for made in quantize(members, known.__getitem__, given, quick, kmeans, device, advance=advance):
+                    found[made.layer.name][format] = cost(made, known[made.layer.name], moments, device)
+                    del made
+            del known, moments, given
+    return {name: {format: of[format] for format in options[name]} for name, of in found.items()}
 
 
 @torch.no_grad()
 def cost(made: Converted, weight: Tensor, moments: Moments, device: torch.device) -> float:
     """½ tr(G E H Eᵀ) of a quantized layer."""
     layer = made.layer
-    error = made.module.weight(torch.float32) - weight.cpu().float()
+    error = made.module.weight(torch.float32).sub_(weight.cpu())
     H = moments.inputs[layer.source].to(device, torch.float32)
     with exact_matmul():
         if layer.name in moments.rows:

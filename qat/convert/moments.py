@@ -6,17 +6,18 @@ Fisher information, Martens & Grosse 2015), and inputs are weighed by the size o
 them (Kim et al. 2025, "GuidedQuant", arXiv 2505.07004, which weighs by its square; the root lets fewer
 tokens decide and did better here). Sums are exact products added up in fp32 (`qat/convert/products.py`).
 
-One decoder layer at a time takes the whole text, so the moments of one are on the device at a time. For
-gradients the inputs of decoder layers must be kept until the backward pass: of as many as fit, from the top,
-which is a *section*; for the next one the text goes through the model up to there again. With what else is
-alive, a GPU needs at most 2 GB for this beside the model. A model whose layers cannot be run one after the other
-by themselves (they share keys, or streams) is run whole, with the moments of all of them on the device.
+One decoder layer at a time takes the whole text, and what is found of it is given out before the next one's is
+gathered (`walk`): so the moments of one exist at a time, and its weights need be in memory only then. For gradients the
+inputs of all decoder layers are kept until the way back, in memory while there is room and else in a file
+(`qat.flow.Store`). A model whose layers cannot be run one after the other by themselves (they share keys, or streams)
+is run whole, with the moments of all of them at once.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -25,12 +26,12 @@ from transformers import PreTrainedModel
 from qat.cache.batch import Batch
 from qat.console import progress
 from qat.convert import routed
-from qat.convert.flow import Flow, flows, micro_batches
-from qat.convert.observer import Mean, Observer
+from qat.convert.observer import Observer
 from qat.convert.routed import Routed, complete
 from qat.convert.vocabulary import Watch
 from qat.errors import ConfigError, NumericsError
-from qat.forward import body, decoder_layers, run_body
+from qat.flow import Flow, flows
+from qat.forward import body, run_body
 from qat.head import OutputHead, output_weight
 from qat.machine import exact_matmul
 from qat.quant.architectures import Layer
@@ -41,8 +42,7 @@ from qat.quant.vocabulary import ROLES
 # Numbers in the hidden states that pass through a layer at a time, by device
 STATES = {"cuda": 1 << 22, "cpu": 1 << 20}
 LOGITS = {"cuda": 1 << 26, "cpu": 1 << 22}  # numbers in the logits that exist at one time, by device
-KEPT_BYTES = 7e8  # memory for the kept inputs of decoder layers, in bytes
-SHORTEST_SECTION = 4  # fewest decoder layers in a section on a GPU; a text too long for that is split
+INPUTS = ("input_ids", "document_starts")  # of what is stored of a batch, what moments need
 
 
 @dataclass(frozen=True)
@@ -59,6 +59,12 @@ class Moments:
     outputs: dict[str, Tensor] = field(default_factory=dict)
     rows: dict[str, Tensor] = field(default_factory=dict)
 
+    def add(self, others: "Moments") -> None:
+        """Takes over those of further layers."""
+        self.inputs.update(others.inputs)
+        self.outputs.update(others.outputs)
+        self.rows.update(others.rows)
+
 
 def gather(model: PreTrainedModel, layers: list[Layer], text: list[Batch], gradients: bool = False) -> Moments:
     """The moments of the given layers of a model, quantized or not, over some text, rows of one length.
@@ -66,45 +72,78 @@ def gather(model: PreTrainedModel, layers: list[Layer], text: list[Batch], gradi
     Raises:
         NumericsError: an input or a gradient is NaN or infinite.
     """
+    found, what = Moments(), "layer curvature" if gradients else "layer inputs"
+    with progress(what, sum(layer.weights for layer in layers), "weights") as advance:
+        for members, moments in walk(model, layers, text, gradients):
+            found.add(moments)
+            advance(sum(layer.weights for layer in members))
+    return Moments(
+        {layer.source: found.inputs[layer.source] for layer in layers},
+        {layer.name: found.outputs[layer.name] for layer in layers if layer.name in found.outputs},
+        found.rows,
+    )
+
+
+def walk(
+    model: PreTrainedModel,
+    layers: list[Layer],
+    text: list[Batch],
+    gradients: bool = False,
+    scratch: Path | None = None,
+) -> Iterator[tuple[list[Layer], Moments]]:
+    """Layers with their moments: those of one decoder layer after the other, embedding and head last.
+
+    With gradients decoder layers come from the highest to the lowest. A model that is run whole gives all at once.
+
+    Args:
+        model: quantized or not.
+        layers: that are looked at.
+        text: rows of one length.
+        gradients: whether those at outputs are looked at too.
+        scratch: a folder for what is too large for memory (`qat.flow.Flow`).
+
+    Raises:
+        NumericsError: an input or a gradient is NaN or infinite.
+    """
     max_states = STATES.get(model.device.type, STATES["cpu"])
     batches = micro_batches(text, max_states // _width(model))
-    what, found = "layer curvature" if gradients else "layer inputs", _Means()
     inner, watch = [layer for layer in layers if layer.role not in ROLES], Watch(model, layers)
-    draw = torch.Generator().manual_seed(0)
-    with (
-        torch.no_grad(),
-        exact_matmul(),
-        baked(model, model.dtype),
-        progress(what, _tokens(batches), "tokens") as advance,
-    ):
-        layerwise = flows(model, batches)
-        count = len(decoder_layers(model)) if layerwise else 1
-        passing = PASSING[layerwise, gradients]
-        for part in _parts(batches, _room(model, gradients)):
-            observers = passing(model, inner, part, draw, watch)
-            arriving: Callable[[], list[Mean]] = list
-            for observer in observers:
-                means = observer.means()
-                found.add(arriving())  # moments of the previous layer, added while the device computes this layer's
-                arriving = means
-                advance(_tokens(part) / count)
-            found.add(arriving())
-        moments = found.of(inner, routed.stacks(model, inner), _tokens(batches))
-        for name, (matrix, row) in watch.moments().items():
-            _refuse_not_finite(f"the curvature of {name}", matrix.trace() + row.sum())
-            moments.inputs[name], moments.rows[name] = matrix, row
-    return moments
+    draw, met, few, seen = torch.Generator().manual_seed(0), _tokens(batches), 0, set[str]()
+    with baked(model, model.dtype):
+        with _exactly():
+            layerwise = flows(model, batches[0].inputs())
+        observers = PASSING[layerwise, gradients](model, inner, batches, draw, watch, scratch)
+        while True:
+            with _exactly():  # not while whoever takes the moments works with them
+                if (observer := next(observers, None)) is None:
+                    break
+                members = [layer for layer in inner if layer.name in observer.names]
+                moments, lacking = _moments(members, observer, routed.stacks(model, members), met)
+            few, seen = few + lacking, seen | observer.names
+            if members:
+                yield members, moments
+            del moments, observer
+    if lost := [layer.name for layer in inner if layer.name not in seen]:
+        raise ConfigError(f"{lost[0]} takes no part in what the model says of text: leave it out of quant")
+    routed.tell(few, routed.stacks(model, inner))
+    if outer := [layer for layer in layers if layer.role in ROLES]:
+        yield outer, _of_vocabulary(watch)
 
 
-def _room(model: PreTrainedModel, gradients: bool) -> int:
-    """Tokens that are processed together.
+@contextmanager
+def _exactly() -> Iterator[None]:
+    with torch.no_grad(), exact_matmul():
+        yield
 
-    On a GPU, moments wait in host memory: adding to them there costs more than further forward passes.
-    """
-    token_bytes, kept = _width(model) * model.dtype.itemsize, 1
-    if gradients:
-        kept = SHORTEST_SECTION if model.device.type == "cuda" else len(decoder_layers(model))
-    return int(KEPT_BYTES / (token_bytes * kept))
+
+def micro_batches(text: list[Batch], tokens: int) -> list[Batch]:
+    """The rows of a text, all of one length, in micro-batches of at most `tokens` tokens (at least one row each)."""
+    whole = Batch(
+        {name: torch.cat([batch.stored[name] for batch in text]) for name in INPUTS if name in text[0].stored},
+        text[0].vocab_size,
+        text[0].joined,
+    )
+    return whole.split(max(1, tokens // whole.input_ids.shape[1]))
 
 
 def _width(model: PreTrainedModel) -> int:
@@ -113,68 +152,53 @@ def _width(model: PreTrainedModel) -> int:
     return int(model.config.get_text_config().hidden_size if weight is None else weight.shape[1])
 
 
-def _parts(batches: list[Batch], tokens: int) -> Iterator[list[Batch]]:
-    together: list[Batch] = []
-    for batch in batches:
-        if together and _tokens([*together, batch]) > tokens:
-            yield together
-            together = []
-        together.append(batch)
-    yield together
-
-
 def _tokens(batches: list[Batch]) -> int:
     return sum(batch.input_ids.numel() for batch in batches)
 
 
 def _forward(
-    model: PreTrainedModel, layers: list[Layer], text: list[Batch], draw: torch.Generator, watch: Watch
+    model: PreTrainedModel,
+    layers: list[Layer],
+    text: list[Batch],
+    draw: torch.Generator,
+    watch: Watch,
+    scratch: Path | None,
 ) -> Iterator[Observer]:
     """Moments of the inputs, decoder layer by decoder layer from the lowest."""
-    flow = Flow(model, text)
+    flow = Flow(model, [batch.inputs() for batch in text], scratch)
     for depth, decoder in enumerate(flow.layers):
         observer = Observer(decoder, model, layers)
         with observer.watching(gradients=False):
             flow.advance(depth)
         yield observer
-    for n, states in enumerate(flow.states):
-        _watch(watch, model, text[n], flow.last(n, states) if watch.head else states)
+        del observer
+    for n, batch in enumerate(text):
+        _watch(watch, model, batch, flow.last(n) if watch.head else flow.states(n))
 
 
 def _backward(
-    model: PreTrainedModel, layers: list[Layer], text: list[Batch], draw: torch.Generator, watch: Watch
+    model: PreTrainedModel,
+    layers: list[Layer],
+    text: list[Batch],
+    draw: torch.Generator,
+    watch: Watch,
+    scratch: Path | None,
 ) -> Iterator[Observer]:
     """Moments of inputs and gradients, decoder layer by decoder layer from the highest."""
-    decoders = decoder_layers(model)
-    slopes: list[Tensor] = []
-    size = max(1, int(KEPT_BYTES / (_tokens(text) * _width(model) * model.dtype.itemsize)))
-    for end in range(len(decoders), 0, -size):
-        section = range(max(0, end - size), end)
-        flow = Flow(model, text)
-        kept = _inputs(flow, section)
-        if not slopes:
-            flow.advance(end - 1)
-            slopes = _slopes(flow, draw, watch)
-        flow.states = []
-        for depth in reversed(section):
-            observer = Observer(decoders[depth], model, layers)
-            with observer.watching(gradients=True):
-                for n, states in enumerate(kept.pop()):
-                    slopes[n] = _back(flow, depth, n, states, slopes[n])
-            yield observer
+    flow = Flow(model, [batch.inputs() for batch in text], scratch)
+    for depth in range(len(flow.layers)):
+        flow.advance(depth, keep=True)
+    for n, slope in enumerate(_slopes(flow, draw, watch)):
+        flow.store.put(n, slope)  # from here on, gradients at what were states
+    for depth, decoder in reversed(list(enumerate(flow.layers))):
+        observer = Observer(decoder, model, layers)
+        with observer.watching(gradients=True):
+            for n in range(len(text)):
+                flow.store.put(n, _back(flow, depth, n, flow.before(depth, n), flow.states(n)))
+        yield observer
+        del observer
     if watch.embed:
-        _to_rows(flow, text, slopes, watch)
-
-
-def _inputs(flow: Flow, section: range) -> list[list[Tensor]]:
-    """The states before each decoder layer of a section, lowest first."""
-    for depth in range(section.start):
-        flow.advance(depth)
-    kept = [flow.states]
-    for depth in section[:-1]:
-        flow.advance(depth)
-        kept.append(flow.states)
-    return kept
+        _to_rows(flow, text, watch)
 
 
 def _back(flow: Flow, depth: int, n: int, states: Tensor, slope: Tensor) -> Tensor:
@@ -184,13 +208,14 @@ def _back(flow: Flow, depth: int, n: int, states: Tensor, slope: Tensor) -> Tens
         return torch.autograd.grad(flow.through(depth, states, n), states, slope)[0]
 
 
-def _to_rows(flow: Flow, text: list[Batch], slopes: list[Tensor], watch: Watch) -> None:
+def _to_rows(flow: Flow, text: list[Batch], watch: Watch) -> None:
     """Passes gradients from the input of the lowest decoder layer back to the embedding's rows, by micro-batch."""
-    for n, (batch, slope) in enumerate(zip(text, slopes, strict=True)):
-        rows = rows_of(flow.model, batch.input_ids.to(slope.device)).requires_grad_()
-        with torch.enable_grad(), with_rows(flow.model, rows):
+    for n, batch in enumerate(text):
+        slope, model = flow.states(n), cast(PreTrainedModel, flow.model)
+        rows = rows_of(model, batch.input_ids.to(slope.device)).requires_grad_()
+        with torch.enable_grad(), with_rows(model, rows):
             entered = flow.entering(n)
-        watch.text(flow.model, batch)
+        watch.text(model, batch)
         watch.slopes(torch.autograd.grad(entered, rows, slope)[0], rows)
 
 
@@ -204,23 +229,27 @@ def _watch(watch: Watch, model: PreTrainedModel, batch: Batch, hidden: Tensor) -
         watch.states(states, head.logits(states).softmax(-1))
 
 
-def _slopes(flow: Flow, draw: torch.Generator, watch: Watch) -> list[Tensor]:
+def _slopes(flow: Flow, draw: torch.Generator, watch: Watch) -> Iterator[Tensor]:
     """The gradient of the surprise at the output of the last decoder layer, by micro-batch."""
-    slopes: list[Tensor] = []
-    head = OutputHead(flow.model)
-    for n, states in enumerate(flow.states):
+    head = OutputHead(cast(PreTrainedModel, flow.model))
+    for n in range(len(flow.text)):
+        states = flow.states(n)
         # The random numbers do not depend on the size of micro-batches
         uniform = torch.rand(states.shape[:2], generator=draw, dtype=torch.float32)
         with torch.enable_grad():
             states = states.detach().requires_grad_()
             hidden = flow.last(n, states)
         slope = _surprise(head, hidden.detach(), uniform.to(states.device), watch)
-        slopes += torch.autograd.grad(hidden, states, slope)
-    return slopes
+        yield torch.autograd.grad(hidden, states, slope)[0]
 
 
 def _forward_whole(
-    model: PreTrainedModel, layers: list[Layer], text: list[Batch], draw: torch.Generator, watch: Watch
+    model: PreTrainedModel,
+    layers: list[Layer],
+    text: list[Batch],
+    draw: torch.Generator,
+    watch: Watch,
+    scratch: Path | None,
 ) -> Iterator[Observer]:
     """Moments of the inputs of all layers, the model run whole."""
     observer = Observer(body(model), model, layers)
@@ -232,7 +261,12 @@ def _forward_whole(
 
 
 def _backward_whole(
-    model: PreTrainedModel, layers: list[Layer], text: list[Batch], draw: torch.Generator, watch: Watch
+    model: PreTrainedModel,
+    layers: list[Layer],
+    text: list[Batch],
+    draw: torch.Generator,
+    watch: Watch,
+    scratch: Path | None,
 ) -> Iterator[Observer]:
     """Moments of inputs and gradients of all layers, the model run whole."""
     observer, head = Observer(body(model), model, layers), OutputHead(model)
@@ -295,41 +329,37 @@ def _surprise(head: OutputHead, hidden: Tensor, uniform: Tensor, watch: Watch) -
     return torch.cat(slopes).view_as(hidden)
 
 
-class _Means:
-    """Means over all parts of a text."""
+def _moments(layers: list[Layer], observer: Observer, stacks: list[Routed], tokens: int) -> tuple[Moments, int]:
+    """The moments of these layers, in their order, from what was seen of a text of `tokens` tokens.
 
-    def __init__(self) -> None:
-        self._moments: dict[tuple[str, bool], Tensor] = {}
-        self._weights: dict[tuple[str, bool], float] = {}
-        self._tokens: dict[tuple[str, bool], int] = {}
+    Returns:
+        With them, how many matrices of experts met too few (`routed.complete`).
+    """
+    means = observer.means()
+    seen = {(mean.name, mean.output): mean.moment for mean in means}
+    weights = {(mean.name, mean.output): mean.weight for mean in means}
+    few = complete(stacks, seen, weights, {(mean.name, mean.output): mean.tokens for mean in means}, tokens)
+    found = Moments()
+    for layer in layers:
+        if (layer.source, False) not in seen:
+            raise ConfigError(f"{layer.name} takes no part in what the model says of text: leave it out of quant")
+        found.inputs[layer.source] = seen[layer.source, False]
+        if (layer.name, True) in seen:
+            found.outputs[layer.name] = seen[layer.name, True]
+    for name, moment in [*found.inputs.items(), *found.outputs.items()]:
+        what = "gradient at the output" if moment is found.outputs.get(name) else "input"
+        # Every input or gradient is part of the diagonal, so NaN and infinity show there
+        _refuse_not_finite(f"the {what} of {name}", moment.diagonal())
+    return found, few
 
-    def add(self, means: list[Mean]) -> None:
-        """Adds the means of a further part of the text."""
-        for mean in means:
-            key = mean.name, mean.output
-            weight = self._weights[key] = self._weights.get(key, 0.0) + mean.weight
-            self._tokens[key] = self._tokens.get(key, 0) + mean.tokens
-            if key not in self._moments:
-                self._moments[key] = mean.moment
-            elif weight > 0:
-                self._moments[key].lerp_(mean.moment, mean.weight / weight)
 
-    def of(self, layers: list[Layer], stacks: list[Routed], tokens: int) -> Moments:
-        """The moments of these layers, in their order, for a text of `tokens` tokens."""
-        complete(stacks, self._moments, self._weights, self._tokens, tokens)
-        found = Moments()
-        for layer in layers:
-            if (layer.source, False) not in self._moments:
-                raise ConfigError(f"{layer.name} takes no part in what the model says of text: leave it out of quant")
-            found.inputs[layer.source] = self._moments[layer.source, False]
-        for layer in layers:
-            if (layer.name, True) in self._moments:
-                found.outputs[layer.name] = self._moments[layer.name, True]
-        for name, moment in [*found.inputs.items(), *found.outputs.items()]:
-            what = "gradient at the output" if moment is found.outputs.get(name) else "input"
-            # Every input or gradient is part of the diagonal, so NaN and infinity show there
-            _refuse_not_finite(f"the {what} of {name}", moment.diagonal())
-        return found
+def _of_vocabulary(watch: Watch) -> Moments:
+    """The moments of embedding and head."""
+    found = Moments()
+    for name, (matrix, row) in watch.moments().items():
+        _refuse_not_finite(f"the curvature of {name}", matrix.trace() + row.sum())
+        found.inputs[name], found.rows[name] = matrix, row
+    return found
 
 
 def _refuse_not_finite(what: str, numbers: Tensor) -> None:

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from qat.convert.products import add_square, mirrored
 from qat.convert.routed import Products, one_by_one, watched
-from qat.convert.transfer import to_host
 from qat.quant import experts
 from qat.quant.architectures import Layer
 
@@ -76,20 +75,18 @@ class Observer:
         names = {name for name, _ in self.model.named_modules()}
         return self.model.get_submodule(source if source in names else self.readers[source][0])
 
-    def means(self) -> Callable[[], list[Mean]]:
-        """Returns a function that returns the means in host memory; see `to_host`."""
-        if not self.totals:
-            return list
-        moments = [mirrored(total).div_(self.weights[key].clamp_min(1e-30)) for key, total in self.totals.items()]
-        weights = torch.stack([self.weights[key] for key in self.totals])
-        arriving, keys = to_host([*moments, weights]), list(self.totals)
+    @property
+    def names(self) -> set[str]:
+        """The layers that are watched."""
+        return {name for names in self.readers.values() for name in names}
 
-        def arrived() -> list[Mean]:
-            *moments, weights = arriving()
-            found = zip(keys, moments, weights.tolist(), strict=True)
-            return [Mean(*key, moment, weight, self.tokens[key]) for key, moment, weight in found]
-
-        return arrived
+    def means(self) -> list[Mean]:
+        """What was seen, in host memory."""
+        found = []
+        for key in list(self.totals):
+            moment = mirrored(self.totals.pop(key)).div_(self.weights[key].clamp_min(1e-30))
+            found.append(Mean(*key, moment.cpu(), float(self.weights[key]), self.tokens[key]))
+        return found
 
     def _input_of(self, source: str, gradients: bool):  # type: ignore[no-untyped-def]
         def hook(_: nn.Module, arguments: tuple[Tensor, ...]) -> None:

@@ -141,8 +141,8 @@ def stacks(model: nn.Module, layers: list[Layer]) -> list[Routed]:
 
 def complete(
     stacks: list[Routed], moments: dict[Key, Tensor], weights: dict[Key, float], met: dict[Key, int], tokens: int
-) -> None:
-    """Completes the moments of the matrices of stacks, and logs for how many of them.
+) -> int:
+    """Completes the moments of the matrices of stacks; returns for how many that was needed.
 
     A matrix that met fewer tokens than it has inputs gets as many as it lacks of the mean over all experts; where
     the experts make their inputs themselves, which have nothing but their size in common, of that size in every
@@ -162,6 +162,11 @@ def complete(
             share = met.get((name, True), 0) / tokens
             like = next(iter(outputs.values()))
             moments[name, True] = outputs[name] * share if name in outputs else torch.zeros_like(like)
+    return few
+
+
+def tell(few: int, stacks: list[Routed]) -> None:
+    """Logs how many matrices of stacks met too few tokens."""
     if few:
         log.info(
             "%d of %d matrices of experts met fewer tokens than they have inputs: what all experts of their block have"

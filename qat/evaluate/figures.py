@@ -10,6 +10,7 @@ Shapes: N rows, F figures, X positions that count, V vocabulary, D hidden.
 import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from itertools import repeat
 from typing import Any, Protocol
 
 import torch
@@ -23,12 +24,13 @@ from qat.distill.loss import KD_TEMPERATURE, full_kl, topk_kl
 from qat.errors import NumericsError
 from qat.evaluate.intervals import interval
 from qat.evaluate.positions import Positions
-from qat.forward import hidden_states
 from qat.head import OutputHead
 from qat.machine import Machine
+from qat.models.streamed import each_hidden, stream_of
 from qat.quant.linear import baked
 
 TOKENS_AT_ONCE = 8192  # of a batch: 128 rows of 64, 4 of 2,048
+TOGETHER = 1 << 15  # tokens of a text that go through one decoder layer before the next one is read
 
 
 class Rows(Protocol):
@@ -118,14 +120,12 @@ def compare(
     Raises:
         NumericsError: a figure is not finite, or no position counts.
     """
-    length, positions = int(held_out.meta["length"]), Positions(held_out.rows, int(held_out.meta["length"]))
+    tokens, positions = held_out.rows * _length(held_out), Positions(held_out.rows, _length(held_out))
     sums_NF = torch.zeros(held_out.rows, 5, dtype=torch.float64)
     found = Comparison(sums_NF, torch.zeros(held_out.rows, dtype=torch.long), positions)
-    at_once = max(1, min(machine.micro_batch, TOKENS_AT_ONCE // length))
-    with baked(student, machine.dtype), progress("evaluation", held_out.rows * length, "tokens") as advance:
-        for rows in held_out.in_order(at_once):
-            batch = held_out.batch(rows).to(machine.device)
-            for row_X, place_X, values_FX in _values_of(student, teacher, batch, top_k):
+    with baked(student, machine.dtype), progress("evaluation", tokens, "tokens") as advance:
+        for rows, batch, ours, theirs in _states(student, teacher, held_out, machine):
+            for row_X, place_X, values_FX in _values_of(student, teacher, batch, ours, theirs, top_k):
                 sums_NF.index_add_(0, rows[row_X], values_FX.mT)
                 positions.add(rows[row_X], place_X, values_FX[0])
             found.counts_N[rows] = batch.loss_mask.sum(1).cpu()
@@ -141,13 +141,37 @@ def compare(
     return found
 
 
+def _length(held_out: Rows) -> int:
+    return int(held_out.meta["length"])
+
+
+def _states(
+    student: PreTrainedModel, teacher: PreTrainedModel, held_out: Rows, machine: Machine
+) -> Iterator[tuple[Tensor, Batch, Tensor, Tensor]]:
+    """Numbers of rows, the batch of them, and last hidden states [P, D] of both models there, batch by batch.
+
+    Models whose decoder layers lie in files take many batches at a time, so that a layer is read once for these.
+    """
+    at_once = max(1, min(machine.micro_batch, TOKENS_AT_ONCE // _length(held_out)))
+    order = held_out.in_order(at_once)
+    in_files = stream_of(student) is not None or stream_of(teacher) is not None
+    together = max(1, TOGETHER // (at_once * _length(held_out))) if in_files else 1
+    for start in range(0, len(order), together):
+        some = order[start : start + together]
+        batches = [held_out.batch(rows).to(machine.device) for rows in some]
+        text = [batch.inputs() for batch in batches]
+        theirs = each_hidden(teacher, text)
+        ours = repeat(None) if student is teacher else each_hidden(student, text)
+        for rows, batch, given, own in zip(some, batches, theirs, ours, strict=False):
+            yield rows, batch, given if own is None else own, given
+
+
 def _values_of(
-    student: PreTrainedModel, teacher: PreTrainedModel, batch: Batch, top_k: int
+    student: PreTrainedModel, teacher: PreTrainedModel, batch: Batch, ours: Tensor, theirs: Tensor, top_k: int
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Rows in the batch [X], places in their documents [X] and float64 figures [F, X], on the CPU, some at a time."""
     counts = batch.loss_mask
-    theirs = hidden_states(teacher, batch.inputs())[counts.flatten()]
-    ours = theirs if student is teacher else hidden_states(student, batch.inputs())[counts.flatten()]
+    theirs, ours = theirs[counts.flatten()], ours[counts.flatten()]
     head, teacher_head = OutputHead(student), OutputHead(teacher)
     targets = (theirs, batch.input_ids[:, 1:][counts], counts.nonzero()[:, 0], _places(batch)[counts])
     for ours_XD, theirs_XD, next_X, row_X, place_X in position_chunks(ours, targets, head.vocabulary):

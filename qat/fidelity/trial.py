@@ -5,7 +5,7 @@ Shapes: X positions, D hidden, V vocabulary.
 
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import replace
 
@@ -16,10 +16,12 @@ from transformers import PreTrainedModel
 from qat.errors import ArtifactError, ConfigError, NumericsError
 from qat.fidelity.exact import SHORT, in_fp32
 from qat.fidelity.sample import Sample
-from qat.forward import FAST, FUSED, OWN, Pass, body, hidden_states, prepare, trying, use, used
+from qat.flow import through_all
+from qat.forward import FAST, FUSED, OWN, Pass, body, prepare, trying, use, used
 from qat.head import OutputHead, output_weight
 from qat.machine import Machine, widened
 from qat.models import ModelFolder
+from qat.models.streamed import each_hidden, stream_of
 
 log = logging.getLogger(__name__)
 
@@ -157,7 +159,8 @@ class Trial:
         use(self.model, how)
         inputs, places = self.sample.together(how.joined, self.model.device)
         with trying() as failed, _uncompiled():
-            hidden_XD = hidden_states(self.model, inputs)[places]
+            (hidden,) = each_hidden(self.model, [inputs])
+            hidden_XD = hidden[places]
             return hidden_XD, OutputHead(self.model).logits(hidden_XD).log_softmax(-1)
         log.debug("%s by %s: %s", self.who, how, failed)
         return places, torch.full((1, 1), math.nan, dtype=torch.float32, device=places.device)
@@ -196,9 +199,8 @@ def own_logprobs(who: str, model: PreTrainedModel, texts: list[Tensor], places: 
     use(model, OWN)
     parts = []
     with trying() as failed, _uncompiled():
-        for ids, at in zip(texts, places, strict=True):
-            logits = model(input_ids=ids.to(model.device), use_cache=False).logits
-            parts.append(logits[0, at.to(model.device)])
+        for logits, at in zip(_own_logits(model, texts), places, strict=True):
+            parts.append(logits(at.to(model.device)))
     if failed:
         raise ConfigError(
             f"{who} cannot read plain text ({failed[0]}): use another model, or instance.precision=fp32 if that helps"
@@ -207,6 +209,22 @@ def own_logprobs(who: str, model: PreTrainedModel, texts: list[Tensor], places: 
     if wanted.isnan().any():
         raise NumericsError("the teacher's logits hold NaN or infinity: try instance.precision=fp32")
     return wanted
+
+
+def _own_logits(model: PreTrainedModel, texts: list[Tensor]) -> Iterator[Callable[[Tensor], Tensor]]:
+    """For each text, what gives the logits [X, V] at places [X] of it, by the model's own code.
+
+    Of a model whose decoder layers lie in files each one takes all texts before the next one is read. That gives what
+    its own pass gives: it was looked at when the model was first opened.
+    """
+    if stream_of(model) is None:
+        for ids in texts:
+            logits = model(input_ids=ids.to(model.device), use_cache=False).logits
+            yield lambda places, logits=logits: logits[0, places]  # type: ignore[misc]
+        return
+    head = OutputHead(model)
+    for states in through_all(model, [{"input_ids": ids} for ids in texts]):
+        yield lambda places, states=states: head.logits(states[0, places])  # type: ignore[misc]
 
 
 def near(given: Tensor, own: Tensor, wanted: Tensor) -> bool:

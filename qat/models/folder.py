@@ -1,10 +1,10 @@
 """A teacher on disk, and the two ways it is asked: for logits and for text."""
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,7 +14,7 @@ from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, Pr
 
 from qat import model_files
 from qat.forward import OWN, Found, use
-from qat.models import reading, tokenizers
+from qat.models import reading, streamed, tokenizers
 
 SOUND: set[tuple[str, torch.dtype]] = set()  # models that this process has checked, by fingerprint and type
 
@@ -73,6 +73,61 @@ class ModelFolder:
             reading.refuse_foresight(self.path, model)
             SOUND.add((self.fingerprint, dtype))
         return model
+
+    def stream(
+        self, dtype: torch.dtype, device: torch.device, like: PreTrainedModel | None = None
+    ) -> PreTrainedModel:
+        """The model for inference, its decoder layers read when they are computed (`qat.models.streamed`).
+
+        One whose layers cannot be computed one after the other is loaded; `unstreamed` says why.
+
+        Args:
+            dtype: of its numbers.
+            device: computes.
+            like: such a model of the same type and device, with which it shares all but decoder layers.
+
+        Raises:
+            ConfigError: as `load`.
+        """
+        if self.unstreamed(dtype, device):
+            return self.load(dtype, device)
+        rest = True if like is None or streamed.stream_of(like) is None else like
+        model = streamed.open_stream(self.path, self.settings(), dtype, device, rest)
+        use(model, self.found.passes.get((dtype, device.type), OWN))
+        return model
+
+    def matrices(self) -> Callable[[str], torch.Tensor]:
+        """Gives matrices [O, I] of the model by name, in fp32 in host memory, read when they are asked for.
+
+        Raises:
+            ConfigError: as `load`.
+        """
+        cpu = torch.device("cpu")
+        try:
+            model = streamed.open_stream(self.path, self.settings(), torch.float32, cpu, rest=False)
+        except NotImplementedError:
+            model = self.load(torch.float32, cpu)
+        return partial(streamed.matrix_of, model)
+
+    def unstreamed(self, dtype: torch.dtype, device: torch.device) -> str:
+        """Why the model's decoder layers cannot be read one at a time; empty where they can.
+
+        Raises:
+            ConfigError: as `load`.
+        """
+        known, key = self.found.streams, (dtype, device.type)
+        if key not in known:
+            known[key] = self._unstreamed(dtype, device)
+        return known[key]
+
+    def _unstreamed(self, dtype: torch.dtype, device: torch.device) -> str:
+        try:
+            model = streamed.open_stream(self.path, self.settings(), dtype, device)
+        except NotImplementedError as error:
+            return str(error)
+        alone = streamed.inspect(self.path, model)
+        SOUND.add((self.fingerprint, dtype))
+        return "" if alone else "more than hidden states passes from one decoder layer to the next"
 
     def skeleton(self) -> PreTrainedModel:
         """The model without memory behind it: names and shapes."""

@@ -126,14 +126,25 @@ def refuse_incomplete(folder: Path, model: nn.Module, report: dict[str, Any]) ->
             raise ConfigError(f"{folder} {what} {listed(names)}: it is not all of one model, so save or copy it again")
 
 
-def refuse_not_finite(folder: Path, model: nn.Module) -> None:
-    """Refuses NaN and infinity in parameters and buffers, in one pass over them.
+def refuse_not_finite(folder: Path, model: nn.Module, prefix: str = "") -> None:
+    """Refuses NaN and infinity in parameters and buffers that are in memory, in one pass over them.
+
+    Args:
+        folder: of the model.
+        model: it, or a part of it.
+        prefix: of the part's names.
 
     Raises:
         ConfigError: by the names of the tensors.
     """
     tensors = (*model.named_parameters(), *model.named_buffers())
-    numbers = {name: tensor for name, tensor in tensors if tensor.is_floating_point() and tensor.numel()}
+    numbers = {
+        prefix + name: tensor
+        for name, tensor in tensors
+        if tensor.is_floating_point() and tensor.numel() and not tensor.is_meta
+    }
+    if not numbers:
+        return
     ends = torch.stack([torch.stack(tensor.detach().aminmax()).float() for tensor in numbers.values()])
     finite = ends.isfinite().all(1).tolist()
     if not all(finite):
@@ -144,8 +155,11 @@ def refuse_not_finite(folder: Path, model: nn.Module) -> None:
 
 
 @torch.inference_mode()
-def refuse_foresight(folder: Path, model: PreTrainedModel) -> None:
+def refuse_foresight(folder: Path, model: PreTrainedModel) -> torch.Tensor:
     """Refuses a model whose logits depend on tokens that come later: it cannot predict them.
+
+    Returns:
+        The token ids [2, T] that it was computed on, on its device.
 
     Raises:
         ConfigError: it does, or it cannot be computed on a row of tokens.
@@ -153,10 +167,12 @@ def refuse_foresight(folder: Path, model: PreTrainedModel) -> None:
     vocabulary, half = int(model.config.get_text_config().vocab_size), PROBE // 2
     ids = torch.randint(vocabulary, (2, PROBE), generator=torch.Generator().manual_seed(0))
     ids[1, :half] = ids[0, :half]  # two rows with the same first half
+    ids = ids.to(model.device)
     with understood(f"{folder} cannot be computed"):
-        first, second = cast(Any, model)(ids.to(model.device)).logits[:, :half].float()
+        first, second = cast(Any, model)(ids).logits[:, :half].float()
     if not bool((first - second).norm() <= 0.05 * first.norm()):
         raise ConfigError(f"{folder} holds a model that sees what comes later, so it does not predict the next token")
+    return ids
 
 
 def listed(names: list[str]) -> str:

@@ -56,6 +56,21 @@ def whereabouts(config: ModelConfig) -> str:
     return "made on the spot"
 
 
+def at_hand(config: ModelConfig, artifacts: Path) -> ModelFolder | None:
+    """The configured teacher as far as its `config.json` is on this computer; nothing is fetched, made or hashed."""
+    if config.source is ModelSource.folder:
+        found: Path | None = _folder(config) / model_files.CONFIG
+    elif config.source is ModelSource.hub:
+        from huggingface_hub import try_to_load_from_cache
+
+        there = try_to_load_from_cache(str(config.repo), model_files.CONFIG, revision=config.revision)
+        found = Path(there) if isinstance(there, str) else None
+    else:
+        made = (artifacts / "models").glob(f"{config.name}-*/{model_files.CONFIG}")
+        found = max(made, key=lambda path: path.stat().st_mtime, default=None)
+    return ModelFolder(config.name, found.parent, "") if found is not None and found.is_file() else None
+
+
 def _from_wheel(config: ModelConfig, artifacts: Path) -> ModelFolder:
     """Turns the GGUF file inside an installed distribution into safetensors, once.
 

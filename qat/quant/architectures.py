@@ -61,8 +61,8 @@ class Layer:
     @property
     def source(self) -> str:
         """The layer at which this layer's input is observed."""
-        parent, _, leaf = self.name.rpartition(".")
-        return f"{parent}.{SAME_INPUT.get(leaf, leaf)}"
+        parent, dot, leaf = self.name.rpartition(".")
+        return f"{parent}{dot}{SAME_INPUT.get(leaf, leaf)}"
 
     @property
     def weights(self) -> int:

@@ -73,17 +73,19 @@ class Factor:
     @staticmethod
     def of(H_NII: Tensor, dim: int = 1) -> "Factor":
         """Factorises H, damped, in full fp32; `dim` adjacent columns share an index."""
-        damped = damp(H_NII)
-        diagonal = damped.diagonal(dim1=1, dim2=2).unflatten(1, (-1, dim)).sum(2)
+        made = damp(H_NII)  # one name for every step: of wide layers, more than two of these matrices are gigabytes
+        diagonal = made.diagonal(dim1=1, dim2=2).unflatten(1, (-1, dim)).sum(2)
         first = diagonal.argsort(dim=1, descending=True) * dim
         order = (first[:, :, None] + torch.arange(dim, device=first.device)).flatten(1)
-        by_row = damped.gather(1, order[:, :, None].expand_as(damped))
-        ordered = by_row.gather(2, order[:, None, :].expand_as(damped))
-        inverse = torch.cholesky_inverse(torch.linalg.cholesky(ordered))
-        upper = torch.linalg.cholesky(inverse, upper=True)
+        made = made.gather(1, order[:, :, None].expand_as(made))
+        made = made.gather(2, order[:, None, :].expand_as(made))
+        made = torch.linalg.cholesky(made)
+        made = torch.cholesky_inverse(made)
+        upper = torch.linalg.cholesky(made, upper=True)
         corner_NBDD = blocks(upper, dim)
         if dim == 1:
-            return Factor(order, upper.div_(-corner_NBDD[..., 0]), corner_NBDD.square().reciprocal_())
+            metric = corner_NBDD.square().reciprocal_()
+            return Factor(order, upper.div_(-corner_NBDD[..., 0]), metric)
         inverse_NBDD = torch.linalg.inv(corner_NBDD)
         spread = (inverse_NBDD @ upper.unflatten(1, (-1, dim))).flatten(1, 2).neg_()
         return Factor(order, spread, inverse_NBDD @ inverse_NBDD.mT)
@@ -91,6 +93,8 @@ class Factor:
     @staticmethod
     def join(factors: list["Factor"]) -> "Factor":
         """Joins the factors of single layers into one of several layers."""
+        if len(factors) == 1:
+            return factors[0]
         parts = [(factor.order_NI, factor.spread_NII, factor.metric_NBDD) for factor in factors]
         return Factor(*(torch.cat(part) for part in zip(*parts, strict=True)))
 

@@ -58,10 +58,8 @@ class QuantEmbedding(Quantized):
 
     @torch.no_grad()
     def rows(self, ids_X: Tensor) -> Tensor:
-        """Rows [X, D] of W."""
-        operands, rowwise = self.format.operands(self.parts()), self.format.rowwise
-        chosen = {name: value[ids_X] if name in rowwise else value for name, value in operands.items()}
-        return self.format.grid(chosen).at(self.indices[ids_X]).to(self.like.dtype)
+        """Rows [X, D] of W, in the type of the model's rows."""
+        return self._rows(ids_X).to(self.like.dtype)
 
 
 class TiedHead(nn.Module):

@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from qat.quant.weights import Weights
 
 
+TOGETHER = 1 << 26  # weights that are computed at a time
+
+
 class Quantized(nn.Module):
     """A matrix in a format of few bits, whatever it is used for.
 
@@ -68,8 +71,19 @@ class Quantized(nn.Module):
 
     @torch.no_grad()
     def weight(self, dtype: torch.dtype) -> Tensor:
-        """W [O, I], computed in fp32."""
-        return self.format.weight(self.indices, self.parts()).to(dtype)
+        """W [O, I], computed in fp32; of large matrices some rows at a time, as scales and indices take more memory."""
+        if self.indices.numel() <= TOGETHER:
+            return self.format.weight(self.indices, self.parts()).to(dtype)
+        made = torch.empty(self.outputs, self.inputs, dtype=dtype, device=self.indices.device)
+        for rows in torch.arange(self.outputs, device=made.device).split(max(1, TOGETHER // self.inputs)):
+            made[rows[0] : rows[-1] + 1] = self._rows(rows)
+        return made
+
+    def _rows(self, numbers_X: Tensor) -> Tensor:
+        """Rows [X, I] of W with these numbers, fp32."""
+        operands, rowwise = self.format.operands(self.parts()), self.format.rowwise
+        chosen = {name: value[numbers_X] if name in rowwise else value for name, value in operands.items()}
+        return self.format.grid(chosen).at(self.indices[numbers_X])
 
     def held(self, dtype: torch.dtype) -> Tensor:
         """W [O, I]: the kept one, else computed."""

@@ -14,6 +14,7 @@ from qat.quant.lookup import index_type
 
 TOGETHER = 8
 NARROW = 8  # bits of the widest index that a byte holds
+PIECE = 1 << 20  # words made at one time: in int64 they take many times the memory of indices
 
 
 def packed_bytes(count: int, bits: int) -> int:
@@ -26,7 +27,7 @@ def pack(index: Tensor, bits: int) -> Tensor:
     if bits > NARROW:
         return pack(_cut(index.flatten(), 2, bits // 2), bits // 2)
     eights = pad(index.flatten(), (0, -index.numel() % TOGETHER)).view(-1, TOGETHER)
-    packed = _cut(_joined(eights, bits), bits, 8).flatten()
+    packed = torch.cat([_cut(_joined(some, bits), bits, 8).flatten() for some in eights.split(PIECE)])
     return packed[: packed_bytes(index.numel(), bits)].cpu().contiguous()
 
 
@@ -35,8 +36,9 @@ def unpack(packed: Tensor, bits: int, shape: tuple[int, ...]) -> Tensor:
     if bits > NARROW:
         halves = unpack(packed, bits // 2, (math.prod(shape), 2))
         return _joined(halves, bits // 2).to(index_type(2**bits)).view(shape)
-    words = _joined(pad(packed, (0, -packed.numel() % bits)).view(-1, bits), 8)
-    return _cut(words, TOGETHER, bits).flatten()[: math.prod(shape)].view(shape)
+    parts = pad(packed, (0, -packed.numel() % bits)).view(-1, bits).split(PIECE)
+    index = torch.cat([_cut(_joined(some, 8), TOGETHER, bits).flatten() for some in parts])
+    return index[: math.prod(shape)].view(shape)
 
 
 def words(index_OI: Tensor, bits: int) -> Tensor:

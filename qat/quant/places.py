@@ -117,6 +117,8 @@ def _transposed(module: nn.Module) -> bool | None:
     A class that is not torch's own is tried once: what it makes of a few rows says whether it is one.
     """
     kind, weight = type(module), module._parameters.get("weight")
+    if isinstance(module, nn.Embedding):  # a try of so many rows would take long, and as much memory as it has
+        return None
     if kind not in _KNOWN and weight is not None and weight.dim() == 2:
         _KNOWN[kind] = _tried(module, weight.shape)
     return _KNOWN.get(kind)

@@ -15,6 +15,7 @@ from types import ModuleType
 
 from qat import faults, identities, sweeps, transfer
 from qat.config import Config, Stage
+from qat.console import size
 from qat.errors import MachineError, NumericsError, QatError, RankError
 from qat.report import log as run_log
 from qat.runs import RESULT, UNRECORDED, Run
@@ -58,6 +59,7 @@ def _main(stage: ModuleType, config: Config, run: Run, planned: bool) -> None:
     try:
         stage.main(transfer.with_named(config), run)
         _refuse_no_numbers(run)
+        _tell_memory(run)
         run.finish("complete")
     except BaseException as error:
         told = error if isinstance(error, QatError) else faults.explain(error)
@@ -79,6 +81,14 @@ def _refuse_no_numbers(run: Run) -> None:
     for name, value in run.result["metrics"].items():
         if isinstance(value, float) and not math.isfinite(value):
             raise NumericsError(f"{name} came out as {value}: nothing can be said of what was made")
+
+
+def _tell_memory(run: Run) -> None:
+    """Logs what a run took beside what it was expected to take."""
+    memory = run.result["memory"]
+    if memory.keys() >= {"planned_bytes", "peak_bytes", "start_bytes"} and memory["planned_bytes"]:
+        taken, planned = memory["peak_bytes"] - memory["start_bytes"], memory["planned_bytes"]
+        log.info("memory: %s taken, %s expected", size(taken), size(planned))
 
 
 def _is_refusal(told: QatError | None) -> bool:

@@ -47,7 +47,10 @@ def _recorded(work: Workspace) -> Artifact:
         work.run.uses("documents", documents)
     template = "plain" if config.data.source.plain else "chat"
     name = f"{config.data.name}_{template}_think_{config.data.thinking}"
-    cache = obtain_cache(config.cache, documents, name, work.teacher, config.data.seed, work.machine, work.artifacts)
+    whole = config.stage is not Stage.convert  # a conversion alone never holds all of the teacher
+    cache = obtain_cache(
+        config.cache, documents, name, work.teacher, config.data.seed, work.machine, work.artifacts, whole
+    )
     if cache.fresh and not documents.fresh:
         work.run.uses("documents", documents)
     return cache

@@ -101,9 +101,10 @@ def _known(work: Workspace, cached: Artifact, choices: list[tuple[Layer, list[Fo
     }
 
     def fill(folder: Path) -> dict[str, Any]:
-        work.settle(CacheReader(cached, "train"))
         source, text = Source(work, start), calibration(work, cached)
-        found = measure(choices, source.load, source.weight, text, config.convert, config.kmeans, work.machine.device)
+        source.settle(CacheReader(cached, "train"))
+        device = work.machine.device
+        found = measure(choices, source.load, source.weight, text, config.convert, config.kmeans, device, folder)
         write_json(folder / COSTS, {name: {label(one): nats for one, nats in of.items()} for name, of in found.items()})
         return {}
 

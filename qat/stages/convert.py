@@ -1,6 +1,7 @@
 """Stage 2: converts weights to a format of few bits, from the teacher or from a checkpoint in another format."""
 
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +10,9 @@ from qat.artifacts import Artifact, obtain, require
 from qat.cache.reader import CacheReader
 from qat.config import ROLES, Config
 from qat.console import console, table
-from qat.convert.convert import convert, install
+from qat.convert.convert import convert
 from qat.evaluate import Metrics, evaluate
 from qat.quant.architectures import Layer, recorded, select, told
-from qat.quant.linear import Quantized, quantized
 from qat.quant.size import bits_per_weight, said, summary
 from qat.runs import Run
 from qat.shaping import shaping
@@ -72,35 +72,51 @@ def metrics(conversion: Artifact) -> Metrics:
 
 def _convert(work: Workspace, cached: Artifact, start: Path | None, folder: Path) -> dict[str, Any]:
     config = work.config
-    work.settle(CacheReader(cached, "train"))
     source = Source(work, start)
-    layers = select(source.exact, config.quant)
+    source.settle(CacheReader(cached, "train"))
+    layers = select(work.teacher.skeleton(), config.quant)
+    shelf = checkpoints.Shelf(folder / checkpoints.FILE, layers)
     kept = {layer.name: same for layer in layers if (same := source.kept(layer))}
+    for name, same in kept.items():
+        shelf.put(name, same)
     fitted = [layer for layer in layers if layer.name not in kept]
-    text = calibration(work, cached)
-    made = convert(fitted, source.load, source.weight, text, config.convert, config.kmeans, work.machine.device)
-    modules = kept | {one.layer.name: one.module for one in made}
-    checkpoints.write_layers({layer.name: modules[layer.name] for layer in layers}, folder)
+    earlier = [folder / f"pass{number}.safetensors" for number in range(1, config.convert.passes)]
+    figures = convert(
+        fitted,
+        partial(source.load, layers=fitted),
+        source.weight,
+        calibration(work, cached),
+        config.convert,
+        config.kmeans,
+        work.machine.device,
+        [*(checkpoints.Shelf(path, fitted) for path in earlier), shelf],
+        folder,
+    )
+    for path in earlier:
+        path.unlink()
     source.write_own(layers, folder)
     choice.keep(work, folder)
     return {
         **checkpoints.describe(work.teacher, config.quant, layers),
-        "figures": {one.layer.name: one.figures for one in made},
-        "metrics": _measure(work, cached, source, modules),
+        "figures": figures,
+        "metrics": _measure(work, cached, source, shelf, layers),
         "measured_on": CacheReader(cached, "eval").text_key(),
     }
 
 
 def _measure(
-    work: Workspace, cached: Artifact, source: Source, modules: dict[str, Quantized]
+    work: Workspace, cached: Artifact, source: Source, shelf: checkpoints.Shelf, layers: list[Layer]
 ) -> dict[str, dict[str, float] | None]:
     """KL and the like on held-out text, before and after; nothing is lost before the teacher is quantized."""
     machine, held_out = work.machine, CacheReader(cached, "eval")
     top_k = int(held_out.meta["top_k"])
-    teacher, student = work.teacher.load(machine.dtype, machine.device), source.load()
-    before = asdict(evaluate(student, teacher, held_out, top_k, machine)) if quantized(student) else None
-    install(student, modules)
-    return {"before": before, "after": asdict(evaluate(student, teacher, held_out, top_k, machine))}
+    before = None
+    if source.starts:
+        student = source.load(None)
+        before = asdict(evaluate(student, source.teacher, held_out, top_k, machine))
+        del student
+    student = source.load(shelf, layers)
+    return {"before": before, "after": asdict(evaluate(student, source.teacher, held_out, top_k, machine))}
 
 
 def _draw(work: Workspace, figures: dict[str, dict[str, float]]) -> None:

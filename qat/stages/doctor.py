@@ -10,7 +10,7 @@ import re
 import shutil
 import tomllib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 
@@ -18,11 +18,12 @@ import torch
 from packaging.requirements import Requirement
 from rich.table import Table
 
-from qat import capacity, gpus, machine, models, tracking
-from qat.config import Config, InstanceConfig, StoreConfig, StoreKind
+from qat import capacity, footprint, gpus, machine, models, tracking
+from qat.config import Config, InstanceConfig, Stage, StoreConfig, StoreKind
 from qat.console import console, size
 from qat.errors import MissingError, QatError, reason
 from qat.runs import commit
+from qat.stages import limits
 from qat.store.places import open_place
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -67,6 +68,7 @@ def examine(config: Config) -> Iterator[Finding]:
     yield _disk(Path(config.outputs))
     yield from _packages()
     yield _teacher(config)
+    yield from _plan(config)
     yield _store(config.store)
     yield Finding("wandb", "logged in" if tracking.logged_in() else "no login: runs are kept offline, below outputs/")
     yield Finding("hub", _hub_login())
@@ -173,6 +175,21 @@ def _teacher(config: Config) -> Finding:
         return Finding(what, models.whereabouts(config.model))
     except QatError as error:
         return Finding(what, "not there", str(error))
+
+
+def _plan(config: Config) -> Iterator[Finding]:
+    """The memory that each phase of the run that was typed is expected to take, and what makes it fit."""
+    try:
+        teacher = models.at_hand(config.model, Path(config.outputs) / "artifacts")
+        resolved = machine.resolve(config.instance)
+        if teacher is None:
+            yield Finding("memory of a run", f"known once model={config.model.name} is on this computer")
+            return
+        run = replace(config, stage=Stage.run)
+        for name, place in limits.planned(run, teacher, resolved).items():
+            yield Finding(f"memory, {name}", footprint.told(place), limits.advice(run, teacher, resolved, name, place))
+    except QatError as error:
+        yield Finding("memory of a run", "cannot be reckoned", str(error))
 
 
 def _store(store: StoreConfig) -> Finding:

@@ -1,28 +1,35 @@
 """Finds sizes that cannot work with this teacher on this machine, before the run does anything."""
 
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 
 from qat import checkpoints, footprint
 from qat.checkpoint_files import find
 from qat.config import Config, DataSource, QuantConfig, Stage, as_plain
+from qat.console import size
 from qat.data import mix
 from qat.distill.parameters import LATENT, NORMS
 from qat.errors import ConfigError
 from qat.export.exporter import exporter
-from qat.footprint import Job, Shapes
+from qat.footprint import Job, Place, Shapes
 from qat.machine import Machine
 from qat.models import ModelFolder
 from qat.quant import budget
 from qat.quant.architectures import learns, select
 from qat.quant.choice import key_of
 
+log = logging.getLogger(__name__)
+
 CONVERTS = (Stage.run, Stage.convert)
 TRAINS = (Stage.run, Stage.distill)
 
 
-def check(config: Config, teacher: ModelFolder, machine: Machine) -> None:
+def check(config: Config, teacher: ModelFolder, machine: Machine) -> int:
     """Looks at shapes, lengths, counts and memory.
+
+    Returns:
+        Bytes that the run is expected to take where most is taken for what is free.
 
     Raises:
         ConfigError: the first that cannot work, with its bound or what takes the memory.
@@ -36,7 +43,32 @@ def check(config: Config, teacher: ModelFolder, machine: Machine) -> None:
             budget.check(quant, job.layers, teacher.skeleton())
     for job in jobs if config.stage in TRAINS else []:
         _check_learning(job)
-    footprint.check(config, Shapes.of(teacher.skeleton(), teacher.settings()), jobs, machine)
+    shapes = shapes_of(teacher, machine)
+    footprint.check(config, shapes, lambda changed: list(_jobs(changed, teacher)), machine)
+    if places := footprint.plan(config, shapes, jobs, machine):
+        log.info("memory, expected: %s", footprint.summary(places))
+    return int(max((place.needed() for place in places.values()), default=0))
+
+
+def planned(config: Config, teacher: ModelFolder, machine: Machine) -> dict[str, Place]:
+    """What each phase of a run is expected to take."""
+    return footprint.plan(config, shapes_of(teacher, machine), list(_jobs(config, teacher)), machine)
+
+
+def advice(config: Config, teacher: ModelFolder, machine: Machine, phase: str, place: Place) -> str:
+    """What makes a phase fit that is expected to take more than is free; empty where it fits."""
+    if place.needed() <= place.free:
+        return ""
+    shapes = shapes_of(teacher, machine)
+    keys = footprint.remedy(config, shapes, lambda changed: list(_jobs(changed, teacher)), machine, phase)
+    makes = f"{' '.join(keys)} makes it fit" if keys else "no key makes it fit: choose a smaller model"
+    return f"{size(place.free)} are free{place.where}; {makes}"
+
+
+def shapes_of(teacher: ModelFolder, machine: Machine) -> Shapes:
+    """Sizes of a teacher; as long as nobody has looked, its decoder layers are taken to be readable one at a time."""
+    known = teacher.found.streams.get((machine.dtype, machine.device.type), "")
+    return Shapes.of(teacher.skeleton(), teacher.settings(), not known)
 
 
 def check_lengths(config: Config, teacher: ModelFolder) -> None:

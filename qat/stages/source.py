@@ -1,5 +1,7 @@
 """Inputs of a conversion: the model that is quantized, and the calibration text for its curvature."""
 
+from collections.abc import Callable, Sequence
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
@@ -10,9 +12,11 @@ from qat import checkpoints
 from qat.artifacts import Artifact
 from qat.cache.batch import Batch
 from qat.cache.reader import CacheReader
+from qat.convert.convert import Shelf, install
+from qat.fidelity.sample import Rows
+from qat.models.streamed import matrix_of, stream_of
 from qat.quant.architectures import Layer
 from qat.quant.linear import Quantized, kept, quantized
-from qat.quant.places import matrix
 from qat.stages.workspace import Workspace
 
 
@@ -26,23 +30,46 @@ def calibration(work: Workspace, outputs: Artifact) -> list[Batch]:
 class Source:
     """The model that is converted: the teacher, or the student of a checkpoint.
 
-    Attributes:
-        exact: the teacher in fp32, in host memory.
+    Decoder layers of a teacher are read when they are needed, where that can be; a student is in memory.
     """
 
     def __init__(self, work: Workspace, start: Path | None) -> None:
         self._work, self._start = work, start
-        self.exact = work.teacher.load(torch.float32, torch.device("cpu"))
-        self._given = self.load() if start else None
+        self._given = self._student() if start else None
         self._made = quantized(self._given) if self._given else {}
         self._latent = checkpoints.latent(start) if start else {}
 
-    def load(self) -> PreTrainedModel:
-        """The model on the machine, new at every call."""
+    @property
+    def starts(self) -> bool:
+        """Whether it is a student, some of whose layers are quantized already."""
+        return bool(self._made)
+
+    @cached_property
+    def teacher(self) -> PreTrainedModel:
+        """The teacher on the machine."""
         machine = self._work.machine
-        if self._start is None:
-            return self._work.teacher.load(machine.dtype, machine.device)
-        return checkpoints.load(self._start, self._work.teacher, machine)[0]
+        return self._work.teacher.stream(machine.dtype, machine.device)
+
+    def settle(self, rows: Rows) -> None:
+        """Finds out how the teacher is computed over such rows."""
+        self._work.settle(rows, self.teacher)
+
+    def load(self, shelf: Shelf | None, layers: Sequence[Layer] = ()) -> PreTrainedModel:
+        """The model on the machine, with the layers of a shelf in it; the teacher itself where it has none."""
+        if self._start is None and shelf is None:
+            return self.teacher
+        machine = self._work.machine
+        if self._start is not None:
+            model = self._student()
+        else:
+            model = self._work.teacher.stream(machine.dtype, machine.device, self.teacher)
+        if shelf is None:
+            return model
+        if (stream := stream_of(model)) is None:
+            install(model, {layer.name: shelf.get(layer) for layer in layers})
+        else:
+            stream.put({layer.name: partial(_weight, shelf, layer) for layer in layers})
+        return model
 
     def weight(self, name: str) -> Tensor:
         """What a layer is fitted to: its latent weight, else its quantized one, else the teacher's."""
@@ -51,7 +78,17 @@ class Source:
         if name in self._made:
             return self._made[name].weight(torch.float32)
         own = self._own.get(name)
-        return matrix(self.exact, name) if own is None else own
+        return self._exact(name) if own is None else own
+
+    @cached_property
+    def _exact(self) -> Callable[[str], Tensor]:
+        """Gives the teacher's matrices in fp32: where it computes in that, those that it computes with."""
+        exact = self._work.machine.dtype is torch.float32 and self._start is None
+        return partial(matrix_of, self.teacher) if exact else self._work.teacher.matrices()
+
+    def _student(self) -> PreTrainedModel:
+        assert self._start is not None
+        return checkpoints.load(self._start, self._work.teacher, self._work.machine)[0]
 
     @property
     def _own(self) -> dict[str, Tensor]:
@@ -73,3 +110,7 @@ class Source:
         """The layer with the same indices, where its format can take them over (`Format.kept`)."""
         made = self._made.get(layer.name)
         return kept(made, layer.format) if made else None
+
+
+def _weight(shelf: Shelf, layer: Layer) -> Tensor:
+    return shelf.get(layer).weight(torch.float32)

@@ -16,8 +16,8 @@ from qat.export.exporter import exporter
 from qat.machine import Machine
 from qat.models import ModelFolder, tokenizers
 from qat.models.reading import listed
+from qat.models.streamed import matrix_of
 from qat.quant.architectures import Layer, select
-from qat.quant.places import matrix
 
 CONVERTS = (Stage.run, Stage.convert)
 TRAINS = (Stage.run, Stage.distill)
@@ -38,7 +38,7 @@ def check(config: Config, teacher: ModelFolder, machine: Machine) -> None:
     if config.stage in EXPORTED:
         check_export(config, teacher, layers)
     if config.stage is not Stage.export:  # stage=export loads the teacher itself, in its own type
-        _refuse_zeros(teacher.load(machine.dtype, machine.device), layers, teacher)
+        _refuse_zeros(_loaded(config, teacher, machine), layers, teacher)
 
 
 def makes_text(config: Config) -> bool:
@@ -91,9 +91,15 @@ def check_layers(config: Config, teacher: ModelFolder) -> list[Layer]:
     return found
 
 
+def _loaded(config: Config, teacher: ModelFolder, machine: Machine) -> PreTrainedModel:
+    """The teacher; a conversion alone does not need all of its decoder layers at once."""
+    load = teacher.stream if config.stage is Stage.convert else teacher.load
+    return load(machine.dtype, machine.device)
+
+
 def _refuse_zeros(model: PreTrainedModel, layers: list[Layer], teacher: ModelFolder) -> None:
     """Refuses layers of zeros, to which nothing can be fitted."""
-    empty = [layer.name for layer in layers if not bool(matrix(model, layer.name).any())]
+    empty = [layer.name for layer in layers if not bool(matrix_of(model, layer.name).any())]
     if empty:
         raise ConfigError(f"{teacher.path} has nothing but zeros in {listed(empty)}, to which no format fits")
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from transformers import PreTrainedModel
 
 from qat import machine, models
-from qat.config import CheckpointConfig, Config
+from qat.config import CheckpointConfig, Config, Stage
 from qat.fidelity import Sample, settle
 from qat.fidelity.sample import Rows
 from qat.forward import Pass
@@ -43,6 +43,8 @@ class Workspace:
         Raises:
             ConfigError, ArtifactError, NumericsError: as `qat.fidelity.settle`.
         """
+        if model is None and self.config.stage is Stage.convert:  # which never holds all of the teacher
+            model = self.teacher.stream(self.machine.dtype, self.machine.device)
         return settle(self.teacher, self.machine, Sample.of_rows(rows), model)
 
     @contextmanager
@@ -70,10 +72,11 @@ def open_workspace(config: Config, run: Run) -> Workspace:
         ConfigError: the teacher cannot, or a size is beyond it or the machine.
     """
     resolved = machine.resolve(config.instance)
+    run.result["memory"]["start_bytes"] = machine.peak_bytes(resolved.device)
     run.result["environment"] = environment(resolved.describe(), resolved.instance)
     teacher = models.locate(config.model, Path(config.outputs) / "artifacts")
     check(config, teacher, resolved)
-    limits.check(config, teacher, resolved)
+    run.result["memory"]["planned_bytes"] = limits.check(config, teacher, resolved)
     return Workspace(config, run, resolved, teacher)
 
 

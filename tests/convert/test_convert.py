@@ -1,16 +1,19 @@
+from functools import partial
+
 import pytest
 import torch
 from torch import nn
 
 from qat.cache.batch import Text
 from qat.config import ConvertConfig, KMeansBackend, KMeansConfig
-from qat.convert.convert import convert, install, quantize, stacks, workspace
+from qat.convert.convert import Held, convert, install, quantize, stacks, workspace
 from qat.convert.moments import Moments, gather
 from qat.errors import NumericsError
 from qat.evaluate import evaluate
 from qat.quant.architectures import Layer, select
 from qat.quant.curvature import damp
 from qat.quant.formats import Codebook
+from qat.quant.places import matrix
 from tests import tiny
 
 EXACT = KMeansConfig("exact", KMeansBackend.exact)
@@ -109,11 +112,12 @@ def test_a_second_pass_starts_from_the_first_and_pays_where_inputs_are_those_of_
     first = conversion(teacher, rows, passes=1)
     second = conversion(teacher, rows, passes=2)
     student = teacher.load(torch.float32, tiny.CPU)
-    install(student, {one.layer.name: one.module for one in first})
-    moments = gather(student, [one.layer for one in first], Text(rows).batches(8))
+    install(student, first)
+    layers = select(teacher.skeleton(), tiny.QUANT)
+    moments = gather(student, layers, Text(rows).batches(8))
     for kind in ("mlp", "attn"):
         before, after = (
-            sum(cost(teacher, one, moments.inputs[one.layer.source]) for one in made if one.layer.role == kind)
+            sum(cost(teacher, one, made.get(one), moments.inputs[one.source]) for one in layers if one.role == kind)
             for made in (first, second)
         )
         assert after < before
@@ -121,20 +125,22 @@ def test_a_second_pass_starts_from_the_first_and_pays_where_inputs_are_those_of_
 
 def conversion(teacher, rows, passes):
     model = teacher.load(torch.float32, tiny.CPU)
-    return convert(
-        select(model, tiny.QUANT),
-        lambda: teacher.load(torch.float32, tiny.CPU),
-        lambda name: model.get_submodule(name).weight,
-        Text(rows).batches(4),
-        ConvertConfig(gradients=False, passes=passes, rounds=2, sweeps=1),
-        EXACT,
-        tiny.CPU,
-    )
+    held = [Held() for _ in range(passes)]
+
+    def load(shelf):
+        made = teacher.load(torch.float32, tiny.CPU)
+        install(made, shelf or {})
+        return made
+
+    settings = ConvertConfig(gradients=False, passes=passes, rounds=2, sweeps=1)
+    weights, text = partial(matrix, model), Text(rows).batches(4)
+    convert(select(model, tiny.QUANT), load, weights, text, settings, EXACT, tiny.CPU, held)
+    return held[-1]
 
 
-def cost(teacher, one, H):
-    weight = teacher.load(torch.float32, tiny.CPU).get_submodule(one.layer.name).weight
-    error = (weight - one.module.weight(torch.float32)).double()
+def cost(teacher, layer, module, H):
+    weight = matrix(teacher.load(torch.float32, tiny.CPU), layer.name)
+    error = (weight - module.weight(torch.float32)).double()
     return float(torch.trace(error @ H.double() @ error.T))
 
 

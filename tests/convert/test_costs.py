@@ -34,7 +34,7 @@ def test_every_layer_has_a_cost_in_every_format_and_more_bits_cost_less(exact, t
     choices = [(layer, budget.formats_of(layer, QUANT)) for layer in layers]
     made = costs(
         choices,
-        lambda: teacher.load(torch.float32, tiny.CPU),
+        lambda _: teacher.load(torch.float32, tiny.CPU),
         lambda name: matrix(exact, name),
         text,
         SETTINGS,

@@ -172,7 +172,7 @@ def test_of_rows_that_predict_nothing_the_models_own_pass_is_taken():
 def test_it_is_looked_for_once_for_rows_of_a_kind(monkeypatch):
     teacher, model, looked = ModelFolder("it", Path(), ""), made("Llama"), []
     entered = forward.hidden_states
-    monkeypatch.setattr("qat.fidelity.trial.hidden_states", lambda *_: (looked.append(1), entered(*_))[1])
+    monkeypatch.setattr("qat.models.streamed.hidden_states", lambda *_: (looked.append(1), entered(*_))[1])
     for sample in (JOINED, JOINED, APART, JOINED):
         settle(teacher, Machine(CPU, torch.float32, 2), sample, model)
     assert len(looked) == 2

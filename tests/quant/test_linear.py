@@ -2,7 +2,8 @@ import pytest
 import torch
 from torch import nn
 
-from qat.quant.formats import Codebook, Grid
+from qat.quant import linear
+from qat.quant.formats import Codebook, Grid, GroupGrid
 from qat.quant.linear import QuantLinear, baked, quantized
 
 PARAMETERS = ("codebook", "scale_A", "rank_magnitude", "scale_B")
@@ -142,3 +143,15 @@ def test_normalizing_changes_nothing_in_the_layer_itself():
 def test_quantized_layers_are_found_by_name_in_order():
     model = nn.Sequential(layer(), nn.Linear(6, 6), nn.Sequential(layer(inputs=6)))
     assert list(quantized(model)) == ["0", "2.0"]
+
+
+@pytest.mark.parametrize("format", [Codebook(2, 3), GroupGrid(4, 5, "shifted")])
+def test_a_large_weight_is_computed_some_rows_at_a_time(monkeypatch, format):
+    module = QuantLinear(format, 7, 10)
+    draw = torch.Generator().manual_seed(0)
+    module.indices.copy_(torch.randint(2**format.bits, (7, 10), generator=draw))
+    module.set_parts({name: torch.randn(part.shape, generator=draw) for name, part in module.parts().items()})
+    whole = module.weight(torch.float32)
+    monkeypatch.setattr(linear, "TOGETHER", 20)
+    assert torch.allclose(module.weight(torch.float32), whole, rtol=1e-6, atol=1e-7)
+    assert module.weight(torch.bfloat16).dtype == torch.bfloat16

@@ -3,6 +3,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from qat.quant import packing
 from qat.quant.lookup import index_type
 from qat.quant.packing import pack, unpack, unpack_rows
 
@@ -27,6 +28,14 @@ def test_the_stream_is_the_binary_digits_one_index_after_the_other(bits, count, 
     digits += "0" * (-len(digits) % 8)
     expected = [int(digits[i : i + 8], 2) for i in range(0, len(digits), 8)]
     assert pack(index, bits).tolist() == expected
+
+
+@pytest.mark.parametrize("count", [0, 5, 16, 61])
+def test_pieces_of_a_stream_give_what_the_whole_gives(monkeypatch, count):
+    index = torch.randint(8, (count,), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+    whole = pack(index, 3)
+    monkeypatch.setattr(packing, "PIECE", 2)
+    assert torch.equal(pack(index, 3), whole) and torch.equal(unpack(whole, 3, (count,)), index)
 
 
 def test_a_transposed_view_is_packed_in_its_own_order():

@@ -73,3 +73,22 @@ def test_make_run_makes_a_file_of_at_most_66_mb():
     quant = main.check(arguments.parse(job.split())).configs[0].quant
     model = smollm2(vocab_size=49_152)
     assert 60e6 < file_bytes(select(model, quant), model) <= 66e6
+
+
+def test_a_file_written_tensor_by_tensor_is_the_one_that_safetensors_writes(tmp_path):
+    draw = torch.Generator().manual_seed(0)
+    tensors = {
+        "b.indices": torch.randint(256, (7,), generator=draw).to(torch.uint8),
+        "b.scale": torch.randn(3, 4, generator=draw),
+        "a.scale": torch.randn(5, generator=draw),
+        "a.half": torch.randn(2, 3, generator=draw).bfloat16(),
+        "\u00e4": torch.randn(1, generator=draw).half(),
+    }
+    save_file(tensors, tmp_path / "whole")
+    writer = tensor_files.Writer(tmp_path / "pieces", {name: tensor_files.known(x) for name, x in tensors.items()})
+    for name in sorted(tensors, reverse=True):
+        writer.put(name, tensors[name])
+    assert (tmp_path / "pieces").read_bytes() == (tmp_path / "whole").read_bytes()
+    assert all(torch.equal(writer.get(name), tensor) for name, tensor in tensors.items())
+    with pytest.raises(ValueError, match=r"b\.scale"):
+        writer.put("b.scale", torch.zeros(4, 3))

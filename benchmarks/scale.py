@@ -1,0 +1,200 @@
+"""One shape, converted and trained as a run does it: memory that was expected beside what was taken, and tokens/s.
+
+    python benchmarks/scale.py qwen3-0.6b                                  # conversion, then some steps of training
+    python benchmarks/scale.py qwen3-8b --stages convert                   # a conversion alone
+    python benchmarks/scale.py qwen3-4b --length 1024 --words train.batch_size=32
+    python benchmarks/scale.py tiny --words instance=cpu                   # does it work at all, on any machine
+
+Weights are random bf16 numbers, written layer by layer; text is random words. Every stage is a process of its own, and
+what is printed is in its `result.json`. Expected and taken are of the GPU, or else of the process, less what it had at
+its start. `share` is of the product measured in the same process (`qat.machine.matmul_flops`), where a token costs 6
+operations a weight of the student's decoder layers and 4 of its head, and with the teacher beside it 2 a weight more.
+"""
+
+import argparse
+import json
+import random
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from transformers import Qwen3Config
+
+from qat import machine as machines
+from qat import model_files
+from qat.config import InstanceConfig
+from qat.models.tiny import byte_tokenizer
+
+ROOT = Path(__file__).resolve().parents[1]
+POOL = 1 << 24  # random numbers of which all weights are pieces
+GB = 1e9
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A Qwen3 by its sizes."""
+
+    hidden: int
+    inner: int
+    layers: int
+    heads: int
+    key_heads: int
+    tied: bool
+    head: int = 128
+    vocabulary: int = 151_936
+
+    @property
+    def decoder(self) -> int:
+        """Weights of the matrices of all decoder layers."""
+        attention = 2 * self.head * (self.heads + self.key_heads)
+        return self.layers * self.hidden * (attention + 3 * self.inner)
+
+
+SHAPES = {
+    "tiny": Shape(128, 384, 4, 4, 2, True, 32, 512),
+    "qwen3-0.6b": Shape(1024, 3072, 28, 16, 8, True),
+    "qwen3-1.7b": Shape(2048, 6144, 28, 16, 8, True),
+    "qwen3-4b": Shape(2560, 9728, 36, 32, 8, True),
+    "qwen3-8b": Shape(4096, 12288, 36, 32, 8, False),
+}
+
+
+def main() -> None:
+    """Writes the model where it is not there yet, runs the stages and prints a line for each."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("shape", choices=SHAPES)
+    parser.add_argument("--stages", nargs="+", default=["convert", "distill"], choices=["convert", "distill"])
+    parser.add_argument("--layers", type=int, help="decoder layers, if not as many as the shape has")
+    parser.add_argument("--length", type=int, default=128, help="tokens of a row")
+    parser.add_argument("--rows", type=int, default=512, help="rows of training text")
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--folder", type=Path, default=Path("/tmp/scale"), help="model, text and runs")
+    parser.add_argument("--json", type=Path, help="a file to which every line is added")
+    parser.add_argument("--words", nargs="*", default=[], help="further words of the command line")
+    options = parser.parse_args()
+    known = SHAPES[options.shape]
+    shape = Shape(**asdict(known) | {"layers": options.layers or known.layers})
+    folder = options.folder / f"{options.shape}-{shape.layers}"
+    write(shape, folder / "model")
+    text(folder / "text.txt", 2 * options.rows * options.length)
+    common = [
+        *("model=local", f"model.path={folder / 'model'}", "data=text", f"data.path={folder / 'text.txt'}"),
+        *(f"cache.length={options.length}", f"cache.sequences={options.rows}", "cache.train_targets=false"),
+        *("loss=full_kl", f"outputs={folder / 'outputs'}", "tracker=none"),
+    ]
+    start = ""
+    for stage in options.stages:
+        words = [*common, f"stage={stage}", *options.words]
+        if stage == "distill":
+            words += [f"checkpoint={start}", f"train.steps={options.steps}"]
+        began = time.monotonic()
+        result = run(words)
+        line = {"shape": options.shape, "stage": stage, "seconds": round(time.monotonic() - began, 1)}
+        line |= figures(result, shape)
+        print("  ".join(f"{name} {value}" for name, value in line.items()), flush=True)
+        if options.json:
+            with open(options.json, "a", encoding="utf-8") as file:
+                file.write(json.dumps(line | {"words": words}) + "\n")
+        start = result["paths"].get("conversion", start)
+
+
+def run(words: list[str]) -> dict[str, Any]:
+    """Runs a stage and gives its record."""
+    outputs = Path(next(word.partition("=")[2] for word in words if word.startswith("outputs=")))
+    before = set(outputs.glob("*/result.json"))
+    subprocess.run([sys.executable, str(ROOT / "launch.py"), *words], cwd=ROOT, check=True)
+    (path,) = set(outputs.glob("*/result.json")) - before
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return found
+
+
+def figures(result: dict[str, Any], shape: Shape) -> dict[str, Any]:
+    """Memory expected and taken, and speed where something was trained."""
+    memory = result["memory"]
+    taken = memory["peak_bytes"] - memory["start_bytes"]
+    found = {
+        "expected_GB": round(memory["planned_bytes"] / GB, 2),
+        "taken_GB": round(taken / GB, 2),
+        "ratio": round(memory["planned_bytes"] / max(taken, 1), 2),
+    }
+    if "throughput" in result:
+        speed = result["throughput"]["tokens_per_second"]
+        head = shape.vocabulary * shape.hidden
+        operations = speed * (8 * shape.decoder + 6 * head)
+        machine = machines.resolve(InstanceConfig(name="auto"))
+        share = operations / machines.matmul_flops(machine, 8192 if machine.device.type == "cuda" else 2048)
+        found |= {"tokens_per_second": speed, "share": round(share, 3)}
+    return found
+
+
+def write(shape: Shape, folder: Path) -> None:
+    """A model of random weights as a folder of shards, one a decoder layer."""
+    if (folder / model_files.CONFIG).exists():
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(0)
+    pool, draw = (0.02 * torch.randn(POOL, dtype=torch.float32)).bfloat16(), random.Random(0)
+    places: dict[str, str] = {}
+
+    def weight(*size: int) -> torch.Tensor:
+        left, parts = torch.Size(size).numel(), []
+        while left:
+            start = draw.randrange(POOL // 2)
+            parts.append(pool[start : start + min(left, POOL // 2)])
+            left -= len(parts[-1])
+        return torch.cat(parts).view(size)
+
+    def save(name: str, tensors: dict[str, torch.Tensor]) -> None:
+        save_file(tensors, folder / name, {"format": "pt"})
+        places.update(dict.fromkeys(tensors, name))
+
+    def ones(size: int) -> torch.Tensor:
+        return torch.ones(size, dtype=torch.bfloat16)
+
+    outer = ["model.embed_tokens.weight"] + ([] if shape.tied else ["lm_head.weight"])
+    ends = {name: weight(shape.vocabulary, shape.hidden) for name in outer} | {"model.norm.weight": ones(shape.hidden)}
+    save("model-00000.safetensors", ends)
+    queries, keys = shape.heads * shape.head, shape.key_heads * shape.head
+    matrices = {
+        **{"self_attn.q_proj": (queries, shape.hidden), "self_attn.k_proj": (keys, shape.hidden)},
+        **{"self_attn.v_proj": (keys, shape.hidden), "self_attn.o_proj": (shape.hidden, queries)},
+        **{"mlp.gate_proj": (shape.inner, shape.hidden), "mlp.up_proj": (shape.inner, shape.hidden)},
+        "mlp.down_proj": (shape.hidden, shape.inner),
+    }
+    norms = {"input_layernorm": shape.hidden, "post_attention_layernorm": shape.hidden}
+    norms |= {"self_attn.q_norm": shape.head, "self_attn.k_norm": shape.head}
+    for layer in range(shape.layers):
+        tensors = {name: weight(*size) for name, size in matrices.items()}
+        tensors |= {name: ones(size) for name, size in norms.items()}
+        named = {f"model.layers.{layer}.{name}.weight": tensor for name, tensor in tensors.items()}
+        save(f"model-{layer + 1:05d}.safetensors", named)
+    index = {"metadata": {}, "weight_map": places}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
+    byte_tokenizer().save_pretrained(folder)
+    Qwen3Config(
+        architectures=["Qwen3ForCausalLM"], vocab_size=shape.vocabulary, hidden_size=shape.hidden,
+        intermediate_size=shape.inner, num_hidden_layers=shape.layers, num_attention_heads=shape.heads,
+        num_key_value_heads=shape.key_heads, head_dim=shape.head, tie_word_embeddings=shape.tied,
+        max_position_embeddings=40_960, rms_norm_eps=1e-6, dtype="bfloat16", bos_token_id=256, eos_token_id=257,
+        pad_token_id=257,
+    ).save_pretrained(folder)  # fmt: skip
+
+
+def text(path: Path, tokens: int) -> None:
+    """Documents of random words, about so many tokens of one byte."""
+    draw = random.Random(0)
+    words = ["".join(draw.choices("abcdefghijklmnop", k=draw.randint(2, 8))) for _ in range(2000)]
+    documents, left = [], tokens
+    while left > 0:
+        documents.append(" ".join(draw.choices(words, k=draw.randint(20, 100))))
+        left -= len(documents[-1])
+    path.write_text("\n\n".join(documents), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,155 @@
+"""Conversions whose decoder layers are read one at a time: the same bytes as those of models in memory."""
+
+import hashlib
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+import zoo
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM
+
+from qat import checkpoints
+from qat.config import Config, ConvertConfig, KMeansBackend, KMeansConfig, QuantConfig, TrackerConfig, TrackerKind
+from qat.config import WeightConfig as W
+from qat.errors import ConfigError
+from qat.models import ModelFolder, streamed
+from qat.models import tiny as tiny_model
+from qat.quant.places import matrix
+from qat.runs import Run
+from qat.stages import convert
+from qat.stages.workspace import Workspace
+from tests import tiny
+
+QUANTS = {
+    "plain": (QuantConfig("plain", W(bits=2, rank=2), W(bits=4, rank=1)), ConvertConfig(rounds=1)),
+    "embedding": (replace(tiny.QUANT, embed=W(bits=4, rank=1)), ConvertConfig(rounds=1, sweeps=1)),
+    "ends": (replace(tiny.QUANT, embed=W(bits=4, rank=1), head=W(bits=2, rank=1)), ConvertConfig(rounds=1)),
+    "thorough": (tiny.QUANT, ConvertConfig(rounds=1, sweeps=1, passes=2, gradients=True)),
+    "budget": (
+        QuantConfig("budget", bits=5, candidates=[W(bits=2, rank=1), W(bits=4, rank=1)]),
+        ConvertConfig(rounds=1),
+    ),
+}
+
+
+CASES = [
+    ("qwen3", True, "embedding"),
+    ("llama", False, "ends"),
+    ("mixtral", False, "budget"),
+    ("mixtral", False, "plain"),
+    ("gemma3_text", True, "thorough"),
+]
+
+
+def family(name, folder, tied, dtype=torch.float32):
+    """A tiny model of a family as a folder, with the byte tokenizer of the tiny model."""
+    tiny_model.write(folder, 512)
+    settings = zoo.small(zoo.architectures()[name]())
+    settings.tie_word_embeddings = tied
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(settings, dtype=torch.float32).to(dtype)
+    for leftover in folder.glob("*.safetensors"):
+        leftover.unlink()
+    model.save_pretrained(folder, max_shard_size="60KB")
+    return ModelFolder(name, folder, f"{name}{tied}")
+
+
+def converted(teacher, cache, outputs, quant):
+    """SHA-256 of every file of a conversion, but for seconds."""
+    config = Config(outputs=str(outputs))
+    config.quant, settings = QUANTS[quant]
+    config.convert = replace(settings, calibration_tokens=128)
+    config.kmeans = KMeansConfig("exact", KMeansBackend.exact)
+    config.cache.name = config.mode.name = "tiny"
+    config.tracker = TrackerConfig("none", TrackerKind.none)
+    (outputs / "run").mkdir(parents=True)
+    fresh = ModelFolder(teacher.name, teacher.path, teacher.fingerprint)
+    made = convert.make(Workspace(config, Run(config, outputs / "run"), tiny.FP32, fresh), cache)
+    found = {one: hashlib.sha256((made.folder / one).read_bytes()).hexdigest() for one in made.manifest["files"]}
+    figures = {name: {k: v for k, v in of.items() if k != "seconds"} for name, of in made.manifest["figures"].items()}
+    return found, figures, made.manifest["metrics"]
+
+
+@pytest.fixture
+def in_memory(monkeypatch):
+    """From here on, no model is read layer by layer."""
+
+    def begin():
+        def refuse(*_, **__):
+            raise NotImplementedError("this test wants it in memory")
+
+        monkeypatch.setattr(streamed, "open_stream", refuse)
+
+    return begin
+
+
+@pytest.mark.parametrize(("name", "tied", "quant"), CASES)
+def test_a_conversion_layer_by_layer_has_the_bytes_of_one_in_memory(tmp_path, in_memory, name, tied, quant):
+    teacher = family(name, tmp_path / "model", tied)
+    (tmp_path / "cache").mkdir()
+    cache = tiny.cache_of(teacher, tmp_path / "cache")
+    assert not teacher.unstreamed(torch.float32, tiny.CPU)
+    found = converted(teacher, cache, tmp_path / "streamed", quant)
+    in_memory()
+    assert found == converted(teacher, cache, tmp_path / "whole", quant)
+    assert checkpoints.FILE in found[0] and found[2]["after"]["kl"] > 0
+
+
+def test_a_streamed_model_is_the_loaded_one_and_has_one_decoder_layer_in_memory(tmp_path):
+    teacher = family("mixtral", tmp_path, False, torch.bfloat16)
+    ids = torch.randint(200, (2, 16), generator=torch.Generator().manual_seed(0))
+    for dtype in (torch.float32, torch.bfloat16):
+        loaded, model = teacher.load(dtype, tiny.CPU), teacher.stream(dtype, tiny.CPU)
+        layers, seen = streamed.stream_of(model).layers, []
+        note = partial(_note, layers, seen)
+        for layer in layers:
+            layer.register_forward_hook(note)
+        with torch.no_grad():
+            assert torch.equal(model(ids).logits, loaded(ids).logits)
+        assert seen == [[one is other for one in layers] for other in layers]
+        assert model.dtype == dtype and model.lm_head.weight.dtype == dtype
+    twin, weight = teacher.stream(dtype, tiny.CPU, model), teacher.matrices()
+    assert twin.lm_head.weight is model.lm_head.weight
+    exact = teacher.load(torch.float32, tiny.CPU)
+    for name in ("model.layers.1.mlp.experts.2.down_proj", "model.layers.0.self_attn.q_proj", "lm_head"):
+        assert weight(name).dtype == torch.float32 and torch.equal(weight(name), matrix(exact, name))
+
+
+def _note(layers, seen, *_):
+    seen.append([not layer.mlp.gate.weight.is_meta for layer in layers])
+
+
+def test_matrices_take_the_place_of_those_in_the_files(tmp_path):
+    teacher = family("qwen3", tmp_path, True)
+    model, ids = teacher.stream(torch.float32, tiny.CPU), torch.arange(24).view(2, 12)
+    other, expected = teacher.load(torch.float32, tiny.CPU), None
+    made = {}
+    for name in ("model.layers.1.mlp.up_proj", "model.embed_tokens"):
+        made[name] = torch.randn(matrix(other, name).shape, generator=torch.Generator().manual_seed(0))
+        matrix(other, name).data.copy_(made[name])
+    streamed.stream_of(model).put({name: lambda name=name: made[name] for name in made})
+    with torch.no_grad():
+        expected = other(ids).logits
+        assert torch.equal(model(ids).logits, expected) and torch.equal(model(ids).logits, expected)
+
+
+def test_a_damaged_layer_is_refused_by_name(tmp_path):
+    teacher = family("qwen3", tmp_path / "whole", True)
+    model = teacher.load(torch.float32, tiny.CPU)
+    model.model.layers[1].mlp.up_proj.weight.data[3, 3] = float("nan")
+    model.save_pretrained(tmp_path / "broken")
+    with pytest.raises(ConfigError, match=r"NaN or infinite in model\.layers\.1\.mlp\.up_proj\.weight"):
+        ModelFolder("broken", tmp_path / "broken", "broken").stream(torch.float32, tiny.CPU)
+    state = {name: value for name, value in model.state_dict().items() if "layers.1.mlp.up" not in name}
+    state.pop("lm_head.weight")
+    save_file(state, tmp_path / "broken" / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ConfigError, match=r"lacks model\.layers\.1\.mlp\.up_proj\.weight"):
+        ModelFolder("broken", tmp_path / "broken", "lacking").stream(torch.float32, tiny.CPU)
+
+
+def test_a_model_that_cannot_be_run_layer_by_layer_is_loaded_and_says_why(tmp_path):
+    teacher = family("gemma3n_text", tmp_path, True)
+    assert "decoder layer" in teacher.unstreamed(torch.float32, tiny.CPU)
+    assert streamed.stream_of(teacher.stream(torch.float32, tiny.CPU)) is None
