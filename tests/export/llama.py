@@ -33,8 +33,16 @@ def next_token(server, ids) -> torch.Tensor:
     return found
 
 
+def asked(server, messages: list[dict[str, str]]) -> str:
+    """What llama.cpp's chat template makes of messages."""
+    return _post(server, "apply-template", {"messages": messages})["prompt"]
+
+
 def tokens(server, text: str) -> list[int]:
     """What llama.cpp makes of a text, special tokens in it included."""
-    asked = json.dumps({"content": text, "add_special": False, "parse_special": True}).encode()
-    with urllib.request.urlopen(f"{server.listening_address}/tokenize", data=asked) as answer:
-        return json.load(answer)["tokens"]
+    return _post(server, "tokenize", {"content": text, "add_special": False, "parse_special": True})["tokens"]
+
+
+def _post(server, path: str, asked: dict) -> dict:
+    with urllib.request.urlopen(f"{server.listening_address}/{path}", data=json.dumps(asked).encode()) as answer:
+        return json.load(answer)

@@ -19,7 +19,7 @@ from qat.quant.architectures import select
 from qat.quant.linear import baked
 from qat.quant.places import matrix
 from tests import tiny
-from tests.export import engines
+from tests.export import engines, llama
 from tests.export.llama import served
 
 TOKENS = 12
@@ -93,16 +93,14 @@ def test_llama_cpp_answers_word_for_word_but_for_near_ties(source, ours, tmp_pat
     from qat.export.gguf import writer
 
     writer.write(source, tmp_path, ExportConfig("gguf", "gguf", ExportType.fp32))
-    server, ends, said, written = served(tmp_path / FILE), source.teacher.ends(), [], []
+    server, ends = served(tmp_path / FILE), source.teacher.ends()
     for text, answer in zip(engines.PROMPTS, ours, strict=True):
-        asked = {"messages": engines.chat(text), "temperature": 0.0, "max_tokens": TOKENS}
-        said.append(server.handle_chat_completions(asked)["choices"][0]["message"]["content"].strip())
-        asked = {"prompt": answer.prompt, "temperature": 0.0, "max_tokens": TOKENS, "n_probs": 1}
-        made = server.handle_completions(asked)["choices"][0]["logprobs"]["content"]
-        written.append(without(ends, [token["id"] for token in made]))
-    assert said == words(source.teacher, written) and all(said)  # its template makes our prompts, and ends end it
-    for answer, tokens in zip(ours, written, strict=True):
+        assert llama.tokens(server, llama.asked(server, engines.chat(text))) == answer.prompt
+        asked = {"messages": engines.chat(text), "temperature": 0.0, "max_tokens": TOKENS, "logprobs": True}
+        (said,) = server.handle_chat_completions(asked | {"cache_prompt": False})["choices"]
+        tokens = without(ends, [token["id"] for token in said["logprobs"]["content"]])
         assert tokens == answer.tokens or answer.margin(tokens, ends) < NEAR
+        assert [said["message"]["content"].strip()] == words(source.teacher, [tokens])
 
 
 def test_mlx_answers_word_for_word(source, ours, tmp_path):
