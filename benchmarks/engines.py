@@ -197,7 +197,7 @@ def converted(work: Work, name: str) -> Path:
     def fill(folder: Path) -> dict[str, Any]:
         model = work.folder.load(torch.float32, work.machine.device)
         made = convert_preset(name, work.folder, model, work.calibration, settings, work.machine)
-        checkpoints.write_layers({one.layer.name: one.module for one in made}, folder)
+        checkpoints.native.write_layers({one.layer.name: one.module for one in made}, folder)
         return checkpoints.describe(work.folder, quant, [one.layer for one in made])
 
     return work.kept(f"{name}_converted", looked_at(work) | {"convert": asdict(settings)}, fill)

