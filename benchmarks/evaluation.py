@@ -5,7 +5,7 @@ import hashlib
 import statistics
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from qat import checkpoints
 from qat import machine as machines
-from qat.artifacts import MANIFEST, read_manifest
+from qat.artifacts import read_manifest
 from qat.cache.batch import Text
 from qat.checkpoint_files import find
 from qat.config import InstanceConfig, ModelConfig, ModelSource, Precision
@@ -29,7 +29,7 @@ from qat.export.packed import writer
 from qat.fidelity import Sample, settle
 from qat.forward import body
 from qat.machine import DTYPES, Machine
-from qat.models import ModelFolder, locate
+from qat.models import ModelFolder, locate, made_before
 from qat.quant.architectures import Layer
 from qat.quant.embedding import put
 from qat.quant.formats import GroupGrid
@@ -164,10 +164,8 @@ def _on_grid(path: Path) -> bool:
 
 def teacher_of(path: Path, folder: ModelFolder) -> ModelFolder:
     """The model by the fingerprint that the checkpoint knows it by: of its files, or the key of its artifact."""
-    if not path.is_dir() or not (folder.path / MANIFEST).is_file():
-        return folder
-    artifact = replace(folder, fingerprint=str(read_manifest(folder.path)["key"]))
-    return artifact if read_manifest(path).get("teacher") == artifact.fingerprint else folder
+    artifact = made_before(folder)
+    return artifact if path.is_dir() and read_manifest(path).get("teacher") == artifact.fingerprint else folder
 
 
 def size_of(layers: list[Layer], grids: dict[str, Grid], folder: ModelFolder) -> dict[str, float]:

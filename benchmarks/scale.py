@@ -122,7 +122,7 @@ def figures(result: dict[str, Any], shape: Shape) -> dict[str, Any]:
         "taken_GB": round(taken / GB, 2),
         "ratio": round(memory["planned_bytes"] / max(taken, 1), 2),
     }
-    if "throughput" in result:
+    if "tokens_per_second" in result.get("throughput", {}):
         speed = result["throughput"]["tokens_per_second"]
         head = shape.vocabulary * shape.hidden
         operations = speed * (8 * shape.decoder + 6 * head)

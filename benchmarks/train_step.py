@@ -203,7 +203,7 @@ def measure(
         torch.cuda.reset_peak_memory_stats(machine.device)
     began = time.monotonic()
     student = model(options, machine)
-    weights = sum(layer.indices.numel() for layer in student[1].values())
+    weights = sum(layer.outputs * layer.inputs for layer in student[1].values())
     train = TrainConfig(batch_size=row.batch, learn=row.learn)
     teacher = model(options, machine)[0] if row.loss is LossKind.full_kl else None
     loss = Loss(row.loss, 2.0 if row.loss is LossKind.topk_kl else 1.0, teacher=teacher)
@@ -264,7 +264,7 @@ def engine(
             layer.bake(machine.dtype)
         elif row.learn.latent:
             layer.latent = nn.Parameter(layer.weight(torch.float32), requires_grad=False)
-            layer.curvature = tuple(torch.ones(size, device=machine.device) for size in layer.indices.shape)
+            layer.curvature = tuple(torch.ones(size, device=machine.device) for size in (layer.outputs, layer.inputs))
     learners = Learners(student, learning, train.learn, machine, train.snap_fp16)
     step = Step(student, learners, Optimizer(learners.parameters, train, machine.device), loss, train, machine, ranks)
     if not row.graphs:

@@ -15,7 +15,9 @@ from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, Pr
 from qat import model_files
 from qat.forward import OWN, Found, use
 from qat.models import reading, streamed, tokenizers
+from qat.quant.architectures import NUMBER
 
+FEW = 1 << 30  # bytes of all decoder layers up to which a model is held whole
 SOUND: set[tuple[str, torch.dtype]] = set()  # models that this process has checked, by fingerprint and type
 
 
@@ -79,7 +81,7 @@ class ModelFolder:
     ) -> PreTrainedModel:
         """The model for inference, its decoder layers read when they are computed (`qat.models.streamed`).
 
-        One whose layers cannot be computed one after the other is loaded; `unstreamed` says why.
+        One whose layers are few bytes, or cannot be computed one after the other, is loaded; `unstreamed` says why.
 
         Args:
             dtype: of its numbers.
@@ -104,10 +106,16 @@ class ModelFolder:
         """
         cpu = torch.device("cpu")
         try:
-            model = streamed.open_stream(self.path, self.settings(), torch.float32, cpu, rest=False)
+            few = self.small(torch.float32)
+            model = None if few else streamed.open_stream(self.path, self.settings(), torch.float32, cpu, rest=False)
         except NotImplementedError:
-            model = self.load(torch.float32, cpu)
-        return partial(streamed.matrix_of, model)
+            model = None
+        return partial(streamed.matrix_of, model or self.load(torch.float32, cpu))
+
+    def small(self, dtype: torch.dtype) -> bool:
+        """Whether all decoder layers together are few bytes: then reading them again saves next to nothing."""
+        inside = sum(weights for name, weights in self._sizes.items() if NUMBER.search(name))
+        return inside * dtype.itemsize <= FEW
 
     def unstreamed(self, dtype: torch.dtype, device: torch.device) -> str:
         """Why the model's decoder layers cannot be read one at a time; empty where they can.
@@ -117,7 +125,7 @@ class ModelFolder:
         """
         known, key = self.found.streams, (dtype, device.type)
         if key not in known:
-            known[key] = self._unstreamed(dtype, device)
+            known[key] = "all of them are few bytes" if self.small(dtype) else self._unstreamed(dtype, device)
         return known[key]
 
     def _unstreamed(self, dtype: torch.dtype, device: torch.device) -> str:
@@ -153,6 +161,10 @@ class ModelFolder:
     @cached_property
     def _skeleton(self) -> PreTrainedModel:
         return reading.skeleton(self.settings(), self.path)
+
+    @cached_property
+    def _sizes(self) -> dict[str, int]:
+        return {name: parameter.numel() for name, parameter in self.skeleton().named_parameters()}
 
     @cached_property
     def _ends(self) -> tuple[int, ...]:

@@ -3,13 +3,14 @@
 import hashlib
 import importlib.metadata
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from qat import model_files
-from qat.artifacts import content_key, obtain
+from qat.artifacts import MANIFEST, content_key, obtain, read_manifest
 from qat.config import ModelConfig, ModelSource
 from qat.errors import ConfigError, MissingError, reason
 from qat.models import architecture, gguf_header, gguf_tokenizer, plain, reading, tensors, tiny
@@ -17,6 +18,7 @@ from qat.models.folder import ModelFolder
 
 log = logging.getLogger(__name__)
 
+SPLITS = "splits"  # what the key of a folder holds of its tokenizer alone
 TEXTS = ["*.json", "*.jinja", "*.txt", "*.model"]  # files fetched from a hub repository besides the weights
 
 
@@ -85,8 +87,23 @@ def _from_wheel(config: ModelConfig, artifacts: Path) -> ModelFolder:
         return {"package": package}
 
     weights = {"package": package, "gguf": _sha256([gguf]), "dtype": "float32"}
-    artifact = obtain(artifacts, "models", config.name, weights | {"splits": "tokenizer.ggml.pre"}, make)
+    artifact = obtain(artifacts, "models", config.name, weights | {SPLITS: "tokenizer.ggml.pre"}, make)
     return ModelFolder(config.name, artifact.folder, content_key(weights), text=artifact.key)
+
+
+def made_before(folder: ModelFolder) -> ModelFolder:
+    """A folder that a run made of a model, by the fingerprint that this run gave its weights; any other as it is.
+
+    Raises:
+        CorruptedError: its manifest cannot be read.
+    """
+    if not (folder.path / MANIFEST).is_file():
+        return folder
+    manifest = read_manifest(folder.path)
+    key, inputs = str(manifest["key"]), dict(manifest["inputs"])
+    if inputs.pop(SPLITS, None) is None:
+        return replace(folder, fingerprint=key)
+    return replace(folder, fingerprint=content_key(inputs), text=key)
 
 
 def dequantize(gguf: Path, folder: Path) -> None:

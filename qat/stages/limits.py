@@ -66,9 +66,9 @@ def advice(config: Config, teacher: ModelFolder, machine: Machine, phase: str, p
 
 
 def shapes_of(teacher: ModelFolder, machine: Machine) -> Shapes:
-    """Sizes of a teacher; as long as nobody has looked, its decoder layers are taken to be readable one at a time."""
+    """Sizes of a teacher; as long as nobody has looked, large decoder layers are taken to be readable one at a time."""
     known = teacher.found.streams.get((machine.dtype, machine.device.type), "")
-    return Shapes.of(teacher.skeleton(), teacher.settings(), not known)
+    return Shapes.of(teacher.skeleton(), teacher.settings(), not known and not teacher.small(machine.dtype))
 
 
 def check_lengths(config: Config, teacher: ModelFolder) -> None:

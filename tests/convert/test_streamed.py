@@ -72,6 +72,12 @@ def converted(teacher, cache, outputs, quant):
     return found, figures, made.manifest["metrics"]
 
 
+@pytest.fixture(autouse=True)
+def tiny_ones_too(monkeypatch):
+    """No model is too small to be read layer by layer."""
+    monkeypatch.setattr("qat.models.folder.FEW", 0)
+
+
 @pytest.fixture
 def in_memory(monkeypatch):
     """From here on, no model is read layer by layer."""

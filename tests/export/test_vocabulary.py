@@ -139,6 +139,23 @@ def of_characters(**changed) -> dict:
     return {"added_tokens": [], "normalizer": None, "model": model | {"merges": ["a b", "ab c"]}} | changed
 
 
+def test_bytes_are_told_from_characters_whatever_a_version_of_transformers_writes():
+    described = of_characters(pre_tokenizer={"type": "ByteLevel", "add_prefix_space": False, "use_regex": True})
+    assert not characters.merged(described)  # `byte_fallback`, and no byte to fall back to
+    described["model"]["vocab"]["<0x00>"] = 5
+    assert characters.merged(described)
+
+
+@pytest.mark.parametrize("steps", [[], [{"type": "NFC"}]])
+def test_a_sequence_of_no_change_changes_nothing(steps):
+    described = of_characters(pre_tokenizer={"type": "ByteLevel", "add_prefix_space": False, "use_regex": True})
+    described["normalizer"] = {"type": "Sequence", "normalizers": steps}
+    assert vocabulary.splits(described) == "gpt-2"
+    described["normalizer"]["normalizers"] = [*steps, {"type": "Lowercase"}]
+    with pytest.raises(ConfigError, match=r"changes text .*Lowercase"):
+        vocabulary.splits(described)
+
+
 METASPACE = {"type": "Metaspace", "replacement": "\u2581", "prepend_scheme": "always", "split": False}
 PREPENDED = {
     "type": "Sequence",

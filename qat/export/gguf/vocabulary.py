@@ -72,12 +72,12 @@ def splits(described: dict[str, Any]) -> str:
     Raises:
         ConfigError: it has none that is known here.
     """
-    model, normalizer = described["model"], described.get("normalizer")
+    model, changes = described["model"], _changes(described.get("normalizer"))
     affixes = [model.get(name) for name in ("continuing_subword_prefix", "end_of_word_suffix") if model.get(name)]
-    if model["type"] != "BPE" or affixes or (normalizer and normalizer["type"] != "NFC"):
+    if model["type"] != "BPE" or affixes or changes not in ([], ["NFC"]):
         raise ConfigError(
             f"export=gguf writes tokenizers of merged bytes and of SentencePiece's merged characters, and this one is"
-            f" {_kind(model, normalizer)}: export=hf is dense, and llama.cpp's own converter takes it on"
+            f" {_kind(model, changes)}: export=hf is dense, and llama.cpp's own converter takes it on"
         )
     found, whole = steps(described.get("pre_tokenizer")), bool(model.get("ignore_merges"))
     name = name_of(found, whole)
@@ -158,10 +158,19 @@ def _merge(pair: str | list[str]) -> str:
     return " ".join(part.replace(" ", chr(ord(" ") + 256)) for part in pair)
 
 
-def _kind(model: dict[str, Any], normalizer: dict[str, Any] | None) -> str:
+def _changes(normalizer: dict[str, Any] | None) -> list[str]:
+    """What a tokenizer does to text before it splits it, by the types of its steps."""
+    if normalizer is None:
+        return []
+    if normalizer["type"] != "Sequence":
+        return [normalizer["type"]]
+    return [change for step in normalizer["normalizers"] for change in _changes(step)]
+
+
+def _kind(model: dict[str, Any], changes: list[str]) -> str:
     if model["type"] != "BPE":
         return f"a {model['type']}"
-    return f"one that changes text ({normalizer!s:.80})" if normalizer else "one of marked words"
+    return f"one that changes text ({', '.join(changes)})" if changes else "one of marked words"
 
 
 def _told(found: tuple[Step, ...]) -> str:
