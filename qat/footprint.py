@@ -34,7 +34,7 @@ from qat.config import (
 from qat.console import size
 from qat.convert.convert import STACK_BYTES, stacks
 from qat.data import mix
-from qat.distill.head import CHUNK_BYTES
+from qat.distill.head import CHUNK_BYTES, positions_at_once
 from qat.errors import ConfigError
 from qat.evaluate.figures import TOGETHER
 from qat.flow import KEPT_BYTES
@@ -46,10 +46,11 @@ from qat.quant.vocabulary import ROLES as VOCABULARY
 log = logging.getLogger(__name__)
 
 FP32 = 4
-POSITIONS = 2048  # positions whose logits a GPU holds together; a CPU an eighth of them
+POSITIONS = 2048  # positions whose logits a GPU holds together for a cache; a CPU an eighth of them
 # Numbers that a decoder layer's own code in transformers keeps of a token beside what its formulas need, in hidden
 # states and in what is inside its MLP; and logits that exist at one time in training, in chunks
 FURTHER_HIDDEN, FURTHER_INNER, LOGIT_COPIES = 8, 1, 3
+COMPARED_COPIES = 6  # of logits while a student is compared with its teacher
 COPIES, SQUARES = 5, 4  # copies of a weight and of a moment that its fit has at one time
 REFERENCE = 8  # bytes of a list's reference to an object
 MODEL = "model"  # configuration key to name for memory that only a smaller model reduces
@@ -279,7 +280,8 @@ def phases(config: Config, shapes: Shapes, jobs: list[Job], machine: Machine) ->
             yield "text", [teacher, *_writing(source, where, shapes, machine)]
         streams = shapes.streams and (stage is Stage.convert or not capacity.roomy(teacher.bytes, machine.device))
         held = _reading(shapes, dtype, 1) if streams else [teacher]
-        yield "the cache", [*held, _logits(shapes, machine, 3)]
+        positions = POSITIONS if machine.device.type == "cuda" else POSITIONS // 8
+        yield "the cache", [*held, _logits(LOGIT_COPIES * positions * shapes.vocabulary)]
     if stage in (Stage.run, Stage.convert):
         for job in jobs:
             yield from _conversion(job, config, shapes, machine)
@@ -288,7 +290,7 @@ def phases(config: Config, shapes: Shapes, jobs: list[Job], machine: Machine) ->
             yield "training", _training(job, config, shapes, machine)
     if stage in (Stage.run, Stage.evaluate):
         student = Part("the student's weights", shapes.weights * dtype, MODEL)
-        yield "evaluation", [teacher, student, _logits(shapes, machine, 6)]
+        yield "evaluation", [teacher, student, _compared(shapes, machine)]
     if stage is Stage.export:
         yield "export", [Part("the teacher's weights in fp32", shapes.weights * FP32, MODEL, host=True)]
 
@@ -301,10 +303,14 @@ def _reading(shapes: Shapes, dtype: int, models: int) -> list[Part]:
     ]
 
 
-def _logits(shapes: Shapes, machine: Machine, copies: int) -> Part:
-    """Logits of the positions that are looked at together, fp32."""
-    positions = POSITIONS if machine.device.type == "cuda" else POSITIONS // 8
-    return Part("logits", copies * FP32 * positions * shapes.vocabulary, MODEL, least=False)
+def _logits(numbers: int) -> Part:
+    return Part("logits", FP32 * numbers, MODEL, least=False)
+
+
+def _compared(shapes: Shapes, machine: Machine) -> Part:
+    """Logits of student and teacher at the positions that are compared together."""
+    positions = positions_at_once(_kind(machine), shapes.vocabulary)
+    return _logits(COMPARED_COPIES * positions * shapes.vocabulary)
 
 
 def _conversion(job: Job, config: Config, shapes: Shapes, machine: Machine) -> Iterator[tuple[str, list[Part]]]:
@@ -330,7 +336,7 @@ def _conversion(job: Job, config: Config, shapes: Shapes, machine: Machine) -> I
     both += [
         Part("the student's embedding and head", outer_weights * dtype, f"{job.prefix}quant.embed"),
         Part("hidden states", min(2 * KEPT_BYTES, 4 * TOGETHER * shapes.hidden * dtype), MODEL, least=False),
-        _logits(shapes, machine, 6),
+        _compared(shapes, machine),
     ]
     yield "figures of the conversion", both
 

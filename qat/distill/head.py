@@ -172,8 +172,13 @@ def position_chunks(
     hidden: Tensor, targets: tuple[Tensor, ...], vocabulary: int, most: int = 256
 ) -> Iterator[tuple[Tensor, ...]]:
     """Hidden states and targets [X, …] as pieces of at most `most` positions, fewer where the vocabulary is large."""
-    size = max(1, min(most, CHUNK_BYTES[hidden.device.type] // (4 * vocabulary)))
+    size = positions_at_once(hidden.device.type, vocabulary, most)
     return zip(*(tensor.split(size) for tensor in (hidden, *targets)), strict=True)
+
+
+def positions_at_once(kind: str, vocabulary: int, most: int = 256) -> int:
+    """Positions whose logits exist at one time on a device of that kind, where `position_chunks` cuts the text."""
+    return max(1, min(most, CHUNK_BYTES[kind] // (4 * vocabulary)))
 
 
 def _kernels(x: Tensor) -> Any:
