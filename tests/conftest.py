@@ -39,6 +39,10 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_collection_finish() -> None:
     """What was imported and collected stays, so nobody looks through it for garbage again."""
+    if "qat.cli.compose" in sys.modules:
+        from tests import composing
+
+        composing.once()
     gc.collect()
     gc.freeze()
 

@@ -5,8 +5,11 @@ import gc
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
 from qat.cli import arguments, main
+from tests import composing
 
-main.check(arguments.parse(["+debug=tiny", "train.lr=1e-3"]))
+composing.once()
+for words in ([], ["+debug=tiny", "train.lr=1e-3"]):
+    main.check(arguments.parse(words))
 get_checkpoint_conversion_mapping("llama")
 gc.collect()
 gc.freeze()  # what is there already is garbage of no launch, and looking for some would copy its memory

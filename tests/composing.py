@@ -1,0 +1,55 @@
+"""Hydra's own work on the same options, done once: the list of defaults, and what they say before keys are set.
+
+That is most of the time that a command line takes, and a test of one seldom is about it. Options of somebody's own,
+other schemas and whatever is refused go Hydra's way each time, and so does all in interpreters that start afresh.
+"""
+
+import copy
+from dataclasses import astuple, replace
+from typing import Any
+
+from hydra._internal import config_loader_impl
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra._internal.defaults_list import DefaultsList, Overrides
+from hydra.core.config_store import ConfigStore
+
+from qat.config import CONF
+
+SOURCES = {"pkg://hydra.conf", f"file://{CONF}", "structured://"}
+SCHEMAS = ConfigStore.instance().repo
+
+_create = config_loader_impl.create_defaults_list
+_compose = ConfigLoaderImpl._compose_config_from_defaults_list
+_lists: dict[Any, DefaultsList] = {}
+_trees: dict[Any, Any] = {}
+
+
+def once() -> None:
+    """From now on this process, and those that it forks, do it once."""
+    config_loader_impl.create_defaults_list = _listed
+    ConfigLoaderImpl._compose_config_from_defaults_list = _composed  # type: ignore[method-assign]
+
+
+def _listed(repo: Any, config_name: str | None, overrides_list: list[Any], **how: bool) -> DefaultsList:
+    if not _is_ours(repo):
+        return _create(repo, config_name, overrides_list, **how)
+    given = Overrides(repo, overrides_list)
+    choices = [one for one in overrides_list if one not in given.config_overrides and not one.is_sweep_override()]
+    key = config_name, *(one.input_line for one in choices), *how.items()
+    if key not in _lists:
+        _lists[key] = _create(repo, config_name, choices, **how)
+    return replace(_lists[key], config_overrides=given.config_overrides)
+
+
+def _composed(loader: ConfigLoaderImpl, defaults: list[Any], repo: Any) -> Any:
+    if not _is_ours(repo):
+        return _compose(loader, defaults, repo)
+    key = tuple(map(astuple, defaults))
+    if key not in _trees:
+        _trees[key] = _compose(loader, defaults, repo)
+    return copy.deepcopy(_trees[key])
+
+
+def _is_ours(repo: Any) -> bool:
+    found = {f"{source.scheme()}://{source.path}" for source in repo.get_sources()}
+    return found <= SOURCES and ConfigStore.instance().repo is SCHEMAS
