@@ -122,9 +122,11 @@ def fork_pythons() -> None:
         if isinstance(args, str) or os.fspath(args[0]) != sys.executable:
             execute(process, args, executable, *rest)
             return
-        _, _, _, cwd, env, _, _, _, given, _, _, out, _, err, *_ = rest
+        _, _, _, cwd, env, _, _, _, given, _, _, out, _, err, _, _, _, _, _, session, *_ = rest
         process.pid = os.fork()
         if not process.pid:
+            if session:
+                os.setsid()
             _afresh(tuple(word for word in args[1:] if word != "-u"), [given, out, err], cwd, env)
         process._child_created = True
         for end in (given, out, err):

@@ -3,8 +3,9 @@
 What a test file reads is found without running anything: what it and its conftest.py import, what those import, at the
 top or inside a function, and files, modules and folders without Python that they name in a string, as in
 `import_module("qat.stages.run")` or `ROOT / "docs"`. The fewer steps from a test file to what was touched, the earlier
-it runs; among equals, first those of the same room (`tests/quant/` for `qat/quant/`). Tests that took long when they
-last ran, and those for which no time is left, are left out and told. `make test` runs all.
+it runs; among equals, first those of the same room (`tests/quant/` for `qat/quant/`). pytest is given the nearest
+files alone, as many as the time is enough for, by how long their tests took when they last ran. Tests that took long,
+and what no time is left for, are left out and told. `make test` runs all.
 """
 
 import ast
@@ -14,6 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from itertools import accumulate
 from pathlib import Path
 
 import pytest
@@ -23,6 +25,8 @@ FOLDERS = (ROOT, ROOT / "benchmarks")  # where imports are looked up; see `pytho
 MAIN = "main"
 BEGIN = 40.0  # seconds in which tests may begin
 LONG = 3.0  # seconds, of a test that is left out
+WORKERS = 2
+UNKNOWN = 4.0  # seconds, of a file whose tests have not run yet
 UNTIL, TOUCHED = "QUICK_UNTIL", "QUICK_TOUCHED"  # that moment and those files, for pytest's workers
 TOOK_LONG, NO_TIME = f"each took more than {LONG:.0f} s", "no time was left"
 SHOWN = 8  # files
@@ -137,6 +141,16 @@ def nearest(far: dict[str, int], changed: list[str]) -> list[str]:
     return sorted((file for file in tests if (ROOT / file).is_file()), key=rank)
 
 
+def fitting(files: list[str], changed: list[str], taken: dict[str, float]) -> list[str]:
+    """The first of these test files, as many as there is time for: at least one."""
+    known: dict[str, float] = {}
+    for name, seconds in taken.items():
+        file = name.partition("::")[0]
+        known[file] = known.get(file, 0.0) + (seconds if seconds <= LONG or file in changed else 0.0)
+    ends = accumulate(known.get(file, UNKNOWN) for file in files)
+    return [file for file, end in zip(files, ends, strict=True) if end <= WORKERS * BEGIN] or files[:1]
+
+
 def main(argv: list[str]) -> int:
     """Finds the tests and runs them with pytest, which takes `argv`; returns the exit code."""
     until, changed = time.time() + BEGIN, touched()
@@ -145,9 +159,18 @@ def main(argv: list[str]) -> int:
         print(f"nothing that a test reads differs from {MAIN}" if changed else f"nothing differs from {MAIN}")
         return 0
     print(f"{len(changed)} files differ from {MAIN}, {len(tests)} test files read them", flush=True)
+    chosen = fitting(tests, changed, noted())
+    if left := tests[len(chosen) :]:
+        print(f"left out, as {NO_TIME}: {shown(left)}; make test runs them", flush=True)
     os.environ |= {UNTIL: str(until), TOUCHED: json.dumps(changed)}
-    order = ["--numprocesses", "2", "--dist", "loadfile", "--no-loadscope-reorder"]
-    return int(pytest.main(["-p", "tests.quick", *order, *argv, *tests]))
+    order = ["--numprocesses", str(WORKERS), "--dist", "loadfile", "--no-loadscope-reorder"]
+    return int(pytest.main(["-p", "tests.quick", *order, *argv, *chosen]))
+
+
+def shown(files: list[str]) -> str:
+    """The first of some files, and how many others there are."""
+    more = f" and {len(files) - SHOWN} more files" if len(files) > SHOWN else ""
+    return ", ".join(files[:SHOWN]) + more
 
 
 LENGTHY = pytest.StashKey[set[str]]()
@@ -176,8 +199,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         left = [report.nodeid for report in skipped if report.longrepr[2].endswith(reason)]
         files = list(dict.fromkeys(name.partition("::")[0] for name in left))
         if left:
-            more = f" and {len(files) - SHOWN} more files" if len(files) > SHOWN else ""
-            said = f"left out, as {reason}: {len(left)} tests of {', '.join(files[:SHOWN])}{more}; make test runs them"
+            said = f"left out, as {reason}: {len(left)} tests of {shown(files)}; make test runs them"
             terminalreporter.write_line(said)
 
 
@@ -185,6 +207,13 @@ def recorded(config: pytest.Config) -> dict[str, float]:
     """How many seconds each test took when it last ran here; nothing where pytest keeps no cache."""
     cache = getattr(config, "cache", None)
     taken: dict[str, float] = cache.get(RECORD, {}) if cache else {}
+    return taken
+
+
+def noted() -> dict[str, float]:
+    """The same before pytest runs."""
+    file = ROOT / ".pytest_cache" / "v" / RECORD
+    taken: dict[str, float] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     return taken
 
 

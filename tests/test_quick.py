@@ -138,6 +138,27 @@ def test_what_no_time_is_left_for_is_left_out_and_told(checkout):
     assert "left out, as no time was left: 4 tests of tests/quant/test_grid.py, tests/test_errors.py" in said
 
 
+def test_pytest_is_given_the_files_that_there_is_time_for():
+    files, taken = [f"tests/test_{letter}.py" for letter in "abcd"], dict[str, float]()
+    assert quick.fitting(files, [], taken) == files
+    taken = {f"{file}::test_{number}": 2.5 for file in files[:2] for number in range(15)}
+    taken[f"{files[0]}::test_long"] = 50.0
+    assert quick.fitting(files, [], taken) == files[:3]  # 37.5 s, 37.5 s, what a file takes that nobody knows; no more
+    assert quick.fitting(files, files[:1], taken) == files[:1]  # all tests of a file that was touched
+
+
+def test_a_file_that_there_is_no_time_for_is_told_and_not_collected(checkout, monkeypatch, capsys):
+    (checkout / "qat" / "quant" / "grid.py").write_text("x = 2")
+    monkeypatch.setattr(quick, "UNKNOWN", 79.0)
+    given: list[str] = []
+    monkeypatch.setattr(quick.pytest, "main", lambda words: given.extend(words) or 0)
+    monkeypatch.setattr(quick.os, "environ", {**os.environ})
+    assert quick.main(["-x"]) == 0
+    assert [word for word in given if word.endswith(".py")] == ["tests/quant/test_grid.py"]
+    said = "left out, as no time was left: tests/test_alike.py, tests/test_speed.py; make test runs them"
+    assert said in capsys.readouterr().out
+
+
 def test_where_nothing_differs_nothing_runs(checkout, capsys):
     assert quick.main([]) == 0
     assert capsys.readouterr().out == "nothing differs from main\n"

@@ -19,9 +19,9 @@ LONG = (*TINY, "train.steps=100000", "train.eval_every=50000", "train.save_every
 OURS = ("error: ", "interrupted", "this is a defect", "Traceback")
 
 
-def start(outputs, *words, together="torchrun"):
-    """A launch in two processes; those of torchrun are interpreters of their own."""
-    before = fork_pythons if together == "devices" else None
+def start(outputs, *words, together="torchrun", afresh=False):
+    """A launch in two processes; where they start afresh, those of torchrun are interpreters of their own."""
+    before = None if afresh else fork_pythons
     first, after = {"torchrun": (TORCHRUN, []), "devices": ([], ["instance.devices=2"]), "alone": ([], [])}[together]
     return Python(*first, LAUNCH, *words, *after, f"outputs={outputs}", before=before)
 
@@ -78,7 +78,7 @@ def alone(tmp_path_factory):
 def test_a_whole_job_under_torchrun_is_that_of_one_process(alone, tmp_path):
     outputs = tmp_path / "outputs"
     words = (*TINY, "train.steps=6", "train.eval_every=3", "tracker=wandb")
-    code, out, said = ended(start(outputs, *words))
+    code, out, said = ended(start(outputs, *words, afresh=True))
     assert (code, said) == (0, [])
     assert out.count("SR-001  v2_q2a4") == 1 and "layers converted" in out  # one voice
     for kind in ("models", "documents", "caches"):
