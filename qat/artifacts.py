@@ -9,21 +9,19 @@ An artifact that takes long is `resumable`: it is made in a partial folder with 
 the process ends, and the next process that asks for the artifact continues there.
 """
 
-import fcntl
 import hashlib
 import json
 import os
 import shutil
-import socket
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
-from qat import faults, json_objects, manifests, processes, provenance, scratch
+from qat import faults, json_objects, locks, manifests, processes, provenance, scratch
 from qat.console import size, waiting
 from qat.errors import ArtifactError, ConfigError, MissingError
 
@@ -267,16 +265,16 @@ def locked(folder: Path) -> Iterator[None]:
     The lock lives as long as the process that took it, so a killed one blocks nobody.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with open(folder.parent / f".{folder.name}.lock", "a+", encoding="utf-8") as file:
-        if not _took(file):
-            with waiting(f"another process is making {folder} ({_holder(file)})") as still:
-                while not _took(file):
-                    still()
-                    time.sleep(POLL_SECONDS)
-        file.truncate(0)
-        file.write(json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%H:%M:%S")}))
-        file.flush()
+    path = folder.parent / f".{folder.name}.lock"
+    if (lock := locks.take(path)) is None:
+        with waiting(f"another process is making {folder} ({locks.holder(path)})") as still:
+            while (lock := locks.take(path)) is None:
+                still()
+                time.sleep(POLL_SECONDS)
+    try:
         yield
+    finally:
+        lock.release()
 
 
 def sync_folder(folder: Path) -> None:
@@ -286,25 +284,6 @@ def sync_folder(folder: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-def _took(file: IO[str]) -> bool:
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
-
-
-def _holder(file: IO[str]) -> str:
-    """Who holds a lock, as it wrote itself into the file."""
-    file.seek(0)
-    try:
-        said = json.loads(file.read())
-        where = "" if said["host"] == socket.gethostname() else f" on {said['host']}"
-        return f"process {said['pid']}{where}, since {said['since']}"
-    except (ValueError, KeyError, TypeError):  # the holder has not written its name yet
-        return "it has just begun"
 
 
 @contextmanager

@@ -4,13 +4,17 @@ A process keeps its GPU to its end: torch reads `CUDA_VISIBLE_DEVICES` once, and
 several jobs of a sweep one after the other.
 """
 
-import fcntl
 import os
 import tempfile
 from pathlib import Path
-from typing import IO
+from typing import TYPE_CHECKING
 
-_taken: list[IO[str]] = []  # lock file of this process's GPU, kept open until the process ends
+from qat import locks
+
+if TYPE_CHECKING:
+    from filelock import BaseFileLock
+
+_taken: list["BaseFileLock"] = []  # the lock of this process's GPU, kept until the process ends
 
 
 def visible() -> list[str]:
@@ -32,11 +36,8 @@ def take_one(number: int) -> None:
 
 
 def _lock(name: str) -> bool:
-    file = open(Path(tempfile.gettempdir()) / f"qat-gpu-{os.getuid()}-{name.replace('/', '_')}.lock", "w")  # noqa: SIM115
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.close()
-        return False
-    _taken.append(file)
-    return True
+    user = os.getuid() if hasattr(os, "getuid") else ""  # on Windows each has temporary files of his own
+    lock = locks.take(Path(tempfile.gettempdir()) / f"qat-gpu-{user}-{name.replace('/', '_')}.lock")
+    if lock is not None:
+        _taken.append(lock)
+    return lock is not None

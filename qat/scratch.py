@@ -2,12 +2,12 @@
 
 Its name says what it becomes and on which host, `.best.1f3a90c2-x7k2m9qa.scratch`, and who fills it holds its
 lock, which the kernel releases when the process is gone, however it went. So whoever comes next can tell what is
-nobody's, and sweeps that away. Where a lock says nothing, of another host or on a file system without locks,
-scratch is nobody's once nothing in it has changed for a day.
+nobody's, and sweeps that away. Where a lock says nothing, of another host or on a system without locks, scratch is
+nobody's once nothing in it has changed for a day. What is locked is the file or folder itself (flock(2)): it is
+renamed into its place or removed, and a lock file beside it (`qat/locks.py`) would stay behind each.
 """
 
 import ctypes
-import fcntl
 import hashlib
 import os
 import re
@@ -18,6 +18,11 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:  # Windows has no locks of folders
+    fcntl = None  # type: ignore[assignment]
 
 SUFFIX = ".scratch"
 HOST = hashlib.sha256(socket.gethostname().encode()).hexdigest()[:8]
@@ -82,6 +87,9 @@ def remove_if_empty(path: Path) -> None:
 @contextmanager
 def locked(path: Path, wait: bool = True) -> Iterator[bool | None]:
     """Takes the lock of a file or folder: False where it is another's, or gone; None where there are no locks."""
+    if fcntl is None:
+        yield None if path.exists() else False
+        return
     try:
         handle = os.open(path, os.O_RDONLY)
     except OSError:
@@ -147,7 +155,7 @@ def _remove(path: Path) -> None:
 
 def _exchanged(one: Path, other: Path) -> bool:
     """Exchanges two names at once, where the system and the file system can."""
-    rename = getattr(ctypes.CDLL(None), "renameat2", None)
+    rename = getattr(ctypes.CDLL(None), "renameat2", None) if os.name == "posix" else None
     if rename is None:
         return False
     return rename(AT_FDCWD, os.fsencode(one), AT_FDCWD, os.fsencode(other), RENAME_EXCHANGE) == 0

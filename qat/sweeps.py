@@ -5,7 +5,6 @@ the first job starts, and a key over what its configuration decides. Each job ha
 run, so the jobs that are complete can be told from the rest whatever happened to the process.
 """
 
-import fcntl
 import math
 import os
 import shlex
@@ -15,7 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from qat import bounded, names, plans, scratch
+from qat import bounded, locks, names, plans, scratch
 from qat.artifacts import content_key, write_json, write_text
 from qat.config import Config
 from qat.errors import ArtifactError, ConfigError, MissingError
@@ -154,12 +153,14 @@ def held(sweep: Sweep) -> Iterator[None]:
     Raises:
         ConfigError: another process runs it.
     """
-    with open(sweep.folder / ".lock", "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ConfigError(f"{sweep.folder} is this very sweep, and another process is running it") from None
+    path = sweep.folder / ".lock"
+    if (lock := locks.take(path)) is None:
+        who = f"another process is running it ({locks.holder(path)})"
+        raise ConfigError(f"{sweep.folder} is this very sweep, and {who}")
+    try:
         yield
+    finally:
+        lock.release()
 
 
 def has_job(folder: Path) -> bool:

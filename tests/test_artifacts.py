@@ -30,18 +30,20 @@ from qat.errors import ArtifactError, ConfigError, MissingError
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# A process that makes one artifact in two steps and leaves a line in `made` for each time it does.
+# A process that makes one artifact in two steps, with a pause until there is a file, and leaves a line in `made` for
+# each time it does.
 MAKER = """
 import logging, os, pathlib, sys, time
 from qat.artifacts import obtain
-root, seconds = pathlib.Path(sys.argv[1]), float(sys.argv[2])
+root, awaited = map(pathlib.Path, sys.argv[1:])
 logging.basicConfig(stream=sys.stdout, level=logging.INFO, format="%(message)s")
 
 def make(folder):
     with open(root / "made", "a") as file:
         file.write(f"{os.getpid()}\\n")
     (folder / "first").write_text("1")
-    time.sleep(seconds)
+    while not awaited.exists():
+        time.sleep(0.005)
     (folder / "second").write_text("2")
     return {"maker": os.getpid()}
 
@@ -52,8 +54,8 @@ leaves = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) 
 trees = st.dictionaries(st.text(max_size=3), leaves | st.dictionaries(st.text(max_size=3), leaves, max_size=3))
 
 
-def start(root, seconds):
-    command = [sys.executable, "-c", MAKER, str(root), str(seconds)]
+def start(root, awaited):
+    command = [sys.executable, "-c", MAKER, str(root), str(awaited)]
     return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
 
 
@@ -232,20 +234,21 @@ def test_damaged_artifact_is_refused_and_not_made_again(made, tmp_path):
 
 
 def test_two_processes_at_once_make_it_once(tmp_path):
-    first = start(tmp_path, 0.6)
+    first = start(tmp_path, tmp_path / "go")
     wait_for((tmp_path / "made").exists)
-    second = start(tmp_path, 0.6)
+    second = start(tmp_path, tmp_path / "go")
+    said = second.stdout.readline()
+    assert said.startswith("waiting: another process is making") and f"(process {first.pid}, since " in said
+    (tmp_path / "go").touch()
     outputs = [process.communicate(timeout=30)[0].splitlines() for process in (first, second)]
-    makers = (tmp_path / "made").read_text().split()
-    assert makers == [str(first.pid)]
-    assert outputs[0] == [str(first.pid)]
-    assert outputs[1][0].startswith("waiting: another process is making") and outputs[1][1:] == [str(first.pid)]
+    assert outputs == [[str(first.pid)]] * 2
+    assert (tmp_path / "made").read_text().split() == [str(first.pid)]
 
 
 def test_killed_maker_blocks_nobody_and_its_leftovers_are_swept(tmp_path):
-    first = start(tmp_path, 60)
+    first = start(tmp_path, tmp_path / "never")
     wait_for(lambda: list(tmp_path.glob("kind/.name-*.scratch/first")))
-    second = start(tmp_path, 0)
+    second = start(tmp_path, tmp_path)
     assert second.stdout.readline().startswith("waiting")
     first.send_signal(signal.SIGKILL)
     assert second.communicate(timeout=30)[0].strip() == str(second.pid)
