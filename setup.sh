@@ -22,12 +22,12 @@ die() {
 # A name on the PATH proves nothing: version managers leave stubs that do not start, and some
 # systems ship Python without the module that makes environments. So each candidate is tried.
 usable() {
-    "$1" -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1
+    "$1" -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11, 4))' >/dev/null 2>&1
 }
 
 find_python() {
     if [ -n "${PYTHON:-}" ]; then
-        usable "$PYTHON" || die "PYTHON=$PYTHON is not a Python 3.11 or newer that can make environments (venv)."
+        usable "$PYTHON" || die "PYTHON=$PYTHON is not a Python 3.11.4 or newer that can make environments (venv)."
         echo "$PYTHON"
         return
     fi
@@ -37,7 +37,7 @@ find_python() {
             return
         fi
     done
-    die "No Python 3.11 or newer with the venv module was found on the PATH: install one, or name it with PYTHON=/path/to/python."
+    die "No Python 3.11.4 or newer with the venv module was found on the PATH: install one, or name it with PYTHON=/path/to/python."
 }
 
 check_space() {

@@ -7,7 +7,6 @@ Models that converse are asked through their chat template, without thoughts, ex
 of the conversation: what `lm_eval --apply_chat_template --model_args enable_thinking=False,…` does.
 """
 
-import difflib
 import io
 import logging
 import math
@@ -22,6 +21,7 @@ from qat.errors import ConfigError, MissingError, NumericsError, reason
 from qat.evaluate import local
 from qat.machine import Machine
 from qat.quant.linear import baked
+from qat.suggest import did_you_mean
 
 SUFFIXES = (".yaml", ".yml")
 STDERR = "_stderr"
@@ -97,10 +97,9 @@ class Harness:
 
         known = self._manager.all_tasks
         if not task.endswith(SUFFIXES) and task not in known:
-            near = difflib.get_close_matches(task, known, n=1)
-            hint = f" (did you mean {near[0]}?)" if near else ""
+            like = did_you_mean(task, known)
             raise ConfigError(
-                f"evaluate.tasks: lm-eval knows no task {task}{hint}; a task of your own is named by its YAML file"
+                f"evaluate.tasks: lm-eval knows no task {task}{like}; a task of your own is named by its YAML file"
             )
         try:
             self._manager.load([task])
