@@ -35,11 +35,15 @@ def words(line: str) -> list[str]:
     return shlex.split(line, comments=True)[2:]
 
 
+@pytest.fixture(scope="module")
+def config():
+    return main.check(arguments.parse([])).configs[0]
+
+
 @pytest.fixture
-def runs(tmp_path, monkeypatch):
+def runs(config, tmp_path, monkeypatch):
     """A current directory with two recorded runs."""
     monkeypatch.chdir(tmp_path)
-    config = main.check(arguments.parse([])).configs[0]
     for name in ("SR-001", "SR-002"):
         folder = tmp_path / "outputs" / name
         folder.mkdir(parents=True)

@@ -83,8 +83,7 @@ def unpack(path: Path, folder: Path, caps: Caps = CAPS) -> int:
     with _decompressed(path) as raw:
         stream = _Stream(raw, caps.bytes, path)
         try:
-            opened = tarfile.open(fileobj=cast(IO[bytes], stream), mode="r:", errorlevel=2, copybufsize=CHUNK)
-            with opened as tar:
+            with tarfile.open(fileobj=cast(IO[bytes], stream), mode="r:", errorlevel=2) as tar:
                 for entry in _entries(tar, caps, path):
                     parts = _checked(entry, seen, listed, caps, path)
                     written += entry.size if entry.isreg() else 0

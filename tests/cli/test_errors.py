@@ -287,9 +287,7 @@ def test_mistake_is_one_helpful_line(line, hint, littered, capfd):
     assert sorted(littered.rglob("*")) == before
 
 
-@pytest.mark.parametrize(
-    "line", ["trian.lr=1", "--foo", "-m train.lr=1,0", "stage=export export=packed export.output=new"]
-)
+@pytest.mark.parametrize("line", ["-m train.lr=1,0", "stage=export export=packed export.output=new"])
 def test_mistake_in_a_process(line, launch_alone, here):
     done = launch_alone(*line.split())
     assert done.code == 2
