@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+import shutil
 from pathlib import Path
 
 import pytest
@@ -36,19 +37,20 @@ def words(line: str) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def config():
-    return main.check(arguments.parse([])).configs[0]
+def recorded(tmp_path_factory):
+    """An outputs folder with two recorded runs."""
+    config, outputs = main.check(arguments.parse([])).configs[0], tmp_path_factory.mktemp("recorded") / "outputs"
+    for name in ("SR-001", "SR-002"):
+        (outputs / name).mkdir(parents=True)
+        job.record(config, outputs / name)
+    return outputs
 
 
 @pytest.fixture
-def runs(config, tmp_path, monkeypatch):
-    """A current directory with two recorded runs."""
+def runs(recorded, tmp_path, monkeypatch):
+    """A current directory with a copy of it."""
     monkeypatch.chdir(tmp_path)
-    for name in ("SR-001", "SR-002"):
-        folder = tmp_path / "outputs" / name
-        folder.mkdir(parents=True)
-        job.record(config, folder)
-    return tmp_path
+    shutil.copytree(recorded, tmp_path / "outputs")
 
 
 @pytest.mark.parametrize("line", in_documents())

@@ -3,6 +3,7 @@
 import json
 import random
 import re
+import shutil
 import signal
 import time
 
@@ -58,8 +59,15 @@ def twin(tmp_path_factory):
     return outputs
 
 
-def test_sweep_killed_twice_at_random_ends_with_every_job_complete_and_equal_to_its_twin(twin, tmp_path):
-    dice, killed = random.Random(3), tmp_path / "killed"
+@pytest.fixture
+def outputs(twin, tmp_path):
+    """Another outputs folder, in which what the jobs share is made already."""
+    shutil.copytree(twin / "artifacts", tmp_path / "outputs" / "artifacts")
+    return tmp_path / "outputs"
+
+
+def test_sweep_killed_twice_at_random_ends_with_every_job_complete_and_equal_to_its_twin(twin, outputs):
+    dice, killed = random.Random(3), outputs
     done: set[str] = set()
     for _ in range(KILLS):
         launch = Launch(killed, *SWEEP)
@@ -80,8 +88,7 @@ def test_sweep_killed_twice_at_random_ends_with_every_job_complete_and_equal_to_
     assert len(json.loads(summary.read_text())["jobs"]) == JOBS
 
 
-def test_ctrl_c_saves_the_running_job_which_later_goes_on_from_there(twin, tmp_path):
-    outputs = tmp_path / "outputs"
+def test_ctrl_c_saves_the_running_job_which_later_goes_on_from_there(twin, outputs):
     launch = Launch(outputs, *SWEEP)
     second = outputs / "sweep-001" / "SR-002" / "metrics.jsonl"
     launch.wait_for(lambda: second.is_file() and len(second.read_text().splitlines()) >= STOPPED_AFTER)

@@ -23,13 +23,15 @@ def test_words_of_the_command_line(text, compose):
 
 def test_words_of_files(compose, here):
     plain = [word for word in LOOKALIKES if word[0] not in "[{" and " " not in word]
+    for text in plain:
+        assert words.as_text(f"run:\n  notes: {text}\n", Config) == {"run": {"notes": text}}
     (here / "own" / "experiment").mkdir(parents=True)
-    listed = ", ".join(f"'{text}', {text}, {text}x" for text in plain)
-    written = f"run:\n  notes: 1e3\n  goal: true\nexport:\n  output: '007'\ndata:\n  path: [{listed}]\n"
+    listed = ", ".join(f"'{text}', {text}x" for text in plain)
+    written = f"run:\n  notes: 1e3\n  goal: ~\nexport:\n  output: 'null'\ndata:\n  path: [{listed}]\n"
     (here / "own" / "experiment" / "mine.yaml").write_text(f"# @package _global_\n{written}")
     config = compose("--config-dir", "own", "+experiment=mine", "stage=convert", "cache.path=own")
-    assert (config.run.notes, config.run.goal, config.export.output) == ("1e3", "true", "007")
-    assert config.data.path == [word for text in plain for word in (text, text, f"{text}x")]
+    assert (config.run.notes, config.run.goal, config.export.output) == ("1e3", "~", "null")
+    assert config.data.path == [word for text in plain for word in (text, f"{text}x")]
 
 
 def test_null_is_none_where_a_key_may_be_none(compose):

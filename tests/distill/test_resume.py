@@ -135,7 +135,7 @@ def test_two_processes_train_as_one(outputs, training, whole, start, launcher):
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     before, after = (torchrun, []) if launcher == "torchrun" else ([], [launcher])
     words = (*before, launching.LAUNCH, "+debug=tiny", f"outputs={outputs}", *plain, *after)
-    code, _, err = launching.Python(*words, before=None if before else launching.fork_pythons).ended()
+    code, _, err = launching.Python(*words, before=launching.fork_pythons).ended()
     assert code == 0, err
     two = max(outputs.glob("SR-*"))
     assert int(two.name[3:]) == int(one.name[3:]) + 1
