@@ -320,8 +320,7 @@ def test_a_sequence_that_never_fits_is_told_in_one_sentence(student, readers):
         steps_of(trainer)
 
 
-@pytest.mark.parametrize("which", [signal.SIGTERM, signal.SIGINT])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(("dtype", "which"), [(torch.float32, signal.SIGTERM), (torch.float16, signal.SIGINT)])
 def test_a_stopped_run_goes_on_to_the_same_bits(checkpoint, teacher, readers, tmp_path, monkeypatch, dtype, which):
     train = replace(TRAIN, steps=7, learn=ALL, lr=1e-2, save_every=2)
     monkeypatch.setattr(Scaler, "PATIENCE", 3)  # so that its state changes on the way
