@@ -1,15 +1,16 @@
 """Processes that work together, one GPU each: this one's place among them, read off the environment here alone.
 
 They are started by `torchrun` or by `instance.devices`, which says the same. Those that train one student each
-compute their rows of every global batch and meet once a step, where the gradients of the few learning tensors are
-summed; every one then makes the same update from the same numbers, so nothing else needs to be sent.
+compute their rows of every global batch. Where few numbers learn, they meet once a step: gradients are summed, and
+every one makes the same update. Where latent weights learn, each holds the states of its share of the layers
+(`qat.quant.shards`).
 """
 
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 from qat.errors import RankError
 
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+BROUGHT_BYTES = 1 << 26  # of a tensor that are on their way to the first process at a time
 PLACE = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}  # torchrun's variables, with a lone process's values
 
 
@@ -53,14 +55,142 @@ class Ranks:
             return
         import torch.distributed as dist
 
-        try:
+        with self._told():
             for tensor in tensors:
                 dist.all_reduce(tensor)
+
+    def any(self, here: bool, device: "torch.device") -> bool:
+        """Whether something is so for at least one of the ranks. Waits for the device.
+
+        Raises:
+            RankError: one of them is gone.
+        """
+        import torch
+
+        count = torch.full((), float(here), dtype=torch.float32, device=device)
+        self.sum_([count])
+        return bool(count.item() > 0)
+
+    def tell(self, text: str, device: "torch.device") -> str:
+        """What the first rank says; what others give is not looked at.
+
+        Raises:
+            RankError: one of them is gone.
+        """
+        if self.count == 1:
+            return text
+        import torch
+        import torch.distributed as dist
+
+        said = torch.tensor(list(text.encode()), dtype=torch.uint8, device=device)
+        size = torch.tensor(len(said), dtype=torch.int64, device=device)
+        with self._told():
+            dist.broadcast(size, 0)
+            said = said if self.first else said.new_empty(int(size))
+            if len(said):
+                dist.broadcast(said, 0)
+        return bytes(said.tolist()).decode()
+
+    def trade(self, tensor: "Tensor", sizes: list[int]) -> "Trade":
+        """Sends every rank its part of a flat tensor, and gets from every rank what that has for this one.
+
+        Args:
+            tensor: the parts in the order of the ranks, contiguous; its type is the same everywhere.
+            sizes: numbers in each part, the same everywhere; 0 for a rank that gets nothing.
+
+        Raises:
+            RankError: one of them is gone.
+        """
+        import torch.distributed as dist
+
+        own = sizes[self.rank]
+        found = tensor.new_empty(own * self.count)
+        with self._told():
+            work = dist.all_to_all_single(found, tensor, [own] * self.count, sizes, async_op=True)
+        return Trade(self, work, list(found.chunk(self.count)) if own else [], tensor)
+
+    def spread(self, whole: "Tensor") -> "Trade":
+        """Fills a flat tensor of as many equal parts as there are ranks, each of which has computed its own.
+
+        It is whole, and may be written again, once the trade has been waited for.
+
+        Raises:
+            RankError: one of them is gone.
+        """
+        import torch.distributed as dist
+
+        # torch 2.13 renamed it, and warns of the older name
+        all_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+        own = whole.chunk(self.count)[self.rank]
+        own = own if own.is_cuda else own.clone()  # NCCL takes a part of the whole as its input, Gloo does not say
+        with self._told():
+            work = all_gather(whole, own, async_op=True)
+        return Trade(self, work, [whole], own)
+
+    def bring(self, tensor: "Tensor", owner: int, device: "torch.device") -> "Tensor":
+        """What `owner` has: in the host memory of the first rank a copy, elsewhere the tensor that was given.
+
+        Args:
+            tensor: the owner's; elsewhere any of its shape and type.
+            owner: a rank.
+            device: of this process.
+
+        Raises:
+            RankError: one of them is gone.
+        """
+        import torch
+        import torch.distributed as dist
+
+        if owner == self.rank == 0:
+            return tensor.detach().to("cpu", copy=True)
+        if owner == 0:
+            return tensor
+        mine = tensor.detach().contiguous().flatten().view(torch.uint8) if owner == self.rank else None
+        made = torch.empty(tensor.shape, dtype=tensor.dtype) if self.first else None
+        size = tensor.numel() * tensor.element_size()
+        for start in range(0, size, BROUGHT_BYTES):
+            part = slice(start, min(size, start + BROUGHT_BYTES))
+            empty = torch.empty(part.stop - start, dtype=torch.uint8, device=device)
+            piece = empty if mine is None else mine[part].to(device)
+            with self._told():
+                dist.broadcast(piece, owner)
+            if made is not None:
+                made.view(-1).view(torch.uint8)[part].copy_(piece)
+        return tensor if made is None else made
+
+    @contextmanager
+    def _told(self) -> Iterator[None]:
+        try:
+            yield
         except RuntimeError as error:  # type and text of the error depend on the communication backend
+            import torch
+
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
             raise RankError(
                 f"another of the {self.count} processes that train together has ended:"
                 " when its own cause is mended, run.resume=<this run> goes on from the last state"
             ) from error
+
+
+@dataclass(frozen=True)
+class Trade:
+    """Tensors under way between ranks: `found`, from each in order, and `sent`, which lives until it has left."""
+
+    ranks: Ranks
+    work: Any
+    found: "list[Tensor]"
+    sent: "Tensor" = field(repr=False)
+
+    def wait(self) -> "list[Tensor]":
+        """What was found, there: what the device computes from now on may read it.
+
+        Raises:
+            RankError: one of the ranks is gone.
+        """
+        with self.ranks._told():
+            self.work.wait()
+        return self.found
 
 
 def place() -> Ranks:
