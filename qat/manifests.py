@@ -35,6 +35,13 @@ def _path(value: Any, where: str) -> None:
         raise Wrong(f"{where} is {value!a}, and a path inside the folder belongs there")
 
 
+def positive(value: Any, where: str) -> None:
+    """A rule: a finite number above 0."""
+    number()(value, where)
+    if value <= 0:
+        raise Wrong(f"{where} is {value!a}, and a number above 0 belongs there")
+
+
 def _format(value: Any, where: str) -> None:
     """A rule: a format of quantized weights, a codebook where no other is named."""
     NAMED(value, where)
@@ -172,6 +179,9 @@ PACKED = record(
         ),
     }
 )
+
+# Fields of PEFT's `adapter_config.json` beside a checkpoint's adapters.
+ADAPTERS = record({"peft_type": one_of("LORA"), "r": SIDE, "lora_alpha": positive})
 
 # Fields of the settings beside files of the older scripts; each of them may be missing.
 V2_SETTINGS = record(

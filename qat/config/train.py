@@ -35,6 +35,8 @@ class ModeConfig:
     mlp: bool = key(MISSING, "gate, up and down learn")
     attn: bool = key(MISSING, "q, k, v and o learn")
     embed: bool = key(False, "embedding and head learn too, where they are quantized to fewer than 8 bits")
+    rank: int = key(0, "of low-rank adapters, which learn in place of these layers' own parts; 0 has none", low=0)
+    alpha: float = key(16.0, "what adapters add counts alpha / rank times", above=0)
 
 
 @dataclass
@@ -65,7 +67,7 @@ class TrainConfig:
 
     steps: int = key(40, "updates", low=1)
     batch_size: int = key(16, "sequences a step", low=1)
-    lr: float = key(1e-3, "relative to each tensor's root mean square", above=0)
+    lr: float = key(1e-3, "relative to each tensor's root mean square; of adapters as it is", above=0)
     learn: LearnConfig = section(LearnConfig)
     warmup: float = key(0.1, "share of the steps in which the rate rises", low=0, high=1)
     weight_decay: float = key(0.0, "decoupled, times the learning rate", low=0)

@@ -5,16 +5,16 @@ import math
 import torch
 from torch import Tensor
 
-from qat.config import TrainConfig
-from qat.distill.parameters import Parameter
+from qat.config import LearnConfig, TrainConfig
+from qat.distill.parameters import ADAPTERS, Parameter
 
 
 class Optimizer:
     """AdamW (Loshchilov & Hutter 2019) whose rate for each tensor is relative to its root mean square.
 
     Codebooks are of order one and unit-norm scales of order one over the root of the layer's width: one
-    absolute rate would freeze the first or shake the second. Rates are rounded to two digits, so that
-    tensors of about one size go through one fused kernel.
+    absolute rate would freeze the first or shake the second. Adapters, half of which begin at zero, have an absolute
+    one, as everywhere. Rates are rounded to two digits, so that tensors of about one size go through one fused kernel.
 
     Scaling, clipping and skipping happen on the device, inside that kernel: nothing waits for the host.
     """
@@ -24,8 +24,8 @@ class Optimizer:
         sizes = torch.stack([p.value.detach().square().mean().sqrt() for p in parameters]).tolist()
         groups: dict[float, list[Tensor]] = {}
         for parameter, size in zip(parameters, sizes, strict=True):
-            rate = train.lr * getattr(train.learn, parameter.kind) * parameter.pace * max(size, 1e-8)
-            groups.setdefault(float(f"{rate:.1e}"), []).append(parameter.value)
+            factor = 1.0 if parameter.kind == ADAPTERS else _factor(parameter, train.learn) * max(size, 1e-8)
+            groups.setdefault(float(f"{train.lr * factor:.1e}"), []).append(parameter.value)
         self._base = torch.tensor(list(groups), dtype=torch.float32, device=device)
         self._rates = self._base.clone()
         self._factor = torch.ones((), dtype=torch.float32, device=device)
@@ -63,6 +63,12 @@ class Optimizer:
                 value = tensors.get(f"{parameter.name}.{name}")
                 if value is not None:
                     self.adam.state[parameter.value][name] = value.to(parameter.value.device, copy=True)
+
+
+def _factor(parameter: Parameter, learn: LearnConfig) -> float:
+    """What `train.lr` is multiplied with for a parameter, besides its root mean square."""
+    kind: float = getattr(learn, parameter.kind)
+    return kind * parameter.pace
 
 
 def factor(step: int, train: TrainConfig) -> float:

@@ -10,9 +10,10 @@ from collections.abc import Callable, Generator, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, fields
 from types import FrameType
+from typing import cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from qat.cache.batch import Batch
@@ -30,8 +31,9 @@ from qat.fidelity import Sample
 from qat.forward import hidden_states, prepare
 from qat.machine import Machine
 from qat.processes import Ranks
+from qat.quant import adapter
 from qat.quant.architectures import learns
-from qat.quant.linear import Quantized
+from qat.quant.linear import Quantized, QuantLinear
 
 log = logging.getLogger(__name__)
 
@@ -102,18 +104,19 @@ class Trainer:
             layers: name to kind and module.
             cache: readers of the training and the evaluation split.
             train: steps, batch and rates.
-            mode: which kinds of layers learn; the weights of others are computed once and kept.
+            mode: which kinds of layers learn, or get adapters that do; weights that stay are computed once and kept.
             loss: the distillation loss.
             machine: micro-batch and compute type.
-            seed: of the data order.
+            seed: of the data order, and of what new adapters are drawn from.
             ranks: the processes that share each batch.
 
         Raises:
-            ConfigError: nothing learns.
+            ConfigError: nothing learns, or it has adapters of another rank or weight already.
         """
         self.student, self.train, self.machine, self.seed, self.ranks = student, train, machine, seed, ranks
         self.training, self.held_out_rows = cache
         learning = _learning(layers, mode, machine.dtype)
+        _put_adapters(student, learning, mode, seed)
         if train.learn.latent > 0:
             kinds = {name: kind for name, (kind, _) in layers.items()}
             curvature.measure(student, learning, kinds, self.training, ranks)
@@ -352,12 +355,25 @@ def _fingerprint(layers: dict[str, tuple[str, Quantized]], learned: set[str]) ->
 def _learning(
     layers: dict[str, tuple[str, Quantized]], mode: ModeConfig, dtype: torch.dtype
 ) -> dict[str, Quantized]:
-    """The layers that learn; the weights of the others are computed once."""
+    """The layers that learn; the weights of the others, and of those that learn by adapters, are computed once."""
     found = {name: layer for name, (role, layer) in layers.items() if learns(mode, role, layer.format)}
     for name, (_, layer) in layers.items():
-        if name not in found:
+        if name not in found or mode.rank:
             layer.bake(dtype)
     return found
+
+
+def _put_adapters(student: nn.Module, layers: dict[str, Quantized], mode: ModeConfig, seed: int) -> None:
+    """Gives layers adapters, if these are to learn; those that a checkpoint brought go on."""
+    for known in adapter.adapters(student).values():
+        if (known.rank, known.alpha) != (mode.rank, mode.alpha):
+            theirs, given = (f"mode.rank={of.rank} mode.alpha={of.alpha:g}" for of in (known, mode))
+            raise ConfigError(
+                f"the checkpoint has adapters of {theirs}, which training with {given} would not go on with: use"
+                f" mode=lora {theirs}, or a checkpoint without adapters"
+            )
+    if mode.rank:
+        adapter.begin(cast(dict[str, QuantLinear], layers), mode.rank, mode.alpha, seed)
 
 
 class Stopped(KeyboardInterrupt):
