@@ -6,21 +6,22 @@ holds. PEFT calls a layer `base_model.model.<layer>` and its matrices `lora_A.we
 """
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from qat import json_objects, tensor_files
+from qat import json_objects, manifests, tensor_files
+from qat.checkpoint_files import ADAPTERS
 from qat.errors import ArtifactError, reason
-from qat.manifests import ADAPTERS
 from qat.quant import adapter
 from qat.quant.adapter import Adapter
 from qat.quant.linear import QuantHead, QuantLinear, quantized
 from qat.tensor_files import Wanted
 
-FILE, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+FILE, CONFIG = ADAPTERS, "adapter_config.json"
 ABOVE = "base_model.model."  # what PEFT's own modules around the model add to names
 MATRICES = {"A": "lora_A.weight", "B": "lora_B.weight"}
 
@@ -81,7 +82,7 @@ def read(model: nn.Module, folder: Path, remedy: str) -> None:
     path = folder / CONFIG
     try:
         said = json_objects.read(path)
-        ADAPTERS(said, "")
+        manifests.ADAPTERS(said, "")
     except (OSError, ValueError) as error:  # `Wrong` is one of the latter
         raise ArtifactError(f"{path} describes no adapters ({reason(error)}): {remedy}") from None
     layers = adaptable(model)
@@ -101,6 +102,13 @@ def read(model: nn.Module, folder: Path, remedy: str) -> None:
             if value is None:
                 raise ArtifactError(f"{folder / FILE} lacks {_key(name, matrix)}: {remedy}")
             made.get_parameter(matrix).copy_(value)
+
+
+def copy_adapters(checkpoint: Path, folder: Path) -> None:
+    """Copies the adapters of a checkpoint's folder to a new one, which has nothing else."""
+    folder.mkdir()
+    for name in (FILE, CONFIG):
+        shutil.copyfile(checkpoint / name, folder / name)
 
 
 def _named(found: dict[str, Adapter]) -> dict[str, Tensor]:

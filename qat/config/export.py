@@ -40,6 +40,7 @@ class ExportConfig:
     dense: bool = key(
         False, "in export.dtype are, gguf: layers in no type of llama.cpp; packed: embedding and head, if not quantized"
     )
+    merge: bool = key(False, "hf: adapters are added to weights; else they lie beside, in adapter/, as PEFT reads them")
     scales: ScaleForm = key(ScaleForm.factored, "coreml")
     context: int = key(512, "coreml: tokens that the key-value cache holds", low=1)
     output: str | None = key(None, "a new folder, or an older export to replace")

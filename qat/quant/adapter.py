@@ -76,6 +76,12 @@ def begin(layers: "dict[str, QuantLinear]", rank: int, alpha: float, seed: int) 
             put(layer, rank, alpha).draw(generator(seed, number))
 
 
+def remove(model: nn.Module) -> None:
+    """Takes the adapters off a model."""
+    for name in adapters(model):
+        cast("QuantLinear", model.get_submodule(name)).adapter = None
+
+
 def size(model: nn.Module) -> int:
     """Numbers in all adapters of a model."""
     return sum(cast(Tensor, parameter).numel() for one in adapters(model).values() for parameter in one.parameters())

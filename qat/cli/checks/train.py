@@ -1,5 +1,6 @@
 """Checks training: some parameters are trained, the loss is defined, and every process has work."""
 
+from qat.checkpoint_files import has_adapters
 from qat.cli.checks.checkpoint import manifest
 from qat.config import Config, LossConfig, Stage
 from qat.errors import ConfigError
@@ -12,6 +13,7 @@ def check(config: Config) -> None:
     if config.stage in TRAINS:
         _check_mode(config)
         _check_learning(config)
+        _check_adapters(config)
         _check_batches(config)
     _check_loss(config.loss)
 
@@ -30,6 +32,7 @@ def _check_mode(config: Config) -> None:
     for kind, learns in learning.items():
         if learns and not (quant.get(kind) or quant.get("layers")):
             fitting = [f"mode={kind}" for kind in ("mlp", "attn") if quant.get(kind)]
+            fitting = [f"mode.{kind}=false"] if config.mode.rank and fitting else fitting
             raise ConfigError(
                 f"mode={config.mode.name} trains the {kind} layers, for which {whose} has no format"
                 + (f": use {fitting[0]}" if fitting else "")
@@ -42,6 +45,31 @@ def _check_learning(config: Config) -> None:
     learn = config.train.learn
     if not any((learn.scales, learn.codebooks, learn.latent, learn.norms)):
         raise ConfigError("train.learn.scales, codebooks, latent and norms are all 0: nothing would learn")
+
+
+def _check_adapters(config: Config) -> None:
+    """Checks that adapters learn alone, and that what learns is not beside adapters that do not."""
+    mode, learn, described = config.mode, config.train.learn, manifest(config)
+    if config.first and config.first.mode.rank:
+        raise ConfigError(
+            f"first.mode.rank={config.first.mode.rank}: the student that is trained first is converted, and adapters"
+            " are not: use another first.mode"
+        )
+    if not mode.rank and described is not None and has_adapters(described):
+        raise ConfigError(
+            f"mode={mode.name}: checkpoint={config.checkpoint.path} has adapters, beside which nothing else learns: use"
+            " mode=lora, or the checkpoint that they were trained on"
+        )
+    if not mode.rank:
+        return
+    if mode.embed:
+        raise ConfigError("mode.embed=true: adapters are for layers of the decoder: use mode.rank=0, as mode=e2e has")
+    for kind in ("latent", "norms"):
+        if (rate := getattr(learn, kind)) > 0:
+            raise ConfigError(
+                f"train.learn.{kind}={rate:g}: with mode.rank={mode.rank} adapters learn and the student stays as it"
+                f" is: use train.learn.{kind}=0, or mode=e2e"
+            )
 
 
 def _check_batches(config: Config) -> None:
