@@ -196,9 +196,7 @@ def places(parts: list[Part], machine: Machine) -> list[Place]:
     ]
 
 
-def remedy(
-    config: Config, shapes: Shapes, jobs: Jobs, machine: Machine, phase: str, least: bool = False
-) -> list[str]:
+def remedy(config: Config, shapes: Shapes, jobs: Jobs, machine: Machine, phase: str, least: bool = False) -> list[str]:
     """The cheapest keys with which a phase fits, as typed; none where all of them together do not help.
 
     Changes are tried in the order of what they cost: time alone, then precision of the conversion, then of the student.
@@ -268,7 +266,7 @@ def _cheaper(config: Config) -> Iterator[tuple[str, Change]]:
         if getattr(config.quant, role) is not None:
             yield f"quant.{role}=null", setting(f"quant.{role}", None)
     if config.mode.mlp and config.mode.attn:
-        yield "mode=mlp", setting("mode.attn", False)
+        yield "mode.attn=false" if config.mode.rank else "mode=mlp", setting("mode.attn", False)
 
 
 def phases(config: Config, shapes: Shapes, jobs: list[Job], machine: Machine) -> Iterator[tuple[str, list[Part]]]:
@@ -409,7 +407,8 @@ def _scales(layer: Layer) -> int:
 
 def _training(job: Job, config: Config, shapes: Shapes, machine: Machine) -> list[Part]:
     train, dtype, prefix = job.train, machine.dtype.itemsize, job.prefix
-    learning = [layer for layer in job.layers if learns(job.mode, layer.role, layer.format)]
+    chosen = [layer for layer in job.layers if learns(job.mode, layer.role, layer.format)]
+    learning, adapted = ([], chosen) if job.mode.rank else (chosen, [])
     weights, gpu = sum(layer.weights for layer in learning), machine.device.type == "cuda"
     here = 1 if gpu else -(-train.batch_size // max(1, config.instance.devices))  # a GPU may take one at a time
     latent = train.learn.latent > 0
@@ -432,6 +431,9 @@ def _training(job: Job, config: Config, shapes: Shapes, machine: Machine) -> lis
         Part("logits", LOGIT_COPIES * CHUNK_BYTES[machine.device.type], "loss", least=False),
         Part("the sequences of a batch", train.batch_size * row, f"{prefix}train.batch_size", host=True),
     ]
+    if adapted:
+        numbers = job.mode.rank * sum(sum(layer.shape) for layer in adapted)
+        parts.append(Part("adapters with their gradients and moments", 4 * FP32 * numbers, f"{prefix}mode.rank"))
     if latent:
         parts.append(Part("latent weights with their moments", 3 * FP32 * weights, f"{prefix}train.learn.latent"))
     if config.loss.kind.needs_teacher:

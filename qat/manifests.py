@@ -174,9 +174,7 @@ OF_KIND: dict[str, Rule] = {"checkpoint": _checkpoint, "caches": _cache, "state"
 PACKED = record(
     {
         "base_config": record({"model_type": text}),
-        "quantization_config": record(
-            {"bits_per_weight": number(), "layers": fields.mapping(text, _format, least=1)}
-        ),
+        "quantization_config": record({"bits_per_weight": number(), "layers": fields.mapping(text, _format, least=1)}),
     }
 )
 
@@ -197,6 +195,4 @@ V2_SETTINGS = record(
         "magnitude_activation": text,
     },
 )
-OLDER_META = record(
-    {}, {"format": text, "teacher_model": optional(text), "vocab_size": optional(whole(2, LARGEST))}
-)
+OLDER_META = record({}, {"format": text, "teacher_model": optional(text), "vocab_size": optional(whole(2, LARGEST))})

@@ -34,9 +34,7 @@ class ExportConfig:
 
     name: str = MISSING
     format: str = key(MISSING, "what writes it, a package in qat/export/", words=FORMATS)
-    dtype: ExportType = key(
-        ExportType.fp32, "of dense weights; packed: of unquantized parts; anemll_v2: fp16 snaps"
-    )
+    dtype: ExportType = key(ExportType.fp32, "of dense weights; packed: of unquantized parts; anemll_v2: fp16 snaps")
     dense: bool = key(
         False, "in export.dtype are, gguf: layers in no type of llama.cpp; packed: embedding and head, if not quantized"
     )

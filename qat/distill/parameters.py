@@ -1,4 +1,4 @@
-"""What learns, and at which rate: parts of quantized layers, latent weights, norms and adapters, a list of fp32 tensors.
+"""What learns, and at which rate: parts of quantized layers, latent weights, norms, adapters; all of it fp32 tensors.
 
 The model itself only ever sees tensors in the compute type. `write` computes these from the fp32
 parameters once a step, autograd fills in their gradients, and `reduce` turns those into gradients of the

@@ -352,9 +352,7 @@ def _fingerprint(layers: dict[str, tuple[str, Quantized]], learned: set[str]) ->
     return found.hexdigest()
 
 
-def _learning(
-    layers: dict[str, tuple[str, Quantized]], mode: ModeConfig, dtype: torch.dtype
-) -> dict[str, Quantized]:
+def _learning(layers: dict[str, tuple[str, Quantized]], mode: ModeConfig, dtype: torch.dtype) -> dict[str, Quantized]:
     """The layers that learn; the weights of the others, and of those that learn by adapters, are computed once."""
     found = {name: layer for name, (role, layer) in layers.items() if learns(mode, role, layer.format)}
     for name, (_, layer) in layers.items():

@@ -57,8 +57,9 @@ def _adapters(source: Source, settings: ExportConfig) -> list[str]:
         return ["Low-rank adapters of the checkpoint are added to the weights."]
     folder = Path(str(settings.output)).name
     return [
-        "Without more this is the student that low-rank adapters were trained on. They lie beside it:\n\n"
-        f"```python\nfrom peft import PeftModel\nmodel = PeftModel.from_pretrained(model, \"{folder}/{ADAPTER}\")\n```"
+        "By itself this is the student that low-rank adapters were trained on; figures below are of both. They lie"
+        " beside it:\n\n"
+        f'```python\nfrom peft import PeftModel\nmodel = PeftModel.from_pretrained(model, "{folder}/{ADAPTER}")\n```'
     ]
 
 

@@ -90,7 +90,6 @@ class Exporter:
         if self.grid is not None and not export.dense:
             self.grid.refuse(layers)
 
-
     def refuse_adapters(self, adapted: bool, export: ExportConfig) -> None:
         """Looks whether a checkpoint's adapters, if it has any, have a place.
 

@@ -100,9 +100,9 @@ def _refuse_adapted(config: Config, teacher: ModelFolder) -> None:
     start = _manifest(config, teacher) if config.stage in CONVERTS else None
     if start is not None and has_adapters(start) and _converts(config, teacher):
         raise ConfigError(
-            f"checkpoint={config.checkpoint.path} has adapters and is to be converted to quant={config.quant.name}, which"
-            " would lose them: export it with export=hf export.merge=true and convert that with model=local, or start"
-            " from the checkpoint that they were trained on"
+            f"checkpoint={config.checkpoint.path} has adapters and is to be converted to quant={config.quant.name},"
+            " which would lose them: start from the checkpoint that they were trained on, or convert what"
+            " export=hf export.merge=true writes, with model=local"
         )
 
 
