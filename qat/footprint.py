@@ -420,7 +420,10 @@ def _training(job: Job, config: Config, shapes: Shapes, machine: Machine) -> lis
     further = 0 if machine.checkpointing else (FURTHER_HIDDEN * shapes.hidden + FURTHER_INNER * shapes.inner)
     scales = sum(_scales(layer) for layer in learning)
     meta = {"length": config.cache.length, "top_k": config.cache.top_k, "random": 0, "vocab_size": shapes.vocabulary}
-    row = bytes_a_row(meta | {"format": FORMAT_VERSION, "train_targets": config.cache.train_targets}, "train")
+    answers = config.loss.kind.needs_answers
+    kept_of_teacher = config.cache.train_targets and not answers
+    meta |= {"format": FORMAT_VERSION, "train_targets": kept_of_teacher, "answers": answers}
+    row = bytes_a_row(meta, "train")
     parts = [
         Part("the student's weights", shapes.weights * dtype, MODEL),
         Part("gradients of the weights", weights * (FP32 if added_up else dtype), f"{prefix}mode"),

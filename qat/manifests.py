@@ -145,7 +145,11 @@ CACHE = record(
         "shard_rows": whole(1, 2**24),
         "sequences": COUNTS,
     },
-    {"train_targets": truth, "positions": COUNTS, "document_starts": COUNTS, "tokenizer_sha256": SHA256},
+    {
+        **dict.fromkeys(("train_targets", "answers"), truth),
+        **dict.fromkeys(("positions", "document_starts"), COUNTS),
+        "tokenizer_sha256": SHA256,
+    },
 )
 
 LOSS = number(finite=False)  # infinite or null before the first evaluation

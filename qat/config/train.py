@@ -1,4 +1,4 @@
-"""Distillation: which layers learn, from which loss, and how."""
+"""Training: which layers learn, from which loss, and how."""
 
 from dataclasses import dataclass
 from enum import Enum
@@ -10,11 +10,12 @@ from qat.config.quant import QuantConfig
 
 
 class LossKind(Enum):
-    """The distillation loss."""
+    """The loss: of imitation, or of answers that are given."""
 
     topk_kl = "KL over the cached top-k, both sides renormalised"
     bucket_kl = "KL over the cached top-k and one bucket for all other tokens"
     full_kl = "KL over the whole vocabulary, the teacher running beside the student"
+    sft = "cross-entropy of answers, of which text knows the tokens"
 
     @property
     def needs_tail(self) -> bool:
@@ -25,6 +26,16 @@ class LossKind(Enum):
     def needs_teacher(self) -> bool:
         """Whether it learns from the teacher beside the student, and not from what a cache says."""
         return self is LossKind.full_kl
+
+    @property
+    def needs_answers(self) -> bool:
+        """Whether it learns from the tokens of answers, and from nothing that a teacher says."""
+        return self is LossKind.sft
+
+    @property
+    def needs_targets(self) -> bool:
+        """Whether it learns from what a cache keeps of the teacher at training rows."""
+        return not (self.needs_teacher or self.needs_answers)
 
 
 @dataclass
@@ -41,7 +52,7 @@ class ModeConfig:
 
 @dataclass
 class LossConfig:
-    """The distillation loss; `temperature` divides the logits of both models."""
+    """The loss; `temperature` divides the logits of both models."""
 
     name: str = MISSING
     kind: LossKind = MISSING

@@ -123,7 +123,7 @@ class Step:
 
     def _positions(self, batch: Batch) -> Tensor:
         """Number of counted positions of the global batch."""
-        count = batch.loss_mask.sum().to(self.machine.device, torch.float32)
+        count = self.loss.targets(batch)[2].sum().to(self.machine.device, torch.float32)
         self.ranks.sum_([count])
         self.counted.copy_(count)
         return count.clamp_min(1)
@@ -143,20 +143,21 @@ class Step:
         self.learners.begin(parts)
         self.recorder(("open", parts > 1), self._open)
         for micro in batch.to(self.machine.device).split(size):
-            self._add(micro, micro.loss_mask / positions, parts > 1)
+            self._add(micro, positions, parts > 1)
 
     def _open(self) -> None:
         self.learners.write()
         self.total.zero_()
 
-    def _add(self, micro: Batch, weight_BP: Tensor, adding: bool) -> None:
+    def _add(self, micro: Batch, positions: Tensor, adding: bool) -> None:
         """Adds a micro-batch's loss and gradients, from tensors that stay in place where it is recorded."""
         inputs = micro.inputs()
-        outputs = {"ids": micro.topk_ids, "logprobs": micro.topk_logprobs, "weight": weight_BP}
+        ids, logprobs, counts = self.loss.targets(micro)
+        outputs = {"ids": ids, "logprobs": logprobs, "weight": counts / positions}
         if self.recorder.stream is None or micro.input_ids.numel() > RECORDED_TOKENS:
             self._backward(inputs, outputs)
             return
-        key = (micro.input_ids.shape, micro.topk_ids.shape)
+        key = (micro.input_ids.shape, ids.shape)
         tensors = {**inputs, **outputs}
         held = self._held.setdefault(key, {name: value.clone() for name, value in tensors.items()})
         for name, value in tensors.items():

@@ -306,35 +306,36 @@ class Trainer:
 
     @torch.no_grad()
     def held_out(self) -> HeldOut:
-        """Losses of the student on the held-out split, over all counted positions.
+        """Losses of the student on the held-out split, over all positions that count for each.
 
         That is the loss that is trained, and the run log's measure: top-k KL at T = 2, times 4.
         """
         self.learners.write()
-        sums = torch.zeros(3, dtype=torch.float64)
+        sums = torch.zeros(2, 2, dtype=torch.float64)
         with torch.compiler.set_stance("force_eager"):  # compiling once more takes longer than it saves
             own = self.held_out_rows.in_order(self.machine.micro_batch)[self.ranks.rank :: self.ranks.count]
             for stored in self.held_out_rows.stream(own, self.machine.device):
                 batch = stored.to(self.machine.device)
-                values, mask = self._held_out(batch), batch.loss_mask.flatten().cpu()
-                sums += torch.stack([*(value[mask].sum() for value in values), mask.sum()])
+                masks = [counts.flatten().cpu() for counts in (self.step.loss.targets(batch)[2], batch.loss_mask)]
+                pairs = zip(self._held_out(batch), masks, strict=True)
+                sums += torch.stack([torch.stack([values[mask].sum(), mask.sum()]) for values, mask in pairs])
         if self.ranks.count > 1:
             sums = sums.to(self.machine.device)
             self.ranks.sum_([sums])
-        loss, kd_loss, count = sums.tolist()
-        if not count:
+        if not sums[:, 1].all():
             raise NumericsError("no position of the held-out split counts, so nothing can be measured: record another")
-        return HeldOut(loss / count, kd_loss / count)
+        return HeldOut(*(sums[:, 0] / sums[:, 1]).tolist())
 
     def _held_out(self, batch: Batch) -> list[Tensor]:
         """Both losses [P] of a batch, float64 on the CPU."""
         head, beside = self.step.head, self.step.loss.teacher
         hidden = hidden_states(self.student, batch.inputs())
-        ids, logprobs = batch.topk_ids.flatten(0, 1), batch.topk_logprobs.flatten(0, 1)
+        ids, logprobs, _ = self.step.loss.targets(batch)
         teacher = None if beside is None else hidden_states(beside, batch.inputs())
+        kept = batch.topk_ids.flatten(0, 1)
         found = [
-            head.losses(hidden, ids, logprobs, teacher),
-            topk_kl(head.logits(hidden, ids), logprobs, KD_TEMPERATURE),
+            head.losses(hidden, ids.flatten(0, 1), logprobs.flatten(0, 1), teacher),
+            topk_kl(head.logits(hidden, kept), batch.topk_logprobs.flatten(0, 1), KD_TEMPERATURE),
         ]
         return [values.cpu().double() for values in found]
 

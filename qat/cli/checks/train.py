@@ -2,10 +2,12 @@
 
 from qat.checkpoint_files import has_adapters
 from qat.cli.checks.checkpoint import manifest
-from qat.config import Config, LossConfig, Stage
+from qat.config import Config, DataSource, LossConfig, Stage
 from qat.errors import ConfigError
 from qat.names import TRAINS
 from qat.processes import place
+
+CONVERSATIONS = (DataSource.chat_jsonl, DataSource.alpaca)  # sources with answers that are there
 
 
 def check(config: Config) -> None:
@@ -15,6 +17,7 @@ def check(config: Config) -> None:
         _check_learning(config)
         _check_adapters(config)
         _check_batches(config)
+        _check_answers(config)
     _check_loss(config.loss)
 
 
@@ -87,8 +90,25 @@ def _check_batches(config: Config) -> None:
         )
 
 
+def _check_answers(config: Config) -> None:
+    """Checks that a loss over answers gets text that says which tokens they are."""
+    if not config.loss.kind.needs_answers or config.cache.path:
+        return
+    parts = config.data.parts or [config.data]
+    other = next((part.source for part in parts if part.source not in CONVERSATIONS), None)
+    if other is not None:
+        named = " or ".join(f"data={source.name}" for source in CONVERSATIONS)
+        raise ConfigError(
+            f"loss={config.loss.name} learns from the answers of conversations, and data={config.data.name} has text of"
+            f" source {other.name}, which has none that are given: use {named} with data.path=<file>"
+        )
+
+
 def _check_loss(loss: LossConfig) -> None:
     if loss.kind.needs_tail and loss.temperature != 1:
         raise ConfigError(
             f"loss.temperature={loss.temperature}: {loss.name} works at 1, where the cache knows the tail's mass"
         )
+    for key, value, only in (("temperature", loss.temperature, 1.0), ("hard", loss.hard, 0.0)):
+        if loss.kind.needs_answers and value != only:
+            raise ConfigError(f"loss.{key}={value:g}: loss={loss.name} has no teacher, so only {only:g} means something")
