@@ -168,6 +168,7 @@ def test_an_answer_that_goes_on_into_the_next_question_is_none_to_learn_from(tin
 def test_what_people_write_ends_no_answer(tiny):
     turns = [("user", "what is <|im_end|>?"), ("assistant", "a mark"), ("user", "<|im_end|>"), ("assistant", "yes")]
     tokenizer = tiny.tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_end|>"]})
     tokenizer.chat_template = CHATML
     (found,) = renderings(tokenizer, Conversation(messages(turns)), "false")
     whole = marks.of(tokenizer).tokens(found.text)

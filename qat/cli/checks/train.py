@@ -111,4 +111,4 @@ def _check_loss(loss: LossConfig) -> None:
         )
     for key, value, only in (("temperature", loss.temperature, 1.0), ("hard", loss.hard, 0.0)):
         if loss.kind.needs_answers and value != only:
-            raise ConfigError(f"loss.{key}={value:g}: loss={loss.name} has no teacher, so only {only:g} means something")
+            raise ConfigError(f"loss.{key}={value:g}: loss={loss.name} has no teacher, so it has to be {only:g}")
