@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -89,9 +89,9 @@ def open_source(teacher: ModelFolder, checkpoint: Path | None, merge: bool = Fal
     beside = None if merge or not adapter.adapters(model) else find(checkpoint)
     if beside is not None:
         adapter.remove(model)
+    made = Source(teacher, model, manifest, checkpoints.latent(checkpoint), adapters=beside)
     run = names.run_of(checkpoint)
-    record = {"record": read(run, run)} if run else {}
-    return Source(teacher, model, manifest, checkpoints.latent(checkpoint), adapters=beside, **record)
+    return replace(made, record=read(run, run)) if run else made
 
 
 def require_codebooks(source: Source, tool: str) -> None:

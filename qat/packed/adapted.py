@@ -18,13 +18,14 @@ def register_layer() -> None:
     """Lets every `LoraConfig` know packed layers."""
     from peft.tuners.lora.config import LoraConfig
 
-    begin = LoraConfig.__post_init__
+    config: Any = LoraConfig
+    begin = config.__post_init__
 
     def __post_init__(self: Any) -> None:
         begin(self)
         self._register_custom_module({PackedLinear: _layer()})
 
-    LoraConfig.__post_init__ = __post_init__
+    config.__post_init__ = __post_init__
 
 
 @cache

@@ -94,8 +94,8 @@ def _check_answers(config: Config) -> None:
     """Checks that a loss over answers gets text that says which tokens they are."""
     if not config.loss.kind.needs_answers or config.cache.path:
         return
-    parts = config.data.parts or [config.data]
-    other = next((part.source for part in parts if part.source not in CONVERSATIONS), None)
+    sources = [part.source for part in config.data.parts] or [config.data.source]
+    other = next((source for source in sources if source not in CONVERSATIONS), None)
     if other is not None:
         named = " or ".join(f"data={source.name}" for source in CONVERSATIONS)
         raise ConfigError(
