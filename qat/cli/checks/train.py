@@ -17,8 +17,9 @@ def check(config: Config) -> None:
         _check_learning(config)
         _check_adapters(config)
         _check_batches(config)
-        _check_answers(config)
     _check_loss(config.loss)
+    if config.stage in (*TRAINS, Stage.cache, Stage.convert, Stage.evaluate):
+        _check_answers(config)
 
 
 def _check_mode(config: Config) -> None:
@@ -46,6 +47,8 @@ def _check_mode(config: Config) -> None:
 
 def _check_learning(config: Config) -> None:
     learn = config.train.learn
+    if config.mode.rank:
+        return  # adapters learn, and nothing else
     if not any((learn.scales, learn.codebooks, learn.latent, learn.norms)):
         raise ConfigError("train.learn.scales, codebooks, latent and norms are all 0: nothing would learn")
 
