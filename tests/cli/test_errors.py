@@ -127,7 +127,7 @@ MISTAKES = [
     ("mode=lora train.learn.latent=4", "train.learn.latent=4: with mode.rank=8 adapters learn"),
     ("+experiment=progressive first.mode=lora", "first.mode.rank=8: the student that is trained first is converted"),
     ("loss=sft", "data=selfgen has text of source selfgen, which has none that are given: use data=chat_jsonl"),
-    ("stage=cache loss=sft data=mix data.parts=[{source:text,path:folder}]", "has text of source text"),
+    ("stage=cache loss=sft data=prompts", "data=prompts has text of source selfgen"),
     ("loss=sft loss.hard=1", "loss.hard=1: loss=sft has no teacher"),
     ("loss=sft loss.temperature=2", "loss.temperature=2: loss=sft has no teacher"),
     ("loss=sft cache=local cache.path=imported", "does not say which tokens belong to any"),
