@@ -272,7 +272,7 @@ def _record(
             if before is not None:
                 before.result()
             answers = bool(meta.get("answers"))
-            before = writer.submit(_write, shard, recorded, meta["vocab_size"], answers, key, scratch)
+            before = writer.submit(_write, shard, recorded, meta["vocab_size"], key, scratch, answers)
     if before is not None:
         before.result()
 
@@ -314,7 +314,7 @@ def _outputs(head: OutputHead, hidden_XD: Tensor, sample_XR: Tensor, top_k: int)
 
 
 def _write(
-    shard: Shard, recorded: dict[str, Tensor], vocab_size: int, answers: bool, key: str, folder: Path
+    shard: Shard, recorded: dict[str, Tensor], vocab_size: int, key: str, folder: Path, answers: bool = False
 ) -> None:
     """Copies what was recorded of a shard from the device and publishes it."""
     stored = encode_ids(recorded["ids"], vocab_size)

@@ -53,7 +53,7 @@ class Exporter:
     refuse_architecture: Callable[[dict[str, Any]], None] = lambda described: None
     refuse_tokenizer: Callable[["ModelFolder"], None] = lambda teacher: None
 
-    def check(self, config: Config, layers: Mapping[str, Settings], adapted: bool) -> None:
+    def check(self, config: Config, layers: Mapping[str, Settings], adapted: bool = False) -> None:
         """Checks that this export can be written as configured.
 
         Args:
