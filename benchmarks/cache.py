@@ -154,7 +154,7 @@ def text(vocab_size: int, rows: int, length: int, number: int) -> writer.Shard:
     starts = torch.zeros(rows, length, dtype=torch.uint8)
     starts[:, 0] = 1
     starts[::2, length // 2] = 1
-    return writer.Shard("train", number, Rows(ids, starts, 1 - starts[:, 1:]))
+    return writer.Shard("train", number, Rows(ids, starts, 1 - starts[:, 1:], torch.zeros_like(starts[:, 1:])))
 
 
 @torch.inference_mode()

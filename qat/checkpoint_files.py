@@ -3,7 +3,9 @@ so that the command line can ask as well.
 """
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from qat.artifacts import MANIFEST, read_manifest
 from qat.errors import ArtifactError
@@ -12,6 +14,9 @@ from qat.records import Record, read
 
 # File names that the V2 scripts give a state dict, in order of preference.
 STATE_DICTS = ("best_state_dict.pt", "model_state_dict.pt", "final_state_dict.pt", "last_state_dict.pt")
+
+# Adapters beside the quantized layers of a checkpoint, under the name that PEFT gives them.
+ADAPTERS = "adapter_model.safetensors"
 
 BEST = os.path.join("checkpoints", "best")
 
@@ -48,6 +53,11 @@ def find(path: Path) -> Path:
     if os.path.isfile(path) and path.suffix != ".pt":
         raise ArtifactError(f"{path} is no checkpoint: name a checkpoint folder or a V2 state dict (*.pt)")
     return path
+
+
+def has_adapters(manifest: Mapping[str, Any]) -> bool:
+    """Whether a checkpoint has adapters, by its manifest."""
+    return ADAPTERS in manifest["files"]
 
 
 def chosen(files: list[str], where: Path | str) -> str:

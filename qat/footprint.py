@@ -197,9 +197,7 @@ def places(parts: list[Part], machine: Machine) -> list[Place]:
     ]
 
 
-def remedy(
-    config: Config, shapes: Shapes, jobs: Jobs, machine: Machine, phase: str, least: bool = False
-) -> list[str]:
+def remedy(config: Config, shapes: Shapes, jobs: Jobs, machine: Machine, phase: str, least: bool = False) -> list[str]:
     """The cheapest keys with which a phase fits, as typed; none where all of them together do not help.
 
     Changes are tried in the order of what they cost: time alone, then precision of the conversion, then of the student.
@@ -271,7 +269,7 @@ def _cheaper(config: Config, machine: Machine) -> Iterator[tuple[str, Change]]:
         if getattr(config.quant, role) is not None:
             yield f"quant.{role}=null", setting(f"quant.{role}", None)
     if config.mode.mlp and config.mode.attn:
-        yield "mode=mlp", setting("mode.attn", False)
+        yield "mode.attn=false" if config.mode.rank else "mode=mlp", setting("mode.attn", False)
 
 
 def phases(config: Config, shapes: Shapes, jobs: list[Job], machine: Machine) -> Iterator[tuple[str, list[Part]]]:
@@ -412,7 +410,8 @@ def _scales(layer: Layer) -> int:
 
 def _training(job: Job, config: Config, shapes: Shapes, machine: Machine) -> list[Part]:
     train, dtype, prefix = job.train, machine.dtype.itemsize, job.prefix
-    learning = [layer for layer in job.layers if learns(job.mode, layer.role, layer.format)]
+    chosen = [layer for layer in job.layers if learns(job.mode, layer.role, layer.format)]
+    learning, adapted = ([], chosen) if job.mode.rank else (chosen, [])
     weights, gpu = sum(layer.weights for layer in learning), machine.device.type == "cuda"
     together = max(config.instance.devices, processes.place().count)
     here = 1 if gpu else -(-train.batch_size // together)  # a GPU may take one at a time
@@ -426,7 +425,10 @@ def _training(job: Job, config: Config, shapes: Shapes, machine: Machine) -> lis
     further = 0 if machine.checkpointing else (FURTHER_HIDDEN * shapes.hidden + FURTHER_INNER * shapes.inner)
     scales = sum(_scales(layer) for layer in learning)
     meta = {"length": config.cache.length, "top_k": config.cache.top_k, "random": 0, "vocab_size": shapes.vocabulary}
-    row = bytes_a_row(meta | {"format": FORMAT_VERSION, "train_targets": config.cache.train_targets}, "train")
+    answers = config.loss.kind.needs_answers
+    kept_of_teacher = config.cache.train_targets and not answers
+    meta |= {"format": FORMAT_VERSION, "train_targets": kept_of_teacher, "answers": answers}
+    row = bytes_a_row(meta, "train")
     parts = [
         Part("the student's weights", shapes.weights * dtype, MODEL),
         Part("gradients of the weights", weights * (FP32 if added_up else dtype) / shared, f"{prefix}mode"),
@@ -437,6 +439,9 @@ def _training(job: Job, config: Config, shapes: Shapes, machine: Machine) -> lis
         Part("logits", LOGIT_COPIES * CHUNK_BYTES[machine.device.type], "loss", least=False),
         Part("the sequences of a batch", train.batch_size * row, f"{prefix}train.batch_size", host=True),
     ]
+    if adapted:
+        numbers = job.mode.rank * sum(sum(layer.shape) for layer in adapted)
+        parts.append(Part("adapters with their gradients and moments", 4 * FP32 * numbers, f"{prefix}mode.rank"))
     if latent:
         own, key, host = FP32 * weights / shared, f"{prefix}train.learn.latent", config.instance.moments == "host"
         parts.append(Part("latent weights" if host else "latent weights with their moments", (3 - 2 * host) * own, key))

@@ -35,6 +35,13 @@ def _path(value: Any, where: str) -> None:
         raise Wrong(f"{where} is {value!a}, and a path inside the folder belongs there")
 
 
+def positive(value: Any, where: str) -> None:
+    """A rule: a finite number above 0."""
+    number()(value, where)
+    if value <= 0:
+        raise Wrong(f"{where} is {value!a}, and a number above 0 belongs there")
+
+
 def _format(value: Any, where: str) -> None:
     """A rule: a format of quantized weights, a codebook where no other is named."""
     NAMED(value, where)
@@ -138,7 +145,11 @@ CACHE = record(
         "shard_rows": whole(1, 2**24),
         "sequences": COUNTS,
     },
-    {"train_targets": truth, "positions": COUNTS, "document_starts": COUNTS, "tokenizer_sha256": SHA256},
+    {
+        **dict.fromkeys(("train_targets", "answers"), truth),
+        **dict.fromkeys(("positions", "document_starts"), COUNTS),
+        "tokenizer_sha256": SHA256,
+    },
 )
 
 LOSS = number(finite=False)  # infinite or null before the first evaluation
@@ -167,11 +178,12 @@ OF_KIND: dict[str, Rule] = {"checkpoint": _checkpoint, "caches": _cache, "state"
 PACKED = record(
     {
         "base_config": record({"model_type": text}),
-        "quantization_config": record(
-            {"bits_per_weight": number(), "layers": fields.mapping(text, _format, least=1)}
-        ),
+        "quantization_config": record({"bits_per_weight": number(), "layers": fields.mapping(text, _format, least=1)}),
     }
 )
+
+# Fields of PEFT's `adapter_config.json` beside a checkpoint's adapters.
+ADAPTERS = record({"peft_type": one_of("LORA"), "r": SIDE, "lora_alpha": positive})
 
 # Fields of the settings beside files of the older scripts; each of them may be missing.
 V2_SETTINGS = record(
@@ -187,6 +199,4 @@ V2_SETTINGS = record(
         "magnitude_activation": text,
     },
 )
-OLDER_META = record(
-    {}, {"format": text, "teacher_model": optional(text), "vocab_size": optional(whole(2, LARGEST))}
-)
+OLDER_META = record({}, {"format": text, "teacher_model": optional(text), "vocab_size": optional(whole(2, LARGEST))})

@@ -1,8 +1,8 @@
-"""`import qat` makes transformers read packed exports, at no cost where transformers is not used.
+"""`import qat` makes transformers read packed exports, and PEFT adapt them, at no cost where neither is used.
 
-Two modules of transformers keep the registers of configurations and of quantizers. Each is filled right
-after it has been imported, by whoever imports it, before or after `import qat`; until then nothing
-of transformers or torch is loaded.
+Two modules of transformers keep the registers of configurations and of quantizers, and one of PEFT says which layers
+can be adapted. Each is filled right after it has been imported, by whoever imports it, before or after `import qat`;
+until then nothing of them or of torch is loaded.
 """
 
 import importlib
@@ -13,8 +13,9 @@ from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
 
 REGISTERS = {
-    "transformers.models.auto.configuration_auto": "register_config",
-    "transformers.quantizers.auto": "register_quantizer",
+    "transformers.models.auto.configuration_auto": "qat.packed.integration.register_config",
+    "transformers.quantizers.auto": "qat.packed.integration.register_quantizer",
+    "peft.tuners.lora.config": "qat.packed.adapted.register_layer",
 }
 
 
@@ -41,8 +42,9 @@ class AfterImport(MetaPathFinder):
 
 
 def fill(register: str) -> None:
-    """Enters the packed format into one of transformers' registers."""
-    getattr(importlib.import_module("qat.packed.integration"), REGISTERS[register])()
+    """Enters the packed format into one of the registers."""
+    module, _, function = REGISTERS[register].rpartition(".")
+    getattr(importlib.import_module(module), function)()
 
 
 def install() -> None:

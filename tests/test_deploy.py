@@ -15,6 +15,7 @@ TEXT = (ROOT / "docs" / "DEPLOY.md").read_text(encoding="utf-8")
 SECTIONS = dict(re.findall(r"^## (.+?)\n.*?^```bash\n(.*?)^```", TEXT, re.M | re.S))
 ENGINES = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]["engines"]
 NEEDS = {"llama.cpp": ("xllamacpp",), "MLX": ("mlx.core", "mlx_lm"), "transformers and vLLM": ("compressed_tensors",)}
+NEEDS["PEFT"] = ("peft",)
 
 
 @pytest.fixture(scope="module")

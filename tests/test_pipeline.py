@@ -464,6 +464,74 @@ def test_every_mode_trains_its_layers_and_no_others(first, shop, conversion, mod
     assert f"_q2a4_{mode}_" in done.result["name"]  # by its own formats
 
 
+@pytest.fixture(scope="module")
+def adapted(first, shop):
+    """A training of adapters."""
+    start = f"checkpoint={first.result['paths']['conversion']}"
+    longer = ["train.steps=12", "train.batch_size=16", "train.eval_every=12", "train.lr=3e-3"]
+    return shop.tiny("stage=distill", start, "mode=lora", "data=prompts", *longer)
+
+
+def test_adapters_learn_on_a_student_that_stays(first, shop, conversion, adapted):
+    assert learned(conversion, adapted) == set()
+    metrics = adapted.result["metrics"]
+    assert metrics["kd_loss_final"] < 0.97 * metrics["kd_loss_initial"]
+    files = {path.name for path in (adapted.folder / "checkpoints" / "best").iterdir()}
+    assert files == {"manifest.json", LAYERS, "adapter_config.json", "adapter_model.safetensors"}
+    numbers = 8 * sum(sum(layer["shape"]) for layer in manifest_of(adapted)["layers"].values())
+    assert adapted.result["quant"]["adapter_bytes"] == 4 * numbers
+    assert "_lora_" in adapted.result["name"]
+
+
+def manifest_of(done):
+    return json.loads((done.folder / "checkpoints" / "best" / "manifest.json").read_text())
+
+
+def test_what_adapters_learned_is_evaluated_asked_exported_and_gone_on_with(first, shop, adapted):
+    run = adapted.folder.name
+    done = shop.tiny("stage=evaluate", f"checkpoint={run}", "data=prompts")
+    metrics = adapted.result["metrics"]
+    assert done.result["metrics"]["kd_loss"] == pytest.approx(metrics["kd_loss_best"], rel=1e-3)
+    assert done.result["quant"]["adapter_bytes"] == adapted.result["quant"]["adapter_bytes"]
+    assert shop.tiny("stage=chat", "chat.prompt=hi", "chat.max_tokens=4", f"checkpoint={run}").out.strip()
+    for words in (["export=packed"], ["export=hf"], ["export=hf", "export.merge=true"]):
+        folder = shop.outputs.parent / "-".join(["adapted", *words])
+        shop.tiny("stage=export", f"checkpoint={run}", f"export.output={folder}", *words)
+        assert (folder / "adapter" / "adapter_model.safetensors").is_file() == (len(words) == 1)
+    more = shop.tiny("stage=distill", f"checkpoint={run}", "mode=lora", "data=prompts")
+    assert more.result["metrics"]["kd_loss_initial"] == pytest.approx(metrics["kd_loss_best"], rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("stage=distill", "has adapters, beside which nothing else learns: use mode=lora"),
+        ("stage=distill mode=lora mode.rank=4", "adapters of mode.rank=8 mode.alpha=16, which training"),
+        ("mode=lora quant=q4a4", "is to be converted to quant=q4a4, which would lose them"),
+        ("stage=convert quant=q4a4", "is to be converted to quant=q4a4, which would lose them"),
+        ("stage=export export=gguf export.output=new", "cannot hold"),
+        ("stage=export export=anemll_v2 export.output=new", "export=anemll_v2 has no place for adapters"),
+        ("stage=export export=packed export.merge=true export.output=new", "holds weights of few bits"),
+    ],
+)
+def test_what_adapters_cannot_be_used_for_is_told(first, shop, adapted, words, said):
+    done = shop.launch("+debug=tiny", f"checkpoint={adapted.folder.name}", *words.split())
+    assert done.code == 2 and said in done.err and done.err.count("\n") == 1
+
+
+def test_answers_of_ones_own_are_learned(first, shop):
+    rows = [{"question": f"{number}?", "answer": "no"} for number in range(60)]
+    (shop.outputs.parent / "own.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = ["mode=lora", "loss=sft", "data=chat_jsonl", f"data.path={shop.outputs.parent / 'own.jsonl'}"]
+    longer = ["data.eval_fraction=0.3", "train.steps=12", "train.batch_size=8", "train.eval_every=12", "train.lr=3e-3"]
+    done = shop.tiny(*words, *longer)
+    metrics = done.result["metrics"]
+    assert metrics["loss_best"] < 0.9 * metrics["loss_initial"] and not done.result["verdict"]
+    meta = json.loads((Path(done.result["paths"]["cache"]) / "meta.json").read_text())
+    assert meta["answers"] and not meta["train_targets"]
+    assert "answers, nats a token" in done.out
+
+
 def test_attention_can_stay_in_full_precision(first, shop):
     done = shop.tiny("quant=q2a16")
     quant = done.result["quant"]

@@ -44,6 +44,11 @@ class Batch:
         """True [B, L-1] where the position counts."""
         return self.stored["loss_mask"].bool()
 
+    @cached_property
+    def answers(self) -> Tensor:
+        """True [B, L-1] where the position counts and the next token belongs to an answer."""
+        return self.loss_mask & self.stored["answers"].bool()
+
     def inputs(self) -> dict[str, Tensor]:
         """Arguments of a model's forward pass, for `qat.forward`."""
         return rows.inputs(self.input_ids, self.stored["document_starts"] if self.joined else None)

@@ -6,6 +6,7 @@ A cache is an artifact folder: `meta.json` and, for each split, safetensors shar
     input_ids        [N, L]        int32
     document_starts  [N, L]        uint8     1 where a document begins, also one that goes on from another row
     loss_mask        [N, L-1]      uint8     1 where the position counts
+    answers          [N, L-1]      uint8     1 where the next token belongs to an answer, if meta.json has `answers`
     topk_ids         [N, L-1, K]   uint16    low 16 bits of the most likely next tokens, descending
     topk_ids_high    [N, L-1, H]   uint8     their other bits, where the vocabulary has more than 65,536 tokens
     topk_logprobs    [N, L-1, K]   float16   log-probabilities of the full softmax at T = 1
@@ -38,7 +39,7 @@ FORMAT_VERSION = 3
 READABLE = (2, FORMAT_VERSION)
 META = "meta.json"
 SHARD_ROWS = 1024
-READ = ("input_ids", "document_starts", "loss_mask", "topk_ids", "topk_ids_high", "topk_logprobs")
+READ = ("input_ids", "document_starts", "loss_mask", "answers", "topk_ids", "topk_ids_high", "topk_logprobs")
 LOW_BITS = 16
 
 
@@ -93,6 +94,8 @@ def layout(meta: dict[str, Any], split: str) -> dict[str, tuple[str, list[int]]]
         "topk_ids": ("U16", [length - 1, top_k]),
         "topk_logprobs": ("F16", [length - 1, top_k]),
     }
+    if meta.get("answers"):
+        found["answers"] = ("U8", [length - 1])
     if random or meta["format"] < FORMAT_VERSION:
         found["random_logprobs"] = ("F16", [length - 1, random])
     if bits:

@@ -82,6 +82,8 @@ def _faults(batch: Batch, meta: dict[str, Any]) -> dict[str, Tensor]:
             batch.stored["document_starts"] > 1
         ).any(1),
     }
+    if meta.get("answers"):
+        faults["the mask of answers holds something else than 0 and 1"] = (batch.stored["answers"] > 1).any(1)
     if meta["tail"] != "missing":
         faults["a probability above 1 is"] = (logprobs > ABOVE_ZERO).any(1)
     return faults

@@ -188,6 +188,7 @@ def _plan(
         "top_k": cache.top_k,
         "random": cache.random,
         "train_targets": cache.train_targets,
+        **({"answers": True} if "answers" in documents.manifest else {}),
         "packing": cache.packing.name,
         "pass": {"attention": how.attention, "product": how.product},
         "tail": "exact",
@@ -270,7 +271,8 @@ def _record(
             recorded = record(model, shard, meta, rows_at_once, advance) if shard.top_k else _nothing(shard)
             if before is not None:
                 before.result()
-            before = writer.submit(_write, shard, recorded, meta["vocab_size"], key, scratch)
+            answers = bool(meta.get("answers"))
+            before = writer.submit(_write, shard, recorded, meta["vocab_size"], key, scratch, answers)
     if before is not None:
         before.result()
 
@@ -311,7 +313,9 @@ def _outputs(head: OutputHead, hidden_XD: Tensor, sample_XR: Tensor, top_k: int)
             yield outputs(logits, sample, top_k)
 
 
-def _write(shard: Shard, recorded: dict[str, Tensor], vocab_size: int, key: str, folder: Path) -> None:
+def _write(
+    shard: Shard, recorded: dict[str, Tensor], vocab_size: int, key: str, folder: Path, answers: bool = False
+) -> None:
     """Copies what was recorded of a shard from the device and publishes it."""
     stored = encode_ids(recorded["ids"], vocab_size)
     kinds = ("topk_logprobs", "random_logprobs") if shard.random else ("topk_logprobs",)
@@ -322,7 +326,8 @@ def _write(shard: Shard, recorded: dict[str, Tensor], vocab_size: int, key: str,
     }
     if not torch.isfinite(tensors["topk_logprobs"]).all():
         raise NumericsError("the teacher's logits hold NaN or infinity: try instance.precision=fp32")
-    tensors |= {name: getattr(shard.rows, name) for name in ("input_ids", "document_starts", "loss_mask")}
+    names = ("input_ids", "document_starts", "loss_mask", *(("answers",) if answers else ()))
+    tensors |= {name: getattr(shard.rows, name) for name in names}
     write_shard(folder, shard.name, tensors, key)
 
 

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from qat.artifacts import content_key, open_artifact
 from qat.checkpoint_files import find
 from qat.checkpoints import native, v2
+from qat.checkpoints.adapters import adaptable, copy_adapters
 from qat.checkpoints.native import FILE, Shelf, describe, entries, has_formats, heritage, layers_of, save, write
 from qat.checkpoints.own import own_parameters, write_own
 from qat.machine import Machine
@@ -23,7 +24,9 @@ from qat.models import ModelFolder
 __all__ = [
     "FILE",
     "Shelf",
+    "adaptable",
     "check",
+    "copy_adapters",
     "describe",
     "entries",
     "has_formats",

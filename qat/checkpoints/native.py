@@ -3,7 +3,7 @@
 It holds what quantization made (packed indices, the parts of formats) and names the teacher that everything
 else (embeddings, norms, head) comes from, by fingerprint. Where a student differs from its teacher in
 these too, `own.safetensors` has them; where training kept the weights that the quantized ones stand for,
-`latent.safetensors` has those.
+`latent.safetensors` has those; adapters are in PEFT's files (`qat.checkpoints.adapters`).
 """
 
 from collections.abc import Callable
@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from qat import older, tensor_files
 from qat.artifacts import MANIFEST, open_artifact, publish
+from qat.checkpoints import adapters
 from qat.checkpoints.own import FILE as OWN
 from qat.checkpoints.own import adopt, read_own, write_own
 from qat.config import QuantConfig
@@ -137,6 +138,7 @@ def write(model: PreTrainedModel, folder: Path) -> None:
     """Writes a student's part of a checkpoint into a folder that is not published yet."""
     write_layers(quantized(model), folder)
     write_own(model, folder)
+    adapters.write(model, folder)
     if latents := _latents(model):
         save_file({key: value.float().cpu().contiguous() for key, value in latents.items()}, folder / LATENT)
 
@@ -156,6 +158,8 @@ def load(folder: Path, teacher: ModelFolder, machine: Machine) -> tuple[PreTrain
     own = read_own(folder / OWN, model, REMEDY) if _has(folder, manifest, OWN) else {}
     adopt(model, own)
     set_learned(model, own)
+    if _has(folder, manifest, adapters.FILE):
+        adapters.read(model, folder, REMEDY)
     return model, manifest
 
 

@@ -34,12 +34,11 @@ class ExportConfig:
 
     name: str = MISSING
     format: str = key(MISSING, "what writes it, a package in qat/export/", words=FORMATS)
-    dtype: ExportType = key(
-        ExportType.fp32, "of dense weights; packed: of unquantized parts; anemll_v2: fp16 snaps"
-    )
+    dtype: ExportType = key(ExportType.fp32, "of dense weights; packed: of unquantized parts; anemll_v2: fp16 snaps")
     dense: bool = key(
         False, "in export.dtype are, gguf: layers in no type of llama.cpp; packed: embedding and head, if not quantized"
     )
+    merge: bool = key(False, "hf: adapters are added to weights; else they lie beside, in adapter/, as PEFT reads them")
     scales: ScaleForm = key(ScaleForm.factored, "coreml")
     context: int = key(512, "coreml: tokens that the key-value cache holds", low=1)
     output: str | None = key(None, "a new folder, or an older export to replace")

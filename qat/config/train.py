@@ -1,4 +1,4 @@
-"""Distillation: which layers learn, from which loss, and how."""
+"""Training: which layers learn, from which loss, and how."""
 
 from dataclasses import dataclass
 from enum import Enum
@@ -10,11 +10,12 @@ from qat.config.quant import QuantConfig
 
 
 class LossKind(Enum):
-    """The distillation loss."""
+    """The loss: of imitation, or of answers that are given."""
 
     topk_kl = "KL over the cached top-k, both sides renormalised"
     bucket_kl = "KL over the cached top-k and one bucket for all other tokens"
     full_kl = "KL over the whole vocabulary, the teacher running beside the student"
+    sft = "cross-entropy of answers, of which text knows the tokens"
 
     @property
     def needs_tail(self) -> bool:
@@ -26,6 +27,16 @@ class LossKind(Enum):
         """Whether it learns from the teacher beside the student, and not from what a cache says."""
         return self is LossKind.full_kl
 
+    @property
+    def needs_answers(self) -> bool:
+        """Whether it learns from the tokens of answers, and from nothing that a teacher says."""
+        return self is LossKind.sft
+
+    @property
+    def needs_targets(self) -> bool:
+        """Whether it learns from what a cache keeps of the teacher at training rows."""
+        return not (self.needs_teacher or self.needs_answers)
+
 
 @dataclass
 class ModeConfig:
@@ -35,11 +46,13 @@ class ModeConfig:
     mlp: bool = key(MISSING, "gate, up and down learn")
     attn: bool = key(MISSING, "q, k, v and o learn")
     embed: bool = key(False, "embedding and head learn too, where they are quantized to fewer than 8 bits")
+    rank: int = key(0, "of low-rank adapters, which learn in place of these layers' own parts; 0 has none", low=0)
+    alpha: float = key(16.0, "what adapters add counts alpha / rank times", above=0)
 
 
 @dataclass
 class LossConfig:
-    """The distillation loss; `temperature` divides the logits of both models."""
+    """The loss; `temperature` divides the logits of both models."""
 
     name: str = MISSING
     kind: LossKind = MISSING
@@ -65,7 +78,7 @@ class TrainConfig:
 
     steps: int = key(40, "updates", low=1)
     batch_size: int = key(16, "sequences a step", low=1)
-    lr: float = key(1e-3, "relative to each tensor's root mean square", above=0)
+    lr: float = key(1e-3, "relative to each tensor's root mean square; of adapters as it is", above=0)
     learn: LearnConfig = section(LearnConfig)
     warmup: float = key(0.1, "share of the steps in which the rate rises", low=0, high=1)
     weight_decay: float = key(0.0, "decoupled, times the learning rate", low=0)

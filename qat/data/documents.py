@@ -10,7 +10,7 @@ import itertools
 import json
 from collections.abc import Generator, Iterable, Iterator
 from contextlib import ExitStack, closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from qat.artifacts import Artifact, obtain
 from qat.config import DataConfig, DataSource
 from qat.data import mix, selfgen, sources, texts
 from qat.data.tally import Tally
+from qat.data.turns import Spans
 from qat.errors import ArtifactError, ConfigError
 from qat.machine import Machine
 from qat.models import ModelFolder
@@ -33,10 +34,17 @@ READING = 2  # version of the rules that turn files into documents; part of the 
 
 @dataclass(frozen=True)
 class Document:
-    """One text as token ids, end marker included. `origin` is what its split is decided by."""
+    """One text as token ids, end marker included.
+
+    Attributes:
+        origin: what its split is decided by.
+        tokens: the text.
+        answers: where answers lie among the tokens, where that was asked for.
+    """
 
     origin: str
     tokens: list[int]
+    answers: Spans = field(default_factory=list)
 
     def split(self, eval_fraction: float) -> str:
         """`eval` for the given share of origins, else `train`."""
@@ -48,11 +56,15 @@ def held_apart(digest: bytes, fraction: float) -> bool:
     return int.from_bytes(digest[:8]) < fraction * 2**64
 
 
-def obtain_documents(data: DataConfig, teacher: ModelFolder, seed: int, machine: Machine, artifacts: Path) -> Artifact:
+def obtain_documents(
+    data: DataConfig, teacher: ModelFolder, seed: int, machine: Machine, artifacts: Path, answers: bool = False
+) -> Artifact:
     """The configured text as an artifact: one JSON object a document, with its split.
 
+    With `answers` it is of conversations, and says which of their tokens are answers.
+
     Raises:
-        ConfigError: the source cannot be read, or one of the splits would be empty.
+        ConfigError: the source cannot be read, or one of the splits would be empty or without answers.
     """
 
     chosen = mix.parts(data)
@@ -62,19 +74,20 @@ def obtain_documents(data: DataConfig, teacher: ModelFolder, seed: int, machine:
         weights = [part.weight for part in data.parts] or [1.0]
         with ExitStack() as stack:  # what is written ahead ends with the mixture
             written = [
-                stack.enter_context(closing(_pairs(part, teacher, seed, machine, folder, tally)))
+                stack.enter_context(closing(_texts(part, teacher, seed, machine, folder, tally, answers)))
                 for part, tally in counted
             ]
-            streams: list[mix.Pairs] = [
+            streams: list[mix.Texts] = [
                 itertools.islice(text, _limit(part)) for text, part in zip(written, chosen, strict=True)
             ]
-            pairs = itertools.islice(mix.interleave(streams, weights), data.documents if data.parts else None)
-            documents = _decoded((Document(*pair) for pair in pairs), teacher.tokenizer())
-            described = _write(folder / FILE, documents, data.eval_fraction)
+            found = itertools.islice(mix.interleave(streams, weights), data.documents if data.parts else None)
+            documents = _decoded((Document(*text) for text in found), teacher.tokenizer())
+            described = _write(folder / FILE, documents, data.eval_fraction, answers)
         for path in folder.glob(f"*{selfgen.ANSWERS}*"):  # half-written ones of a killed run as well
             path.unlink()
         described |= _settled([tally for part, tally in counted if part.source is not DataSource.selfgen])
         _check_splits(folder / FILE, described["documents"], data)
+        _check_answers(described.get("answers"), data)
         return described
 
     generated = any(part.source is DataSource.selfgen for part in chosen)
@@ -88,12 +101,16 @@ def obtain_documents(data: DataConfig, teacher: ModelFolder, seed: int, machine:
         inputs["reading"] = READING
     if generated and (ends := teacher.ends()) != (teacher.tokenizer().eos_token_id,):
         inputs["ends"] = list(ends)
+    if answers:
+        inputs["answers"] = sorted(teacher.ends())
     return obtain(artifacts, "documents", data.name, inputs, make, resumable=generated, at=machine.place())
 
 
-def _pairs(
-    data: DataConfig, teacher: ModelFolder, seed: int, machine: Machine, folder: Path, tally: Tally
-) -> Generator[tuple[str, list[int]], None, None]:
+def _texts(
+    data: DataConfig, teacher: ModelFolder, seed: int, machine: Machine, folder: Path, tally: Tally, answers: bool
+) -> Generator[tuple[Any, ...], None, None]:
+    if answers:
+        return sources.answered(data, teacher.tokenizer(), tally, teacher.ends())
     if data.source is DataSource.selfgen:
         return selfgen.answer(teacher, data, seed, machine, folder)
     return sources.render(data, teacher.tokenizer(), tally)
@@ -124,17 +141,20 @@ def _shape(plain: dict[str, Any]) -> dict[str, Any]:
     return kept | {"parts": [{key: value for key, value in part.items() if key != "path"} for part in plain["parts"]]}
 
 
-def _write(path: Path, documents: Iterable[tuple[Document, str]], eval_fraction: float) -> dict[str, Any]:
-    counts = dict.fromkeys(SPLITS, 0)
-    tokens = dict.fromkeys(SPLITS, 0)
+def _write(
+    path: Path, documents: Iterable[tuple[Document, str]], eval_fraction: float, answers: bool
+) -> dict[str, Any]:
+    counts, tokens, answered = (dict.fromkeys(SPLITS, 0) for _ in range(3))
     with open(path, "w", encoding="utf-8") as file:
         for document, text in documents:
             split = document.split(eval_fraction)
             counts[split] += 1
             tokens[split] += len(document.tokens)
+            answered[split] += sum(end - begin for begin, end in document.answers)
             row = {"origin": document.origin, "split": split, "tokens": document.tokens, "text": text}
+            row |= {"answers": document.answers} if answers else {}
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
-    return {"documents": counts, "tokens": tokens}
+    return {"documents": counts, "tokens": tokens, **({"answers": answered} if answers else {})}
 
 
 def _check_splits(path: Path, counts: dict[str, int], data: DataConfig) -> None:
@@ -151,6 +171,16 @@ def _check_splits(path: Path, counts: dict[str, int], data: DataConfig) -> None:
     between = (round((below + above) / 2, digits) for digits in range(1, 18))
     shortest = next(fraction for fraction in between if below < fraction <= above)
     raise ConfigError(f"{said}: give more text or set data.eval_fraction={shortest}")
+
+
+def _check_answers(tokens: dict[str, int] | None, data: DataConfig) -> None:
+    """Refuses conversations of which one split has no answer that begins as a chat would let it."""
+    empty = next((split for split in SPLITS if not tokens[split]), None) if tokens else None
+    if empty is not None:
+        raise ConfigError(
+            f"data={data.name} has no answer in the {empty} split that follows the tokens of a chat, so there is none"
+            " to learn from: give more conversations, or another data.thinking"
+        )
 
 
 def _advice(data: DataConfig) -> str:
@@ -197,6 +227,6 @@ def read_documents(artifact: Artifact, split: str) -> Iterator[Document]:
             for line in file:
                 row = json.loads(line)
                 if row["split"] == split:
-                    yield Document(row["origin"], row["tokens"])
+                    yield Document(row["origin"], row["tokens"], row.get("answers", []))
     except ValueError as error:
         raise ArtifactError(f"{path} cannot be read ({error}): delete {artifact.folder} and run again") from None

@@ -2,10 +2,11 @@
 
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 from qat.config import DataConfig, DataSource
 
-Pairs = Iterator[tuple[str, list[int]]]
+Texts = Iterator[tuple[Any, ...]]  # origin, tokens, and perhaps where answers lie among these
 
 
 def parts(data: DataConfig) -> list[DataConfig]:
@@ -25,7 +26,7 @@ def parts(data: DataConfig) -> list[DataConfig]:
     ]
 
 
-def interleave(streams: list[Pairs], weights: list[float]) -> Pairs:
+def interleave(streams: list[Texts], weights: list[float]) -> Texts:
     """Documents of all streams, so that their tokens so far stand in the proportion of the weights.
 
     It ends where the first stream does: going on would leave the proportion, and repeating text is
@@ -34,8 +35,8 @@ def interleave(streams: list[Pairs], weights: list[float]) -> Pairs:
     shares = [0.0] * len(streams)
     while True:
         behind = min(range(len(streams)), key=lambda number: shares[number])
-        pair = next(streams[behind], None)
-        if pair is None:
+        text = next(streams[behind], None)
+        if text is None:
             return
-        shares[behind] += len(pair[1]) / weights[behind]
-        yield pair
+        shares[behind] += len(text[1]) / weights[behind]
+        yield text

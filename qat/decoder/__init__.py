@@ -74,7 +74,14 @@ class Joint:
     def __call__(self, x_TI: Tensor) -> Tensor:
         """[T, ΣO]."""
         product: Tensor = Product.apply(x_TI, self.weight, self.sums, self.layers)
-        return product
+        added = self._adapted(x_TI)
+        return product if added is None else product + added
+
+    def _adapted(self, x_TI: Tensor) -> Tensor | None:
+        """What adapters add [T, ΣO]; None where there are none."""
+        if all(getattr(layer, "adapter", None) is None for layer in self.layers):
+            return None
+        return torch.cat([_adapted(layer, x_TI) for layer in self.layers], -1)
 
     def _fixed(self) -> Tensor | None:
         """The weights as one piece of memory, into which they are put unless they lie there already.
@@ -97,6 +104,15 @@ class Joint:
             else:
                 layer.weight.data = view
         return whole
+
+
+def _adapted(layer: nn.Linear | QuantLinear, x_TI: Tensor) -> Tensor:
+    """What the adapter of a layer adds [T, O], perhaps nothing."""
+    if isinstance(layer, QuantLinear) and layer.adapter is not None:
+        added: Tensor = layer.adapter(x_TI)
+        return added
+    outputs = layer.outputs if isinstance(layer, QuantLinear) else layer.out_features
+    return x_TI.new_zeros(len(x_TI), outputs)
 
 
 def _together(weights: list[Tensor]) -> Tensor | None:

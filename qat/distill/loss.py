@@ -6,6 +6,7 @@ All take logits in fp32 and give KL(teacher‖student) in nats. V is the vocabul
   probability that the student leaks outside of them.
 - `bucket_kl` adds one bucket for all other tokens, so that leaked mass costs.
 - `full_kl` compares whole distributions and needs the teacher's logits.
+- `sft` has no teacher: it is the cross-entropy of the tokens that answers have, as in supervised fine-tuning.
 
 Losses on cached tokens see the student as its logits at these tokens and the log-sum-exp over its
 vocabulary; `qat.distill.head` turns gradients of the two into one of the hidden state.
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from qat.cache.batch import Batch
 from qat.config import LossKind
 
 KD_TEMPERATURE = 2.0  # temperature of `kd_loss` in the run log
@@ -73,13 +75,23 @@ class Loss:
         kind: of the divergence.
         temperature: divides the logits of both models.
         hard: weight of the cross-entropy on the teacher's first choice, which is added.
-        teacher: runs beside the student, for `full_kl` alone.
+        teacher: runs beside the student, for `full_kl` alone. `sft` has neither a teacher nor a hard part.
     """
 
     kind: LossKind
     temperature: float = 1.0
     hard: float = 0.0
     teacher: PreTrainedModel | None = None
+
+    def targets(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """Tokens [B, L-1, K], their log-probabilities [B, L-1, K] fp32, and where positions count, [B, L-1] bool.
+
+        Of answers the only token is the next one, and it is certain.
+        """
+        if not self.kind.needs_answers:
+            return batch.topk_ids, batch.topk_logprobs, batch.loss_mask
+        ids = batch.input_ids[:, 1:, None]
+        return ids, torch.zeros(ids.shape, dtype=torch.float32, device=ids.device), batch.answers
 
     @property
     def needs_vocabulary(self) -> bool:
@@ -88,7 +100,10 @@ class Loss:
 
     def at(self, logits_K: Tensor, log_sum: Tensor, topk_logprobs_K: Tensor) -> Tensor:
         """The loss of each position from the cached tokens [..., K], most likely first; for `full_kl` the hard term."""
-        hard = self.hard * (log_sum - logits_K[..., 0])
+        surprise = log_sum - logits_K[..., 0]
+        if self.kind.needs_answers:
+            return surprise
+        hard = self.hard * surprise
         if self.kind.needs_teacher:
             return hard
         if self.kind is LossKind.bucket_kl:

@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qat.config import TrainConfig
+from qat.config import LearnConfig, TrainConfig
 from qat.distill.moments import STATE, HostMoments
-from qat.distill.parameters import LATENT, Parameter
+from qat.distill.parameters import ADAPTERS, LATENT, Parameter
 
 BETAS, EPS = (0.9, 0.95), 1e-8
 
@@ -17,8 +17,8 @@ class Optimizer:
     """AdamW (Loshchilov & Hutter 2019) whose rate for each tensor is relative to its root mean square.
 
     Codebooks are of order one and unit-norm scales of order one over the root of the layer's width: one
-    absolute rate would freeze the first or shake the second. Rates are rounded to two digits, so that
-    tensors of about one size go through one fused kernel.
+    absolute rate would freeze the first or shake the second. Adapters, half of which begin at zero, have an absolute
+    one, as everywhere. Rates are rounded to two digits, so that tensors of about one size go through one fused kernel.
 
     Scaling, clipping and skipping happen on the device, inside that kernel: nothing waits for the host.
 
@@ -35,10 +35,8 @@ class Optimizer:
         With `host` the moments of latent weights are in host memory.
         """
         sizes = torch.stack([p.value.detach().square().mean().sqrt() for p in parameters]).tolist()
-        rates = [
-            float(f"{train.lr * getattr(train.learn, p.kind) * p.pace * max(size, 1e-8):.1e}")
-            for p, size in zip(parameters, sizes, strict=True)
-        ]
+        factors = [_factor(p, size, train.learn) for p, size in zip(parameters, sizes, strict=True)]
+        rates = [float(f"{train.lr * one:.1e}") for one in factors]
         known = list(dict.fromkeys(rates))
         self._base = torch.tensor(known, dtype=torch.float32, device=device)
         self._rates = self._base.clone()
@@ -102,6 +100,14 @@ class Optimizer:
     def _near(self) -> torch.optim.AdamW:
         assert self.adam is not None
         return self.adam
+
+
+def _factor(parameter: Parameter, size: float, learn: LearnConfig) -> float:
+    """What `train.lr` is multiplied with for a parameter of that root mean square."""
+    if parameter.kind == ADAPTERS:
+        return 1.0
+    kind: float = getattr(learn, parameter.kind)
+    return kind * parameter.pace * max(size, 1e-8)
 
 
 def factor(step: int, train: TrainConfig) -> float:

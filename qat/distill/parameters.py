@@ -1,4 +1,4 @@
-"""What learns, and at which rate: parts of quantized layers, latent weights and norms as one list of fp32 tensors.
+"""What learns, and at which rate: parts of quantized layers, latent weights, norms, adapters; all of it fp32 tensors.
 
 The model itself only ever sees tensors in the compute type. `write` computes these from the fp32
 parameters once a step, autograd fills in their gradients, and `reduce` turns those into gradients of the
@@ -19,13 +19,14 @@ from qat.errors import ConfigError
 from qat.machine import Machine
 from qat.norms import learned, norms, set_learned
 from qat.processes import Ranks
+from qat.quant.adapter import Adapter
 from qat.quant.latent import PACES
-from qat.quant.linear import Quantized
+from qat.quant.linear import Quantized, QuantLinear
 from qat.quant.shards import SharedWeights
 from qat.quant.stack import stacks
 from qat.quant.weights import Weights
 
-NORMS, LATENT = "norms", "latent"  # kinds of parameters that are not parts of a format
+NORMS, LATENT, ADAPTERS = "norms", "latent", "adapters"  # kinds of parameters that are not parts of a format
 TOGETHER = 1 << 30  # numbers of a gradient in one tensor: not every kernel counts beyond 2^31
 
 
@@ -35,7 +36,7 @@ class Parameter:
 
     Attributes:
         name: unique.
-        kind: whose rate it has (a field of `train.learn`).
+        kind: whose rate it has (a field of `train.learn`); adapters have `train.lr` as it is.
         value: itself; without memory where another process has it.
         pace: multiplies that rate.
         owner: the rank of the process that has it; None where all have it and make the same updates.
@@ -85,6 +86,24 @@ class Norms:
         return grad
 
 
+class Adapters:
+    """Low-rank adapters, to whose fp32 tensors autograd itself adds gradients.
+
+    Attributes:
+        parameters: `<layer>.A` and `<layer>.B`.
+        grads: of all of them, one tensor; `grad` of each is a view into it.
+    """
+
+    def __init__(self, layers: dict[str, Adapter]) -> None:
+        """Lets them learn."""
+        named = {f"{layer}.{name}": value for layer, one in layers.items() for name, value in one.named_parameters()}
+        self.parameters = [Parameter(name, ADAPTERS, value.requires_grad_()) for name, value in named.items()]
+        values = list(named.values())
+        self.grads = values[0].new_zeros(sum(value.numel() for value in values))
+        for value, view in zip(values, self.grads.split([value.numel() for value in values]), strict=True):
+            value.grad = view.view_as(value)
+
+
 class Learners:
     """Everything that learns.
 
@@ -107,7 +126,8 @@ class Learners:
         Args:
             student: the model; everything in it stays fixed but what is named here.
             layers: the quantized layers that learn, by name. Those that have latent weights to learn
-                from must bring them if `learn.latent` is above 0, and the curvature of the loss there.
+                from must bring them if `learn.latent` is above 0, and the curvature of the loss there. Where
+                they have adapters, these learn and nothing else does.
             learn: rates of the kinds relative to `train.lr`; 0 does not learn.
             machine: compute type.
             snap: parts of quantized layers pass through fp16.
@@ -117,13 +137,17 @@ class Learners:
             ConfigError: there are more processes than parts of the model to share out.
         """
         student.requires_grad_(False)
-        self._kinds = [field.name for field in fields(learn) if getattr(learn, field.name) > 0]
+        adapters = {name: one.adapter for name, one in layers.items() if isinstance(one, QuantLinear) and one.adapter}
+        self._adapters = Adapters(adapters) if adapters else None
+        self._kinds = [] if adapters else [field.name for field in fields(learn) if getattr(learn, field.name) > 0]
         inside = any(kind != NORMS for kind in self._kinds)
         self._weights = _weights(layers, learn, machine, ranks) if inside and layers else None
         self.shared = self._weights if isinstance(self._weights, SharedWeights) else None
         self._stacks = [] if self._weights is None else stacks(self._weights, snap)
-        self._norms = Norms(student) if learn.norms > 0 else None
+        self._norms = Norms(student) if NORMS in self._kinds else None
         self.parameters = [p for kind in self._kinds for p in self._of(kind, layers)]
+        if self._adapters is not None:
+            self.parameters += self._adapters.parameters
         self._rank = ranks.rank
 
     @property
@@ -147,6 +171,8 @@ class Learners:
         for gradients in (self._weights, self._norms):
             if gradients is not None:
                 gradients.clear()
+        if self._adapters is not None:
+            self._adapters.grads.zero_()
         for stack in self._stacks:
             stack.write()
         if self._norms is not None:
@@ -204,7 +230,7 @@ class Learners:
 
     def grads(self) -> list[Tensor]:
         """Gradients of `own`, adjacent ones joined into one tensor: for norms and reductions."""
-        return self.grads_of_layers() + self.grads_of_norms()
+        return self.grads_of_layers() + self.grads_everywhere()
 
     def grads_of_layers(self) -> list[Tensor]:
         """Those of quantized layers, of which processes may have shares."""
@@ -219,9 +245,10 @@ class Learners:
             joint += self._weights.sums.split(TOGETHER)
         return joint
 
-    def grads_of_norms(self) -> list[Tensor]:
-        """Those of norms, which every process has."""
-        return [p.value.grad for p in self.parameters if p.kind == NORMS and p.value.grad is not None]
+    def grads_everywhere(self) -> list[Tensor]:
+        """Those of norms and adapters, which every process has."""
+        joint = [] if self._adapters is None else [self._adapters.grads]
+        return joint + [p.value.grad for p in self.parameters if p.kind == NORMS and p.value.grad is not None]
 
     def _of(self, kind: str, layers: dict[str, Quantized]) -> Iterable[Parameter]:
         if kind == NORMS:

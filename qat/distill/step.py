@@ -118,7 +118,7 @@ class Step:
         self._accumulate(batch, self._positions(batch))
         self.recorder("reduce", self._reduce)
         learners = self.learners
-        summed = learners.grads() if learners.shared is None else [*learners.grads_of_norms(), self.squares]
+        summed = learners.grads() if learners.shared is None else [*learners.grads_everywhere(), self.squares]
         self.ranks.sum_([*summed, self.total, self.stop])
         if self.optimizer.far is None:
             self.recorder("update", self._update)
@@ -129,7 +129,7 @@ class Step:
 
     def _positions(self, batch: Batch) -> Tensor:
         """Number of counted positions of the global batch."""
-        count = batch.loss_mask.sum().to(self.machine.device, torch.float32)
+        count = self.loss.targets(batch)[2].sum().to(self.machine.device, torch.float32)
         self.ranks.sum_([count])
         self.counted.copy_(count)
         return count.clamp_min(1)
@@ -163,7 +163,7 @@ class Step:
         self.learners.exchange()
         self._done = 0
         for micro in batch.to(self.machine.device).split(size):
-            self._add(micro, micro.loss_mask / positions, parts > 1)
+            self._add(micro, positions, parts > 1)
             self.learners.finish()
             self._done += 1
 
@@ -187,15 +187,16 @@ class Step:
         self.learners.compute()
         self.total.zero_()
 
-    def _add(self, micro: Batch, weight_BP: Tensor, adding: bool) -> None:
+    def _add(self, micro: Batch, positions: Tensor, adding: bool) -> None:
         """Adds a micro-batch's loss and gradients, from tensors that stay in place where it is recorded."""
         inputs = micro.inputs()
-        outputs = {"ids": micro.topk_ids, "logprobs": micro.topk_logprobs, "weight": weight_BP}
+        ids, logprobs, counts = self.loss.targets(micro)
+        outputs = {"ids": ids, "logprobs": logprobs, "weight": counts / positions}
         alone = self.learners.shared is None  # what is sent on the way is no part of a recording
         if self.recorder.stream is None or not alone or micro.input_ids.numel() > RECORDED_TOKENS:
             self._backward(inputs, outputs)
             return
-        key = (micro.input_ids.shape, micro.topk_ids.shape)
+        key = (micro.input_ids.shape, ids.shape)
         tensors = {**inputs, **outputs}
         held = self._held.setdefault(key, {name: value.clone() for name, value in tensors.items()})
         for name, value in tensors.items():
@@ -231,7 +232,7 @@ class Step:
         """The norm of all gradients, summed over the ranks."""
         if self.learners.shared is None:
             return nn.utils.get_total_norm(self.learners.grads())
-        norms = self.learners.grads_of_norms()
+        norms = self.learners.grads_everywhere()
         return (self.squares + nn.utils.get_total_norm(norms).square() if norms else self.squares).sqrt()
 
     @torch.no_grad()

@@ -10,9 +10,10 @@ from collections.abc import Callable, Generator, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, fields
 from types import FrameType
+from typing import cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from qat.cache.batch import Batch
@@ -31,8 +32,9 @@ from qat.fidelity import Sample
 from qat.forward import hidden_states, prepare
 from qat.machine import Machine
 from qat.processes import Ranks
+from qat.quant import adapter
 from qat.quant.architectures import learns
-from qat.quant.linear import Quantized
+from qat.quant.linear import Quantized, QuantLinear
 
 log = logging.getLogger(__name__)
 
@@ -103,18 +105,19 @@ class Trainer:
             layers: name to kind and module.
             cache: readers of the training and the evaluation split.
             train: steps, batch and rates.
-            mode: which kinds of layers learn; the weights of others are computed once and kept.
+            mode: which kinds of layers learn, or get adapters that do; weights that stay are computed once and kept.
             loss: the distillation loss.
             machine: micro-batch and compute type.
-            seed: of the data order.
+            seed: of the data order, and of what new adapters are drawn from.
             ranks: the processes that share each batch.
 
         Raises:
-            ConfigError: nothing learns, or too little to share out.
+            ConfigError: nothing learns, or too little to share out, or it has adapters of another rank or weight already.
         """
         self.student, self.train, self.machine, self.seed, self.ranks = student, train, machine, seed, ranks
         self.training, self.held_out_rows = cache
         learning = _learning(layers, mode, machine.dtype)
+        _put_adapters(student, learning, mode, seed)
         if train.learn.latent > 0:
             kinds = {name: kind for name, (kind, _) in layers.items()}
             curvature.measure(student, learning, kinds, self.training, ranks)
@@ -317,35 +320,36 @@ class Trainer:
 
     @torch.no_grad()
     def held_out(self) -> HeldOut:
-        """Losses of the student on the held-out split, over all counted positions.
+        """Losses of the student on the held-out split, over all positions that count for each.
 
         That is the loss that is trained, and the run log's measure: top-k KL at T = 2, times 4.
         """
         self.learners.write()
-        sums = torch.zeros(3, dtype=torch.float64)
+        sums = torch.zeros(2, 2, dtype=torch.float64)
         with torch.compiler.set_stance("force_eager"):  # compiling once more takes longer than it saves
             own = self.held_out_rows.in_order(self.machine.micro_batch)[self.ranks.rank :: self.ranks.count]
             for stored in self.held_out_rows.stream(own, self.machine.device):
                 batch = stored.to(self.machine.device)
-                values, mask = self._held_out(batch), batch.loss_mask.flatten().cpu()
-                sums += torch.stack([*(value[mask].sum() for value in values), mask.sum()])
+                masks = [counts.flatten().cpu() for counts in (self.step.loss.targets(batch)[2], batch.loss_mask)]
+                pairs = zip(self._held_out(batch), masks, strict=True)
+                sums += torch.stack([torch.stack([values[mask].sum(), mask.sum()]) for values, mask in pairs])
         if self.ranks.count > 1:
             sums = sums.to(self.machine.device)
             self.ranks.sum_([sums])
-        loss, kd_loss, count = sums.tolist()
-        if not count:
+        if not sums[:, 1].all():
             raise NumericsError("no position of the held-out split counts, so nothing can be measured: record another")
-        return HeldOut(loss / count, kd_loss / count)
+        return HeldOut(*(sums[:, 0] / sums[:, 1]).tolist())
 
     def _held_out(self, batch: Batch) -> list[Tensor]:
         """Both losses [P] of a batch, float64 on the CPU."""
         head, beside = self.step.head, self.step.loss.teacher
         hidden = hidden_states(self.student, batch.inputs())
-        ids, logprobs = batch.topk_ids.flatten(0, 1), batch.topk_logprobs.flatten(0, 1)
+        ids, logprobs, _ = self.step.loss.targets(batch)
         teacher = None if beside is None else hidden_states(beside, batch.inputs())
+        kept = batch.topk_ids.flatten(0, 1)
         found = [
-            head.losses(hidden, ids, logprobs, teacher),
-            topk_kl(head.logits(hidden, ids), logprobs, KD_TEMPERATURE),
+            head.losses(hidden, ids.flatten(0, 1), logprobs.flatten(0, 1), teacher),
+            topk_kl(head.logits(hidden, kept), batch.topk_logprobs.flatten(0, 1), KD_TEMPERATURE),
         ]
         return [values.cpu().double() for values in found]
 
@@ -363,15 +367,26 @@ def _fingerprint(layers: dict[str, tuple[str, Quantized]], learned: set[str]) ->
     return found.hexdigest()
 
 
-def _learning(
-    layers: dict[str, tuple[str, Quantized]], mode: ModeConfig, dtype: torch.dtype
-) -> dict[str, Quantized]:
-    """The layers that learn; the weights of the others are computed once."""
+def _learning(layers: dict[str, tuple[str, Quantized]], mode: ModeConfig, dtype: torch.dtype) -> dict[str, Quantized]:
+    """The layers that learn; the weights of the others, and of those that learn by adapters, are computed once."""
     found = {name: layer for name, (role, layer) in layers.items() if learns(mode, role, layer.format)}
     for name, (_, layer) in layers.items():
-        if name not in found:
+        if name not in found or mode.rank:
             layer.bake(dtype)
     return found
+
+
+def _put_adapters(student: nn.Module, layers: dict[str, Quantized], mode: ModeConfig, seed: int) -> None:
+    """Gives layers adapters, if these are to learn; those that a checkpoint brought go on."""
+    for known in adapter.adapters(student).values():
+        if (known.rank, known.alpha) != (mode.rank, mode.alpha):
+            theirs, given = (f"mode.rank={of.rank} mode.alpha={of.alpha:g}" for of in (known, mode))
+            raise ConfigError(
+                f"the checkpoint has adapters of {theirs}, which training with {given} would not go on with: use"
+                f" mode=lora {theirs}, or a checkpoint without adapters"
+            )
+    if mode.rank:
+        adapter.begin(cast(dict[str, QuantLinear], layers), mode.rank, mode.alpha, seed)
 
 
 class Stopped(KeyboardInterrupt):

@@ -10,6 +10,8 @@ from qat.quant.formats import Codebook
 from qat.records import Record
 from qat.report.markdown import code, plain, table
 
+ADAPTER = "adapter"  # folder of the adapters in an export
+
 FIGURES = {
     "kl": "KL(teacher‖student), whole vocabulary",
     "kd_loss_best": "KD loss, top-k at temperature 2",
@@ -39,11 +41,26 @@ def write(source: Source, folder: Path, settings: ExportConfig, parity: str) -> 
         f"Exported as `{settings.name}` ({settings.dtype.name}). {parity}",
         "## Use",
         exporter(settings.format).use.format(folder=Path(str(settings.output)).name),
+        *_adapters(source, settings),
         *_bits(source.quant),
         *_table("Figures", "on text held apart from training", _figures(source.record)),
         *_table("Recipe", "of the run that made it", _recipe(source)),
     ]
     (folder / "README.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+
+
+def _adapters(source: Source, settings: ExportConfig) -> list[str]:
+    """How low-rank adapters are used, or that they are part of the weights; nothing where there are none."""
+    if not source.adapted:
+        return []
+    if source.adapters is None:
+        return ["Low-rank adapters of the checkpoint are added to the weights."]
+    folder = Path(str(settings.output)).name
+    return [
+        "By itself this is the student that low-rank adapters were trained on; figures below are of both. They lie"
+        " beside it:\n\n"
+        f'```python\nfrom peft import PeftModel\nmodel = PeftModel.from_pretrained(model, "{folder}/{ADAPTER}")\n```'
+    ]
 
 
 def _front_matter(source: Source, settings: ExportConfig) -> str:

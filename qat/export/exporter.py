@@ -31,6 +31,8 @@ class Exporter:
         samples: prompts that it is compared on, the first ones; None takes all.
         grid: what its quantized weights lie on; None takes any format, or says itself what it does not.
         writes_out: with `export.dense`, weights that it would refuse or round are written as they are.
+        adapts: PEFT puts adapters on the model that reads it.
+        merges: with `export.merge`, adapters are added to its weights, which are on no grid.
         refuse: raises a `QatError` for anything else that cannot be written.
         refuse_architecture: raises one for a `config.json` that the reader cannot compute.
         refuse_tokenizer: raises one for a teacher whose tokenizer the reader would take for another.
@@ -45,19 +47,22 @@ class Exporter:
     samples: int | None = None
     grid: LayerRule | None = None
     writes_out: bool = False
+    adapts: bool = False
+    merges: bool = False
     refuse: Callable[[Config], None] = lambda config: None
     refuse_architecture: Callable[[dict[str, Any]], None] = lambda described: None
     refuse_tokenizer: Callable[["ModelFolder"], None] = lambda teacher: None
 
-    def check(self, config: Config, layers: Mapping[str, Settings]) -> None:
+    def check(self, config: Config, layers: Mapping[str, Settings], adapted: bool = False) -> None:
         """Checks that this export can be written as configured.
 
         Args:
             config: of `stage=export`.
             layers: of the checkpoint, as its manifest has them; none where it is not known yet what they are.
+            adapted: it has adapters.
 
         Raises:
-            ConfigError: not in this type, not of the teacher, or not of such layers.
+            ConfigError: not in this type, not of the teacher, not of such layers or not with adapters.
             QatError: what the format refuses by itself.
         """
         export = config.export
@@ -70,6 +75,7 @@ class Exporter:
                 f"export={export.name} needs a quantized model: checkpoint=<path>; the teacher takes {others}"
             )
         self.refuse_layers(layers, export)
+        self.refuse_adapters(adapted, export)
         self.refuse(config)
 
     def refuse_layers(self, layers: Mapping[str, Settings], export: ExportConfig) -> None:
@@ -83,6 +89,26 @@ class Exporter:
             raise ConfigError(f"export.dense=true: means nothing to export={export.name}, but to {others}")
         if self.grid is not None and not export.dense:
             self.grid.refuse(layers)
+
+    def refuse_adapters(self, adapted: bool, export: ExportConfig) -> None:
+        """Looks whether a checkpoint's adapters, if it has any, have a place.
+
+        Raises:
+            ConfigError: they have none, or there are none to merge.
+        """
+        if export.merge and not self.merges:
+            merging = " or ".join(f"export={name}" for name in FORMATS if exporter(name).merges)
+            raise ConfigError(
+                f"export.merge=true: export={export.name} holds weights of few bits, and none with adapters added to"
+                f" them: use {merging}"
+            )
+        if export.merge and not adapted:
+            raise ConfigError("export.merge=true: the checkpoint has no adapters; those of mode=lora have")
+        if adapted and not self.adapts:
+            others = " or ".join(f"export={name}" for name in FORMATS if exporter(name).adapts)
+            raise ConfigError(
+                f"export={export.name} has no place for adapters: use {others}, or export=hf export.merge=true"
+            )
 
 
 def exporter(name: str) -> Exporter:

@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +11,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from qat import checkpoints, model_files, names
+from qat.checkpoint_files import find
 from qat.config import ExportType
 from qat.errors import ConfigError, NumericsError
 from qat.machine import Machine
 from qat.models import ModelFolder
-from qat.quant import vocabulary
+from qat.quant import adapter, vocabulary
 from qat.quant.architectures import Layer
 from qat.quant.formats import Codebook
 from qat.quant.size import summary
@@ -43,6 +44,7 @@ class Source:
         record: of the run that made the checkpoint, where there is one.
         dtype: of what is not quantized in the packed file whose size is told.
         exact: that file does not round embedding and head.
+        adapters: the checkpoint whose adapters are to lie beside the export; None where it has none, or merges them.
     """
 
     teacher: ModelFolder
@@ -52,11 +54,17 @@ class Source:
     record: Record = field(default_factory=lambda: Record(Path(), {}, ""))
     dtype: torch.dtype = torch.bfloat16
     exact: bool = False
+    adapters: Path | None = None
 
     @property
     def layers(self) -> list[Layer]:
         """The quantized layers; none in the teacher."""
         return checkpoints.layers_of(self.manifest) if self.manifest else []
+
+    @property
+    def adapted(self) -> bool:
+        """Whether the checkpoint has adapters."""
+        return self.adapters is not None or bool(adapter.adapters(self.model))
 
     @property
     def quant(self) -> dict[str, Any]:
@@ -67,8 +75,10 @@ class Source:
         return {"preset": self.manifest["quant"]["name"], **sizes}
 
 
-def open_source(teacher: ModelFolder, checkpoint: Path | None) -> Source:
+def open_source(teacher: ModelFolder, checkpoint: Path | None, merge: bool = False) -> Source:
     """The student of a checkpoint, or the teacher where there is none.
+
+    It has no adapters, unless these are to be merged into its weights.
 
     Raises:
         ArtifactError: the checkpoint is damaged or does not belong to this teacher.
@@ -76,9 +86,12 @@ def open_source(teacher: ModelFolder, checkpoint: Path | None) -> Source:
     if checkpoint is None:
         return Source(teacher, teacher.load(torch.float32, CPU))
     model, manifest = checkpoints.load(checkpoint, teacher, EXACT)
+    beside = None if merge or not adapter.adapters(model) else find(checkpoint)
+    if beside is not None:
+        adapter.remove(model)
+    made = Source(teacher, model, manifest, checkpoints.latent(checkpoint), adapters=beside)
     run = names.run_of(checkpoint)
-    latent = checkpoints.latent(checkpoint)
-    return Source(teacher, model, manifest, latent, read(run, run)) if run else Source(teacher, model, manifest, latent)
+    return replace(made, record=read(run, run)) if run else made
 
 
 def require_codebooks(source: Source, tool: str) -> None:

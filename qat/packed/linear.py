@@ -137,6 +137,11 @@ class PackedLinear(Packed):
         super().__init__(format, outputs, inputs)
         self.bias = nn.Parameter(torch.zeros(outputs), requires_grad=False) if bias else None
 
+    @property
+    def qweight(self) -> Tensor:
+        """The indices, under the name by which PEFT asks where a packed weight lies."""
+        return self.indices
+
     def forward(self, x: Tensor) -> Tensor:
         """x [..., I] to [..., O], in the type of x."""
         if (y := self.fused(x)) is not None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, cast
 import torch
 from torch import Tensor, nn
 
+from qat.quant.adapter import Adapter
 from qat.quant.formats import Format, Grid, Parts
 from qat.quant.lookup import index_type
 
@@ -110,16 +111,18 @@ class Quantized(nn.Module):
 
 
 class QuantLinear(Quantized):
-    """A linear layer, `y = x Wᵀ + bias`.
+    """A linear layer, `y = x Wᵀ + bias`, and what an adapter adds.
 
     Attributes:
         bias: [O] or None, as in the layer it replaces.
+        adapter: a low-rank adapter, or None. W is without it.
     """
 
     def __init__(self, format: Format, outputs: int, inputs: int, bias: Tensor | None = None) -> None:
         """Creates indices and parts, all zero."""
         super().__init__(format, outputs, inputs)
         self.bias = bias
+        self.adapter: Adapter | None = None
 
     def take_over(self, old: nn.Module) -> None:
         """Takes over the bias."""
@@ -128,7 +131,8 @@ class QuantLinear(Quantized):
     def forward(self, x: Tensor) -> Tensor:
         """x [..., I] to [..., O], in the type of x."""
         weight = self.weight(x.dtype) if self.dense is None else self.dense
-        return nn.functional.linear(x, weight, self.bias)
+        y = nn.functional.linear(x, weight, self.bias)
+        return y if self.adapter is None else y + self.adapter(x)
 
 
 class QuantHead(QuantLinear):

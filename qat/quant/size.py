@@ -55,9 +55,7 @@ def model_bits_per_weight(layers: list[Layer], model: nn.Module, exact: bool = F
     return (sum(x.weights * x.bits_per_weight for x in small) + DENSE_BITS * rest) / whole
 
 
-def file_bytes(
-    layers: list[Layer], model: nn.Module, dtype: torch.dtype = torch.bfloat16, exact: bool = False
-) -> int:
+def file_bytes(layers: list[Layer], model: nn.Module, dtype: torch.dtype = torch.bfloat16, exact: bool = False) -> int:
     """Bytes of the file of a packed export (`export=packed`), header included.
 
     Args:
@@ -88,12 +86,17 @@ def stored(layers: Iterable[Layer], model: nn.Module, dtype: torch.dtype) -> dic
 
 
 def summary(
-    layers: list[Layer], model: nn.Module, dtype: torch.dtype = torch.bfloat16, exact: bool = False
+    layers: list[Layer],
+    model: nn.Module,
+    dtype: torch.dtype = torch.bfloat16,
+    exact: bool = False,
+    adapters: int = 0,
 ) -> dict[str, Any]:
     """Sizes, counts and the weights that stay dense, as in `result.json`.
 
     Bits are said of the quantized layers and of the whole model, bytes of its packed file; arguments as of
-    `file_bytes`. `rounded` has the bits of what only that file has in few of them, by name.
+    `file_bytes`. `rounded` has the bits of what only that file has in few of them, by name. Numbers in `adapters` are
+    in none of these, but, where there are any, in `adapter_bytes`, which lie beside that file.
     """
     roles = {role: [layer for layer in layers if layer.role == role] for role in ROLES}
     figures: dict[str, Any] = {
@@ -102,6 +105,7 @@ def summary(
         "file_bytes": file_bytes(layers, model, dtype, exact),
         "rounded": {} if exact else {one.name: round(one.bits_per_weight, 4) for one in rounded(layers, model)},
         "layers": len(layers),
+        **({"adapter_bytes": 4 * adapters} if adapters else {}),
     }
     for role, members in roles.items():
         figures[f"{role}_layers"] = len(members)
@@ -113,5 +117,7 @@ def summary(
 def said(figures: dict[str, Any]) -> str:
     """The sizes of a whole model in a few words, from what `summary` gives."""
     sizes = f"{figures['file_bytes'] / 1e6:.1f} MB, {figures['model_bits_per_weight']:.2f} bits a weight"
-    names = " and ".join(figures["rounded"])
-    return f"{sizes}, {names} rounded to {EXACT_BITS} bits there" if names else sizes
+    if names := " and ".join(figures["rounded"]):
+        sizes += f", {names} rounded to {EXACT_BITS} bits there"
+    beside = figures.get("adapter_bytes", 0)
+    return f"{sizes}, and {beside / 1e6:.1f} MB of adapters beside it" if beside else sizes

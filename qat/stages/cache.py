@@ -1,5 +1,6 @@
 """Stage 1: text, then what the teacher predicts on it."""
 
+from dataclasses import replace
 from pathlib import Path
 
 from qat.artifacts import Artifact
@@ -42,14 +43,16 @@ def make(work: Workspace) -> Artifact:
 
 def _recorded(work: Workspace) -> Artifact:
     config = work.config
-    documents = obtain_documents(config.data, work.teacher, config.data.seed, work.machine, work.artifacts)
+    answers = config.loss.kind.needs_answers
+    settings = replace(config.cache, train_targets=False) if answers else config.cache
+    documents = obtain_documents(config.data, work.teacher, config.data.seed, work.machine, work.artifacts, answers)
     if documents.fresh:
         work.run.uses("documents", documents)
     template = "plain" if config.data.source.plain else "chat"
     name = f"{config.data.name}_{template}_think_{config.data.thinking}"
     whole = config.stage is not Stage.convert  # a conversion alone never holds all of the teacher
     cache = obtain_cache(
-        config.cache, documents, name, work.teacher, config.data.seed, work.machine, work.artifacts, whole
+        settings, documents, name, work.teacher, config.data.seed, work.machine, work.artifacts, whole
     )
     if cache.fresh and not documents.fresh:
         work.run.uses("documents", documents)
@@ -65,6 +68,8 @@ def _local(work: Workspace, path: Path) -> Artifact:
         raise ConfigError(f"{path} has rows of {length} tokens, {work.teacher.name} is made for at most {longest}")
     if cache.manifest["teacher"]["fingerprint"] is None:  # an imported cache does not say which teacher made it
         work.settle(CacheReader(cache, "eval"))
+    if config.loss.kind.needs_answers and config.stage in TRAINS and not cache.manifest.get("answers"):
+        raise ConfigError(f"loss={config.loss.name} learns from answers, and {path} does not say which tokens are any")
     if cache.manifest["tail"] == "missing" and config.loss.kind.needs_tail and config.stage in TRAINS:
         raise ConfigError(
             f"loss={config.loss.name} needs the probability outside the top-k, which {path} does not hold: use"

@@ -15,6 +15,7 @@ from qat.distill.state import States
 from qat.distill.trainer import History, Trainer
 from qat.forward import use
 from qat.processes import Ranks, joined
+from qat.quant import adapter
 from qat.quant.architectures import Layer
 from qat.quant.linear import quantized
 from qat.quant.size import summary
@@ -46,7 +47,6 @@ def make(work: Workspace, cached: Artifact, start: Path) -> Path:
         student, manifest = checkpoints.load(start, work.teacher, work.machine, latents=config.train.learn.latent > 0)
         layers = checkpoints.layers_of(manifest)
         check_mode(config.mode, layers, work.teacher)
-        run.result["quant"] = {"preset": manifest["quant"]["name"], **summary(layers, work.teacher.skeleton())}
         folders = {name: run.folder / "checkpoints" / name for name in ("best", "last")}
         description = checkpoints.heritage(manifest) | {"run": run.result["run_id"]}
 
@@ -56,6 +56,8 @@ def make(work: Workspace, cached: Artifact, start: Path) -> Path:
                     checkpoints.save(student, folders[name], description)
 
         trainer = _trainer(work, cached, student, layers, ranks)
+        sizes = summary(layers, work.teacher.skeleton(), adapters=adapter.size(student))
+        run.result["quant"] = {"preset": manifest["quant"]["name"], **sizes}
         states = _states(work, run.folder) if ranks.first else None
         _resume(work, trainer)
         history = trainer.run(run.log, lambda: save("best"), states)
@@ -110,9 +112,7 @@ def _earlier(work: Workspace) -> Path | None:
     return folder if sweeps.has_job(folder) else None
 
 
-def _trainer(
-    work: Workspace, cached: Artifact, student: PreTrainedModel, layers: list[Layer], ranks: Ranks
-) -> Trainer:
+def _trainer(work: Workspace, cached: Artifact, student: PreTrainedModel, layers: list[Layer], ranks: Ranks) -> Trainer:
     config, modules = work.config, quantized(student)
     training, held_out = CacheReader(cached, "train"), CacheReader(cached, "eval")
     use(student, work.settle(training))

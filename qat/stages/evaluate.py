@@ -24,6 +24,7 @@ from qat.evaluate.intervals import METHOD
 from qat.evaluate.tasks import Harness
 from qat.evaluate.windows import Windows, read
 from qat.names import TEACHER, called, checkpoint
+from qat.quant import adapter
 from qat.quant.size import summary
 from qat.runs import Run
 from qat.stages import cache
@@ -237,8 +238,9 @@ class Speech:
 
 def _load(work: Workspace, folder: Path) -> tuple[PreTrainedModel, dict[str, Any]]:
     student, manifest = checkpoints.load(folder, work.teacher, work.machine)
-    figures = summary(checkpoints.layers_of(manifest), work.teacher.skeleton())
-    return student, {"preset": manifest["quant"]["name"], **figures}
+    layers, adapters = checkpoints.layers_of(manifest), adapter.size(student)
+    sizes = summary(layers, work.teacher.skeleton(), adapters=adapters)
+    return student, {"preset": manifest["quant"]["name"], **sizes}
 
 
 def _record(run: Run, found: dict[str, Found]) -> None:

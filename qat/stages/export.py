@@ -11,6 +11,7 @@ from qat.artifacts import publish
 from qat.config import Config
 from qat.console import console
 from qat.export import card, parity
+from qat.export.card import ADAPTER
 from qat.export.exporter import exporter
 from qat.export.source import DTYPES, Source, open_source
 from qat.runs import Run
@@ -26,8 +27,9 @@ def main(config: Config, run: Run) -> None:
     folder = Path(str(config.export.output)).expanduser()
     form = exporter(config.export.format)
     with work.timed("export"):
-        source = open_source(work.teacher, start_folder(config.checkpoint))
+        source = open_source(work.teacher, start_folder(config.checkpoint), config.export.merge)
         form.refuse_layers(checkpoints.entries(source.layers), config.export)
+        form.refuse_adapters(source.adapted, config.export)
         if form.sized:
             source = replace(source, dtype=DTYPES[config.export.dtype], exact=config.export.dense)
         make(work, writer, source, folder)
@@ -49,6 +51,8 @@ def make(work: Workspace, writer: ModuleType, source: Source, folder: Path) -> N
     }
     with publish(folder, described) as (scratch, manifest):
         writer.write(source, scratch, settings)
+        if source.adapters is not None:
+            checkpoints.copy_adapters(source.adapters, scratch / ADAPTER)
         made = writer.read(source, scratch)
         form = exporter(settings.format)
         longest = settings.context if form.bounded else None

@@ -129,7 +129,9 @@ def _jobs(config: Config, teacher: ModelFolder) -> Iterator[Job]:
 
 
 def _check_learning(job: Job) -> None:
-    """Checks that at least one kind of parameter in the layers has a learning rate."""
+    """Checks that at least one kind of parameter in the layers has a learning rate; adapters always have."""
+    if job.mode.rank:
+        return
     rates = as_plain(job.train.learn)
     learning = [layer for layer in job.layers if learns(job.mode, layer.role, layer.format)]
     kinds = {part.kind for layer in learning for part in layer.format.parts(*layer.shape).values()}

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from qat import checkpoints, provenance
 from qat.artifacts import Artifact
-from qat.config import ROLES, Config
+from qat.config import ROLES, Config, LossKind
 from qat.console import console, duration, table
 from qat.evaluate import Metrics
 from qat.processes import place
@@ -39,7 +39,8 @@ def main(config: Config, run: Run) -> None:
         "teacher_perplexity": after.teacher_perplexity,
         "top1_agreement": after.top1_agreement,
     }
-    if after.kl > before.kl and not run.result["verdict"]:
+    imitates = not config.loss.kind.needs_answers  # else nearer to the teacher is not what was asked for
+    if imitates and after.kl > before.kl and not run.result["verdict"]:
         start_is = "its conversion" if known else "the checkpoint it began with"
         run.result["verdict"] = (
             f"worse than {start_is}: full KL {after.kl:.4f} instead of {before.kl:.4f}, both on held-out text"
@@ -66,6 +67,7 @@ def show(run: Run, before: Metrics, after: Metrics, best: Path) -> None:
     """What a person wants to know at the end: losses before and after, bits, times, where to go on."""
     result = run.result
     rows = [
+        *_answers(run),
         ["KD loss (held-out)", f"{before.kd_loss:.4f}", f"{after.kd_loss:.4f}", "0"],
         ["full KL (held-out)", f"{before.kl:.4f}", f"{after.kl:.4f}", "0"],
         [
@@ -93,6 +95,14 @@ def show(run: Run, before: Metrics, after: Metrics, best: Path) -> None:
     }
     for name, value in lines.items():
         console.print(f"{name:17} {value}", soft_wrap=True)
+
+
+def _answers(run: Run) -> list[list[str]]:
+    """What a token of an answer costs, where that is what was trained."""
+    if not LossKind[run.result["config"]["loss"]["kind"]].needs_answers:
+        return []
+    metrics = run.result["metrics"]
+    return [["answers, nats a token", f"{metrics['loss_initial']:.4f}", f"{metrics['loss_best']:.4f}", ""]]
 
 
 def _spent(run: Run, stage: str) -> str:

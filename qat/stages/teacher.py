@@ -6,7 +6,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from qat import checkpoints
-from qat.checkpoint_files import find
+from qat.checkpoint_files import find, has_adapters
 from qat.config import Config, DataConfig, DataSource, ModeConfig, QuantConfig, Stage, Start
 from qat.data import mix
 from qat.data.asking import asked
@@ -17,7 +17,8 @@ from qat.machine import Machine
 from qat.models import ModelFolder, tokenizers
 from qat.models.reading import listed
 from qat.models.streamed import matrix_of
-from qat.quant.architectures import Layer, select
+from qat.quant.architectures import Layer, learns, select
+from qat.quant.places import place
 
 CONVERTS = (Stage.run, Stage.convert)
 TRAINS = (Stage.run, Stage.distill)
@@ -32,6 +33,7 @@ def check(config: Config, teacher: ModelFolder, machine: Machine) -> None:
     """
     if makes_text(config):
         check_text(config, teacher)
+    _refuse_adapted(config, teacher)
     layers = check_layers(config, teacher) if config.stage in CONVERTS else []
     if config.stage is Stage.distill and (start := _manifest(config, teacher)):
         check_mode(config.mode, checkpoints.layers_of(start), teacher)
@@ -78,6 +80,8 @@ def check_export(config: Config, teacher: ModelFolder, layers: list[Layer]) -> N
     form.refuse_tokenizer(teacher)
     start = None if layers else _manifest(config, teacher)
     form.refuse_layers(start["layers"] if start else checkpoints.entries(layers), config.export)
+    if config.stage in TRAINS and config.mode.rank:
+        form.refuse_adapters(True, config.export)
 
 
 def check_layers(config: Config, teacher: ModelFolder) -> list[Layer]:
@@ -89,6 +93,17 @@ def check_layers(config: Config, teacher: ModelFolder) -> list[Layer]:
             check_mode(mode, layers, teacher)
         found += layers
     return found
+
+
+def _refuse_adapted(config: Config, teacher: ModelFolder) -> None:
+    """Refuses to convert a checkpoint with adapters, which would be lost."""
+    start = _manifest(config, teacher) if config.stage in CONVERTS else None
+    if start is not None and has_adapters(start) and _converts(config, teacher):
+        raise ConfigError(
+            f"checkpoint={config.checkpoint.path} has adapters and is to be converted to quant={config.quant.name},"
+            " which would lose them: start from the checkpoint that they were trained on, or convert what"
+            " export=hf export.merge=true writes, with model=local"
+        )
 
 
 def _loaded(config: Config, teacher: ModelFolder, machine: Machine) -> PreTrainedModel:
@@ -110,18 +125,37 @@ def _wanted(config: Config) -> list[tuple[QuantConfig, ModeConfig]]:
 
 
 def check_mode(mode: ModeConfig, layers: list[Layer], teacher: ModelFolder) -> None:
-    """Refuses to train a role of which none is quantized.
+    """Refuses to train a role of which none is quantized, and adapters that some layer cannot have.
 
     Raises:
         ConfigError: with the mode that has something to train.
     """
     roles = {layer.role for layer in layers}
-    for role, learns in {"mlp": mode.mlp, "attn": mode.attn}.items():
-        if learns and role not in roles:
+    for role, asked_for in {"mlp": mode.mlp, "attn": mode.attn}.items():
+        if asked_for and role not in roles:
             raise ConfigError(
                 f"mode={mode.name} trains the {role} layers, and none of {teacher.name} is quantized: use"
-                f" mode={next(iter(roles))}"
+                f" {f'mode.{role}=false' if mode.rank else f'mode={next(iter(roles))}'}"
             )
+    for layer in layers if mode.rank else []:
+        if learns(mode, layer.role, layer.format):
+            _check_adapter(mode.rank, layer, teacher)
+
+
+def _check_adapter(rank: int, layer: Layer, teacher: ModelFolder) -> None:
+    """Refuses an adapter for an expert of a stack, and one that has more ranks than the layer."""
+    found = place(teacher.skeleton(), layer.name)
+    if found is not None and found.number is not None:
+        raise ConfigError(
+            f"mode.rank={rank}: {layer.name} of {teacher.name} is an expert, which shares a tensor with others and can"
+            f" have no adapter: use mode.{layer.role}=false"
+        )
+    if rank > min(layer.shape):
+        outputs, inputs = layer.shape
+        raise ConfigError(
+            f"mode.rank={rank}: {layer.name} of {teacher.name} is {outputs} × {inputs} and has no more than"
+            f" {min(layer.shape)} ranks: use that or fewer"
+        )
 
 
 def _converts(config: Config, teacher: ModelFolder) -> bool:

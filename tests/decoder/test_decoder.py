@@ -22,6 +22,7 @@ from torch import nn
 from qat import rows as masks
 from qat.decoder import Decoder, decoder
 from qat.forward import FAST, FUSED, hidden_states, use
+from qat.quant import adapter
 from qat.quant.formats import Codebook
 from qat.quant.linear import QuantLinear
 from qat.quant.weights import Weights
@@ -59,6 +60,8 @@ def quantize(model, mode):
             model.set_submodule(name, layer)
             if mode in name or mode == "e2e":
                 layers[name] = layer
+    if not layers:
+        return None, layers
     values = {name: layer.dense for name, layer in layers.items()}
     weights = Weights(list(layers.values()), model.lm_head.weight.dtype)
     for name, layer in layers.items():
@@ -104,6 +107,36 @@ def check(family, mode, joined, checkpointing, micro_batches=1, length=12, width
         assert layer.dense.grad is None
 
 
+def check_adapters(family, checkpointing):
+    # Adapters of some layers on a frozen student: of one in a joint product, of all in another, of none in a third.
+    exact, model = models(family)
+    _, layers = quantize(model, "none")
+    chosen = [name for name, part in model.named_modules() if name.endswith(("q_proj", "gate_proj", "up_proj"))]
+    leaves = {}
+    for number, name in enumerate(chosen):
+        layer, random = model.get_submodule(name), torch.Generator().manual_seed(number)
+        adapter.put(layer, 2, 6.0).draw(random)
+        with torch.no_grad():
+            layer.adapter.B.copy_(torch.randn(layer.adapter.B.shape, generator=random) * 0.3)
+        leaves[name] = [part.detach().double().cpu().requires_grad_() for part in (layer.adapter.A, layer.adapter.B)]
+    weights = {name: exact.get_submodule(name).weight + 3 * B @ A for name, (A, B) in leaves.items()}
+    for name, weight in weights.items():
+        module = exact.get_submodule(name)
+        del module._parameters["weight"]
+        module.weight = weight
+    given = rows(True)
+    fuse(model, checkpointing)
+    wanted = hidden_states(exact, given)
+    found = hidden_states(model, {name: value.to(device) for name, value in given.items()})
+    near(found, wanted, "hidden states with adapters")
+    grad = torch.randn_like(wanted)
+    wanted.backward(grad)
+    found.backward(grad.to(found))
+    for name, pair in leaves.items():
+        for part, leaf in zip(model.get_submodule(name).adapter.parameters(), pair, strict=True):
+            near(part.grad, leaf.grad, name)
+
+
 def check_teacher(family, joined):
     exact, model = models(family)
     given = rows(joined)
@@ -121,6 +154,8 @@ check("llama", "e2e", True, False, 2)
 check("llama", "attn", False, False)
 for length, width in ((65, 128), (128, 64), (128, 128)):
     check("qwen3", "e2e", True, False, length=length, width=width)
+check_adapters("llama", False)
+check_adapters("qwen3", True)
 check_teacher("qwen3", True)
 check_teacher("llama", False)
 """

@@ -89,6 +89,20 @@ def test_a_mode_that_trains_what_is_not_quantized_is_told(check_of, other):
     check_of("convert", teacher)
 
 
+def test_an_adapter_that_a_layer_cannot_have_is_told(check_of, other):
+    lora = ModeConfig("lora", True, True, rank=8)
+    check_of(mode=lora)
+    with pytest.raises(ConfigError, match=r"mode.rank=65: model.layers.0.self_attn.q_proj of tiny is 64 × 64"):
+        check_of(mode=replace(lora, rank=65))
+    experts = other("Mixtral", num_local_experts=2)
+    said = r"mode.rank=8: model.layers.0.mlp.experts.0.gate_up_proj of other is an expert, .*: use mode.mlp=false"
+    with pytest.raises(ConfigError, match=said):
+        check_of(teacher=experts, mode=lora)
+    check_of(teacher=experts, mode=replace(lora, mlp=False))
+    with pytest.raises(ConfigError, match=r"mode=lora trains the mlp layers, .*: use mode.mlp=false"):
+        check_of(teacher=other("Mamba", state_size=4), mode=lora)
+
+
 def test_a_student_that_is_trained_first_has_its_layers_too(check_of, other):
     griffin = other("RecurrentGemma")
     with pytest.raises(ConfigError, match="quant=q4a4 does not cover"):

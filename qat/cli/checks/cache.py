@@ -54,7 +54,14 @@ def _check_loss(config: Config) -> None:
             f"loss={loss.name} needs the probability outside the top-k, which {cache.path} does not hold: use"
             " loss=topk_kl, which is exact, or cache.tail=estimate where it has a random sample"
         )
-    full = loss.kind.needs_teacher  # such a loss gets full distributions from the teacher that runs beside the student
+    if loss.kind.needs_answers:
+        if cache.path and not _has_answers(config):
+            raise ConfigError(
+                f"loss={loss.name} learns from answers, and {cache.path} does not say which tokens belong to any: give"
+                " conversations as data.path, or a cache that was recorded with this loss"
+            )
+        return
+    full = not loss.kind.needs_targets  # such a loss gets full distributions from the teacher beside the student
     if (not full or loss.hard > 0) and not _has_targets(config):
         which = f"loss.hard={loss.hard:g}" if full else f"loss={loss.name}"
         raise ConfigError(
@@ -72,6 +79,14 @@ def _has_targets(config: Config) -> bool:
     if folder is None or not (folder / MANIFEST).is_file():
         return True
     return bool(described(folder).get("train_targets", True))
+
+
+def _has_answers(config: Config) -> bool:
+    """Whether a cache says which tokens are answers; of one that is still to be had, it shows when it is there."""
+    folder = _cached(config)
+    if folder is None:
+        return True
+    return (folder / MANIFEST).is_file() and bool(described(folder).get("answers"))
 
 
 def _lacks_tail(config: Config) -> bool:

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from qat.artifacts import MANIFEST
+from qat.checkpoint_files import has_adapters
 from qat.cli.checks import checkpoint
 from qat.cli.checks.manifests import described
 from qat.cli.checks.outputs import check_folder
@@ -19,7 +20,8 @@ def check(config: Config) -> None:
     if not export.output:
         raise ConfigError("stage=export needs a folder to write to: export.output=<folder>")
     manifest = checkpoint.manifest(config)
-    exporter(export.format).check(config, manifest["layers"] if manifest else {})
+    adapted = manifest is not None and has_adapters(manifest)
+    exporter(export.format).check(config, manifest["layers"] if manifest else {}, adapted)
     folder = Path(export.output).expanduser()
     check_folder("export.output", str(folder))
     if folder.is_dir() and any(folder.iterdir()) and not _is_export(folder):

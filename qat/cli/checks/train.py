@@ -1,10 +1,13 @@
 """Checks training: some parameters are trained, the loss is defined, and every process has work."""
 
+from qat.checkpoint_files import has_adapters
 from qat.cli.checks.checkpoint import manifest
-from qat.config import Config, LossConfig, Stage
+from qat.config import Config, DataSource, LossConfig, Stage
 from qat.errors import ConfigError
 from qat.names import TRAINS
 from qat.processes import place
+
+CONVERSATIONS = (DataSource.chat_jsonl, DataSource.alpaca)  # sources with answers that are there
 
 
 def check(config: Config) -> None:
@@ -12,8 +15,11 @@ def check(config: Config) -> None:
     if config.stage in TRAINS:
         _check_mode(config)
         _check_learning(config)
+        _check_adapters(config)
         _check_batches(config)
     _check_loss(config.loss)
+    if config.stage in (*TRAINS, Stage.cache, Stage.convert, Stage.evaluate):
+        _check_answers(config)
 
 
 def _check_mode(config: Config) -> None:
@@ -30,6 +36,7 @@ def _check_mode(config: Config) -> None:
     for kind, learns in learning.items():
         if learns and not (quant.get(kind) or quant.get("layers")):
             fitting = [f"mode={kind}" for kind in ("mlp", "attn") if quant.get(kind)]
+            fitting = [f"mode.{kind}=false"] if config.mode.rank and fitting else fitting
             raise ConfigError(
                 f"mode={config.mode.name} trains the {kind} layers, for which {whose} has no format"
                 + (f": use {fitting[0]}" if fitting else "")
@@ -40,8 +47,35 @@ def _check_mode(config: Config) -> None:
 
 def _check_learning(config: Config) -> None:
     learn = config.train.learn
+    if config.mode.rank:
+        return  # adapters learn, and nothing else
     if not any((learn.scales, learn.codebooks, learn.latent, learn.norms)):
         raise ConfigError("train.learn.scales, codebooks, latent and norms are all 0: nothing would learn")
+
+
+def _check_adapters(config: Config) -> None:
+    """Checks that adapters learn alone, and that what learns is not beside adapters that do not."""
+    mode, learn, described = config.mode, config.train.learn, manifest(config)
+    if config.first and config.first.mode.rank:
+        raise ConfigError(
+            f"first.mode.rank={config.first.mode.rank}: the student that is trained first is converted, and adapters"
+            " are not: use another first.mode"
+        )
+    if not mode.rank and described is not None and has_adapters(described):
+        raise ConfigError(
+            f"mode={mode.name}: checkpoint={config.checkpoint.path} has adapters, beside which nothing else learns: use"
+            " mode=lora, or the checkpoint that they were trained on"
+        )
+    if not mode.rank:
+        return
+    if mode.embed:
+        raise ConfigError("mode.embed=true: adapters are for layers of the decoder: use mode.rank=0, as mode=e2e has")
+    for kind in ("latent", "norms"):
+        if (rate := getattr(learn, kind)) > 0:
+            raise ConfigError(
+                f"train.learn.{kind}={rate:g}: with mode.rank={mode.rank} adapters learn and the student stays as it"
+                f" is: use train.learn.{kind}=0, or mode=e2e"
+            )
 
 
 def _check_batches(config: Config) -> None:
@@ -59,8 +93,25 @@ def _check_batches(config: Config) -> None:
         )
 
 
+def _check_answers(config: Config) -> None:
+    """Checks that a loss over answers gets text that says which tokens they are."""
+    if not config.loss.kind.needs_answers or config.cache.path:
+        return
+    sources = [part.source for part in config.data.parts] or [config.data.source]
+    other = next((source for source in sources if source not in CONVERSATIONS), None)
+    if other is not None:
+        named = " or ".join(f"data={source.name}" for source in CONVERSATIONS)
+        raise ConfigError(
+            f"loss={config.loss.name} learns from the answers of conversations, and data={config.data.name} has text of"
+            f" source {other.name}, which has none that are given: use {named} with data.path=<file>"
+        )
+
+
 def _check_loss(loss: LossConfig) -> None:
     if loss.kind.needs_tail and loss.temperature != 1:
         raise ConfigError(
             f"loss.temperature={loss.temperature}: {loss.name} works at 1, where the cache knows the tail's mass"
         )
+    for key, value, only in (("temperature", loss.temperature, 1.0), ("hard", loss.hard, 0.0)):
+        if loss.kind.needs_answers and value != only:
+            raise ConfigError(f"loss.{key}={value:g}: loss={loss.name} has no teacher, so it has to be {only:g}")

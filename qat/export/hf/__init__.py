@@ -6,6 +6,8 @@ from qat.export.exporter import Exporter
 EXPORTER = Exporter(
     types=tuple(ExportType),
     takes_teacher=True,
+    adapts=True,
+    merges=True,
     use="""\
 ```python
 from transformers import AutoModelForCausalLM

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
 from qat import model_files, models
@@ -12,12 +13,12 @@ from qat.checkpoints.own import adopt, own_parameters
 from qat.config import ExportConfig
 from qat.export.moved import older_keys
 from qat.export.source import CPU, DTYPES, Source, cast, copy_tokenizer
-from qat.quant.linear import quantized
+from qat.quant.linear import Quantized, QuantLinear, quantized
 from qat.quant.places import matrix
 
 
 def write(source: Source, folder: Path, settings: ExportConfig) -> None:
-    """Writes the model with every quantized weight multiplied out.
+    """Writes the model with every quantized weight multiplied out, and with its adapter's added.
 
     Raises:
         NumericsError: a weight does not fit into `export.dtype`.
@@ -46,8 +47,15 @@ def dense(source: Source, dtype: torch.dtype) -> PreTrainedModel:
     for name, parameter in model.named_parameters():
         cast(name, parameter, dtype)
     for name, module in quantized(source.model).items():
-        matrix(model, name).copy_(cast(name, module.weight(torch.float32), dtype))
+        matrix(model, name).copy_(cast(name, _merged(module), dtype))
     return model
+
+
+def _merged(module: Quantized) -> Tensor:
+    """A layer's weight [O, I] fp32, what its adapter adds included."""
+    weight = module.weight(torch.float32)
+    adapter = module.adapter if isinstance(module, QuantLinear) else None
+    return weight if adapter is None else weight + adapter.weight()
 
 
 def rounding(settings: ExportConfig) -> torch.dtype:

@@ -10,6 +10,7 @@ EXPORTER = Exporter(
     types=tuple(ExportType),
     sized=True,
     writes_out=True,
+    adapts=True,
     use="""\
 ```python
 import qat  # pip install qat-speedrun; registers the format with transformers
