@@ -112,7 +112,7 @@ class Trainer:
             ranks: the processes that share each batch.
 
         Raises:
-            ConfigError: nothing learns, or too little to share out, or it has adapters of another rank or weight already.
+            ConfigError: nothing learns, or too little to share out, or adapters have another rank or weight already.
         """
         self.student, self.train, self.machine, self.seed, self.ranks = student, train, machine, seed, ranks
         self.training, self.held_out_rows = cache
