@@ -59,12 +59,12 @@ def _recorded(work: Workspace) -> Artifact:
 def _local(work: Workspace, path: Path) -> Artifact:
     config = work.config
     cache = open_local(path.expanduser(), work.teacher, config.data.eval_fraction, config.cache.tail)
-    longest = work.teacher.context()
+    longest = work.context()
     if longest is not None and cache.manifest["length"] > longest:
         length = cache.manifest["length"]
-        raise ConfigError(f"{path} has rows of {length} tokens, {work.teacher.name} is made for at most {longest}")
+        raise ConfigError(f"{path} has rows of {length} tokens, {work.model.name} is made for at most {longest}")
     if cache.manifest["teacher"]["fingerprint"] is None:  # an imported cache does not say which teacher made it
-        work.settle(CacheReader(cache, "eval"))
+        work.settle(work.teacher, CacheReader(cache, "eval"))
     if cache.manifest["tail"] == "missing" and config.loss.kind.needs_tail and config.stage in TRAINS:
         raise ConfigError(
             f"loss={config.loss.name} needs the probability outside the top-k, which {path} does not hold: use"

@@ -26,7 +26,7 @@ def main(config: Config, run: Run) -> None:
     folder = Path(str(config.export.output)).expanduser()
     form = exporter(config.export.format)
     with work.timed("export"):
-        source = open_source(work.teacher, start_folder(config.checkpoint))
+        source = open_source(work.model, start_folder(config.checkpoint))
         form.refuse_layers(checkpoints.entries(source.layers), config.export)
         if form.sized:
             source = replace(source, dtype=DTYPES[config.export.dtype], exact=config.export.dense)
