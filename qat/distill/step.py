@@ -7,6 +7,7 @@ leave everything as it was.
 """
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -94,18 +95,19 @@ class Step:
         if loss.teacher is not None:
             prepare(loss.teacher, machine.compile)
 
-    def confirm(self, sample: Sample) -> None:
-        """Removes fused layers whose outputs differ from those of the model's own layers."""
+    def confirm(self, samples: Sequence[Sample]) -> None:
+        """Removes fused layers whose outputs differ from those of the model's own layers, on rows of any length."""
         self.learners.write()
-        ready(self.student, sample, self.machine.compile, bool(self.machine.checkpointing))
-        if self.loss.teacher is not None:
-            ready(self.loss.teacher, sample, self.machine.compile)
+        for sample in samples:
+            ready(self.student, sample, self.machine.compile, bool(self.machine.checkpointing))
+            if self.loss.teacher is not None:
+                ready(self.loss.teacher, sample, self.machine.compile)
 
-    def __call__(self, batch: Batch, factor: float, stop: bool = False) -> Figures:
+    def __call__(self, batches: Sequence[Batch], factor: float, stop: bool = False) -> Figures:
         """One step.
 
         Args:
-            batch: this process' rows of the global batch.
+            batches: this process' rows of the global batch, those of one length together.
             factor: the schedule's, on all learning rates.
             stop: this process was asked to stop; all of them are told.
 
@@ -114,36 +116,44 @@ class Step:
         """
         self.optimizer.set_factor(factor)
         self.stop.fill_(float(stop))
-        self._accumulate(batch, self._positions(batch))
+        self._accumulate(batches, self._positions(batches))
         self.recorder("reduce", self.learners.reduce)
         self.ranks.sum_([*self.learners.grads(), self.total, self.stop])
         self.recorder("update", self._update)
         loss, norm, skipped, stopping = self.figures.tolist()
         return Figures(loss, norm, skipped > 0, stopping > 0)
 
-    def _positions(self, batch: Batch) -> Tensor:
+    def _positions(self, batches: Sequence[Batch]) -> Tensor:
         """Number of counted positions of the global batch."""
-        count = batch.loss_mask.sum().to(self.machine.device, torch.float32)
+        counts = torch.stack([batch.loss_mask.sum() for batch in batches])
+        count = counts.sum().to(self.machine.device, torch.float32)
         self.ranks.sum_([count])
         self.counted.copy_(count)
         return count.clamp_min(1)
 
-    def _accumulate(self, batch: Batch, positions: Tensor) -> None:
+    def _accumulate(self, batches: Sequence[Batch], positions: Tensor) -> None:
         """Sums the gradients of all micro-batches; uses smaller ones if memory runs out."""
         while True:
             try:
-                return self._attempt(batch, positions)
+                return self._attempt(batches, positions)
             except torch.OutOfMemoryError:
                 pass  # leave the handler first: the error keeps the tensors of its frames alive
-            self._make_room(batch)
+            self._make_room(batches)
 
-    def _attempt(self, batch: Batch, positions: Tensor) -> None:
-        parts = max(1, -(-len(batch.input_ids) // self.machine.micro_batch))
-        size = -(-len(batch.input_ids) // parts)  # micro-batches of equal size need only one compiled form
-        self.learners.begin(parts)
+    def _attempt(self, batches: Sequence[Batch], positions: Tensor) -> None:
+        sizes = [self._rows_at_once(batch, _longest(batches)) for batch in batches]
+        parts = sum(-(-len(batch.input_ids) // size) for batch, size in zip(batches, sizes, strict=True))
+        self.learners.begin(max(1, parts))
         self.recorder(("open", parts > 1), self._open)
-        for micro in batch.to(self.machine.device).split(size):
-            self._add(micro, micro.loss_mask / positions, parts > 1)
+        for batch, size in zip(batches, sizes, strict=True):
+            for micro in batch.to(self.machine.device).split(size):
+                self._add(micro, micro.loss_mask / positions, parts > 1)
+
+    def _rows_at_once(self, batch: Batch, longest: int) -> int:
+        """Rows of a micro-batch, which has as many tokens whatever their length."""
+        rows, length = batch.input_ids.shape
+        parts = max(1, -(-rows * length // (self.machine.micro_batch * longest)))
+        return max(1, -(-rows // parts))  # micro-batches of equal size need only one compiled form
 
     def _open(self) -> None:
         self.learners.write()
@@ -190,14 +200,16 @@ class Step:
         self.scaler.update(self.skip)
         self.figures.copy_(torch.stack([self.total, norm, self.skip, self.stop]))
 
-    def _make_room(self, batch: Batch) -> None:
+    def _make_room(self, batches: Sequence[Batch]) -> None:
         """Reduces the memory of later steps without changing their result."""
         self.recorder.forget()
         self._held.clear()
         if self.machine.device.type == "cuda":
             torch.cuda.empty_cache()
-        held = min(self.machine.micro_batch, len(batch.input_ids))
-        if self.machine.checkpointing is None and held * batch.input_ids.shape[1] <= FEW_TOKENS:
+        longest = _longest(batches)
+        most = max((-(-batch.input_ids.numel() // longest) for batch in batches), default=1)
+        held = min(self.machine.micro_batch, most)
+        if self.machine.checkpointing is None and held * longest <= FEW_TOKENS:
             log.info("out of memory: activations are computed twice from here on")
             self.machine = replace(self.machine, checkpointing=True)
             prepare(self.student, self.machine.compile, True)
@@ -209,6 +221,11 @@ class Step:
                 "one sequence does not fit into the device's memory: set instance.checkpointing=true or a shorter"
                 " cache.length, or use a larger device"
             )
+
+
+def _longest(batches: Sequence[Batch]) -> int:
+    """Tokens of the longest rows."""
+    return max((batch.input_ids.shape[1] for batch in batches), default=1)
 
 
 def _stream(machine: Machine) -> torch.cuda.Stream | None:

@@ -12,8 +12,9 @@ from qat.cache.reader import CacheReader
 from qat.config import Config
 from qat.distill.loss import Loss
 from qat.distill.state import States
-from qat.distill.trainer import History, Trainer
-from qat.forward import use
+from qat.distill.trainer import History, Trainer, cuts
+from qat.forward import Pass, use
+from qat.models import ModelFolder
 from qat.processes import Ranks, joined
 from qat.quant.architectures import Layer
 from qat.quant.linear import quantized
@@ -109,7 +110,7 @@ def _trainer(
 ) -> Trainer:
     config, modules = work.config, quantized(student)
     training, held_out = CacheReader(cached, "train"), CacheReader(cached, "eval")
-    use(student, work.settle(work.model, training))
+    use(student, _settled(work, work.model, training))
     return Trainer(
         student,
         {layer.name: (layer.role, modules[layer.name]) for layer in layers},
@@ -123,12 +124,20 @@ def _trainer(
     )
 
 
+def _settled(
+    work: Workspace, which: ModelFolder, text: CacheReader, model: PreTrainedModel | None = None
+) -> Pass:
+    """How a model is computed over rows of all lengths that training cuts them into: the least fast of the ways."""
+    ways = [work.settle(which, rows, model) for rows in cuts(text, work.config.train)]
+    return next((how for how in ways if not how.plain), ways[0])
+
+
 def _loss(work: Workspace, text: CacheReader) -> Loss:
     loss, machine = work.config.loss, work.machine
     if not loss.kind.needs_teacher:
         return Loss(loss.kind, loss.temperature, loss.hard)
     beside = work.teacher.load(machine.dtype, machine.device)
-    work.settle(work.teacher, text, beside)
+    use(beside, _settled(work, work.teacher, text, beside))
     return Loss(loss.kind, loss.temperature, loss.hard, beside)
 
 

@@ -111,7 +111,7 @@ def test_a_step_that_is_not_finite_is_skipped_while_recorded(checkpoint, teacher
     for batch in batches[:4]:
         trainer.step(batch, 1.0)
     before = {p.name: p.value.clone() for p in trainer.learners.parameters}
-    batches[4].stored["topk_logprobs"][0, 0] = float("nan")
+    batches[4][0].stored["topk_logprobs"][0, 0] = float("nan")
     assert trainer.step(batches[4], 1.0).skipped
     assert all(p.value.equal(before[p.name]) for p in trainer.learners.parameters)
     assert not trainer.step(batches[5], 1.0).skipped
