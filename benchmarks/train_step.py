@@ -6,6 +6,7 @@
     python benchmarks/train_step.py --model smollm2 --rows rank_4 e2e_4 --device cpu
     python benchmarks/train_step.py --quant g2a4_g64                # another option of conf/quant/
     python benchmarks/train_step.py --rows record --length 128 --teacher qwen3_1_7b   # a larger model teaches
+    python benchmarks/train_step.py --rows record --length 2048 --batch 8 --document 700   # long rows
     torchrun --nproc-per-node 2 benchmarks/train_step.py --rows e2e_1008
     python benchmarks/train_step.py --tiny                          # does it work at all, on any machine
 
@@ -183,7 +184,8 @@ def attempt(
     row = ROWS[name]
     if options.tiny:
         row = replace(row, batch=min(row.batch, 6), steps=row.steps and 4, compile=row.compile and options.compile)
-    row = replace(row, micro_batch=options.micro_batch or row.micro_batch, compile=row.compile and options.compile)
+    row = replace(row, batch=options.batch or row.batch, compile=row.compile and options.compile)
+    row = replace(row, micro_batch=options.micro_batch or row.micro_batch)
     started = time.monotonic()
     try:
         figures = measure(row, name.startswith("rank"), options, machine, flops, ranks)
@@ -281,7 +283,7 @@ def engine(
         step.recorder.stream = None
 
     def one(batch: Batch) -> float:
-        return step(batch, 1.0).loss
+        return step([batch], 1.0).loss
 
     return one
 
@@ -430,15 +432,17 @@ def batch(options: argparse.Namespace, rows: int, seed: int, ranks: Ranks) -> Ba
     ids = torch.randint(tokens, (rows, options.length), generator=draw)
     top = torch.randint(tokens - TOP_K, (rows, options.length - 1, 1), generator=draw) + torch.arange(TOP_K)
     logits = torch.randn(top.shape, generator=draw).mul_(3).sort(-1, descending=True).values
+    starts = (torch.arange(options.length) % (options.document or options.length) == 0).to(torch.uint8)
     stored = {
         "input_ids": ids,
+        "document_starts": starts.repeat(rows, 1),
         "loss_mask": torch.ones(rows, options.length - 1, dtype=torch.uint8),
         "topk_logprobs": (logits.log_softmax(-1) - 0.05).half(),
         **encode_ids(top, tokens),
     }
     if options.device == "cuda":
         stored = {name: tensor.pin_memory() for name, tensor in stored.items()}
-    return Batch(stored, tokens, False)
+    return Batch(stored, tokens, options.document is not None)
 
 
 def profile(one: Callable[[], Any], device: torch.device) -> None:
@@ -469,6 +473,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seconds", type=float, default=8.0, help="of measured steps a row")
     parser.add_argument("--length", type=int, default=LENGTH)
+    parser.add_argument("--batch", type=int, help="rows of a step, instead of the row's own")
+    parser.add_argument("--document", type=int, help="tokens of each document where several share a row")
     parser.add_argument("--micro-batch", type=int, help="instead of the row's own")
     parser.add_argument("--memory-fraction", type=float, default=1.0, help="of the GPU's memory, to play a smaller one")
     parser.add_argument("--no-compile", dest="compile", action="store_false")

@@ -3,8 +3,9 @@
 A student that only ever sees short rows drifts from its teacher where texts grow long, and long rows alone are slow
 and teach the beginnings of texts little. So the rows of a cache have the largest length, and `train.lengths` says
 into pieces of how many tokens a step's rows are cut, `train.shares` how many of them. A piece is a row like those of
-a shorter cache: it begins a document, or goes on with one of which it sees nothing. Which row of a step is cut how
-depends on its place in the step alone, so a step is the same whatever the machine and whenever it is made.
+a shorter cache: it begins a document, or goes on with one of which it sees nothing. Of a step's rows those that the
+fewest documents share are cut least, since their texts are long. That depends on the step alone, so a step is the
+same whatever the machine and whenever it is made.
 """
 
 from collections.abc import Sequence

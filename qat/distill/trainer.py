@@ -268,11 +268,21 @@ class Trainer:
         steps, size = range(first, self.train.steps), self.train.batch_size
         places = sorted(self.ranks.own(torch.arange(size)).tolist(), key=self._pattern.__getitem__, reverse=True)
         counts = Counter(self._pattern[place] for place in places)  # of rows, the longest first
-        order = (self.training.training_rows(step, size, self.seed)[places] for step in steps)
+        order = (self._placed(self.training.training_rows(step, size, self.seed))[places] for step in steps)
         with closing(self.training.stream(order, self.machine.device)) as read:
             for batch in read:
                 parts = zip(batch.split(list(counts.values())), counts, strict=True)
                 yield [part.cut(length) for part, length in parts]
+
+    def _placed(self, rows: Tensor) -> Tensor:
+        """A step's rows [B] by place: those that the fewest documents share are where rows are cut least."""
+        if not self.train.lengths:
+            return rows
+        starts = self.training.batch(rows).stored["document_starts"]
+        longest_first = sorted(range(len(rows)), key=self._pattern.__getitem__, reverse=True)
+        placed = torch.empty_like(rows)
+        placed[longest_first] = rows[starts.sum(1).argsort(stable=True)]
+        return placed
 
     def state(self) -> State:
         """Everything that decides how training goes on."""

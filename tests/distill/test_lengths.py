@@ -5,6 +5,7 @@ import signal
 from collections import Counter
 from contextlib import closing
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -51,7 +52,7 @@ def test_shares_are_met_to_less_than_a_row(shares):
 def test_a_length_that_rows_are_no_multiple_of_or_that_gets_none_is_refused():
     with pytest.raises(ConfigError, match="no whole number of 48"):
         pattern([48], [], 4, 128)
-    with pytest.raises(ConfigError, match="the share of 128 is less than one of train.batch_size=4"):
+    with pytest.raises(ConfigError, match=r"the share of 128 is less than one of train\.batch_size=4"):
         pattern([64, 128], [99.0, 1.0], 4, 128)
 
 
@@ -68,7 +69,7 @@ def test_a_piece_is_a_row_of_its_own(teacher):
     for number in range(6):
         row, begin = divmod(8 * number, 24)
         edges = [0, *(at for at in range(1, 8) if starts[row, begin + at]), 8]
-        for first, end in zip(edges, edges[1:], strict=False):
+        for first, end in pairwise(edges):
             alone = stored["input_ids"][row, begin + first : begin + end].long()[None]
             own = model.model(alone).last_hidden_state[0]
             assert torch.allclose(hidden[number, first : end - 1], own[: end - first - 1], atol=1e-5)
@@ -80,9 +81,8 @@ def test_a_piece_is_a_row_of_its_own(teacher):
 def exact(teacher, student, parts, trainer):
     """The loss of the first step, float64: a mean over all tokens of pieces that are read one by one."""
     model = teacher.load(torch.float64, tiny.CPU)
-    rows, cut = trainer.training.training_rows(0, TRAIN.batch_size, 0), pattern([8, 32], [2.0, 1.0], 12, 32)
-    losses = []
-    for row, length in zip(rows, cut, strict=True):
+    rows, losses = trainer.training.training_rows(0, TRAIN.batch_size, 0), []
+    for row, length in zip(rows, 4 * [32] + 8 * [8], strict=True):  # each row has one document
         ids = trainer.training.batch(row[None]).input_ids[0]
         for piece in ids.split(length):
             p = model(piece[None]).logits[0, :-1].softmax(-1)
@@ -116,6 +116,26 @@ def test_micro_batches_have_as_many_tokens_whatever_their_length(student, reader
     trainer.step._backward = seen
     steps_of(trainer)
     assert Counter(shapes) == {(2, 32): 2, (8, 8): 4}
+
+
+def test_rows_of_few_documents_are_cut_least(student, readers, beside, monkeypatch):
+    training, _ = readers
+    trainer = trainer_of(student, readers, MIXED, loss=beside)
+    few = set(training.training_rows(0, 12, 0)[2::3].tolist())  # as many as stay whole
+    real = type(training).batch
+
+    def batch(self, rows, pinned=False):
+        found = real(self, rows, pinned)
+        starts = found.stored["document_starts"].clone()
+        starts[:, 20] = torch.tensor([row not in few for row in rows.tolist()]).byte()
+        return replace(found, stored=found.stored | {"document_starts": starts})
+
+    monkeypatch.setattr(type(training), "batch", batch)
+    with closing(trainer.batches(0)) as batches:
+        whole, cut = next(batches)
+    wanted = torch.stack([training.batch(torch.tensor([row])).input_ids[0] for row in sorted(few)])
+    assert whole.input_ids.shape == (4, 32) and cut.input_ids.shape == (32, 8)
+    assert sorted(whole.input_ids.tolist()) == sorted(wanted.tolist())
 
 
 def test_processes_share_every_length_and_make_the_same_step(student, readers, beside):
