@@ -29,7 +29,7 @@ def pattern(lengths: Sequence[int], shares: Sequence[float], rows: int, whole: i
         return [whole] * rows
     for length in lengths:
         if whole % length:
-            raise ConfigError(f"train.lengths: rows of cache.length={whole} tokens are no whole number of {length}")
+            raise ConfigError(f"train.lengths: sequences of {whole} tokens are no whole number of {length}")
     spread: list[tuple[float, int]] = []
     for length, count in zip(lengths, _counts(shares or [1.0] * len(lengths), rows), strict=True):
         if not count:

@@ -102,7 +102,7 @@ def _shown(token: str | None) -> str:
 
 
 def _named(tokenizer: PreTrainedTokenizerBase, ends: tuple[int, ...]) -> str:
-    return " ".join(f"{end} ({_shown(tokenizer.convert_ids_to_tokens(end))})" for end in ends) or "none"
+    return " ".join(f"{end} ({_shown(str(tokenizer.convert_ids_to_tokens(end)))})" for end in ends) or "none"
 
 
 def _spoken(model: ModelFolder) -> str:

@@ -9,6 +9,7 @@ from qat.cache.reader import CacheReader
 from qat.cache.writer import obtain_cache
 from qat.config import Config, Stage
 from qat.data.documents import obtain_documents
+from qat.distill.lengths import pattern
 from qat.errors import ConfigError
 from qat.runs import Run
 from qat.stages import inspect
@@ -63,6 +64,8 @@ def _local(work: Workspace, path: Path) -> Artifact:
     if longest is not None and cache.manifest["length"] > longest:
         length = cache.manifest["length"]
         raise ConfigError(f"{path} has rows of {length} tokens, {work.model.name} is made for at most {longest}")
+    if config.stage in TRAINS:  # before a conversion, after which training would say so
+        pattern(config.train.lengths, config.train.shares, config.train.batch_size, cache.manifest["length"])
     if cache.manifest["teacher"]["fingerprint"] is None:  # an imported cache does not say which teacher made it
         work.settle(work.teacher, CacheReader(cache, "eval"))
     if cache.manifest["tail"] == "missing" and config.loss.kind.needs_tail and config.stage in TRAINS:

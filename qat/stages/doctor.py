@@ -184,12 +184,13 @@ def _plan(config: Config) -> Iterator[Finding]:
     """The memory that each phase of the run that was typed is expected to take, and what makes it fit."""
     try:
         artifacts, resolved = Path(config.outputs) / "artifacts", machine.resolve(config.instance)
-        model = models.at_hand(config.model, artifacts)
-        teacher = models.at_hand(config.teacher, artifacts) if config.teacher else model
+        asked = config.teacher or config.model
+        model, teacher = (models.at_hand(one, artifacts) for one in (config.model, asked))
         if model is None or teacher is None:
-            absent = f"model={config.model.name}" if model is None else f"teacher={config.teacher.name}"
+            absent = f"model={config.model.name}" if model is None else f"teacher={asked.name}"
             yield Finding("memory of a run", f"known once {absent} is on this computer")
             return
+        teacher = teacher if config.teacher else model
         run = replace(config, stage=Stage.run)
         for name, place in limits.planned(run, model, teacher, resolved).items():
             advice = limits.advice(run, model, teacher, resolved, name, place)

@@ -190,7 +190,7 @@ def test_passes_are_looked_at_in_every_length(readers):
     [
         ("train.lengths=[32]", "train.lengths needs loss=full_kl loss.hard=0"),
         ("loss=full_kl loss.hard=1 train.lengths=[32]", "train.lengths needs loss=full_kl loss.hard=0"),
-        ("loss=full_kl train.lengths=[48]", "train.lengths: rows of cache.length=64 tokens are no whole number of 48"),
+        ("loss=full_kl train.lengths=[48]", "train.lengths: sequences of 64 tokens are no whole number of 48"),
         ("loss=full_kl train.lengths=[1]", "train.lengths: 1 must be at least 2"),
         ("loss=full_kl train.lengths=[32,64] train.shares=[1]", "train.shares has 1 numbers for 2 of train.lengths"),
         ("loss=full_kl train.lengths=[32,64] train.shares=[1,0]", "train.shares: 0.0 must be above 0"),
