@@ -5,6 +5,8 @@
     python benchmarks/train_step.py --rows e2e --profile            # and where the time goes
     python benchmarks/train_step.py --model smollm2 --rows rank_4 e2e_4 --device cpu
     python benchmarks/train_step.py --quant g2a4_g64                # another option of conf/quant/
+    python benchmarks/train_step.py --rows record --length 128 --teacher qwen3_1_7b   # a larger model teaches
+    python benchmarks/train_step.py --rows record --length 2048 --batch 8 --document 700   # long rows
     torchrun --nproc-per-node 2 benchmarks/train_step.py --rows e2e_1008
     python benchmarks/train_step.py --tiny                          # does it work at all, on any machine
 
@@ -47,6 +49,15 @@ from qat.quant.linear import QuantLinear
 from qat.quant.lookup import look_up
 
 LENGTH, TOP_K = 64, 64
+# Hidden size, inside of MLPs, layers, query heads, key heads, from the models' config.json files on the hub
+SHAPES = {
+    "qwen3": (1024, 3072, 28, 16, 8),  # Qwen/Qwen3-0.6B
+    "qwen3_1_7b": (2048, 6144, 28, 16, 8),
+    "qwen3_4b": (2560, 9728, 36, 32, 8),
+    "qwen3_8b": (4096, 12288, 36, 32, 8),
+    "smollm2": (576, 1536, 30, 9, 3),  # HuggingFaceTB/SmolLM2-135M
+    "smollm2_360m": (960, 2560, 32, 15, 5),
+}
 OPTIONS = Path(__file__).resolve().parents[1] / "conf" / "quant"
 
 
@@ -173,7 +184,8 @@ def attempt(
     row = ROWS[name]
     if options.tiny:
         row = replace(row, batch=min(row.batch, 6), steps=row.steps and 4, compile=row.compile and options.compile)
-    row = replace(row, micro_batch=options.micro_batch or row.micro_batch, compile=row.compile and options.compile)
+    row = replace(row, batch=options.batch or row.batch, compile=row.compile and options.compile)
+    row = replace(row, micro_batch=options.micro_batch or row.micro_batch)
     started = time.monotonic()
     try:
         figures = measure(row, name.startswith("rank"), options, machine, flops, ranks)
@@ -205,7 +217,7 @@ def measure(
     student = model(options, machine)
     weights = sum(layer.outputs * layer.inputs for layer in student[1].values())
     train = TrainConfig(batch_size=row.batch, learn=row.learn)
-    teacher = model(options, machine)[0] if row.loss is LossKind.full_kl else None
+    teacher = teacher_of(options, machine) if row.loss is LossKind.full_kl else None
     loss = Loss(row.loss, 2.0 if row.loss is LossKind.topk_kl else 1.0, teacher=teacher)
     make = rank_by_rank if by_rank else engine
     one = make(*student, row, loss, train, machine, ranks)
@@ -271,7 +283,7 @@ def engine(
         step.recorder.stream = None
 
     def one(batch: Batch) -> float:
-        return step(batch, 1.0).loss
+        return step([batch], 1.0).loss
 
     return one
 
@@ -347,14 +359,7 @@ def parts(options: argparse.Namespace, machine: Machine, reporter: Reporter) -> 
 
 def model(options: argparse.Namespace, machine: Machine) -> tuple[PreTrainedModel, dict[str, QuantLinear]]:
     """A random model of the asked shape, its linear layers quantized with random values and scales."""
-    torch.manual_seed(0)
-    with torch.device(machine.device):
-        before = torch.get_default_dtype()
-        torch.set_default_dtype(machine.dtype)
-        made = shape(options)
-        torch.set_default_dtype(before)
-    use(made, FAST)
-    made.eval().requires_grad_(False)
+    made = random_model(options.model, options.tiny, machine)
     settings = OmegaConf.merge(OmegaConf.structured(QuantConfig), OmegaConf.load(OPTIONS / f"{options.quant}.yaml"))
     layers: dict[str, QuantLinear] = {}
     for layer in select(made, cast(QuantConfig, OmegaConf.to_object(settings))):
@@ -363,20 +368,46 @@ def model(options: argparse.Namespace, machine: Machine) -> tuple[PreTrainedMode
     return made, layers
 
 
-def shape(options: argparse.Namespace) -> PreTrainedModel:
+def teacher_of(options: argparse.Namespace, machine: Machine) -> PreTrainedModel:
+    """What runs beside the student: a random model of the shape asked for, dense; else one like the student."""
+    if options.teacher is None:
+        return model(options, machine)[0]
+    if vocabulary(options.teacher) != vocabulary(options.model):
+        raise SystemExit(f"--teacher {options.teacher} has another vocabulary than --model {options.model}")
+    return random_model(options.teacher, options.tiny, machine, times=2)
+
+
+def random_model(name: str, tiny: bool, machine: Machine, times: int = 1) -> PreTrainedModel:
+    """A model of a shape with random weights; a tiny one is `times` as wide."""
+    torch.manual_seed(0)
+    with torch.device(machine.device):
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(machine.dtype)
+        made = shape(name, tiny, times)
+        torch.set_default_dtype(before)
+    use(made, FAST)
+    made.eval().requires_grad_(False)
+    return made
+
+
+def shape(name: str, tiny: bool, times: int) -> PreTrainedModel:
     """The architecture, with random weights."""
-    if options.tiny:
-        sizes = {"vocab_size": 640, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3}
+    if tiny:
+        sizes = {"vocab_size": 640, "hidden_size": 64 * times, "intermediate_size": 128, "num_hidden_layers": 3}
         heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
         return Qwen3ForCausalLM(Qwen3Config(**sizes, **heads, tie_word_embeddings=True))
-    if options.model == "smollm2":
-        sizes = {"vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30}
-        heads = {"num_attention_heads": 9, "num_key_value_heads": 3}
+    hidden, inner, depth, queries, keys = SHAPES[name]
+    sizes = {"vocab_size": vocabulary(name), "hidden_size": hidden, "intermediate_size": inner}
+    heads = {"num_hidden_layers": depth, "num_attention_heads": queries, "num_key_value_heads": keys}
+    if name.startswith("smollm2"):
         return LlamaForCausalLM(LlamaConfig(**sizes, **heads, tie_word_embeddings=True))
-    sizes = {"vocab_size": 151936, "hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28}
-    heads = {"num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128, "rms_norm_eps": 1e-6}
-    rope = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}
-    return Qwen3ForCausalLM(Qwen3Config(**sizes, **heads, **rope, tie_word_embeddings=True))
+    more = {"head_dim": 128, "rms_norm_eps": 1e-6, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}
+    return Qwen3ForCausalLM(Qwen3Config(**sizes, **heads, **more, tie_word_embeddings=name != "qwen3_8b"))
+
+
+def vocabulary(name: str) -> int:
+    """Tokens of a family."""
+    return 49152 if name.startswith("smollm2") else 151936
 
 
 def random_layer(format: Format, outputs: int, inputs: int, device: torch.device) -> QuantLinear:
@@ -397,19 +428,21 @@ def random_layer(format: Format, outputs: int, inputs: int, device: torch.device
 def batch(options: argparse.Namespace, rows: int, seed: int, ranks: Ranks) -> Batch:
     """Random tokens and targets, as the cache would give them: for a GPU in pinned memory."""
     draw = torch.Generator().manual_seed(seed * ranks.count + ranks.rank)
-    vocabulary = 640 if options.tiny else 49152 if options.model == "smollm2" else 151936
-    ids = torch.randint(vocabulary, (rows, options.length), generator=draw)
-    top = torch.randint(vocabulary - TOP_K, (rows, options.length - 1, 1), generator=draw) + torch.arange(TOP_K)
+    tokens = 640 if options.tiny else vocabulary(options.model)
+    ids = torch.randint(tokens, (rows, options.length), generator=draw)
+    top = torch.randint(tokens - TOP_K, (rows, options.length - 1, 1), generator=draw) + torch.arange(TOP_K)
     logits = torch.randn(top.shape, generator=draw).mul_(3).sort(-1, descending=True).values
+    starts = (torch.arange(options.length) % (options.document or options.length) == 0).to(torch.uint8)
     stored = {
         "input_ids": ids,
+        "document_starts": starts.repeat(rows, 1),
         "loss_mask": torch.ones(rows, options.length - 1, dtype=torch.uint8),
         "topk_logprobs": (logits.log_softmax(-1) - 0.05).half(),
-        **encode_ids(top, vocabulary),
+        **encode_ids(top, tokens),
     }
     if options.device == "cuda":
         stored = {name: tensor.pin_memory() for name, tensor in stored.items()}
-    return Batch(stored, vocabulary, False)
+    return Batch(stored, tokens, options.document is not None)
 
 
 def profile(one: Callable[[], Any], device: torch.device) -> None:
@@ -434,11 +467,14 @@ def arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", nargs="*", default=USUAL, choices=ROWS, metavar="ROW", help=" ".join(ROWS))
-    parser.add_argument("--model", choices=["qwen3", "smollm2"], default="qwen3")
+    parser.add_argument("--model", choices=SHAPES, default="qwen3")
+    parser.add_argument("--teacher", choices=SHAPES, help="of rows with full KL: another shape, dense")
     parser.add_argument("--quant", default="q2a4", help="an option of conf/quant/")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seconds", type=float, default=8.0, help="of measured steps a row")
     parser.add_argument("--length", type=int, default=LENGTH)
+    parser.add_argument("--batch", type=int, help="rows of a step, instead of the row's own")
+    parser.add_argument("--document", type=int, help="tokens of each document where several share a row")
     parser.add_argument("--micro-batch", type=int, help="instead of the row's own")
     parser.add_argument("--memory-fraction", type=float, default=1.0, help="of the GPU's memory, to play a smaller one")
     parser.add_argument("--no-compile", dest="compile", action="store_false")

@@ -54,7 +54,7 @@ FURTHER_HIDDEN, FURTHER_INNER, LOGIT_COPIES = 8, 1, 3
 COMPARED_COPIES = 6  # of logits while a student is compared with its teacher
 COPIES, SQUARES = 5, 4  # copies of a weight and of a moment that its fit has at one time
 REFERENCE = 8  # bytes of a list's reference to an object
-MODEL = "model"  # configuration key to name for memory that only a smaller model reduces
+MODEL, TEACHER = "model", "teacher"  # configuration keys to name for memory that only a smaller model reduces
 PROMPTS = 400  # lower bound of prompts in the project's own list
 
 
@@ -89,7 +89,7 @@ Jobs = Callable[[Config], list[Job]]
 
 @dataclass(frozen=True)
 class Shapes:
-    """Sizes of a teacher.
+    """Sizes of a model.
 
     Attributes:
         weights: how many there are.
@@ -97,6 +97,7 @@ class Shapes:
         streams: decoder layers can be read one at a time.
         vocabulary, hidden, inner, depth: tokens, dimensions of hidden states and inside MLPs, decoder layers.
         remembered: numbers that are kept of a token while text is written.
+        teacher: sizes of its teacher, where that is another model.
     """
 
     weights: int
@@ -108,6 +109,12 @@ class Shapes:
     inner: int
     depth: int
     remembered: int
+    teacher: "Shapes | None" = None
+
+    @property
+    def taught_by(self) -> tuple["Shapes", str]:
+        """Sizes of its teacher, which may be itself, and the key that decides them."""
+        return (self, MODEL) if self.teacher is None else (self.teacher, TEACHER)
 
     @classmethod
     def of(cls, model: nn.Module, config: PreTrainedConfig, streams: bool = True) -> "Shapes":
@@ -144,7 +151,7 @@ def check(config: Config, shapes: Shapes, jobs: Jobs, machine: Machine) -> None:
 
     Args:
         config: of the run.
-        shapes: of its teacher.
+        shapes: of its models.
         jobs: gives the students that a configuration makes or trains.
         machine: that it is to run on.
 
@@ -275,14 +282,15 @@ def _cheaper(config: Config, machine: Machine) -> Iterator[tuple[str, Change]]:
 def phases(config: Config, shapes: Shapes, jobs: list[Job], machine: Machine) -> Iterator[tuple[str, list[Part]]]:
     """The phases of a run in order, each with the memory that it holds."""
     stage, dtype = config.stage, machine.dtype.itemsize
-    teacher = Part("the teacher's weights", shapes.weights * dtype, MODEL)
+    theirs, key = shapes.taught_by
+    teacher = Part("the teacher's weights", theirs.weights * dtype, key)
     if stage in (Stage.run, Stage.cache, Stage.convert, Stage.distill) and not config.cache.path:
         for where, source in _generated(config.data):
-            yield "text", [teacher, *_writing(source, where, shapes, machine)]
-        streams = shapes.streams and (stage is Stage.convert or not capacity.roomy(teacher.bytes, machine.device))
-        held = _reading(shapes, dtype, 1) if streams else [teacher]
+            yield "text", [teacher, *_writing(source, where, theirs, machine)]
+        streams = theirs.streams and (stage is Stage.convert or not capacity.roomy(teacher.bytes, machine.device))
+        held = _reading(theirs, dtype, 1, key) if streams else [teacher]
         positions = POSITIONS if machine.device.type == "cuda" else POSITIONS // 8
-        yield "the cache", [*held, _logits(LOGIT_COPIES * positions * shapes.vocabulary)]
+        yield "the cache", [*held, _logits(LOGIT_COPIES * positions * theirs.vocabulary)]
     if stage in (Stage.run, Stage.convert):
         for job in jobs:
             yield from _conversion(job, config, shapes, machine)
@@ -293,14 +301,14 @@ def phases(config: Config, shapes: Shapes, jobs: list[Job], machine: Machine) ->
         student = Part("the student's weights", shapes.weights * dtype, MODEL)
         yield "evaluation", [teacher, student, _compared(shapes, machine)]
     if stage is Stage.export:
-        yield "export", [Part("the teacher's weights in fp32", shapes.weights * FP32, MODEL, host=True)]
+        yield "export", [Part("the model's weights in fp32", shapes.weights * FP32, MODEL, host=True)]
 
 
-def _reading(shapes: Shapes, dtype: int, models: int) -> list[Part]:
+def _reading(shapes: Shapes, dtype: int, models: int, key: str = MODEL) -> list[Part]:
     """What is in memory of models whose decoder layers are read one at a time; they share what is outside of these."""
     return [
-        Part("embedding, head and norms", shapes.outside * dtype, MODEL),
-        Part("a decoder layer", models * shapes.layer * dtype, MODEL),
+        Part("embedding, head and norms", shapes.outside * dtype, key),
+        Part("a decoder layer", models * shapes.layer * dtype, key),
     ]
 
 
@@ -318,7 +326,7 @@ def _conversion(job: Job, config: Config, shapes: Shapes, machine: Machine) -> I
     """A student is fitted decoder layer by decoder layer, then embedding and head, and then measured."""
     dtype, inner = machine.dtype.itemsize, [layer for layer in job.layers if layer.role not in VOCABULARY]
     streams = shapes.streams and not config.checkpoint.path
-    held = _reading(shapes, dtype, 1) if streams else [Part("the teacher's weights", shapes.weights * dtype, MODEL)]
+    held = _reading(shapes, dtype, 1) if streams else [Part("the model's weights", shapes.weights * dtype, MODEL)]
     if config.checkpoint.path:
         held.append(Part("the student's weights", shapes.weights * dtype, "checkpoint"))
     tokens, gradients = config.convert.calibration_tokens, config.convert.gradients
@@ -333,6 +341,9 @@ def _conversion(job: Job, config: Config, shapes: Shapes, machine: Machine) -> I
         work = Part("its indices and the fit", 3 * outer.weights + STACK_BYTES[_kind(machine)], MODEL, least=False)
         yield f"conversion of {outer.role}", [*held, matrix, work]
     both = _reading(shapes, dtype, 2) if streams else [*held, Part("the student", shapes.weights * dtype, MODEL)]
+    if (theirs := shapes.teacher) is not None:
+        whole = [Part("the teacher's weights", theirs.weights * dtype, TEACHER)]
+        both += _reading(theirs, dtype, 1, TEACHER) if theirs.streams else whole
     outer_weights = sum(layer.weights for layer in job.layers if layer.role in VOCABULARY)
     both += [
         Part("the student's embedding and head", outer_weights * dtype, f"{job.prefix}quant.embed"),
@@ -450,7 +461,10 @@ def _training(job: Job, config: Config, shapes: Shapes, machine: Machine) -> lis
     if shared > 1:
         parts += _sent(learning, dtype, shared, f"{prefix}mode")
     if config.loss.kind.needs_teacher:
-        parts.append(Part("the teacher's weights", shapes.weights * dtype, "loss"))
+        parts.append(Part("the teacher's weights", shapes.taught_by[0].weights * dtype, "loss"))
+    if config.loss.kind.needs_teacher and (theirs := shapes.teacher) is not None:
+        states = tokens * (FURTHER_HIDDEN * theirs.hidden + 3 * theirs.inner) * dtype  # of the layer that is computed
+        parts.append(Part("the teacher's activations", states, "instance.micro_batch", least=False))
     return parts
 
 
@@ -470,8 +484,9 @@ def _sent(learning: list[Layer], dtype: int, shared: int, key: str) -> Iterator[
 def _refusal(phase: str, place: Place, least: bool, keys: list[str]) -> str:
     largest = sorted((part for part in place.parts if part.least or not least), key=lambda part: -part.bytes)[:2]
     told = " and ".join(f"{size(part.bytes)} for {part.what} ({part.key})" for part in largest)
-    own = [part.key for part in largest if part.key != MODEL]
-    change = f"{' '.join(keys)} makes it fit" if keys else f"change {own[0]}" if own else "choose a smaller model"
+    own = [part.key for part in largest if part.key not in (MODEL, TEACHER)]
+    smaller = f"change {own[0]}" if own else f"choose a smaller {largest[0].key}"
+    change = f"{' '.join(keys)} makes it fit" if keys else smaller
     needs = "needs at least" if least else "is expected to take"
     return (
         f"{phase} {needs} {size(place.needed(least))} of memory{place.where} and {size(place.free)} are free:"

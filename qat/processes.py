@@ -71,6 +71,19 @@ class Ranks:
         self.sum_([count])
         return bool(count.item() > 0)
 
+    def most(self, here: int, device: "torch.device") -> int:
+        """The largest of a number of each rank, at most 2^24. Waits for the device.
+
+        Raises:
+            RankError: one of them is gone.
+        """
+        import torch
+
+        numbers = torch.zeros(self.count, dtype=torch.float32, device=device)
+        numbers[self.rank] = here
+        self.sum_([numbers])
+        return int(numbers.max().item())
+
     def tell(self, text: str, device: "torch.device") -> str:
         """What the first rank says; what others give is not looked at.
 

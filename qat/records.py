@@ -56,7 +56,8 @@ class Record:
     @property
     def ground(self) -> tuple[str, str]:
         """The teacher and text of its figures; only figures with the same teacher and text can be compared."""
-        teacher = self.text("measured_on", "teacher", "fingerprint") or self.text("config", "model", "name")
+        named = self.text("config", "teacher", "name") or self.text("config", "model", "name")
+        teacher = self.text("measured_on", "teacher", "fingerprint") or named
         return teacher, self.text("measured_on", "text") or Path(self.text("paths", "cache")).name
 
     def text(self, *keys: str) -> str:

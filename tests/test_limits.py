@@ -50,15 +50,15 @@ def configured(tmp_path, monkeypatch, teacher, cache):
 @pytest.mark.parametrize(("line", "told"), TOO_MUCH)
 def test_too_much_is_refused_with_its_bound(configured, teacher, line, told):
     with pytest.raises(ConfigError) as refused:
-        limits.check(configured(line), teacher, tiny.FP32)
+        limits.check(configured(line), teacher, teacher, tiny.FP32)
     assert told in str(refused.value)
 
 
 @pytest.mark.parametrize("line", ALL_THERE_IS)
 def test_as_much_as_there_is_is_let_through(configured, teacher, line):
-    limits.check(configured(line), teacher, tiny.FP32)
+    limits.check(configured(line), teacher, teacher, tiny.FP32)
 
 
 def test_chat_asks_for_no_more_than_the_model_was_made_for(configured, teacher):
     with pytest.raises(ConfigError, match=r"chat.max_tokens=2000: tiny is made for at most 1024"):
-        limits.check_lengths(configured("stage=chat chat.prompt=hi chat.max_tokens=2000"), teacher)
+        limits.check_lengths(configured("stage=chat chat.prompt=hi chat.max_tokens=2000"), teacher, teacher)

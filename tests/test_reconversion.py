@@ -44,7 +44,7 @@ def reconvert(teacher, cache, start, tmp_path):
         config.mode.name = config.cache.name = "tiny"
         (tmp_path / "run").mkdir(exist_ok=True)
         config.tracker = TrackerConfig("none", TrackerKind.none)
-        made = convert.make(Workspace(config, Run(config, tmp_path / "run"), tiny.FP32, teacher), cache)
+        made = convert.make(Workspace(config, Run(config, tmp_path / "run"), tiny.FP32, teacher, teacher), cache)
         return checkpoints.load(made.folder, teacher, tiny.FP32)
 
     return work

@@ -63,8 +63,27 @@ class Batch:
         chosen = {name: tensor[numbers] for name, tensor in self.stored.items()}
         return Batch(chosen, self.vocab_size, self.joined)
 
-    def split(self, rows: int) -> list["Batch"]:
-        """Micro-batches of at most `rows` sequences."""
+    def cut(self, length: int) -> "Batch":
+        """The same rows, each as several of `length` tokens, of which the cache says nothing but their text.
+
+        Every piece begins a document, or goes on with one of which it sees nothing; the last token of each predicts
+        nothing. What a teacher said of a whole row is left out, as it had seen the pieces before.
+        """
+        if (whole := self.stored["input_ids"].shape[1]) == length:
+            return self
+        pieces = len(self.stored["input_ids"]) * whole // length
+        counts = torch.nn.functional.pad(self.stored["loss_mask"], (0, 1)).reshape(pieces, length)[:, :-1]
+        found = {"input_ids": self.stored["input_ids"].reshape(pieces, length), "loss_mask": counts}
+        if "document_starts" in self.stored:
+            found["document_starts"] = self.stored["document_starts"].reshape(pieces, length).clone()
+            found["document_starts"][:, 0] = 1
+        for name in ("topk_ids", "topk_ids_high", "topk_logprobs"):
+            if name in self.stored:
+                found[name] = self.stored[name].new_empty(pieces, length - 1, 0)
+        return Batch(found, self.vocab_size, self.joined)
+
+    def split(self, rows: int | list[int]) -> list["Batch"]:
+        """Micro-batches of at most `rows` sequences, or of so many each."""
         parts = zip(*(tensor.split(rows) for tensor in self.stored.values()), strict=True)
         return [Batch(dict(zip(self.stored, part, strict=True)), self.vocab_size, self.joined) for part in parts]
 

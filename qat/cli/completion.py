@@ -47,7 +47,8 @@ def _keys(begun: str) -> list[str]:
 
 
 def _is_settable(key: schema.Key) -> bool:
-    return key.is_group or not (key.is_section or key.name.endswith(".name"))
+    chosen = key.is_group or key.name in schema.nested()
+    return chosen or not (key.is_section or key.name.endswith(".name"))
 
 
 def _values(name: str, begun: str) -> list[str]:

@@ -84,11 +84,10 @@ def _stages() -> Iterator[str]:
 def _groups() -> Iterator[str]:
     for group in (*schema.groups(), *schema.EXTRAS):
         yield f"\n  {group}: {summary(group)}"
-        yield from _options(group)
+        yield from _options(group, defaults().get(group))
 
 
-def _options(group: str) -> Iterator[str]:
-    chosen = defaults().get(group)
+def _options(group: str, chosen: str | None) -> Iterator[str]:
     for option in options(group):
         mark = "*" if chosen == option.stem else " "
         yield f"   {mark} {option.stem:<16} {describe(option)}"
@@ -123,8 +122,9 @@ def _about(topic: str) -> Iterator[str]:
         yield from _value(key)
         return
     yield f"{name}: {summary(name)}"
-    if name in (*schema.groups(), *schema.EXTRAS):
-        yield from (f"\nOptions, as in {name}=<option> (* is the default)", *_options(name))
+    if (group := schema.nested().get(name, name)) in (*schema.groups(), *schema.EXTRAS):
+        default = " (* is the default)" if group == name else ""
+        yield from (f"\nOptions, as in {name}=<option>{default}", *_options(group, defaults().get(name)))
     if key is not None:
         yield "\nKeys, with defaults where no option sets them"
         for one in below(name):

@@ -60,7 +60,7 @@ def _for_hydra(text: str, chosen: set[str]) -> list[str]:
         return [f"+{bare}{equals}{value}"]
     if bare in schema.groups() and bare not in chosen:  # the recorded values are removed first
         return [f"+schema@{bare}={bare}", f"+{bare}{equals}{value}"]
-    if bare in schema.nested() and not value.startswith("{"):
+    if bare in schema.nested() and value != "null" and not value.startswith("{"):
         place = f"{schema.nested()[bare]}@{bare}"
         return [f"{place}{equals}{value}" if place in chosen else f"+{place}{equals}{value}"]
     if bare not in known:
@@ -129,14 +129,14 @@ def _check(override: Override, composer: Composer, multirun: bool) -> None:
         raise ConfigError(f"{override.input_line} lists several values: add -m to sweep over them, or quote it as one")
     if override.key_or_group in (*schema.groups(), *schema.EXTRAS):
         for option in _texts(override):
-            _check_option(override.key_or_group, option, composer.options(override.key_or_group))
+            _check_option(override.package or override.key_or_group, option, composer.options(override.key_or_group))
 
 
-def _check_option(group: str, option: str, options: list[str]) -> None:
+def _check_option(place: str, option: str, options: list[str]) -> None:
     option = option.strip("'\"")
-    if option not in options:
-        choices = f"{group} is one of {', '.join(options)}"
-        raise ConfigError(f"{group}={option}: no such option{did_you_mean(option, options)}; {choices}")
+    if option not in options and not (option == "null" and place in schema.nested()):
+        choices = f"{place} is one of {', '.join(options)}"
+        raise ConfigError(f"{place}={option}: no such option{did_you_mean(option, options)}; {choices}")
 
 
 def _texts(override: Override) -> list[str]:

@@ -55,6 +55,10 @@ def _section(name: str) -> Iterator[str]:
             " `first.train.steps=200`."
         )
         return
+    if name in schema.nested():
+        group = schema.nested()[name]
+        yield f"`{name}=<option>` takes the options of `{group}` and has its keys: `{name}=local {name}.path=<folder>`."
+        return
     keys = helping.below(name)
     if any(not _is_decided(key) for key in keys):
         yield _keys(keys)

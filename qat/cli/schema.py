@@ -6,7 +6,8 @@ from dataclasses import MISSING as NO_DEFAULT
 from dataclasses import Field, dataclass, fields, is_dataclass
 from enum import Enum
 from functools import cache
-from typing import Any, get_origin
+from types import NoneType
+from typing import Any, get_args, get_origin
 
 from hydra.conf import HydraConf
 from hydra.core.config_store import ConfigStore
@@ -37,8 +38,9 @@ class Key:
 
     @property
     def is_group(self) -> bool:
-        """True for a section that is chosen by option, as in `quant=q2a4`."""
-        return self.is_section and "." not in self.name and "name" in hints(self.type)
+        """True for a section that every run has, chosen by option, as in `quant=q2a4`."""
+        optional = NoneType in get_args(hint(self.name))
+        return self.is_section and not optional and "." not in self.name and "name" in hints(self.type)
 
     def words(self) -> dict[str, str]:
         """The only words it takes, with their meanings where given; empty for numbers and free text."""
@@ -73,9 +75,9 @@ def groups() -> tuple[str, ...]:
 
 @cache
 def nested() -> dict[str, str]:
-    """Sections further down that are chosen by option as well, each with the group: `first.quant` takes `quant`'s."""
+    """Other sections that take a group's options, each with the group: `first.quant` those of `quant`."""
     types = {keys()[group].type: group for group in groups()}
-    return {key.name: types[key.type] for key in keys().values() if "." in key.name and key.type in types}
+    return {key.name: types[key.type] for key in keys().values() if not key.is_group and key.type in types}
 
 
 def written(value: Any) -> str:

@@ -45,13 +45,18 @@ def _remedy(section: str, composed: DictConfig) -> str:
         setting = [path for path in _presets() if f"@{section}." in path.read_text("utf-8")]
         presets = [f"+{path.parent.name}={path.stem}" for path in setting]
         return f"say {' '.join(f'{name}=<option>' for name in inside)} as well, or {' or '.join(presets)}, which does"
+    if section in schema.nested():
+        return f"say {section}=<option> as well, one of {', '.join(path.stem for path in _options(section))}"
     place, _, part = section.rpartition(".")
-    group = schema.nested().get(place, place)
-    options = sorted((CONF / group).glob("*.yaml"))
-    having = [path.stem for path in options if (values := yaml.safe_load(path.read_text("utf-8"))) and values.get(part)]
+    read = {path.stem: yaml.safe_load(path.read_text("utf-8")) or {} for path in _options(place)}
+    having = [option for option, values in read.items() if values.get(part)]
     if having:
         return f"{place}={OmegaConf.select(composed, place).name} has none, these do: {', '.join(having)}"
     return f"give it whole, {section}={{bits: 4, rank: 8}}"
+
+
+def _options(section: str) -> list[Path]:
+    return sorted((CONF / schema.nested().get(section, section)).glob("*.yaml"))
 
 
 def _presets() -> list[Path]:

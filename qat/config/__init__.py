@@ -91,6 +91,7 @@ class Config:
     seed: int = key(0, "of training: which rows a step reads; text has its own, data.seed", low=0, high=2**32 - 1)
     outputs: str = key("outputs", "runs, sweeps and artifacts all land below it", neutral=True)
     model: ModelConfig = section(ModelConfig)
+    teacher: ModelConfig | None = key(None, "a larger model of the same tokens to learn from; null is the model itself")
     data: DataConfig = section(DataConfig)
     quant: QuantConfig = section(QuantConfig)
     kmeans: KMeansConfig = section(KMeansConfig)

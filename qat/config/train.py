@@ -78,6 +78,8 @@ class TrainConfig:
 
     steps: int = key(40, "updates", low=1)
     batch_size: int = key(16, "sequences a step", low=1)
+    lengths: list[int] = key([], "tokens of the pieces into which sequences of a step are cut; [] cuts none")
+    shares: list[float] = key([], "of a step's sequences, for each of train.lengths; [] shares evenly")
     lr: float = key(1e-3, "relative to each tensor's root mean square; of adapters as it is", above=0)
     learn: LearnConfig = section(LearnConfig)
     warmup: float = key(0.1, "share of the steps in which the rate rises", low=0, high=1)

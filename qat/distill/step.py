@@ -7,6 +7,7 @@ batch in which no position counts, leave everything as it was.
 """
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -91,22 +92,24 @@ class Step:
         self.recorder = Recorder(_stream(machine) if plain else None)
         self._held: dict[tuple[torch.Size, ...], dict[str, Tensor]] = {}
         self._done = 0  # micro-batches of an attempt; below 0 before weights are exchanged
+        self._planned = 1  # of them, all that there will be, in the process that has most
         prepare(student, machine.compile, bool(machine.checkpointing))
         if loss.teacher is not None:
             prepare(loss.teacher, machine.compile)
 
-    def confirm(self, sample: Sample) -> None:
-        """Removes fused layers whose outputs differ from those of the model's own layers."""
+    def confirm(self, samples: Sequence[Sample]) -> None:
+        """Removes fused layers whose outputs differ from those of the model's own layers, on rows of any length."""
         self.learners.write()
-        ready(self.student, sample, self.machine.compile, bool(self.machine.checkpointing))
-        if self.loss.teacher is not None:
-            ready(self.loss.teacher, sample, self.machine.compile)
+        for sample in samples:
+            ready(self.student, sample, self.machine.compile, bool(self.machine.checkpointing))
+            if self.loss.teacher is not None:
+                ready(self.loss.teacher, sample, self.machine.compile)
 
-    def __call__(self, batch: Batch, factor: float, stop: bool = False) -> Figures:
+    def __call__(self, batches: Sequence[Batch], factor: float, stop: bool = False) -> Figures:
         """One step.
 
         Args:
-            batch: this process' rows of the global batch.
+            batches: this process' rows of the global batch, those of one length together.
             factor: the schedule's, on all learning rates.
             stop: this process was asked to stop; all of them are told.
 
@@ -115,7 +118,7 @@ class Step:
         """
         self.optimizer.set_factor(factor)
         self.stop.fill_(float(stop))
-        self._accumulate(batch, self._positions(batch))
+        self._accumulate(batches, self._positions(batches))
         self.recorder("reduce", self._reduce)
         learners = self.learners
         summed = learners.grads() if learners.shared is None else [*learners.grads_everywhere(), self.squares]
@@ -127,14 +130,15 @@ class Step:
         loss, norm, skipped, stopping = self.figures.tolist()
         return Figures(loss, norm, skipped > 0, stopping > 0)
 
-    def _positions(self, batch: Batch) -> Tensor:
+    def _positions(self, batches: Sequence[Batch]) -> Tensor:
         """Number of counted positions of the global batch."""
-        count = self.loss.targets(batch)[2].sum().to(self.machine.device, torch.float32)
+        counts = torch.stack([self.loss.targets(batch)[2].sum() for batch in batches])
+        count = counts.sum().to(self.machine.device, torch.float32)
         self.ranks.sum_([count])
         self.counted.copy_(count)
         return count.clamp_min(1)
 
-    def _accumulate(self, batch: Batch, positions: Tensor) -> None:
+    def _accumulate(self, batches: Sequence[Batch], positions: Tensor) -> None:
         """Sums the gradients of all micro-batches; uses smaller ones if memory runs out, in any of the processes.
 
         A process whose memory runs out goes on sending, as the others wait for what it sends.
@@ -143,43 +147,57 @@ class Step:
             short = False
             self._done = -1
             try:
-                self._attempt(batch, positions)
+                self._attempt(batches, positions)
             except torch.OutOfMemoryError:
                 short = True  # leave the handler first: the error keeps the tensors of its frames alive
             if self.learners.shared is not None:
                 if short and self.machine.device.type == "cuda":
                     torch.cuda.empty_cache()
-                self._finish(batch)
+                self._finish()
                 short = self.ranks.any(short, self.machine.device)
             if not short:
                 return
-            self._make_room(batch)
+            self._make_room(batches)
 
-    def _attempt(self, batch: Batch, positions: Tensor) -> None:
-        parts = self._parts(batch)
-        size = -(-len(batch.input_ids) // parts)  # micro-batches of equal size need only one compiled form
+    def _attempt(self, batches: Sequence[Batch], positions: Tensor) -> None:
+        sizes = [self._rows_at_once(batch, _longest(batches)) for batch in batches]
+        parts = self._planned = self._parts(batches, sizes)
         self.learners.begin(parts)
         self.recorder(("open", parts > 1), self._open)
         self.learners.exchange()
         self._done = 0
-        for micro in batch.to(self.machine.device).split(size):
-            self._add(micro, positions, parts > 1)
-            self.learners.finish()
-            self._done += 1
+        for batch, size in zip(batches, sizes, strict=True):
+            for micro in batch.to(self.machine.device).split(size):
+                self._add(micro, positions, parts > 1)
+                self.learners.finish()
+                self._done += 1
 
-    def _parts(self, batch: Batch) -> int:
-        """Number of micro-batches; the same in processes that meet in every one."""
-        return max(1, -(-self._rows(batch) // self.machine.micro_batch))
+    def _rows_at_once(self, batch: Batch, longest: int) -> int:
+        """Rows of a micro-batch, which has as many tokens whatever their length."""
+        rows, length = batch.input_ids.shape
+        parts = max(1, -(-rows * length // (self.machine.micro_batch * longest)))
+        return max(1, -(-rows // parts))  # micro-batches of equal size need only one compiled form
 
-    def _rows(self, batch: Batch) -> int:
-        """Rows of the batch here; where processes meet in every micro-batch, of the one that has most."""
-        return len(batch.input_ids) if self.learners.shared is None else -(-self.train.batch_size // self.ranks.count)
+    def _parts(self, batches: Sequence[Batch], sizes: Sequence[int]) -> int:
+        """Number of micro-batches; where processes meet in every one, of the process that has most."""
+        here = sum(-(-len(batch.input_ids) // size) for batch, size in zip(batches, sizes, strict=True))
+        if self.learners.shared is None:
+            return max(1, here)
+        if self.train.lengths:
+            return max(1, self.ranks.most(here, self.machine.device))
+        return max(1, -(-self._rows(batches) // self.machine.micro_batch))
 
-    def _finish(self, batch: Batch) -> None:
+    def _rows(self, batches: Sequence[Batch]) -> int:
+        """Rows of the longest length here; where processes share rows of one, of the process that has most."""
+        if self.learners.shared is not None and not self.train.lengths:
+            return -(-self.train.batch_size // self.ranks.count)
+        return max((-(-batch.input_ids.numel() // _longest(batches)) for batch in batches), default=1)
+
+    def _finish(self) -> None:
         """Takes part in what is left of an attempt, with nothing to add."""
         if self._done < 0:
             self.learners.exchange()
-        for _ in range(max(self._done, 0), self._parts(batch)):
+        for _ in range(max(self._done, 0), self._planned):
             self.learners.finish()
         self.learners.collect()
 
@@ -245,14 +263,14 @@ class Step:
         self.scaler.update(self.skip)
         self.figures.copy_(torch.stack([self.total, norm, self.skip, self.stop]))
 
-    def _make_room(self, batch: Batch) -> None:
+    def _make_room(self, batches: Sequence[Batch]) -> None:
         """Reduces the memory of later steps without changing their result."""
         self.recorder.forget()
         self._held.clear()
         if self.machine.device.type == "cuda":
             torch.cuda.empty_cache()
-        held = min(self.machine.micro_batch, self._rows(batch))
-        if self.machine.checkpointing is None and held * batch.input_ids.shape[1] <= FEW_TOKENS:
+        longest, held = _longest(batches), min(self.machine.micro_batch, self._rows(batches))
+        if self.machine.checkpointing is None and held * longest <= FEW_TOKENS:
             log.info("out of memory: activations are computed twice from here on")
             self.machine = replace(self.machine, checkpointing=True)
             prepare(self.student, self.machine.compile, True)
@@ -264,6 +282,11 @@ class Step:
                 "one sequence does not fit into the device's memory: set instance.checkpointing=true or a shorter"
                 " cache.length, or use a larger device"
             )
+
+
+def _longest(batches: Sequence[Batch]) -> int:
+    """Tokens of the longest rows."""
+    return max((batch.input_ids.shape[1] for batch in batches), default=1)
 
 
 def _stream(machine: Machine) -> torch.cuda.Stream | None:

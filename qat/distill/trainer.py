@@ -6,6 +6,7 @@ import math
 import signal
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, fields
@@ -21,6 +22,7 @@ from qat.cache.reader import CacheReader
 from qat.config import ModeConfig, TrainConfig
 from qat.console import progress
 from qat.distill import curvature, optim
+from qat.distill.lengths import pattern
 from qat.distill.loss import KD_TEMPERATURE, Loss, topk_kl
 from qat.distill.moments import STATE
 from qat.distill.optim import Optimizer
@@ -116,6 +118,8 @@ class Trainer:
         """
         self.student, self.train, self.machine, self.seed, self.ranks = student, train, machine, seed, ranks
         self.training, self.held_out_rows = cache
+        self.length = int(self.training.meta["length"])
+        self._pattern = pattern(train.lengths, train.shares, train.batch_size, self.length)
         learning = _learning(layers, mode, machine.dtype)
         _put_adapters(student, learning, mode, seed)
         if train.learn.latent > 0:
@@ -127,7 +131,7 @@ class Trainer:
             raise ConfigError(f"mode={mode.name} trains no quantized layer: choose another one, or quantize more")
         self.optimizer = Optimizer(self.learners.own, train, machine.device, machine.host_moments)
         self.step = Step(student, self.learners, self.optimizer, loss, train, machine, ranks)
-        self.step.confirm(Sample.of_rows(self.training))
+        self.step.confirm([Sample.of_rows(rows) for rows in cuts(self.training, train)])
         self.history = History()
         self._before = self._some()
         self._shown = math.nan  # latest loss
@@ -180,8 +184,8 @@ class Trainer:
             progress("distillation", train.steps - history.step, "steps") as advance,
             closing(self.batches(history.step)) as batches,
         ):
-            for batch in batches:
-                stop = self._one(batch, tell, stopping.is_set())
+            for some in batches:
+                stop = self._one(some, tell, stopping.is_set())
                 last = history.step == train.steps
                 if history.step % train.eval_every == 0 or last:
                     self._look(tell, on_best)
@@ -201,21 +205,21 @@ class Trainer:
             if states is not None:
                 states.save(state)
 
-    def _one(self, batch: Batch, tell: Callable[[dict[str, float]], None], stop: bool) -> bool:
+    def _one(self, batches: list[Batch], tell: Callable[[dict[str, float]], None], stop: bool) -> bool:
         """One step and its row; True when a process was asked to stop."""
         history, factor = self.history, optim.factor(self.history.step, self.train)
         began = time.monotonic()
-        figures = self.step(batch, factor, stop)
+        figures = self.step(batches, factor, stop)
         history.seconds += time.monotonic() - began
         history.step += 1
-        history.tokens += self.train.batch_size * batch.input_ids.shape[1]
+        history.tokens += self.train.batch_size * self.length
         self._count(figures)
         row = {
             "step": history.step,
             "loss": figures.loss,
             "grad_norm": figures.grad_norm,
             "lr": self.train.lr * factor,
-            "tokens": self.train.batch_size * batch.input_ids.shape[1],
+            "tokens": self.train.batch_size * self.length,
             "skipped_steps": history.skipped,
         }
         tell(row)
@@ -270,14 +274,30 @@ class Trainer:
         flat = [parameter.value.detach().flatten() for parameter in self.learners.own]
         return [values[:: max(1, len(values) // LOOKED_AT)].clone() for values in flat]
 
-    def batches(self, first: int) -> Generator[Batch, None, None]:
+    def batches(self, first: int) -> Generator[list[Batch], None, None]:
         """This process' rows of every step from `first` (from 0) to the last, each read before it is asked for.
 
-        A step's rows depend on its number alone, so the number is all that a state must hold of the order.
+        Those of one length are a batch. A step's rows, and which of them are cut how, depend on its number alone, so
+        the number is all that a state must hold of the order.
         """
-        steps = range(first, self.train.steps)
-        rows = (self.training.training_rows(step, self.train.batch_size, self.seed) for step in steps)
-        return self.training.stream(map(self.ranks.own, rows), self.machine.device)
+        steps, size = range(first, self.train.steps), self.train.batch_size
+        places = sorted(self.ranks.own(torch.arange(size)).tolist(), key=self._pattern.__getitem__, reverse=True)
+        counts = Counter(self._pattern[place] for place in places)  # of rows, the longest first
+        order = (self._placed(self.training.training_rows(step, size, self.seed))[places] for step in steps)
+        with closing(self.training.stream(order, self.machine.device)) as read:
+            for batch in read:
+                parts = zip(batch.split(list(counts.values())), counts, strict=True)
+                yield [part.cut(length) for part, length in parts]
+
+    def _placed(self, rows: Tensor) -> Tensor:
+        """A step's rows [B] by place: those that the fewest documents share are where rows are cut least."""
+        if not self.train.lengths:
+            return rows
+        starts = self.training.batch(rows).stored["document_starts"]
+        longest_first = sorted(range(len(rows)), key=self._pattern.__getitem__, reverse=True)
+        placed = torch.empty_like(rows)
+        placed[longest_first] = rows[starts.sum(1).argsort(stable=True)]
+        return placed
 
     def state(self) -> State:
         """Everything that decides how training goes on; whole in the first process, and the same for any number."""
@@ -352,6 +372,22 @@ class Trainer:
             topk_kl(head.logits(hidden, kept), batch.topk_logprobs.flatten(0, 1), KD_TEMPERATURE),
         ]
         return [values.cpu().double() for values in found]
+
+
+class Cut:
+    """Rows of a cache cut into pieces of so many tokens, as training computes them; read like a split."""
+
+    def __init__(self, reader: CacheReader, length: int) -> None:
+        self._reader, self._length, self.rows = reader, length, reader.rows
+
+    def batch(self, rows: Tensor) -> Batch:
+        """The pieces of the rows with these numbers [B]."""
+        return self._reader.batch(rows).cut(self._length)
+
+
+def cuts(reader: CacheReader, train: TrainConfig) -> list[Cut]:
+    """A cache's rows in each of the lengths that training cuts them into."""
+    return [Cut(reader, length) for length in train.lengths or [int(reader.meta["length"])]]
 
 
 def _fingerprint(layers: dict[str, tuple[str, Quantized]], learned: set[str]) -> str:

@@ -80,11 +80,12 @@ class FreeRunning:
                 f" for at most {context}"
             )
 
-    def hear(self, name: str, model: PreTrainedModel) -> Figures:
-        """Lets a model answer every prompt, greedily and drawn."""
+    def hear(self, name: str, model: PreTrainedModel, of: ModelFolder | None = None) -> Figures:
+        """Lets a model answer every prompt, greedily and drawn; `of` has its weights where the teacher has others."""
+        folder = of or self._teacher
         with baked(model, self._machine.dtype):
-            greedy = self._write(model, self._sampling, f"{name}, {GREEDY}")
-            drawn = self._write(model, replace(self._sampling, greedy=0), f"{name}, {DRAWN}")
+            greedy = self._write(folder, model, self._sampling, f"{name}, {GREEDY}")
+            drawn = self._write(folder, model, replace(self._sampling, greedy=0), f"{name}, {DRAWN}")
         found = {GREEDY: greedy, DRAWN: drawn}
         figures = {kind: told(said, self._sampling.ends) for kind, said in found.items()}
         if self.said:
@@ -100,10 +101,12 @@ class FreeRunning:
         body = "\n".join(self._beside(number) for number in range(len(self.prompts)))
         return PAGE.format(title=_text(title), models=len(self.said), body=body)
 
-    def _write(self, model: PreTrainedModel, sampling: Sampling, what: str) -> list[list[int]]:
+    def _write(
+        self, folder: ModelFolder, model: PreTrainedModel, sampling: Sampling, what: str
+    ) -> list[list[int]]:
         longest, found = max(map(len, self._asked)), list[list[int]]()
-        rows = min(len(self._asked), rows_at_once(self._teacher, self._machine, longest, sampling))
-        write = writer(self._teacher, model, self._asked, sampling, rows)
+        rows = min(len(self._asked), rows_at_once(folder, self._machine, longest, sampling))
+        write = writer(folder, model, self._asked, sampling, rows)
         with progress(f"answers of {what}", len(self._asked) * sampling.tokens, "tokens") as advance:
             for first in range(0, len(self._asked), rows):
                 written_RA = write(self._asked[first : first + rows], mixed(SEED, first), advance)

@@ -113,7 +113,9 @@ def _figures(record: Record) -> dict[str, str]:
 
 def _recipe(source: Source) -> dict[str, str]:
     record = source.record
-    said = {"teacher": source.teacher.name, "run": record.text("run_id"), "commit": record.text("environment", "git")}
+    taught = record.text("config", "teacher", "name") and record.text("measured_on", "teacher", "name")
+    pair = {"model": source.teacher.name, "teacher": taught} if taught else {"teacher": source.teacher.name}
+    said = pair | {"run": record.text("run_id"), "commit": record.text("environment", "git")}
     trained = record.text("stage") != "convert"
     for section, key in (*RECIPE, *(TRAINING if trained else ())):
         said[section if key == "name" else f"{section}.{key}"] = record.text("config", section, key)

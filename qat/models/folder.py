@@ -30,6 +30,7 @@ class ModelFolder:
         path: a Hugging Face folder with plain weights of a causal language model.
         fingerprint: identifies its weights in every key built on them.
         text: identifies its tokenizer where the fingerprint does not.
+        spoken: another folder whose tokenizer and chat template it takes, of the same tokens (`qat.models.pairing`).
         found: what was found out about computing it (`qat.fidelity`).
     """
 
@@ -37,6 +38,7 @@ class ModelFolder:
     path: Path
     fingerprint: str
     text: str = ""
+    spoken: Path | None = None
     found: Found = field(default_factory=Found, compare=False, repr=False)
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -45,7 +47,7 @@ class ModelFolder:
         Raises:
             ConfigError: there is none, or none that goes with the model.
         """
-        return tokenizers.load(self.path, self.ends())
+        return tokenizers.load(self.spoken or self.path, self.ends())
 
     def has_tokenizer(self) -> bool:
         """Whether the folder has a tokenizer."""

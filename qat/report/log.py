@@ -159,7 +159,8 @@ def _config(run: Record) -> str:
     if not config:
         return plain(run.text("quant", "preset"))
     start = run.text("config", "checkpoint", "path") or run.text("config", "checkpoint", "name")
-    said = {group: run.text("config", group, "name") for group in ("model", "data", "cache", "quant", "mode", "loss")}
+    groups = ("model", "teacher", "data", "cache", "quant", "mode", "loss")
+    said = {group: run.text("config", group, "name") for group in groups}
     train = run.section("config", "train")
     said = {"stage": run.text("stage"), "checkpoint": start} | said
     words = [f"{key}={value}" for key, value in said.items() if value]

@@ -10,6 +10,7 @@ from qat.cache.reader import CacheReader
 from qat.cache.writer import obtain_cache
 from qat.config import Config, Stage
 from qat.data.documents import obtain_documents
+from qat.distill.lengths import pattern
 from qat.errors import ConfigError
 from qat.runs import Run
 from qat.stages import inspect
@@ -62,12 +63,14 @@ def _recorded(work: Workspace) -> Artifact:
 def _local(work: Workspace, path: Path) -> Artifact:
     config = work.config
     cache = open_local(path.expanduser(), work.teacher, config.data.eval_fraction, config.cache.tail)
-    longest = work.teacher.context()
+    longest = work.context()
     if longest is not None and cache.manifest["length"] > longest:
         length = cache.manifest["length"]
-        raise ConfigError(f"{path} has rows of {length} tokens, {work.teacher.name} is made for at most {longest}")
+        raise ConfigError(f"{path} has rows of {length} tokens, {work.model.name} is made for at most {longest}")
+    if config.stage in TRAINS:  # before a conversion, after which training would say so
+        pattern(config.train.lengths, config.train.shares, config.train.batch_size, cache.manifest["length"])
     if cache.manifest["teacher"]["fingerprint"] is None:  # an imported cache does not say which teacher made it
-        work.settle(CacheReader(cache, "eval"))
+        work.settle(work.teacher, CacheReader(cache, "eval"))
     if config.loss.kind.needs_answers and config.stage in TRAINS and not cache.manifest.get("answers"):
         raise ConfigError(f"loss={config.loss.name} learns from answers, and {path} does not say which tokens are any")
     if cache.manifest["tail"] == "missing" and config.loss.kind.needs_tail and config.stage in TRAINS:

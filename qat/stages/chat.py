@@ -1,4 +1,4 @@
-"""Talking to a student, to the teacher, or to both side by side."""
+"""Talking to a student, to its teacher, or to both side by side."""
 
 import sys
 from collections.abc import Iterator
@@ -45,12 +45,14 @@ def main(config: Config) -> None:
     """`stage=chat`: answers `chat.prompt`, or holds a conversation until an empty line."""
     config = transfer.with_named(config)
     resolved = machine.resolve(config.instance)
-    teacher = models.locate(config.model, Path(config.outputs) / "artifacts")
-    limits.check_lengths(config, teacher)
-    language = _language(config, teacher)
+    start = start_folder(config.checkpoint)
+    asked = config.teacher if start is None or config.chat.teacher else None  # a student speaks without its teacher
+    model, teacher = models.pair(config.model, asked, Path(config.outputs) / "artifacts")
+    limits.check_lengths(config, model, teacher)
+    language = _language(config, model)
     torch.manual_seed(config.seed)
     with ExitStack() as kept:
-        speakers = _speakers(config, teacher, resolved)
+        speakers = _speakers(config, start, model, teacher, resolved)
         for speaker in speakers:
             kept.enter_context(baked(speaker.model, resolved.dtype))
         for said in _said(config):
@@ -58,29 +60,30 @@ def main(config: Config) -> None:
                 _answer(speaker, said, language, config)
 
 
-def _language(config: Config, teacher: ModelFolder) -> Language:
-    """The language of a chat with this teacher; prints a notice where only plain text can be continued."""
-    tokenizer = teacher.tokenizer()
-    tokenizers.check(teacher.path, tokenizer, teacher.vocab_size())
+def _language(config: Config, model: ModelFolder) -> Language:
+    """The language of a chat with this model; prints a notice where only plain text can be continued."""
+    tokenizer = model.tokenizer()
+    tokenizers.check(model.path, tokenizer, model.vocab_size())
     converses = takes_questions(tokenizer)
     if converses:
-        _check_thinking(tokenizer, config, teacher)
-        return Language(tokenizer, teacher.ends(), converses)
-    why = f"{teacher.name} has no chat template that takes a question"
+        _check_thinking(tokenizer, config, model)
+        return Language(tokenizer, model.ends(), converses)
+    why = f"{model.name} has no chat template that takes a question"
     if config.chat.thinking:
         raise ConfigError(f"chat.thinking=true: {why}")
     console.print(f"{why}: it goes on with the text you give.", soft_wrap=True)
-    return Language(tokenizer, teacher.ends(), converses)
+    return Language(tokenizer, model.ends(), converses)
 
 
-def _speakers(config: Config, teacher: ModelFolder, resolved: Machine) -> list[Speaker]:
-    start = start_folder(config.checkpoint)
+def _speakers(
+    config: Config, start: Path | None, model: ModelFolder, teacher: ModelFolder, resolved: Machine
+) -> list[Speaker]:
     alone = start is None or not config.chat.teacher
     speakers = []
     if start is None or config.chat.teacher:
         speakers.append(Speaker("" if alone else "teacher", teacher.load(resolved.dtype, resolved.device)))
     if start is not None:
-        student, _ = checkpoints.load(start, teacher, resolved)
+        student, _ = checkpoints.load(start, model, resolved)
         speakers.append(Speaker("" if alone else "student", student))
     return speakers
 
@@ -116,12 +119,12 @@ def _answer(speaker: Speaker, said: str, language: Language, config: Config) -> 
     speaker.messages.append({"role": "assistant", "content": answer})
 
 
-def _check_thinking(tokenizer: PreTrainedTokenizerBase, config: Config, teacher: ModelFolder) -> None:
+def _check_thinking(tokenizer: PreTrainedTokenizerBase, config: Config, model: ModelFolder) -> None:
     """Refuses a switch that the chat template does not have."""
     asked: Messages = [{"role": "user", "content": "?"}]
     plain, thinking = (chat_tokens(tokenizer, asked, _mode(switch), ask=True) for switch in (False, True))
     if config.chat.thinking and plain == thinking:
-        raise ConfigError(f"chat.thinking=true: the chat template of {teacher.name} has no thinking mode")
+        raise ConfigError(f"chat.thinking=true: the chat template of {model.name} has no thinking mode")
 
 
 def _mode(thinking: bool) -> str:

@@ -38,7 +38,7 @@ OPTION = "quant.yaml"  # file with the same choice as an option of `quant`
 
 def make(work: Workspace, cached: Artifact) -> Workspace:
     """The run with formats in place of a budget, which it shows and writes into its folder; any other as it is."""
-    quant, model = work.config.quant, work.teacher.skeleton()
+    quant, model = work.config.quant, work.model.skeleton()
     if not quant.candidates:
         return work
     layers = select(model, quant)
@@ -92,7 +92,7 @@ def _known(work: Workspace, cached: Artifact, choices: list[tuple[Layer, list[Fo
     """What every layer costs in every format that it may have, from `outputs/artifacts` when it is already there."""
     config, start = work.config, start_folder(work.config.checkpoint)
     inputs = {
-        "teacher": work.teacher.fingerprint,
+        "teacher": work.model.fingerprint,
         "cache": cached.key,
         "choices": {layer.name: [label(one) for one in formats] for layer, formats in choices},
         "kmeans": config.kmeans.backend.name,
@@ -108,7 +108,7 @@ def _known(work: Workspace, cached: Artifact, choices: list[tuple[Layer, list[Fo
         write_json(folder / COSTS, {name: {label(one): nats for one, nats in of.items()} for name, of in found.items()})
         return {}
 
-    made = obtain(work.artifacts, "costs", work.teacher.name, inputs, fill, at=work.machine.place())
+    made = obtain(work.artifacts, "costs", work.model.name, inputs, fill, at=work.machine.place())
     work.run.uses("choose", made)
     return _read(made, choices)
 

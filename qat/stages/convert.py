@@ -1,9 +1,11 @@
-"""Stage 2: converts weights to a format of few bits, from the teacher or from a checkpoint in another format."""
+"""Stage 2: converts weights to a format of few bits, from the model or from a checkpoint in another format."""
 
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+from transformers import PreTrainedModel
 
 from qat import checkpoints, manifests, plots
 from qat.artifacts import Artifact, obtain, require
@@ -36,14 +38,16 @@ def make(work: Workspace, cached: Artifact) -> Artifact:
     config = work.config
     start = start_folder(config.checkpoint)
     inputs = {
-        "teacher": work.teacher.fingerprint,
+        "teacher": work.model.fingerprint,
         "cache": cached.key,
         "quant": recorded(config.quant),
         "kmeans": config.kmeans.backend.name,
         "convert": {key: value for key, value in shaping(config.convert).items() if key != "name"},
         "checkpoint": checkpoints.identity(start) if start else None,
     }
-    name = f"{work.teacher.name}_{config.quant.name}_init"
+    if work.teacher is not work.model:  # whose figures it holds
+        inputs["measured_against"] = work.teacher.fingerprint
+    name = f"{work.model.name}_{config.quant.name}_init"
     with work.timed("convert"):
         made = obtain(
             work.artifacts,
@@ -56,7 +60,7 @@ def make(work: Workspace, cached: Artifact) -> Artifact:
     require(made, manifests.CONVERSION)
     work.run.uses("convert", made)
     layers = checkpoints.layers_of(made.manifest)
-    work.run.result["quant"] = {"preset": config.quant.name, **summary(layers, work.teacher.skeleton())}
+    work.run.result["quant"] = {"preset": config.quant.name, **summary(layers, work.model.skeleton())}
     # An absolute path, so that the run can be used as a checkpoint from any directory.
     work.run.result["paths"]["conversion"] = str(made.folder.absolute())
     _show(layers, made.manifest, work.run.result["quant"])
@@ -74,7 +78,7 @@ def _convert(work: Workspace, cached: Artifact, start: Path | None, folder: Path
     config = work.config
     source = Source(work, start)
     source.settle(CacheReader(cached, "train"))
-    layers = select(work.teacher.skeleton(), config.quant)
+    layers = select(work.model.skeleton(), config.quant)
     shelf = checkpoints.Shelf(folder / checkpoints.FILE, layers)
     kept = {layer.name: same for layer in layers if (same := source.kept(layer))}
     for name, same in kept.items():
@@ -97,7 +101,7 @@ def _convert(work: Workspace, cached: Artifact, start: Path | None, folder: Path
     source.write_own(layers, folder)
     choice.keep(work, folder)
     return {
-        **checkpoints.describe(work.teacher, config.quant, layers),
+        **checkpoints.describe(work.model, config.quant, layers),
         "figures": figures,
         "metrics": _measure(work, cached, source, shelf, layers),
         "measured_on": CacheReader(cached, "eval").text_key(),
@@ -107,16 +111,25 @@ def _convert(work: Workspace, cached: Artifact, start: Path | None, folder: Path
 def _measure(
     work: Workspace, cached: Artifact, source: Source, shelf: checkpoints.Shelf, layers: list[Layer]
 ) -> dict[str, dict[str, float] | None]:
-    """KL and the like on held-out text, before and after; nothing is lost before the teacher is quantized."""
+    """KL from the teacher and the like on held-out text, before and after; a model is not away from itself before."""
     machine, held_out = work.machine, CacheReader(cached, "eval")
-    top_k = int(held_out.meta["top_k"])
+    teacher, top_k = _teacher(work, source, held_out), int(held_out.meta["top_k"])
     before = None
-    if source.starts:
+    if source.starts or work.teacher is not work.model:
         student = source.load(None)
-        before = asdict(evaluate(student, source.teacher, held_out, top_k, machine))
+        before = asdict(evaluate(student, teacher, held_out, top_k, machine))
         del student
     student = source.load(shelf, layers)
-    return {"before": before, "after": asdict(evaluate(student, source.teacher, held_out, top_k, machine))}
+    return {"before": before, "after": asdict(evaluate(student, teacher, held_out, top_k, machine))}
+
+
+def _teacher(work: Workspace, source: Source, held_out: CacheReader) -> PreTrainedModel:
+    """What figures are against: the model as it was, or another one."""
+    if work.teacher is work.model:
+        return source.original
+    teacher = work.teacher.stream(work.machine.dtype, work.machine.device)
+    work.settle(work.teacher, held_out, teacher)
+    return teacher
 
 
 def _draw(work: Workspace, figures: dict[str, dict[str, float]]) -> None:
@@ -125,7 +138,7 @@ def _draw(work: Workspace, figures: dict[str, dict[str, float]]) -> None:
     worst = sorted(errors, key=errors.__getitem__, reverse=True)[:WORST]
     console.print(f"largest output errors: {', '.join(f'{name} {errors[name]:.3f}' for name in worst)}", soft_wrap=True)
     picture = work.run.folder / "conversion.png"
-    plots.error_by_depth(errors, f"{work.teacher.name}, {work.config.quant.name}: before training", picture)
+    plots.error_by_depth(errors, f"{work.model.name}, {work.config.quant.name}: before training", picture)
     work.run.result["paths"]["conversion_errors"] = str(picture)
 
 

@@ -12,8 +12,9 @@ from qat.cache.reader import CacheReader
 from qat.config import Config
 from qat.distill.loss import Loss
 from qat.distill.state import States
-from qat.distill.trainer import History, Trainer
-from qat.forward import use
+from qat.distill.trainer import History, Trainer, cuts
+from qat.forward import Pass, use
+from qat.models import ModelFolder
 from qat.processes import Ranks, joined
 from qat.quant import adapter
 from qat.quant.architectures import Layer
@@ -44,9 +45,9 @@ def make(work: Workspace, cached: Artifact, start: Path) -> Path:
     """Trains from the checkpoint at `start`; returns the folder of the best checkpoint."""
     run, config = work.run, work.config
     with work.timed("distill"), joined(work.machine.device) as ranks:
-        student, manifest = checkpoints.load(start, work.teacher, work.machine, latents=config.train.learn.latent > 0)
+        student, manifest = checkpoints.load(start, work.model, work.machine, latents=config.train.learn.latent > 0)
         layers = checkpoints.layers_of(manifest)
-        check_mode(config.mode, layers, work.teacher)
+        check_mode(config.mode, layers, work.model)
         folders = {name: run.folder / "checkpoints" / name for name in ("best", "last")}
         description = checkpoints.heritage(manifest) | {"run": run.result["run_id"]}
 
@@ -56,7 +57,7 @@ def make(work: Workspace, cached: Artifact, start: Path) -> Path:
                     checkpoints.save(student, folders[name], description)
 
         trainer = _trainer(work, cached, student, layers, ranks)
-        sizes = summary(layers, work.teacher.skeleton(), adapters=adapter.size(student))
+        sizes = summary(layers, work.model.skeleton(), adapters=adapter.size(student))
         run.result["quant"] = {"preset": manifest["quant"]["name"], **sizes}
         states = _states(work, run.folder) if ranks.first else None
         _resume(work, trainer)
@@ -76,7 +77,7 @@ def train_into(work: Workspace, cached: Artifact, start: Path, folder: Path) -> 
         What the manifest of a checkpoint says, with the held-out KD loss before and after.
     """
     latents = work.config.train.learn.latent > 0
-    student, manifest = checkpoints.load(start, work.teacher, work.machine, latents=latents)
+    student, manifest = checkpoints.load(start, work.model, work.machine, latents=latents)
     trainer = _trainer(work, cached, student, checkpoints.layers_of(manifest), Ranks())
     history = trainer.run(lambda row: None, lambda: checkpoints.write(student, folder), None)
     found = {name: getattr(history, name) for name in ("kd_loss_initial", "kd_loss_best")}
@@ -115,23 +116,34 @@ def _earlier(work: Workspace) -> Path | None:
 def _trainer(work: Workspace, cached: Artifact, student: PreTrainedModel, layers: list[Layer], ranks: Ranks) -> Trainer:
     config, modules = work.config, quantized(student)
     training, held_out = CacheReader(cached, "train"), CacheReader(cached, "eval")
-    use(student, work.settle(training))
+    use(student, _settled(work, work.model, training))
     return Trainer(
         student,
         {layer.name: (layer.role, modules[layer.name]) for layer in layers},
         (training, held_out),
         config.train,
         config.mode,
-        _loss(work),
+        _loss(work, training),
         work.machine,
         config.seed,
         ranks,
     )
 
 
-def _loss(work: Workspace) -> Loss:
-    loss = work.config.loss
-    beside = work.teacher.load(work.machine.dtype, work.machine.device) if loss.kind.needs_teacher else None
+def _settled(
+    work: Workspace, which: ModelFolder, text: CacheReader, model: PreTrainedModel | None = None
+) -> Pass:
+    """How a model is computed over rows of all lengths that training cuts them into: the least fast of the ways."""
+    ways = [work.settle(which, rows, model) for rows in cuts(text, work.config.train)]
+    return next((how for how in ways if not how.plain), ways[0])
+
+
+def _loss(work: Workspace, text: CacheReader) -> Loss:
+    loss, machine = work.config.loss, work.machine
+    if not loss.kind.needs_teacher:
+        return Loss(loss.kind, loss.temperature, loss.hard)
+    beside = work.teacher.load(machine.dtype, machine.device)
+    use(beside, _settled(work, work.teacher, text, beside))
     return Loss(loss.kind, loss.temperature, loss.hard, beside)
 
 
@@ -154,4 +166,4 @@ def _record(work: Workspace, history: History, weights: int, devices: int) -> No
         "tokens_per_second": round(speed, 1),
         "mfu": round(6 * weights * speed / (devices * machine.matmul_flops(work.machine)), 4),
     }
-    plots.loss_curve(history.rows, f"{work.teacher.name}: {result['name']}", work.run.folder / "loss.png")
+    plots.loss_curve(history.rows, f"{work.model.name}: {result['name']}", work.run.folder / "loss.png")

@@ -67,7 +67,7 @@ def examine(config: Config) -> Iterator[Finding]:
         yield _instance(InstanceConfig(name="auto"))
     yield _disk(Path(config.outputs))
     yield from _packages()
-    yield _teacher(config)
+    yield from _models(config)
     yield from _plan(config)
     yield _store(config.store)
     yield Finding("wandb", "logged in" if tracking.logged_in() else "no login: runs are kept offline, below outputs/")
@@ -169,25 +169,32 @@ def _lacking(requirement: str) -> bool:
         return True
 
 
-def _teacher(config: Config) -> Finding:
-    what = f"model={config.model.name}"
-    try:
-        return Finding(what, models.whereabouts(config.model))
-    except QatError as error:
-        return Finding(what, "not there", str(error))
+def _models(config: Config) -> Iterator[Finding]:
+    for key, asked in (("model", config.model), ("teacher", config.teacher)):
+        if asked is None:
+            continue
+        what = f"{key}={asked.name}"
+        try:
+            yield Finding(what, models.whereabouts(asked))
+        except QatError as error:
+            yield Finding(what, "not there", str(error))
 
 
 def _plan(config: Config) -> Iterator[Finding]:
     """The memory that each phase of the run that was typed is expected to take, and what makes it fit."""
     try:
-        teacher = models.at_hand(config.model, Path(config.outputs) / "artifacts")
-        resolved = machine.resolve(config.instance)
-        if teacher is None:
-            yield Finding("memory of a run", f"known once model={config.model.name} is on this computer")
+        artifacts, resolved = Path(config.outputs) / "artifacts", machine.resolve(config.instance)
+        asked = config.teacher or config.model
+        model, teacher = (models.at_hand(one, artifacts) for one in (config.model, asked))
+        if model is None or teacher is None:
+            absent = f"model={config.model.name}" if model is None else f"teacher={asked.name}"
+            yield Finding("memory of a run", f"known once {absent} is on this computer")
             return
+        teacher = teacher if config.teacher else model
         run = replace(config, stage=Stage.run)
-        for name, place in limits.planned(run, teacher, resolved).items():
-            yield Finding(f"memory, {name}", footprint.told(place), limits.advice(run, teacher, resolved, name, place))
+        for name, place in limits.planned(run, model, teacher, resolved).items():
+            advice = limits.advice(run, model, teacher, resolved, name, place)
+            yield Finding(f"memory, {name}", footprint.told(place), advice)
     except QatError as error:
         yield Finding("memory of a run", "cannot be reckoned", str(error))
 

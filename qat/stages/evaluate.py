@@ -56,7 +56,7 @@ def main(config: Config, run: Run) -> None:
     work = open_workspace(config, run)
     models = _models(config)
     for folder in filter(None, models.values()):
-        checkpoints.check(folder, work.teacher)
+        checkpoints.check(folder, work.model)
     ground, on = _ground(work)
     found = _measure(work, ground, models)
     first = next((name for name, folder in models.items() if folder), TEACHER)
@@ -162,11 +162,11 @@ def _held_out(cached: Artifact) -> Ground:
 
 
 def _text(work: Workspace, path: str) -> Windows:
-    settings, longest = work.config.evaluate, work.teacher.context() or WINDOW
+    settings, longest = work.config.evaluate, work.context() or WINDOW
     context = settings.context or min(WINDOW, longest)
     stride = settings.stride or context
     if stride > context:
-        raise ConfigError(f"evaluate.stride={stride}: {work.teacher.name} takes windows of at most {context} tokens")
+        raise ConfigError(f"evaluate.stride={stride}: {work.model.name} takes windows of at most {context} tokens")
     return Windows(read(path, work.teacher.tokenizer(), settings.tokens), context, stride)
 
 
@@ -180,7 +180,9 @@ def _measure(
     with work.timed("evaluate"):
         teacher = work.teacher.load(machine.dtype, machine.device)
         if ground.rows is not None:
-            work.settle(ground.rows, teacher)
+            work.settle(work.teacher, ground.rows, teacher)
+            if work.teacher is not work.model and any(models.values()):
+                work.settle(work.model, ground.rows)
         speech.hear(TEACHER, teacher)
         teachers_own = ground.free.hear(TEACHER, teacher) if ground.free else {}
         for name, folder in models.items():
@@ -196,7 +198,7 @@ def _measure(
             if ground.harness is not None:
                 found[name].scores = ground.harness.run(student, work.teacher.tokenizer(), machine)
             if ground.free is not None:
-                found[name].answers = ground.free.hear(name, student) if folder else teachers_own
+                found[name].answers = ground.free.hear(name, student, work.model) if folder else teachers_own
             if folder:
                 speech.hear(name, student)
             _record(work.run, found)
@@ -237,9 +239,9 @@ class Speech:
 
 
 def _load(work: Workspace, folder: Path) -> tuple[PreTrainedModel, dict[str, Any]]:
-    student, manifest = checkpoints.load(folder, work.teacher, work.machine)
+    student, manifest = checkpoints.load(folder, work.model, work.machine)
     layers, adapters = checkpoints.layers_of(manifest), adapter.size(student)
-    sizes = summary(layers, work.teacher.skeleton(), adapters=adapters)
+    sizes = summary(layers, work.model.skeleton(), adapters=adapters)
     return student, {"preset": manifest["quant"]["name"], **sizes}
 
 

@@ -27,7 +27,7 @@ def main(config: Config, run: Run) -> None:
     folder = Path(str(config.export.output)).expanduser()
     form = exporter(config.export.format)
     with work.timed("export"):
-        source = open_source(work.teacher, start_folder(config.checkpoint), config.export.merge)
+        source = open_source(work.model, start_folder(config.checkpoint), config.export.merge)
         form.refuse_layers(checkpoints.entries(source.layers), config.export)
         form.refuse_adapters(source.adapted, config.export)
         if form.sized:

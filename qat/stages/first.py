@@ -29,7 +29,7 @@ def make(work: Workspace, cached: Artifact, first: FirstConfig) -> Path:
         "train": shaping(first.train),
         "seed": earlier.seed,
     }
-    name = f"{work.teacher.name}_{first.quant.name}_{first.mode.name}"
+    name = f"{work.model.name}_{first.quant.name}_{first.mode.name}"
 
     def train(folder: Path) -> dict[str, object]:
         return distill.train_into(inner, cached, start.folder, folder)

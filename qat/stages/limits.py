@@ -1,7 +1,8 @@
-"""Finds sizes that cannot work with this teacher on this machine, before the run does anything."""
+"""Finds sizes that cannot work with these models on this machine, before the run does anything."""
 
 import logging
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from qat import checkpoints, footprint
@@ -25,8 +26,14 @@ CONVERTS = (Stage.run, Stage.convert)
 TRAINS = (Stage.run, Stage.distill)
 
 
-def check(config: Config, teacher: ModelFolder, machine: Machine) -> int:
+def check(config: Config, model: ModelFolder, teacher: ModelFolder, machine: Machine) -> int:
     """Looks at shapes, lengths, counts and memory.
+
+    Args:
+        config: of the run.
+        model: the one that is quantized.
+        teacher: the model itself, or another one.
+        machine: that it is to run on.
 
     Returns:
         Bytes that the run is expected to take where most is taken for what is free.
@@ -34,53 +41,61 @@ def check(config: Config, teacher: ModelFolder, machine: Machine) -> int:
     Raises:
         ConfigError: the first that cannot work, with its bound or what takes the memory.
     """
-    check_lengths(config, teacher)
-    _check_vocabulary(config, teacher.vocab_size())
-    jobs = list(_jobs(config, teacher))
+    check_lengths(config, model, teacher)
+    _check_vocabulary(config, model.vocab_size())
+    jobs = list(_jobs(config, model))
     for job, quant in zip(jobs, _quants(config), strict=False) if config.stage in CONVERTS else []:
-        _check_shapes(job, quant, teacher)
+        _check_shapes(job, quant, model)
         if quant.candidates:
-            budget.check(quant, job.layers, teacher.skeleton())
+            budget.check(quant, job.layers, model.skeleton())
     for job in jobs if config.stage in TRAINS else []:
         _check_learning(job)
-    shapes = shapes_of(teacher, machine)
-    footprint.check(config, shapes, lambda changed: list(_jobs(changed, teacher)), machine)
+    shapes = shapes_of(model, teacher, machine)
+    footprint.check(config, shapes, lambda changed: list(_jobs(changed, model)), machine)
     if places := footprint.plan(config, shapes, jobs, machine):
         log.info("memory, expected: %s", footprint.summary(places))
     return int(max((place.needed() for place in places.values()), default=0))
 
 
-def planned(config: Config, teacher: ModelFolder, machine: Machine) -> dict[str, Place]:
+def planned(config: Config, model: ModelFolder, teacher: ModelFolder, machine: Machine) -> dict[str, Place]:
     """What each phase of a run is expected to take."""
-    return footprint.plan(config, shapes_of(teacher, machine), list(_jobs(config, teacher)), machine)
+    return footprint.plan(config, shapes_of(model, teacher, machine), list(_jobs(config, model)), machine)
 
 
-def advice(config: Config, teacher: ModelFolder, machine: Machine, phase: str, place: Place) -> str:
+def advice(
+    config: Config, model: ModelFolder, teacher: ModelFolder, machine: Machine, phase: str, place: Place
+) -> str:
     """What makes a phase fit that is expected to take more than is free; empty where it fits."""
     if place.needed() <= place.free:
         return ""
-    shapes = shapes_of(teacher, machine)
-    keys = footprint.remedy(config, shapes, lambda changed: list(_jobs(changed, teacher)), machine, phase)
+    shapes = shapes_of(model, teacher, machine)
+    keys = footprint.remedy(config, shapes, lambda changed: list(_jobs(changed, model)), machine, phase)
     makes = f"{' '.join(keys)} makes it fit" if keys else "no key makes it fit: choose a smaller model"
     return f"{size(place.free)} are free{place.where}; {makes}"
 
 
-def shapes_of(teacher: ModelFolder, machine: Machine) -> Shapes:
-    """Sizes of a teacher; as long as nobody has looked, large decoder layers are taken to be readable one at a time."""
-    known = teacher.found.streams.get((machine.dtype, machine.device.type), "")
-    return Shapes.of(teacher.skeleton(), teacher.settings(), not known and not teacher.small(machine.dtype))
+def shapes_of(model: ModelFolder, teacher: ModelFolder, machine: Machine) -> Shapes:
+    """Sizes of a model and of its teacher, where that is another one."""
+    return replace(_shapes(model, machine), teacher=None if teacher is model else _shapes(teacher, machine))
 
 
-def check_lengths(config: Config, teacher: ModelFolder) -> None:
-    """Checks that no text is longer than the model's context.
+def _shapes(folder: ModelFolder, machine: Machine) -> Shapes:
+    """Sizes of a model; as long as nobody has looked, large decoder layers are taken to be readable one at a time."""
+    known = folder.found.streams.get((machine.dtype, machine.device.type), "")
+    return Shapes.of(folder.skeleton(), folder.settings(), not known and not folder.small(machine.dtype))
+
+
+def check_lengths(config: Config, model: ModelFolder, teacher: ModelFolder) -> None:
+    """Checks that no text is longer than a model's context.
 
     Raises:
         ConfigError: one would be.
     """
-    longest = teacher.context()
-    for key, tokens in _lengths(config):
-        if longest is not None and tokens > longest:
-            raise ConfigError(f"{key}={tokens}: {teacher.name} is made for at most {longest} tokens")
+    for folder in (model, teacher):
+        longest = folder.context()
+        for key, tokens in _lengths(config):
+            if longest is not None and tokens > longest:
+                raise ConfigError(f"{key}={tokens}: {folder.name} is made for at most {longest} tokens")
 
 
 def _lengths(config: Config) -> Iterator[tuple[str, int]]:
@@ -116,13 +131,13 @@ def _quants(config: Config) -> list[QuantConfig]:
     return [*([config.first.quant] if config.first and config.stage is Stage.run else []), config.quant]
 
 
-def _jobs(config: Config, teacher: ModelFolder) -> Iterator[Job]:
+def _jobs(config: Config, model: ModelFolder) -> Iterator[Job]:
     """The students of a run, the one that is trained first first."""
     if config.first and config.stage is Stage.run:
-        yield Job(select(teacher.skeleton(), config.first.quant), config.first.mode, config.first.train, "first.")
+        yield Job(select(model.skeleton(), config.first.quant), config.first.mode, config.first.train, "first.")
     start = config.checkpoint.path
     if config.stage is Stage.run or (config.stage is Stage.convert):
-        yield Job(select(teacher.skeleton(), config.quant), config.mode, config.train)
+        yield Job(select(model.skeleton(), config.quant), config.mode, config.train)
     elif config.stage is Stage.distill and start and (found := find(Path(start).expanduser())).is_dir():
         layers = checkpoints.layers_of(checkpoints.native.opened(found))
         yield Job(layers, config.mode, config.train)
@@ -139,10 +154,10 @@ def _check_learning(job: Job) -> None:
         raise ConfigError(f"{job.prefix}train.learn has no rate for {' and '.join(sorted(kinds))}: nothing would learn")
 
 
-def _check_shapes(job: Job, quant: QuantConfig, teacher: ModelFolder) -> None:
+def _check_shapes(job: Job, quant: QuantConfig, model: ModelFolder) -> None:
     """Checks that every layer's shape suits its format."""
     for layer in job.layers:
         if misfit := layer.format.misfit(*layer.shape):
             key = f"{job.prefix}{key_of(layer.name, layer.role, quant)}.{misfit.setting}"
             value = layer.format.settings()[misfit.setting]
-            raise ConfigError(f"{key}={value}: {layer.name} of {teacher.name} {misfit.why}")
+            raise ConfigError(f"{key}={value}: {layer.name} of {model.name} {misfit.why}")

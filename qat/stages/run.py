@@ -23,7 +23,8 @@ STAGES = ("cache", "convert", "distill", "evaluate")
 def main(config: Config, run: Run) -> None:
     """`stage=run`."""
     work = open_workspace(config, run)
-    log.info("%s: %s on %s", run.result["run_id"], config.model.name, work.machine.describe())
+    pair = config.model.name if config.teacher is None else f"{config.model.name} taught by {config.teacher.name}"
+    log.info("%s: %s on %s", run.result["run_id"], pair, work.machine.describe())
     cached = cache.make(work)
     start, known = _start(work, cached)
     best = distill.make(work, cached, start)
@@ -56,8 +57,8 @@ def _start(work: Workspace, cached: Artifact) -> tuple[Path, dict[str, Metrics]]
         given = first.make(work, cached, work.config.first)
         work = first.converted_from(work, given)
     if given:
-        said = checkpoints.manifest(given, work.teacher, work.machine)
-        if checkpoints.has_formats(said, work.config.quant, work.teacher):
+        said = checkpoints.manifest(given, work.model, work.machine)
+        if checkpoints.has_formats(said, work.config.quant, work.model):
             return given, {}
     converted = convert.make(work, cached)
     return converted.folder, {"converted": convert.metrics(converted)}

@@ -28,9 +28,9 @@ def calibration(work: Workspace, outputs: Artifact) -> list[Batch]:
 
 
 class Source:
-    """The model that is converted: the teacher, or the student of a checkpoint.
+    """The model that is converted: the original, or the student of a checkpoint.
 
-    Decoder layers of a teacher are read when they are needed, where that can be; a student is in memory.
+    Decoder layers of the original are read when they are needed, where that can be; a student is in memory.
     """
 
     def __init__(self, work: Workspace, start: Path | None) -> None:
@@ -45,24 +45,24 @@ class Source:
         return bool(self._made)
 
     @cached_property
-    def teacher(self) -> PreTrainedModel:
-        """The teacher on the machine."""
+    def original(self) -> PreTrainedModel:
+        """The model as it is before any quantization, on the machine."""
         machine = self._work.machine
-        return self._work.teacher.stream(machine.dtype, machine.device)
+        return self._work.model.stream(machine.dtype, machine.device)
 
     def settle(self, rows: Rows) -> None:
-        """Finds out how the teacher is computed over such rows."""
-        self._work.settle(rows, self.teacher)
+        """Finds out how it is computed over such rows."""
+        self._work.settle(self._work.model, rows, self.original)
 
     def load(self, shelf: Shelf | None, layers: Sequence[Layer] = ()) -> PreTrainedModel:
-        """The model on the machine, with the layers of a shelf in it; the teacher itself where it has none."""
+        """The model on the machine, with the layers of a shelf in it; the original itself where it has none."""
         if self._start is None and shelf is None:
-            return self.teacher
+            return self.original
         machine = self._work.machine
         if self._start is not None:
             model = self._student()
         else:
-            model = self._work.teacher.stream(machine.dtype, machine.device, self.teacher)
+            model = self._work.model.stream(machine.dtype, machine.device, self.original)
         if shelf is None:
             return model
         if (stream := stream_of(model)) is None:
@@ -72,7 +72,7 @@ class Source:
         return model
 
     def weight(self, name: str) -> Tensor:
-        """What a layer is fitted to: its latent weight, else its quantized one, else the teacher's."""
+        """What a layer is fitted to: its latent weight, else its quantized one, else the original's."""
         if name in self._latent:
             return self._latent[name]
         if name in self._made:
@@ -82,13 +82,13 @@ class Source:
 
     @cached_property
     def _exact(self) -> Callable[[str], Tensor]:
-        """Gives the teacher's matrices in fp32: where it computes in that, those that it computes with."""
+        """Gives the original's matrices in fp32: where it computes in that, those that it computes with."""
         exact = self._work.machine.dtype is torch.float32 and self._start is None
-        return partial(matrix_of, self.teacher) if exact else self._work.teacher.matrices()
+        return partial(matrix_of, self.original) if exact else self._work.model.matrices()
 
     def _student(self) -> PreTrainedModel:
         assert self._start is not None
-        return checkpoints.load(self._start, self._work.teacher, self._work.machine)[0]
+        return checkpoints.load(self._start, self._work.model, self._work.machine)[0]
 
     @property
     def _own(self) -> dict[str, Tensor]:
@@ -102,7 +102,7 @@ class Source:
         return {name: value for name, value in found.items() if value is not None}
 
     def write_own(self, layers: list[Layer], folder: Path) -> None:
-        """Writes the tensors that the model does not have from the teacher, without its quantized layers."""
+        """Writes the tensors that the model does not have from the original, without its quantized layers."""
         if self._given:
             checkpoints.write_own(self._given, folder, besides=[layer.name for layer in layers])
 

@@ -1,4 +1,4 @@
-"""Checks that a teacher supports what a run needs, before the run does anything."""
+"""Checks that a model and its teacher support what a run needs, before the run does anything."""
 
 from pathlib import Path
 from typing import Any
@@ -25,22 +25,32 @@ TRAINS = (Stage.run, Stage.distill)
 EXPORTED = (*CONVERTS, Stage.distill, Stage.export)  # stages whose student `export` is for, now or later
 
 
-def check(config: Config, teacher: ModelFolder, machine: Machine) -> None:
+def check(config: Config, model: ModelFolder, teacher: ModelFolder, machine: Machine) -> None:
     """Looks at text, layers and every weight.
+
+    Args:
+        config: of the run.
+        model: the one that is quantized.
+        teacher: what its student is to imitate; the model itself, or another one of the same tokens.
+        machine: type and device.
 
     Raises:
         ConfigError: in one sentence, what would not work.
     """
     if makes_text(config):
         check_text(config, teacher)
-    _refuse_adapted(config, teacher)
-    layers = check_layers(config, teacher) if config.stage in CONVERTS else []
-    if config.stage is Stage.distill and (start := _manifest(config, teacher)):
-        check_mode(config.mode, checkpoints.layers_of(start), teacher)
+    _refuse_adapted(config, model)
+    layers = check_layers(config, model) if config.stage in CONVERTS else []
+    if config.stage is Stage.distill and (start := _manifest(config, model)):
+        check_mode(config.mode, checkpoints.layers_of(start), model)
     if config.stage in EXPORTED:
-        check_export(config, teacher, layers)
-    if config.stage is not Stage.export:  # stage=export loads the teacher itself, in its own type
-        _refuse_zeros(_loaded(config, teacher, machine), layers, teacher)
+        check_export(config, model, layers)
+    if config.stage is Stage.export:  # which loads the model itself, in its own type
+        return
+    if teacher is not model:
+        _loaded(config, teacher, machine)
+    if teacher is model or config.stage is not Stage.cache:
+        _refuse_zeros(_loaded(config, model, machine), layers, model)
 
 
 def makes_text(config: Config) -> bool:
@@ -64,41 +74,41 @@ def check_text(config: Config, teacher: ModelFolder) -> None:
             user_turn(tokenizer)
 
 
-def check_export(config: Config, teacher: ModelFolder, layers: list[Layer]) -> None:
+def check_export(config: Config, model: ModelFolder, layers: list[Layer]) -> None:
     """Whether the tool that `export` names can hold what comes of this stage, before hours go into it.
 
     Args:
         config: of a stage that makes a student or exports one.
-        teacher: what the student is made from.
+        model: what the student is made from.
         layers: that are to be converted; where there are none, those of the checkpoint count.
 
     Raises:
         ConfigError: it does not know the architecture or the tokenizer, or its types hold no such layers.
     """
     form = exporter(config.export.format)
-    form.refuse_architecture(teacher.settings().to_dict())
-    form.refuse_tokenizer(teacher)
-    start = None if layers else _manifest(config, teacher)
+    form.refuse_architecture(model.settings().to_dict())
+    form.refuse_tokenizer(model)
+    start = None if layers else _manifest(config, model)
     form.refuse_layers(start["layers"] if start else checkpoints.entries(layers), config.export)
     if config.stage in TRAINS and config.mode.rank:
         form.refuse_adapters(True, config.export)
 
 
-def check_layers(config: Config, teacher: ModelFolder) -> list[Layer]:
+def check_layers(config: Config, model: ModelFolder) -> list[Layer]:
     """The layers that are to be quantized, those that are to learn among them."""
     found: list[Layer] = []
-    for quant, mode in _wanted(config) if _converts(config, teacher) else []:
-        layers = select(teacher.skeleton(), quant)
+    for quant, mode in _wanted(config) if _converts(config, model) else []:
+        layers = select(model.skeleton(), quant)
         if config.stage in TRAINS:
-            check_mode(mode, layers, teacher)
+            check_mode(mode, layers, model)
         found += layers
     return found
 
 
-def _refuse_adapted(config: Config, teacher: ModelFolder) -> None:
+def _refuse_adapted(config: Config, model: ModelFolder) -> None:
     """Refuses to convert a checkpoint with adapters, which would be lost."""
-    start = _manifest(config, teacher) if config.stage in CONVERTS else None
-    if start is not None and has_adapters(start) and _converts(config, teacher):
+    start = _manifest(config, model) if config.stage in CONVERTS else None
+    if start is not None and has_adapters(start) and _converts(config, model):
         raise ConfigError(
             f"checkpoint={config.checkpoint.path} has adapters and is to be converted to quant={config.quant.name},"
             " which would lose them: start from the checkpoint that they were trained on, or convert what"
@@ -106,17 +116,17 @@ def _refuse_adapted(config: Config, teacher: ModelFolder) -> None:
         )
 
 
-def _loaded(config: Config, teacher: ModelFolder, machine: Machine) -> PreTrainedModel:
-    """The teacher; a conversion alone does not need all of its decoder layers at once."""
-    load = teacher.stream if config.stage is Stage.convert else teacher.load
+def _loaded(config: Config, folder: ModelFolder, machine: Machine) -> PreTrainedModel:
+    """One of the two, each of its numbers looked at; a conversion alone does not need all decoder layers at once."""
+    load = folder.stream if config.stage is Stage.convert else folder.load
     return load(machine.dtype, machine.device)
 
 
-def _refuse_zeros(model: PreTrainedModel, layers: list[Layer], teacher: ModelFolder) -> None:
+def _refuse_zeros(model: PreTrainedModel, layers: list[Layer], folder: ModelFolder) -> None:
     """Refuses layers of zeros, to which nothing can be fitted."""
     empty = [layer.name for layer in layers if not bool(matrix_of(model, layer.name).any())]
     if empty:
-        raise ConfigError(f"{teacher.path} has nothing but zeros in {listed(empty)}, to which no format fits")
+        raise ConfigError(f"{folder.path} has nothing but zeros in {listed(empty)}, to which no format fits")
 
 
 def _wanted(config: Config) -> list[tuple[QuantConfig, ModeConfig]]:
@@ -124,7 +134,7 @@ def _wanted(config: Config) -> list[tuple[QuantConfig, ModeConfig]]:
     return [*first, (config.quant, config.mode)]
 
 
-def check_mode(mode: ModeConfig, layers: list[Layer], teacher: ModelFolder) -> None:
+def check_mode(mode: ModeConfig, layers: list[Layer], model: ModelFolder) -> None:
     """Refuses to train a role of which none is quantized, and adapters that some layer cannot have.
 
     Raises:
@@ -134,42 +144,42 @@ def check_mode(mode: ModeConfig, layers: list[Layer], teacher: ModelFolder) -> N
     for role, asked_for in {"mlp": mode.mlp, "attn": mode.attn}.items():
         if asked_for and role not in roles:
             raise ConfigError(
-                f"mode={mode.name} trains the {role} layers, and none of {teacher.name} is quantized: use"
+                f"mode={mode.name} trains the {role} layers, and none of {model.name} is quantized: use"
                 f" {f'mode.{role}=false' if mode.rank else f'mode={next(iter(roles))}'}"
             )
     for layer in layers if mode.rank else []:
         if learns(mode, layer.role, layer.format):
-            _check_adapter(mode.rank, layer, teacher)
+            _check_adapter(mode.rank, layer, model)
 
 
-def _check_adapter(rank: int, layer: Layer, teacher: ModelFolder) -> None:
+def _check_adapter(rank: int, layer: Layer, model: ModelFolder) -> None:
     """Refuses an adapter for an expert of a stack, and one that has more ranks than the layer."""
-    found = place(teacher.skeleton(), layer.name)
+    found = place(model.skeleton(), layer.name)
     if found is not None and found.number is not None:
         raise ConfigError(
-            f"mode.rank={rank}: {layer.name} of {teacher.name} is an expert, which shares a tensor with others and can"
+            f"mode.rank={rank}: {layer.name} of {model.name} is an expert, which shares a tensor with others and can"
             f" have no adapter: use mode.{layer.role}=false"
         )
     if rank > min(layer.shape):
         outputs, inputs = layer.shape
         raise ConfigError(
-            f"mode.rank={rank}: {layer.name} of {teacher.name} is {outputs} × {inputs} and has no more than"
+            f"mode.rank={rank}: {layer.name} of {model.name} is {outputs} × {inputs} and has no more than"
             f" {min(layer.shape)} ranks: use that or fewer"
         )
 
 
-def _converts(config: Config, teacher: ModelFolder) -> bool:
+def _converts(config: Config, model: ModelFolder) -> bool:
     """Whether a conversion is to be made; not from a checkpoint that has the formats already."""
     if config.stage is Stage.convert or config.checkpoint.path is None or config.first:
         return True
-    start = _manifest(config, teacher)
-    return start is not None and not checkpoints.has_formats(start, config.quant, teacher)
+    start = _manifest(config, model)
+    return start is not None and not checkpoints.has_formats(start, config.quant, model)
 
 
-def _manifest(config: Config, teacher: ModelFolder) -> dict[str, Any] | None:
+def _manifest(config: Config, model: ModelFolder) -> dict[str, Any] | None:
     """What the checkpoint says that a run starts from; None for a V2 state dict, which tells when it is loaded."""
     found = find(Path(str(config.checkpoint.path)).expanduser()) if config.checkpoint.path else None
-    return checkpoints.native.check(found, teacher) if found and found.is_dir() else None
+    return checkpoints.native.check(found, model) if found and found.is_dir() else None
 
 
 def _talks(part: DataConfig) -> bool:

@@ -1,8 +1,8 @@
-"""What every stage works with: the machine, the teacher, the run's record."""
+"""What every stage works with: the machine, the model and its teacher, the run's record."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from transformers import PreTrainedModel
@@ -21,11 +21,21 @@ from qat.stages.teacher import check
 
 @dataclass(frozen=True)
 class Workspace:
-    """A configured run with everything that stages share."""
+    """A configured run with everything that stages share.
+
+    Attributes:
+        config: of the run.
+        run: its record.
+        machine: that computes.
+        model: the weights that are quantized, which a student has all others from.
+        teacher: writes text, fills caches, and is what a student is compared with; the model itself unless
+            configured.
+    """
 
     config: Config
     run: Run
     machine: Machine
+    model: ModelFolder
     teacher: ModelFolder
 
     @property
@@ -33,19 +43,27 @@ class Workspace:
         """Where artifacts are kept."""
         return Path(self.config.outputs) / "artifacts"
 
-    def settle(self, rows: Rows, model: PreTrainedModel | None = None) -> Pass:
-        """How the teacher is computed over such rows, looked for unless this job knows.
+    def context(self) -> int | None:
+        """Tokens that both models were made to see at once; None where neither says so."""
+        return min(filter(None, (self.model.context(), self.teacher.context())), default=None)
+
+    def settle(self, which: ModelFolder, rows: Rows, model: PreTrainedModel | None = None) -> Pass:
+        """How the model or its teacher is computed over such rows, looked for unless this job knows.
 
         Args:
+            which: of the two.
             rows: of one length.
-            model: the teacher, if it is loaded.
+            model: it, if it is loaded.
 
         Raises:
             ConfigError, ArtifactError, NumericsError: as `qat.fidelity.settle`.
         """
         if model is None and self.config.stage is Stage.convert:  # which never holds all of the teacher
-            model = self.teacher.stream(self.machine.dtype, self.machine.device)
-        return settle(self.teacher, self.machine, Sample.of_rows(rows), model)
+            model = which.stream(self.machine.dtype, self.machine.device)
+        sample = Sample.of_rows(rows)
+        if which.fingerprint != self.teacher.fingerprint:  # a cache says what the teacher says
+            sample = replace(sample, recorded=None)
+        return settle(which, self.machine, sample, model)
 
     @contextmanager
     def timed(self, what: str) -> Iterator[None]:
@@ -65,19 +83,20 @@ class Workspace:
 
 
 def open_workspace(config: Config, run: Run) -> Workspace:
-    """Resolves the machine, finds the teacher, and looks whether it can do what is asked and the machine can hold it.
+    """Resolves the machine, finds the models, and looks whether they can do what is asked and have room there.
 
     Raises:
-        MissingError: one of the two cannot be had.
-        ConfigError: the teacher cannot, or a size is beyond it or the machine.
+        MissingError: one of them cannot be had.
+        ConfigError: a model cannot, the two do not have the same tokens, or a size is beyond them or the machine.
     """
     resolved = machine.resolve(config.instance)
     run.result["memory"]["start_bytes"] = machine.peak_bytes(resolved.device)
     run.result["environment"] = environment(resolved.describe(), resolved.instance)
-    teacher = models.locate(config.model, Path(config.outputs) / "artifacts")
-    check(config, teacher, resolved)
-    run.result["memory"]["planned_bytes"] = limits.check(config, teacher, resolved)
-    return Workspace(config, run, resolved, teacher)
+    asked = None if config.stage is Stage.export else config.teacher  # what a file holds is the student's alone
+    model, teacher = models.pair(config.model, asked, Path(config.outputs) / "artifacts")
+    check(config, model, teacher, resolved)
+    run.result["memory"]["planned_bytes"] = limits.check(config, model, teacher, resolved)
+    return Workspace(config, run, resolved, model, teacher)
 
 
 def start_folder(checkpoint: CheckpointConfig) -> Path | None:

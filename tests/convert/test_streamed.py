@@ -66,7 +66,7 @@ def converted(teacher, cache, outputs, quant):
     config.tracker = TrackerConfig("none", TrackerKind.none)
     (outputs / "run").mkdir(parents=True)
     fresh = ModelFolder(teacher.name, teacher.path, teacher.fingerprint)
-    made = convert.make(Workspace(config, Run(config, outputs / "run"), tiny.FP32, fresh), cache)
+    made = convert.make(Workspace(config, Run(config, outputs / "run"), tiny.FP32, fresh, fresh), cache)
     found = {one: hashlib.sha256((made.folder / one).read_bytes()).hexdigest() for one in made.manifest["files"]}
     figures = {name: {k: v for k, v in of.items() if k != "seconds"} for name, of in made.manifest["figures"].items()}
     return found, figures, made.manifest["metrics"]

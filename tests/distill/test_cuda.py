@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from qat import checkpoints
+from qat import checkpoints, decoder
 from qat.config import LearnConfig, LossKind, ModeConfig, TrainConfig
 from qat.distill.loss import Loss
 from qat.distill.trainer import Trainer
@@ -32,7 +32,8 @@ def trained(checkpoint, teacher, readers, device, loss=LOSSES[LossKind.bucket_kl
     if plain:
         trainer.step.recorder.stream = None
     figures = [trainer.step(batch, 1.0) for batch in trainer.batches(0)]
-    assert len(trainer.step.recorder._graphs) == (0 if plain or device.type == "cpu" else 4)
+    lengths = len(train.lengths) or 1
+    assert len(trainer.step.recorder._graphs) == (0 if plain or device.type == "cpu" else 3 + lengths)
     return figures, {p.name: p.value.cpu() for p in trainer.learners.parameters}
 
 
@@ -86,6 +87,26 @@ def test_short_types_stay_close(checkpoint, teacher, readers, dtype, setting, la
         assert ours.loss == pytest.approx(theirs.loss, rel=0.1) and not ours.skipped
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_of_several_lengths_train_as_on_the_cpu(checkpoint, teacher, readers, monkeypatch, dtype):
+    """The short ones fused, the long ones by compiled layers, all recorded; their gradients meet in one sum."""
+    monkeypatch.setattr(decoder, "LONGEST", 16)
+    train = replace(TRAIN, lengths=[8, 32], learn=LearnConfig(latent=1.0))
+
+    def on(device, **machine):
+        beside = teacher.load(machine.get("dtype", torch.float32), device)
+        use(beside, FAST)
+        loss = Loss(LossKind.full_kl, teacher=beside)
+        return trained(checkpoint, teacher, readers, device, loss, train, **machine)
+
+    expected = on(torch.device("cpu"))
+    figures, parameters = on(GPU, compile=True, dtype=dtype)
+    if dtype is torch.float32:
+        same((figures, parameters), expected)
+    for ours, theirs in zip(figures, expected[0], strict=True):
+        assert ours.loss == pytest.approx(theirs.loss, rel=0.1) and not ours.skipped
+
+
 def test_everything_that_can_learn_does(checkpoint, teacher, readers):
     train = replace(TRAIN, learn=LearnConfig(1.0, 1.0, 1.0, 1.0))
     expected = trained(checkpoint, teacher, readers, torch.device("cpu"), train=train)
@@ -111,7 +132,7 @@ def test_a_step_that_is_not_finite_is_skipped_while_recorded(checkpoint, teacher
     for batch in batches[:4]:
         trainer.step(batch, 1.0)
     before = {p.name: p.value.clone() for p in trainer.learners.parameters}
-    batches[4].stored["topk_logprobs"][0, 0] = float("nan")
+    batches[4][0].stored["topk_logprobs"][0, 0] = float("nan")
     assert trainer.step(batches[4], 1.0).skipped
     assert all(p.value.equal(before[p.name]) for p in trainer.learners.parameters)
     assert not trainer.step(batches[5], 1.0).skipped

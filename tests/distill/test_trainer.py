@@ -368,13 +368,13 @@ def test_a_state_is_written_while_training_goes_on_and_as_it_was_then(student, r
 
 
 def test_batches_are_the_ranks_rows_of_each_step_from_any_step_on(student, readers):
-    whole = list(trainer_of(student, readers).batches(0))
+    whole = [batch for (batch,) in trainer_of(student, readers).batches(0)]
     assert len(whole) == TRAIN.steps and [len(batch.input_ids) for batch in whole] == [12] * 3
     trainer = trainer_of(student, readers)
     parts = []
     for rank in range(5):
         trainer.ranks = Ranks(rank, 5)
-        parts.append(list(trainer.batches(1)))
+        parts.append([batch for (batch,) in trainer.batches(1)])
     for step, batch in enumerate(whole[1:]):
         assert torch.equal(torch.cat([part[step].input_ids for part in parts]), batch.input_ids)
         assert torch.equal(torch.cat([part[step].topk_logprobs for part in parts]), batch.topk_logprobs)

@@ -45,7 +45,7 @@ def check_of(teacher, configs):
         for key, value in values.items():
             section, _, name = key.rpartition("__")
             setattr(getattr(config, section) if section else config, name, value)
-        check(config, teacher, machine)
+        check(config, teacher, teacher, machine)
 
     return run
 

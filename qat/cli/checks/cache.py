@@ -19,7 +19,7 @@ def check(config: Config) -> None:
     cache = config.cache
     if cache.inspect and config.stage is not Stage.cache:
         raise ConfigError("cache.inspect=true goes with stage=cache")
-    known = vocabulary(config)
+    known = vocabulary(config.model)
     for key, tokens in (("cache.top_k", cache.top_k), ("cache.random", cache.random)):
         if known is not None and tokens > known:
             raise ConfigError(f"{key}={tokens}: model={config.model.name} has only {known} tokens")

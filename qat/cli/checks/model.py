@@ -1,9 +1,9 @@
-"""Checks the teacher as far as possible without loading it."""
+"""Checks the model and its teacher as far as possible without loading them."""
 
 from pathlib import Path
 
 from qat import model_files
-from qat.config import Config, ModelSource, Stage
+from qat.config import Config, ModelConfig, ModelSource, Stage
 from qat.config.keys import Bound
 from qat.errors import ConfigError
 
@@ -11,21 +11,37 @@ TINY = Bound(low=261, high=2**20)  # vocabulary size of the tiny model: at least
 
 
 def check(config: Config) -> None:
-    """Checks that a model on disk is named, exists, and has the files of a model."""
-    model = config.model
+    """Checks that a model on disk is named, exists, and has the files of a model, and that a teacher may have its rows.
+
+    Raises:
+        ConfigError: one is not, or the two say that they have different numbers of rows.
+    """
+    for key, model in (("model", config.model), ("teacher", config.teacher)):
+        if model is not None:
+            _check(key, model, config.stage)
+    if config.teacher is None or config.stage is Stage.doctor:
+        return
+    rows, others = vocabulary(config.model), vocabulary(config.teacher)
+    if rows is not None and others is not None and rows != others:
+        raise ConfigError(
+            f"model={config.model.name} has {rows:,} tokens and teacher={config.teacher.name} {others:,}: choose a"
+            " teacher of the same family"
+        )
+
+
+def _check(key: str, model: ModelConfig, stage: Stage) -> None:
     if model.source is ModelSource.tiny and not TINY.holds(model.vocab_size or TINY.low):
-        raise ConfigError(f"model.vocab_size={model.vocab_size}: must be {TINY} for model={model.name}")
+        raise ConfigError(f"{key}.vocab_size={model.vocab_size}: must be {TINY} for {key}={model.name}")
     if model.source is not ModelSource.folder:
         return
     if not model.path:
-        raise ConfigError(f"model={model.name} needs a Hugging Face folder: model.path=<folder>")
-    if config.stage is not Stage.doctor:  # stage=doctor reports on the folder itself
+        raise ConfigError(f"{key}={model.name} needs a Hugging Face folder: {key}.path=<folder>")
+    if stage is not Stage.doctor:  # stage=doctor reports on the folder itself
         model_files.check(Path(model.path).expanduser())
 
 
-def vocabulary(config: Config) -> int | None:
+def vocabulary(model: ModelConfig) -> int | None:
     """The number of tokens: as configured, else as the folder's config.json says."""
-    model = config.model
     if model.vocab_size is not None or model.source is not ModelSource.folder:
         return model.vocab_size
     described = model_files.settings(Path(str(model.path)).expanduser())

@@ -1,8 +1,11 @@
 """Checks training: some parameters are trained, the loss is defined, and every process has work."""
 
+import math
+
 from qat.checkpoint_files import has_adapters
 from qat.cli.checks.checkpoint import manifest
-from qat.config import Config, DataSource, LossConfig, Stage
+from qat.config import Config, DataSource, LossConfig, Stage, TrainConfig
+from qat.distill.lengths import pattern
 from qat.errors import ConfigError
 from qat.names import TRAINS
 from qat.processes import place
@@ -17,6 +20,9 @@ def check(config: Config) -> None:
         _check_learning(config)
         _check_adapters(config)
         _check_batches(config)
+        _check_lengths("train", config.train, config)
+        if config.first and config.stage is Stage.run:
+            _check_lengths("first.train", config.first.train, config)
     _check_loss(config.loss)
     if config.stage in (*TRAINS, Stage.cache, Stage.convert, Stage.evaluate):
         _check_answers(config)
@@ -105,6 +111,23 @@ def _check_answers(config: Config) -> None:
             f"loss={config.loss.name} learns from the answers of conversations, and data={config.data.name} has text of"
             f" source {other.name}, which has none that are given: use {named} with data.path=<file>"
         )
+
+
+def _check_lengths(key: str, train: TrainConfig, config: Config) -> None:
+    """Checks that sequences can be cut as told, and that the loss has nothing of a cache that knows them whole."""
+    if train.shares and len(train.shares) != len(train.lengths):
+        raise ConfigError(f"{key}.shares has {len(train.shares)} numbers for {len(train.lengths)} of {key}.lengths")
+    for name, numbers, least in (("lengths", train.lengths, 2), ("shares", train.shares, 0)):
+        if wrong := [number for number in numbers if not math.isfinite(number) or number < least or number == 0]:
+            raise ConfigError(f"{key}.{name}: {wrong[0]} must be {f'at least {least}' if least else 'above 0'}")
+    if not train.lengths:
+        return
+    if not config.loss.kind.needs_teacher or config.loss.hard > 0:
+        raise ConfigError(
+            f"{key}.lengths needs loss=full_kl loss.hard=0: what a cache says of a sequence is of the whole of it"
+        )
+    if not config.cache.path:  # whose length is known once it is opened
+        pattern(train.lengths, train.shares, train.batch_size, config.cache.length)
 
 
 def _check_loss(loss: LossConfig) -> None:
