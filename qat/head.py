@@ -69,7 +69,7 @@ class OutputHead:
             return torch.autograd.grad(logits_PV, hidden_PD, grad_PV.float())[0]
         both = [hidden_PD, cast(Tensor, matrix.dense)]
         grad_PD, grad_VD = torch.autograd.grad(logits_PV, both, grad_PV.float())
-        cast(Weights, matrix.home).sum(matrix).add_(grad_VD)
+        cast(Weights, matrix.home).put([matrix], grad_VD)
         return grad_PD
 
     def _own(self, hidden_PD: Tensor) -> Tensor:

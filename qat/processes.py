@@ -1,15 +1,16 @@
 """Processes that work together, one GPU each: this one's place among them, read off the environment here alone.
 
 They are started by `torchrun` or by `instance.devices`, which says the same. Those that train one student each
-compute their rows of every global batch and meet once a step, where the gradients of the few learning tensors are
-summed; every one then makes the same update from the same numbers, so nothing else needs to be sent.
+compute their rows of every global batch. Where few numbers learn, they meet once a step: gradients are summed, and
+every one makes the same update. Where latent weights learn, each holds the states of its share of the layers
+(`qat.quant.shards`).
 """
 
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 from qat.errors import RankError
 
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+BROUGHT_BYTES = 1 << 26  # of a tensor that are on their way to the first process at a time
 PLACE = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}  # torchrun's variables, with a lone process's values
 
 
@@ -53,14 +55,111 @@ class Ranks:
             return
         import torch.distributed as dist
 
-        try:
+        with self._told():
             for tensor in tensors:
                 dist.all_reduce(tensor)
+
+    def any(self, here: bool, device: "torch.device") -> bool:
+        """Whether something is so for at least one of the ranks. Waits for the device.
+
+        Raises:
+            RankError: one of them is gone.
+        """
+        import torch
+
+        count = torch.full((), float(here), dtype=torch.float32, device=device)
+        self.sum_([count])
+        return bool(count.item() > 0)
+
+    def gather(self, tensor: "Tensor", to: int) -> "Gathering":
+        """Sends a tensor, contiguous and of one shape and type everywhere, from every rank to one of them.
+
+        Raises:
+            RankError: one of them is gone.
+        """
+        import torch
+        import torch.distributed as dist
+
+        made = [tensor if rank == self.rank else torch.empty_like(tensor) for rank in range(self.count)]
+        with self._told():
+            work = dist.gather(tensor, made if to == self.rank else None, dst=to, async_op=True)
+        return Gathering(self, work, made if to == self.rank else [], tensor)
+
+    def spread(self, whole: "Tensor") -> None:
+        """Fills a flat tensor of as many equal parts as there are ranks, each of which has computed its own.
+
+        Raises:
+            RankError: one of them is gone.
+        """
+        import torch.distributed as dist
+
+        own = whole.chunk(self.count)[self.rank]
+        with self._told():  # NCCL takes a part of the whole as its input, Gloo does not say
+            dist.all_gather_into_tensor(whole, own if own.is_cuda else own.clone())
+
+    def bring(self, tensor: "Tensor", owner: int, device: "torch.device") -> "Tensor":
+        """What `owner` has: in the host memory of the first rank a copy, elsewhere the tensor that was given.
+
+        Args:
+            tensor: the owner's; elsewhere any of its shape and type.
+            owner: a rank.
+            device: of this process.
+
+        Raises:
+            RankError: one of them is gone.
+        """
+        import torch
+        import torch.distributed as dist
+
+        if owner == self.rank == 0:
+            return tensor.detach().to("cpu", copy=True)
+        if owner == 0:
+            return tensor
+        mine = tensor.detach().contiguous().flatten().view(torch.uint8) if owner == self.rank else None
+        made = torch.empty(tensor.shape, dtype=tensor.dtype) if self.first else None
+        size = tensor.numel() * tensor.element_size()
+        for start in range(0, size, BROUGHT_BYTES):
+            part = slice(start, min(size, start + BROUGHT_BYTES))
+            bytes_ = torch.empty(part.stop - start, dtype=torch.uint8, device=device) if mine is None else mine[part]
+            with self._told():
+                dist.broadcast(bytes_, owner)
+            if made is not None:
+                made.view(-1).view(torch.uint8)[part].copy_(bytes_)
+        return tensor if made is None else made
+
+    @contextmanager
+    def _told(self) -> Iterator[None]:
+        try:
+            yield
         except RuntimeError as error:  # type and text of the error depend on the communication backend
+            import torch
+
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
             raise RankError(
                 f"another of the {self.count} processes that train together has ended:"
                 " when its own cause is mended, run.resume=<this run> goes on from the last state"
             ) from error
+
+
+@dataclass(frozen=True)
+class Gathering:
+    """Tensors on their way to one of the ranks; `tensors`, by rank, are there alone."""
+
+    ranks: Ranks
+    work: Any
+    tensors: "list[Tensor]"
+    sent: "Tensor" = field(repr=False)  # lives until it has been sent
+
+    def wait(self) -> "list[Tensor]":
+        """The tensors, there: what the device computes from now on may read them.
+
+        Raises:
+            RankError: one of the ranks is gone.
+        """
+        with self.ranks._told():
+            self.work.wait()
+        return self.tensors
 
 
 def place() -> Ranks:

@@ -8,7 +8,8 @@ import torch
 from transformers import PreTrainedModel
 
 from qat.cache.reader import CacheReader
-from qat.convert.moments import gather
+from qat.console import progress
+from qat.convert.moments import Moments, walk
 from qat.processes import Ranks
 from qat.quant.architectures import Layer
 from qat.quant.linear import Quantized
@@ -35,14 +36,20 @@ def measure(
     rows = torch.arange(min(text.rows, max(1, TOKENS // int(text.meta["length"]))))
     batches = [text.batch(part) for part in rows.split(ROWS)]
     known = [Layer(name, kinds[name], (layer.outputs, layer.inputs), layer.format) for name, layer in layers.items()]
-    moments = gather(student, known, batches, gradients=True)
-    for one in known:
-        layer = layers[one.name]
-        outer = moments.rows.get(one.name)
-        pair = [moments.outputs[one.name].diagonal(), moments.inputs[one.source].diagonal()] if outer is None else [
-            outer,
-            moments.inputs[one.name].diagonal(),
-        ]
-        pair = [diagonal.to(layer.indices.device, copy=True) / ranks.count for diagonal in pair]
-        ranks.sum_(pair)  # mean over all processes, whose values may differ by rounding
-        layer.curvature = (pair[0], pair[1])
+    with progress("layer curvature", sum(layer.weights for layer in known), "weights") as advance:
+        for members, moments in walk(student, known, batches, gradients=True):
+            for one in members:
+                _set(layers[one.name], one, moments, ranks)
+            advance(sum(layer.weights for layer in members))
+
+
+def _set(layer: Quantized, known: Layer, moments: Moments, ranks: Ranks) -> None:
+    """Takes the diagonals of a layer's moments, which are too large to be kept of all layers."""
+    outer = moments.rows.get(known.name)
+    pair = [moments.outputs[known.name].diagonal(), moments.inputs[known.source].diagonal()] if outer is None else [
+        outer,
+        moments.inputs[known.name].diagonal(),
+    ]
+    pair = [diagonal.to(layer.indices.device, copy=True) / ranks.count for diagonal in pair]
+    ranks.sum_(pair)  # mean over all processes, whose values may differ by rounding
+    layer.curvature = (pair[0], pair[1])

@@ -8,6 +8,8 @@ from torch import Tensor
 from qat.config import TrainConfig
 from qat.distill.parameters import Parameter
 
+STATE = ("step", "exp_avg", "exp_avg_sq")  # what torch's AdamW keeps of a tensor
+
 
 class Optimizer:
     """AdamW (Loshchilov & Hutter 2019) whose rate for each tensor is relative to its root mean square.
@@ -48,21 +50,22 @@ class Optimizer:
         self.adam.grad_scale, self.adam.found_inf = divisor, skip  # type: ignore[attr-defined]
         self.adam.step()
 
-    def state(self, parameters: list[Parameter]) -> dict[str, Tensor]:
-        """The moments and step counts by parameter name; empty before the first step."""
-        return {
-            f"{parameter.name}.{name}": value
-            for parameter in parameters
-            for name, value in self.adam.state.get(parameter.value, {}).items()
-        }
+    def state(self, parameter: Parameter) -> dict[str, Tensor]:
+        """The step count and the moments of a parameter; empty before the first step.
 
-    def load(self, parameters: list[Parameter], tensors: dict[str, Tensor]) -> None:
+        Of one that another process updates they are without memory, as the parameter is.
+        """
+        if not self.adam.state:
+            return {}
+        if parameter.value.is_meta:
+            whole = parameter.value.detach()
+            return dict(zip(STATE, (whole.new_empty(()), whole, whole), strict=True))
+        return {name: self.adam.state[parameter.value][name] for name in STATE}
+
+    def load(self, parameter: Parameter, tensors: dict[str, Tensor]) -> None:
         """Restores what `state` returned."""
-        for parameter in parameters:
-            for name in ("step", "exp_avg", "exp_avg_sq"):
-                value = tensors.get(f"{parameter.name}.{name}")
-                if value is not None:
-                    self.adam.state[parameter.value][name] = value.to(parameter.value.device, copy=True)
+        for name, value in tensors.items():
+            self.adam.state[parameter.value][name] = value.to(parameter.value.device, copy=True)
 
 
 def factor(step: int, train: TrainConfig) -> float:

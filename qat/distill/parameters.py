@@ -2,10 +2,11 @@
 
 The model itself only ever sees tensors in the compute type. `write` computes these from the fp32
 parameters once a step, autograd fills in their gradients, and `reduce` turns those into gradients of the
-parameters.
+parameters. Of several processes each does so for its own layers where latent weights learn (`qat.quant.shards`).
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from functools import partial
 from typing import cast
@@ -14,10 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from qat.config import LearnConfig
+from qat.errors import ConfigError
 from qat.machine import Machine
 from qat.norms import learned, norms, set_learned
+from qat.processes import Ranks
 from qat.quant.latent import PACES
 from qat.quant.linear import Quantized
+from qat.quant.shards import SharedWeights
 from qat.quant.stack import stacks
 from qat.quant.weights import Weights
 
@@ -31,14 +35,16 @@ class Parameter:
     Attributes:
         name: unique.
         kind: whose rate it has (a field of `train.learn`).
-        value: itself.
+        value: itself; without memory where another process has it.
         pace: multiplies that rate.
+        owner: the rank of the process that has it; None where all have it and make the same updates.
     """
 
     name: str
     kind: str
     value: Tensor
     pace: float = 1.0
+    owner: int | None = None
 
 
 class Norms:
@@ -83,10 +89,17 @@ class Learners:
 
     Attributes:
         parameters: in a fixed order, which training states rely on.
+        shared: where processes have shares of the layers, what they share; else None.
     """
 
     def __init__(
-        self, student: nn.Module, layers: dict[str, Quantized], learn: LearnConfig, machine: Machine, snap: bool
+        self,
+        student: nn.Module,
+        layers: dict[str, Quantized],
+        learn: LearnConfig,
+        machine: Machine,
+        snap: bool,
+        ranks: Ranks = Ranks(),  # noqa: B008 - immutable
     ) -> None:
         """Marks the tensors that learn.
 
@@ -97,14 +110,25 @@ class Learners:
             learn: rates of the kinds relative to `train.lr`; 0 does not learn.
             machine: compute type.
             snap: parts of quantized layers pass through fp16.
+            ranks: the processes that train together.
+
+        Raises:
+            ConfigError: there are more processes than parts of the model to share out.
         """
         student.requires_grad_(False)
         self._kinds = [field.name for field in fields(learn) if getattr(learn, field.name) > 0]
         inside = any(kind != NORMS for kind in self._kinds)
-        self._weights = Weights(list(layers.values()), machine.dtype, learn.latent > 0) if inside and layers else None
+        self._weights = _weights(layers, learn, machine, ranks) if inside and layers else None
+        self.shared = self._weights if isinstance(self._weights, SharedWeights) else None
         self._stacks = [] if self._weights is None else stacks(self._weights, snap)
         self._norms = Norms(student) if learn.norms > 0 else None
         self.parameters = [p for kind in self._kinds for p in self._of(kind, layers)]
+        self._rank = ranks.rank
+
+    @property
+    def own(self) -> list[Parameter]:
+        """Those that this process updates."""
+        return [p for p in self.parameters if p.owner in (None, self._rank)]
 
     def begin(self, micro_batches: int) -> None:
         """Prepares for a step of so many micro-batches."""
@@ -113,6 +137,11 @@ class Learners:
 
     def write(self) -> None:
         """Computes what the model sees from the parameters, and forgets earlier gradients."""
+        self.compute()
+        self.exchange()
+
+    def compute(self) -> None:
+        """The part of `write` that this process does by itself."""
         for gradients in (self._weights, self._norms):
             if gradients is not None:
                 gradients.clear()
@@ -120,6 +149,41 @@ class Learners:
             stack.write()
         if self._norms is not None:
             self._norms.write()
+
+    def exchange(self) -> None:
+        """The part of `write` for which processes meet."""
+        if self._weights is not None:
+            self._weights.exchange()
+
+    def finish(self) -> None:
+        """Ends a micro-batch's gradients."""
+        if self._weights is not None:
+            self._weights.finish()
+
+    def collect(self) -> None:
+        """Ends those of all micro-batches."""
+        if self._weights is not None:
+            self._weights.collect()
+
+    @contextmanager
+    def whole(self) -> Iterator[None]:
+        """Inside, the first process has all that was learned."""
+        if self.shared is None:
+            yield
+            return
+        with self.shared.whole():
+            yield
+
+    def bring(self, tensor: Tensor, parameter: Parameter) -> Tensor:
+        """A tensor of a parameter, for the first process in its host memory; elsewhere it is as it was.
+
+        Args:
+            tensor: its owner's; elsewhere any of its shape and type.
+            parameter: whose it is.
+        """
+        if self.shared is None or parameter.owner is None:
+            return tensor.detach().to("cpu", copy=True)
+        return self.shared.bring(tensor, parameter.owner)
 
     def reduce(self) -> None:
         """Turns the gradients that autograd left into those of the parameters."""
@@ -132,7 +196,11 @@ class Learners:
             stack.shift(factor)
 
     def grads(self) -> list[Tensor]:
-        """Gradients of all parameters, adjacent ones joined into one tensor: for norms and reductions."""
+        """Gradients of `own`, adjacent ones joined into one tensor: for norms and reductions."""
+        return self.grads_of_layers() + self.grads_of_norms()
+
+    def grads_of_layers(self) -> list[Tensor]:
+        """Those of quantized layers, of which processes may have shares."""
         joint = [
             stack.grads[name]
             for stack in self._stacks
@@ -142,17 +210,38 @@ class Learners:
         ]
         if self._weights is not None and self._weights.latent:
             joint.append(self._weights.sums)
-        return joint + [p.value.grad for p in self.parameters if p.kind == NORMS and p.value.grad is not None]
+        return joint
+
+    def grads_of_norms(self) -> list[Tensor]:
+        """Those of norms, which every process has."""
+        return [p.value.grad for p in self.parameters if p.kind == NORMS and p.value.grad is not None]
 
     def _of(self, kind: str, layers: dict[str, Quantized]) -> Iterable[Parameter]:
         if kind == NORMS:
             masters = self._norms.masters if self._norms is not None else {}
             return [Parameter(name, kind, value) for name, value in masters.items()]
+        owners = {} if self.shared is None else self.shared.owners
         return [
-            Parameter(f"{layer}.{name}", kind, getattr(module, name), _pace(module, kind))
+            Parameter(f"{layer}.{name}", kind, getattr(module, name), _pace(module, kind), owners.get(module))
             for layer, module in layers.items()
             for name in _of_kind(module, kind)
         ]
+
+
+def _weights(layers: dict[str, Quantized], learn: LearnConfig, machine: Machine, ranks: Ranks) -> Weights:
+    """In shares where there is much to share: codebooks and scales alone are few numbers, quickly summed."""
+    if ranks.count == 1 or learn.latent == 0:
+        return Weights(list(layers.values()), machine.dtype, learn.latent > 0)
+    try:
+        return SharedWeights(layers, machine.dtype, ranks)
+    except ValueError as error:
+        raise ConfigError(f"{error}: use fewer (instance.devices), or let more layers learn (mode)") from None
+
+
+def names(layers: dict[str, Quantized], learn: LearnConfig) -> set[str]:
+    """The names of all that learns in some layers."""
+    kinds = [field.name for field in fields(learn) if getattr(learn, field.name) > 0 and field.name != NORMS]
+    return {f"{layer}.{name}" for layer, module in layers.items() for kind in kinds for name in _of_kind(module, kind)}
 
 
 def _pace(layer: Quantized, kind: str) -> float:

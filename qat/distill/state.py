@@ -1,7 +1,7 @@
 """The whole state of training on disk: a killed run continues from it with the same numbers, bit for bit.
 
-A state is written while training goes on: its tensors are first copied into memory, then a thread of its
-own writes them. It appears whole or not at all, the newest `keep` stay, and a damaged one is passed over. Each says
+A state is written while training goes on: its tensors are copies in memory, which a thread of its own
+writes. It appears whole or not at all, the newest `keep` stay, and a damaged one is passed over. Each says
 which run it is of, and is restored by that run alone.
 """
 
@@ -28,7 +28,7 @@ FILE = "state.safetensors"
 
 @dataclass(frozen=True)
 class State:
-    """Training after `step` steps: tensors by name, and plain facts (the best loss so far, rows logged …)."""
+    """Training after `step` steps: tensors by name, in host memory, and plain facts (the best loss so far, rows …)."""
 
     step: int
     tensors: dict[str, Tensor]
@@ -59,10 +59,9 @@ class States:
         self._pending: Future[None] | None = None
 
     def save(self, state: State) -> None:
-        """Starts writing a copy of the state; waits first for the one before it."""
+        """Starts writing the state, whose tensors nobody changes; waits first for the one before it."""
         self.wait()
-        copies = {name: value.detach().to("cpu", copy=True).contiguous() for name, value in state.tensors.items()}
-        self._pending = self._writer.submit(self._write, State(state.step, copies, state.facts))
+        self._pending = self._writer.submit(self._write, state)
 
     def wait(self) -> None:
         """Waits until everything is on disk, and raises an error that occurred while writing."""

@@ -1,9 +1,9 @@
 """One step: weights written once, gradients of all micro-batches summed, one update.
 
 The result is that of the global batch at once, whatever the micro-batch and however many processes share
-the work: each position counts as one over the number of counted positions of the global batch, and sums
-are all that is exchanged. A loss or gradient that is not finite, and a batch in which no position counts,
-leave everything as it was.
+the work: each position counts as one over the number of counted positions of the global batch, and all that is
+exchanged are sums, and weights of which another process has the states. A loss or gradient that is not finite, and a
+batch in which no position counts, leave everything as it was.
 """
 
 import logging
@@ -86,10 +86,11 @@ class Step:
         self.scaler = Scaler(machine)
         zeros = partial(torch.zeros, dtype=torch.float32, device=machine.device)
         self.total, self.skip, self.stop, self.figures = zeros(()), zeros(()), zeros(()), zeros(4)
-        self.counted = zeros(())
+        self.counted, self.squares = zeros(()), zeros(())
         plain = all(used(model).plain for model in (student, loss.teacher) if model is not None)
         self.recorder = Recorder(_stream(machine) if plain else None)
         self._held: dict[tuple[torch.Size, ...], dict[str, Tensor]] = {}
+        self._done = 0  # micro-batches of an attempt; below 0 before weights are exchanged
         prepare(student, machine.compile, bool(machine.checkpointing))
         if loss.teacher is not None:
             prepare(loss.teacher, machine.compile)
@@ -115,8 +116,10 @@ class Step:
         self.optimizer.set_factor(factor)
         self.stop.fill_(float(stop))
         self._accumulate(batch, self._positions(batch))
-        self.recorder("reduce", self.learners.reduce)
-        self.ranks.sum_([*self.learners.grads(), self.total, self.stop])
+        self.recorder("reduce", self._reduce)
+        learners = self.learners
+        summed = learners.grads() if learners.shared is None else [*learners.grads_of_norms(), self.squares]
+        self.ranks.sum_([*summed, self.total, self.stop])
         self.recorder("update", self._update)
         loss, norm, skipped, stopping = self.figures.tolist()
         return Figures(loss, norm, skipped > 0, stopping > 0)
@@ -129,31 +132,64 @@ class Step:
         return count.clamp_min(1)
 
     def _accumulate(self, batch: Batch, positions: Tensor) -> None:
-        """Sums the gradients of all micro-batches; uses smaller ones if memory runs out."""
+        """Sums the gradients of all micro-batches; uses smaller ones if memory runs out, in any of the processes.
+
+        A process whose memory runs out goes on sending, as the others wait for what it sends.
+        """
         while True:
+            short = False
+            self._done = -1
             try:
-                return self._attempt(batch, positions)
+                self._attempt(batch, positions)
             except torch.OutOfMemoryError:
-                pass  # leave the handler first: the error keeps the tensors of its frames alive
+                short = True  # leave the handler first: the error keeps the tensors of its frames alive
+            if self.learners.shared is not None:
+                if short and self.machine.device.type == "cuda":
+                    torch.cuda.empty_cache()
+                self._finish(batch)
+                short = self.ranks.any(short, self.machine.device)
+            if not short:
+                return
             self._make_room(batch)
 
     def _attempt(self, batch: Batch, positions: Tensor) -> None:
-        parts = max(1, -(-len(batch.input_ids) // self.machine.micro_batch))
+        parts = self._parts(batch)
         size = -(-len(batch.input_ids) // parts)  # micro-batches of equal size need only one compiled form
         self.learners.begin(parts)
         self.recorder(("open", parts > 1), self._open)
+        self.learners.exchange()
+        self._done = 0
         for micro in batch.to(self.machine.device).split(size):
             self._add(micro, micro.loss_mask / positions, parts > 1)
+            self.learners.finish()
+            self._done += 1
+
+    def _parts(self, batch: Batch) -> int:
+        """Number of micro-batches; the same in processes that meet in every one."""
+        return max(1, -(-self._rows(batch) // self.machine.micro_batch))
+
+    def _rows(self, batch: Batch) -> int:
+        """Rows of the batch here; where processes meet in every micro-batch, of the one that has most."""
+        return len(batch.input_ids) if self.learners.shared is None else -(-self.train.batch_size // self.ranks.count)
+
+    def _finish(self, batch: Batch) -> None:
+        """Takes part in what is left of an attempt, with nothing to add."""
+        if self._done < 0:
+            self.learners.exchange()
+        for _ in range(max(self._done, 0), self._parts(batch)):
+            self.learners.finish()
+        self.learners.collect()
 
     def _open(self) -> None:
-        self.learners.write()
+        self.learners.compute()
         self.total.zero_()
 
     def _add(self, micro: Batch, weight_BP: Tensor, adding: bool) -> None:
         """Adds a micro-batch's loss and gradients, from tensors that stay in place where it is recorded."""
         inputs = micro.inputs()
         outputs = {"ids": micro.topk_ids, "logprobs": micro.topk_logprobs, "weight": weight_BP}
-        if self.recorder.stream is None or micro.input_ids.numel() > RECORDED_TOKENS:
+        alone = self.learners.shared is None  # what is sent on the way is no part of a recording
+        if self.recorder.stream is None or not alone or micro.input_ids.numel() > RECORDED_TOKENS:
             self._backward(inputs, outputs)
             return
         key = (micro.input_ids.shape, micro.topk_ids.shape)
@@ -181,9 +217,23 @@ class Step:
         hidden_PD.backward(grad_PD)
 
     @torch.no_grad()
+    def _reduce(self) -> None:
+        """Gradients of all that learns here, and where processes have shares of that, the square of their norm."""
+        self.learners.reduce()
+        if self.learners.shared is not None:
+            self.squares.copy_(nn.utils.get_total_norm(self.learners.grads_of_layers()).square())
+
+    def _norm(self) -> Tensor:
+        """The norm of all gradients, summed over the ranks."""
+        if self.learners.shared is None:
+            return nn.utils.get_total_norm(self.learners.grads())
+        norms = self.learners.grads_of_norms()
+        return (self.squares + nn.utils.get_total_norm(norms).square() if norms else self.squares).sqrt()
+
+    @torch.no_grad()
     def _update(self) -> None:
         """Unscales, clips and applies the gradients, or none of them; all on the device."""
-        norm = nn.utils.get_total_norm(self.learners.grads()) / self.scaler.scale
+        norm = self._norm() / self.scaler.scale
         self.skip.copy_(~(norm.isfinite() & self.total.isfinite() & (self.counted > 0)))
         self.learners.shift(self.scaler.scale)
         self.optimizer.step(self.scaler.scale * (norm / self.train.grad_clip).clamp_min(1), self.skip)
@@ -196,7 +246,7 @@ class Step:
         self._held.clear()
         if self.machine.device.type == "cuda":
             torch.cuda.empty_cache()
-        held = min(self.machine.micro_batch, len(batch.input_ids))
+        held = min(self.machine.micro_batch, self._rows(batch))
         if self.machine.checkpointing is None and held * batch.input_ids.shape[1] <= FEW_TOKENS:
             log.info("out of memory: activations are computed twice from here on")
             self.machine = replace(self.machine, checkpointing=True)

@@ -21,8 +21,8 @@ from qat.config import ModeConfig, TrainConfig
 from qat.console import progress
 from qat.distill import curvature, optim
 from qat.distill.loss import KD_TEMPERATURE, Loss, topk_kl
-from qat.distill.optim import Optimizer
-from qat.distill.parameters import Learners
+from qat.distill.optim import STATE, Optimizer
+from qat.distill.parameters import Learners, names
 from qat.distill.state import State, States, misfit, random_state, set_random_state
 from qat.distill.step import Figures, Step
 from qat.errors import ArtifactError, ConfigError, NumericsError
@@ -109,7 +109,7 @@ class Trainer:
             ranks: the processes that share each batch.
 
         Raises:
-            ConfigError: nothing learns.
+            ConfigError: nothing learns, or too little to share out.
         """
         self.student, self.train, self.machine, self.seed, self.ranks = student, train, machine, seed, ranks
         self.training, self.held_out_rows = cache
@@ -117,13 +117,13 @@ class Trainer:
         if train.learn.latent > 0:
             kinds = {name: kind for name, (kind, _) in layers.items()}
             curvature.measure(student, learning, kinds, self.training, ranks)
-        self.learners = Learners(student, learning, train.learn, machine, train.snap_fp16)
+        self.unlearned = _fingerprint(layers, names(learning, train.learn))
+        self.learners = Learners(student, learning, train.learn, machine, train.snap_fp16, ranks)
         if not self.learners.parameters:
             raise ConfigError(f"mode={mode.name} trains no quantized layer: choose another one, or quantize more")
-        self.optimizer = Optimizer(self.learners.parameters, train, machine.device)
+        self.optimizer = Optimizer(self.learners.own, train, machine.device)
         self.step = Step(student, self.learners, self.optimizer, loss, train, machine, ranks)
         self.step.confirm(Sample.of_rows(self.training))
-        self.unlearned = _fingerprint(layers, {p.name for p in self.learners.parameters})
         self.history = History()
         self._before = self._some()
         self._shown = math.nan  # latest loss
@@ -181,12 +181,21 @@ class Trainer:
                 last = history.step == train.steps
                 if history.step % train.eval_every == 0 or last:
                     self._look(tell, on_best)
-                if states is not None and (history.step % train.save_every == 0 or last or stop):
-                    states.save(self.state())
+                if history.step % train.save_every == 0 or last or stop:
+                    self._save(states)
                 if stop:
                     raise Stopped
                 advance(1, self._note())
         self._check_learnt()
+
+    def _save(self, states: States | None) -> None:
+        """Has the state written by the first process, to which others give what they have of it."""
+        if states is not None:
+            states.wait()  # two at once would take twice the memory
+        if states is not None or self.learners.shared is not None:
+            state = self.state()
+            if states is not None:
+                states.save(state)
 
     def _one(self, batch: Batch, tell: Callable[[dict[str, float]], None], stop: bool) -> bool:
         """One step and its row; True when a process was asked to stop."""
@@ -230,7 +239,9 @@ class Trainer:
             worst = "loss" if not math.isfinite(found.loss) else "kd_loss"
             when = f"after {history.step} steps" if history.step else "before the first step"
             raise NumericsError(f"the held-out {worst} is {getattr(found, worst)} {when}: {REMEDY}")
-        history.changed = history.changed or not all(map(torch.equal, self._before, self._some()))
+        changed = history.changed or not all(map(torch.equal, self._before, self._some()))
+        shared = self.learners.shared is not None
+        history.changed = self.ranks.any(changed, self.machine.device) if shared else changed
         tell({"step": history.step, "held_out_loss": found.loss, "kd_loss": found.kd_loss})
         history.loss_final, history.kd_loss_final = found.loss, found.kd_loss
         if history.step == 0:
@@ -251,8 +262,8 @@ class Trainer:
             )
 
     def _some(self) -> list[Tensor]:
-        """A sample of the numbers of every tensor that learns."""
-        flat = [parameter.value.detach().flatten() for parameter in self.learners.parameters]
+        """A sample of the numbers of every tensor that learns here."""
+        flat = [parameter.value.detach().flatten() for parameter in self.learners.own]
         return [values[:: max(1, len(values) // LOOKED_AT)].clone() for values in flat]
 
     def batches(self, first: int) -> Generator[Batch, None, None]:
@@ -265,11 +276,13 @@ class Trainer:
         return self.training.stream(map(self.ranks.own, rows), self.machine.device)
 
     def state(self) -> State:
-        """Everything that decides how training goes on."""
-        parameters, scaler = self.learners.parameters, self.step.scaler
-        tensors = {f"parameter.{p.name}": p.value for p in parameters}
-        tensors |= {f"adam.{name}": value for name, value in self.optimizer.state(parameters).items()}
-        tensors |= {"scaler.scale": scaler.scale, "scaler.good": scaler.good, **random_state()}
+        """Everything that decides how training goes on; whole in the first process, and the same for any number."""
+        learners, scaler, tensors = self.learners, self.step.scaler, random_state()
+        for p in learners.parameters:
+            of_adam = {f"adam.{p.name}.{name}": value for name, value in self.optimizer.state(p).items()}
+            found = {f"parameter.{p.name}": p.value} | of_adam
+            tensors |= {name: learners.bring(value, p) for name, value in found.items()}
+        tensors |= {f"scaler.{name}": getattr(scaler, name).to("cpu", copy=True) for name in ("scale", "good")}
         facts = {item.name: getattr(self.history, item.name) for item in fields(Progress)}
         return State(self.history.step, tensors, facts | {"unlearned": self.unlearned})
 
@@ -290,10 +303,10 @@ class Trainer:
             raise ArtifactError(f"the state after step {state.step} is of an older version: start a new run")
         if wrong := misfit(state, parameters):
             raise ArtifactError(f"the state after step {state.step} {wrong}: start a new run")
-        for parameter in parameters:
+        for parameter in self.learners.own:
             parameter.value.copy_(tensors[f"parameter.{parameter.name}"])
-        adam = {name.removeprefix("adam."): value for name, value in tensors.items() if name.startswith("adam.")}
-        self.optimizer.load(parameters, adam)
+            stored = {name: tensors.get(f"adam.{parameter.name}.{name}") for name in STATE}
+            self.optimizer.load(parameter, {name: value for name, value in stored.items() if value is not None})
         self.step.scaler.scale.copy_(tensors["scaler.scale"])
         self.step.scaler.good.copy_(tensors["scaler.good"])
         set_random_state(tensors)

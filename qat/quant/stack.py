@@ -19,9 +19,9 @@ from qat.quant.weights import Weights
 
 
 def stacks(weights: Weights, snap: bool = False) -> list["Stack"]:
-    """Layers in as few stacks as they have formats and shapes, in order of first appearance."""
+    """The layers that are `own`, in as few stacks as they have formats and shapes, in order of first appearance."""
     alike: dict[Any, list[Quantized]] = {}
-    for layer in weights.layers:
+    for layer in weights.own:
         alike.setdefault((layer.format, layer.indices.shape), []).append(layer)
     return [Stack(members, weights, snap) for members in alike.values()]
 
@@ -66,7 +66,7 @@ class Stack:
         """Computes every weight; before that the indices, where they learn."""
         operands = self.format.operands(self.parts, self.snap)
         if (fused := self.format.kernels(self.indices.device)) is not None:
-            fused.write(self.indices, operands, self.latent, self.weights.values, self.starts)
+            fused.write(self.indices, operands, self.latent, self.weights.written, self.starts)
             return
         for n, (layer, indices) in enumerate(zip(self.layers, self.indices, strict=True)):
             grid = self.format.grid(_of(operands, n))
@@ -100,7 +100,7 @@ class Stack:
         outputs, inputs = self.curvature
         if (kernels := _kernels(self.latent)) is not None:
             weights = self.weights
-            kernels.shift(weights.sums, weights.values, self.starts, self.latent, outputs, inputs, factor)
+            kernels.shift(weights.sums, weights.written, self.starts, self.latent, outputs, inputs, factor)
             return
         for n, layer in enumerate(self.layers):
             away = self.latent[n] - self.weights.value(layer)

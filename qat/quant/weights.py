@@ -21,20 +21,19 @@ class Weights:
     """The weights of some layers and their gradients, summed over the micro-batches of a step.
 
     Attributes:
-        layers: in the order in which they lie; `dense` of each is a leaf of autograd.
+        layers: all of them.
+        own: those whose weights are written here and whose gradients are summed up here: all, unless several processes
+            share them (`qat.quant.shards`).
         latent: indices follow latent weights, which learn by straight-through (Bengio et al. 2013).
         values: all weights in the compute type, [total].
     """
 
     def __init__(self, layers: list[Quantized], dtype: torch.dtype, latent: bool = False) -> None:
         """Allocates memory; nothing is computed yet."""
-        self.layers, self.latent = layers, latent
+        self.layers, self.latent, device = layers, latent, layers[0].indices.device
         self._starts: dict[Quantized, int] = {}
-        total = 0
-        for layer in _side_by_side(layers):
-            self._starts[layer] = total
-            total += math.ceil(layer.outputs * layer.inputs / ALIGNMENT) * ALIGNMENT
-        self.values = torch.empty(total, dtype=dtype, device=layers[0].indices.device)
+        self.own, total = self._arrange()
+        self.values = torch.empty(total, dtype=dtype, device=device)
         self._sums: Tensor | None = None
         self._adding = False
         self._several = [layer for layer in layers if layer.several]
@@ -44,9 +43,25 @@ class Weights:
         self._leaves = {layer: cast(Tensor, layer.dense) for layer in layers}
         self._stacked: dict[Quantized, Tensor] = {}
 
+    def _arrange(self) -> tuple[list[Quantized], int]:
+        """Gives every layer its place; returns the layers that are `own`, and how many numbers there are in all."""
+        return self.layers, self._lay(self.layers, 0)
+
+    def _lay(self, layers: list[Quantized], start: int) -> int:
+        """Puts layers one after the other; returns where they end."""
+        for layer in side_by_side(layers):
+            self._starts[layer] = start
+            start += room(layer)
+        return start
+
+    @property
+    def written(self) -> Tensor:
+        """The part of `values` with the weights of `own`, to which `starts` and `sums` refer."""
+        return self.values
+
     @property
     def sums(self) -> Tensor:
-        """The summed gradients [total], in the weights' type; fp32 if several are added or latent weights learn."""
+        """The summed gradients of `own`, in the weights' type; fp32 if several are added or latent weights learn."""
         if self._sums is None:
             raise RuntimeError("gradients before begin()")
         return self._sums
@@ -58,9 +73,9 @@ class Weights:
         dtype = torch.float32 if wide else self.values.dtype
         if self._sums is None or self._sums.dtype != dtype:
             self._sums = None
-            self._sums = torch.zeros_like(self.values, dtype=dtype)  # gaps between weights stay zero
+            self._sums = torch.zeros_like(self.written, dtype=dtype)  # gaps between weights stay zero
             if self.latent:
-                for layer in self.layers:
+                for layer in self.own:
                     layer.latent.grad = self.sum(layer)  # type: ignore[union-attr]  # straight through
 
     def clear(self) -> None:
@@ -76,12 +91,17 @@ class Weights:
         return self._cut(self.values, [layer]).detach()
 
     def sum(self, layer: Quantized) -> Tensor:
-        """One layer's summed gradient [O, I], a view."""
-        return self._cut(self.sums, [layer])
+        """The summed gradient [O, I] of one of `own`, a view."""
+        return self._cut(self.sums, [layer], self._origin)
 
     def starts(self, layers: list[Quantized]) -> Tensor:
-        """Where the weights of some layers begin, int64 on their device, multiples of `ALIGNMENT`."""
-        return torch.tensor([self._starts[layer] for layer in layers], device=self.values.device)
+        """Where the weights of some of `own` begin, int64 on their device, multiples of `ALIGNMENT`."""
+        return torch.tensor([self._starts[layer] - self._origin for layer in layers], device=self.values.device)
+
+    @property
+    def _origin(self) -> int:
+        """Where `written` begins."""
+        return 0
 
     def joint(self, layers: list[Quantized]) -> Tensor | None:
         """One weight [ΣO, I] of several layers that share an input, a view; None where they do not lie together."""
@@ -110,7 +130,8 @@ class Weights:
     @torch.no_grad()
     def add(self, layers: list[Quantized], grad_TO: Tensor, input_TI: Tensor) -> None:
         """Adds the gradient `gradᵀ input` [ΣO, I] of a joint weight to the sums; no copy where these are adjacent."""
-        place = self._cut(self.sums, layers)
+        whole, origin = self._gathering(layers)
+        place = self._cut(whole, layers, origin)
         if layers[0].several:
             _add_product(place, grad_TO.mT, input_TI)
         elif self._adding:
@@ -121,23 +142,48 @@ class Weights:
             torch.mm(grad_TO.mT, input_TI, out_dtype=place.dtype, out=place)
         else:
             place.copy_(grad_TO.mT @ input_TI)
+        self._came(layers)
 
-    def _cut(self, whole: Tensor, layers: list[Quantized]) -> Tensor:
-        start, inputs = self._starts[layers[0]], layers[0].inputs
+    @torch.no_grad()
+    def put(self, layers: list[Quantized], grad: Tensor) -> None:
+        """Adds a gradient to the sums: [ΣO, I], or of a stack [E, O, I]."""
+        whole, origin = self._gathering(layers)
+        place = (self._cut if grad.dim() == 2 else self._cut_stack)(whole, layers, origin)
+        (place.add_ if self._adding or layers[0].several else place.copy_)(grad)
+        self._came(layers)
+
+    def finish(self) -> None:
+        """Told when a micro-batch's gradients have all come."""
+
+    def collect(self) -> None:
+        """Told when those of all micro-batches of a step have: from now on `sums` is complete."""
+
+    def exchange(self) -> None:
+        """Told when the weights of `own` are written: from now on `values` is complete."""
+
+    def _gathering(self, layers: list[Quantized]) -> tuple[Tensor, int]:
+        """Where gradients of adjacent layers go at first, and the place in `values` at which it begins."""
+        return self.sums, self._origin
+
+    def _came(self, layers: list[Quantized]) -> None:
+        """Told when gradients are there."""
+
+    def _cut(self, whole: Tensor, layers: list[Quantized], origin: int = 0) -> Tensor:
+        start, inputs = self._starts[layers[0]] - origin, layers[0].inputs
         outputs = sum(layer.outputs for layer in layers)
         return whole[start : start + outputs * inputs].view(outputs, inputs)
 
-    def _cut_stack(self, whole: Tensor, layers: list[Quantized]) -> Tensor:
+    def _cut_stack(self, whole: Tensor, layers: list[Quantized], origin: int = 0) -> Tensor:
         """The tensor [E, O, I] of layers of one shape that are adjacent in memory."""
-        starts, shape = [self._starts[layer] for layer in layers[:2]], _shape(layers[0])
-        return whole.as_strided((len(layers), *shape), (starts[-1] - starts[0], shape[1], 1), starts[0])
+        starts, shape = [self._starts[layer] - origin for layer in layers[:2]], _shape(layers[0])
+        begin = whole.storage_offset() + starts[0]
+        return whole.as_strided((len(layers), *shape), (starts[-1] - starts[0], shape[1], 1), begin)
 
     def _take(self, layers: list[Quantized], weight: Tensor) -> None:
         """Adds a weight's new gradient to the sum and frees it before the next layer's is computed."""
         if weight.grad is None:
             raise RuntimeError("a weight without its gradient")
-        sums = self.sum(layers[0]) if weight.dim() == 2 else self._cut_stack(self.sums, layers)
-        (sums.add_ if self._adding or layers[0].several else sums.copy_)(weight.grad)
+        self.put(layers, weight.grad)
         weight.grad = None
 
 
@@ -145,7 +191,12 @@ def _shape(layer: Quantized) -> tuple[int, int]:
     return layer.outputs, layer.inputs
 
 
-def _side_by_side(layers: list[Quantized]) -> list[Quantized]:
+def room(layer: Quantized) -> int:
+    """Numbers from the beginning of a layer's weights to where the next may begin."""
+    return math.ceil(layer.outputs * layer.inputs / ALIGNMENT) * ALIGNMENT
+
+
+def side_by_side(layers: list[Quantized]) -> list[Quantized]:
     """The layers with those of one stack of experts adjacent, otherwise in their order."""
     firsts: dict[object, int] = {}
     places = {layer: firsts.setdefault(layer.stack or layer, n) for n, layer in enumerate(layers)}

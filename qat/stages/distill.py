@@ -51,8 +51,9 @@ def make(work: Workspace, cached: Artifact, start: Path) -> Path:
         description = checkpoints.heritage(manifest) | {"run": run.result["run_id"]}
 
         def save(name: str) -> None:
-            if ranks.first:
-                checkpoints.save(student, folders[name], description)
+            with trainer.learners.whole():
+                if ranks.first:
+                    checkpoints.save(student, folders[name], description)
 
         trainer = _trainer(work, cached, student, layers, ranks)
         states = _states(work, run.folder) if ranks.first else None

@@ -119,5 +119,5 @@ def test_the_state_taken_over_goes_on_to_the_same_bits():
     chosen, other = (Optimizer([p], train, CPU) for p in (first, second))
     moved(chosen, first.value, [1.0, -2.0])
     second.value.copy_(first.value)
-    other.load([second], {name: tensor.clone() for name, tensor in chosen.state([first]).items()})
+    other.load(second, {name: tensor.clone() for name, tensor in chosen.state(first).items()})
     assert torch.equal(moved(other, second.value, [0.5, 3.0]), moved(chosen, first.value, [0.5, 3.0]))
