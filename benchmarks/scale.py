@@ -4,55 +4,43 @@
     python benchmarks/scale.py qwen3-8b --stages convert                   # a conversion alone
     python benchmarks/scale.py qwen3-4b --length 1024 --words train.batch_size=32
     python benchmarks/scale.py tiny --words instance=cpu                   # does it work at all, on any machine
+    python benchmarks/scale.py qwen3-4b --devices 1 2 --length 128 --batch 64      # one and two GPUs, side by side
+    python benchmarks/scale.py qwen3-8b --devices 2 --length 1024 --batch 8 --micro-batch 1 --steps 20
+    python benchmarks/scale.py tiny --devices 1 2 --length 32 --batch 8 --micro-batch 4
 
 Weights are random bf16 numbers, written layer by layer; text is random words. Every stage is a process of its own, and
 what is printed is in its `result.json`. Expected and taken are of the GPU, or else of the process, less what it had at
 its start. `share` is of the product measured in the same process (`qat.machine.matmul_flops`), where a token costs 6
 operations a weight of the student's decoder layers and 4 of its head, and with the teacher beside it 2 a weight more.
+
+With `--devices` nothing is converted: all weights learn on so many GPUs, one number after the other, and speed, memory
+and losses are printed beside each other (`benchmarks/sharing.py`).
 """
 
 import argparse
 import json
 import random
+import socket
 import subprocess
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import sharing
 import torch
 from safetensors.torch import save_file
-from transformers import Qwen3Config
+from sharing import Case, Shape
 
 from qat import machine as machines
-from qat import model_files
+from qat import model_files, processes
 from qat.config import InstanceConfig
 from qat.models.tiny import byte_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 POOL = 1 << 24  # random numbers of which all weights are pieces
 GB = 1e9
-
-
-@dataclass(frozen=True)
-class Shape:
-    """A Qwen3 by its sizes."""
-
-    hidden: int
-    inner: int
-    layers: int
-    heads: int
-    key_heads: int
-    tied: bool
-    head: int = 128
-    vocabulary: int = 151_936
-
-    @property
-    def decoder(self) -> int:
-        """Weights of the matrices of all decoder layers."""
-        attention = 2 * self.head * (self.heads + self.key_heads)
-        return self.layers * self.hidden * (attention + 3 * self.inner)
 
 
 SHAPES = {
@@ -72,13 +60,20 @@ def main() -> None:
     parser.add_argument("--layers", type=int, help="decoder layers, if not as many as the shape has")
     parser.add_argument("--length", type=int, default=128, help="tokens of a row")
     parser.add_argument("--rows", type=int, default=512, help="rows of training text")
-    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--steps", type=int, default=20, help="of training")
     parser.add_argument("--folder", type=Path, default=Path("/tmp/scale"), help="model, text and runs")
     parser.add_argument("--json", type=Path, help="a file to which every line is added")
     parser.add_argument("--words", nargs="*", default=[], help="further words of the command line")
+    parser.add_argument("--devices", nargs="+", type=int, help="numbers of GPUs on which all weights are to learn")
+    parser.add_argument("--batch", type=int, default=64, help="with --devices: rows a step")
+    parser.add_argument("--micro-batch", type=int, default=16, help="with --devices: rows computed at once")
+    parser.add_argument("--loss", default="bucket_kl", help="with --devices: what is learned from")
     options = parser.parse_args()
     known = SHAPES[options.shape]
     shape = Shape(**asdict(known) | {"layers": options.layers or known.layers})
+    if options.devices:
+        side_by_side(options, shape)
+        return
     folder = options.folder / f"{options.shape}-{shape.layers}"
     write(shape, folder / "model")
     text(folder / "text.txt", 2 * options.rows * options.length)
@@ -101,6 +96,52 @@ def main() -> None:
             with open(options.json, "a", encoding="utf-8") as file:
                 file.write(json.dumps(line | {"words": words}) + "\n")
         start = result["paths"].get("conversion", start)
+
+
+def side_by_side(options: argparse.Namespace, shape: Shape) -> None:
+    """Trains on each number of GPUs, each line printed and kept as soon as it is there, then all of them compared."""
+    case = Case(shape, options.length, options.batch, options.micro_batch, options.steps, options.loss)
+    lines: list[dict[str, Any]] = []
+    for count in options.devices:
+        began = time.monotonic()
+        line = together(case, count)
+        if line is None:
+            print(f"{options.shape} on {count} GPUs failed after {time.monotonic() - began:.0f} s", flush=True)
+            continue
+        line |= {"shape": options.shape, "rows": case.rows, "length": case.length, "loss": case.loss}
+        line["seconds"] = round(time.monotonic() - began, 1)
+        print("  ".join(f"{name} {value}" for name, value in line.items() if name != "losses"), flush=True)
+        if options.json:
+            with open(options.json, "a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+        lines.append(line)
+    if lines:
+        print(sharing.compared(lines, case), flush=True)
+
+
+def together(case: Case, count: int) -> dict[str, Any] | None:
+    """What the first of so many processes prints; None where one of them fails, and then the others are ended."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    command = [sys.executable, sharing.__file__, sharing.arguments(case)]
+    started = [
+        subprocess.Popen(
+            command, cwd=ROOT, env=processes.environment(rank, count, port), text=True,
+            stdout=subprocess.DEVNULL if rank else subprocess.PIPE,
+        )
+        for rank in range(count)
+    ]  # fmt: skip
+    while any(process.poll() is None for process in started):
+        if any(process.returncode for process in started):
+            for process in started:
+                process.kill()
+        time.sleep(0.1)
+    said = started[0].stdout.read() if started[0].stdout else ""
+    if any(process.returncode for process in started) or not said:
+        return None
+    found: dict[str, Any] = json.loads(said.splitlines()[-1])
+    return found
 
 
 def run(words: list[str]) -> dict[str, Any]:
@@ -176,13 +217,7 @@ def write(shape: Shape, folder: Path) -> None:
     index = {"metadata": {}, "weight_map": places}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
     byte_tokenizer().save_pretrained(folder)
-    Qwen3Config(
-        architectures=["Qwen3ForCausalLM"], vocab_size=shape.vocabulary, hidden_size=shape.hidden,
-        intermediate_size=shape.inner, num_hidden_layers=shape.layers, num_attention_heads=shape.heads,
-        num_key_value_heads=shape.key_heads, head_dim=shape.head, tie_word_embeddings=shape.tied,
-        max_position_embeddings=40_960, rms_norm_eps=1e-6, dtype="bfloat16", bos_token_id=256, eos_token_id=257,
-        pad_token_id=257,
-    ).save_pretrained(folder)  # fmt: skip
+    shape.config().save_pretrained(folder)
 
 
 def text(path: Path, tokens: int) -> None:

@@ -80,10 +80,11 @@ class Ranks:
         import torch
         import torch.distributed as dist
 
-        made = [tensor if rank == self.rank else torch.empty_like(tensor) for rank in range(self.count)]
+        ranks = range(self.count) if to == self.rank else ()
+        made = [tensor if rank == self.rank else torch.empty_like(tensor) for rank in ranks]
         with self._told():
-            work = dist.gather(tensor, made if to == self.rank else None, dst=to, async_op=True)
-        return Gathering(self, work, made if to == self.rank else [], tensor)
+            work = dist.gather(tensor, made or None, dst=to, async_op=True)
+        return Gathering(self, work, made, tensor)
 
     def spread(self, whole: "Tensor") -> None:
         """Fills a flat tensor of as many equal parts as there are ranks, each of which has computed its own.
@@ -93,9 +94,11 @@ class Ranks:
         """
         import torch.distributed as dist
 
+        # torch 2.13 renamed it, and warns of the older name
+        all_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
         own = whole.chunk(self.count)[self.rank]
         with self._told():  # NCCL takes a part of the whole as its input, Gloo does not say
-            dist.all_gather_into_tensor(whole, own if own.is_cuda else own.clone())
+            all_gather(whole, own if own.is_cuda else own.clone())
 
     def bring(self, tensor: "Tensor", owner: int, device: "torch.device") -> "Tensor":
         """What `owner` has: in the host memory of the first rank a copy, elsewhere the tensor that was given.

@@ -1,10 +1,7 @@
 """Two processes, each with the states of its share of the layers: what one process learns, to rounding."""
 
-import json
 import os
-import signal
 import socket
-from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -40,7 +37,7 @@ def trainer_of(folder: Path, ranks: Ranks, **machine) -> Trainer:
 
 
 def trained(folder: Path, ranks: Ranks, short: bool = False, **machine) -> tuple[list[dict], State, dict]:
-    """Rows, the state, and what the checkpoint holds after some steps; with `short`, this process runs out of memory."""
+    """Rows, the state, and bytes held of each layer after some steps; `short`: memory runs out in this process."""
     rows, trainer = [], trainer_of(folder, ranks, **machine)
     if short:
         trainer.step._backward = short_of_memory(trainer.step._backward)
