@@ -26,6 +26,7 @@ from qat.quant.stack import stacks
 from qat.quant.weights import Weights
 
 NORMS, LATENT = "norms", "latent"  # kinds of parameters that are not parts of a format
+TOGETHER = 1 << 30  # numbers of a gradient in one tensor: not every kernel counts beyond 2^31
 
 
 @dataclass(frozen=True)
@@ -209,7 +210,7 @@ class Learners:
             if name in stack.grads
         ]
         if self._weights is not None and self._weights.latent:
-            joint.append(self._weights.sums)
+            joint += self._weights.sums.split(TOGETHER)
         return joint
 
     def grads_of_norms(self) -> list[Tensor]:
