@@ -19,7 +19,7 @@ import psutil
 from torch import nn
 from transformers import PreTrainedConfig
 
-from qat import capacity
+from qat import capacity, processes
 from qat.cache.format import FORMAT_VERSION, bytes_a_row
 from qat.config import (
     Config,
@@ -41,6 +41,7 @@ from qat.flow import KEPT_BYTES
 from qat.generation.memory import elements, number
 from qat.machine import Machine
 from qat.quant.architectures import NUMBER, Layer, learns
+from qat.quant.shards import UNDER_WAY
 from qat.quant.vocabulary import ROLES as VOCABULARY
 
 log = logging.getLogger(__name__)
@@ -411,8 +412,10 @@ def _training(job: Job, config: Config, shapes: Shapes, machine: Machine) -> lis
     train, dtype, prefix = job.train, machine.dtype.itemsize, job.prefix
     learning = [layer for layer in job.layers if learns(job.mode, layer.role, layer.format)]
     weights, gpu = sum(layer.weights for layer in learning), machine.device.type == "cuda"
-    here = 1 if gpu else -(-train.batch_size // max(1, config.instance.devices))  # a GPU may take one at a time
+    together = max(config.instance.devices, processes.place().count)
+    here = 1 if gpu else -(-train.batch_size // together)  # a GPU may take one at a time
     latent = train.learn.latent > 0
+    shared = together if latent else 1  # processes that hold states of a share of the layers each (qat.quant.shards)
     added_up = latent or here > machine.micro_batch or any(layer.role in VOCABULARY for layer in learning)
     tokens = min(machine.micro_batch, here) * config.cache.length
     # A GPU, and whoever is told to, can compute the rest again
@@ -424,19 +427,35 @@ def _training(job: Job, config: Config, shapes: Shapes, machine: Machine) -> lis
     row = bytes_a_row(meta | {"format": FORMAT_VERSION, "train_targets": config.cache.train_targets}, "train")
     parts = [
         Part("the student's weights", shapes.weights * dtype, MODEL),
-        Part("gradients of the weights", weights * (FP32 if added_up else dtype), f"{prefix}mode"),
-        Part("scales with their gradients and moments", 4 * FP32 * scales, f"{prefix}quant"),
-        Part("indices", sum(layer.weights for layer in job.layers), f"{prefix}quant"),
+        Part("gradients of the weights", weights * (FP32 if added_up else dtype) / shared, f"{prefix}mode"),
+        Part("scales with their gradients and moments", 4 * FP32 * scales / shared, f"{prefix}quant"),
+        Part("indices", sum(layer.weights for layer in job.layers) - weights * (1 - 1 / shared), f"{prefix}quant"),
         Part("activations", tokens * shapes.depth * kept * dtype, "instance.micro_batch"),
         Part("further activations", tokens * shapes.depth * further * dtype, "instance.micro_batch", least=False),
         Part("logits", LOGIT_COPIES * CHUNK_BYTES[machine.device.type], "loss", least=False),
         Part("the sequences of a batch", train.batch_size * row, f"{prefix}train.batch_size", host=True),
     ]
     if latent:
-        parts.append(Part("latent weights with their moments", 3 * FP32 * weights, f"{prefix}train.learn.latent"))
+        of_each = 3 * FP32 * weights / shared
+        parts.append(Part("latent weights with their moments", of_each, f"{prefix}train.learn.latent"))
+    if shared > 1:
+        parts += _sent(learning, dtype, shared, f"{prefix}mode")
     if config.loss.kind.needs_teacher:
         parts.append(Part("the teacher's weights", shapes.weights * dtype, "loss"))
     return parts
+
+
+def _sent(learning: list[Layer], dtype: int, shared: int, key: str) -> Iterator[Part]:
+    """What a process that holds states of a share of the layers has of others' gradients."""
+    several = [layer.weights for layer in learning if layer.role in VOCABULARY]
+    if several:
+        yield Part("gradients of embedding and head", FP32 * sum(several) * (1 - 1 / shared), key)
+    sizes: dict[str, int] = defaultdict(int)
+    for layer in learning:
+        sizes[layer.name.rpartition(".")[0]] += 0 if layer.role in VOCABULARY else layer.weights
+    under_way = UNDER_WAY + 1  # and what is computed meanwhile
+    at_once = max(sizes.values(), default=0) * (under_way + UNDER_WAY * (shared - 1))
+    yield Part("gradients on their way", at_once * dtype, key, least=False)
 
 
 def _refusal(phase: str, place: Place, least: bool, keys: list[str]) -> str:

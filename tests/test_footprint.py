@@ -15,7 +15,18 @@ from qat import capacity, checkpoints, footprint
 from qat.cache.batch import Text
 from qat.cache.reader import CacheReader
 from qat.cli import arguments, main
-from qat.config import DataConfig, DataSource, LearnConfig, LossKind, ModeConfig, Stage, TrainConfig
+from qat.config import (
+    DataConfig,
+    DataSource,
+    LearnConfig,
+    LossKind,
+    ModeConfig,
+    QuantConfig,
+    Stage,
+    TrainConfig,
+    WeightConfig,
+    WeightFormat,
+)
 from qat.convert.moments import gather
 from qat.distill.loss import Loss
 from qat.distill.trainer import Trainer
@@ -188,6 +199,25 @@ def test_a_gpu_is_asked_for_what_it_must_hold_alone(config, large, room):
     room(GB // 10, gpu=3 * whole)
     with pytest.raises(ConfigError, match=r"conversion needs at least .* of memory and"):
         check(alone, shapes, jobs, machine)
+
+
+def test_processes_share_the_states_of_latent_weights(large, config, room):
+    model, shape = large
+    layers = select(model, QuantConfig("g4", *[WeightConfig(bits=4, format=WeightFormat.grid, group=64)] * 4))
+    job = Job(layers, replace(BOTH, embed=True), TrainConfig(learn=LearnConfig(latent=1.0)))
+
+    def parts(devices):
+        asked = replace(config, instance=replace(config.instance, devices=devices))
+        machine = replace(tiny.FP32, device=torch.device("cuda"), dtype=torch.bfloat16)
+        return {part.what: part.bytes for part in footprint._training(job, asked, Shapes.of(model, shape), machine)}
+
+    one, four = parts(1), parts(4)
+    for what in ("latent weights with their moments", "gradients of the weights", "indices"):
+        assert four[what] == pytest.approx(one[what] / 4)
+    assert four["the student's weights"] == one["the student's weights"]
+    outer = 2 * shape.vocab_size * shape.hidden_size
+    assert four["gradients of embedding and head"] == 4 * outer * 3 / 4 and "gradients on their way" not in one
+    assert sum(four.values()) < 0.45 * sum(one.values())
 
 
 def test_what_training_is_said_to_hold_is_there(teacher, cache, config, tmp_path):

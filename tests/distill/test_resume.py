@@ -143,14 +143,14 @@ def test_two_processes_train_as_one(outputs, training, whole, start, launcher):
         assert ours == pytest.approx(theirs, rel=1e-3, abs=1e-6)
 
 
-def killed(outputs, run, words, number=1):
-    """A run of two processes of which one is killed once it has a state: what is said."""
+def killed(outputs, run, words):
+    """A run of two processes of which the second is killed once there is a state: what is said."""
     words = (launching.LAUNCH, "+debug=tiny", f"outputs={outputs}", *words, "instance.devices=2")
     process = launching.Python(*words, before=launching.fork_pythons)
     folder = outputs / run
     process.wait_for(lambda: list(folder.glob("checkpoints/state-*")) and steps(folder) > 4)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    os.kill(sorted(map(int, children))[number], signal.SIGKILL)
+    os.kill(max(map(int, children)), signal.SIGKILL)
     code, _, err = process.ended()
     assert code != 0
     return [line for line in err.splitlines() if line.startswith(("error", "Traceback"))]
@@ -160,23 +160,17 @@ def next_run(outputs) -> str:
     return f"SR-{len(list(outputs.glob('SR-*'))) + 1:03d}"
 
 
-def test_states_in_shards_go_on_to_the_same_bits_in_two_processes_and_in_one(outputs, training, whole, start):
-    """A killed process ends the other in a sentence; a state is that of any number of processes."""
+def test_states_in_shards_go_on_to_the_same_bits(outputs, training, whole, start):
+    """A killed process ends the other in a sentence, and the run then learns what one that nobody disturbed does."""
     run = next_run(outputs)
     finish(start(outputs, *training, "instance.devices=2"))
     shared = outputs / run
-    assert [row["step"] for row in rows(shared)] == [row["step"] for row in rows(whole)]
+    for ours, theirs in list(zip(rows(shared), rows(whole), strict=True))[:4]:
+        assert ours == pytest.approx(theirs, rel=1e-3)  # later on, an index may turn on a rounding error
     run = next_run(outputs)
-    said = killed(outputs, run, [*training, "train.steps=14"])
+    said = killed(outputs, run, training)
     assert said[0].startswith("error: another of the 2 processes that train together has ended")
     assert said[1:] == ["error: process 1 of 2 was killed"]
     finish(start(outputs, *training, "instance.devices=2", f"run.resume={run}"))
     assert digests(outputs / run) == digests(shared)
     assert rows(outputs / run) == rows(shared)
-    run = next_run(outputs)
-    killed(outputs, run, training)
-    state = max((outputs / run).glob("checkpoints/state-*")).name
-    finish(start(outputs, *training, f"run.resume={run}"))
-    for ours, theirs in zip(rows(outputs / run), rows(shared), strict=True):
-        if ours["step"] <= int(state.removeprefix("state-")) + 1:
-            assert ours == pytest.approx(theirs, rel=1e-5)

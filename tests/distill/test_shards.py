@@ -13,8 +13,10 @@ from qat.artifacts import open_artifact
 from qat.cache.reader import CacheReader
 from qat.config import LearnConfig, LossKind, ModeConfig, TrainConfig
 from qat.distill.loss import Loss
+from qat.distill.parameters import Learners
 from qat.distill.state import State
 from qat.distill.trainer import Trainer
+from qat.errors import ConfigError
 from qat.processes import PLACE, Ranks, joined
 from qat.quant.formats import Codebook
 from qat.quant.linear import QuantLinear, quantized
@@ -73,8 +75,20 @@ def work(environment: dict[str, str], folder: str, words: dict) -> None:
     torch.set_num_threads(1)
     with joined(tiny.CPU) as ranks:
         short = words.pop("short", None) == ranks.rank
-        rows, state, bytes_held = trained(Path(folder), ranks, short, **words)
-        torch.save([rows, state.tensors if ranks.first else {}, bytes_held], Path(folder) / f"rank-{ranks.rank}")
+        if words.pop("restored", False):
+            rows, state, bytes_held = [], restored(Path(folder), ranks), {}
+        else:
+            rows, state, bytes_held = trained(Path(folder), ranks, short, **words)
+        told = [rows, state.tensors if ranks.first else {}, bytes_held, state.facts]
+        torch.save(told, Path(folder) / f"rank-{ranks.rank}")
+
+
+def restored(folder: Path, ranks: Ranks) -> State:
+    """The state of a training that took over another's."""
+    tensors, facts = torch.load(folder / "state", weights_only=True)
+    trainer = trainer_of(folder, ranks)
+    trainer.restore(State(TRAIN.steps, tensors, facts), [])
+    return trainer.state()
 
 
 def together(folder: Path, count: int = 2, **words) -> list[list]:
@@ -118,6 +132,25 @@ def test_two_processes_learn_what_one_does(prepared, alone, words, caplog):
         if name.startswith("parameter"):
             step = 1e-4 * value.square().mean().sqrt()
             assert (first[1][name] - value).abs().mean() < 0.05 * step, name
+
+
+def test_a_state_is_that_of_any_number_of_processes(prepared, alone):
+    two, expected = together(prepared)[0], alone[1]
+    torch.save([two[1], two[3]], prepared / "state")
+    in_one = restored(prepared, Ranks()).tensors
+    torch.save([expected.tensors, expected.facts], prepared / "state")
+    in_two = together(prepared, restored=True)[0][1]
+    for given, taken in ((two[1], in_one), (expected.tensors, in_two)):
+        assert given.keys() == taken.keys()
+        assert all(torch.equal(given[name], value) for name, value in taken.items())
+
+
+def test_more_processes_than_parts_are_refused(prepared, teacher, readers):
+    student, _ = checkpoints.load(prepared / "start", teacher, tiny.FP32, latents=True)
+    layers = quantized(student)
+    count = len(units(layers)) + 1
+    with pytest.raises(ConfigError, match=rf"{count - 1} parts of a model for {count} processes: use fewer"):
+        Learners(student, layers, LEARN, tiny.FP32, False, Ranks(0, count))
 
 
 def test_three_processes_share_all_states_and_the_checkpoint_is_whole(prepared, alone):

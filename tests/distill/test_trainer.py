@@ -351,16 +351,20 @@ def test_a_stopped_run_goes_on_to_the_same_bits(checkpoint, teacher, readers, tm
     assert all(value.equal(found[name]) for name, value in expected.items())
 
 
-def test_a_state_is_written_while_training_goes_on_and_as_it_was_then(tmp_path, monkeypatch):
-    states, held, going_on = States(tmp_path, 2, WHOSE), torch.zeros(3), threading.Event()
+def test_a_state_is_written_while_training_goes_on_and_as_it_was_then(student, readers, tmp_path, monkeypatch):
+    states, going_on, trainer = States(tmp_path, 2, WHOSE), threading.Event(), trainer_of(student, readers)
     write = states._write
     monkeypatch.setattr(states, "_write", lambda state: (going_on.wait(10), write(state)))
-    states.save(State(1, {"x": held}, {}))
-    held += 1  # the next step, before a byte is on disk
+    steps_of(trainer)
+    then, trainer.history.step = {p.name: p.value.clone() for p in trainer.learners.parameters}, 1
+    states.save(trainer.state())
+    steps_of(trainer)  # the next step, before a byte is on disk
     assert states.newest() is None
     going_on.set()
     states.wait()
-    assert torch.equal(states.newest().tensors["x"], torch.zeros(3))
+    found = states.newest().tensors
+    assert all(torch.equal(found[f"parameter.{name}"], value) for name, value in then.items())
+    assert not all(torch.equal(p.value, then[p.name]) for p in trainer.learners.parameters)
 
 
 def test_batches_are_the_ranks_rows_of_each_step_from_any_step_on(student, readers):
