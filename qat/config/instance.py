@@ -36,6 +36,6 @@ class InstanceConfig:
     device: Device = Device.auto
     precision: Precision = Precision.auto
     micro_batch: int = key(16, "sequences computed at once; halved when memory runs out", low=1)
-    devices: int = key(1, "GPUs (or CPU processes) that share each batch", low=1)
+    devices: int = key(1, "GPUs (or CPU processes) that share each batch, and the states of latent weights", low=1)
     compile: str = key("auto", "torch.compile for the decoder layers; auto is on CUDA", words=SWITCH)
     checkpointing: str = key("auto", "activations computed twice; auto is when memory runs out", words=SWITCH)
