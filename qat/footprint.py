@@ -214,7 +214,7 @@ def remedy(
         return all(place.needed(least) <= place.free for place in held)
 
     taken: list[tuple[str, Change]] = []
-    for said, change in _cheaper(config):
+    for said, change in _cheaper(config, machine):
         taken.append((said, change))
         if fits(*_changed(config, machine, [one for _, one in taken])):
             break
@@ -240,7 +240,7 @@ def _changed(config: Config, machine: Machine, changes: list[Change]) -> tuple[C
     return changed, replace(machine, micro_batch=rows, checkpointing=again)
 
 
-def _cheaper(config: Config) -> Iterator[tuple[str, Change]]:
+def _cheaper(config: Config, machine: Machine) -> Iterator[tuple[str, Change]]:
     """Changes that take less memory, as typed, from the cheapest on."""
 
     def setting(key: str, value: Any) -> Change:
@@ -259,6 +259,8 @@ def _cheaper(config: Config) -> Iterator[tuple[str, Change]]:
         yield f"instance.micro_batch={rows}", setting("instance.micro_batch", rows)
     if config.instance.checkpointing != "true":
         yield "instance.checkpointing=true", setting("instance.checkpointing", "true")
+    if config.instance.moments != "host" and config.train.learn.latent > 0 and machine.device.type == "cuda":
+        yield "instance.moments=host", setting("instance.moments", "host")
     if config.convert.gradients:
         yield "convert.gradients=false", setting("convert.gradients", False)
     if config.loss.kind.needs_teacher:
@@ -436,8 +438,10 @@ def _training(job: Job, config: Config, shapes: Shapes, machine: Machine) -> lis
         Part("the sequences of a batch", train.batch_size * row, f"{prefix}train.batch_size", host=True),
     ]
     if latent:
-        of_each = 3 * FP32 * weights / shared
-        parts.append(Part("latent weights with their moments", of_each, f"{prefix}train.learn.latent"))
+        own, key, host = FP32 * weights / shared, f"{prefix}train.learn.latent", config.instance.moments == "host"
+        parts.append(Part("latent weights" if host else "latent weights with their moments", (3 - 2 * host) * own, key))
+        if host:
+            parts.append(Part("moments of latent weights", 2 * shared * own, key, host=True))
     if shared > 1:
         parts += _sent(learning, dtype, shared, f"{prefix}mode")
     if config.loss.kind.needs_teacher:

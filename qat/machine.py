@@ -37,6 +37,7 @@ class Machine:
         compile: the decoder layers are compiled.
         checkpointing: activations are computed again in the backward pass; None when memory runs out.
         instance: the option that asked for it.
+        host_moments: AdamW's moments of latent weights are in host memory.
     """
 
     device: torch.device
@@ -45,6 +46,7 @@ class Machine:
     compile: bool = False
     checkpointing: bool | None = None
     instance: str = ""
+    host_moments: bool = False
 
     def describe(self) -> str:
         """One phrase for logs and `result.json`."""
@@ -69,7 +71,8 @@ def resolve(instance: InstanceConfig) -> Machine:
     compiled, checkpointing = SWITCH[instance.compile], SWITCH[instance.checkpointing]
     if compiled is None:
         compiled = device.type == "cuda"
-    return Machine(device, DTYPES[precision], instance.micro_batch, compiled, checkpointing, instance.name)
+    host = instance.moments == "host"
+    return Machine(device, DTYPES[precision], instance.micro_batch, compiled, checkpointing, instance.name, host)
 
 
 def _precision(device: torch.device) -> Precision:

@@ -123,11 +123,12 @@ class Ranks:
         size = tensor.numel() * tensor.element_size()
         for start in range(0, size, BROUGHT_BYTES):
             part = slice(start, min(size, start + BROUGHT_BYTES))
-            bytes_ = torch.empty(part.stop - start, dtype=torch.uint8, device=device) if mine is None else mine[part]
+            empty = torch.empty(part.stop - start, dtype=torch.uint8, device=device)
+            piece = empty if mine is None else mine[part].to(device)
             with self._told():
-                dist.broadcast(bytes_, owner)
+                dist.broadcast(piece, owner)
             if made is not None:
-                made.view(-1).view(torch.uint8)[part].copy_(bytes_)
+                made.view(-1).view(torch.uint8)[part].copy_(piece)
         return tensor if made is None else made
 
     @contextmanager

@@ -8,6 +8,7 @@ from omegaconf import MISSING
 from qat.config.keys import key
 
 SWITCH = ("auto", "true", "false")
+PLACES = ("device", "host")
 
 
 class Device(Enum):
@@ -38,4 +39,5 @@ class InstanceConfig:
     micro_batch: int = key(16, "sequences computed at once; halved when memory runs out", low=1)
     devices: int = key(1, "GPUs (or CPU processes) that share each batch, and the states of latent weights", low=1)
     compile: str = key("auto", "torch.compile for the decoder layers; auto is on CUDA", words=SWITCH)
+    moments: str = key("device", "memory of latent weights' AdamW moments; host if a GPU's is short", words=PLACES)
     checkpointing: str = key("auto", "activations computed twice; auto is when memory runs out", words=SWITCH)

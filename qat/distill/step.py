@@ -120,7 +120,10 @@ class Step:
         learners = self.learners
         summed = learners.grads() if learners.shared is None else [*learners.grads_of_norms(), self.squares]
         self.ranks.sum_([*summed, self.total, self.stop])
-        self.recorder("update", self._update)
+        if self.optimizer.far is None:
+            self.recorder("update", self._update)
+        else:
+            self._update()  # what goes to the host and back is no part of a recording
         loss, norm, skipped, stopping = self.figures.tolist()
         return Figures(loss, norm, skipped > 0, stopping > 0)
 

@@ -21,7 +21,8 @@ from qat.config import ModeConfig, TrainConfig
 from qat.console import progress
 from qat.distill import curvature, optim
 from qat.distill.loss import KD_TEMPERATURE, Loss, topk_kl
-from qat.distill.optim import STATE, Optimizer
+from qat.distill.moments import STATE
+from qat.distill.optim import Optimizer
 from qat.distill.parameters import Learners, names
 from qat.distill.state import State, States, misfit, random_state, set_random_state
 from qat.distill.step import Figures, Step
@@ -121,7 +122,7 @@ class Trainer:
         self.learners = Learners(student, learning, train.learn, machine, train.snap_fp16, ranks)
         if not self.learners.parameters:
             raise ConfigError(f"mode={mode.name} trains no quantized layer: choose another one, or quantize more")
-        self.optimizer = Optimizer(self.learners.own, train, machine.device)
+        self.optimizer = Optimizer(self.learners.own, train, machine.device, machine.host_moments)
         self.step = Step(student, self.learners, self.optimizer, loss, train, machine, ranks)
         self.step.confirm(Sample.of_rows(self.training))
         self.history = History()

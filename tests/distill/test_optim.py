@@ -4,11 +4,13 @@ import pytest
 import torch
 
 from qat.config import LearnConfig, TrainConfig
+from qat.distill import moments
 from qat.distill.optim import Optimizer, factor
 from qat.distill.parameters import Learners, Parameter
 from qat.machine import Machine
 from qat.quant.formats import Codebook
 from qat.quant.linear import QuantLinear
+from tests.devices import DEVICES
 
 CPU = torch.device("cpu")
 ONE, NO = torch.ones(()), torch.zeros(())
@@ -90,6 +92,50 @@ def test_the_factor_scales_every_rate():
     chosen.step(ONE, NO)
     assert torch.allclose(values[0], torch.full((2,), 1 - 5e-3)) and torch.allclose(values[1], torch.full((2,), 2.985))
     assert rates(chosen, values) == pytest.approx([5e-3, 1.5e-2])
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_moments_in_host_memory_change_no_bit(device, monkeypatch):
+    """In pieces, over skipped and clipped steps, and with a state taken over."""
+    monkeypatch.setattr(moments, "PIECE", 64)  # whole vectors of any CPU
+    draw, device = torch.Generator().manual_seed(0), torch.device(device)
+    starts = {"latent": (37, 19), "scales": (5, 3), "codebooks": (4,), "further": (100,)}
+    numbers = {name: torch.randn(shape, generator=draw, dtype=torch.float32) for name, shape in starts.items()}
+    train = TrainConfig(lr=1e-2, weight_decay=0.1, learn=LearnConfig(latent=1.0))
+
+    def made(host):
+        kinds = {"further": "latent"}
+        parameters = [Parameter(n, kinds.get(n, n), value.clone().to(device)) for n, value in numbers.items()]
+        return parameters, Optimizer(parameters, train, device, host)
+
+    (near, plain), (far, chosen) = made(False), made(True)
+    assert chosen.far is not None and plain.far is None
+    for step in range(7):
+        divisor, skip = torch.tensor(1.0 + step, device=device), torch.tensor(float(step == 2), device=device)
+        for parameter in near:
+            parameter.value.grad = torch.randn(parameter.value.shape, generator=draw).to(device)
+        for one, other in zip(near, far, strict=True):
+            other.value.grad = one.value.grad.clone()
+        for each in (plain, chosen):
+            each.set_factor(1 / (1 + step))
+            each.step(divisor, skip)
+        if step == 4:
+            states = [chosen.state(parameter) for parameter in far]
+            chosen = Optimizer(far, train, device, True)
+            chosen._base.copy_(plain._base)  # rates are those of the beginning
+            for parameter, state in zip(far, states, strict=True):
+                chosen.load(parameter, state)
+        for one, other in zip(near, far, strict=True):
+            assert torch.equal(one.value, other.value)
+            for name, value in plain.state(one).items():
+                assert torch.equal(chosen.state(other)[name].cpu(), value.cpu()), (one.name, name, step)
+
+
+def test_latent_weights_alone_have_moments_in_host_memory():
+    parameter = Parameter("x", "latent", value := torch.ones(3))
+    chosen = Optimizer([parameter], TrainConfig(lr=1e-2, learn=LearnConfig(latent=1.0)), CPU, True)
+    assert chosen.state(parameter) == {}
+    assert moved(chosen, value, [1.0, -1.0, 0.0]).tolist() == pytest.approx([-1e-2, 1e-2, 0.0])
 
 
 def test_a_skipped_step_changes_nothing_and_the_next_is_the_first():

@@ -143,34 +143,33 @@ def test_two_processes_train_as_one(outputs, training, whole, start, launcher):
         assert ours == pytest.approx(theirs, rel=1e-3, abs=1e-6)
 
 
-def killed(outputs, run, words):
-    """A run of two processes of which the second is killed once there is a state: what is said."""
+def together(outputs, *words):
+    """A launch of two processes."""
     words = (launching.LAUNCH, "+debug=tiny", f"outputs={outputs}", *words, "instance.devices=2")
-    process = launching.Python(*words, before=launching.fork_pythons)
-    folder = outputs / run
-    process.wait_for(lambda: list(folder.glob("checkpoints/state-*")) and steps(folder) > 4)
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    os.kill(max(map(int, children)), signal.SIGKILL)
-    code, _, err = process.ended()
-    assert code != 0
-    return [line for line in err.splitlines() if line.startswith(("error", "Traceback"))]
+    return launching.Python(*words, before=launching.fork_pythons)
 
 
 def next_run(outputs) -> str:
     return f"SR-{len(list(outputs.glob('SR-*'))) + 1:03d}"
 
 
-def test_states_in_shards_go_on_to_the_same_bits(outputs, training, whole, start):
+def test_states_in_shards_go_on_to_the_same_bits(outputs, training, whole):
     """A killed process ends the other in a sentence, and the run then learns what one that nobody disturbed does."""
-    run = next_run(outputs)
-    finish(start(outputs, *training, "instance.devices=2"))
-    shared = outputs / run
+    shared = outputs / next_run(outputs)
+    code, _, err = together(outputs, *training).ended()
+    assert code == 0, err
     for ours, theirs in list(zip(rows(shared), rows(whole), strict=True))[:4]:
         assert ours == pytest.approx(theirs, rel=1e-3)  # later on, an index may turn on a rounding error
-    run = next_run(outputs)
-    said = killed(outputs, run, training)
-    assert said[0].startswith("error: another of the 2 processes that train together has ended")
+    folder = outputs / next_run(outputs)
+    process = together(outputs, *training)
+    process.wait_for(lambda: list(folder.glob("checkpoints/state-*")) and steps(folder) > 4)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill(max(map(int, children)), signal.SIGKILL)
+    code, _, err = process.ended()
+    said = [line for line in err.splitlines() if line.startswith(("error", "Traceback"))]
+    assert code != 0 and said[0].startswith("error: another of the 2 processes that train together has ended")
     assert said[1:] == ["error: process 1 of 2 was killed"]
-    finish(start(outputs, *training, "instance.devices=2", f"run.resume={run}"))
-    assert digests(outputs / run) == digests(shared)
-    assert rows(outputs / run) == rows(shared)
+    code, _, err = together(outputs, *training, f"run.resume={folder.name}").ended()
+    assert code == 0, err
+    assert digests(folder) == digests(shared)
+    assert rows(folder) == rows(shared)
