@@ -67,6 +67,7 @@ def main() -> None:
     parser.add_argument("--devices", nargs="+", type=int, help="numbers of GPUs on which all weights are to learn")
     parser.add_argument("--batch", type=int, default=64, help="with --devices: rows a step")
     parser.add_argument("--micro-batch", type=int, default=16, help="with --devices: rows computed at once")
+    parser.add_argument("--checkpointing", action="store_true", help="with --devices: activations computed twice")
     parser.add_argument("--loss", default="bucket_kl", help="with --devices: what is learned from")
     options = parser.parse_args()
     known = SHAPES[options.shape]
@@ -100,7 +101,8 @@ def main() -> None:
 
 def side_by_side(options: argparse.Namespace, shape: Shape) -> None:
     """Trains on each number of GPUs, each line printed and kept as soon as it is there, then all of them compared."""
-    case = Case(shape, options.length, options.batch, options.micro_batch, options.steps, options.loss)
+    sizes = options.length, options.batch, options.micro_batch, options.steps
+    case = Case(shape, *sizes, options.loss, options.checkpointing)
     lines: list[dict[str, Any]] = []
     for count in options.devices:
         began = time.monotonic()

@@ -5,7 +5,8 @@ bf16 numbers, quantized to the nearest values of grids (2 bits in MLPs, else 4; 
 learns but norms, from the model that it was, on rows of random tokens. Nothing is read from disk or written to it.
 A line has
 - `tokens/s` of the median step, the first five left out;
-- `held`: what a GPU holds between two steps, of the one that holds most, and `peak`, the most it had during them;
+- `held`: what a GPU's tensors take between two steps, of the one that holds most, and `peak`, the most that was
+  reserved for tensors during them: recorded graphs keep memory that is not counted as allocated;
 - `share`: 6 operations a weight of decoder layers and head and token, over the product measured in the same process.
 """
 
@@ -85,6 +86,7 @@ class Case:
     micro_batch: int
     steps: int
     loss: str
+    checkpointing: bool = False
 
 
 def main() -> None:
@@ -97,7 +99,7 @@ def main() -> None:
         torch.cuda.set_device(device)
     with joined(device) as ranks:
         dtype = torch.bfloat16 if machines.computes_bf16(device) else torch.float32
-        machine = Machine(device, dtype, case.micro_batch, compile=cuda)
+        machine = Machine(device, dtype, case.micro_batch, compile=cuda, checkpointing=case.checkpointing or None)
         found = measure(case, machine, ranks)
         if ranks.first:
             print(json.dumps(found), flush=True)
@@ -131,7 +133,7 @@ def measure(case: Case, machine: Machine, ranks: Ranks) -> dict[str, Any]:
         "tokens_per_second": round(speed, 1),
         "share": round(6 * weights * speed / flops / ranks.count, 3),
         "held_gb": round(most(allocated(machine.device), machine, ranks) / GB, 2),
-        "peak_gb": round(most(machines.peak_bytes(machine.device), machine, ranks) / GB, 2),
+        "peak_gb": round(most(reserved(machine.device), machine, ranks) / GB, 2),
         "micro_batch": step.machine.micro_batch,  # smaller than asked for if memory ran out
         "checkpointing": bool(step.machine.checkpointing),
         "begin_s": round(begin, 1),
@@ -222,6 +224,11 @@ def forget(device: torch.device) -> None:
 def allocated(device: torch.device) -> int:
     """What tensors take now; of a process without a GPU its own peak."""
     return torch.cuda.memory_allocated(device) if device.type == "cuda" else machines.peak_bytes(device)
+
+
+def reserved(device: torch.device) -> int:
+    """The most memory that was set apart for tensors."""
+    return torch.cuda.max_memory_reserved(device) if device.type == "cuda" else machines.peak_bytes(device)
 
 
 def most(here: int, machine: Machine, ranks: Ranks) -> float:

@@ -41,7 +41,7 @@ from qat.flow import KEPT_BYTES
 from qat.generation.memory import elements, number
 from qat.machine import Machine
 from qat.quant.architectures import NUMBER, Layer, learns
-from qat.quant.shards import UNDER_WAY
+from qat.quant.shards import OPEN, UNDER_WAY
 from qat.quant.vocabulary import ROLES as VOCABULARY
 
 log = logging.getLogger(__name__)
@@ -457,8 +457,8 @@ def _sent(learning: list[Layer], dtype: int, shared: int, key: str) -> Iterator[
     sizes: dict[str, int] = defaultdict(int)
     for layer in learning:
         sizes[layer.name.rpartition(".")[0]] += 0 if layer.role in VOCABULARY else layer.weights
-    under_way = UNDER_WAY + 1  # and what is computed meanwhile
-    at_once = max(sizes.values(), default=0) * (under_way + UNDER_WAY * (shared - 1))
+    buckets = 2 * UNDER_WAY + OPEN  # sent, as much again found, and what is computed meanwhile
+    at_once = max(sizes.values(), default=0) * shared * buckets
     yield Part("gradients on their way", at_once * dtype, key, least=False)
 
 

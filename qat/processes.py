@@ -71,20 +71,23 @@ class Ranks:
         self.sum_([count])
         return bool(count.item() > 0)
 
-    def gather(self, tensor: "Tensor", to: int) -> "Gathering":
-        """Sends a tensor, contiguous and of one shape and type everywhere, from every rank to one of them.
+    def trade(self, tensor: "Tensor", sizes: list[int]) -> "Trade":
+        """Sends every rank its part of a flat tensor, and gets from every rank what that has for this one.
+
+        Args:
+            tensor: the parts in the order of the ranks, contiguous; its type is the same everywhere.
+            sizes: numbers in each part, the same everywhere; 0 for a rank that gets nothing.
 
         Raises:
             RankError: one of them is gone.
         """
-        import torch
         import torch.distributed as dist
 
-        ranks = range(self.count) if to == self.rank else ()
-        made = [tensor if rank == self.rank else torch.empty_like(tensor) for rank in ranks]
+        own = sizes[self.rank]
+        found = tensor.new_empty(own * self.count)
         with self._told():
-            work = dist.gather(tensor, made or None, dst=to, async_op=True)
-        return Gathering(self, work, made, tensor)
+            work = dist.all_to_all_single(found, tensor, [own] * self.count, sizes, async_op=True)
+        return Trade(self, work, list(found.chunk(self.count)) if own else [], tensor)
 
     def spread(self, whole: "Tensor") -> None:
         """Fills a flat tensor of as many equal parts as there are ranks, each of which has computed its own.
@@ -147,23 +150,23 @@ class Ranks:
 
 
 @dataclass(frozen=True)
-class Gathering:
-    """Tensors on their way to one of the ranks; `tensors`, by rank, are there alone."""
+class Trade:
+    """Tensors under way between ranks: `found`, from each in order, and `sent`, which lives until it has left."""
 
     ranks: Ranks
     work: Any
-    tensors: "list[Tensor]"
-    sent: "Tensor" = field(repr=False)  # lives until it has been sent
+    found: "list[Tensor]"
+    sent: "Tensor" = field(repr=False)
 
     def wait(self) -> "list[Tensor]":
-        """The tensors, there: what the device computes from now on may read them.
+        """What was found, there: what the device computes from now on may read it.
 
         Raises:
             RankError: one of the ranks is gone.
         """
         with self.ranks._told():
             self.work.wait()
-        return self.tensors
+        return self.found
 
 
 def place() -> Ranks:

@@ -11,10 +11,11 @@ with indices and parts, of whole layers alone, which are its own (the optimizer'
 3. turning gradients into those of parts, correcting them for latent weights and updating concern one layer at a time,
    so that each process does this for its own as if it were alone.
 
-Layers that feed one product, or are one parameter of a model, stay together: a *unit*. Units are sent in a fixed order,
-from the last to the first, so that all processes send the same one; where a gradient never comes, zeros are sent. What
-a matrix gets several gradients of in a backward pass (embedding and head) is added up in fp32 by every process, and
-sent once a step.
+Layers that feed one product, or are one parameter of a model, stay together: a *unit*. A *bucket* has a unit of each
+process, next to each other in the model, so that when they are sent all send and all receive. Buckets leave in a fixed
+order, from the last to the first, and in place of a gradient that never comes there are zeros. What a matrix gets
+several gradients of in a backward pass (embedding and head) is added up in fp32 by every process and sent once a step,
+in the compute type, as all gradients are.
 """
 
 from collections import deque
@@ -24,12 +25,16 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from qat.processes import Gathering, Ranks
+from qat.processes import Ranks, Trade
 from qat.quant.linear import Quantized
 from qat.quant.weights import Weights, room
 
-UNDER_WAY = 2  # units whose gradients are on their way at a time: one is sent while the next is computed
+OPEN = 2  # buckets that are filled at a time: one with attention, one with MLPs, as they alternate
+UNDER_WAY = 1  # buckets on their way at a time, while the next is computed
 PIECE = 1 << 26  # numbers of a matrix' summed gradient that are sent at a time
+# Bytes of a weight in the process that owns it (latent weight, moments, summed gradient and index), and in every other
+# one while it has several gradients
+OWNED, SUMMED = 17, 4
 
 
 def units(layers: dict[str, Quantized]) -> list[list[Quantized]]:
@@ -44,11 +49,60 @@ def units(layers: dict[str, Quantized]) -> list[list[Quantized]]:
 def shares(parts: list[list[Quantized]], count: int) -> list[list[list[Quantized]]]:
     """The units that each of `count` processes owns: the largest that is left to whoever has least, each in order."""
     sizes = [sum(map(room, part)) for part in parts]
-    held, owners = [0] * count, dict[int, int]()
+    held, owners = [0] * count, dict[int, int]()  # bytes by rank
     for n in sorted(range(len(parts)), key=lambda n: -sizes[n]):
         owners[n] = held.index(min(held))
-        held[owners[n]] += sizes[n]
+        elsewhere = SUMMED * sizes[n] if parts[n][0].several else 0
+        held = [bytes_ + (OWNED * sizes[n] if rank == owners[n] else elsewhere) for rank, bytes_ in enumerate(held)]
     return [[part for n, part in enumerate(parts) if owners[n] == rank] for rank in range(count)]
+
+
+class Bucket:
+    """At most one unit of each process, whose gradients are sent together.
+
+    Attributes:
+        units: by rank.
+        sizes: numbers in each process' unit, 0 where it has none.
+    """
+
+    def __init__(self, count: int) -> None:
+        """An empty one for so many processes."""
+        self.units: dict[int, list[Quantized]] = {}
+        self.sizes = [0] * count
+
+    def put(self, unit: list[Quantized], rank: int) -> None:
+        """Takes in a unit of a process that has none here."""
+        self.units[rank], self.sizes[rank] = unit, sum(map(room, unit))
+
+    @property
+    def layers(self) -> list[Quantized]:
+        """Of all units."""
+        return [layer for unit in self.units.values() for layer in unit]
+
+    @property
+    def gaps(self) -> bool:
+        """Whether something lies between weights."""
+        return sum(self.sizes) > sum(layer.outputs * layer.inputs for layer in self.layers)
+
+    def begin(self, rank: int) -> int:
+        """Where a process' unit begins."""
+        return sum(self.sizes[:rank])
+
+
+def buckets(parts: list[list[Quantized]], owners: dict[Quantized, int], count: int) -> list[Bucket]:
+    """The units of layers with one gradient a pass, from the last to the first, each in the first open bucket with room.
+
+    The last few are open, so that none waits long for what is far away in the model.
+    """
+    found: list[Bucket] = []
+    for part in reversed(parts):
+        rank = owners[part[0]]
+        if not part[0].several:
+            bucket = next((one for one in found[-OPEN:] if rank not in one.units), None)
+            if bucket is None:
+                found.append(bucket := Bucket(count))
+            bucket.put(part, rank)
+    return found
 
 
 class SharedWeights(Weights):
@@ -72,21 +126,21 @@ class SharedWeights(Weights):
         Raises:
             ValueError: there are fewer units than processes.
         """
-        self.ranks, self._units = ranks, units(layers)
-        if len(self._units) < ranks.count:
-            raise ValueError(f"{len(self._units)} parts of a model for {ranks.count} processes")
-        owned = shares(self._units, ranks.count)
+        self.ranks, parts = ranks, units(layers)
+        if len(parts) < ranks.count:
+            raise ValueError(f"{len(parts)} parts of a model for {ranks.count} processes")
+        owned = shares(parts, ranks.count)
         self._shares = [[layer for unit in share for layer in unit] for share in owned]
         self.owners = {layer: rank for rank, share in enumerate(self._shares) for layer in share}
-        self._unit = {layer: n for n, unit in enumerate(self._units) for layer in unit}
+        self._buckets = buckets(parts, self.owners, ranks.count)
+        self._bucket = {layer: n for n, bucket in enumerate(self._buckets) for layer in bucket.layers}
         super().__init__(list(layers.values()), dtype, latent=True)
         device = self.values.device
         self._sums = torch.zeros(self._share, dtype=torch.float32, device=device)  # gaps between weights stay zero
         self._linked = False
         others = [layer for layer in self._several if layer not in self.own]
         self._whole = {layer: torch.zeros(room(layer), dtype=torch.float32, device=device) for layer in others}
-        self._order = [n for n, unit in reversed(list(enumerate(self._units))) if not unit[0].several]
-        self._under_way: deque[tuple[int, Gathering]] = deque()
+        self._under_way: deque[tuple[int, Trade]] = deque()
         self._begin_micro_batch()
 
     def _arrange(self) -> tuple[list[Quantized], int]:
@@ -123,9 +177,9 @@ class SharedWeights(Weights):
 
     def finish(self) -> None:
         """Sends what is left of a micro-batch, zeros where no gradient came."""
-        for n in self._order[self._next :]:
-            whole, origin = self._gathering(self._units[n])
+        for n in range(self._next, len(self._buckets)):
             for layer in self._missing[n]:
+                whole, origin = self._gathering([layer])
                 self._cut(whole, [layer], origin).zero_()
             self._send(n)
         self._begin_micro_batch()
@@ -135,10 +189,12 @@ class SharedWeights(Weights):
         while self._under_way:
             self._add_up(*self._under_way.popleft())
         for layer in self._several:
+            owner = self.owners[layer]
             for piece in self._gathering([layer])[0].split(PIECE):
-                found = self.ranks.gather(piece, self.owners[layer]).wait()
+                sizes = [len(piece) if rank == owner else 0 for rank in range(self.ranks.count)]
+                found = self.ranks.trade(piece.to(self.values.dtype), sizes).wait()
                 for rank, one in enumerate(found):
-                    if rank != self.ranks.rank:
+                    if rank != owner:  # whose own is there, and not rounded
                         piece.add_(one)
 
     def exchange(self) -> None:
@@ -164,48 +220,51 @@ class SharedWeights(Weights):
         return self.ranks.bring(tensor, owner, self.values.device)
 
     def _begin_micro_batch(self) -> None:
-        self._next = 0  # in `_order`: the unit that is sent next
-        self._missing = [set(unit) for unit in self._units]
-        self._waiting: dict[int, Tensor] = {}  # gradients of units that are not sent yet
+        self._next = 0  # the bucket that is sent next
+        self._missing = [set(bucket.layers) for bucket in self._buckets]
+        self._waiting: dict[int, Tensor] = {}  # gradients of buckets that are not sent yet
 
     def _gathering(self, layers: list[Quantized]) -> tuple[Tensor, int]:
-        """Memory of a unit until it is sent; of a matrix with several gradients, where they are added up."""
+        """Memory of a unit in its bucket until it is sent; of a matrix with several gradients, where they add up."""
         first = layers[0]
         if first.several:
-            start = self._starts[first]
-            if first in self._whole:
-                return self._whole[first], start
-            begin = start - self._origin
-            return self.sums[begin : begin + room(first)], start
-        n = self._unit[first]
-        unit = self._units[n]
+            return self._added_up(first), self._starts[first]
+        n, owner = self._bucket[first], self.owners[first]
+        bucket = self._buckets[n]
         if n not in self._waiting:
-            size = sum(map(room, unit))
-            gaps = size > sum(layer.outputs * layer.inputs for layer in unit)
-            made = self.values.new_zeros if gaps else self.values.new_empty
-            self._waiting[n] = made(size, requires_grad=False)
-        return self._waiting[n], min(self._starts[layer] for layer in unit)
+            made = self.values.new_zeros if bucket.gaps else self.values.new_empty
+            self._waiting[n] = made(sum(bucket.sizes), requires_grad=False)
+        begin = bucket.begin(owner)
+        return self._waiting[n][begin : begin + bucket.sizes[owner]], self._starts[bucket.units[owner][0]]
+
+    def _added_up(self, layer: Quantized) -> Tensor:
+        """A matrix' gradients, flat, as far as this process has them."""
+        if layer in self._whole:
+            return self._whole[layer]
+        begin = self._starts[layer] - self._origin
+        return self.sums[begin : begin + room(layer)]
 
     def _came(self, layers: list[Quantized]) -> None:
-        """Sends all units in turn whose gradients have come."""
+        """Sends all buckets in turn whose gradients have come."""
         if layers[0].several:
             return
-        self._missing[self._unit[layers[0]]].difference_update(layers)
-        while self._next < len(self._order) and not self._missing[self._order[self._next]]:
-            self._send(self._order[self._next])
+        self._missing[self._bucket[layers[0]]].difference_update(layers)
+        while self._next < len(self._buckets) and not self._missing[self._next]:
+            self._send(self._next)
 
     def _send(self, n: int) -> None:
         while len(self._under_way) >= UNDER_WAY:
             self._add_up(*self._under_way.popleft())
-        self._under_way.append((n, self.ranks.gather(self._waiting[n], self.owners[self._units[n][0]])))
+        self._under_way.append((n, self.ranks.trade(self._waiting[n], self._buckets[n].sizes)))
         del self._waiting[n]
         self._next += 1
 
-    def _add_up(self, n: int, gathering: Gathering) -> None:
-        found = gathering.wait()
-        begin = min(self._starts[layer] for layer in self._units[n]) - self._origin
-        for one in found:
-            self.sums[begin : begin + len(one)].add_(one)
+    def _add_up(self, n: int, trade: Trade) -> None:
+        found = trade.wait()
+        if unit := self._buckets[n].units.get(self.ranks.rank):
+            begin = self._starts[unit[0]] - self._origin
+            for one in found:
+                self.sums[begin : begin + len(one)].add_(one)
 
 
 def _held(layer: Quantized) -> dict[str, Tensor]:

@@ -20,7 +20,7 @@ from qat.errors import ConfigError
 from qat.processes import PLACE, Ranks, joined
 from qat.quant.formats import Codebook
 from qat.quant.linear import QuantLinear, quantized
-from qat.quant.shards import shares, units
+from qat.quant.shards import buckets, shares, units
 from tests import launching, tiny
 
 BOTH = ModeConfig(name="e2e", mlp=True, attn=True)
@@ -180,5 +180,9 @@ def test_shares_are_even_and_keep_units_together():
     for count in (2, 3, 4):
         owned = shares(found, count)
         weights = [sum(one.outputs for unit in share for one in unit) for share in owned]
+        owners = {layer: rank for rank, share in enumerate(owned) for unit in share for layer in unit}
+        sent = buckets(found, owners, count)
+        assert sorted(id(one) for bucket in sent for one in bucket.layers) == sorted(map(id, layers.values()))
+        assert all(owners[unit[0]] == rank for bucket in sent for rank, unit in bucket.units.items())
         assert sum(weights) == 5 * 144 + 300 and max(weights) <= max(300, 1.15 * sum(weights) / count)
         assert sorted(id(one) for share in owned for unit in share for one in unit) == sorted(map(id, layers.values()))
