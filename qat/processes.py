@@ -71,6 +71,26 @@ class Ranks:
         self.sum_([count])
         return bool(count.item() > 0)
 
+    def tell(self, text: str, device: "torch.device") -> str:
+        """What the first rank says; what others give is not looked at.
+
+        Raises:
+            RankError: one of them is gone.
+        """
+        if self.count == 1:
+            return text
+        import torch
+        import torch.distributed as dist
+
+        said = torch.tensor(list(text.encode()), dtype=torch.uint8, device=device)
+        size = torch.tensor(len(said), dtype=torch.int64, device=device)
+        with self._told():
+            dist.broadcast(size, 0)
+            said = said if self.first else said.new_empty(int(size))
+            if len(said):
+                dist.broadcast(said, 0)
+        return bytes(said.tolist()).decode()
+
     def trade(self, tensor: "Tensor", sizes: list[int]) -> "Trade":
         """Sends every rank its part of a flat tensor, and gets from every rank what that has for this one.
 
@@ -89,8 +109,10 @@ class Ranks:
             work = dist.all_to_all_single(found, tensor, [own] * self.count, sizes, async_op=True)
         return Trade(self, work, list(found.chunk(self.count)) if own else [], tensor)
 
-    def spread(self, whole: "Tensor") -> None:
+    def spread(self, whole: "Tensor") -> "Trade":
         """Fills a flat tensor of as many equal parts as there are ranks, each of which has computed its own.
+
+        It is whole, and may be written again, once the trade has been waited for.
 
         Raises:
             RankError: one of them is gone.
@@ -100,8 +122,10 @@ class Ranks:
         # torch 2.13 renamed it, and warns of the older name
         all_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
         own = whole.chunk(self.count)[self.rank]
-        with self._told():  # NCCL takes a part of the whole as its input, Gloo does not say
-            all_gather(whole, own if own.is_cuda else own.clone())
+        own = own if own.is_cuda else own.clone()  # NCCL takes a part of the whole as its input, Gloo does not say
+        with self._told():
+            work = all_gather(whole, own, async_op=True)
+        return Trade(self, work, [whole], own)
 
     def bring(self, tensor: "Tensor", owner: int, device: "torch.device") -> "Tensor":
         """What `owner` has: in the host memory of the first rank a copy, elsewhere the tensor that was given.

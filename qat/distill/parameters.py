@@ -140,6 +140,7 @@ class Learners:
         """Computes what the model sees from the parameters, and forgets earlier gradients."""
         self.compute()
         self.exchange()
+        self.arrive()
 
     def compute(self) -> None:
         """The part of `write` that this process does by itself."""
@@ -152,9 +153,14 @@ class Learners:
             self._norms.write()
 
     def exchange(self) -> None:
-        """The part of `write` for which processes meet."""
+        """Begins the part of `write` for which processes meet."""
         if self._weights is not None:
             self._weights.exchange()
+
+    def arrive(self) -> None:
+        """Ends it: from now on the model may compute."""
+        if self._weights is not None:
+            self._weights.arrive()
 
     def finish(self) -> None:
         """Ends a micro-batch's gradients."""

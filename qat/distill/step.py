@@ -205,10 +205,11 @@ class Step:
 
     def _backward(self, inputs: dict[str, Tensor], outputs: dict[str, Tensor]) -> None:
         """Forward, loss and backward; the head's gradient is computed at once and not kept by autograd."""
-        hidden_PD = hidden_states(self.student, inputs)
         beside = self.loss.teacher
-        with torch.no_grad():
+        with torch.no_grad():  # first, as the student's weights may still be on their way
             teacher_PD = None if beside is None else hidden_states(beside, inputs)
+        self.learners.arrive()
+        hidden_PD = hidden_states(self.student, inputs)
         value, grad_PD = self.head.backward(
             hidden_PD.detach(),
             outputs["ids"].flatten(0, 1),

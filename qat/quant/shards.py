@@ -5,7 +5,7 @@ with indices and parts, of whole layers alone, which are its own (the optimizer'
 "ZeRO", Rajbhandari et al. 2020, arXiv 1910.02054, its second stage). In a step
 
 1. it writes the weights of its own layers, and gets all others' (`exchange`): 16-bit numbers, as the forward pass
-   reads them, so that nothing is lost;
+   reads them, so that nothing is lost, and while a teacher computes, where one runs beside the student;
 2. each gradient goes to the process whose layer it is as soon as a micro-batch's backward pass has left it, while that
    goes on, and is added up there in fp32, in the order of the processes: the same sum whenever it is made again;
 3. turning gradients into those of parts, correcting them for latent weights and updating concern one layer at a time,
@@ -90,9 +90,9 @@ class Bucket:
 
 
 def buckets(parts: list[list[Quantized]], owners: dict[Quantized, int], count: int) -> list[Bucket]:
-    """The units of layers with one gradient a pass, from the last to the first, each in the first open bucket with room.
+    """The units of layers with one gradient a pass, from the last to the first, each in the first bucket with room.
 
-    The last few are open, so that none waits long for what is far away in the model.
+    Of the last few alone, so that none waits long for what is far away in the model.
     """
     found: list[Bucket] = []
     for part in reversed(parts):
@@ -141,6 +141,7 @@ class SharedWeights(Weights):
         others = [layer for layer in self._several if layer not in self.own]
         self._whole = {layer: torch.zeros(room(layer), dtype=torch.float32, device=device) for layer in others}
         self._under_way: deque[tuple[int, Trade]] = deque()
+        self._arriving: Trade | None = None
         self._begin_micro_batch()
 
     def _arrange(self) -> tuple[list[Quantized], int]:
@@ -198,8 +199,15 @@ class SharedWeights(Weights):
                         piece.add_(one)
 
     def exchange(self) -> None:
-        """Gets the weights that others have written."""
-        self.ranks.spread(self.values)
+        """Begins to get the weights that others have written."""
+        self.arrive()  # those of an attempt that was given up
+        self._arriving = self.ranks.spread(self.values)
+
+    def arrive(self) -> None:
+        """Waits for them."""
+        if self._arriving is not None:
+            self._arriving.wait()
+        self._arriving = None
 
     @contextmanager
     def whole(self) -> Iterator[None]:

@@ -159,7 +159,10 @@ class Weights:
         """Told when those of all micro-batches of a step have: from now on `sums` is complete."""
 
     def exchange(self) -> None:
-        """Told when the weights of `own` are written: from now on `values` is complete."""
+        """Told when the weights of `own` are written."""
+
+    def arrive(self) -> None:
+        """Told before weights are read: from now on `values` is complete."""
 
     def _gathering(self, layers: list[Quantized]) -> tuple[Tensor, int]:
         """Where gradients of adjacent layers go at first, and the place in `values` at which it begins."""

@@ -83,8 +83,13 @@ def train_into(work: Workspace, cached: Artifact, start: Path, folder: Path) -> 
 
 
 def _resume(work: Workspace, trainer: Trainer) -> None:
-    """Takes over the newest state of the run that is gone on with; without one, begins at the beginning."""
-    run, earlier = work.run, _earlier(work)
+    """Takes over the newest state of the run that is gone on with; without one, begins at the beginning.
+
+    Every process does what the first one does, as others work in folders where nothing was done before.
+    """
+    run, ranks = work.run, trainer.ranks
+    told = ranks.tell(str((ranks.first and _earlier(work)) or ""), work.machine.device)
+    earlier = Path(told) if told else None
     state = _states(work, earlier).newest() if earlier else None
     rows = run.rewind(state.facts["logged"] if state else 0)
     if state is not None:
