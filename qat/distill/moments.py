@@ -94,14 +94,25 @@ class HostMoments:
         return parameter.name in self._parameters
 
 
+@dataclass(frozen=True)
+class Slot:
+    """Memory on the GPU for a piece, [2, `PIECE`], and what has happened to it."""
+
+    memory: Tensor
+    loaded: torch.cuda.Event
+    computed: torch.cuda.Event
+    left: torch.cuda.Event
+
+
 class Lanes:
     """Moves pieces of moments between host memory and a GPU beside what it computes, in turn through a few buffers."""
 
     def __init__(self, device: torch.device) -> None:
         """Allocates the buffers."""
         self.inwards, self.outwards = torch.cuda.Stream(device), torch.cuda.Stream(device)
-        sizes = [torch.empty(2, PIECE, dtype=torch.float32, device=device) for _ in range(BUFFERS)]
-        self._slots = [(buffer, *(torch.cuda.Event() for _ in range(3))) for buffer in sizes]
+        memory = [torch.empty(2, PIECE, dtype=torch.float32, device=device) for _ in range(BUFFERS)]
+        event = torch.cuda.Event
+        self._slots = [Slot(one, event(), event(), event()) for one in memory]
         self._turn = 0
 
     def begin(self) -> None:
@@ -110,25 +121,25 @@ class Lanes:
 
     def load(self, moments: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """A piece on the GPU, for what is computed from now on."""
-        buffer, loaded, _, left = self._slots[self._turn]
-        first, second = buffer[0, : len(moments[0])], buffer[1, : len(moments[1])]
+        slot = self._slots[self._turn]
+        first, second = slot.memory[:, : len(moments[0])]
         with torch.cuda.stream(self.inwards):
-            self.inwards.wait_event(left)
+            self.inwards.wait_event(slot.left)
             first.copy_(moments[0], non_blocking=True)
             second.copy_(moments[1], non_blocking=True)
-            loaded.record(self.inwards)
-        torch.cuda.current_stream().wait_event(loaded)
+            slot.loaded.record(self.inwards)
+        torch.cuda.current_stream().wait_event(slot.loaded)
         return first, second
 
     def store(self, moments: tuple[Tensor, Tensor]) -> None:
         """Sends the piece that was loaded last back as it is by now."""
-        buffer, _, computed, left = self._slots[self._turn]
-        computed.record()
+        slot = self._slots[self._turn]
+        slot.computed.record(torch.cuda.current_stream())
         with torch.cuda.stream(self.outwards):
-            self.outwards.wait_event(computed)
-            for moment, here in zip(moments, buffer, strict=True):
+            self.outwards.wait_event(slot.computed)
+            for moment, here in zip(moments, slot.memory, strict=True):
                 moment.copy_(here[: len(moment)], non_blocking=True)
-            left.record(self.outwards)
+            slot.left.record(self.outwards)
         self._turn = (self._turn + 1) % BUFFERS
 
     def wait(self) -> None:

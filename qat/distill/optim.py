@@ -12,6 +12,7 @@ from qat.distill.parameters import LATENT, Parameter
 
 BETAS, EPS = (0.9, 0.95), 1e-8
 
+
 class Optimizer:
     """AdamW (Loshchilov & Hutter 2019) whose rate for each tensor is relative to its root mean square.
 

@@ -160,8 +160,10 @@ def test_three_processes_share_all_states_and_the_checkpoint_is_whole(prepared, 
     most = max(sum(one[2].values()) for one in found)
     assert most < 0.5 * sum(alone[2].values())
     for name in ("tables", "latent"):
-        ours, theirs = (checkpoints.native.tensor_files.read(
-            prepared / f"of-{count}" / f"{name}.safetensors", None, "") for count in (3, 1))
+        ours, theirs = (
+            checkpoints.native.tensor_files.read(prepared / f"of-{count}" / f"{name}.safetensors", None, "")
+            for count in (3, 1)
+        )
         assert ours.keys() == theirs.keys()
         for key, value in theirs.items():
             if not key.endswith("indices"):
