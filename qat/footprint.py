@@ -404,7 +404,7 @@ def _fit(layers: list[Layer], gradients: bool, job: Job, machine: Machine) -> It
 
 
 def _work(layer: Layer, gradients: bool) -> float:
-    """Bytes that the fit of a layer takes beside its weight and moments, as measured (docs/LOG.md)."""
+    """Bytes that the fit of a layer takes beside its weight and moments, as measured (docs/log/memory.md)."""
     outputs, inputs = layer.shape
     return FP32 * (COPIES * outputs * inputs + SQUARES * (inputs**2 + (outputs**2 if gradients else 0)))
 

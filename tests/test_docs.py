@@ -12,6 +12,7 @@ from qat.cli import arguments, job, main
 from tests.launching import LAUNCH, python
 
 ROOT = Path(__file__).resolve().parents[1]
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 NOTEBOOK = json.loads((ROOT / "docs" / "colab.ipynb").read_text(encoding="utf-8"))
 PYTHON = "python launch.py"
 
@@ -24,7 +25,7 @@ def in_notebook() -> list[str]:
 def in_documents() -> list[str]:
     """Lines of code blocks, and code inside a sentence; not those that leave something out."""
     found = []
-    for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
+    for path in DOCUMENTS:
         if path.name == "EXTENDING.md":  # its options are there once its recipes are followed
             continue
         text = path.read_text(encoding="utf-8")
@@ -102,6 +103,6 @@ def test_python_in_the_notebook_compiles():
 
 
 def test_links_lead_somewhere():
-    for path in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
+    for path in DOCUMENTS:
         for target in re.findall(r"\]\(([^)#:]+)\)", path.read_text(encoding="utf-8")):
-            assert (path.parent / target).exists(), f"{path.name}: {target}"
+            assert (path.parent / target).exists(), f"{path.relative_to(ROOT)}: {target}"

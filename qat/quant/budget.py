@@ -24,8 +24,8 @@ Costs = dict[str, dict[Format, float]]  # cost in nats by layer and format, befo
 
 UNITS = 1 << 16
 MEGA = 10**6
-# Share of a cost that is left after training, by bits of the index: trained KL over converted KL in docs/LOG.md at 2,
-# 3 and 4 bits; other widths have about the value of the nearest of these.
+# Share of a cost that is left after training, by bits of the index: trained KL (docs/log/training.md) over converted KL
+# (docs/log/conversion.md) at 2, 3 and 4 bits; other widths have about the value of the nearest of these.
 LEFT = {1: 0.31, 2: 0.31, 3: 0.45, 4: 0.48, 5: 0.5, 6: 0.5, 7: 0.5, 8: 0.5}
 
 

@@ -16,8 +16,8 @@ a factor of its own.) h is the product of a layer's curvature at its outputs and
 once (`qat.distill.curvature`); `qat.quant.stack` adds the term to the gradient.
 
 How fast they learn follows their cells: a step that carries a weight of two bits to the next value carries one of
-four bits over several. `PACES` are the rates that were best at 2, 3 and 4 bits (docs/LOG.md), over that at 2; beyond
-them each further bit halves it.
+four bits over several. `PACES` are the rates that were best at 2, 3 and 4 bits (docs/log/training.md), over that at 2;
+beyond them each further bit halves it.
 
 Shapes: O outputs, I inputs, K values; M vectors of D numbers.
 """

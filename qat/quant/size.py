@@ -32,8 +32,8 @@ def bits_per_weight(layers: list[Layer]) -> float:
 def rounded(layers: Iterable[Layer], model: nn.Module) -> list[Layer]:
     """What a packed file has in 8 bits although the student has it exact: embedding and head.
 
-    It costs less KL than can be measured (docs/LOG.md) and saves half of their bytes. Columns share a scale in groups
-    of `GROUP`, or all of them where these do not divide a row.
+    It costs less KL than can be measured (docs/log/size.md) and saves half of their bytes. Columns share a scale in
+    groups of `GROUP`, or all of them where these do not divide a row.
     """
     quantized, found = {layer.name for layer in layers}, []
     for name, role in vocabulary.possible(model).items():
