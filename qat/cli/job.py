@@ -18,6 +18,7 @@ from qat.cli.compose import typed
 from qat.config import Config
 from qat.errors import QatError
 from qat.identities import RESULT, remove_empty
+from qat.installation import command
 from qat.report import log as run_log
 from qat.runs import LOG, UNRECORDED
 from qat.suggest import one_line
@@ -88,7 +89,7 @@ def _bury(config: Config, error: QatError) -> None:
 
 def command_line(arguments: list[str]) -> str:
     """The words typed, as a line for a shell."""
-    return shlex.join(["python", "launch.py", *arguments])
+    return shlex.join([*command().split(), *arguments])
 
 
 def _run(config: Config, folder: Path, swept: bool) -> float:

@@ -30,11 +30,11 @@ FILES = ("tables", "latent", "own")
 
 def job(words: list[str]) -> None:
     """What a process does: one launch."""
-    import launch
+    from qat.cli.launch import launch
     from qat.cli import main
 
     launching.lighten()
-    sys.exit(main.main(words, launch.launch))
+    sys.exit(main.main(words, launch))
 
 
 @pytest.fixture(scope="module")
