@@ -30,8 +30,8 @@ FILES = ("tables", "latent", "own")
 
 def job(words: list[str]) -> None:
     """What a process does: one launch."""
-    from qat.cli.launch import launch
     from qat.cli import main
+    from qat.cli.launch import launch
 
     launching.lighten()
     sys.exit(main.main(words, launch))
