@@ -16,7 +16,7 @@ from qat.cache.batch import Text
 from qat.cache.reader import CacheReader
 from qat.cli import arguments, main
 from qat.config import DataConfig, DataSource, LearnConfig, LossKind, ModeConfig, Stage, TrainConfig
-from qat.convert.moments import gather
+from qat.conversion.moments import gather
 from qat.distill.loss import Loss
 from qat.distill.trainer import Trainer
 from qat.errors import ConfigError

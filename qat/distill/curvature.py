@@ -8,7 +8,7 @@ import torch
 from transformers import PreTrainedModel
 
 from qat.cache.reader import CacheReader
-from qat.convert.moments import gather
+from qat.conversion.moments import gather
 from qat.processes import Ranks
 from qat.quant.architectures import Layer
 from qat.quant.linear import Quantized

@@ -10,7 +10,7 @@ from qat.artifacts import Artifact, obtain, require
 from qat.cache.reader import CacheReader
 from qat.config import ROLES, Config
 from qat.console import console, table
-from qat.convert.convert import convert
+from qat.conversion.convert import convert
 from qat.evaluate import Metrics, evaluate
 from qat.installation import command
 from qat.quant.architectures import Layer, recorded, select, told
