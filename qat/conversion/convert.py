@@ -1,7 +1,7 @@
 """A whole model quantized, decoder layer by decoder layer.
 
-Moments of one are gathered, its layers are fitted and put away, and the next one comes (`qat.conversion.moments.walk`): so
-neither the weights nor the moments nor what is made of them is ever in memory as a whole. Layers of one shape go
+Moments of one are gathered, its layers are fitted and put away, and the next one comes (`walk` in `moments.py`):
+so neither the weights nor the moments nor what is made of them is ever in memory as a whole. Layers of one shape go
 through the fit together, a few at a time; where they are small, those of several decoder layers.
 """
 

@@ -1,8 +1,8 @@
 """The cost of each layer in each format that it may have; a budget is shared out by these costs.
 
 Every layer is fitted alone, all others being exact. An error E in it adds ½ tr(G E H Eᵀ) nats a token to the KL from
-the teacher, G and H being what conversion goes by (`qat.conversion.moments`), here gathered with gradients in any case. Of
-embedding and head, G is a weight for each row (`qat.conversion.vocabulary`). Sweeps are left out: they make every format
+the teacher, G and H being what conversion goes by (`moments.py`), here gathered with gradients in any case. Of
+embedding and head, G is a weight for each row (`vocabulary.py`). Sweeps are left out: they make every format
 better by about as much and take most of the time.
 """
 
