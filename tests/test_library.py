@@ -1,8 +1,10 @@
 """`qat.load`, `qat.convert` and `Student.save`: the command's own results, and nothing left behind."""
 
 import json
+import logging
 import os
 import random
+import re
 import subprocess
 import sys
 import tempfile
@@ -14,6 +16,7 @@ import transformers
 from hydra._internal.sources_registry import SourcesRegistry
 from hydra.core.plugins import Plugins
 from hydra.plugins.search_path_plugin import SearchPathPlugin
+from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 import qat
@@ -32,6 +35,7 @@ QUICK = [
     "convert.rounds=1",
 ]
 SMALL = {"mlp": {"bits": 3, "rank": 2}, "attn": {"bits": 4, "rank": 2}}
+ROOT = Path(__file__).resolve().parents[1]
 IDS = torch.arange(40).reshape(2, 20)
 
 
@@ -184,6 +188,8 @@ def test_other_libraries_say_what_they_said_before(made, capfd, monkeypatch):
         capfd.readouterr()
         qat.load("SR-001", outputs=outputs, overrides=QUICK[:2])
         assert capfd.readouterr() == ("", "")
+        list(tqdm(range(2)))
+        assert "2/2" in capfd.readouterr().err
         assert transformers.logging.get_verbosity() == transformers.logging.INFO
         assert transformers.utils.logging.is_progress_bar_enabled() and "TQDM_DISABLE" not in os.environ
     finally:
@@ -253,3 +259,61 @@ def test_an_export_for_another_engine_is_named(tmp_path):
     (tmp_path / "manifest.json").write_text(json.dumps(described))
     with pytest.raises(ConfigError, match="is an export for coreml, which transformers does not read: it reads packed"):
         qat.load(tmp_path)
+
+
+def blocks():
+    """Python in docs/LIBRARY.md, as one program."""
+    text = (ROOT / "docs" / "LIBRARY.md").read_text(encoding="utf-8")
+    return "\n".join(re.findall(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL))
+
+
+def cells():
+    """The code of docs/library.ipynb by tag or place."""
+    notebook = json.loads((ROOT / "docs" / "library.ipynb").read_text(encoding="utf-8"))
+    return [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Conversions of documents and notebooks are told to be quick."""
+    given = qat.library.words.refuse_said
+
+    def more(overrides):
+        said = {word.partition("=")[0] for word in overrides}
+        return [*given(overrides), *(word for word in QUICK if word.partition("=")[0] not in said)]
+
+    monkeypatch.setattr(qat.library.words, "refuse_said", more)
+
+
+def test_examples_of_the_document_run(loaded, documents, quick, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    loaded[0].save_pretrained("mine"), loaded[1].save_pretrained("mine")
+    Path("notes.txt").write_text("\n\n".join(documents))
+    level = logging.getLogger("qat").level
+    program = blocks().replace('"HuggingFaceTB/SmolLM2-135M-Instruct"', '"mine"')
+    try:
+        exec(compile(program, "LIBRARY.md", "exec"), {})
+    finally:
+        logging.getLogger("qat").setLevel(level)
+    bits, kl = map(float, capsys.readouterr().out.split()[:2])
+    assert bits > 3 and 0 < kl < 5
+    assert {path.name for path in Path().iterdir()} >= {"outputs", "student", "student-dense"}
+    assert [path.name for path in Path("outputs").glob("SR-*")] == ["SR-001"]
+
+
+def test_the_notebook_runs(quick, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    space = {}
+    for cell in cells():
+        source = "".join(cell["source"])
+        if "parameters" in cell["metadata"].get("tags", []):
+            source = 'MODEL = "tiny"'
+        exec(compile(source, cell["id"], "exec"), space)
+    assert space["MODEL"] == "tiny" and Path("student/packed.safetensors").is_file()
+
+
+def test_the_notebook_shows_what_it_gave():
+    for cell in cells():
+        assert isinstance(cell["execution_count"], int)
+        assert all(output["output_type"] != "error" for output in cell["outputs"])
+    assert any(cell["outputs"] for cell in cells())
