@@ -122,9 +122,7 @@ def kind_of(folder: Path) -> str:
 
 def _generation(teacher: ModelFolder) -> GenerationConfig:
     """The defaults of the teacher's folder, with all tokens that end a text."""
-    if (teacher.path / model_files.GENERATION).is_file():
-        found = GenerationConfig.from_pretrained(teacher.path)
-    else:
-        found = GenerationConfig.from_model_config(teacher.settings())
+    said = model_files.read(teacher.path / model_files.GENERATION)
+    found = GenerationConfig.from_dict(said) if said else GenerationConfig.from_model_config(teacher.settings())
     found.eos_token_id = list(teacher.ends()) or None
     return found
