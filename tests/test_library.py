@@ -310,10 +310,3 @@ def test_the_notebook_runs(quick, tmp_path, monkeypatch, capsys):
             source = 'MODEL = "tiny"'
         exec(compile(source, cell["id"], "exec"), space)
     assert space["MODEL"] == "tiny" and Path("student/packed.safetensors").is_file()
-
-
-def test_the_notebook_shows_what_it_gave():
-    for cell in cells():
-        assert isinstance(cell["execution_count"], int)
-        assert all(output["output_type"] != "error" for output in cell["outputs"])
-    assert any(cell["outputs"] for cell in cells())
