@@ -17,8 +17,8 @@ from conversion import preset
 
 from qat.cache.batch import Text
 from qat.config import DataConfig, DataSource, ModelConfig, ModelSource, Packing
-from qat.convert.convert import STACK_BYTES, stacks
-from qat.convert.moments import gather
+from qat.conversion.convert import STACK_BYTES, stacks
+from qat.conversion.moments import gather
 from qat.data import packing, texts, thinking
 from qat.data.documents import Document
 from qat.machine import exact_matmul

@@ -31,7 +31,7 @@ from qat.config import (
     Packing,
     QuantConfig,
 )
-from qat.convert.convert import Converted, Held, Shelf, convert, install
+from qat.conversion.convert import Converted, Held, Shelf, convert, install
 from qat.data import packing, sources
 from qat.data.documents import Document
 from qat.data.tally import Tally

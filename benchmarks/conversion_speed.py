@@ -18,8 +18,8 @@ from transformers import AutoModelForCausalLM, Qwen3Config
 from qat import machine as machines
 from qat.cache.batch import Batch, Text
 from qat.config import ConvertConfig, InstanceConfig, KMeansBackend, KMeansConfig, QuantConfig, WeightConfig
-from qat.convert import convert
-from qat.convert.moments import Moments, gather
+from qat.conversion import convert
+from qat.conversion.moments import Moments, gather
 from qat.machine import exact_matmul, peak_bytes
 from qat.quant import kmeans
 from qat.quant.architectures import Layer, select

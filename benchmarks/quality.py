@@ -64,7 +64,7 @@ from transformers import PreTrainedModel
 
 from qat.artifacts import obtain
 from qat.config import QuantConfig, WeightConfig
-from qat.convert.convert import install
+from qat.conversion.convert import install
 from qat.errors import ConfigError, QatError, UnavailableError
 from qat.quant.architectures import Layer, select
 from qat.quant.places import matrix

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from qat.cache.batch import Text
 from qat.config import DataConfig, DataSource, ModelConfig, ModelSource, Packing
-from qat.convert.moments import gather
+from qat.conversion.moments import gather
 from qat.data import packing, texts, thinking
 from qat.data.documents import Document
 from qat.machine import exact_matmul

@@ -10,6 +10,7 @@ from typing import Any
 from qat.artifacts import MANIFEST, read_manifest
 from qat.errors import ArtifactError
 from qat.identities import RESULT
+from qat.installation import command
 from qat.records import Record, read
 
 # File names that the V2 scripts give a state dict, in order of preference.
@@ -100,4 +101,4 @@ def _why(run: Record) -> str:
 
 def _again(run: Record) -> str:
     resume = "" if run.text("stage") == "convert" else f" run.resume={run.run_id}"
-    return f"to make it: python launch.py --config-path {run.folder}{resume}"
+    return f"to make it: {command()} --config-path {run.folder}{resume}"

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import IO, Any, cast
 
 from qat.errors import UnavailableError
+from qat.installation import to_install
 
 # Errors of a damaged stream: zlib, lzma and gzip raise their own and EOFError, lz4 raises RuntimeError.
 MISREAD: tuple[type[Exception], ...] = (
@@ -91,7 +92,7 @@ def package(module: str, name: str) -> Any:
     try:
         return importlib.import_module(module)
     except ImportError:
-        raise UnavailableError(f"this file needs the package {name}: pip install -e '.[store]'") from None
+        raise UnavailableError(f"this file needs the package {name}: {to_install('store')}") from None
 
 
 class _Zstandard(io.RawIOBase):

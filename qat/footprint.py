@@ -32,7 +32,7 @@ from qat.config import (
     TrainConfig,
 )
 from qat.console import size
-from qat.convert.convert import STACK_BYTES, stacks
+from qat.conversion.convert import STACK_BYTES, stacks
 from qat.data import mix
 from qat.distill.head import CHUNK_BYTES, positions_at_once
 from qat.errors import ConfigError

@@ -21,9 +21,10 @@ from typing import Any
 
 import yaml
 
+from qat import options
 from qat.artifacts import content_key
 from qat.checkpoint_files import BEST, find
-from qat.config import CONF, CheckpointConfig, Config, DataSource, Stage
+from qat.config import CheckpointConfig, Config, DataSource, Stage
 from qat.errors import ArtifactError, ConfigError, QatError
 from qat.identities import PLAN, RESOLVED, RESULT, RUN, places, recorded
 from qat.store import archives
@@ -209,12 +210,21 @@ def aliases(word: str, archive: str | None = None, group: str = "checkpoint") ->
     return list(dict.fromkeys(filter(None, names)))
 
 
-@cache
 def _options(group: str) -> dict[str, str]:
     """The options of a group that stand for an archive, each with the archive's own name."""
-    files = {path.stem: yaml.safe_load(path.read_text(encoding="utf-8")) for path in (CONF / group).glob("*.yaml")}
-    named = {option: said.get("archive") or said.get("path") for option, said in sorted(files.items())}
+    named = {path.stem: _archive(path.absolute()) for path in options.files(group)}
     return {option: archive for option, archive in named.items() if archive}
+
+
+@cache
+def _archive(option: Path) -> str | None:
+    """The archive that an option names; none in a file of a person's own that cannot be read, as composing it tells."""
+    try:
+        said = yaml.safe_load(option.read_text(encoding="utf-8", errors="replace"))
+    except yaml.YAMLError:
+        return None
+    found = isinstance(said, dict) and (said.get("archive") or said.get("path"))
+    return found if isinstance(found, str) else None
 
 
 def _meant(word: str, outputs: Path) -> Iterator[Path]:

@@ -23,6 +23,7 @@ from qat.artifacts import Artifact, write_json, write_text
 from qat.config import Config, Stage, as_plain
 from qat.errors import ArtifactError
 from qat.identities import RESULT, RUN, claim_run, give_back, note, places, recorded
+from qat.installation import INSTALLED
 from qat.tracking import Tracker, open_tracker
 
 log = logging.getLogger(__name__)
@@ -274,6 +275,8 @@ def environment(device: str, instance: str = "") -> dict[str, Any]:
 
 def commit() -> str | None:
     """The commit of this source tree, with `-dirty` when it was changed; None outside a checkout."""
+    if INSTALLED:  # a repository around it is another's
+        return None
     try:
         done = subprocess.run(
             ["git", "describe", "--always", "--dirty", "--abbrev=12"],

@@ -19,6 +19,7 @@ from qat.artifacts import content_key, write_json, write_text
 from qat.config import Config
 from qat.errors import ArtifactError, ConfigError, MissingError
 from qat.identities import PLAN, RESOLVED, RESULT, claim_run, claim_sweep, note
+from qat.installation import command
 from qat.plans import Job
 from qat.records import Record, read
 from qat.report.markdown import code, plain
@@ -224,7 +225,7 @@ def how_to_go_on(sweep: Sweep) -> str:
     if not left:
         return ""
     again = [*sweep.own_options(), f"sweep.resume={sweep.folder}"]
-    return f"{left} of {len(sweep.jobs)} jobs are left; to go on: python launch.py {shlex.join(again)}"
+    return f"{left} of {len(sweep.jobs)} jobs are left; to go on: {command()} {shlex.join(again)}"
 
 
 def _save(sweep: Sweep) -> None:

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 IMPORTED = [
-    "launch",
+    "qat.cli.launch",
     "qat.stages.run",
     "qat.plots",
     "hydra._internal.hydra",
@@ -127,7 +127,7 @@ def fork_pythons() -> None:
         if not process.pid:
             if session:
                 os.setsid()
-            _afresh(tuple(word for word in args[1:] if word != "-u"), [given, out, err], cwd, env)
+            _afresh(tuple(word for word in args[1:] if word not in ("-u", "-P")), [given, out, err], cwd, env)
         process._child_created = True
         for end in (given, out, err):
             if end >= 0:

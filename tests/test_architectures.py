@@ -29,8 +29,8 @@ from qat.config import (
     Packing,
     TrainConfig,
 )
-from qat.convert.convert import install, quantize
-from qat.convert.moments import gather
+from qat.conversion.convert import install, quantize
+from qat.conversion.moments import gather
 from qat.data.documents import obtain_documents
 from qat.distill.loss import Loss
 from qat.distill.trainer import Trainer

@@ -27,7 +27,7 @@ from qat.config import (
     WeightConfig,
     WeightFormat,
 )
-from qat.convert.moments import gather
+from qat.conversion.moments import gather
 from qat.distill.loss import Loss
 from qat.distill.trainer import Trainer
 from qat.errors import ConfigError

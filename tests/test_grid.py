@@ -22,7 +22,7 @@ from qat.config import (
     WeightFormat,
 )
 from qat.config import WeightConfig as Weight
-from qat.convert.convert import install
+from qat.conversion.convert import install
 from qat.distill.loss import Loss
 from qat.distill.trainer import Trainer
 from qat.errors import ConfigError

@@ -75,7 +75,7 @@ class Shop:
         self.outputs = outputs
 
     def launch(self, *argv):
-        import launch
+        from qat.cli.launch import launch
 
         before = set(self.outputs.glob("S*-*")) | set(self.outputs.glob("sweep-*"))
         handlers, level = list(logging.root.handlers), logging.root.level
@@ -85,7 +85,7 @@ class Shop:
             patch.setattr(sys, "argv", ["launch.py"])
             patch.setattr(machine, "matmul_flops", lambda machine: 1e11)  # a second each time
             with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-                code = main.main([*argv, f"outputs={self.outputs}"], launch.launch)
+                code = main.main([*argv, f"outputs={self.outputs}"], launch)
         job.failures.clear()
         GlobalHydra.instance().clear()
         for handler in logging.root.handlers:

@@ -24,8 +24,8 @@ from qat.config import (
     QuantConfig,
     WeightConfig,
 )
-from qat.convert.convert import install, quantize
-from qat.convert.moments import gather
+from qat.conversion.convert import install, quantize
+from qat.conversion.moments import gather
 from qat.data.documents import obtain_documents
 from qat.machine import Machine
 from qat.models import ModelFolder

@@ -1,5 +1,6 @@
 """The command line: everything between the words typed and a checked `Config`.
 
+    launch.py       the front door: `qat`, `python -m qat`, a clone's launch.py
     main.py         the whole way in a dozen lines
     arguments.py    the words typed, as flags and overrides Hydra reads
     checkpoints.py  `checkpoint=<path>` and `checkpoint=SR-007`, which qat/names.py understands

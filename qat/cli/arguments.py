@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 
 from hydra._internal.utils import get_args_parser
 
-from qat import names
+from qat import names, options
 from qat.cli import recorded, schema, trusted, words
 from qat.config import CONF, Config
 from qat.errors import ConfigError
@@ -76,6 +76,7 @@ def parse(argv: list[str]) -> CommandLine:
     overrides = flags.pop("overrides")
     _check_flags(flags)
     _check_completion(flags, overrides)
+    options.name(flags["config_dir"])
     command = CommandLine(flags, overrides)
     command.overrides = [words.quoted(_whole_numbers(text), command.multirun) for text in overrides]
     _find_config(command)
@@ -111,7 +112,7 @@ def _refuse(message: str) -> NoReturn:
     if unknown is None:
         raise ConfigError(message)
     known = {name[2:]: name for name in flag_names()} | {
-        key: f"{key}=<value>" for key in (*schema.keys(), *schema.EXTRAS)
+        key: f"{key}=<value>" for key in (*schema.keys(), *schema.presets())
     }
     flag = unknown[1].split("=")[0]
     found = nearest(flag.lstrip("-").replace("-", "_"), known)

@@ -1,16 +1,18 @@
-"""What the shell offers at the end of a line: `eval "$(python launch.py -sc install=bash)"`.
+"""What the shell offers at the end of a line: `eval "$(qat -sc install=bash)"`.
 
 Hydra writes the shell's side. Its own answers know neither the words that a key takes nor the runs there
 are, and show a key's value in Python's spelling, so lines are answered here, from the schema.
 """
 
+import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
 
 from hydra.plugins.completion_plugin import CompletionPlugin
 
-from qat.cli import helping, schema
+from qat import options
+from qat.cli import schema
 from qat.cli.arguments import flag_names
 from qat.identities import places
 
@@ -26,7 +28,9 @@ def answer(shell: str, line: str) -> str:
 
 def complete(line: str) -> list[str]:
     """Everything that the last word of a line may become; a word not begun yet may become any setting."""
-    word = line.rpartition(" ")[2]
+    before, _, word = line.rpartition(" ")
+    folder = re.search(r" (?:--config-dir|-cd)[= ](\S+)", before)
+    options.name(folder and os.path.expanduser(folder[1]))
     if word.startswith("-"):
         return [flag for flag in flag_names() if flag.startswith(word)]
     key, equals, value = word.partition("=")
@@ -39,7 +43,7 @@ def complete(line: str) -> list[str]:
 def _keys(begun: str) -> list[str]:
     """Keys and groups, down to the next dot: `tr` may become `train.` or `tracker=`."""
     found = set()
-    for name in (*(key.name for key in schema.keys().values() if _is_settable(key)), *schema.EXTRAS):
+    for name in (*(key.name for key in schema.keys().values() if _is_settable(key)), *schema.presets()):
         if name.startswith(begun):
             head, dot, _ = name[len(begun) :].partition(".")
             found.add(begun + head + (dot or "="))
@@ -62,8 +66,8 @@ def _words(name: str) -> Iterable[str]:
     if name in RUNS:
         yield from (run_id for run_id, _ in places(Path("outputs")) if WORD.fullmatch(run_id))
     name = schema.nested().get(name, name)
-    if name in (*schema.groups(), *schema.EXTRAS):
-        yield from (option.stem for option in helping.options(name))
+    if name in (*schema.groups(), *schema.presets()):
+        yield from (option.stem for option in options.files(name))
         return
     key = schema.keys().get(name)
     if key is not None and key.words():

@@ -11,8 +11,10 @@ from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra._internal.utils import create_config_search_path
 from hydra.core.config_search_path import ConfigSearchPath, SearchPathQuery
 from hydra.core.object_type import ObjectType
+from hydra.core.plugins import Plugins
 from hydra.core.utils import JobRuntime, setup_globals
 from hydra.errors import HydraException
+from hydra.plugins.search_path_plugin import SearchPathPlugin
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from omegaconf.errors import (
@@ -24,6 +26,7 @@ from omegaconf.errors import (
 )
 from yaml import YAMLError
 
+from qat import options
 from qat.cli import recorded, schema, sections, trusted, words
 from qat.config import CONF, Config, Stage
 from qat.config.keys import values
@@ -48,6 +51,15 @@ MISTAKES = (
 )
 
 
+class OwnOptions(SearchPathPlugin):
+    """Has Hydra find the options of a person's own folders behind the package's; of `--config-dir` it knows."""
+
+    def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
+        """Adds the folders."""
+        for folder in options.standing():
+            search_path.append("own", f"file://{folder.absolute()}")
+
+
 class Composer:
     """Composes the file that the flags name, by default `conf/config.yaml`."""
 
@@ -62,6 +74,7 @@ class Composer:
         JobRuntime.instance().set("name", "launch")  # the job name that Hydra will use, after launch.py
         schema.register()
         words.register()
+        Plugins.instance().register(OwnOptions)
         self.name = flags.get("config_name") or "config"
         self.is_default = self.name == "config" and not flags.get("config_path")
         self.loader = ConfigLoaderImpl(_search_path(flags))

@@ -9,27 +9,34 @@ from qat.cli import schema
 from qat.cli.schema import Key
 from qat.config import CONF, Stage
 from qat.errors import ConfigError
+from qat.installation import command
+from qat.options import files
 from qat.suggest import did_you_mean
 
 INTRO = """\
 Quantize a small chat model to a few bits a weight and train it to imitate the original.
 
-  python launch.py                                   the whole job: cache, convert, distill, evaluate
-  python launch.py quant=q3a4_r8 train.steps=200     3 bits at rank 8, a longer training
-  python launch.py stage=chat checkpoint=SR-001      talk to the result of a run
-  python launch.py -m train.lr=1e-4,3e-4,1e-3        a sweep, one run a value
-  python launch.py +experiment=quick                 a preset: the whole job in small
-  python launch.py stage=doctor                      what this machine has, and what is amiss
-  python launch.py --help quant train.lr             more on a group, a section or a key
+{examples}
 
 Choose options of groups (quant=q2a4) and set keys (train.lr=3e-4); -m makes a,b,c a sweep.
+Options of your own are files conf/<group>/<name>.yaml where you are, or below --config-dir or the folder in QAT_CONF.
 """
+
+EXAMPLES = {
+    "": "the whole job: cache, convert, distill, evaluate",
+    "quant=q3a4_r8 train.steps=200": "3 bits at rank 8, a longer training",
+    "stage=chat checkpoint=SR-001": "talk to the result of a run",
+    "-m train.lr=1e-4,3e-4,1e-3": "a sweep, one run a value",
+    "+experiment=quick": "a preset: the whole job in small",
+    "stage=doctor": "what this machine has, and what is amiss",
+    "--help quant train.lr": "more on a group, a section or a key",
+}
 
 OUTRO = """\
 Results: each run has a folder outputs/SR-001, SR-002, ... with result.json, metrics.jsonl, train.log,
 checkpoints/best, samples.md and loss.png; a sweep's runs are outputs/sweep-001/SR-002, ...
 outputs/RUNS.md is the run log, stage=report adds report.html; sweep.resume=outputs/sweep-001 finishes a sweep.
-To repeat one: python launch.py --config-path outputs/SR-001 --config-name config_resolved
+To repeat one: {command} --config-path outputs/SR-001 --config-name config_resolved
 
 Flags: -m sweep | --cfg job --resolve show the composed configuration | --info | --hydra-help | --version
 """
@@ -44,19 +51,16 @@ def page(topics: list[str]) -> str:
     if topics:
         return "\n\n".join("\n".join(_about(topic)) for topic in topics)
     groups, keys = "Groups (* is the default)", "Keys, with defaults where no option sets them"
-    return "\n".join([INTRO, "Stages", *_stages(), "", groups, *_groups(), "", keys, *_keys(), "", OUTRO])
+    examples = "\n".join(f"  {f'{command()} {words}':<48} {meaning}" for words, meaning in EXAMPLES.items())
+    intro, outro = INTRO.format(examples=examples), OUTRO.format(command=command())
+    return "\n".join([intro, "Stages", *_stages(), "", groups, *_groups(), "", keys, *_keys(), "", outro])
 
 
 def describe(option: Path) -> str:
     """The comment that an option's file opens with."""
-    lines = option.read_text(encoding="utf-8").splitlines()
+    lines = option.read_text(encoding="utf-8", errors="replace").splitlines()
     comments = (line[1:].strip() for line in lines if line.startswith("#"))
     return next((comment for comment in comments if not comment.startswith("@")), "")
-
-
-def options(group: str) -> list[Path]:
-    """The files of a group's options, by name."""
-    return sorted((CONF / group).glob("*.yaml"))
 
 
 def defaults() -> dict[str, str]:
@@ -67,7 +71,7 @@ def defaults() -> dict[str, str]:
 
 def summary(group: str) -> str:
     """A line on what a group is for."""
-    return f"presets, as in +{group}=<name>" if group in schema.EXTRAS else schema.keys()[group].comment
+    return f"presets, as in +{group}=<name>" if group in schema.presets() else schema.keys()[group].comment
 
 
 def below(section: str) -> list[Key]:
@@ -82,15 +86,16 @@ def _stages() -> Iterator[str]:
 
 
 def _groups() -> Iterator[str]:
-    for group in (*schema.groups(), *schema.EXTRAS):
+    for group in (*schema.groups(), *schema.presets()):
         yield f"\n  {group}: {summary(group)}"
         yield from _options(group, defaults().get(group))
 
 
 def _options(group: str, chosen: str | None) -> Iterator[str]:
-    for option in options(group):
+    for option in files(group):
         mark = "*" if chosen == option.stem else " "
-        yield f"   {mark} {option.stem:<16} {describe(option)}"
+        own = "" if option.is_relative_to(CONF) else f"[{option}]"
+        yield f"   {mark} {option.stem:<16} {describe(option)} {own}".rstrip()
 
 
 def _keys() -> Iterator[str]:
@@ -114,7 +119,7 @@ def _set(key: Key) -> str:
 def _about(topic: str) -> Iterator[str]:
     """The lines on one topic; a value typed after it is passed over."""
     name = topic.partition("=")[0].lstrip("+")
-    known = [*schema.keys(), *schema.EXTRAS]
+    known = [*schema.keys(), *schema.presets()]
     if name not in known:
         raise ConfigError(f"--help {topic}: no such group or key{did_you_mean(name, known)}")
     key = schema.keys().get(name)
@@ -122,7 +127,7 @@ def _about(topic: str) -> Iterator[str]:
         yield from _value(key)
         return
     yield f"{name}: {summary(name)}"
-    if (group := schema.nested().get(name, name)) in (*schema.groups(), *schema.EXTRAS):
+    if (group := schema.nested().get(name, name)) in (*schema.groups(), *schema.presets()):
         default = " (* is the default)" if group == name else ""
         yield from (f"\nOptions, as in {name}=<option>{default}", *_options(group, defaults().get(name)))
     if key is not None:

@@ -18,6 +18,7 @@ from qat.cli.compose import typed
 from qat.config import Config
 from qat.errors import QatError
 from qat.identities import RESULT, remove_empty
+from qat.installation import command
 from qat.report import log as run_log
 from qat.runs import LOG, UNRECORDED
 from qat.suggest import one_line
@@ -88,21 +89,37 @@ def _bury(config: Config, error: QatError) -> None:
 
 def command_line(arguments: list[str]) -> str:
     """The words typed, as a line for a shell."""
-    return shlex.join(["python", "launch.py", *arguments])
+    return shlex.join([*command().split(), *arguments])
 
 
 def _run(config: Config, folder: Path, swept: bool) -> float:
     settings = HydraConfig.get()
+    typed_words = _sweep_command(Path(settings.sweep.dir)) if swept else command_line(words)
+    return start(config, folder, typed_words, list(settings.overrides.task), settings.output_subdir)
+
+
+def start(config: Config, folder: Path, command: str, overrides: list[str], settings: str | None = None) -> float:
+    """Records a configuration and runs its stage; returns what `run_job` does.
+
+    Args:
+        config: the checked configuration.
+        folder: the run's own, which exists.
+        command: the command line, for the record.
+        overrides: what it sets for this job.
+        settings: the folder inside in which Hydra has put its own; of a refused run nothing stays.
+
+    Raises:
+        QatError: as `run_job`.
+    """
     if config.stage not in UNRECORDED and config.run.resume is None:  # a resumed run was recorded when it was started
         record(config, folder)
     from qat.stages import run_job  # imports torch, so it is imported only when a job runs
 
-    typed_words = _sweep_command(Path(settings.sweep.dir)) if swept else command_line(words)
     try:
-        return run_job(config, folder, typed_words, list(settings.overrides.task))
+        return run_job(config, folder, command, overrides)
     finally:
         if config.stage not in UNRECORDED and not (folder / RESULT).exists():
-            _clear(folder, settings.output_subdir)
+            _clear(folder, settings)
             remove_empty(folder)
 
 

@@ -65,7 +65,7 @@ def main(argv: list[str], launch: Callable[[], None]) -> int:
     """Runs the command line and returns the exit code.
 
     Args:
-        argv: the words typed after `launch.py`.
+        argv: the words typed after the command.
         launch: the function under `hydra.main`, which reads `sys.argv`.
     """
     job.words[:] = argv

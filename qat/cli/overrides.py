@@ -7,14 +7,14 @@ from typing import Any
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 
-from qat.cli import helping, schema, sections, words
+from qat.cli import schema, sections, words
 from qat.cli.arguments import quote
 from qat.cli.compose import MISTAKES, Composer
 from qat.config import Stage
 from qat.errors import ConfigError
+from qat.options import files
 from qat.suggest import did_you_mean, hint, named, nearest
 
-EXTRAS = tuple(f"{group}=" for group in schema.EXTRAS)
 MAX_JOBS = 256  # allowed jobs in a sweep: each is composed and checked before the first starts
 
 
@@ -29,7 +29,8 @@ def read(overrides: list[str], composer: Composer, multirun: bool) -> list[Overr
     """
     chosen = composer.chosen()
     if any(text.lstrip("+").partition("=")[0] in schema.nested() for text in overrides):
-        presets = [f"+{text.lstrip('+')}" for text in overrides if text.lstrip("+").startswith(EXTRAS)]
+        extras = tuple(f"{group}=" for group in schema.presets())
+        presets = [f"+{text.lstrip('+')}" for text in overrides if text.lstrip("+").startswith(extras)]
         chosen |= composer.chosen(presets)
     parsed = [_parse(text, composer, multirun) for typed in overrides for text in _for_hydra(typed, chosen)]
     for override in parsed:
@@ -56,7 +57,7 @@ def jobs(parsed: list[Override]) -> Iterator[list[str]]:
 def _for_hydra(text: str, chosen: set[str]) -> list[str]:
     key, equals, value = text.partition("=")
     bare, known = key.lstrip("+"), schema.keys()
-    if bare in schema.EXTRAS:
+    if bare in schema.presets():
         return [f"+{bare}{equals}{value}"]
     if bare in schema.groups() and bare not in chosen:  # the recorded values are removed first
         return [f"+schema@{bare}={bare}", f"+{bare}{equals}{value}"]
@@ -109,15 +110,15 @@ def _check_word(word: str) -> None:
 
 def _choice(word: str) -> str | None:
     """The nearest option with its group, or `--help`."""
-    groups = (*schema.groups(), *schema.EXTRAS)
-    choices = {option.stem: f"{group}={option.stem}" for group in groups for option in helping.options(group)}
+    groups = (*schema.groups(), *schema.presets())
+    choices = {option.stem: f"{group}={option.stem}" for group in groups for option in files(group)}
     choices["help"] = "--help"
     found = nearest(word, choices)
     return choices[found] if found else None
 
 
 def _check_key(key: str) -> None:
-    known = [*schema.keys(), *schema.EXTRAS]
+    known = [*schema.keys(), *schema.presets()]
     places = [f"schema@{group}" for group in schema.groups()]
     places += [f"{group}@{name}" for name, group in schema.nested().items()]
     if key not in places and key not in known:
@@ -127,7 +128,7 @@ def _check_key(key: str) -> None:
 def _check(override: Override, composer: Composer, multirun: bool) -> None:
     if override.is_sweep_override() and not multirun:
         raise ConfigError(f"{override.input_line} lists several values: add -m to sweep over them, or quote it as one")
-    if override.key_or_group in (*schema.groups(), *schema.EXTRAS):
+    if override.key_or_group in (*schema.groups(), *schema.presets()):
         for option in _texts(override):
             _check_option(override.package or override.key_or_group, option, composer.options(override.key_or_group))
 

@@ -1,6 +1,6 @@
 """`instance.devices=N`: the same command in N processes, one a GPU, which then find each other.
 
-`torchrun --nproc-per-node N launch.py …` does the same from outside. Only the first process speaks and
+`torchrun --nproc-per-node N -m qat …` does the same from outside. Only the first process speaks and
 writes into the run's folder; the others work in a scratch folder of their own. An error is told once, by
 the process that knows most of it: whoever started the processes ends all of them when one fails, and those
 that would repeat it wait for that.
@@ -18,12 +18,12 @@ from contextlib import ExitStack
 from pathlib import Path
 from types import FrameType
 
+from qat import installation
 from qat import scratch as temporary
 from qat.cli.arguments import quote
 from qat.errors import RankError
 from qat.processes import environment, place, started
 
-LAUNCH = Path(__file__).resolve().parents[2] / "launch.py"
 GRACE = 20.0  # seconds that the other processes have to save their state once one has failed
 PATIENCE = 5.0  # seconds to wait for a process that knows the cause of the error to report it
 
@@ -74,7 +74,8 @@ def launch(argv: list[str], count: int) -> int:
 
 
 def _start(argv: list[str], index: int, count: int, port: str) -> "subprocess.Popen[bytes]":
-    return subprocess.Popen([sys.executable, str(LAUNCH), *argv], env=environment(index, count, port))
+    words, told = installation.again()
+    return subprocess.Popen([*words, *argv], env=environment(index, count, port) | told)
 
 
 def _wait(ranks: "list[subprocess.Popen[bytes]]") -> int | None:

@@ -20,6 +20,7 @@ from qat.cli import schema, words
 from qat.config import Config, as_plain
 from qat.errors import ConfigError
 from qat.identities import RESOLVED
+from qat.installation import command
 from qat.suggest import did_you_mean
 
 FILE = f"{RESOLVED}.yaml"
@@ -28,7 +29,7 @@ DEEPEST = 16  # allowed levels of nesting in a recorded configuration; ordinary 
 DEFAULTS = ["schema", "_self_", {"override hydra/job_logging": "qat"}]
 HEADER = f"""\
 # This run, whole. To repeat it:
-#   python launch.py --config-path <this folder> --config-name {RESOLVED}
+#   %s --config-path <this folder> --config-name {RESOLVED}
 {yaml.safe_dump({"defaults": DEFAULTS}, sort_keys=False)}
 """
 
@@ -42,7 +43,7 @@ def is_meant(flags: dict[str, Any]) -> bool:
 
 def written(config: Config) -> str:
     """The whole configuration as the file that repeats a run."""
-    return HEADER + OmegaConf.to_yaml(OmegaConf.create(_texts(as_plain(config), references.escaped)))
+    return HEADER % command() + OmegaConf.to_yaml(OmegaConf.create(_texts(as_plain(config), references.escaped)))
 
 
 def read(file: Path) -> dict[str, Any]:

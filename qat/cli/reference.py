@@ -13,7 +13,7 @@ from omegaconf import MISSING
 from qat.artifacts import write_text
 from qat.cli import helping, schema
 from qat.cli.schema import Key
-from qat.config import DataPart, Stage
+from qat.config import CONF, DataPart, Stage
 
 FILE = Path(__file__).resolve().parents[2] / "docs" / "CONFIG.md"
 
@@ -21,11 +21,11 @@ INTRO = """\
 # Configuration
 
 Written by `python -m qat.cli.reference` from the schemas in `qat/config/` and the options in `conf/`; change those.
-`python launch.py --help` says the same in a terminal, `--help quant train.lr` a part of it.
+`qat --help`, in a clone `python launch.py --help`, says the same in a terminal, `--help quant train.lr` a part of it.
 
 Options are chosen (`quant=q2a4`), keys are set (`train.lr=3e-4`), and with `-m` either takes several values
 (`-m quant=q2a4,q4a4`). An own option is a file in a folder of the same shape: `--config-dir mine quant=other` reads
-`mine/quant/other.yaml`."""
+`mine/quant/other.yaml`. `conf/` in the current folder and folders that `QAT_CONF` names are read without being said."""
 
 
 def document() -> str:
@@ -68,17 +68,22 @@ def _section(name: str) -> Iterator[str]:
 
 def _presets(group: str) -> Iterator[str]:
     yield f"### `{group}`"
-    rows = ((f"`{group}={option.stem}`", helping.describe(option)) for option in helping.options(group))
+    rows = ((f"`{group}={option.stem}`", helping.describe(option)) for option in _files(group))
     yield _table(("preset", "is"), rows)
 
 
 def _options(group: str) -> str:
     default = helping.defaults()[group]
     rows = []
-    for option in helping.options(group):
+    for option in _files(group):
         name = f"**`{option.stem}`**" if option.stem == default else f"`{option.stem}`"
         rows.append((name, helping.describe(option), _sets(option, group)))
     return _table(("option (default bold)", "is", "sets"), rows)
+
+
+def _files(group: str) -> list[Path]:
+    """The package's own options of a group."""
+    return sorted((CONF / group).glob("*.yaml"))
 
 
 def _sets(option: Path, group: str) -> str:

@@ -7,6 +7,7 @@ from qat.cli import recorded
 from qat.config import Config, Stage, as_plain
 from qat.errors import ConfigError
 from qat.identities import RESULT, sweep
+from qat.installation import command
 from qat.records import Record, read
 from qat.shaping import flat, shaping
 
@@ -30,7 +31,7 @@ def check(config: Config) -> None:
         if key in kept and was != value:
             raise ConfigError(
                 f"run.resume={name}: {key} was {was} there and is {value} here;"
-                f" `python launch.py --config-path {file.parent} run.resume={name}` goes on with it as it was"
+                f" `{command()} --config-path {file.parent} run.resume={name}` goes on with it as it was"
             )
 
 

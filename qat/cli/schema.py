@@ -12,10 +12,13 @@ from typing import Any, get_args, get_origin
 from hydra.conf import HydraConf
 from hydra.core.config_store import ConfigStore
 
+from qat import options
 from qat.config import Config
 from qat.config.keys import Said, hints, required, said
 
-EXTRAS = ("experiment", "debug")  # groups without a default option: presets that set options of several other groups
+# Groups of the package without a default option: presets that set options of several other groups.
+EXTRAS = ("experiment", "debug")
+
 
 @dataclass(frozen=True)
 class Key:
@@ -71,6 +74,11 @@ def keys() -> dict[str, Key]:
 def groups() -> tuple[str, ...]:
     """Groups that every run has an option of."""
     return tuple(key.name for key in keys().values() if key.is_group)
+
+
+def presets() -> tuple[str, ...]:
+    """Groups that a run has an option of only if it is asked for: the package's, and those of a person's own."""
+    return (*EXTRAS, *(group for group in options.groups() if group not in (*EXTRAS, *groups())))
 
 
 @cache

@@ -2,13 +2,13 @@
 
 from pathlib import Path
 from types import NoneType
-from typing import get_args
+from typing import Any, get_args
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
 
 from qat.cli import schema
-from qat.config import CONF
+from qat.options import files
 
 
 def around(override: str) -> list[str]:
@@ -42,25 +42,31 @@ def lacking(override: str, composed: DictConfig) -> str | None:
 def _remedy(section: str, composed: DictConfig) -> str:
     inside = [name for name in schema.nested() if name.startswith(f"{section}.")]
     if inside:
-        setting = [path for path in _presets() if f"@{section}." in path.read_text("utf-8")]
+        setting = [path for path in _presets() if f"@{section}." in path.read_text("utf-8", errors="replace")]
         presets = [f"+{path.parent.name}={path.stem}" for path in setting]
         return f"say {' '.join(f'{name}=<option>' for name in inside)} as well, or {' or '.join(presets)}, which does"
     if section in schema.nested():
-        return f"say {section}=<option> as well, one of {', '.join(path.stem for path in _options(section))}"
+        known = [path.stem for path in files(schema.nested()[section])]
+        return f"say {section}=<option> as well, one of {', '.join(known)}"
     place, _, part = section.rpartition(".")
-    read = {path.stem: yaml.safe_load(path.read_text("utf-8")) or {} for path in _options(place)}
-    having = [option for option, values in read.items() if values.get(part)]
+    group = schema.nested().get(place, place)
+    having = [path.stem for path in files(group) if _values(path).get(part)]
     if having:
         return f"{place}={OmegaConf.select(composed, place).name} has none, these do: {', '.join(having)}"
     return f"give it whole, {section}={{bits: 4, rank: 8}}"
 
 
-def _options(section: str) -> list[Path]:
-    return sorted((CONF / schema.nested().get(section, section)).glob("*.yaml"))
+def _values(option: Path) -> dict[str, Any]:
+    """What an option sets; nothing for a file of a person's own that cannot be read, of which composing it tells."""
+    try:
+        found = yaml.safe_load(option.read_text("utf-8", errors="replace"))
+    except yaml.YAMLError:
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _presets() -> list[Path]:
-    return sorted(path for group in schema.EXTRAS for path in (CONF / group).glob("*.yaml"))
+    return [path for group in schema.presets() for path in files(group)]
 
 
 def _is_section(name: str) -> bool:

@@ -15,6 +15,7 @@ from qat.cli.arguments import CommandLine, quote
 from qat.cli.folders import check_free
 from qat.config import Config, as_plain
 from qat.errors import ConfigError, QatError, UnavailableError
+from qat.installation import to_install
 from qat.plans import FLAGS
 from qat.shaping import flat, is_neutral
 from qat.shown import shown
@@ -84,7 +85,7 @@ def check_launcher(parsed: list[Override], options: list[str]) -> None:
             continue
         name = str(override.value())
         if name in EXTRAS:
-            raise UnavailableError(f"hydra/launcher={name} is not installed: pip install -e '.[{EXTRAS[name]}]'")
+            raise UnavailableError(f"hydra/launcher={name} is not installed: {to_install(EXTRAS[name])}")
         known = sorted({*options, *EXTRAS})
         raise ConfigError(f"hydra/launcher={name}: no such launcher{did_you_mean(name, known)}; use {', '.join(known)}")
 

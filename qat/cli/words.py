@@ -26,6 +26,7 @@ from hydra.plugins.config_source import ConfigResult
 from omegaconf import OmegaConf
 from omegaconf._utils import get_yaml_loader
 
+from qat import options
 from qat.cli import extent, schema, trusted
 from qat.config import CONF, Config
 
@@ -77,10 +78,11 @@ class FileConfigSource(file_config_source.FileConfigSource):
 
         Raises:
             ConfigError: it lies among what a run left or a store gave, however it was come by, or is larger or nested
-                deeper than any configuration is.
+                deeper than any configuration is, or its name stands for another file too.
         """
         file = Path(os.path.join(self.path, self._normalize_file_name(config_path)))
         trusted.refuse_data(file, str(file))
+        options.check_single(file)
         if file.is_file() and not file.is_relative_to(CONF):
             extent.check(file)
         content = file.read_text(encoding="utf-8") if file.is_file() else ""  # Hydra reports a missing file
@@ -129,7 +131,7 @@ def _words(override: str) -> Any:
 
 def _hint(name: str, value: str) -> Any:
     """The type of a key; the option of a group is a word."""
-    chosen = name in (*schema.groups(), *schema.EXTRAS) or name.startswith("hydra/")
+    chosen = name in (*schema.groups(), *schema.presets()) or name.startswith("hydra/")
     return str if chosen and not value.startswith("{") else schema.hint(name)
 
 

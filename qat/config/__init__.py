@@ -8,7 +8,6 @@ importing this package stays free of torch and transformers.
 """
 
 from dataclasses import dataclass
-from pathlib import Path
 
 from qat.config.cache import CacheConfig, Packing, Tail
 from qat.config.data import DataConfig, DataPart, DataSource, Start
@@ -32,6 +31,7 @@ from qat.config.run import RunConfig, SweepConfig
 from qat.config.stage import Stage
 from qat.config.store import StoreConfig, StoreKind, TrackerConfig, TrackerKind
 from qat.config.train import FirstConfig, LearnConfig, LossConfig, LossKind, ModeConfig, TrainConfig
+from qat.installation import CONF
 
 __all__ = [
     "CONF",
@@ -79,8 +79,6 @@ __all__ = [
     "WeightFormat",
     "as_plain",
 ]
-
-CONF = Path(__file__).resolve().parents[2] / "conf"  # the options of each group
 
 
 @dataclass

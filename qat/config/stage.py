@@ -4,7 +4,7 @@ from enum import Enum
 
 
 class Stage(Enum):
-    """What `python launch.py stage=…` does."""
+    """What `stage=…` does."""
 
     run = "cache, convert, distill and evaluate, each skipped when its artifact exists"
     cache = "record the teacher's outputs"

@@ -17,6 +17,7 @@ from qat.data.files import TextFile, suffix
 from qat.data.reading import LINE, MARK, Text, check, lines, opened
 from qat.data.tally import Unusable
 from qat.errors import ConfigError, UnavailableError
+from qat.installation import to_install
 
 Rows = Iterator[tuple[str, Any]]
 
@@ -265,4 +266,4 @@ def _plain(batch: Any) -> Iterator[Any]:
 
 
 def _needs_pyarrow(file: TextFile) -> UnavailableError:
-    return UnavailableError(f"{file.name} is a table of Arrow: run `pip install -e '.[parquet]'` to read it")
+    return UnavailableError(f"{file.name} is a table of Arrow: run `{to_install('parquet')}` to read it")

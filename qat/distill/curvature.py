@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from qat.cache.reader import CacheReader
 from qat.console import progress
-from qat.convert.moments import Moments, walk
+from qat.conversion.moments import Moments, walk
 from qat.processes import Ranks
 from qat.quant.architectures import Layer
 from qat.quant.linear import Quantized

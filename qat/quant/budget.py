@@ -1,6 +1,6 @@
 """Chooses each layer's format under a size budget: the formats with the smallest total cost that fit.
 
-What an error in a layer costs is known for each format (`qat.convert.costs`), and costs add up, so this is a knapsack
+What an error in a layer costs is known for each format (`conversion/costs.py`), and costs add up, so this is a knapsack
 with one choice a layer (Kellerer, Pferschy and Pisinger 2004, "Knapsack Problems", chapter 11). Dynamic programming
 over sizes solves it but for the rounding of sizes to one in 65,536 of what is to be shared out; a price on bytes,
 which is quicker, leaves over what the largest layer, mostly the embedding, could not use.

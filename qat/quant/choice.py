@@ -1,6 +1,6 @@
 """The formats that a layer may have: from a pattern of names, else its role, else all candidates of a budget.
 
-With one of them a layer has it, with none it stays dense, and of several the budget takes one (`qat.convert.budget`).
+With one of them a layer has it, with none it stays dense, and of several the budget takes one (`qat.quant.budget`).
 """
 
 from collections.abc import Collection

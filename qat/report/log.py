@@ -18,8 +18,8 @@ HEADER = """\
 # Run log
 
 Generated from the runs in this folder and written anew whenever one ends: edits do not last. A run's own
-words go on its command line, `run.goal="…" run.notes="…"`; `python launch.py stage=report` writes this file
-and report.html."""
+words go on its command line, `run.goal="…" run.notes="…"`; `stage=report` writes this file and
+report.html."""
 SIZES = ("file_bytes", "model_bits_per_weight", "bits_per_weight")
 TOLD = {"checkpoint.path", "run.goal", "run.notes"}  # keys shown elsewhere in a run's entry
 

@@ -20,7 +20,7 @@ from qat.artifacts import Artifact, obtain, write_json, write_text
 from qat.cache.reader import CacheReader
 from qat.config import ROLES, QuantConfig, WeightConfig
 from qat.console import table
-from qat.convert.costs import costs as measure
+from qat.conversion.costs import costs as measure
 from qat.errors import ArtifactError
 from qat.quant import budget
 from qat.quant.architectures import NUMBER, Layer, recorded, select

@@ -12,8 +12,9 @@ from qat.artifacts import Artifact, obtain, require
 from qat.cache.reader import CacheReader
 from qat.config import ROLES, Config
 from qat.console import console, table
-from qat.convert.convert import convert
+from qat.conversion.convert import convert
 from qat.evaluate import Metrics, evaluate
+from qat.installation import command
 from qat.quant.architectures import Layer, recorded, select, told
 from qat.quant.size import bits_per_weight, said, summary
 from qat.runs import Run
@@ -29,7 +30,7 @@ def main(config: Config, run: Run) -> None:
     """`stage=convert`."""
     work = open_workspace(config, run)
     run.result["metrics"] |= asdict(metrics(make(work, cache.make(work))))
-    console.print(f"go on with       python launch.py stage=distill checkpoint={run.folder}", soft_wrap=True)
+    console.print(f"go on with       {command()} stage=distill checkpoint={run.folder}", soft_wrap=True)
 
 
 def make(work: Workspace, cached: Artifact) -> Artifact:

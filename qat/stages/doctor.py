@@ -22,11 +22,11 @@ from qat import capacity, footprint, gpus, machine, models, tracking
 from qat.config import Config, InstanceConfig, Stage, StoreConfig, StoreKind
 from qat.console import console, size
 from qat.errors import MissingError, QatError, reason
+from qat.installation import INSTALLED, NAME, ROOT, to_install
 from qat.runs import commit
 from qat.stages import limits
 from qat.store.places import open_place
 
-ROOT = Path(__file__).resolve().parents[2]
 SHOWN = ("torch", "transformers", "tokenizers", "safetensors", "hydra-core", "wandb")
 MADE = ("t4", "a100", "h100", "h200")  # options of `instance` for one GPU; each is also part of the GPU's name
 ROOMY = 5e9  # bytes that the default run needs at most, of memory and of disk
@@ -144,20 +144,47 @@ def _disk(outputs: Path) -> Finding:
 
 
 def _packages() -> Iterator[Finding]:
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    project = _project()
     versions = [f"{name} {metadata.version(name)}" for name in SHOWN if not _lacking(name)]
-    yield Finding("source", f"{project['name']} {project['version']}, commit {commit() or 'unknown'}")
-    lacking = [need for need in project["dependencies"] if _lacking(need)]
-    remedy = f"{', '.join(lacking)} not installed: run `make setup`, or `pip install -e .` into this environment"
+    came = "installed" if INSTALLED else f"commit {commit() or 'unknown'}"
+    yield Finding("source", f"{NAME} {project.version}, {came}")
+    lacking = [need for need in project.needs if _lacking(need)]
+    how = f"pip install {NAME}" if INSTALLED else "make setup`, or `pip install -e ."
+    remedy = f"{', '.join(lacking)} not installed: run `{how}` into this environment"
     versions.insert(0, f"python {platform.python_version()}")
     yield Finding("packages", ", ".join(versions), remedy if lacking else "")
-    extras = project["optional-dependencies"]
-    there = [name for name, needs in extras.items() if not any(map(_lacking, needs))]
-    absent = [name for name in extras if name not in there]
+    there = [name for name, needs in project.extras.items() if not any(map(_lacking, needs))]
+    absent = [name for name in project.extras if name not in there]
     found = ", ".join(there) or "none"
     if absent:
-        found += f"; not {', '.join(absent)} (pip install -e '.[{absent[0]}]')"
+        found += f"; not {', '.join(absent)} ({to_install(absent[0])})"
     yield Finding("extras", found)
+
+
+@dataclass(frozen=True)
+class _Project:
+    """What this project says of itself."""
+
+    version: str
+    needs: list[str]
+    extras: dict[str, list[str]]
+
+
+def _project() -> _Project:
+    """As a clone's pyproject.toml has it, or the metadata that an installed package keeps."""
+    if not INSTALLED:
+        said = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+        return _Project(said["version"], said["dependencies"], said["optional-dependencies"])
+    kept = metadata.metadata(NAME)
+    needs = kept.get_all("Requires-Dist") or []
+    extras = {name: [need for need in needs if _is_of(need, name)] for name in kept.get_all("Provides-Extra") or []}
+    return _Project(kept["Version"], [need for need in needs if "extra ==" not in need], extras)
+
+
+def _is_of(requirement: str, extra: str) -> bool:
+    """Whether a requirement is one of an extra, on this platform."""
+    marker = Requirement(requirement).marker
+    return "extra ==" in requirement and marker is not None and marker.evaluate({"extra": extra})
 
 
 def _lacking(requirement: str) -> bool:

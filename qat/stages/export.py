@@ -3,19 +3,19 @@
 import importlib
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from qat import checkpoints
 from qat.artifacts import publish
-from qat.config import Config
+from qat.config import Config, ExportConfig
 from qat.console import console
 from qat.export import card, parity
 from qat.export.card import ADAPTER
 from qat.export.exporter import exporter
-from qat.export.source import DTYPES, Source, open_source
+from qat.export.source import DTYPES, open_source
+from qat.models import ModelFolder
 from qat.runs import Run
-from qat.stages.workspace import Workspace, open_workspace, start_folder
+from qat.stages.workspace import open_workspace, start_folder
 
 KIND = "export"
 
@@ -23,42 +23,59 @@ KIND = "export"
 def main(config: Config, run: Run) -> None:
     """`stage=export`."""
     work = open_workspace(config, run)
-    writer = importlib.import_module(f"qat.export.{config.export.format}.writer")
-    folder = Path(str(config.export.output)).expanduser()
-    form = exporter(config.export.format)
     with work.timed("export"):
-        source = open_source(work.model, start_folder(config.checkpoint), config.export.merge)
-        form.refuse_layers(checkpoints.entries(source.layers), config.export)
-        form.refuse_adapters(source.adapted, config.export)
-        if form.sized:
-            source = replace(source, dtype=DTYPES[config.export.dtype], exact=config.export.dense)
-        make(work, writer, source, folder)
+        quant, error = write(config.export, work.model, start_folder(config.checkpoint))
+    folder = place(config.export)
     size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-    run.result["quant"] = source.quant
+    run.result["quant"] = quant
+    run.result["metrics"]["parity"] = error
     run.result["paths"]["export"] = str(folder)
     run.result["memory"]["export_bytes"] = size
     console.print(f"{folder}: {config.export.name}, {size / 1e6:.1f} MB", soft_wrap=True)
 
 
-def make(work: Workspace, writer: ModuleType, source: Source, folder: Path) -> None:
-    """Writes, compares and publishes; whatever goes wrong leaves an older export at `folder` untouched."""
-    settings = work.config.export
+def place(settings: ExportConfig) -> Path:
+    """The folder of an export."""
+    return Path(str(settings.output)).expanduser()
+
+
+def write(settings: ExportConfig, model: ModelFolder, checkpoint: Path | None) -> tuple[dict[str, Any], float]:
+    """Writes, compares and publishes; whatever goes wrong leaves an older export untouched.
+
+    Args:
+        settings: format and folder.
+        model: what the checkpoint is of.
+        checkpoint: a student's; None exports the model.
+
+    Returns:
+        What `result.json` says of the quantization, and the largest error of logits as a share of their norm.
+
+    Raises:
+        ConfigError: the format holds no such layers.
+        ArtifactError: the checkpoint is damaged or of another teacher, or what was written says something else.
+    """
+    writer = importlib.import_module(f"qat.export.{settings.format}.writer")
+    form = exporter(settings.format)
+    source = open_source(model, checkpoint, settings.merge)
+    form.refuse_layers(checkpoints.entries(source.layers), settings)
+    form.refuse_adapters(source.adapted, settings)
+    if form.sized:
+        source = replace(source, dtype=DTYPES[settings.dtype], exact=settings.dense)
     described: dict[str, Any] = {
         "kind": KIND,
         "format": settings.format,
-        "model": source.teacher.name,
+        "model": model.name,
         "quant": source.quant,
     }
-    with publish(folder, described) as (scratch, manifest):
+    with publish(place(settings), described) as (scratch, manifest):
         writer.write(source, scratch, settings)
         if source.adapters is not None:
             checkpoints.copy_adapters(source.adapters, scratch / ADAPTER)
         made = writer.read(source, scratch)
-        form = exporter(settings.format)
         longest = settings.context if form.bounded else None
-        rows = [row[:, :longest] for row in parity.prompts(source.teacher)[: form.samples]]
+        rows = [row[:, :longest] for row in parity.prompts(model)[: form.samples]]
         error = parity.check(source.model, made, rows, writer.rounding(settings))
         manifest["parity"] = error
-        work.run.result["metrics"]["parity"] = error
         said = f"Its logits differ from those of the checkpoint by {error:.1e} of their norm."
         card.write(source, scratch, settings, said)
+    return source.quant, error

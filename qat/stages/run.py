@@ -8,6 +8,7 @@ from qat.artifacts import Artifact
 from qat.config import ROLES, Config, LossKind
 from qat.console import console, duration, table
 from qat.evaluate import Metrics
+from qat.installation import command
 from qat.processes import place
 from qat.quant.architectures import told
 from qat.quant.size import said
@@ -92,7 +93,7 @@ def show(run: Run, before: Metrics, after: Metrics, best: Path) -> None:
         "peak memory": f"{result['memory']['peak_bytes'] / 1e9:.1f} GB",
         "loss curve": run.folder / "loss.png",
         "samples": result["paths"].get("samples", "none, without a tokenizer"),
-        "go on with": f"python launch.py stage=chat checkpoint={best}",
+        "go on with": f"{command()} stage=chat checkpoint={best}",
     }
     for name, value in lines.items():
         console.print(f"{name:17} {value}", soft_wrap=True)

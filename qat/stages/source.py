@@ -12,7 +12,7 @@ from qat import checkpoints
 from qat.artifacts import Artifact
 from qat.cache.batch import Batch
 from qat.cache.reader import CacheReader
-from qat.convert.convert import Shelf, install
+from qat.conversion.convert import Shelf, install
 from qat.fidelity.sample import Rows
 from qat.models.streamed import matrix_of, stream_of
 from qat.quant.architectures import Layer

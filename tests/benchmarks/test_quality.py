@@ -13,7 +13,7 @@ from peers import rtn
 
 from qat import checkpoints
 from qat.config import ModelConfig, ModelSource
-from qat.convert.convert import Converted
+from qat.conversion.convert import Converted
 from qat.errors import ArtifactError
 from qat.models import locate
 from qat.quant.linear import quantized

@@ -14,7 +14,7 @@ from qat import checkpoints
 from qat.cache.batch import Text
 from qat.checkpoint_files import BEST
 from qat.cli import arguments, main
-from qat.convert.convert import install
+from qat.conversion.convert import install
 from qat.evaluate import evaluate
 from qat.quant.linear import quantized
 from qat.runs import Run

@@ -318,7 +318,7 @@ def test_a_run_to_compare_with_is_guessed_from_those_there(checkpoint, here):
 @pytest.mark.parametrize(
     ("there", "line", "says"),
     [
-        (False, "evaluate.tasks=[arc_easy]", "run `pip install 'qat-speedrun[lm_eval]'`"),
+        (False, "evaluate.tasks=[arc_easy]", "run `pip install -e '.[lm_eval]'`"),
         (True, "evaluate.tasks=[arc_easy,mine.yaml]", "evaluate.tasks=mine.yaml: no such file"),
     ],
 )

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from qat import options
 from qat.cli import helping, schema
 from qat.cli.helping import page
 from qat.config import Stage
@@ -15,7 +16,7 @@ from qat.errors import ConfigError
 @pytest.mark.parametrize("group", [*schema.groups(), *schema.EXTRAS])
 def test_a_group_shows_its_options_and_keys(group):
     said = page([group])
-    for option in helping.options(group):
+    for option in options.files(group):
         assert f" {option.stem} " in said and helping.describe(option) in said
     for name, key in schema.keys().items():
         if name.startswith(f"{group}.") and not key.is_section and name != f"{group}.name":

@@ -2,7 +2,8 @@
 
 import re
 
-from qat.cli import helping, reference, schema
+from qat import options
+from qat.cli import reference, schema
 from qat.config import CONF
 
 
@@ -18,7 +19,7 @@ def test_every_key_and_option_is_in_it():
         if not (key.is_section or told_elsewhere or reference._is_decided(key)):
             assert f"| `{name}` |" in text
     for group in schema.groups():
-        for option in helping.options(group):
+        for option in options.files(group):
             assert re.search(rf"^\| (\*\*)?`{re.escape(option.stem)}`(\*\*)? \|", text, re.MULTILINE)
 
 

@@ -6,8 +6,8 @@ from torch import nn
 
 from qat.cache.batch import Text
 from qat.config import ConvertConfig, KMeansBackend, KMeansConfig
-from qat.convert.convert import Held, convert, install, quantize, stacks, workspace
-from qat.convert.moments import Moments, gather
+from qat.conversion.convert import Held, convert, install, quantize, stacks, workspace
+from qat.conversion.moments import Moments, gather
 from qat.errors import NumericsError
 from qat.evaluate import evaluate
 from qat.quant.architectures import Layer, select
@@ -61,7 +61,7 @@ def test_the_model_is_not_changed(teacher, model, rows):
 
 
 def test_codebooks_do_not_depend_on_how_layers_are_stacked(monkeypatch, model, rows, made):
-    monkeypatch.setattr("qat.convert.convert.STACK_BYTES", {"cpu": 1})
+    monkeypatch.setattr("qat.conversion.convert.STACK_BYTES", {"cpu": 1})
     for name, (_, module, errors) in tiny.converted(model, rows).items():
         assert errors["output_error"] == pytest.approx(made[name][2]["output_error"], rel=0.02)
         assert (module.indices == made[name][1].indices).float().mean() > 0.98

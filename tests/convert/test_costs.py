@@ -3,9 +3,9 @@ import torch
 
 from qat.cache.reader import CacheReader
 from qat.config import ConvertConfig, KMeansBackend, KMeansConfig, QuantConfig, WeightConfig
-from qat.convert.convert import Converted, quantize
-from qat.convert.costs import cost, costs
-from qat.convert.moments import gather
+from qat.conversion.convert import Converted, quantize
+from qat.conversion.costs import cost, costs
+from qat.conversion.moments import gather
 from qat.quant import budget
 from qat.quant.architectures import select
 from qat.quant.places import matrix

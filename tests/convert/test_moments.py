@@ -7,9 +7,9 @@ from torch import nn
 
 from qat import flow
 from qat.cache.batch import Batch, Text
-from qat.convert import moments
-from qat.convert.convert import install
-from qat.convert.moments import gather
+from qat.conversion import moments
+from qat.conversion.convert import install
+from qat.conversion.moments import gather
 from qat.errors import NumericsError
 from qat.quant.architectures import select
 from tests import tiny

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from qat.convert import products
+from qat.conversion import products
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]
 

@@ -5,8 +5,8 @@ import torch
 
 from qat.cache.batch import Text
 from qat.config import DataConfig, DataSource, Packing, QuantConfig, WeightConfig
-from qat.convert.convert import STACK_BYTES, stacks
-from qat.convert.moments import gather
+from qat.conversion.convert import STACK_BYTES, stacks
+from qat.conversion.moments import gather
 from qat.data import packing, texts, thinking
 from qat.data.documents import Document
 from qat.quant import assign, kmeans, lookup

@@ -6,9 +6,9 @@ import torch.nn.functional as F
 
 from qat.cache.batch import Text
 from qat.config import QuantConfig, WeightConfig
-from qat.convert import routed
-from qat.convert.moments import gather
-from qat.convert.observer import Observer
+from qat.conversion import routed
+from qat.conversion.moments import gather
+from qat.conversion.observer import Observer
 from qat.quant.architectures import select
 from qat.quant.linear import quantized
 from tests.quant.test_experts import IDS, experts_of, model_of, quantize

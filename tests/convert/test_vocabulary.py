@@ -8,7 +8,7 @@ import torch
 
 from qat.cache.batch import Text
 from qat.config import ConvertConfig, WeightConfig
-from qat.convert import moments, vocabulary
+from qat.conversion import moments, vocabulary
 from qat.quant import formats, kmeans
 from qat.quant.architectures import Layer, select
 from tests import tiny

@@ -1,6 +1,6 @@
 import torch
 
-from qat.convert.moments import gather
+from qat.conversion.moments import gather
 from qat.distill import curvature
 from qat.processes import Ranks
 from qat.quant.architectures import Layer

@@ -28,11 +28,11 @@ FILES = {"all": {"tables", "latent", "own"}, "adapters": {"tables", "adapter_mod
 
 def job(words: list[str]) -> None:
     """What a process does: one launch."""
-    import launch
     from qat.cli import main
+    from qat.cli.launch import launch
 
     launching.lighten()
-    sys.exit(main.main(words, launch.launch))
+    sys.exit(main.main(words, launch))
 
 
 @pytest.fixture(scope="module")

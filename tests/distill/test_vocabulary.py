@@ -19,8 +19,8 @@ from qat.config import (
     WeightConfig,
     WeightFormat,
 )
-from qat.convert.convert import install, quantize
-from qat.convert.moments import gather
+from qat.conversion.convert import install, quantize
+from qat.conversion.moments import gather
 from qat.distill.loss import Loss
 from qat.distill.state import State
 from qat.distill.trainer import Trainer

@@ -10,7 +10,7 @@ from torch import Tensor
 from qat import checkpoints
 from qat.cache.reader import CacheReader
 from qat.config import CONF, Levels, QuantConfig, WeightConfig, WeightFormat
-from qat.convert.convert import install
+from qat.conversion.convert import install
 from qat.evaluate.answers import answers
 from qat.models import ModelFolder
 from qat.quant.architectures import Layer

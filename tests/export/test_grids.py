@@ -64,7 +64,8 @@ def test_every_preset_of_an_engine_is_on_its_grid():
 def test_an_engine_that_is_not_installed_is_told_before_anything_is_done(module, needs, monkeypatch):
     monkeypatch.setattr(module, "find_spec", lambda name: None)
     config = Config(export=ExportConfig("it", "it", ExportType.fp16))
-    with pytest.raises(UnavailableError, match=rf"^export=it is read back by {needs}: run `pip install 'qat-speed"):
+    said = rf"^export=it is read back by {needs}: run `pip install -e '\.\[engines"
+    with pytest.raises(UnavailableError, match=said):
         module.EXPORTER.refuse(config)
 
 

@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from qat import checkpoints
 from qat.config import ExportConfig, ExportType, WeightConfig, WeightFormat
-from qat.convert.convert import install
+from qat.conversion.convert import install
 from qat.export.packed import writer
 from qat.export.source import Source
 from qat.packed.linear import PackedEmbedding, PackedHead, PackedTiedHead

@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from qat.config import ExportConfig, ExportType
-from qat.convert.convert import install
+from qat.conversion.convert import install
 from qat.evaluate.answers import settings_of
 from qat.export.gguf import FILE
 from qat.export.source import Source

@@ -9,6 +9,7 @@ from qat.cli import trusted
 from qat.config import Config, EvaluateConfig, Stage
 from qat.config.evaluate import WINDOW
 from qat.errors import ConfigError, UnavailableError
+from qat.installation import to_install
 
 
 def check(config: Config) -> None:
@@ -41,7 +42,7 @@ def _check_text(evaluate: EvaluateConfig) -> None:
 def _check_tasks(tasks: list[str]) -> None:
     """Checks that lm-eval is installed and that task files exist."""
     if tasks and importlib.util.find_spec("lm_eval") is None:
-        raise UnavailableError("evaluate.tasks needs lm-eval: run `pip install 'qat-speedrun[lm_eval]'`")
+        raise UnavailableError(f"evaluate.tasks needs lm-eval: run `{to_install('lm_eval')}`")
     for task in tasks:
         if not task.endswith((".yaml", ".yml")):
             continue

@@ -11,6 +11,6 @@ from qat.export.exporter import Exporter
 EXPORTER = Exporter(
     types=(ExportType.fp32, ExportType.fp16),
     use="""\
-`best_state_dict.pt` and `config.json` are what the ANEMLL V2 scripts load; `python launch.py` reads them as
+`best_state_dict.pt` and `config.json` are what the ANEMLL V2 scripts load; this project reads them as
 `checkpoint={folder}`.""",
 )

@@ -6,6 +6,7 @@ from qat.config import Config, ExportType
 from qat.errors import UnavailableError
 from qat.export.exporter import Exporter
 from qat.export.grids import EngineGrid
+from qat.installation import to_install
 
 
 def refuse(config: Config) -> None:
@@ -16,8 +17,7 @@ def refuse(config: Config) -> None:
     """
     if find_spec("compressed_tensors") is None:
         raise UnavailableError(
-            f"export={config.export.name} is read back by compressed-tensors: run"
-            " `pip install 'qat-speedrun[engines]'`"
+            f"export={config.export.name} is read back by compressed-tensors: run `{to_install('engines')}`"
         )
 
 

@@ -10,6 +10,7 @@ from importlib.util import find_spec
 from qat.config import Config, ExportType
 from qat.errors import UnavailableError
 from qat.export.exporter import Exporter
+from qat.installation import to_install
 
 logging.getLogger("coremltools").setLevel(logging.ERROR)  # coremltools warns of every library that exists on Macs only
 
@@ -21,9 +22,7 @@ def refuse(config: Config) -> None:
         UnavailableError: they are not installed.
     """
     if find_spec("coremltools") is None:
-        raise UnavailableError(
-            f"export={config.export.name} needs coremltools: run `pip install 'qat-speedrun[coreml]'`"
-        )
+        raise UnavailableError(f"export={config.export.name} needs coremltools: run `{to_install('coreml')}`")
 
 
 EXPORTER = Exporter(

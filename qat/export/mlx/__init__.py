@@ -9,6 +9,7 @@ from qat.config import Config, ExportType
 from qat.errors import ConfigError, UnavailableError
 from qat.export.exporter import Exporter
 from qat.export.grids import EngineGrid
+from qat.installation import to_install
 
 
 def refuse(config: Config) -> None:
@@ -18,9 +19,7 @@ def refuse(config: Config) -> None:
         UnavailableError: it is not installed.
     """
     if find_spec("mlx_lm") is None or find_spec("mlx") is None:
-        raise UnavailableError(
-            f"export={config.export.name} is read back by mlx-lm: run `pip install 'qat-speedrun[engines]'`"
-        )
+        raise UnavailableError(f"export={config.export.name} is read back by mlx-lm: run `{to_install('engines')}`")
 
 
 def refuse_architecture(described: dict[str, object]) -> None:

@@ -1,7 +1,7 @@
 """A whole model quantized, decoder layer by decoder layer.
 
-Moments of one are gathered, its layers are fitted and put away, and the next one comes (`qat.convert.moments.walk`): so
-neither the weights nor the moments nor what is made of them is ever in memory as a whole. Layers of one shape go
+Moments of one are gathered, its layers are fitted and put away, and the next one comes (`walk` in `moments.py`):
+so neither the weights nor the moments nor what is made of them is ever in memory as a whole. Layers of one shape go
 through the fit together, a few at a time; where they are small, those of several decoder layers.
 """
 
@@ -20,8 +20,8 @@ from transformers import PreTrainedModel
 from qat.cache.batch import Batch
 from qat.config import ConvertConfig, KMeansBackend, KMeansConfig
 from qat.console import Advance, progress
-from qat.convert import vocabulary
-from qat.convert.moments import Moments, walk
+from qat.conversion import vocabulary
+from qat.conversion.moments import Moments, walk
 from qat.errors import NumericsError
 from qat.machine import exact_matmul
 from qat.quant import backends, kmeans

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from qat.cache.batch import Batch
 from qat.config import ConvertConfig
-from qat.convert.products import add_square, mirrored
+from qat.conversion.products import add_square, mirrored
 from qat.quant.architectures import Layer
 from qat.quant.curvature import Curvature, Factor
 from qat.quant.embedding import ends

@@ -9,8 +9,8 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from qat.convert.products import add_square, mirrored
-from qat.convert.routed import Products, one_by_one, watched
+from qat.conversion.products import add_square, mirrored
+from qat.conversion.routed import Products, one_by_one, watched
 from qat.quant import experts
 from qat.quant.architectures import Layer
 

@@ -4,7 +4,7 @@
 gradients g at its outputs, the loss being the surprise at next tokens drawn from the model itself (the true
 Fisher information, Martens & Grosse 2015), and inputs are weighed by the size of the gradient that meets
 them (Kim et al. 2025, "GuidedQuant", arXiv 2505.07004, which weighs by its square; the root lets fewer
-tokens decide and did better here). Sums are exact products added up in fp32 (`qat/convert/products.py`).
+tokens decide and did better here). Sums are exact products added up in fp32 (`qat/conversion/products.py`).
 
 One decoder layer at a time takes the whole text, and what is found of it is given out before the next one's is
 gathered (`walk`): so the moments of one exist at a time, and its weights need be in memory only then. For gradients the
@@ -25,10 +25,10 @@ from transformers import PreTrainedModel
 
 from qat.cache.batch import Batch
 from qat.console import progress
-from qat.convert import routed
-from qat.convert.observer import Observer
-from qat.convert.routed import Routed, complete
-from qat.convert.vocabulary import Watch
+from qat.conversion import routed
+from qat.conversion.observer import Observer
+from qat.conversion.routed import Routed, complete
+from qat.conversion.vocabulary import Watch
 from qat.errors import ConfigError, NumericsError
 from qat.flow import Flow, flows
 from qat.forward import body, run_body

@@ -1,8 +1,8 @@
 """The cost of each layer in each format that it may have; a budget is shared out by these costs.
 
 Every layer is fitted alone, all others being exact. An error E in it adds ½ tr(G E H Eᵀ) nats a token to the KL from
-the teacher, G and H being what conversion goes by (`qat.convert.moments`), here gathered with gradients in any case. Of
-embedding and head, G is a weight for each row (`qat.convert.vocabulary`). Sweeps are left out: they make every format
+the teacher, G and H being what conversion goes by (`moments.py`), here gathered with gradients in any case. Of
+embedding and head, G is a weight for each row (`vocabulary.py`). Sweeps are left out: they make every format
 better by about as much and take most of the time.
 """
 
@@ -15,8 +15,8 @@ from torch import Tensor
 from qat.cache.batch import Batch
 from qat.config import ConvertConfig, KMeansConfig
 from qat.console import progress
-from qat.convert.convert import STACK_BYTES, Converted, Load, Weights, fitting, groups, quantize
-from qat.convert.moments import Moments, walk
+from qat.conversion.convert import STACK_BYTES, Converted, Load, Weights, fitting, groups, quantize
+from qat.conversion.moments import Moments, walk
 from qat.machine import exact_matmul
 from qat.quant.architectures import Layer
 from qat.quant.budget import Costs
