@@ -54,6 +54,16 @@ class Record:
         return self.text("stage") not in ("cache", "evaluate", "export")
 
     @property
+    def trains(self) -> bool:
+        """True for a run whose figures are of a student that it trained, or was to train."""
+        return self.is_trial and self.text("stage") != "convert"
+
+    @property
+    def came_to_nothing(self) -> bool:
+        """True for a run that was refused, or failed, before it made or measured anything."""
+        return self.status == "failed" and not self.section("metrics") and not self.result.get("made")
+
+    @property
     def ground(self) -> tuple[str, str]:
         """The teacher and text of its figures; only figures with the same teacher and text can be compared."""
         teacher = self.text("measured_on", "teacher", "fingerprint") or self.text("config", "model", "name")
