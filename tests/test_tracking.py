@@ -168,7 +168,8 @@ def test_login_for_a_host_of_ones_own_is_seen_and_no_other(tmp_path, monkeypatch
 
 def test_a_run_that_was_kept_offline_says_how_to_send_it(tmp_path, caplog):
     class Inner:
-        summary: dict = {}
+        def __init__(self):
+            self.summary = {}
 
         def finish(self, exit_code):
             """Nothing."""
