@@ -82,10 +82,12 @@ def progress(what: str, total: float, unit: str) -> Iterator[Advance]:
             done += amount
             advance(amount, note)
 
-        yield count
-    seconds = time.monotonic() - started
-    if done and seconds:
-        paces.now[what] = done / seconds
+        try:
+            yield count
+        finally:  # whoever has enough of a generator's work ends it early
+            seconds = time.monotonic() - started
+            if done and seconds:
+                paces.now[what] = done / seconds
     log.info("%s: %s %s in %s", what, _count(done), unit, duration(seconds))
 
 
@@ -105,7 +107,7 @@ class _Remaining(ProgressColumn):
         """`ETA 0:03:10`, `ETA ~0:03:10` by an earlier run."""
         seconds, about = task.time_remaining, ""
         if seconds is None and (pace := paces.earlier.get(task.description)):
-            seconds, about = max(0.0, task.remaining or 0.0) / pace - (task.elapsed or 0.0), "~"
+            seconds, about = (task.total or 0.0) / pace - (task.elapsed or 0.0), "~"
         if seconds is None or seconds < 0:
             return Text("ETA -:--:--")
         return Text(f"ETA {about}{timedelta(seconds=round(seconds))}")

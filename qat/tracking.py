@@ -21,7 +21,7 @@ from qat.shown import shown
 log = logging.getLogger(__name__)
 
 HOST = "api.wandb.ai"
-LOGIN = "to send it, once `wandb login` has a key (of a host of your own, WANDB_BASE_URL=… first)"
+LOGIN = "`wandb login` (--host=URL for one of your own)"  # what comes before an offline run is sent
 
 
 class Tracker(Protocol):
@@ -61,7 +61,7 @@ class WandbTracker:
         self._tell(lambda: self._run.summary.update(summary))
         self._tell(lambda: self._run.finish(exit_code=int(failed)))
         if copies := offline(self._folder):
-            log.info("wandb kept this run offline; %s; then: %s", LOGIN, sync(copies))
+            log.info("wandb kept this run offline; to send it, %s, then: %s", LOGIN, sync(copies))
 
     def _tell(self, do: Callable[[], object]) -> None:
         """Calls wandb; after its first error, which is logged once, it is not called again."""
@@ -148,7 +148,6 @@ def host() -> str:
     return urlsplit(named).netloc or HOST
 
 
-def _netrc() -> str:
+def _netrc() -> Path:
     """The file of logins that wandb reads."""
-    named = os.environ.get("NETRC")
-    return os.path.expanduser(named or "~/.netrc")
+    return Path(os.environ.get("NETRC") or "~/.netrc").expanduser()

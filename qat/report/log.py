@@ -261,7 +261,8 @@ def _resumed(run: Record) -> str:
 def _offline(run: Record) -> dict[str, str]:
     """How to send what wandb kept of a run; empty where there is nothing to send."""
     copies = [Path(run.place, "wandb", path.name) for path in tracking.offline(run.folder)]
-    return {"wandb": f"kept offline; {tracking.LOGIN}, in this folder: {code(tracking.sync(copies))}"} if copies else {}
+    how = f"to send it, {tracking.LOGIN}, then, in this folder, {code(tracking.sync(copies))}"
+    return {"wandb": f"kept offline; {how}"} if copies else {}
 
 
 def _change(run: Record, first: str, last: str) -> str:

@@ -90,7 +90,7 @@ def open_workspace(config: Config, run: Run) -> Workspace:
 
 def _tell(config: Config, run: Run, resolved: Machine) -> None:
     """What the run will do, in a line, and how long each part took last time, which is what bars begin with."""
-    log.info("%s: %s, on %s", run.result["run_id"], ahead(config), resolved.describe())
+    log.info("%s on %s: %s", run.result["run_id"], resolved.describe(), ahead(config))
     earlier = records.last_like(Path(config.outputs), run.result)
     paces.begin(earlier.numbers("rates") if earlier else {})
     if earlier and (parts := [f"{part} {duration(seconds)}" for part, seconds in _spent(earlier)]):
@@ -98,9 +98,9 @@ def _tell(config: Config, run: Run, resolved: Machine) -> None:
 
 
 def ahead(config: Config) -> str:
-    """What a run will do: `tiny, cache, convert to q2a4, distill 40 steps of 16 rows, evaluate`."""
-    train, start = config.train, config.checkpoint.path or config.checkpoint.name
-    distilled = f"distill {train.steps:,} steps of {train.batch_size:,} rows"
+    """What a run will do: `tiny, cache, convert to q2a4, distill 40 steps, evaluate`."""
+    start = config.checkpoint.path or config.checkpoint.name
+    distilled = f"distill {config.train.steps:,} steps"
     parts = {
         Stage.run: ["cache", f"convert to {config.quant.name}", distilled, "evaluate"],
         Stage.convert: ["cache", f"convert to {config.quant.name}"],
