@@ -53,6 +53,10 @@ class Paces:
         """Forgets the last run of this process."""
         self.earlier, self.now = earlier, {}
 
+    def known(self) -> dict[str, float]:
+        """What the next run may begin with: of work that this run found done, the earlier one's."""
+        return self.earlier | self.now
+
 
 paces = Paces()
 

@@ -137,7 +137,7 @@ class Run:
     def save(self) -> None:
         """Writes the record as it stands; figures that are not finite become null, never NaN."""
         self._count()
-        self.result["rates"] |= console.paces.now
+        self.result["rates"] |= console.paces.known()
         write_json(self.folder / RESULT, _finite(self.result))
 
     def finish(self, status: str, error: str | None = None) -> None:
