@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
+from itertools import islice
 from typing import Any, Protocol
 
 from rich.cells import cell_len
@@ -19,6 +20,8 @@ from qat.shown import shown
 log = logging.getLogger(__name__)
 
 PLAIN_SECONDS = 10.0  # seconds between two progress lines where there is no terminal
+LONGEST_GUESS = 1e8  # seconds, three years; what a record says beyond that is no pace
+KINDS = 100  # maximum kinds of work whose pace is taken from a record
 LINE = 80  # columns that a progress line should not exceed
 SHORTEST_BAR = 6  # columns
 LONGEST_NAME = 30  # columns of what is done, beside a bar
@@ -51,7 +54,12 @@ class Paces:
 
     def begin(self, earlier: dict[str, float]) -> None:
         """Forgets the last run of this process."""
-        self.earlier, self.now = earlier, {}
+        self.earlier, self.now = dict(islice(earlier.items(), KINDS)), {}
+
+    def guess(self, what: str, total: float) -> float | None:
+        """Seconds that `total` units take at the earlier run's pace; None where that says nothing."""
+        pace = self.earlier.get(what)
+        return total / pace if pace and total < LONGEST_GUESS * pace else None
 
     def known(self) -> dict[str, float]:
         """What the next run may begin with: of work that this run found done, the earlier one's."""
@@ -110,8 +118,8 @@ class _Remaining(ProgressColumn):
     def render(self, task: Task) -> Text:
         """`ETA 0:03:10`, `ETA ~0:03:10` by an earlier run."""
         seconds, about = task.time_remaining, ""
-        if seconds is None and (pace := paces.earlier.get(task.description)):
-            seconds, about = (task.total or 0.0) / pace - (task.elapsed or 0.0), "~"
+        if seconds is None and (guess := paces.guess(task.description, task.total or 0.0)):
+            seconds, about = guess - (task.elapsed or 0.0), "~"
         if seconds is None or seconds < 0:
             return Text("ETA -:--:--")
         return Text(f"ETA {about}{timedelta(seconds=round(seconds))}")
@@ -141,8 +149,8 @@ def _bar(what: str, total: float) -> Iterator[Advance]:
 def _lines(what: str, total: float, unit: str) -> Iterator[Advance]:
     started = said = time.monotonic()
     done = 0.0
-    if (pace := paces.earlier.get(what)) and total / pace > PLAIN_SECONDS:
-        log.info("%s: %s %s, ETA %s by the last run", what, _count(total), unit, duration(total / pace))
+    if (guess := paces.guess(what, total)) and guess > PLAIN_SECONDS:
+        log.info("%s: %s %s, ETA %s by the last run", what, _count(total), unit, duration(guess))
 
     def advance(amount: float = 1, note: str = "") -> None:
         nonlocal done, said

@@ -114,6 +114,13 @@ def test_first_eta_is_that_of_an_earlier_run(clock, screen, caplog, monkeypatch)
     assert "ETA ~0:00:50" in shown(file)
 
 
+def test_no_pace_of_a_record_breaks_a_run():
+    made = console.Paces()
+    made.begin({"work": 1e-300, **{str(number): 2.0 for number in range(1_000)}})
+    assert made.guess("work", 5) is None and made.guess("0", 5) == 2.5 and made.guess("none", 5) is None
+    assert len(made.earlier) == console.KINDS
+
+
 def test_lines_and_bars_can_be_read_at_eighty_columns(clock, screen, caplog):
     caplog.set_level(logging.INFO)
     screen(terminal=False)
