@@ -144,7 +144,7 @@ def host() -> str:
         noted.read(Path(folder).expanduser() / "settings", encoding="utf-8")
     except (SettingsError, UnicodeDecodeError):
         noted = ConfigParser()
-    named = os.environ.get("WANDB_BASE_URL") or noted.get("default", "base_url", fallback="")
+    named: str = os.environ.get("WANDB_BASE_URL") or noted.get("default", "base_url", fallback="")
     return urlsplit(named).netloc or HOST
 
 
