@@ -4,18 +4,14 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from datetime import timedelta
+from itertools import islice
 from typing import Any, Protocol
 
+from rich.cells import cell_len
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
-from rich.table import Table
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
+from rich.table import Column, Table
 from rich.text import Text
 
 from qat.processes import place
@@ -24,6 +20,11 @@ from qat.shown import shown
 log = logging.getLogger(__name__)
 
 PLAIN_SECONDS = 10.0  # seconds between two progress lines where there is no terminal
+LONGEST_GUESS = 1e8  # seconds, three years; what a record says beyond that is no pace
+KINDS = 100  # maximum kinds of work whose pace is taken from a record
+LINE = 80  # columns that a progress line should not exceed
+SHORTEST_BAR = 6  # columns
+LONGEST_NAME = 30  # columns of what is done, beside a bar
 WAITING_SECONDS = 30.0  # seconds between two lines that say what the process is waiting for
 
 
@@ -37,6 +38,35 @@ class Harmless(Console):
 
 # Only the first of the processes that train together prints.
 console = Harmless(highlight=False, markup=False, emoji=False, quiet=not place().first)
+
+
+class Paces:
+    """Units a second of each kind of work that is shown.
+
+    Attributes:
+        earlier: of a run like this one, before there is a rate of its own.
+        now: of this run, as far as its work is done.
+    """
+
+    def __init__(self) -> None:
+        self.earlier: dict[str, float] = {}
+        self.now: dict[str, float] = {}
+
+    def begin(self, earlier: dict[str, float]) -> None:
+        """Forgets the last run of this process."""
+        self.earlier, self.now = dict(islice(earlier.items(), KINDS)), {}
+
+    def guess(self, what: str, total: float) -> float | None:
+        """Seconds that `total` units take at the earlier run's pace; None where that says nothing."""
+        pace = self.earlier.get(what)
+        return total / pace if pace and total < LONGEST_GUESS * pace else None
+
+    def known(self) -> dict[str, float]:
+        """What the next run may begin with: of work that this run found done, the earlier one's."""
+        return self.earlier | self.now
+
+
+paces = Paces()
 
 
 class Advance(Protocol):
@@ -54,7 +84,7 @@ def progress(what: str, total: float, unit: str) -> Iterator[Advance]:
         total: units in all.
         unit: what is counted, in the plural.
     """
-    bar = _bar(what, total, unit) if console.is_terminal else _lines(what, total, unit)
+    bar = _bar(what, total) if console.is_terminal else _lines(what, total, unit)
     started = time.monotonic()
     done = 0.0
     with bar as advance:
@@ -64,28 +94,53 @@ def progress(what: str, total: float, unit: str) -> Iterator[Advance]:
             done += amount
             advance(amount, note)
 
-        yield count
-    log.info("%s: %s %s in %s", what, _count(done), unit, duration(time.monotonic() - started))
+        try:
+            yield count
+        finally:  # whoever has enough of a generator's work ends it early
+            seconds = time.monotonic() - started
+            if done and seconds:
+                paces.now[what] = done / seconds
+    log.info("%s: %s %s in %s", what, _count(done), unit, duration(seconds))
+
+
+class _Rate(ProgressColumn):
+    """Units a second, once there is such a rate."""
+
+    def render(self, task: Task) -> Text:
+        """`178/s`."""
+        speed = task.finished_speed or task.speed
+        return Text(f"{_count(speed)}/s" if speed else "")
+
+
+class _Remaining(ProgressColumn):
+    """The remaining time, as long as there is no rate yet that of an earlier run."""
+
+    def render(self, task: Task) -> Text:
+        """`ETA 0:03:10`, `ETA ~0:03:10` by an earlier run."""
+        seconds, about = task.time_remaining, ""
+        if seconds is None and (guess := paces.guess(task.description, task.total or 0.0)):
+            seconds, about = guess - (task.elapsed or 0.0), "~"
+        if seconds is None or seconds < 0:
+            return Text("ETA -:--:--")
+        return Text(f"ETA {about}{timedelta(seconds=round(seconds))}")
 
 
 @contextmanager
-def _bar(what: str, total: float, unit: str) -> Iterator[Advance]:
+def _bar(what: str, total: float) -> Iterator[Advance]:
     columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[rate]}"),
-        TimeElapsedColumn(),
-        TextColumn("ETA"),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"),
+        TextColumn("{task.description}", table_column=Column(no_wrap=True, max_width=LONGEST_NAME)),
+        BarColumn(bar_width=None, table_column=Column(ratio=1, min_width=SHORTEST_BAR)),
+        TextColumn("{task.fields[far]}", table_column=Column(no_wrap=True)),
+        _Rate(table_column=Column(no_wrap=True)),
+        _Remaining(table_column=Column(no_wrap=True)),
+        TextColumn("{task.fields[note]}", table_column=Column(no_wrap=True)),
     )
-    with Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task(what, total=total, rate="", note="")
+    with Progress(*columns, console=console, transient=True, expand=True) as bar:
+        task = bar.add_task(what, total=total, far=f"0/{_count(total)}", note="")
 
         def advance(amount: float = 1, note: str = "") -> None:
-            speed = bar.tasks[0].finished_speed or bar.tasks[0].speed
-            bar.update(task, advance=amount, rate=f"{_count(speed)} {unit}/s" if speed else "", note=note)
+            far = f"{_count(bar.tasks[0].completed + amount)}/{_count(total)}"
+            bar.update(task, advance=amount, far=far, note=note)
 
         yield advance
 
@@ -94,6 +149,8 @@ def _bar(what: str, total: float, unit: str) -> Iterator[Advance]:
 def _lines(what: str, total: float, unit: str) -> Iterator[Advance]:
     started = said = time.monotonic()
     done = 0.0
+    if (guess := paces.guess(what, total)) and guess > PLAIN_SECONDS:
+        log.info("%s: %s %s, ETA %s by the last run", what, _count(total), unit, duration(guess))
 
     def advance(amount: float = 1, note: str = "") -> None:
         nonlocal done, said
@@ -102,10 +159,16 @@ def _lines(what: str, total: float, unit: str) -> Iterator[Advance]:
         if now - said < PLAIN_SECONDS or done >= total:
             return
         said, rate = now, done / (now - started)
-        eta = duration((total - done) / rate)
-        log.info("%s: %s/%s %s, %s/s, ETA %s %s", what, _count(done), _count(total), unit, _count(rate), eta, note)
+        log.info("%s", _line(what, f"{_count(done)}/{_count(total)}", unit, rate, (total - done) / rate, note))
 
     yield advance
+
+
+def _line(what: str, far: str, unit: str, rate: float, eta: float, note: str) -> str:
+    """How far, how fast, how long and what there is to note; without the unit where a line would be too long."""
+    rest = ", ".join(filter(None, (f"{_count(rate)}/s", f"ETA {duration(eta)}", note)))
+    line = f"{what}: {far} {unit}, {rest}"
+    return line if len(line) <= LINE else f"{what}: {far}, {rest}"
 
 
 @contextmanager
@@ -129,16 +192,32 @@ def waiting(why: str) -> Iterator[Callable[[], None]]:
 
 
 def table(title: str, header: list[str], rows: list[list[str]], words: bool = False) -> None:
-    """Prints a table, first column left, the others right, as figures are; with `words` all left and on one line."""
+    """Prints a table, first column left, the others right, as figures are; with `words` all left and on one line.
+
+    One of figures that is wider than the console is printed in parts, each with the first column.
+    """
     if title:  # printed apart: rich would wrap a title at the width of the table
         console.print(title, style="bold", soft_wrap=True)
-    grid = Table()
-    for index, name in enumerate(header):
-        left = index == 0 or words
-        grid.add_column(name, justify="left" if left else "right", no_wrap=left)
-    for row in rows:
-        grid.add_row(*row)
-    console.print(grid)
+    widths = [max(cell_len(line[index]) for line in (header, *rows)) for index in range(len(header))]
+    for part in [range(1, len(header))] if words else _parts(widths, console.width):
+        grid = Table()
+        for index in (0, *part):
+            left = index == 0 or words
+            grid.add_column(header[index], justify="left" if left else "right", no_wrap=left)
+        for row in rows:
+            grid.add_row(*(row[index] for index in (0, *part)))
+        console.print(grid)
+
+
+def _parts(widths: list[int], room: int) -> Iterator[range]:
+    """The columns after the first in parts that fit beside it, each with its borders; at least one column a part."""
+    frame, begin, taken = widths[0] + 4, 1, 0
+    for index in range(1, len(widths)):
+        if index > begin and frame + taken + widths[index] + 3 > room:
+            yield range(begin, index)
+            begin, taken = index, 0
+        taken += widths[index] + 3
+    yield range(begin, len(widths))
 
 
 def duration(seconds: float) -> str:

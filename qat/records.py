@@ -12,7 +12,16 @@ from qat.identities import NUMBERED, PLAN, RESULT, identity, places
 
 LONGEST = 20_000  # maximum characters of a text
 LARGEST = 1e15  # maximum of a figure; the largest ones are bytes of files
+NEWEST = 50  # runs looked at for one that is like another; a record may have 100,000 bytes
 STATUSES = ("complete", "failed", "interrupted")
+# What two runs have in common whose parts take about as long.
+ALIKE = (
+    ("stage",),
+    ("config", "model", "name"),
+    ("config", "quant", "name"),
+    ("environment", "device"),
+    ("environment", "cores"),
+)
 # Keys of the KD loss in the description of a conversion, of a trained student, and of the older scripts' files.
 LOSSES = (("metrics", "after", "kd_loss"), ("kd_loss_best",), ("final_loss",))
 
@@ -54,6 +63,16 @@ class Record:
         return self.text("stage") not in ("cache", "evaluate", "export")
 
     @property
+    def trains(self) -> bool:
+        """True for a run whose figures are of a student that it trained, or was to train."""
+        return self.is_trial and self.text("stage") != "convert"
+
+    @property
+    def came_to_nothing(self) -> bool:
+        """True for a run that was refused, or failed, before it made or measured anything."""
+        return self.status == "failed" and not self.section("metrics") and not self.result.get("made")
+
+    @property
     def ground(self) -> tuple[str, str]:
         """The teacher and text of its figures; only figures with the same teacher and text can be compared."""
         named = self.text("config", "teacher", "name") or self.text("config", "model", "name")
@@ -71,6 +90,11 @@ class Record:
         value = self._value(keys)
         usable = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < LARGEST
         return value if usable else None
+
+    def numbers(self, *keys: str) -> dict[str, float]:
+        """The positive numbers of a part of the result, by name."""
+        found = {name: self.number(*keys, name) for name in self.section(*keys)}
+        return {name: value for name, value in found.items() if value is not None and value > 0}
 
     def seconds(self, *keys: str) -> float | None:
         """A time of the result; None where there is none."""
@@ -102,6 +126,17 @@ def runs(outputs: Path) -> list[Record]:
     """Every run of an outputs folder, in the order of their identities."""
     records = [read(folder, outputs) for _, folder in places(outputs) if os.path.isfile(folder / RESULT)]
     return sorted(records, key=lambda record: (_number(record.run_id), record.place))
+
+
+def last_like(outputs: Path, result: dict[str, Any]) -> Record | None:
+    """The newest complete run of the same stage, teacher, preset, device and cores as the one of a `result.json`."""
+    own = Record(outputs, result, "")
+    folders = sorted(places(outputs), key=lambda place: _number(place[0]))[-NEWEST:]
+    for _, folder in reversed(folders):
+        earlier = read(folder, outputs) if os.path.isfile(folder / RESULT) else None
+        if earlier and earlier.status == "complete" and all(earlier.text(*key) == own.text(*key) for key in ALIKE):
+            return earlier
+    return None
 
 
 def manifests(outputs: Path, kind: str) -> list[tuple[str, dict[str, Any]]]:

@@ -18,7 +18,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from qat import bounded, processes, provenance
+from qat import bounded, console, processes, provenance
 from qat.artifacts import Artifact, write_json, write_text
 from qat.config import Config, Stage, as_plain
 from qat.errors import ArtifactError
@@ -138,6 +138,7 @@ class Run:
     def save(self) -> None:
         """Writes the record as it stands; figures that are not finite become null, never NaN."""
         self._count()
+        self.result["rates"] |= console.paces.known()
         write_json(self.folder / RESULT, _finite(self.result))
 
     def finish(self, status: str, error: str | None = None) -> None:
@@ -221,6 +222,7 @@ def _first(config: Config, folder: Path, run_id: str, command: str, overrides: S
         "metrics": {},
         "verdict": None,
         "timing": {},
+        "rates": {},
         "throughput": {},
         "memory": {},
         "made": [],

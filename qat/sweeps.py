@@ -200,14 +200,15 @@ def summarize(sweep: Sweep) -> dict[str, Any]:
 
 
 def cells(summary: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """Header and rows of the table that a person reads, best first."""
+    """Header and rows of the table that a person reads, best first; with the status unless all are complete."""
     jobs = summary["jobs"]
     shown = [key for key in COLUMNS if any(job["metrics"].get(key) is not None for job in jobs)]
-    header = ["run", *jobs[0]["values"], *(COLUMNS[key] for key in shown), "status"]
+    told = ["status"] if any(job["status"] != "complete" for job in jobs) else []
+    header = ["run", *jobs[0]["values"], *(COLUMNS[key] for key in shown), *told]
     rows = []
     for job in jobs:
         figures = [_figure(job["metrics"].get(key)) for key in shown]
-        rows.append([job["run_id"], *job["values"].values(), *figures, job["status"]])
+        rows.append([job["run_id"], *job["values"].values(), *figures, *(job[key] for key in told)])
     return header, rows
 
 

@@ -7,14 +7,21 @@ import logging
 import netrc
 import os
 import re
+import shlex
 from collections.abc import Callable
+from configparser import ConfigParser
+from configparser import Error as SettingsError
 from pathlib import Path
 from typing import Any, Protocol
+from urllib.parse import urlsplit
 
 from qat.config import Config, TrackerKind, as_plain
 from qat.shown import shown
 
 log = logging.getLogger(__name__)
+
+HOST = "api.wandb.ai"
+LOGIN = "`wandb login` (--host=URL for one of your own)"  # what comes before an offline run is sent
 
 
 class Tracker(Protocol):
@@ -40,8 +47,8 @@ class NoTracker:
 class WandbTracker:
     """One wandb run."""
 
-    def __init__(self, run: Any) -> None:
-        self._run = run
+    def __init__(self, run: Any, folder: Path) -> None:
+        self._run, self._folder = run, folder
         self._silent = False
 
     def log(self, row: dict[str, float]) -> None:
@@ -50,9 +57,11 @@ class WandbTracker:
         self._tell(lambda: self._run.log(figures, step=int(row["step"])))
 
     def finish(self, summary: dict[str, Any], failed: bool) -> None:
-        """Closes the run, so that the next one in this process is a run of its own."""
+        """Closes the run, so that the next one in this process is a run of its own; says how to send an offline one."""
         self._tell(lambda: self._run.summary.update(summary))
         self._tell(lambda: self._run.finish(exit_code=int(failed)))
+        if copies := offline(self._folder):
+            log.info("wandb kept this run offline; to send it, %s, then: %s", LOGIN, sync(copies))
 
     def _tell(self, do: Callable[[], object]) -> None:
         """Calls wandb; after its first error, which is logged once, it is not called again."""
@@ -70,7 +79,7 @@ def open_tracker(config: Config, folder: Path, run_id: str) -> Tracker:
     if config.tracker.kind is TrackerKind.none:
         return NoTracker()
     try:
-        return WandbTracker(_start_wandb(config, folder, run_id))
+        return WandbTracker(_start_wandb(config, folder, run_id), folder)
     except Exception as error:  # a service, a client process and the network may all fail here
         log.warning("wandb is left out of this run: %s", error)
         return NoTracker()
@@ -106,11 +115,39 @@ def _earlier_id(folder: Path) -> str | None:
     return found[-1]["id"] if found else None
 
 
+def offline(folder: Path) -> list[Path]:
+    """What wandb kept of the run in a folder and has not sent yet, oldest first."""
+    copies = (path for path in sorted((folder / "wandb").glob("offline-run-*")) if RUN_FOLDER.fullmatch(path.name))
+    return [path for path in copies if any(path.glob("*.wandb")) and not any(path.glob("*.wandb.synced"))]
+
+
+def sync(copies: list[Path]) -> str:
+    """The command that sends them."""
+    return shlex.join(["wandb", "sync", *map(str, copies)])
+
+
 def logged_in() -> bool:
-    """True where wandb has a key, which is looked for and never read out."""
-    if os.environ.get("WANDB_API_KEY"):
+    """True where wandb has a key for the host that it would tell, which is looked for and never read out."""
+    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
         return True
     try:
-        return netrc.netrc().authenticators("api.wandb.ai") is not None
+        return netrc.netrc(_netrc()).authenticators(host()) is not None
     except (OSError, netrc.NetrcParseError):
         return False
+
+
+def host() -> str:
+    """The host that wandb tells, with its port where it has one: `WANDB_BASE_URL`, or what `wandb login` noted."""
+    noted = ConfigParser(interpolation=None)
+    folder = os.environ.get("WANDB_CONFIG_DIR") or "~/.config/wandb"
+    try:
+        noted.read(Path(folder).expanduser() / "settings", encoding="utf-8")
+    except (SettingsError, UnicodeDecodeError):
+        noted = ConfigParser()
+    named: str = os.environ.get("WANDB_BASE_URL") or noted.get("default", "base_url", fallback="")
+    return urlsplit(named).netloc or HOST
+
+
+def _netrc() -> Path:
+    """The file of logins that wandb reads."""
+    return Path(os.environ.get("NETRC") or "~/.netrc").expanduser()

@@ -1,6 +1,8 @@
 """What a person sees while work goes on."""
 
 import logging
+import re
+import time
 
 import pytest
 from rich.console import Console
@@ -70,7 +72,7 @@ def test_plain_lines_say_how_far_how_fast_and_how_long(clock, screen, caplog):
     with progress("teacher outputs", 10_000, "tokens") as advance:
         clock.now += 20
         advance(2_500, "all well")
-    assert caplog.messages[0] == "teacher outputs: 2,500/10,000 tokens, 125/s, ETA 1 min 00 s all well"
+    assert caplog.messages[0] == "teacher outputs: 2,500/10,000 tokens, 125/s, ETA 1 min 00 s, all well"
 
 
 def test_rate_is_that_of_all_work_so_far(clock, screen, caplog):
@@ -80,7 +82,7 @@ def test_rate_is_that_of_all_work_so_far(clock, screen, caplog):
         for _ in range(4):
             clock.now += 10
             advance(5)
-    assert caplog.messages[3] == "work: 20/100 steps, 0.5/s, ETA 2 min 40 s "
+    assert caplog.messages[3] == "work: 20/100 steps, 0.5/s, ETA 2 min 40 s"
 
 
 def test_plain_lines_keep_ten_seconds_apart(clock, screen, caplog):
@@ -91,6 +93,72 @@ def test_plain_lines_keep_ten_seconds_apart(clock, screen, caplog):
             clock.now += 1
             advance()
     assert [message.split("/")[0] for message in caplog.messages[:-1]] == ["work: 10", "work: 20", "work: 30"]
+
+
+def test_first_eta_is_that_of_an_earlier_run(clock, screen, caplog, monkeypatch):
+    caplog.set_level(logging.INFO)
+    monkeypatch.setattr(console, "paces", console.Paces())
+    console.paces.begin({"distillation": 2.0})
+    screen(terminal=False)
+    with progress("distillation", 100, "steps") as advance:
+        clock.now += 20
+        advance(100)
+    assert caplog.messages == ["distillation: 100 steps, ETA 50 s by the last run", "distillation: 100 steps in 20 s"]
+    assert console.paces.now == {"distillation": 5.0}
+    monkeypatch.undo()
+    file = screen(terminal=True)
+    console.paces.begin({"distillation": 2.0})
+    with progress("distillation", 100, "steps"):
+        pass
+    console.paces.begin({})
+    assert "ETA ~0:00:50" in shown(file)
+
+
+def test_no_pace_of_a_record_breaks_a_run():
+    made = console.Paces()
+    made.begin({"work": 1e-300, **{str(number): 2.0 for number in range(1_000)}})
+    assert made.guess("work", 5) is None and made.guess("0", 5) == 2.5 and made.guess("none", 5) is None
+    assert len(made.earlier) == console.KINDS
+
+
+def test_lines_and_bars_can_be_read_at_eighty_columns(clock, screen, caplog):
+    caplog.set_level(logging.INFO)
+    screen(terminal=False)
+    note = "loss 0.100, held-out 0.117"
+    with progress("distillation", 12_800, "steps") as advance:
+        clock.now += 500
+        advance(1_200, note)
+    assert caplog.messages[0] == f"distillation: 1,200/12,800, 2.4/s, ETA 1 h 20 min, {note}"
+    assert len(caplog.messages[0]) <= 80
+
+
+@pytest.mark.parametrize(
+    ("what", "total", "note"),
+    [("distillation", 12_800, "loss 0.100, held-out 0.117"), ("teacher outputs", 64_000_000, "")],
+)
+def test_bar_cuts_nothing_off_at_eighty_columns(monkeypatch, tmp_path, what, total, note):
+    with open(tmp_path / "screen", "w+") as file:
+        monkeypatch.setattr(console, "console", Console(file=file, force_terminal=True, width=80))
+        with progress(what, total, "tokens") as advance:
+            for _ in range(4):
+                time.sleep(0.01)
+                advance(total // 8, note)
+        lines = re.split(r"[\r\n]+", re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", shown(file)))
+    last = [line for line in lines if line.startswith(what)][-1]
+    assert "…" not in last and len(last) <= 80
+    assert f"{total // 2:,}/{total:,}" in last and "/s ETA 0:00:0" in last and last.rstrip().endswith(note or "0:00:01")
+
+
+def test_table_wider_than_the_console_comes_in_parts(monkeypatch, tmp_path):
+    header = ["run", "train.lr", "quant.bits", "full KL", "loss", "KD loss", "perplexity", "held-out text", "status"]
+    rows = [[f"SR-{number:03d}", *[f"{number}.{column}" for column in range(7)], "complete"] for number in range(3)]
+    with open(tmp_path / "screen", "w+") as file:
+        monkeypatch.setattr(console, "console", Console(file=file, width=80))
+        console.table("sweep-001", header, rows)
+        text = shown(file)
+    assert max(map(len, text.splitlines())) <= 80
+    assert all(name in text for name in header) and text.count("SR-002") == 2
+    assert all(cell in text for row in rows for cell in row)
 
 
 def test_quick_work_is_one_line_at_its_end(clock, screen, caplog):
@@ -136,7 +204,7 @@ def test_terminal_gets_a_bar_with_count_rate_eta_and_note(screen, caplog):
         for _ in range(4):
             advance(1, "loss 1.5")
     text = shown(file)
-    for part in ("work", "4/5", "steps/s", "ETA", "loss 1.5", "\x1b["):
+    for part in ("work", "4/5", "/s", "ETA", "loss 1.5", "\x1b["):
         assert part in text
     assert [message.split(" in ")[0] for message in caplog.messages] == ["work: 4 steps"]
 

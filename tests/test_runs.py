@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from qat import identities, runs
+from qat import identities, records, runs
 from qat.artifacts import Artifact
 from qat.config import Config, ModeConfig, QuantConfig, RunConfig, Stage, TrackerConfig, TrackerKind
 from qat.identities import claim_run, claim_sweep
@@ -338,3 +338,23 @@ def test_environment_names_commit_versions_and_device():
 def test_commit_is_unknown_without_git(monkeypatch):
     monkeypatch.setenv("PATH", "")
     assert environment("cpu")["git"] is None
+
+
+def test_the_newest_run_alike_says_how_long_parts_take(config, tmp_path, monkeypatch):
+    def ran(name, device, rate, status="complete"):
+        monkeypatch.setattr(runs.console, "paces", runs.console.Paces())
+        runs.console.paces.begin({"distillation": 9.0, "teacher outputs": 5.0})
+        runs.console.paces.now["distillation"] = rate
+        (tmp_path / name).mkdir()
+        run = Run(config, tmp_path / name)
+        run.result["environment"] = {"device": device, "cores": 2}
+        run.finish(status)
+        return run.result
+
+    ran("SR-001", "cpu", 1.0), ran("SR-002", "cpu", 2.0), ran("SR-003", "cpu", 3.0, "failed")
+    own = ran("SR-004", "gpu", 4.0, "interrupted") | {"environment": {"device": "cpu", "cores": 2}}
+    found = records.last_like(tmp_path, own)
+    assert (found.run_id, found.numbers("rates")) == ("SR-002", {"distillation": 2.0, "teacher outputs": 5.0})
+    assert records.last_like(tmp_path, own | {"environment": {"device": "cpu", "cores": 4}}) is None
+    (tmp_path / "SR-002" / "result.json").write_text("{")
+    assert records.last_like(tmp_path, own).run_id == "SR-001"

@@ -132,7 +132,7 @@ def test_no_tracker_asks_for_no_import(tmp_path, config, monkeypatch):
     ],
 )
 def test_login_is_an_environment_key_or_a_netrc_entry(tmp_path, monkeypatch, key, netrc, logged_in):
-    monkeypatch.setenv("HOME", str(tmp_path))
+    at_home(tmp_path, monkeypatch)
     monkeypatch.setenv("WANDB_API_KEY", key)
     if netrc is not None:
         (tmp_path / ".netrc").write_text(netrc)
@@ -140,7 +140,52 @@ def test_login_is_an_environment_key_or_a_netrc_entry(tmp_path, monkeypatch, key
     assert tracking.logged_in() is logged_in
 
 
-def test_rows_go_under_their_own_step_and_the_end_says_whether_it_failed():
+def at_home(folder, monkeypatch):
+    """Logins and settings are those in a folder alone."""
+    monkeypatch.setenv("HOME", str(folder))
+    for name in ("API_KEY", "BASE_URL", "CONFIG_DIR", "IDENTITY_TOKEN_FILE"):
+        monkeypatch.delenv(f"WANDB_{name}", raising=False)
+    monkeypatch.delenv("NETRC", raising=False)
+
+
+@pytest.mark.parametrize("said", ["environment", "settings"])
+def test_login_for_a_host_of_ones_own_is_seen_and_no_other(tmp_path, monkeypatch, said):
+    at_home(tmp_path, monkeypatch)
+    logins = tmp_path / "logins"
+    logins.write_text("machine wandb.here.org:8080 login user password secret\n")
+    logins.chmod(0o600)
+    monkeypatch.setenv("NETRC", str(logins))
+    assert tracking.logged_in() is False
+    if said == "environment":
+        monkeypatch.setenv("WANDB_BASE_URL", "https://wandb.here.org:8080/")
+    else:
+        (tmp_path / ".config" / "wandb").mkdir(parents=True)
+        (tmp_path / ".config" / "wandb" / "settings").write_text("[default]\nbase_url = https://wandb.here.org:8080\n")
+    assert tracking.host() == "wandb.here.org:8080" and tracking.logged_in() is True
+    logins.write_text("machine api.wandb.ai login user password secret\n")
+    assert tracking.logged_in() is False
+
+
+def test_a_run_that_was_kept_offline_says_how_to_send_it(tmp_path, caplog):
+    class Inner:
+        def __init__(self):
+            self.summary = {}
+
+        def finish(self, exit_code):
+            """Nothing."""
+
+    for name, sent in (("offline-run-20261103_100000-a1", True), ("offline-run-20261103_110000-a1", False)):
+        (tmp_path / "wandb" / name).mkdir(parents=True)
+        (tmp_path / "wandb" / name / "run-a1.wandb").touch()
+        if sent:
+            (tmp_path / "wandb" / name / "run-a1.wandb.synced").touch()
+    caplog.set_level("INFO")
+    tracking.WandbTracker(Inner(), tmp_path).finish({}, failed=False)
+    assert f"wandb sync {tmp_path}/wandb/offline-run-20261103_110000-a1" in caplog.text
+    assert "100000" not in caplog.text
+
+
+def test_rows_go_under_their_own_step_and_the_end_says_whether_it_failed(tmp_path):
     class Inner:
         def __init__(self):
             self.logged, self.summary, self.code = [], {}, None
@@ -152,13 +197,13 @@ def test_rows_go_under_their_own_step_and_the_end_says_whether_it_failed():
             self.code = exit_code
 
     inner = Inner()
-    tracker = tracking.WandbTracker(inner)
+    tracker = tracking.WandbTracker(inner, tmp_path)
     tracker.log({"step": 3, "loss": 0.5})
     tracker.finish({"kl": 0.25}, failed=True)
     assert (inner.logged, inner.summary, inner.code) == ([(3, {"loss": 0.5})], {"kl": 0.25}, 1)
 
 
-def test_wandb_that_breaks_on_the_way_fails_no_run(caplog):
+def test_wandb_that_breaks_on_the_way_fails_no_run(tmp_path, caplog):
     class Broken:
         def __init__(self):
             self.asked = 0
@@ -168,7 +213,7 @@ def test_wandb_that_breaks_on_the_way_fails_no_run(caplog):
             raise RuntimeError("the service is gone")
 
     inner = Broken()
-    tracker = tracking.WandbTracker(inner)
+    tracker = tracking.WandbTracker(inner, tmp_path)
     for step in range(3):
         tracker.log({"step": step, "loss": 0.5})
     tracker.finish({"kl": 0.25}, failed=False)

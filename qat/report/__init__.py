@@ -1,6 +1,7 @@
 """The run log and the report of all runs in one outputs folder.
 
-    log.py       RUNS.md, the run log
+    log.py       RUNS.md, the run log; looks.py what made no student, a line each
+    times.py     how long conversions took, for both
     page.py      report.html, one self-contained page, put together from page.html, page.css and page.js
 
 Both files are generated from what the runs left and hold no moment of generation, so deleting and making

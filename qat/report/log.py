@@ -1,15 +1,18 @@
-"""`RUNS.md`: registered checkpoints, caches, and every run in the log's own template."""
+"""`RUNS.md`: the best students, checkpoints, caches, times, and every run in the log's own template."""
 
 import logging
 from collections.abc import Iterator
+from itertools import compress
+from operator import itemgetter, not_
 from pathlib import Path
 
-from qat import provenance, records
+from qat import provenance, records, tracking
 from qat.console import duration
 from qat.names import called, registered
 from qat.records import LOSSES, Record
 from qat.report import generate, looks
 from qat.report.markdown import NOTHING, code, plain, table
+from qat.report.times import conversions
 
 log = logging.getLogger(__name__)
 
@@ -20,6 +23,7 @@ HEADER = """\
 Generated from the runs in this folder and written anew whenever one ends: edits do not last. A run's own
 words go on its command line, `run.goal="…" run.notes="…"`; `stage=report` writes this file and
 report.html."""
+QUALITY = ("teacher and text", "students", "lowest full KL", "perplexity", "of the teacher", "MB", "run")
 SIZES = ("file_bytes", "model_bits_per_weight", "bits_per_weight")
 TOLD = {"checkpoint.path", "run.goal", "run.notes"}  # keys shown elsewhere in a run's entry
 
@@ -40,10 +44,38 @@ def refresh(outputs: Path) -> None:
 def render(outputs: Path) -> str:
     """The whole log as Markdown."""
     runs = records.runs(outputs)
-    trials, others = [run for run in runs if run.is_trial], [run for run in runs if not run.is_trial]
-    tables = [*_checkpoints(outputs, runs), *_caches(outputs), *_conversions(outputs)]
+    made = [run.is_trial and not run.came_to_nothing for run in runs]
+    trials, others = list(compress(runs, made)), list(compress(runs, map(not_, made)))
+    tables = [*_quality(runs), *_checkpoints(outputs, runs), *_caches(outputs), *_conversions(outputs)]
     parts = [HEADER, *tables, "## Runs", *map(_run, trials), *looks.table(others)]
     return "\n\n".join(parts) + "\n"
+
+
+def _quality(runs: list[Record]) -> Iterator[str]:
+    """The nearest student of every teacher and text, a line each: figures of two do not compare."""
+    found: dict[tuple[str, str], list[tuple[float, Record]]] = {}
+    for run in runs:
+        if run.trains and run.status == "complete" and (kl := run.number("metrics", "kl")) is not None:
+            found.setdefault(run.ground, []).append((kl, run))
+    if found:
+        yield "## Quality"
+        yield table(QUALITY, [_nearest(students) for students in found.values()])
+
+
+def _nearest(students: list[tuple[float, Record]]) -> list[str]:
+    """The student of lowest full KL, in the columns of `QUALITY`."""
+    _, best = min(students, key=itemgetter(0))
+    teacher = best.text("measured_on", "teacher", "name") or best.ground[0]
+    text = best.text("measured_on", "called") or best.ground[1]
+    figures = [
+        str(len(students)),
+        _change(best, "kl_initial", "kl") or _figure(best.number("metrics", "kl")),
+        _perplexity(best, "perplexity") or NOTHING,
+        _perplexity(best, "teacher_perplexity") or NOTHING,
+        _sizes([best.number("quant", name) for name in SIZES])[0],
+    ]
+    where = f"{plain(best.run_id)} {code(best.text('quant', 'preset'))}".strip()
+    return [plain(", ".join(part for part in (teacher, text) if part)) or NOTHING, *figures, where]
 
 
 def _checkpoints(outputs: Path, runs: list[Record]) -> Iterator[str]:
@@ -106,18 +138,12 @@ def _caches(outputs: Path) -> Iterator[str]:
 def _conversions(outputs: Path) -> Iterator[str]:
     """How long conversions took, by instance and cores."""
     rows = []
-    for place, manifest in records.manifests(outputs, "checkpoints"):
-        if "figures" not in manifest:
-            continue
-        own = Record(outputs / place, manifest, place)
-        seconds = own.seconds("made", "seconds")
-        where = [plain(own.text("made", key)) or NOTHING for key in ("instance", "device", "cores")]
-        made = [own.text("made", "at")[:16].replace("T", " ") or NOTHING]
-        name = code(own.text("name") or Path(place).name)
-        rows.append([*where, name, NOTHING if seconds is None else duration(seconds), *made, code(place)])
+    for times in conversions(outputs):
+        where = [plain(part) or NOTHING for part in times.where]
+        rows.append([*where, str(times.count), times.told() or NOTHING, plain(times.last) or NOTHING, code(times.name)])
     if rows:
         yield "## Conversion times"
-        yield table(("instance", "device", "cores", "conversion", "time", "made", "folder"), sorted(rows))
+        yield table(("instance", "device", "cores", "made", "time", "last", "conversion"), rows)
 
 
 def _run(run: Record) -> str:
@@ -136,6 +162,7 @@ def _run(run: Record) -> str:
         "Conversion": _conversion(run),
         "Resumed": _resumed(run),
         "Notes": plain(run.text("notes")),
+        **_offline(run),
         "Folder": code(run.place),
     }
     lines = {name: text for name, text in lines.items() if text or name not in ("Measured on", "Resumed")}
@@ -230,6 +257,13 @@ def _resumed(run: Record) -> str:
         return ""
     often = "once" if len(times) == 1 else f"{len(times)} times, last"
     return f"{often} {plain(str(times[-1].get('started', '')))} by {code(str(times[-1].get('command', '')))}"
+
+
+def _offline(run: Record) -> dict[str, str]:
+    """How to send what wandb kept of a run; empty where there is nothing to send."""
+    copies = [Path(run.place, "wandb", path.name) for path in tracking.offline(run.folder)]
+    how = f"to send it, {tracking.LOGIN}, then, in this folder, {code(tracking.sync(copies))}"
+    return {"wandb": f"kept offline; {how}"} if copies else {}
 
 
 def _change(run: Record, first: str, last: str) -> str:

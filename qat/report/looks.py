@@ -1,4 +1,4 @@
-"""Caches, evaluations and exports in the run log: they train nothing, so each is one line."""
+"""What made no student, in the run log a line each: caches, evaluations, exports, and runs that came to nothing."""
 
 import re
 from collections.abc import Iterator
@@ -16,7 +16,7 @@ HEADER = ("run", "stage", "status", "of", "result", "time", "folder")
 def table(runs: list[Record]) -> Iterator[str]:
     """Their section of the log; empty if there are none."""
     if runs:
-        yield "## Caches, evaluations and exports"
+        yield "## Caches, evaluations, exports and what came to nothing"
         yield rendered(HEADER, list(map(_row, runs)))
 
 
@@ -33,7 +33,8 @@ def _subject(run: Record) -> str:
     """The cache, checkpoint or model that the run looked at."""
     models = run.section("evaluation", "models")
     checkpoint = run.text("config", "checkpoint", "path") or run.text("config", "checkpoint", "name")
-    return plain(", ".join(models) or checkpoint)
+    preset = run.text("quant", "preset") if run.is_trial else ""
+    return plain(", ".join(models) or " ".join(part for part in (checkpoint, preset) if part))
 
 
 def _evaluation(run: Record) -> str:

@@ -5,7 +5,7 @@ const data = JSON.parse(document.getElementById("data").textContent);
 const runs = data.runs;
 const COLORS = 8;
 const MOST = 8; // runs drawn at a time: as many as there are colours
-const DASHES = ["2 4", "none", "9 4", "12 4 2 4"]; // of the lines through runs of one teacher and text
+const DASHES = ["none", "9 4", "2 4", "12 4 2 4"]; // of the lines through runs of one teacher and text
 const SVG = "http://www.w3.org/2000/svg";
 const chosen = new Set();
 const colors = new Map(); // run to colour, kept while it is chosen
@@ -15,10 +15,12 @@ const $ = id => document.getElementById(id);
 const figure = (value, digits = 4) => value == null ? "–" : value.toFixed(digits);
 const percent = value => value == null ? "–" : (100 * value).toFixed(1) + "%";
 const color = run => `var(--c${colors.get(run)})`;
-const measured = runs.filter(run => run.trial && run.kl != null && run.megabytes != null && run.status === "complete");
-const grounds = [...new Set(measured.map(run => run.ground))]; // teachers and texts: figures of two do not compare
+const whole = runs.filter(run => run.megabytes != null && run.status === "complete");
+const measured = whole.filter(run => run.trains && run.kl != null);
+const converted = [...new Map(whole.filter(run => run.kl0 != null).map(run => [run.conversion + run.ground, run])).values()]; // each once
+const grounds = [...new Set([...measured, ...converted].map(run => run.ground))]; // teachers and texts: figures of two do not compare
 const of = ground => measured.filter(run => run.ground === ground);
-const best = ground => of(ground).reduce((one, other) => other.kl < one.kl ? other : one);
+const best = ground => of(ground).reduce((one, other) => one && one.kl <= other.kl ? one : other, null);
 
 function time(seconds) {
   if (seconds == null) return "–";
@@ -115,13 +117,25 @@ function scale(values, from, to, log, pad) {
   return { at, low, high, log };
 }
 
+// Ticks whose labels, `room(text)` wide, do not come within each other.
+function spaced(ticks, axis, room) {
+  const kept = [];
+  for (const tick of ticks) {
+    const last = kept[kept.length - 1];
+    if (last == null || Math.abs(axis.at(tick) - axis.at(last)) >= (room(label(tick)) + room(label(last))) / 2) kept.push(tick);
+  }
+  return kept;
+}
+
+const wide = text => 7.5 * text.length + 10;
+
 function frame(width, height, margin, x, y, names) {
   const svg = draw("svg", { viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": names.title });
-  for (const tick of ticks(y.low, y.high, y.log)) {
+  for (const tick of spaced(ticks(y.low, y.high, y.log), y, () => 18)) {
     svg.append(draw("line", { class: "grid", x1: margin.left, x2: width - margin.right, y1: y.at(tick), y2: y.at(tick) }));
     svg.append(draw("text", { x: margin.left - 8, y: y.at(tick) + 4, "text-anchor": "end" }, label(tick)));
   }
-  for (const tick of ticks(x.low, x.high, x.log, width < 500 ? 4 : 7))
+  for (const tick of spaced(ticks(x.low, x.high, x.log, width < 500 ? 4 : 7), x, wide))
     svg.append(draw("text", { x: x.at(tick), y: height - margin.bottom + 18, "text-anchor": "middle" }, label(tick)));
   svg.append(draw("text", { x: width - margin.right, y: height - 4, "text-anchor": "end" }, names.x));
   svg.append(draw("text", { x: margin.left - 8, y: 12, "text-anchor": "start", dx: -margin.left + 12 }, names.y));
@@ -130,54 +144,77 @@ function frame(width, height, margin, x, y, names) {
 
 const across = node => Math.max(280, node.clientWidth - (parseFloat(getComputedStyle(node).paddingLeft) || 0) * 2);
 
-function quality() {
-  const place = $("quality");
-  if (!measured.length) return place.replaceChildren(empty("No complete run with the size of its file has been evaluated yet."));
-  const width = across(place), small = width < 560, height = small ? 320 : 430;
-  const margin = { left: 46, right: 20, top: 28, bottom: 42 };
-  const positive = measured.every(run => run.kl > 0);
-  const x = scale(measured.map(run => run.megabytes), margin.left, width - margin.right, false, .07);
-  const y = scale(measured.map(run => run.kl), height - margin.bottom, margin.top, positive, .15);
-  const svg = frame(width, height, margin, x, y, { title: "Full KL against megabytes", x: "MB of the packed file", y: "full KL" });
-  const fronts = grounds.map(ground => {
-    const front = [];
-    for (const run of of(ground).sort((a, b) => a.megabytes - b.megabytes || a.kl - b.kl))
-      if (!front.length || run.kl < front[front.length - 1].kl) front.push(run);
-    return front;
-  });
-  fronts.forEach((front, index) => svg.append(draw("polyline", {
-    class: "front", "stroke-dasharray": DASHES[index % DASHES.length],
-    points: front.map(run => `${x.at(run.megabytes)},${y.at(run.kl)}`).join(" "),
-  })));
-  const presets = [...new Set(measured.map(run => run.preset))].sort();
-  const shade = preset => `var(--c${presets.indexOf(preset) % COLORS})`;
-  for (const run of [...measured].sort((a, b) => chosen.has(a) - chosen.has(b))) { // the chosen on top
-    const at = { cx: x.at(run.megabytes), cy: y.at(run.kl) };
-    svg.append(draw("circle", {
-      ...at, r: small ? 6 : 5.5, class: "dot", style: `fill:${shade(run.preset)}`, tabindex: 0, role: "button",
-      "aria-label": `${run.id}, ${run.preset}, ${figure(run.megabytes, 1)} MB, KL ${figure(run.kl)}, ${run.ground}`,
-      onclick: () => toggle(run), onkeydown: event => { if (event.key === "Enter") toggle(run); },
-      onmouseenter: event => tell(event, `${run.id}  ${run.preset}\nKL ${figure(run.kl)} at ${figure(run.megabytes, 1)} MB, ${figure(run.model_bits, 2)} bits a weight\n${run.ground}\n${run.goal || run.name}`),
-      onmouseleave: hush,
-    }));
-    if (chosen.has(run)) svg.append(draw("circle", { ...at, r: small ? 10 : 9.5, class: "ring" }));
-  }
-  names(svg, fronts.flat(), x, y, margin.left);
-  const legend = make("ul", { class: "legend" }, ...presets.map(preset => make("li", {}, make("i", { style: `--c:${shade(preset)}` }), preset || "unnamed")));
-  const lines = grounds.length < 2 ? null : make("ul", { class: "legend lines" }, ...grounds.map((ground, index) => make("li", {},
-    draw("svg", { viewBox: "0 0 28 8", width: 28, height: 8 }, draw("line", { class: "front", x1: 0, x2: 28, y1: 4, y2: 4, "stroke-dasharray": DASHES[index % DASHES.length] })), ground)));
-  place.replaceChildren(...[legend, lines, svg].filter(Boolean));
+// The runs that no other beats on both size and `key`, from the smallest file on.
+function front(shown, key) {
+  const kept = [];
+  for (const run of [...shown].sort((a, b) => a.megabytes - b.megabytes || a[key] - b[key]))
+    if (!kept.length || run[key] < kept[kept.length - 1][key]) kept.push(run);
+  return kept;
 }
 
-// Names the best runs on the side where no other can be; a name never covers another.
-function names(svg, front, x, y, edge) {
+function quality() {
+  const place = $("quality");
+  if (!measured.length && !converted.length) return place.replaceChildren(empty("No complete run with the size of its file has been evaluated yet."));
+  const width = across(place), small = width < 560, height = small ? 340 : 460;
+  const margin = { left: 46, right: 20, top: 28, bottom: 42 };
+  const kinds = [["converted", converted, "kl0"], ["trained", measured, "kl"]];
+  const values = kinds.flatMap(([, shown, key]) => shown.map(run => run[key]));
+  const sizes = [...measured, ...converted].map(run => run.megabytes);
+  const x = scale(sizes, margin.left, width - margin.right, Math.min(...sizes) > 0, .07);
+  const y = scale(values, height - margin.bottom, margin.top, Math.min(...values) > 0, .15);
+  const svg = frame(width, height, margin, x, y, { title: "Full KL against megabytes", x: "MB of the packed file", y: "full KL" });
+  const presets = [...new Set([...measured, ...converted].map(run => run.preset))].sort();
+  const shade = preset => `var(--c${presets.indexOf(preset) % COLORS})`;
+  for (const run of measured.filter(run => run.kl0 != null)) { // a student hangs on its conversion
+    const at = x.at(run.megabytes);
+    svg.append(draw("line", { class: "stem", style: `--c:${shade(run.preset)}`, x1: at, x2: at, y1: y.at(run.kl0), y2: y.at(run.kl) }));
+  }
+  const dots = [], best = [];
+  for (const [kind, shown, key] of kinds) {
+    grounds.forEach((ground, index) => {
+      const joined = front(shown.filter(run => run.ground === ground), key);
+      best.push(...joined.map(run => ({ run, x: x.at(run.megabytes), y: y.at(run[key]) })).filter(() => kind === "trained"));
+      svg.append(draw("polyline", { class: `front ${kind}`, "stroke-dasharray": DASHES[index % DASHES.length], points: joined.map(run => `${x.at(run.megabytes)},${y.at(run[key])}`).join(" ") }));
+    });
+    for (const run of [...shown].sort((a, b) => chosen.has(a) - chosen.has(b))) { // the chosen on top
+      const at = { cx: x.at(run.megabytes), cy: y.at(run[key]) };
+      dots.push({ x: at.cx, y: at.cy });
+      const bits = run.model_bits == null ? "" : `, ${figure(run.model_bits, 2)} bits a weight`;
+      svg.append(draw("circle", {
+        ...at, r: small ? 6 : 5.5, class: `dot ${kind}`, style: `--c:${shade(run.preset)}`, tabindex: 0, role: "button",
+        "aria-label": `${run.id}, ${kind}, ${run.preset}, ${figure(run.megabytes, 1)} MB, KL ${figure(run[key])}, ${run.ground}`,
+        onclick: () => toggle(run), onkeydown: event => { if (event.key === "Enter") toggle(run); },
+        onmouseenter: event => tell(event, `${run.id}  ${run.preset}, ${kind}\nKL ${figure(run[key])} at ${figure(run.megabytes, 1)} MB${bits}\n${run.ground}\n${run.goal || run.name}`),
+        onmouseleave: hush,
+      }));
+      if (chosen.has(run) && (kind === "trained" || !measured.includes(run))) svg.append(draw("circle", { ...at, r: small ? 10 : 9.5, class: "ring" }));
+    }
+  }
+  const legend = make("ul", { class: "legend" }, ...presets.map(preset => make("li", {}, make("i", { style: `--c:${shade(preset)}` }), preset || "unnamed")));
+  const key = (text, line, ...more) => make("li", {}, draw("svg", { viewBox: "0 0 28 12", width: 28, height: 12 }, draw("line", { class: `front ${line}`, x1: 0, x2: 28, y1: 6, y2: 6 }), ...more), text);
+  const lines = make("ul", { class: "legend lines" },
+    ...kinds.filter(([, shown]) => shown.length).map(([kind]) => key(kind, kind, draw("circle", { class: `dot ${kind}`, cx: 14, cy: 6, r: 5, style: "--c:var(--soft)" }))),
+    ...(grounds.length < 2 ? [] : grounds.map((ground, index) => make("li", {}, draw("svg", { viewBox: "0 0 28 12", width: 28, height: 12 }, draw("line", { class: "front", x1: 0, x2: 28, y1: 6, y2: 6, "stroke-dasharray": DASHES[index % DASHES.length] })), ground))));
+  place.replaceChildren(legend, lines, svg);
+  names(svg, best, dots, { left: margin.left, right: width - margin.right, top: margin.top, bottom: height - margin.bottom });
+}
+
+// Names the best runs beside their dots, where a name sits on no other, on no dot and inside the frame.
+function names(svg, best, dots, frame) {
   const kept = [];
-  for (const run of front) {
-    const left = x.at(run.megabytes) > edge + 70;
-    const at = { x: x.at(run.megabytes) - (left ? 10 : 0), y: y.at(run.kl) + (left ? 18 : 24) };
-    if (kept.some(other => Math.abs(other.x - at.x) < 64 && Math.abs(other.y - at.y) < 16)) continue;
-    kept.push(at);
-    svg.append(draw("text", { ...at, class: "name", "text-anchor": left ? "end" : "middle" }, run.id));
+  for (const { run, x, y } of best) {
+    const text = draw("text", { class: "name" }, run.id);
+    svg.append(text);
+    const { width } = text.getBBox(), height = 15;
+    const places = [[-width / 2, 24], [-width / 2, -13], [14, 5], [-width - 14, 5], [10, 20], [-width - 10, 20], [10, -10], [-width - 10, -10]];
+    const free = places.map(([dx, dy]) => ({ left: x + dx, right: x + dx + width, bottom: y + dy + 4, top: y + dy + 4 - height, at: y + dy })).find(box =>
+      box.left >= frame.left && box.right <= frame.right && box.top >= frame.top && box.bottom <= frame.bottom
+      && kept.every(other => box.right + 4 < other.left || other.right + 4 < box.left || box.bottom < other.top || other.bottom < box.top)
+      && dots.every(dot => dot.x + 6 < box.left || dot.x - 6 > box.right || dot.y + 6 < box.top || dot.y - 6 > box.bottom));
+    if (!free) { text.remove(); continue; }
+    kept.push(free);
+    text.setAttribute("x", free.left);
+    text.setAttribute("y", free.at);
   }
 }
 
@@ -218,7 +255,7 @@ function depth() {
     const series = [...used].map(([name, run]) => [data.conversions[name][leaf] || [], run]);
     const x = scale([0, Math.max(1, ...series.map(([values]) => values.length - 1))], margin.left, width - margin.right, false, .02);
     const svg = draw("svg", { viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": `Output error of ${leaf} by block` });
-    for (const tick of ticks(y.low, y.high, true, 4, 4)) {
+    for (const tick of spaced(ticks(y.low, y.high, true, 4, 4), y, () => 18)) {
       svg.append(draw("line", { class: "grid", x1: margin.left, x2: width - margin.right, y1: y.at(tick), y2: y.at(tick) }));
       svg.append(draw("text", { x: margin.left - 7, y: y.at(tick) + 4, "text-anchor": "end" }, label(tick)));
     }
@@ -244,7 +281,9 @@ function facts() {
   const broken = runs.length - count("complete");
   if (broken) shown.push([broken, "failed or interrupted"]);
   for (const ground of grounds.slice(0, 3)) {
-    const run = best(ground), where = grounds.length > 1 ? ` on ${ground}` : "";
+    const run = best(ground);
+    if (!run) continue;
+    const where = grounds.length > 1 ? ` on ${ground}` : "";
     shown.push([figure(run.kl), `lowest full KL${where}, ${run.id}`], [figure(run.megabytes, 1), "MB there"]);
   }
   shown.push([time(spent), "of runs in all"]);
@@ -255,8 +294,9 @@ function facts() {
 
 const RARE = ["near", "far"]; // columns that are there where a run has such a figure
 const COLUMNS = [
-  ["id", "run", run => run.id, false], ["stage", "stage", run => run.stage || "–", false], ["status", "status", run => run.status, false],
+  ["id", "run", run => run.id, false], ["preset", "preset", run => run.preset || "–", false],
   ["kl", "full KL", run => figure(run.kl), true], ["megabytes", "MB", run => figure(run.megabytes, 1), true],
+  ["status", "status", run => run.status, false], ["stage", "stage", run => run.stage || "–", false], ["kl0", "KL converted", run => figure(run.kl0), true],
   ["near", "KL at 64–127", run => figure(run.near), true], ["far", "KL at 1,024–2,047", run => figure(run.far), true],
   ["kd0", "KD before", run => figure(run.kd0), true], ["kd", "KD after", run => figure(run.kd), true], ["perplexity", "perplexity", run => figure(run.perplexity, 2), true],
   ["agreement", "agreement", run => percent(run.agreement), true], ["speed", "tokens/s", run => run.speed == null ? "–" : Math.round(run.speed).toLocaleString("en"), true],
@@ -294,15 +334,30 @@ function row(run) {
   return make("tr", { class: chosen.has(run) ? "on" : null, style: chosen.has(run) ? `--c:${color(run)}` : "" }, make("td", { class: "pick" }, box), ...cells);
 }
 
+const MODELS = ["converted", "trained", "teacher"];
+const SIDES = { kl: ["full KL", figure], kd_loss: ["KD loss", figure], perplexity: ["perplexity", value => figure(value, 2)], top1_agreement: ["same first choice", percent] };
+
+// The figures of a run's conversion, student and teacher, a column each; what is known of one without these.
+function sides(run) {
+  const keys = Object.keys(SIDES).filter(key => run.sides[key]);
+  const rows = keys.length ? keys.map(key => [key, run.sides[key]]) : [["kl", [run.kl0, run.trains ? run.kl : null, null]], ["kd_loss", [run.kd0, run.kd, null]]];
+  const shown = rows.filter(([, values]) => values.some(value => value != null));
+  if (!shown.length) return null;
+  const head = make("tr", {}, make("td", {}), ...MODELS.map(name => make("th", { scope: "col", class: "num" }, name)));
+  return make("table", { class: "sides" }, make("thead", {}, head), make("tbody", {}, ...shown.map(([key, values]) => make("tr", {},
+    make("th", { scope: "row" }, SIDES[key][0]), ...values.map(value => make("td", { class: "num" }, SIDES[key][1](value)))))));
+}
+
 function cards() {
   const shown = picked().map(run => {
-    const figures = [["full KL", figure(run.kl, 3)], ["KD loss", run.kd0 == null ? figure(run.kd, 3) : `${figure(run.kd0, 3)} → ${figure(run.kd, 3)}`], ["MB", figure(run.megabytes, 1)], ["bits a weight", figure(run.model_bits, 2)], ["of quantized layers", figure(run.bits, 2)], ["time", time(run.seconds)]];
+    const figures = [["MB", figure(run.megabytes, 1)], ["bits a weight", figure(run.model_bits, 2)], ["of quantized layers", figure(run.bits, 2)], ["time", time(run.seconds)]];
     return make("article", { class: "card", style: `--c:${color(run)}` },
       make("h3", {}, `${run.id}  ${run.name || run.stage}`),
       run.goal ? make("p", {}, run.goal) : null,
       run.verdict ? make("p", { class: "status failed" }, run.verdict) : null,
       run.error ? make("p", { class: `status ${run.status}` }, `${run.status}: ${run.error}`) : null,
-      make("dl", { class: "figures" }, ...figures.map(([name, value]) => make("div", {}, make("dt", {}, name), make("dd", {}, value)))),
+      sides(run),
+      make("dl", { class: "figures" }, ...figures.filter(([, value]) => value !== "–").map(([name, value]) => make("div", {}, make("dt", {}, name), make("dd", {}, value)))),
       make("p", { class: "quiet" }, [run.device, run.started.slice(0, 10), run.sweep, run.ground].filter(Boolean).join(" · ")),
       run.notes ? make("p", { class: "quiet" }, run.notes) : null,
       run.command ? make("pre", {}, run.command) : null);
@@ -310,28 +365,31 @@ function cards() {
   $("chosen").replaceChildren(...(shown.length ? shown : [empty("Choose runs in the table or in the chart above.")]));
 }
 
+const FIRST = ["teacher", "converted"]; // models of a run before its student
+const rank = model => FIRST.includes(model) ? FIRST.indexOf(model) : FIRST.length;
+
 function samples() {
   const place = $("samples");
   const shown = picked().filter(run => run.samples.length);
   if (!shown.length) return place.replaceChildren(empty("No chosen run left samples."));
   const prompts = [...new Set(shown.flatMap(run => run.samples.map(sample => sample.prompt)))];
-  place.replaceChildren(...prompts.flatMap(prompt => {
-    const cells = [];
-    const said = new Set(); // runs of one teacher share its answer and often a conversion's
-    for (const run of shown) {
-      const sample = run.samples.find(one => one.prompt === prompt);
-      for (const [model, text] of Object.entries(sample ? sample.answers : {})) {
-        const own = model !== "teacher" && model !== "converted";
-        const seen = model + "\n" + text;
-        if (!own && said.has(seen)) continue;
-        said.add(seen);
-        const who = model === "teacher" ? "teacher" : `${run.id}, ${model}`;
-        cells.push([model === "teacher" ? 0 : own ? 2 : 1, make("div", { class: "answer", style: own ? `--c:${color(run)}` : "" }, make("h3", {}, who), make("p", {}, text))]);
-      }
-    }
-    cells.sort((a, b) => a[0] - b[0]);
-    return [make("p", { class: "prompt" }, prompt), make("div", { class: "answers" }, ...cells.map(([, cell]) => cell))];
-  }));
+  place.replaceChildren(...prompts.flatMap(prompt => [make("p", { class: "prompt" }, prompt), ...shown.map(run => {
+    const sample = run.samples.find(one => one.prompt === prompt);
+    const said = Object.entries(sample ? sample.answers : {}).sort(([a], [b]) => rank(a) - rank(b));
+    return !said.length ? null : make("div", { class: "answers", style: `--c:${color(run)}` }, ...said.map(([model, text]) =>
+      make("div", { class: "answer" }, make("h3", {}, `${run.id}, ${model === "distilled" ? "trained" : model}`), make("p", {}, text))));
+  }).filter(Boolean)]));
+}
+
+function times() {
+  const table = $("times");
+  if (!data.times.length) return table.tBodies[0].replaceChildren(make("tr", {}, make("td", { class: "quiet" }, "No conversion yet.")));
+  const names = ["instance", "cores", "time", "conversion", "device", "made", "last"];
+  const head = names.map(name => make("th", { scope: "col", class: name === "cores" || name === "made" ? "num" : null }, make("span", {}, name)));
+  table.tHead.replaceChildren(make("tr", {}, ...head));
+  table.tBodies[0].replaceChildren(...data.times.map(([instance, device, cores, name, count, told, last]) => make("tr", {},
+    make("td", {}, instance || "–"), make("td", { class: "num" }, cores || "–"), make("td", {}, told || "–"), make("td", {}, name),
+    make("td", {}, device || "–"), make("td", { class: "num" }, count), make("td", {}, last || "–"))));
 }
 
 function settings(run, key) {
@@ -373,6 +431,7 @@ function refresh() {
 }
 
 facts();
+times();
 chooseBest();
 $("filter").addEventListener("input", table);
 $("best").addEventListener("click", chooseBest);

@@ -13,10 +13,13 @@ from typing import Any
 from qat import records
 from qat.records import Record
 from qat.report import generate
+from qat.report.times import conversions
 from qat.shown import shown
 
 FILE = "report.html"
 POINTS = 240  # maximum points of a drawn curve; a chart cannot show more
+MODELS = ("converted", "distilled", "teacher")  # what a run calls its models, and its samples too
+SIDES = ("kl", "kd_loss", "perplexity", "top1_agreement")  # figures that stand side by side
 DIGITS = 5  # significant digits of figures that are only drawn
 
 # Characters that could end the script element or its line are written as JSON escapes.
@@ -62,6 +65,7 @@ def data(outputs: Path) -> dict[str, Any]:
         "common": common,
         "runs": [_run(run, own, common, grounds) for run, own in zip(runs, settings, strict=True)],
         "conversions": _conversions(outputs, runs),
+        "times": [[*times.where, times.name, times.count, times.told(), times.last] for times in conversions(outputs)],
     }
 
 
@@ -85,7 +89,7 @@ def _run(
         "name": run.text("name") if run.is_trial else "",
         "status": run.status,
         "stage": run.text("stage"),
-        "trial": run.is_trial,
+        "trains": run.trains,
         "ground": grounds[run.ground],
         "verdict": run.text("verdict"),
         "sweep": run.sweep,
@@ -103,6 +107,8 @@ def _run(
         "kd0": run.number("metrics", "kd_loss_initial"),
         "kd": run.first(("metrics", "kd_loss_final"), ("metrics", "kd_loss")),
         "kl": run.number("metrics", "kl"),
+        "kl0": _converted(run),
+        "sides": _sides(run),
         "near": run.number("metrics", "kl_64_128"),
         "far": run.number("metrics", "kl_1024_2048"),
         "perplexity": run.number("metrics", "perplexity"),
@@ -117,6 +123,21 @@ def _run(
         "held_out": _curve(rows, "kd_loss"),
         "samples": records.samples(run.folder),
     }
+
+
+def _converted(run: Record) -> float | None:
+    """Full KL of the conversion that a run made or used; None for one that began with another checkpoint."""
+    if not run.is_trial or not run.text("paths", "conversion"):
+        return None
+    return run.number("metrics", "kl_initial" if run.trains else "kl")
+
+
+def _sides(run: Record) -> dict[str, list[float | None]]:
+    """The figures of a run's models, in the order of `MODELS`: its conversion, its student and its teacher."""
+    if not run.trains:
+        return {}
+    models = [[run.number("evaluation", "models", name, "metrics", key) for name in MODELS] for key in SIDES]
+    return {key: found for key, found in zip(SIDES, models, strict=True) if any(each is not None for each in found)}
 
 
 def _curve(rows: list[dict[str, Any]], key: str) -> list[list[float]]:

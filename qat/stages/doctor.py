@@ -70,8 +70,15 @@ def examine(config: Config) -> Iterator[Finding]:
     yield from _models(config)
     yield from _plan(config)
     yield _store(config.store)
-    yield Finding("wandb", "logged in" if tracking.logged_in() else "no login: runs are kept offline, below outputs/")
+    yield Finding("wandb", _wandb())
     yield Finding("hub", _hub_login())
+
+
+def _wandb() -> str:
+    host = tracking.host()
+    if tracking.logged_in():
+        return f"logged in for {host}"
+    return f"no login for {host}: runs are kept offline, and each says how it is sent (wandb sync)"
 
 
 def _computer() -> str:

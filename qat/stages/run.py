@@ -1,6 +1,5 @@
 """The whole job: cache, convert, distill, evaluate; existing results are used again."""
 
-import logging
 from pathlib import Path
 
 from qat import checkpoints, provenance
@@ -16,16 +15,12 @@ from qat.runs import Run
 from qat.stages import cache, convert, distill, evaluate, first
 from qat.stages.workspace import Workspace, open_workspace, start_folder
 
-log = logging.getLogger(__name__)
-
 STAGES = ("cache", "convert", "distill", "evaluate")
 
 
 def main(config: Config, run: Run) -> None:
     """`stage=run`."""
     work = open_workspace(config, run)
-    pair = config.model.name if config.teacher is None else f"{config.model.name} taught by {config.teacher.name}"
-    log.info("%s: %s on %s", run.result["run_id"], pair, work.machine.describe())
     cached = cache.make(work)
     start, known = _start(work, cached)
     best = distill.make(work, cached, start)

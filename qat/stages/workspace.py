@@ -1,5 +1,6 @@
 """What every stage works with: the machine, the model and its teacher, the run's record."""
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -7,16 +8,22 @@ from pathlib import Path
 
 from transformers import PreTrainedModel
 
-from qat import machine, models
+from qat import machine, models, records
 from qat.config import CheckpointConfig, Config, Stage
+from qat.console import duration, paces
 from qat.fidelity import Sample, settle
 from qat.fidelity.sample import Rows
 from qat.forward import Pass
 from qat.machine import Machine
 from qat.models import ModelFolder
+from qat.records import Record
 from qat.runs import Run, environment
 from qat.stages import limits
 from qat.stages.teacher import check
+
+log = logging.getLogger(__name__)
+
+PARTS = ("cache", "first", "convert", "distill", "evaluate", "export")  # of runs, as their times are recorded
 
 
 @dataclass(frozen=True)
@@ -92,11 +99,44 @@ def open_workspace(config: Config, run: Run) -> Workspace:
     resolved = machine.resolve(config.instance)
     run.result["memory"]["start_bytes"] = machine.peak_bytes(resolved.device)
     run.result["environment"] = environment(resolved.describe(), resolved.instance)
+    _tell(config, run, resolved)
     asked = None if config.stage is Stage.export else config.teacher  # what a file holds is the student's alone
     model, teacher = models.pair(config.model, asked, Path(config.outputs) / "artifacts")
     check(config, model, teacher, resolved)
     run.result["memory"]["planned_bytes"] = limits.check(config, model, teacher, resolved)
     return Workspace(config, run, resolved, model, teacher)
+
+
+def _tell(config: Config, run: Run, resolved: Machine) -> None:
+    """What the run will do, in a line, and how long each part took last time, which is what bars begin with."""
+    log.info("%s on %s: %s", run.result["run_id"], resolved.describe(), ahead(config))
+    earlier = records.last_like(Path(config.outputs), run.result)
+    paces.begin(earlier.numbers("rates") if earlier else {})
+    if earlier and (parts := [f"{part} {duration(seconds)}" for part, seconds in _spent(earlier)]):
+        log.info("last time (%s): %s", earlier.run_id, ", ".join(parts))
+
+
+def ahead(config: Config) -> str:
+    """What a run will do: `tiny, cache, convert to q2a4, distill 40 steps, evaluate`."""
+    start = config.checkpoint.path or config.checkpoint.name
+    distilled = f"distill {config.train.steps:,} steps"
+    parts = {
+        Stage.run: ["cache", f"convert to {config.quant.name}", distilled, "evaluate"],
+        Stage.convert: ["cache", f"convert to {config.quant.name}"],
+        Stage.distill: ["cache", distilled],
+        Stage.export: [f"export {start} as {config.export.name}"],
+        Stage.evaluate: [f"evaluate {', '.join([start, *config.evaluate.against])}"],
+    }
+    pair = config.model.name if config.teacher is None else f"{config.model.name} taught by {config.teacher.name}"
+    return ", ".join([pair, *parts.get(config.stage, [config.stage.name])])
+
+
+def _spent(earlier: Record) -> Iterator[tuple[str, float]]:
+    """The parts of a run with their seconds; of what it reused, those of its making."""
+    for part in PARTS:
+        spent = "made_s" if earlier.section("reused", part) else "s"
+        if (seconds := earlier.seconds("timing", f"{part}_{spent}")) is not None:
+            yield part, seconds
 
 
 def start_folder(checkpoint: CheckpointConfig) -> Path | None:

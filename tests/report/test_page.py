@@ -18,6 +18,15 @@ browser = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machi
 EVIL = "</script><script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\">&amp;\u2028`${1}"
 
 PROBE = "const root = document.documentElement; root.dataset.over = root.scrollWidth - root.clientWidth"
+OVERLAPS = """
+const box = (node) => [node.textContent, node.getBoundingClientRect()];
+const boxes = (svg) => [...svg.querySelectorAll("text")].map(box);
+const meet = (a, b) => a.left < b.right - 1 && b.left < a.right - 1 && a.top < b.bottom - 1 && b.top < a.bottom - 1;
+const found = [...document.querySelectorAll("svg")].flatMap((svg) => boxes(svg).flatMap(([name, box], index, all) =>
+  all.slice(index + 1).filter(([, other]) => meet(box, other)).map(([other]) => `${name} on ${other}`)));
+document.documentElement.dataset.labels = document.querySelectorAll("svg text").length;
+document.documentElement.dataset.overlaps = found.join("; ");
+"""
 CLICKS = """
 const all = (name) => [...document.querySelectorAll(name)];
 const head = (name) => all("#runs th button").find((button) => button.textContent === name);
@@ -68,7 +77,7 @@ def outputs(tmp_path):
 
 @browser
 def test_browser_shows_five_hundred_runs(outputs):
-    synthetic.fill(outputs, 500, steps=2000)
+    synthetic.fill(outputs, 500, steps=2000, sized=True)
     path = page.write(outputs)
     shown = body(dom(path))
     assert path.stat().st_size < 12e6
@@ -128,14 +137,48 @@ def test_phone_scrolls_no_page_sideways(outputs):
 
 
 @browser
+@pytest.mark.parametrize("width", [390, 1280])
+def test_labels_do_not_sit_on_each_other(outputs, width):
+    synthetic.varied(outputs)
+    path = page.write(outputs)
+    with_script(path, PROBE + OVERLAPS)
+    shown = dom(path, f"--window-size={width},1200")
+    assert 'data-over="0"' in shown
+    assert int(re.search(r'data-labels="(\d+)"', shown)[1]) > 40
+    assert re.search(r'data-overlaps="([^"]*)"', shown)[1] == ""
+
+
+@browser
+def test_conversion_student_and_teacher_stand_side_by_side(outputs):
+    count = synthetic.varied(outputs)
+    runs = page.data(outputs)["runs"]
+    students = [run for run in runs if run["trains"] and run["status"] == "complete"]
+    conversions = {run["conversion"] for run in runs if run["kl0"] is not None}
+    assert len(runs) == count and len(students) == 24 and len(conversions) == 25
+    shown = body(dom(page.write(outputs)))
+    first = shown[: shown.index("Chosen runs are drawn")]
+    drawn = [
+        len(re.findall(f"<{mark}", first))
+        for mark in ('circle[^>]*"dot trained', 'circle[^>]*"dot converted', 'line class="stem')
+    ]
+    assert drawn == [24 + 1, 25 + 1, 24]  # one more of each in the legend
+    assert len(re.findall("<polyline", first)) == 4  # trained and converted, on either text
+    assert len(re.findall('<div class="answers"', shown)) == 2 * 4
+    said = [re.findall("<h3>(.*?)</h3>", row) for row in shown.split('<div class="answers"')[1:]]
+    assert all([name.split(", ")[1] for name in row[:3]] == ["teacher", "converted", "trained"] for row in said)
+    table = re.search(r'<table class="sides">(.*?)</table>', shown)[1]
+    assert re.findall("<th [^>]*>(.*?)</th>", table)[:4] == ["converted", "trained", "teacher", "full KL"]
+
+
+@browser
 @pytest.mark.parametrize("count", [0, 1, 2])
 def test_few_runs_make_a_page_too(outputs, count):
     outputs.mkdir()
     if count:
-        synthetic.fill(outputs, count)
+        synthetic.fill(outputs, count, sized=True)
     shown = body(dom(page.write(outputs)))
     assert shown.count('<td class="pick">') == count
-    assert ("No complete run has been evaluated yet." in shown) == (count == 0)
+    assert ("No complete run with the size of its file has been evaluated yet." in shown) == (count == 0)
 
 
 def test_runs_of_one_teacher_and_text_are_told_from_others(outputs):
@@ -146,11 +189,11 @@ def test_runs_of_one_teacher_and_text_are_told_from_others(outputs):
         stage = {"stage": "evaluate"} if number == 0 else {}
         path.write_text(json.dumps(json.loads(path.read_text()) | given | stage))
     runs = page.data(outputs)["runs"]
-    assert [run["trial"] for run in runs] == [run["stage"] != "evaluate" for run in runs] and runs[0]["name"] == ""
+    assert [run["trains"] for run in runs] == [run["stage"] != "evaluate" for run in runs] and runs[0]["name"] == ""
     assert len({run["ground"] for run in runs}) == 3
     told = [name for name in {run["ground"] for run in runs} if name in ("tiny, L64 (0abcde)", "tiny, L64 (1abcde)")]
     assert len(told) == 2
-    assert 'run.trial &&' in page.render(outputs)
+    assert "run.trains &&" in page.render(outputs)
 
 
 def test_page_asks_for_nothing(outputs):
