@@ -144,8 +144,8 @@ def host() -> str:
         noted.read(Path(folder).expanduser() / "settings", encoding="utf-8")
     except (SettingsError, UnicodeDecodeError):
         noted = ConfigParser()
-    named: str = os.environ.get("WANDB_BASE_URL") or noted.get("default", "base_url", fallback="")
-    return urlsplit(named).netloc or HOST
+    named = os.environ.get("WANDB_BASE_URL") or noted.get("default", "base_url", fallback=None)
+    return urlsplit(named or "").netloc or HOST
 
 
 def _netrc() -> Path:
