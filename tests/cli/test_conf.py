@@ -17,6 +17,7 @@ NEEDED = {  # what an option cannot work without
     "quant/budget": "quant.bits=3.2",
     "data/chat_jsonl": "data.path={folder}/config.json",
     "data/text": "data.path={folder}/config.json",
+    "loss/sft": "data.parts=[{{source: chat_jsonl, path: {folder}/config.json}}]",
     "cache/local": "cache.path={folder}",
     "checkpoint/local": "checkpoint.path={folder}/student.pt",
     "store/gcs": "store.path=gs://bucket",
