@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,7 +15,9 @@ from qat.errors import ArtifactError, ConfigError
 from qat.fidelity import Sample, settle
 from qat.forward import Found
 from qat.machine import Machine
+from qat.runs import Run
 from qat.stages import cache as stage
+from qat.stages.workspace import Workspace
 
 CPU = Machine(torch.device("cpu"), torch.float32, 4)
 BF16 = Machine(torch.device("cpu"), torch.bfloat16, 4)
@@ -73,10 +74,11 @@ def test_a_vocabulary_of_another_size_is_refused_as_the_cache_states_it(recorded
         open_local(recorded(smaller, vocab_size=384), tiny, 0.3, Tail.exact)
 
 
-def test_rows_longer_than_the_teacher_was_made_for_are_refused(recorded, tiny):
+def test_rows_longer_than_the_teacher_was_made_for_are_refused(recorded, tiny, tmp_path):
     data, loss = DataConfig("", eval_fraction=0.3), LossConfig("", LossKind.topk_kl)
     config = Config(data=data, cache=CacheConfig("local"), loss=loss)
-    work = SimpleNamespace(config=config, teacher=Short(tiny.name, tiny.path, tiny.fingerprint), machine=CPU)
+    short = Short(tiny.name, tiny.path, tiny.fingerprint)
+    work = Workspace(config, Run(config, tmp_path), CPU, short, short)
     with pytest.raises(ConfigError, match="has rows of 16 tokens, tiny is made for at most 15"):
         stage._local(work, recorded(tiny))
 
