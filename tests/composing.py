@@ -1,7 +1,8 @@
 """Hydra's own work on the same options, done once: the list of defaults, and what they say before keys are set.
 
 That is most of the time that a command line takes, and a test of one seldom is about it. Options of somebody's own,
-other schemas and whatever is refused go Hydra's way each time, and so does all in interpreters that start afresh.
+other schemas, recorded runs (all under one name) and whatever is refused go Hydra's way each time, and so does all in
+interpreters that start afresh.
 """
 
 import copy
@@ -14,6 +15,7 @@ from hydra._internal.defaults_list import DefaultsList, Overrides
 from hydra.core.config_store import ConfigStore
 
 from qat.config import CONF
+from qat.identities import RESOLVED
 
 SOURCES = {"pkg://hydra.conf", f"file://{CONF}", "structured://"}
 SCHEMAS = ConfigStore.instance().repo
@@ -31,7 +33,7 @@ def once() -> None:
 
 
 def _listed(repo: Any, config_name: str | None, overrides_list: list[Any], **how: bool) -> DefaultsList:
-    if not _is_ours(repo):
+    if config_name == RESOLVED or not _is_ours(repo):
         return _create(repo, config_name, overrides_list, **how)
     given = Overrides(repo, overrides_list)
     choices = [one for one in overrides_list if one not in given.config_overrides and not one.is_sweep_override()]
@@ -42,7 +44,7 @@ def _listed(repo: Any, config_name: str | None, overrides_list: list[Any], **how
 
 
 def _composed(loader: ConfigLoaderImpl, defaults: list[Any], repo: Any) -> Any:
-    if not _is_ours(repo):
+    if any(one.config_path == RESOLVED for one in defaults) or not _is_ours(repo):
         return _compose(loader, defaults, repo)
     key = tuple(map(astuple, defaults))
     if key not in _trees:

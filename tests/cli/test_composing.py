@@ -5,7 +5,9 @@ from hydra._internal import config_loader_impl
 from hydra.types import RunMode
 from omegaconf import Container
 
+from qat.cli import recorded
 from qat.cli.compose import Composer
+from qat.identities import RESOLVED
 from tests import composing
 
 LINES = ["", "+debug=tiny train.lr=1e-3", "quant=q2a16 quant.mlp.bits=3", "~tracker tracker=none", "-m seed=1,2"]
@@ -34,3 +36,13 @@ def test_it_is_what_hydra_composes(line, monkeypatch):
     monkeypatch.setattr(composing, "_is_ours", lambda repo: False)
     assert ours == again == composed(line)
     assert len(ours) > 200
+
+
+def test_recorded_runs_are_each_their_own(tmp_path):
+    found = []
+    for steps in (3, 5):
+        (tmp_path / recorded.FILE).write_text(f"train: {{steps: {steps}}}\n")
+        recorded.offer(tmp_path / recorded.FILE)
+        loader = Composer({}).loader
+        found.append(loader.load_configuration(RESOLVED, [], RunMode.RUN).train.steps)
+    assert found == [3, 5]
