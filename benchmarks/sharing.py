@@ -122,7 +122,7 @@ def measure(case: Case, machine: Machine, ranks: Ranks) -> dict[str, Any]:
     losses, times = [], []
     for number in range(case.steps):
         start = time.perf_counter()
-        figures = step(batches[number % BATCHES], optim.factor(number, train))  # waits for the device
+        figures = step([batches[number % BATCHES]], optim.factor(number, train))  # waits for the device
         times.append(time.perf_counter() - start)
         losses.append(figures.loss)
     seconds = statistics.median(times[WARM_UP:] or times)

@@ -16,6 +16,7 @@ from qat.export.hf.writer import dense
 from qat.export.source import open_source
 from qat.library.words import PathLike, Words, apart, composed, value
 from qat.models import ModelFolder
+from qat.models.reading import SAFE
 from qat.stages import export as exports
 
 READ = ("packed", "hf", "compressed")  # exports that transformers reads, two of them with a package beside
@@ -106,7 +107,7 @@ def of_export(folder: Path, kind: str, config: Config) -> Student:
     manifest, resolved = open_artifact(folder).manifest, machine.resolve(config.instance)
     model = cast(nn.Module, models.read(folder, "auto")).to(resolved.device).eval()
     has_tokenizer = model_files.has_tokenizer(folder)
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True) if has_tokenizer else None
+    tokenizer = AutoTokenizer.from_pretrained(folder, **SAFE) if has_tokenizer else None
     return Student(cast(PreTrainedModel, model), tokenizer, manifest, folder)
 
 

@@ -179,7 +179,7 @@ def _options(group: str) -> list[str]:
 def _tokenizer_of(model: PreTrainedModel) -> PreTrainedTokenizerBase:
     """The tokenizer of what a model was loaded from."""
     try:
-        return cast(PreTrainedTokenizerBase, AutoTokenizer.from_pretrained(model.name_or_path))
+        return cast(PreTrainedTokenizerBase, AutoTokenizer.from_pretrained(model.name_or_path, trust_remote_code=False))
     except (OSError, ValueError) as error:
         where = model.name_or_path or "a model that was not loaded from anywhere"
         raise MissingError(f"no tokenizer is found for {where} ({reason(error)}): give tokenizer=<its own>") from None

@@ -154,15 +154,15 @@ def test_training_goes_on_from_a_state_to_the_same_bits(readers, name):
 
     whole, again = begun(), begun()
     for _ in range(2):
-        whole.step(batch, 1.0)
+        whole.step([batch], 1.0)
     whole.history.step = 2
     state = whole.state()
     kept = State(state.step, {name: value.clone() for name, value in state.tensors.items()}, state.facts)
     for _ in range(2):
-        whole.step(batch, 1.0)
+        whole.step([batch], 1.0)
     again.restore(kept, [])
     for _ in range(2):
-        again.step(batch, 1.0)
+        again.step([batch], 1.0)
     for one, other in zip(whole.learners.parameters, again.learners.parameters, strict=True):
         assert torch.equal(one.value, other.value), one.name
     assert any(p.name == "model.embed_tokens.latent" for p in again.learners.parameters)
