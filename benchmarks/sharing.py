@@ -132,8 +132,8 @@ def measure(case: Case, machine: Machine, ranks: Ranks) -> dict[str, Any]:
         "devices": ranks.count,
         "tokens_per_second": round(speed, 1),
         "share": round(6 * weights * speed / flops / ranks.count, 3),
-        "held_gb": round(most(allocated(machine.device), machine, ranks) / GB, 2),
-        "peak_gb": round(most(reserved(machine.device), machine, ranks) / GB, 2),
+        "held_gb": round(ranks.most(allocated(machine.device), machine.device) / GB, 2),
+        "peak_gb": round(ranks.most(reserved(machine.device), machine.device) / GB, 2),
         "micro_batch": step.machine.micro_batch,  # smaller than asked for if memory ran out
         "checkpointing": bool(step.machine.checkpointing),
         "begin_s": round(begin, 1),
@@ -229,14 +229,6 @@ def allocated(device: torch.device) -> int:
 def reserved(device: torch.device) -> int:
     """The most memory that was set apart for tensors."""
     return torch.cuda.max_memory_reserved(device) if device.type == "cuda" else machines.peak_bytes(device)
-
-
-def most(here: int, machine: Machine, ranks: Ranks) -> float:
-    """The most that any of the processes has."""
-    found = torch.zeros(ranks.count, dtype=torch.float64, device=machine.device)
-    found[ranks.rank] = here
-    ranks.sum_([found])
-    return float(found.max())
 
 
 def compared(lines: list[dict[str, Any]], case: Case) -> str:

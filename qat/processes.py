@@ -72,14 +72,14 @@ class Ranks:
         return bool(count.item() > 0)
 
     def most(self, here: int, device: "torch.device") -> int:
-        """The largest of a number of each rank, at most 2^24. Waits for the device.
+        """The largest of a number of each rank, at most 2^53. Waits for the device.
 
         Raises:
             RankError: one of them is gone.
         """
         import torch
 
-        numbers = torch.zeros(self.count, dtype=torch.float32, device=device)
+        numbers = torch.zeros(self.count, dtype=torch.float64, device=device)
         numbers[self.rank] = here
         self.sum_([numbers])
         return int(numbers.max().item())
