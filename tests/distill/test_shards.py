@@ -27,15 +27,19 @@ BOTH = ModeConfig(name="e2e", mlp=True, attn=True)
 LEARN = LearnConfig(scales=1.0, codebooks=1.0, latent=1.0, norms=1.0)
 TRAIN = TrainConfig(steps=4, batch_size=12, lr=1e-4, eval_every=2, grad_clip=1.0, learn=LEARN)
 
+CUT = replace(TRAIN, batch_size=11, lengths=[8, 32], shares=[2.0, 1.0])  # so that processes have unlike micro-batches
 
-def trainer_of(folder: Path, ranks: Ranks, **machine) -> Trainer:
+
+def trainer_of(folder: Path, ranks: Ranks, cut: bool = False, **machine) -> Trainer:
     teacher = tiny.teacher_in(folder)
     student, _ = checkpoints.load(folder / "start", teacher, tiny.FP32, latents=True)
     layers = {name: ("mlp" if ".mlp." in name else "attn", module) for name, module in quantized(student).items()}
     cached = open_artifact(folder / "cache")
     readers = CacheReader(cached, "train"), CacheReader(cached, "eval")
-    loss = Loss(LossKind.bucket_kl)
-    return Trainer(student, layers, readers, TRAIN, BOTH, loss, replace(tiny.FP32, **machine), 0, ranks)
+    loss, train = Loss(LossKind.bucket_kl), TRAIN
+    if cut:
+        loss, train = Loss(LossKind.full_kl, teacher=teacher.load(torch.float32, tiny.CPU)), CUT
+    return Trainer(student, layers, readers, train, BOTH, loss, replace(tiny.FP32, **machine), 0, ranks)
 
 
 def trained(folder: Path, ranks: Ranks, short: bool = False, **machine) -> tuple[list[dict], State, dict]:
@@ -46,8 +50,9 @@ def trained(folder: Path, ranks: Ranks, short: bool = False, **machine) -> tuple
     trainer.run(rows.append, lambda: None)
     with trainer.learners.whole():
         if ranks.first:
-            (folder / f"of-{ranks.count}").mkdir(exist_ok=True)
-            checkpoints.write(trainer.student, folder / f"of-{ranks.count}")
+            place = folder / f"of-{ranks.count}{'-cut' if machine.get('cut') else ''}"
+            place.mkdir(exist_ok=True)
+            checkpoints.write(trainer.student, place)
     return rows, trainer.state(), {layer: held(module) for layer, module in quantized(trainer.student).items()}
 
 
@@ -132,6 +137,13 @@ def test_two_processes_learn_what_one_does(prepared, alone, words, caplog):
         if name.startswith("parameter"):
             step = 1e-4 * value.square().mean().sqrt()
             assert (first[1][name] - value).abs().mean() < 0.05 * step, name
+
+
+def test_processes_with_rows_of_several_lengths_learn_what_one_does(prepared):
+    expected, first = trained(prepared, Ranks(), cut=True)[0], together(prepared, cut=True, micro_batch=1)
+    assert len({tuple(map(str, one[0])) for one in first}) == 1
+    for ours, theirs in zip(first[0][0], expected, strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-4)
 
 
 def test_a_state_is_that_of_any_number_of_processes(prepared, alone):
