@@ -59,9 +59,9 @@ class Work(Evaluation):
         super().__init__(options)
         self.options, self._cache = options, open_artifact(Path(options.cache))
 
-    def text(self, tokens: int) -> torch.Tensor:
-        """The first training rows [N, L] of the cache."""
-        reader = CacheReader(self._cache, "train")
+    def text(self, tokens: int, split: str = "train") -> torch.Tensor:
+        """The first rows [N, L] of a split of the cache."""
+        reader = CacheReader(self._cache, split)
         return reader.input_ids(min(reader.rows, tokens // int(self._cache.manifest["length"]))).long()
 
     @cached_property
@@ -113,7 +113,7 @@ def entries(work: Work) -> Iterator[Entry]:
         settings = looked_at(work) | {"convert": options.convert}
         yield entry(work, CONVERTED, name, settings, lambda name=name: ours(work, name, converted(work, name)))
     for name in options.dwq:
-        settings = {"dwq_tokens": work.text(options.dwq_tokens).numel(), "rate": options.dwq_rate}
+        settings = {"dwq_tokens": options.dwq_tokens, "rate": options.dwq_rate, "seconds": options.dwq_seconds}
         yield entry(work, DWQ, name, settings, partial(dwq, work, name))
     for name, paths in named(options.trained).items():
         found = [find(path) for path in paths]
@@ -153,8 +153,9 @@ def student(work: Work, name: str, folder: Path) -> Student:
     engine = engine_of(name)
     size = engine_files.size(engine, folder)
     model = engine_files.read(engine, work.folder, folder)
-    seconds = read_manifest(folder)["seconds"]
-    told = {"engine": engine.label, "bytes": size, "megabytes": round(size / 1e6, 3), "seconds": seconds}
+    manifest = read_manifest(folder)
+    told = {"engine": engine.label, "bytes": size, "megabytes": round(size / 1e6, 3), "seconds": manifest["seconds"]}
+    told |= {"trained_tokens": manifest["tokens"]} if "tokens" in manifest else {}
     return model.to(work.judge.device), told
 
 
@@ -182,11 +183,14 @@ def dwq(work: Work, name: str) -> Path:
     except ImportError as error:
         raise UnavailableError(f"mlx_lm.dwq cannot run here ({error}): pip install mlx-lm") from None
 
-    text, rate = work.text(work.options.dwq_tokens), work.options.dwq_rate
-    inputs = {"text": digest(text), "rate": rate, **trainer.SETTINGS}
-    bits, group = engine_files.grid_of(name)
+    options, (bits, group) = work.options, engine_files.grid_of(name)
+    text, held_out = work.text(options.dwq_tokens), work.text(options.dwq_validation, "eval")
+    texts = {"text": digest(text), "held_out": digest(held_out)}
+    limits = {"rate": options.dwq_rate, "seconds": options.dwq_seconds}
     return work.kept(
-        f"{name}_dwq", inputs, lambda folder: trainer.quantize(work.folder, folder, bits, group, text, rate)
+        f"{name}_dwq",
+        {**texts, **limits, **trainer.SETTINGS},
+        lambda folder: trainer.quantize(work.folder, folder, bits, group, text, held_out, **limits),
     )
 
 
@@ -266,7 +270,7 @@ def table(rows: list[dict[str, Any]], skipped: dict[str, str]) -> str:
             if told := next((row for row in found if row), None):
                 beside = [place.get((name, OWN, text)) for text in texts]
                 kl = [_beside(row, its) for row, its in zip(found, beside, strict=True)]
-                spoken = f"{method} ({told['settings']['dwq_tokens']:,} tokens)" if method == DWQ else method
+                spoken = f"{method} ({told['trained_tokens']:,} tokens)" if method == DWQ else method
                 lines.append([name, spoken, f"{told['megabytes']:.1f}", *kl, _speed(place, name, method)])
     told = [f"\n{label} was left out: {reason}" for label, reason in skipped.items()]
     return "\n".join([*(f"| {' | '.join(cells)} |" for cells in lines), *told])
@@ -299,7 +303,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--convert", default="fast", help="an option of conf/convert")
     parser.add_argument("--trained", nargs="+", default=[], metavar="PRESET=PATH", help="runs, one a seed")
     parser.add_argument("--dwq", nargs="+", default=[], metavar="PRESET", help="of MLX, trained by mlx_lm.dwq")
-    parser.add_argument("--dwq-tokens", type=int, default=32_768)
+    parser.add_argument("--dwq-tokens", type=int, default=32_768, help="the most that it reads")
+    parser.add_argument("--dwq-seconds", type=float, default=3600.0, help="it ends then with what it has")
+    parser.add_argument("--dwq-validation", type=int, default=32_768, help="held-out tokens of its own figures")
     parser.add_argument("--dwq-rate", type=float, default=1e-6, help="learning rate; the default is mlx-lm's own")
     parser.add_argument("--speeds", nargs="+", default=[], metavar="PRESET", help="measure tokens a second")
     parser.add_argument("--threads", type=int, default=2, help="of llama.cpp and torch")

@@ -33,6 +33,8 @@ def options(teacher, cache, tmp_path):
         trained=[],
         dwq=[],
         dwq_tokens=256,
+        dwq_seconds=60.0,
+        dwq_validation=256,
         dwq_rate=3e-4,
         speeds=[],
         threads=1,
