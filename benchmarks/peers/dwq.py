@@ -28,10 +28,11 @@ SETTINGS = {"temperature": 2.0, "step_tokens": 4096, "seed": 123, "scales": "flo
 
 @dataclass
 class Seen:
-    """What a training has read."""
+    """What a training has read, in how many seconds after its first step, in which kernels are compiled."""
 
     steps: int = 0
     tokens: int = 0
+    seconds: float = 0.0
 
 
 def quantize(
@@ -54,7 +55,7 @@ def quantize(
         text_NL: rows that are read once, in mlx-lm's own order.
         held_out_NL: rows that its validation is taken on.
         rate: of Adam.
-        seconds: of training; then it ends with what it has.
+        seconds: of training after its first step; then it ends with what it has.
 
     Returns:
         How many steps and tokens it read.
@@ -66,8 +67,7 @@ def quantize(
     student.set_dtype(dtype)
     with contextlib.redirect_stdout(io.StringIO()):  # it says how many bits there are
         student, described = quantize_model(student, described, group, bits)
-    rows, validation = ([(row, 0) for row in ids.tolist()] for ids in (text_NL, held_out_NL))
-    began = time.monotonic()
+    rows, validation = ([(row, 0) for row in ids.numpy()] for ids in (text_NL, held_out_NL))
     with _observed(rows, seconds) as seen, contextlib.redirect_stderr(io.StringIO()):  # bars
         dwq.dwq_quantize(
             student,
@@ -81,8 +81,7 @@ def quantize(
             dtype=dtype,
             temperature=SETTINGS["temperature"],
         )
-    took = time.monotonic() - began
-    print(f"mlx_lm.dwq, {bits} bits: {seen.steps} steps, {seen.tokens} tokens, {seen.steps / took:.2f} steps/s")
+    print(f"mlx_lm.dwq, {bits} bits: {seen.steps} steps, {seen.tokens} tokens in {seen.seconds:.1f} s after the first")
     student.set_dtype(getattr(mx, SETTINGS["scales"]))
     save(target, str(folder.path), student, tokenizer, described)
     return {"steps": seen.steps, "tokens": seen.tokens}
@@ -94,13 +93,18 @@ def _observed(rows: list[tuple[list[int], int]], seconds: float) -> Iterator[See
     seen, batches, loss = Seen(), dwq.iterate_batches, dwq.kl_div_loss
 
     def limited(data: Any, *arguments: Any, **settings: Any) -> Iterator[tuple[mx.array, mx.array]]:
-        began = time.monotonic()
-        for ids, lengths in batches(data, *arguments, **settings):
-            if data is rows:
-                if seen.steps and time.monotonic() - began > seconds:
-                    return
-                seen.steps, seen.tokens = seen.steps + 1, seen.tokens + int(lengths[:, 1].sum())
+        given = batches(data, *arguments, **settings)
+        if data is not rows:
+            yield from given
+            return
+        began = None
+        for ids, lengths in given:
+            seen.steps, seen.tokens = seen.steps + 1, seen.tokens + int(lengths[:, 1].sum())
             yield ids, lengths
+            began = began or time.monotonic()
+            seen.seconds = time.monotonic() - began
+            if seen.seconds > seconds:
+                return
 
     dwq.iterate_batches = limited
     dwq.kl_div_loss = lambda q, p: loss(q.astype(mx.float32), p.astype(mx.float32))
