@@ -12,7 +12,7 @@ from tokenizers import AddedToken, pre_tokenizers
 from qat import checkpoints
 from qat.config import ExportConfig, ExportType, QuantConfig, WeightConfig, WeightFormat
 from qat.errors import ArtifactError, ConfigError
-from qat.export.gguf import EXPORTER, FILE, blocks, families, vocabulary, writer
+from qat.export.gguf import EXPORTER, FILE, blocks, families, tables, vocabulary, writer
 from qat.export.gguf.types import type_of
 from qat.export.source import Source
 from qat.models import ModelFolder
@@ -26,6 +26,7 @@ from tests.export.conftest import IDS
 from tests.export.llama import next_token, served
 
 HELD = {
+    "Q2_0": GroupGrid(2, 128, "integers"),  # a scale for two blocks
     "Q4_0": GroupGrid(4, 64, "integers"),  # a scale for two blocks
     "Q4_1": GroupGrid(4, 32, "shifted"),
     "Q5_0": GroupGrid(5, 32, "integers"),
@@ -163,8 +164,9 @@ def test_every_weight_decodes_to_the_last_bit(kind):
     module = layer_in(format)
     made = blocks.packed(format, module.indices, module.normalized())
     assert type_of(format.settings()) == kind
-    decoded = gguf.dequantize(made, gguf.GGMLQuantizationType[kind])
-    assert np.array_equal(decoded.view(np.uint32), module.weight(torch.float32).numpy().view(np.uint32))
+    decoded = tables.decoded(made, tables.kind(kind))
+    made, given = (array + np.float32(0) for array in (decoded, module.weight(torch.float32).numpy()))  # zeros alike
+    assert np.array_equal(made.view(np.uint32), given.view(np.uint32))
 
 
 @torch.no_grad()
@@ -230,6 +232,16 @@ def test_llama_cpp_computes_k_quants(bits, tmp_path):
     assert away(tmp_path / FILE, model) < 2e-2
 
 
+@torch.no_grad()
+def test_llama_cpp_computes_a_type_that_the_package_does_not_have(teacher, cache, export, tmp_path):
+    best = engines.checkpoint(tmp_path / "best", teacher, cache, engines.preset("gguf_q2_0"))
+    file = export(best, "gguf", "fp32") / FILE
+    assert away(file, checkpoints.load(best, teacher, tiny.FP32)[0]) < 2e-2
+    stored = {tensor.name: tensor.tensor_type for tensor in gguf.GGUFReader(file).tensors}
+    assert {stored["token_embd.weight"].name, stored["blk.0.attn_k.weight"].name} == {"Q2_0"}
+    assert int(stored["token_embd.weight"]) == 42
+
+
 def test_what_decodes_otherwise_is_not_published(checkpoint, export, tmp_path, monkeypatch):
     right = blocks.packed
     monkeypatch.setattr(blocks, "packed", lambda format, index, parts: right(format, index.flip(1), parts))
@@ -239,7 +251,7 @@ def test_what_decodes_otherwise_is_not_published(checkpoint, export, tmp_path, m
 
 
 def test_codebooks_are_refused_with_a_preset_and_written_out_on_request(best, student, export, tmp_path, capsys):
-    with pytest.raises(ConfigError, match=r"cannot hold .* codebook.*quant=gguf_iq4_nl fits, and export.dense"):
+    with pytest.raises(ConfigError, match=r"cannot hold .* codebook.*quant=gguf_q2_0 fits, and export.dense"):
         export(best, "gguf", "fp32", output=tmp_path / "no")
     folder = export(best, "gguf", "fp32", output=tmp_path / "dense", dense=True)
     assert "are in no type of llama.cpp and are written in fp32" in capsys.readouterr().out
@@ -252,7 +264,7 @@ def test_codebooks_are_refused_with_a_preset_and_written_out_on_request(best, st
     [
         ({"bits": 2, "rank": 8, "shape": [512, 512]}, "codebook, bits 2, rank 8: a student made with quant=gguf_q2_k"),
         ({"bits": 2, "rank": 8, "shape": [512, 576]}, "a student made with quant=gguf_"),
-        ({"format": "grid", "bits": 4, "group": 16, "shape": [8, 48]}, "groups of 32 or 256 do not divide rows of 48"),
+        ({"format": "grid", "bits": 4, "group": 16, "shape": [8, 48]}, "groups of 32 or 64 or 256 do not divide rows of 48"),
         ({"format": "grid", "bits": 4, "group": 64, "levels": "halves", "shape": [8, 64]}, "quant=gguf_"),
     ],
 )

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from qat.errors import ConfigError
 from qat.export.grids import Settings, fitting_preset, levels_of, said
 
-BLOCK = 32  # weights of a row that share a scale, in types without blocks of 256
 PRESETS = "gguf_"  # prefix of the options in `conf/quant/` that are in these types
 GRIDS = {  # by levels and bits
+    ("integers", 2): "Q2_0",
     ("integers", 4): "Q4_0",
     ("shifted", 4): "Q4_1",
     ("integers", 5): "Q5_0",
@@ -18,6 +18,11 @@ GRIDS = {  # by levels and bits
 }
 
 
+def block(kind: str) -> int:
+    """Weights of a row that share a scale, in types without blocks of 256."""
+    return 64 if kind == "Q2_0" else 32
+
+
 def type_of(layer: Settings) -> str | None:
     """The type that holds a layer in a format, of which manifests have the settings; None: none does.
 
@@ -25,9 +30,10 @@ def type_of(layer: Settings) -> str | None:
     """
     if layer.get("format") == "kquant":
         return f"Q{layer['bits']}_K"
-    if layer.get("format") != "grid" or layer["group"] % BLOCK:
+    if layer.get("format") != "grid":
         return None
-    return GRIDS.get((levels_of(layer), layer["bits"]))
+    kind = GRIDS.get((levels_of(layer), layer["bits"]))
+    return kind if kind and layer["group"] % block(kind) == 0 else None
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Writes a GGUF file with the writer of the package `gguf`, and reads it back with that package's decoders."""
+"""Writes a GGUF file with the writer of the package `gguf`, and reads it back with its reader and decoders."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from qat.config import ExportConfig, ExportType
 from qat.console import console
 from qat.errors import ArtifactError, ConfigError
-from qat.export.gguf import FILE, blocks, vocabulary
+from qat.export.gguf import FILE, blocks, tables, vocabulary
 from qat.export.gguf.families import FAMILIES, Family, factors, fields, head_size, window
 from qat.export.gguf.types import type_of
 from qat.export.source import CPU, DTYPES, Source, cast
@@ -41,7 +41,7 @@ def write(source: Source, folder: Path, settings: ExportConfig) -> None:
     vocabulary.add(writer, source.teacher)
     writer.add_name(vocabulary.file_name(source.teacher))
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    writer.add_file_type(int(gguf.LlamaFileType[_file_type(source, settings)]))
+    writer.add_file_type(tables.file_type(_file_type(source, settings)))
     for name, value in fields(described).items():
         _add(writer, f"{family.name}.{name}", value)
     dense = [name for name, module in quantized(source.model).items() if type_of(module.format.settings()) is None]
@@ -94,7 +94,7 @@ def _tensors(
             yield (
                 names.of(f"{name}.weight"),
                 blocks.packed(module.format, module.indices[order], parts),
-                GGMLQuantizationType[kind],
+                tables.kind(kind),
             )
         else:
             yield names.of(f"{name}.weight"), *_dense(name, module.weight(torch.float32)[order], settings)
@@ -167,7 +167,7 @@ def read(source: Source, folder: Path) -> PreTrainedModel:
     modules = quantized(source.model)
     for name, parameter in model.named_parameters():
         tensor = stored[names.of(name)]
-        value = torch.from_numpy(gguf.dequantize(tensor.data, tensor.tensor_type).copy()).view_as(parameter)
+        value = torch.from_numpy(tables.decoded(tensor.data, tensor.tensor_type).copy()).view_as(parameter)
         owner, _, leaf = name.rpartition(".")
         parameter[names.order(owner)] = value - names.added(name) if names.added(name) else value
         known = modules.get(owner) if leaf == "weight" else None
