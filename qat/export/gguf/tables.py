@@ -26,13 +26,13 @@ def file_type(name: str) -> int:
 
 
 def decoded(data: Array, kind: GGMLQuantizationType) -> Array:
-    """Rows of bytes [O, bytes] as weights [O, I] of fp32."""
+    """Rows of bytes [..., bytes] as weights [..., I] of fp32."""
     if kind.name != "Q2_0":
         return gguf.dequantize(data, kind)
     blocks = np.ascontiguousarray(data).reshape(-1, gguf.GGML_QUANT_SIZES[kind][1])
     codes = blocks[:, 2:, None] >> np.arange(0, 8, 2, dtype=np.uint8) & 3
     weights = blocks[:, :2].view("<f2").astype(np.float32) * (codes.reshape(len(blocks), -1).astype(np.float32) - 1)
-    return weights.reshape(len(data), -1)
+    return weights.reshape(*data.shape[:-1], -1)
 
 
 def _enter() -> None:

@@ -1,5 +1,6 @@
 """llama.cpp's types that hold weights of our formats exactly. Nothing here imports torch."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -7,6 +8,7 @@ from qat.errors import ConfigError
 from qat.export.grids import Settings, fitting_preset, levels_of, said
 
 PRESETS = "gguf_"  # prefix of the options in `conf/quant/` that are in these types
+EXPERT = re.compile(r"\.\d+\.(?=\w+$)")  # what a layer of a stack of experts has in its name and the stack has not
 GRIDS = {  # by levels and bits
     ("integers", 2): "Q2_0",
     ("integers", 4): "Q4_0",
@@ -44,11 +46,19 @@ class Types:
         """Looks at layers by name, each with its shape and the settings of its format.
 
         Raises:
-            ConfigError: one is in no type of llama.cpp; the sentence names the preset that would be.
+            ConfigError: one is in no type of llama.cpp, and the sentence names the preset that would be; or experts
+                that llama.cpp has in one tensor are in several.
         """
+        stacks: dict[str, str | None] = {}
         for name, layer in layers.items():
             if type_of(layer) is None:
                 raise ConfigError(
                     f"llama.cpp cannot hold {name}, which is in {said(layer)}: {fitting_preset(PRESETS, layers)}, and"
                     " export.dense=true writes it out in export.dtype"
+                )
+            stack = EXPERT.sub(".", name)
+            if stack != name and stacks.setdefault(stack, type_of(layer)) != type_of(layer):
+                raise ConfigError(
+                    f"llama.cpp has the experts of {stack} in one tensor, and {name} is in {said(layer)}, others not:"
+                    " give all of them one format"
                 )
