@@ -27,7 +27,7 @@ DENSE = {  # by the type of weights
     ExportType.bf16: (GGMLQuantizationType.BF16, "MOSTLY_BF16"),
 }
 ROTATED = ("q_proj", "k_proj")  # layers whose outputs are rotated
-CHOOSES = "ffn_gate_inp.weight"  # how the names of tensors end that choose experts
+CHOOSES = "ffn_gate_inp.weight"  # how the names of tensors end that choose experts, which llama.cpp has in fp32
 Rows = Tensor | slice
 
 
@@ -102,20 +102,21 @@ def _tensors(
         kind = type_of(modules[0].format.settings())
         for stored, rows in names.places(name, modules[0].outputs):
             if kind is not None:
-                made = np.stack([_packed(module, rows) for module in modules])
-                yield stored, made if _is_stack(name) else made[0], tables.kind(kind)
+                made = [_packed(module, rows) for module in modules]
+                yield stored, np.stack(made) if _is_stack(name) else made[0], tables.kind(kind)
             else:
-                weights = torch.stack([module.weight(torch.float32)[rows] for module in modules])
-                yield stored, *_dense(stored, weights if _is_stack(name) else weights[0], settings)
+                weight = _whole(name, [module.weight(torch.float32)[rows] for module in modules])
+                yield stored, *_dense(name, weight, settings.dtype)
     for name, parameter in source.model.named_parameters():
         owner, _, leaf = name.rpartition(".")
         if (owner not in layers or leaf == "bias") and parameter.numel():
             value = parameter + names.added(name) if names.added(name) else parameter
             for stored, rows in names.places(name, value.shape[_rows_of(value)]):
-                yield stored, *_dense(stored, value[_index(value, rows)], settings)
+                dtype = ExportType.fp32 if stored.endswith(CHOOSES) else settings.dtype
+                yield stored, *_dense(name, value[_index(value, rows)], dtype)
 
 
-def _packed(module: Quantized, rows: "Rows") -> blocks.Bytes:
+def _packed(module: Quantized, rows: Rows) -> blocks.Bytes:
     parts = {part: value[rows] for part, value in module.normalized().items()}
     return blocks.packed(module.format, module.indices[rows], parts)
 
@@ -125,21 +126,26 @@ def _is_stack(name: str) -> bool:
     return name.rpartition(".")[2] not in ("weight", "bias")
 
 
+def _whole(name: str, matrices: list[Tensor]) -> Tensor:
+    """A parameter by its matrices."""
+    return torch.stack(matrices) if _is_stack(name) else matrices[0]
+
+
 def _rows_of(value: Tensor) -> int:
     """Which dimension of a vector, a matrix or a stack counts rows."""
     return 1 if value.dim() == 3 else 0
 
 
-def _index(value: Tensor, rows: "Rows") -> "Rows | tuple[slice, Rows]":
+def _index(value: Tensor, rows: Rows) -> Rows | tuple[slice, Rows]:
     """Some rows of a vector or a matrix, or of every matrix of a stack."""
     return (slice(None), rows) if value.dim() == 3 else rows
 
 
-def _dense(stored: str, value: Tensor, settings: ExportConfig) -> tuple[np.ndarray, GGMLQuantizationType]:
-    """Matrices in `export.dtype`; vectors, and what chooses experts, in fp32, as llama.cpp has them."""
-    if value.dim() == 1 or stored.endswith(CHOOSES):
+def _dense(name: str, value: Tensor, dtype: ExportType) -> tuple[np.ndarray, GGMLQuantizationType]:
+    """Matrices in a type; vectors in fp32, as llama.cpp takes no other."""
+    if value.dim() == 1:
         return value.float().numpy(), GGMLQuantizationType.F32
-    kind, made = DENSE[settings.dtype][0], cast(stored, value, DTYPES[settings.dtype]).contiguous()
+    kind, made = DENSE[dtype][0], cast(name, value, DTYPES[dtype]).contiguous()
     if kind is GGMLQuantizationType.BF16:
         return made.view(torch.uint8).numpy(), kind
     return made.numpy(), kind
@@ -216,8 +222,7 @@ def read(source: Source, folder: Path) -> PreTrainedModel:
             value = torch.from_numpy(tables.decoded(tensor.data, tensor.tensor_type).copy()).view_as(parameter[index])
             parameter[index] = value - names.added(name) if names.added(name) else value
         modules = held.get(name, [])
-        if modules and type_of(modules[0].format.settings()) is not None:
-            known = torch.stack([module.weight(torch.float32) for module in modules])
-            if not torch.equal(parameter, known if _is_stack(name) else known[0]):
-                raise ArtifactError(f"{name} decodes to other weights than the student has: nothing was published")
+        exact = bool(modules) and type_of(modules[0].format.settings()) is not None
+        if exact and not torch.equal(parameter, _whole(name, [module.weight(torch.float32) for module in modules])):
+            raise ArtifactError(f"{name} decodes to other weights than the student has: nothing was published")
     return model
