@@ -10,7 +10,8 @@
 A preset of `conf/quant/` names an engine's grid. On each there are up to four files: what the engine's own quantizer
 makes of the teacher (llama.cpp's under an importance matrix, MLX's rounding), what `mlx_lm.dwq` makes by training,
 ours converted, and ours trained: runs, wherever they ran, one a seed. Whatever looks at text sees the first tokens of
-the cache's training rows, which is what a run on that cache learns from.
+the cache's training rows, which is what a run on that cache learns from; `mlx_lm.dwq` ends after `--dwq-seconds`, and
+its row says how many of its `--dwq-tokens` it read (`pip install 'mlx[cuda13]'` lets it train on a GPU).
 
 MB are those of the file of weights that an engine loads. KL is that of the weights as the engine's decoder reads them
 from that file, by what measures everything in `quality.py`. Speed is that of greedy tokens after a short prompt, the
