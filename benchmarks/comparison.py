@@ -61,8 +61,9 @@ def add_arguments(parser: argparse.ArgumentParser, kept: str) -> None:
     evaluation.add_arguments(parser)
     parser.add_argument("--calibration-tokens", type=int, default=32_768, help="that methods may look at")
     parser.add_argument("--convert", default="fast", help="an option of conf/convert")
-    trained = ("--trained", "--checkpoint")
-    parser.add_argument(*trained, nargs="+", default=[], metavar="NAME=PATH", help="runs or checkpoints of ours")
+    parser.add_argument(
+        "--trained", "--checkpoint", nargs="+", default=[], metavar="NAME=PATH", help="runs or checkpoints of ours"
+    )
     parser.add_argument("--outputs", default="outputs", help="where what is made is kept")
     parser.add_argument("--json", default=kept, help="where rows are kept")
     parser.add_argument("--merge", nargs="+", default=[], metavar="JSON", help="files whose rows go there as well")

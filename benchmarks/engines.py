@@ -59,9 +59,13 @@ class Work(Evaluation):
         super().__init__(options)
         self.options, self._cache = options, open_artifact(Path(options.cache))
 
+    def reader(self, split: str) -> CacheReader:
+        """The rows of a split of the cache."""
+        return CacheReader(self._cache, split)
+
     def text(self, tokens: int, split: str = "train") -> torch.Tensor:
         """The first rows [N, L] of a split of the cache."""
-        reader = CacheReader(self._cache, split)
+        reader = self.reader(split)
         return reader.input_ids(min(reader.rows, tokens // int(self._cache.manifest["length"]))).long()
 
     @cached_property
@@ -111,8 +115,7 @@ def entries(work: Work) -> Iterator[Entry]:
     for name in options.converted:
         yield entry(work, CONVERTED, name, conversion(work), lambda name=name: ours(work, name, converted(work, name)))
     for name in options.dwq:
-        settings = {"dwq_tokens": options.dwq_tokens, "rate": options.dwq_rate, "seconds": options.dwq_seconds}
-        yield entry(work, DWQ, name, settings, partial(dwq, work, name))
+        yield entry(work, DWQ, name, training(work), partial(dwq, work, name))
     for name, paths in by_name(options.trained).items():
         found = [find(path) for path in paths]
         settings = {"checkpoints": [checkpoints.identity(path) for path in found]}
@@ -133,6 +136,12 @@ def looked_at(work: Work) -> dict[str, Any]:
 def conversion(work: Work) -> dict[str, Any]:
     """What shapes a conversion, as settings of a row."""
     return looked_at(work) | {"convert": work.options.convert}
+
+
+def training(work: Work) -> dict[str, Any]:
+    """What shapes a training by mlx_lm.dwq, as settings of a row."""
+    limits = {"dwq_tokens": work.options.dwq_tokens, "seconds": work.options.dwq_seconds}
+    return {"text": work.reader("train").text_key(), "rate": work.options.dwq_rate, **limits}
 
 
 def student(work: Work, name: str, folder: Path) -> Student:

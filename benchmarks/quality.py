@@ -110,7 +110,12 @@ def jobs(options: argparse.Namespace) -> Iterator[Job]:
 
 
 def entries(work: Work, options: argparse.Namespace) -> Iterator[tuple[str, Callable[[], Entry]]]:
-    """Makers of entries, which tell of a package that is missing."""
+    """Makers of entries, which tell of a package that is missing.
+
+    Raises:
+        ConfigError: a word of `--trained` is not `name=path`.
+    """
+    students = by_name(options.trained)
     for name in options.methods:
         for bits in options.bits:
             yield PEERS[name].label, partial(peer, work, PEERS[name], bits)
@@ -119,7 +124,7 @@ def entries(work: Work, options: argparse.Namespace) -> Iterator[tuple[str, Call
             yield label, partial(make, work, name)
     for name in options.ours:
         yield OURS, partial(preset, work, name, options.convert)
-    for name, paths in by_name(options.trained).items():
+    for name, paths in students.items():
         yield name, partial(trained, work, name, paths)
 
 
