@@ -246,6 +246,26 @@ def test_llama_cpp_computes_a_type_that_the_package_does_not_have(teacher, cache
     assert int(stored["token_embd.weight"]) == 42
 
 
+@torch.no_grad()
+def test_experts_in_several_types_are_written_out(tmp_path, capsys):
+    teacher = folder_of("qwen3_moe", tmp_path / "model")
+    model = quantized_to(engines.grid(8, 32, "integers"), teacher)
+    first = model.model.layers[0].mlp.experts.get_submodule("0.down_proj")
+    put(model, "model.layers.0.mlp.experts.0.down_proj", on_four_bits(first))
+    writer.write(Source(teacher, model), tmp_path, EXACT)
+    assert "5 layers are in no type of llama.cpp" in capsys.readouterr().out
+    again = writer.read(Source(teacher, model), tmp_path).model.layers[0].mlp.experts.down_proj
+    assert torch.equal(again, model.model.layers[0].mlp.experts.down_proj)
+
+
+def on_four_bits(layer: QuantLinear) -> QuantLinear:
+    """A layer with fewer bits."""
+    made = QuantLinear(GroupGrid(4, 32, "integers"), *layer.indices.shape)
+    made.indices.copy_(layer.indices >> 4)
+    made.set_parts({name: 16 * value for name, value in layer.normalized().items()})
+    return made.requires_grad_(False)
+
+
 def test_experts_that_llama_cpp_has_in_one_tensor_are_in_one_type():
     eight, four = ({"format": "grid", "bits": b, "group": 32, "levels": "integers", "shape": [8, 64]} for b in (8, 4))
     names = [f"model.layers.0.mlp.experts.{number}.down_proj" for number in range(2)]

@@ -47,9 +47,8 @@ def write(source: Source, folder: Path, settings: ExportConfig) -> None:
     writer.add_file_type(tables.file_type(_file_type(source, settings)))
     for name, value in fields(described).items():
         _add(writer, f"{family.name}.{name}", value)
-    dense = [name for name, module in quantized(source.model).items() if type_of(module.format.settings()) is None]
-    if dense:
-        console.print(f"{len(dense)} layers are in no type of llama.cpp and are written in {settings.dtype.name}")
+    if dense := sum(len(modules) for modules in _held(source.model).values() if _kind(modules) is None):
+        console.print(f"{dense} layers are in no type of llama.cpp and are written in {settings.dtype.name}")
     if seen := window(described):
         console.print(f"llama.cpp sees all tokens where this model sees {seen}: the file says that it is for so many")
     for name, divisors in factors(described).items():
@@ -92,6 +91,12 @@ def _held(model: PreTrainedModel) -> dict[str, list[Quantized]]:
     return found
 
 
+def _kind(modules: list[Quantized]) -> str | None:
+    """The type that holds some matrices, of which llama.cpp has one for all experts; None: none does."""
+    kinds = {type_of(module.format.settings()) for module in modules}
+    return kinds.pop() if len(kinds) == 1 else None
+
+
 @torch.no_grad()
 def _tensors(
     source: Source, family: Family, settings: ExportConfig
@@ -99,7 +104,7 @@ def _tensors(
     """Every tensor with llama.cpp's name and type, rows in its order."""
     layers, names = quantized(source.model), Names(source.model, family)
     for name, modules in _held(source.model).items():
-        kind = type_of(modules[0].format.settings())
+        kind = _kind(modules)
         for stored, rows in names.places(name, modules[0].outputs):
             if kind is not None:
                 made = [_packed(module, rows) for module in modules]
@@ -222,7 +227,7 @@ def read(source: Source, folder: Path) -> PreTrainedModel:
             value = torch.from_numpy(tables.decoded(tensor.data, tensor.tensor_type).copy()).view_as(parameter[index])
             parameter[index] = value - names.added(name) if names.added(name) else value
         modules = held.get(name, [])
-        exact = bool(modules) and type_of(modules[0].format.settings()) is not None
-        if exact and not torch.equal(parameter, _whole(name, [module.weight(torch.float32) for module in modules])):
+        known = [module.weight(torch.float32) for module in modules] if _kind(modules) is not None else []
+        if known and not torch.equal(parameter, _whole(name, known)):
             raise ArtifactError(f"{name} decodes to other weights than the student has: nothing was published")
     return model
