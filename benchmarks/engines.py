@@ -10,7 +10,8 @@
 A preset of `conf/quant/` names an engine's grid. On each there are up to four files: what the engine's own quantizer
 makes of the teacher (llama.cpp's under an importance matrix, MLX's rounding), what `mlx_lm.dwq` makes by training,
 ours converted, and ours trained: runs, wherever they ran, one a seed. Whatever looks at text sees the first tokens of
-the cache's training rows, which is what a run on that cache learns from.
+the cache's training rows, which is what a run on that cache learns from; `mlx_lm.dwq` ends after `--dwq-seconds`, and
+its row says how many of its `--dwq-tokens` it read (`pip install 'mlx[cuda13]'` lets it train on a GPU).
 
 MB are those of the file of weights that an engine loads. KL is that of the weights as the engine's decoder reads them
 from that file, by what measures everything in `quality.py`. Speed is that of greedy tokens after a short prompt, the
@@ -20,10 +21,8 @@ Files are kept under `--outputs`, rows in `--json`: a command that was stopped, 
 """
 
 import argparse
-import logging
 import os
 import time
-from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from functools import cached_property, partial
@@ -33,9 +32,10 @@ from typing import Any
 import engine_files
 import speeds
 import torch
+from comparison import Job, add_arguments, by_name, compare
 from conversion import convert_option, convert_preset, preset
 from engine_files import engine_of
-from evaluation import Entry, Evaluation, Student, add_arguments, digest, teacher_of
+from evaluation import Entry, Evaluation, Student, digest, teacher_of
 from results import Results, shown
 
 from qat import checkpoints
@@ -43,7 +43,7 @@ from qat.artifacts import obtain, open_artifact, read_manifest
 from qat.cache.reader import CacheReader
 from qat.checkpoint_files import find
 from qat.config import ExportConfig, ExportType
-from qat.errors import ConfigError, QatError, UnavailableError
+from qat.errors import ConfigError, UnavailableError
 from qat.export.packed import writer as packed_writer
 from qat.export.source import Source, open_source
 
@@ -59,9 +59,13 @@ class Work(Evaluation):
         super().__init__(options)
         self.options, self._cache = options, open_artifact(Path(options.cache))
 
-    def text(self, tokens: int) -> torch.Tensor:
-        """The first training rows [N, L] of the cache."""
-        reader = CacheReader(self._cache, "train")
+    def reader(self, split: str) -> CacheReader:
+        """The rows of a split of the cache."""
+        return CacheReader(self._cache, split)
+
+    def text(self, tokens: int, split: str = "train") -> torch.Tensor:
+        """The first rows [N, L] of a split of the cache."""
+        reader = self.reader(split)
         return reader.input_ids(min(reader.rows, tokens // int(self._cache.manifest["length"]))).long()
 
     @cached_property
@@ -84,38 +88,35 @@ class Work(Evaluation):
 def main() -> None:
     """Makes and measures what is missing, then prints the table."""
     options = arguments()
-    logging.basicConfig(level=logging.WARNING)
-    results, skipped = Results(Path(options.json)), {}
-    try:
-        for path in options.merge:
-            results.merge(Results(Path(path)))
-        if options.model:
-            work = Work(options)
-            for one in entries(work):
-                try:
-                    work.measure(one, results)
-                except UnavailableError as error:
-                    skipped[f"{one.name}, {one.method}"] = str(error)
-            for name in options.speeds:
-                for row in speed(work, name):
-                    results.add(row)
-        print(table(results.rows, skipped))
-    except QatError as error:
-        raise SystemExit(f"engines.py: {error}") from None
+    print(table(*compare(options, jobs(options))))
+
+
+def jobs(options: argparse.Namespace) -> Iterator[Job]:
+    """Every file that was asked for, then speeds.
+
+    Raises:
+        ConfigError: a preset is on no engine's grid.
+    """
+    for name in (*options.own, *options.converted, *options.dwq, *by_name(options.trained), *options.speeds):
+        engine_of(name)
+    if options.model:
+        work = Work(options)
+        for one in entries(work):
+            yield f"{one.name}, {one.method}", partial(work.measure, one)
+        for name in options.speeds:
+            yield f"{name}, {SPEED}", partial(speed, work, name)
 
 
 def entries(work: Work) -> Iterator[Entry]:
-    """Every file that was asked for."""
+    """Files that are measured."""
     options = work.options
     for name in options.own:
         yield entry(work, OWN, name, looked_at(work), partial(own, work, name))
     for name in options.converted:
-        settings = looked_at(work) | {"convert": options.convert}
-        yield entry(work, CONVERTED, name, settings, lambda name=name: ours(work, name, converted(work, name)))
+        yield entry(work, CONVERTED, name, conversion(work), lambda name=name: ours(work, name, converted(work, name)))
     for name in options.dwq:
-        settings = {"dwq_tokens": work.text(options.dwq_tokens).numel(), "rate": options.dwq_rate}
-        yield entry(work, DWQ, name, settings, partial(dwq, work, name))
-    for name, paths in named(options.trained).items():
+        yield entry(work, DWQ, name, training(work), partial(dwq, work, name))
+    for name, paths in by_name(options.trained).items():
         found = [find(path) for path in paths]
         settings = {"checkpoints": [checkpoints.identity(path) for path in found]}
         yield entry(work, TRAINED, name, settings, *(partial(ours, work, name, path) for path in found))
@@ -132,20 +133,15 @@ def looked_at(work: Work) -> dict[str, Any]:
     return {"calibration": digest(work.calibration), "calibration_tokens": work.calibration.numel()}
 
 
-def named(given: list[str]) -> dict[str, list[Path]]:
-    """Paths by preset, of words `preset=path`.
+def conversion(work: Work) -> dict[str, Any]:
+    """What shapes a conversion, as settings of a row."""
+    return looked_at(work) | {"convert": work.options.convert}
 
-    Raises:
-        ConfigError: a word is none, or its preset is on no engine's grid.
-    """
-    found: dict[str, list[Path]] = defaultdict(list)
-    for word in given:
-        name, equals, path = word.partition("=")
-        if not equals:
-            raise ConfigError(f"--trained {word} is not preset=path")
-        engine_of(name)
-        found[name].append(Path(path))
-    return found
+
+def training(work: Work) -> dict[str, Any]:
+    """What shapes a training by mlx_lm.dwq, as settings of a row."""
+    limits = {"dwq_tokens": work.options.dwq_tokens, "seconds": work.options.dwq_seconds}
+    return {"text": work.reader("train").text_key(), "rate": work.options.dwq_rate, **limits}
 
 
 def student(work: Work, name: str, folder: Path) -> Student:
@@ -153,8 +149,9 @@ def student(work: Work, name: str, folder: Path) -> Student:
     engine = engine_of(name)
     size = engine_files.size(engine, folder)
     model = engine_files.read(engine, work.folder, folder)
-    seconds = read_manifest(folder)["seconds"]
-    told = {"engine": engine.label, "bytes": size, "megabytes": round(size / 1e6, 3), "seconds": seconds}
+    manifest = read_manifest(folder)
+    told = {"engine": engine.label, "bytes": size, "megabytes": round(size / 1e6, 3), "seconds": manifest["seconds"]}
+    told |= {"trained_tokens": manifest["tokens"]} if "tokens" in manifest else {}
     return model.to(work.judge.device), told
 
 
@@ -182,11 +179,14 @@ def dwq(work: Work, name: str) -> Path:
     except ImportError as error:
         raise UnavailableError(f"mlx_lm.dwq cannot run here ({error}): pip install mlx-lm") from None
 
-    text, rate = work.text(work.options.dwq_tokens), work.options.dwq_rate
-    inputs = {"text": digest(text), "rate": rate, **trainer.SETTINGS}
-    bits, group = engine_files.grid_of(name)
+    options, (bits, group) = work.options, engine_files.grid_of(name)
+    text, held_out = work.text(options.dwq_tokens), work.text(options.dwq_validation, "eval")
+    texts = {"text": digest(text), "held_out": digest(held_out)}
+    limits = {"rate": options.dwq_rate, "seconds": options.dwq_seconds}
     return work.kept(
-        f"{name}_dwq", inputs, lambda folder: trainer.quantize(work.folder, folder, bits, group, text, rate)
+        f"{name}_dwq",
+        {**texts, **limits, **trainer.SETTINGS},
+        lambda folder: trainer.quantize(work.folder, folder, bits, group, text, held_out, **limits),
     )
 
 
@@ -217,8 +217,8 @@ def source(work: Work, checkpoint: Path) -> Source:
     return open_source(teacher_of(checkpoint, work.folder), checkpoint)
 
 
-def speed(work: Work, name: str) -> Iterator[dict[str, Any]]:
-    """Rows of tokens a second: of the engine's own file, of ours (trained if there is one), and of our packed form.
+def speed(work: Work, name: str, results: Results) -> None:
+    """Adds rows of tokens a second: of the engine's own file, of ours (trained if there is one), of our packed form.
 
     Raises:
         ConfigError: the preset's engine does not run on processors.
@@ -227,16 +227,26 @@ def speed(work: Work, name: str) -> Iterator[dict[str, Any]]:
     run = speeds.BY_EXPORT.get(engine.export)
     if run is None:
         raise ConfigError(f"--speeds {name}: of these engines {' and '.join(speeds.BY_EXPORT)} run on processors")
-    given = named(work.options.trained).get(name)
-    checkpoint = find(given[0]) if given else converted(work, name)
+    given = by_name(work.options.trained).get(name)
+    checkpoint = find(given[0]) if given else None
+    student = {"checkpoint": checkpoints.identity(checkpoint)} if checkpoint else conversion(work)
+    settings = {"teacher": work.folder.fingerprint, **student, "threads": threads, "written": speeds.WRITTEN}
+    rows = {method: _row(method, name, settings) for method in (OWN, OURS, PACKED)}
+    if all(results.has(row) for row in rows.values()):
+        return
+    checkpoint = checkpoint or converted(work, name)
     runs = {
         OWN: run(own(work, name), threads),
         OURS: run(ours(work, name, checkpoint), threads),
         PACKED: speeds.packed(packed(work, name, checkpoint), threads),
     }
-    settings = {"threads": threads, "written": speeds.WRITTEN, "load": round(os.getloadavg()[0], 1)}
+    load = {"load": round(os.getloadavg()[0], 1)}
     for method, found in speeds.measure(runs).items():
-        yield {"method": method, "name": name, "text": SPEED, "settings": settings, **found}
+        results.add(rows[method] | found | load)
+
+
+def _row(method: str, name: str, settings: dict[str, Any]) -> dict[str, Any]:
+    return {"method": method, "name": name, "text": SPEED, "settings": settings}
 
 
 def packed(work: Work, name: str, checkpoint: Path) -> Path:
@@ -266,7 +276,7 @@ def table(rows: list[dict[str, Any]], skipped: dict[str, str]) -> str:
             if told := next((row for row in found if row), None):
                 beside = [place.get((name, OWN, text)) for text in texts]
                 kl = [_beside(row, its) for row, its in zip(found, beside, strict=True)]
-                spoken = f"{method} ({told['settings']['dwq_tokens']:,} tokens)" if method == DWQ else method
+                spoken = f"{method} ({told['trained_tokens']:,} tokens)" if method == DWQ else method
                 lines.append([name, spoken, f"{told['megabytes']:.1f}", *kl, _speed(place, name, method)])
     told = [f"\n{label} was left out: {reason}" for label, reason in skipped.items()]
     return "\n".join([*(f"| {' | '.join(cells)} |" for cells in lines), *told])
@@ -291,21 +301,17 @@ def _speed(place: dict[tuple[str, str, str], dict[str, Any]], name: str, method:
 def arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_arguments(parser)
+    add_arguments(parser, "docs/engines.json")
     parser.add_argument("--cache", help="the folder of a cache, of whose training rows methods see the first")
-    parser.add_argument("--calibration-tokens", type=int, default=32_768, help="of conversions, importance matrices")
     parser.add_argument("--own", nargs="+", default=[], metavar="PRESET", help="by the engine's own quantizer")
     parser.add_argument("--converted", nargs="+", default=[], metavar="PRESET", help="ours, not trained")
-    parser.add_argument("--convert", default="fast", help="an option of conf/convert")
-    parser.add_argument("--trained", nargs="+", default=[], metavar="PRESET=PATH", help="runs, one a seed")
     parser.add_argument("--dwq", nargs="+", default=[], metavar="PRESET", help="of MLX, trained by mlx_lm.dwq")
-    parser.add_argument("--dwq-tokens", type=int, default=32_768)
+    parser.add_argument("--dwq-tokens", type=int, default=32_768, help="the most that it reads")
+    parser.add_argument("--dwq-seconds", type=float, default=3600.0, help="it ends then with what it has")
+    parser.add_argument("--dwq-validation", type=int, default=32_768, help="held-out tokens of its own figures")
     parser.add_argument("--dwq-rate", type=float, default=1e-6, help="learning rate; the default is mlx-lm's own")
     parser.add_argument("--speeds", nargs="+", default=[], metavar="PRESET", help="measure tokens a second")
     parser.add_argument("--threads", type=int, default=2, help="of llama.cpp and torch")
-    parser.add_argument("--outputs", default="outputs", help="where files are kept")
-    parser.add_argument("--json", default="docs/engines.json", help="where rows are kept")
-    parser.add_argument("--merge", nargs="+", default=[], metavar="JSON", help="files whose rows go there as well")
     options = parser.parse_args()
     if options.model and not options.cache:
         parser.error("--model needs --cache")

@@ -9,7 +9,7 @@
     python benchmarks/quality.py --model <folder> --calibration a.json b.txt --evaluation chat.json wiki.txt \
         --ours q2a4 q2a4_r8 q3a4_r8 q4a4 --convert fast
     python benchmarks/quality.py --model <folder> --evaluation chat.json wiki.txt \
-        --checkpoint q2a4=outputs/SR-001/checkpoints/best q2a4=outputs/SR-002/checkpoints/best
+        --trained q2a4=outputs/SR-001 q2a4=outputs/SR-002
     python benchmarks/quality.py --draw --merge elsewhere.json
 
 `--bits 2:64` quantizes the MLP to 2 bits in groups of 64 consecutive inputs; attention always gets 4 bits in
@@ -22,7 +22,7 @@ the tokenizer as well (1.8 MB of SmolLM2). Methods on a grid have none here: the
 (16 bits) and zero points (as each format stores them), with 16 bits for what they leave as it is, such as the
 embedding. Everything that calibrates sees the same tokens; everything is measured by one function on the same rows.
 No weight on a grid counts before every group of every layer was found to hold no more values than its bits can tell
-apart, and to resemble the layer's own. Checkpoints of one name are one model trained from several seeds: a point at
+apart, and to resemble the layer's own. Runs of one name are one model trained from several seeds: a point at
 their mean, with the deviation in its row and in the picture, hollow with fewer than three seeds.
 
 GPTQModel 7.7 asks for a newer torch than the one pinned here and works with it, so pip must not have its way.
@@ -40,23 +40,22 @@ given with more methods, does what is missing; a row is made anew when anything 
 
 import argparse
 import importlib.util
-import logging
 import time
-from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from comparison import Job, add_arguments, by_name, compare
 from conversion import convert_option, convert_preset, texts
-from evaluation import Entry, Evaluation, Student, add_arguments, as_packed, digest, size_of, stored_size, trained
+from evaluation import Entry, Evaluation, Student, as_packed, digest, size_of, stored_size, trained
 from peers import PEERS, Peer, imported
 from peers.grid import Grid, levels, parse, prove
 from peers.stored import Stored
 from picture import draw
-from results import OURS, Results, table
+from results import OURS, table
 from safetensors.numpy import load_file as load_arrays
 from safetensors.numpy import save_file as save_arrays
 from safetensors.torch import load_file, save_file
@@ -65,7 +64,6 @@ from transformers import PreTrainedModel
 from qat.artifacts import obtain
 from qat.config import QuantConfig, WeightConfig
 from qat.conversion.convert import install
-from qat.errors import ConfigError, QatError, UnavailableError
 from qat.quant.architectures import Layer, select
 from qat.quant.places import matrix
 
@@ -95,18 +93,7 @@ class Work(Evaluation):
 def main() -> None:
     """Computes what is missing, then prints the table and draws the picture."""
     options = arguments()
-    logging.basicConfig(level=logging.WARNING)
-    results, skipped = Results(Path(options.json)), {}
-    try:
-        for path in options.merge:
-            results.merge(Results(Path(path)))
-        if not options.draw:
-            work = Work(options)
-            for entry in entries(work, options, skipped):
-                work.measure(entry, results)
-        rows = results.rows
-    except QatError as error:
-        raise SystemExit(f"quality.py: {error}") from None
+    rows, skipped = compare(options, jobs(options))
     print(table(rows, skipped))
     if rows and importlib.util.find_spec("matplotlib"):
         draw(rows, Path(options.picture))
@@ -114,35 +101,36 @@ def main() -> None:
         print("\nno picture: there is nothing to draw, or no matplotlib to draw with (--draw does it elsewhere)")
 
 
-def entries(work: Work, options: argparse.Namespace, skipped: dict[str, str]) -> Iterator[Entry]:
-    """Everything that was asked for; peers that cannot run here are told in `skipped`."""
+def jobs(options: argparse.Namespace) -> Iterator[Job]:
+    """Everything that was asked for, by whom readers know it."""
+    if not options.draw:
+        work = Work(options)
+        for label, entry in entries(work, options):
+            yield label, lambda results, entry=entry: work.measure(entry(), results)
+
+
+def entries(work: Work, options: argparse.Namespace) -> Iterator[tuple[str, Callable[[], Entry]]]:
+    """Makers of entries, which tell of a package that is missing.
+
+    Raises:
+        ConfigError: a word of `--trained` is not `name=path`.
+    """
+    students = by_name(options.trained)
     for name in options.methods:
-        try:
-            quantize, settings = PEERS[name].load()
-        except UnavailableError as error:
-            skipped[PEERS[name].label] = str(error)
-            continue
-        for text in options.bits:
-            yield peer(work, PEERS[name], text, quantize, settings)
+        for bits in options.bits:
+            yield PEERS[name].label, partial(peer, work, PEERS[name], bits)
     for label, make, names in (("llama.cpp", llama_cpp, options.llama_cpp), ("MLX", mlx, options.mlx)):
-        try:
-            yield from [make(work, name) for name in names]
-        except UnavailableError as error:
-            skipped[label] = str(error)
+        for name in names:
+            yield label, partial(make, work, name)
     for name in options.ours:
-        yield preset(work, name, options.convert)
-    named: dict[str, list[Path]] = defaultdict(list)
-    for given in options.checkpoint:
-        name, equals, path = given.partition("=")
-        if not equals:
-            raise ConfigError(f"--checkpoint {given} is not name=path")
-        named[name].append(Path(path))
-    for name, paths in named.items():
-        yield trained(work, name, paths)
+        yield OURS, partial(preset, work, name, options.convert)
+    for name, paths in students.items():
+        yield name, partial(trained, work, name, paths)
 
 
-def peer(work: Work, peer: Peer, bits: str, quantize: Callable, settings: dict[str, Any]) -> Entry:
+def peer(work: Work, peer: Peer, bits: str) -> Entry:
     """A peer's model: its dequantized weights in the teacher."""
+    quantize, settings = peer.load()
     layers, mlp = layers_of(work.exact), peer.grid(*parse(bits))
     grids = {layer.name: mlp if layer.role == "mlp" else peer.grid(*ATTENTION) for layer in layers}
     shaping = {"mlp": bits, "attention": "{}:{}".format(*ATTENTION), **settings}
@@ -266,20 +254,14 @@ def layers_of(model: PreTrainedModel) -> list[Layer]:
 def arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_arguments(parser)
+    add_arguments(parser, "docs/quality.json")
     parser.add_argument("--calibration", nargs="+", help="files that methods may look at")
     parser.add_argument("--shares", nargs="+", type=float, help="of the calibration files; equal if not given")
-    parser.add_argument("--calibration-tokens", type=int, default=32_768, help="of all calibration files")
     parser.add_argument("--methods", nargs="+", default=[], choices=PEERS, help="peers")
     parser.add_argument("--bits", nargs="+", default=["2:64", "3:64", "4:64"], help="of the MLP, with the group")
     parser.add_argument("--llama-cpp", nargs="+", default=[], metavar="TYPE[:EMBEDDING]", help="its own types")
     parser.add_argument("--mlx", nargs="+", default=[], metavar="BITS:GROUP", help="of everything, embedding included")
     parser.add_argument("--ours", nargs="+", default=[], metavar="PRESET", help="options of conf/quant, converted")
-    parser.add_argument("--convert", default="fast", help="an option of conf/convert")
-    parser.add_argument("--checkpoint", nargs="+", default=[], metavar="NAME=PATH", help="trained students")
-    parser.add_argument("--outputs", default="outputs", help="where quantized weights are kept")
-    parser.add_argument("--json", default="docs/quality.json", help="where figures are kept")
-    parser.add_argument("--merge", nargs="+", default=[], metavar="JSON", help="files whose rows go there as well")
     parser.add_argument("--picture", default="docs/quality.png")
     parser.add_argument("--draw", action="store_true", help="compute nothing")
     options = parser.parse_args()

@@ -33,6 +33,8 @@ def options(teacher, cache, tmp_path):
         trained=[],
         dwq=[],
         dwq_tokens=256,
+        dwq_seconds=60.0,
+        dwq_validation=256,
         dwq_rate=3e-4,
         speeds=[],
         threads=1,
@@ -81,12 +83,22 @@ def test_files_of_one_grid_are_measured_and_kept(run, options, capsys, monkeypat
     (checkpoint,) = folders.glob(f"{NAME}_converted-*")
     work = engines.Work(options)
     assert ours["kl"] == pytest.approx(by_hand(work.folder, checkpoint, work.held_out["chat"]), rel=1e-3)
-    assert dwq["settings"]["dwq_tokens"] == 256 and 0 < dwq["kl"] != own["kl"]
+    assert dwq["trained_tokens"] == 256 and 0 < dwq["kl"] != own["kl"]
     told = capsys.readouterr().out
     assert f"| {NAME} | ours, converted | 0.0 | {ours['kl']:.3f} ({ours['kl'] / own['kl']:.2f}) |" in told
     assert "mlx_lm.dwq (256 tokens)" in told
     monkeypatch.setattr(engines, "student", None)  # nothing is measured twice
     assert run(own=[NAME], converted=[NAME], dwq=[NAME]) == rows
+
+
+def test_dwq_ends_in_time_and_tells_what_it_read(run, options, capsys, monkeypatch):
+    from peers import dwq
+
+    monkeypatch.setitem(dwq.SETTINGS, "step_tokens", 64)
+    rows = run(dwq=[NAME], dwq_seconds=0.0)
+    assert rows[NAME, engines.DWQ]["trained_tokens"] == 64  # one step, in which kernels are compiled
+    told = capsys.readouterr().out
+    assert "Validation: it=0, loss=" in told and "mlx_lm.dwq, 2 bits: 1 steps, 64 tokens in" in told
 
 
 def test_runs_of_one_preset_are_seeds_and_other_engines_have_their_own_files(run, teacher, cache, tmp_path, capsys):
@@ -111,6 +123,8 @@ def test_speeds_are_ratios_of_one_run(run, monkeypatch, capsys):
     own, ours, packed = (rows[NAME, method] for method in (engines.OWN, engines.OURS, engines.PACKED))
     assert set(ours["ratios"]) == {engines.OWN, engines.PACKED} and ours["tokens_per_second"] > 0
     assert own["settings"] == packed["settings"] and own["settings"]["written"] == 3
+    monkeypatch.setattr(speeds, "measure", None)  # nothing is measured twice
+    assert run(speeds=[NAME]) == rows
 
 
 def test_a_ratio_is_the_median_over_turns(monkeypatch):
@@ -130,7 +144,8 @@ def test_a_ratio_is_the_median_over_turns(monkeypatch):
 @pytest.mark.parametrize(
     ("asked", "told"),
     [
-        ({"trained": ["mlx_2bit_g64"]}, "--trained mlx_2bit_g64 is not preset=path"),
+        ({"trained": ["mlx_2bit_g64"]}, "--trained mlx_2bit_g64 is not name=path"),
+        ({"trained": ["q2a4=SR-001"]}, "quant=q2a4 is on no engine's grid"),
         ({"converted": ["q2a4"]}, "quant=q2a4 is on no engine's grid: presets of engines begin with gguf_…, mlx_…, "),
         ({"dwq": ["gguf_q4_0"]}, "--dwq gguf_q4_0: mlx_lm.dwq trains grids of MLX, such as mlx_4bit_g64"),
         (

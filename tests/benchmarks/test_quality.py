@@ -36,7 +36,7 @@ def options(teacher, tmp_path):
         mlx=[],
         ours=[],
         convert="fast",
-        checkpoint=[],
+        trained=[],
         tokens=256,
         calibration_tokens=256,
         shares=None,
@@ -164,7 +164,7 @@ def test_presets_and_checkpoints_of_ours(run, options, tmp_path, cache, monkeypa
     monkeypatch.setattr(quality, "convert_preset", small_conversion)
     known_as_folder = locate(ModelConfig(name="model", source=ModelSource.folder, path=options.model), tmp_path)
     trained = tiny.checkpoint_in(tmp_path / "trained", known_as_folder, cache)
-    rows = run(methods=[], ours=["q2a4"], checkpoint=[f"mine={trained}"])
+    rows = run(methods=[], ours=["q2a4"], trained=[f"mine={trained}"])
     assert [(row["method"], row["name"]) for row in rows[::2]] == [
         ("ours, convert=fast", "q2a4"),
         ("ours, trained", "mine"),
@@ -174,15 +174,15 @@ def test_presets_and_checkpoints_of_ours(run, options, tmp_path, cache, monkeypa
 
 def test_a_checkpoint_may_call_the_model_by_its_artifact(run, tmp_path, teacher, cache):
     trained = tiny.checkpoint_in(tmp_path / "trained", teacher, cache)
-    rows = run(methods=[], checkpoint=[f"mine={trained}"])
+    rows = run(methods=[], trained=[f"mine={trained}"])
     described = checkpoints.layers_of(checkpoints.manifest(trained, teacher, tiny.FP32))
     assert rows[0]["bits"] == round(bits_per_weight([x for x in described if x.role == "mlp"]), 4)
 
 
 def test_checkpoints_of_one_name_are_one_point(run, tmp_path, teacher, cache):
     seeds = [tiny.checkpoint_in(tmp_path / "0", teacher, cache), changed_in(tmp_path / "1", teacher, cache)]
-    alone = [run(methods=[], checkpoint=[f"x={seed}"], json=str(tmp_path / f"{seed.name}.json")) for seed in seeds]
-    together = run(methods=[], checkpoint=[f"x={seed}" for seed in seeds])
+    alone = [run(methods=[], trained=[f"x={seed}"], json=str(tmp_path / f"{seed.name}.json")) for seed in seeds]
+    together = run(methods=[], trained=[f"x={seed}" for seed in seeds])
     assert len(together) == 2
     for row, first, second in zip(together, *alone, strict=True):
         assert row["seeds"] == 2 and first["kl"] != second["kl"]

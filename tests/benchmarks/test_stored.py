@@ -8,9 +8,15 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 
+from qat import checkpoints
+from qat.config import ExportConfig, ExportType
 from qat.errors import ConfigError
+from qat.export.gguf import FILE, writer
+from qat.export.source import Source
+from qat.quant.linear import quantized
 from qat.quant.places import places
 from tests import tiny
+from tests.export import engines
 
 llama = pytest.mark.skipif(
     find_spec("llama_cpp") is None, reason="llama.cpp's quantizer is not installed: pip install llama-cpp-python"
@@ -68,6 +74,22 @@ def test_a_gguf_file_is_read_back_to_the_last_bit(name, embedding, stored, teach
     exact = teacher.load(torch.float32, tiny.CPU)
     for parameter, value in found.model.named_parameters():  # queries and keys have their rows back in order
         assert (value - exact.get_parameter(parameter)).norm() <= 0.1 * exact.get_parameter(parameter).norm()
+
+
+@llama
+@torch.no_grad()
+@pytest.mark.parametrize("preset", ["gguf_q2_0", "gguf_q4_1"])
+def test_llama_cpp_decodes_a_students_file_to_the_last_bit(preset, teacher, cache, tmp_path):
+    from peers import llamacpp
+
+    best = engines.checkpoint(tmp_path / "best", teacher, cache, engines.preset(preset))
+    student = checkpoints.load(best, teacher, tiny.FP32)[0]
+    writer.write(Source(teacher, student), tmp_path, ExportConfig("gguf", "gguf", ExportType.fp32))
+    found = llamacpp.read(teacher, tmp_path / FILE).model
+    layers = quantized(student)
+    assert "model.embed_tokens" in layers
+    for name, layer in layers.items():
+        assert torch.equal(found.get_parameter(f"{name}.weight"), layer.weight(torch.float32)), name
 
 
 @llama

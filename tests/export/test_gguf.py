@@ -12,7 +12,7 @@ from tokenizers import AddedToken, pre_tokenizers
 from qat import checkpoints
 from qat.config import ExportConfig, ExportType, QuantConfig, WeightConfig, WeightFormat
 from qat.errors import ArtifactError, ConfigError
-from qat.export.gguf import EXPORTER, FILE, blocks, families, vocabulary, writer
+from qat.export.gguf import EXPORTER, FILE, blocks, families, tables, vocabulary, writer
 from qat.export.gguf.types import type_of
 from qat.export.source import Source
 from qat.models import ModelFolder
@@ -20,12 +20,14 @@ from qat.models import tiny as tiny_model
 from qat.quant.architectures import select
 from qat.quant.formats import Format, GroupGrid, KQuant
 from qat.quant.linear import QuantLinear
+from qat.quant.places import matrix, put
 from tests import tiny
 from tests.export import engines
 from tests.export.conftest import IDS
 from tests.export.llama import next_token, served
 
 HELD = {
+    "Q2_0": GroupGrid(2, 128, "integers"),  # a scale for two blocks
     "Q4_0": GroupGrid(4, 64, "integers"),  # a scale for two blocks
     "Q4_1": GroupGrid(4, 32, "shifted"),
     "Q5_0": GroupGrid(5, 32, "integers"),
@@ -79,6 +81,9 @@ MODELS = {
     ),
     "qwen2": transformers.Qwen2Config(**SHAPE, rope_parameters=YARN),
     "qwen3": transformers.Qwen3Config(**SHAPE, head_dim=32),
+    "qwen3_moe": transformers.Qwen3MoeConfig(
+        **SHAPE, head_dim=32, moe_intermediate_size=64, num_experts=5, num_experts_per_tok=2, norm_topk_prob=True
+    ),
     "olmo2": transformers.Olmo2Config(**SHAPE),
     "phi3": transformers.Phi3Config(**SHAPE, sliding_window=40, rope_parameters=HALF),
     "phi3_long": transformers.Phi3Config(
@@ -108,11 +113,11 @@ def quantized_to(settings: WeightConfig, teacher: ModelFolder):
     """A model whose MLP and attention are in a format."""
     model = teacher.load(torch.float32, tiny.CPU)
     for layer in select(model, QuantConfig("all", settings, settings)):
-        made = layer.format.start(model.get_submodule(layer.name).weight[None], torch.ones(1, layer.shape[1]), None)
+        made = layer.format.start(matrix(model, layer.name)[None], torch.ones(1, layer.shape[1]), None)
         module = QuantLinear(layer.format, *layer.shape)
         module.indices.copy_(made.index_NOI[0])
         module.set_parts({name: part[0] for name, part in made.operands.items()})
-        model.set_submodule(layer.name, module.requires_grad_(False))
+        put(model, layer.name, module.requires_grad_(False))
     return model
 
 
@@ -163,8 +168,9 @@ def test_every_weight_decodes_to_the_last_bit(kind):
     module = layer_in(format)
     made = blocks.packed(format, module.indices, module.normalized())
     assert type_of(format.settings()) == kind
-    decoded = gguf.dequantize(made, gguf.GGMLQuantizationType[kind])
-    assert np.array_equal(decoded.view(np.uint32), module.weight(torch.float32).numpy().view(np.uint32))
+    decoded = tables.decoded(made, tables.kind(kind))
+    made, given = (array + np.float32(0) for array in (decoded, module.weight(torch.float32).numpy()))  # zeros alike
+    assert np.array_equal(made.view(np.uint32), given.view(np.uint32))
 
 
 @torch.no_grad()
@@ -204,7 +210,7 @@ def test_llama_cpp_computes_each_architecture(kind, tmp_path):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("kind", ["phi3", "gemma2", "granite"])
+@pytest.mark.parametrize("kind", ["phi3", "gemma2", "granite", "qwen3_moe"])
 def test_llama_cpp_computes_students_of_each_shape(kind, tmp_path):
     teacher = folder_of(kind, tmp_path / "model")
     model = quantized_to(engines.grid(8, 32, "integers"), teacher)
@@ -230,6 +236,44 @@ def test_llama_cpp_computes_k_quants(bits, tmp_path):
     assert away(tmp_path / FILE, model) < 2e-2
 
 
+@torch.no_grad()
+def test_llama_cpp_computes_a_type_that_the_package_does_not_have(teacher, cache, export, tmp_path):
+    best = engines.checkpoint(tmp_path / "best", teacher, cache, engines.preset("gguf_q2_0"))
+    file = export(best, "gguf", "fp32") / FILE
+    assert away(file, checkpoints.load(best, teacher, tiny.FP32)[0]) < 2e-2
+    stored = {tensor.name: tensor.tensor_type for tensor in gguf.GGUFReader(file).tensors}
+    assert {stored["token_embd.weight"].name, stored["blk.0.attn_k.weight"].name} == {"Q2_0"}
+    assert int(stored["token_embd.weight"]) == 42
+
+
+@torch.no_grad()
+def test_experts_in_several_types_are_written_out(tmp_path, capsys):
+    teacher = folder_of("qwen3_moe", tmp_path / "model")
+    model = quantized_to(engines.grid(8, 32, "integers"), teacher)
+    first = model.model.layers[0].mlp.experts.get_submodule("0.down_proj")
+    put(model, "model.layers.0.mlp.experts.0.down_proj", on_four_bits(first))
+    writer.write(Source(teacher, model), tmp_path, EXACT)
+    assert "5 layers are in no type of llama.cpp" in capsys.readouterr().out
+    again = writer.read(Source(teacher, model), tmp_path).model.layers[0].mlp.experts.down_proj
+    assert torch.equal(again, model.model.layers[0].mlp.experts.down_proj)
+
+
+def on_four_bits(layer: QuantLinear) -> QuantLinear:
+    """A layer with fewer bits."""
+    made = QuantLinear(GroupGrid(4, 32, "integers"), *layer.indices.shape)
+    made.indices.copy_(layer.indices >> 4)
+    made.set_parts({name: 16 * value for name, value in layer.normalized().items()})
+    return made.requires_grad_(False)
+
+
+def test_experts_that_llama_cpp_has_in_one_tensor_are_in_one_type():
+    eight, four = ({"format": "grid", "bits": b, "group": 32, "levels": "integers", "shape": [8, 64]} for b in (8, 4))
+    names = [f"model.layers.0.mlp.experts.{number}.down_proj" for number in range(2)]
+    EXPORTER.grid.refuse({names[0]: eight, names[1]: eight, "model.layers.0.self_attn.q_proj": four})
+    with pytest.raises(ConfigError, match=r"experts of model.*mlp\.experts\.down_proj in one tensor, and .*1"):
+        EXPORTER.grid.refuse({names[0]: eight, names[1]: four})
+
+
 def test_what_decodes_otherwise_is_not_published(checkpoint, export, tmp_path, monkeypatch):
     right = blocks.packed
     monkeypatch.setattr(blocks, "packed", lambda format, index, parts: right(format, index.flip(1), parts))
@@ -239,7 +283,7 @@ def test_what_decodes_otherwise_is_not_published(checkpoint, export, tmp_path, m
 
 
 def test_codebooks_are_refused_with_a_preset_and_written_out_on_request(best, student, export, tmp_path, capsys):
-    with pytest.raises(ConfigError, match=r"cannot hold .* codebook.*quant=gguf_iq4_nl fits, and export.dense"):
+    with pytest.raises(ConfigError, match=r"cannot hold .* codebook.*quant=gguf_q2_0 fits, and export.dense"):
         export(best, "gguf", "fp32", output=tmp_path / "no")
     folder = export(best, "gguf", "fp32", output=tmp_path / "dense", dense=True)
     assert "are in no type of llama.cpp and are written in fp32" in capsys.readouterr().out
@@ -252,7 +296,7 @@ def test_codebooks_are_refused_with_a_preset_and_written_out_on_request(best, st
     [
         ({"bits": 2, "rank": 8, "shape": [512, 512]}, "codebook, bits 2, rank 8: a student made with quant=gguf_q2_k"),
         ({"bits": 2, "rank": 8, "shape": [512, 576]}, "a student made with quant=gguf_"),
-        ({"format": "grid", "bits": 4, "group": 16, "shape": [8, 48]}, "groups of 32 or 256 do not divide rows of 48"),
+        ({"format": "grid", "bits": 4, "group": 16, "shape": [8, 48]}, "of 32 or 64 or 256 do not divide rows of 48"),
         ({"format": "grid", "bits": 4, "group": 64, "levels": "halves", "shape": [8, 64]}, "quant=gguf_"),
     ],
 )
@@ -274,6 +318,8 @@ def test_what_no_type_holds_is_told_with_what_would(layer, told):
         (transformers.Gemma2Config(final_logit_softcapping=None), "final_logit_softcapping=True"),
         (transformers.Gemma3TextConfig(sliding_window_pattern=4), r"layer_types=\['sliding_attention'"),
         (transformers.SmolLM3Config(no_rope_layer_interval=3), r"no_rope_layers=\[1, 1, 1, 0"),
+        (transformers.Qwen3MoeConfig(), "norm_topk_prob=True, and this one has False"),
+        (transformers.Qwen3MoeConfig(norm_topk_prob=True, mlp_only_layers=[1]), r"mlp_only_layers=\[\], and this one"),
         (transformers.Phi3Config(hidden_size=96, num_attention_heads=4, head_dim=32), "head_dim=24, and this one has"),
     ],
 )

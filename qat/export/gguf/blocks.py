@@ -1,4 +1,4 @@
-"""Indices and scales as the bytes of llama.cpp's blocks; layouts as the decoders of the package `gguf` read them.
+"""Indices and scales as the bytes of llama.cpp's blocks; layouts as the decoders of `tables.py` read them.
 
 Shapes: O outputs, B blocks of all rows, S weights of a block, C codes of a block.
 """
@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qat.export.gguf.types import BLOCK, type_of
+from qat.export.gguf.types import block, type_of
 from qat.quant.formats import Format, Parts
 
 Bytes = np.ndarray[Any, np.dtype[np.integer[Any]]]  # an array of uint8
@@ -29,18 +29,21 @@ def packed(format: Format, index_OI: Tensor, parts: Parts) -> Bytes:
         q, codes = index_OI.numpy().reshape(-1, SUPER), _codes(format, parts)
         made = _k_quant(kind, q, codes, *(_half(x) for name, x in parts.items() if name.startswith("super_")))
     else:
-        blocks = index_OI.shape[1] // BLOCK  # blocks in a row
+        size = block(kind)
+        blocks = index_OI.shape[1] // size  # blocks in a row
         scales = [_half(parts[name].repeat_interleave(blocks // parts[name].shape[1], dim=1)) for name in parts]
-        made = _plain(kind, index_OI.numpy().reshape(-1, BLOCK), scales)
+        made = _plain(kind, index_OI.numpy().reshape(-1, size), scales)
     return np.concatenate(made, axis=1).reshape(len(index_OI), -1)
 
 
 def _plain(kind: str, q: Bytes, scales: list[Bytes]) -> list[Bytes]:
     """A block after the other: its scales, then what its indices are."""
+    if kind == "Q2_0":  # -1 to 2 for our -2 to 1: the other way round, with the sign bit of the scale turned
+        return [scales[0] ^ np.array([0, 128], dtype=np.uint8), _planes(3 - q, 2, 1)]
     if kind == "Q8_0":
         return [*scales, q ^ 128]  # from an offset of 128 to two's complement
     high = [_planes(q >> 4, 1, 1)] if kind.startswith("Q5") else []
-    return [*scales, *high, _planes(q & 15, 4, BLOCK // 2)]
+    return [*scales, *high, _planes(q & 15, 4, q.shape[1] // 2)]
 
 
 def _k_quant(kind: str, q: Bytes, codes: list[Bytes], *scales: Bytes) -> list[Bytes]:

@@ -101,6 +101,23 @@ def _granite(described: Fields) -> Fields:
     }
 
 
+def _qwen3_moe(described: Fields) -> Fields:
+    return {
+        "expert_count": int(described.get("num_experts") or described["num_local_experts"]),
+        "expert_used_count": int(described["num_experts_per_tok"]),
+        "expert_feed_forward_length": int(described["moe_intermediate_size"]),
+    }
+
+
+def _qwen3_moe_demands(described: Fields) -> Demands:
+    """Experts in every layer, whose shares of a token add up to one."""
+    return {
+        "norm_topk_prob": (bool(described["norm_topk_prob"]), True),
+        "decoder_sparse_step": (described["decoder_sparse_step"], 1),
+        "mlp_only_layers": (described.get("mlp_only_layers") or [], []),
+    }
+
+
 def _whole_heads(described: Fields) -> Demands:
     share = described["hidden_size"] // described["num_attention_heads"]
     return {"head_dim": (head_size(described), share)}
@@ -140,6 +157,7 @@ FAMILIES = {  # by `model_type`
     "granite": Family("granite", interleaved=True, more=_granite, demands=_whole_heads),
     "qwen2": Family("qwen2"),
     "qwen3": Family("qwen3"),
+    "qwen3_moe": Family("qwen3moe", more=_qwen3_moe, demands=_qwen3_moe_demands),
     "olmo2": Family("olmo2", tied=False, demands=_whole_heads),
     "phi3": Family("phi3", rotations=("default", "longrope"), more=_phi3, demands=_whole_heads),
     "gemma": GEMMA,
