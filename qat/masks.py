@@ -13,6 +13,7 @@ of a mask because that is the place in which models of transformers hand them on
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from inspect import signature
 from typing import Any
 
@@ -21,6 +22,8 @@ from torch import Tensor
 from transformers import masking_utils
 
 ARGUMENTS = signature(masking_utils._ignore_causal_mask_sdpa)  # their order depends on the transformers release
+_whole = ContextVar("whole", default=False)
+
 
 @contextmanager
 def unread(joined: bool) -> Iterator[None]:
@@ -32,10 +35,17 @@ def unread(joined: bool) -> Iterator[None]:
     before = masking_utils.find_packed_sequence_indices, masking_utils._ignore_causal_mask_sdpa
     masking_utils.find_packed_sequence_indices = documents if joined else lambda *_, **__: None
     masking_utils._ignore_causal_mask_sdpa = _needs_none
+    outside = _whole.set(True)
     try:
         yield
     finally:
         masking_utils.find_packed_sequence_indices, masking_utils._ignore_causal_mask_sdpa = before
+        _whole.reset(outside)
+
+
+def whole() -> bool:
+    """Whether masks are being made for whole rows, inside `unread`."""
+    return _whole.get()
 
 
 def documents(position_ids: Tensor) -> Tensor:
