@@ -13,6 +13,7 @@ import json
 import multiprocessing
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -41,7 +42,10 @@ def main() -> None:
     lines = []
     for model in options.model:
         for line in cuts(model, options) if options.cuts else table(model, options):
-            print(*(f"{key} {value:.3g}" if isinstance(value, float) else value for key, value in line.items()), flush=True)
+            print(
+                *(f"{key} {value:.3g}" if isinstance(value, float) else value for key, value in line.items()),
+                flush=True,
+            )
             lines.append(line)
     if options.json:
         with open(options.json, "w") as file:
@@ -143,7 +147,7 @@ def timed(work: Callable[[], Any], repeats: int = 20) -> float:
         work()
         mark.record()
     torch.cuda.synchronize()
-    return sorted(one.elapsed_time(other) for one, other in zip(marks, marks[1:], strict=False))[repeats // 2]
+    return sorted(one.elapsed_time(other) for one, other in pairwise(marks))[repeats // 2]
 
 
 def errors(name: str, model: str, length: int, positions: Tensor | None) -> dict[str, float]:

@@ -6,7 +6,7 @@
     python benchmarks/train_step.py --model smollm2 --rows rank_4 e2e_4 --device cpu
     python benchmarks/train_step.py --quant g2a4_g64                # another option of conf/quant/
     python benchmarks/train_step.py --rows record --length 128 --teacher qwen3_1_7b   # a larger model teaches
-    python benchmarks/train_step.py --rows record --length 128 1024 2048 --document 700    # long rows, documents in them
+    python benchmarks/train_step.py --rows record --length 128 1024 2048 --document 700   # long rows
     torchrun --nproc-per-node 2 benchmarks/train_step.py --rows e2e_1008
     python benchmarks/train_step.py --tiny                          # does it work at all, on any machine
 

@@ -55,7 +55,7 @@ def attend(
 
 
 def fits(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, others: dict[str, Any]) -> bool:
-    """Whether the kernels support these inputs: 16-bit numbers on CUDA, whole rows, each token seeing none behind it."""
+    """Whether the kernels support these inputs: 16-bit numbers on CUDA, whole rows, no token seeing those behind it."""
     length, width = q.shape[2:]
     causal = others.get("is_causal")
     return (

@@ -82,7 +82,7 @@ def backward(
     scale: float,
     into: tuple[Tensor, Tensor, Tensor],
 ) -> None:
-    """Writes the gradients of q, k and v to `into`, tensors of their shapes; `out` and `sums` as `forward` gave them."""
+    """Writes gradients into tensors like q, k and v; `out` and `sums` are those that `forward` gave."""
     rows, heads, length, _ = q_BHLD.shape
     d_q, d_k, d_v = into
     along = torch.empty_like(sums_BHL)  # each output's product with its gradient
@@ -116,7 +116,9 @@ def _constants(q_BHLD: Tensor, k_BKLD: Tensor, spans: Tensor | None) -> dict[str
 if AVAILABLE:
 
     @triton.jit
-    def _block(pointer, start, token_stride, L, D: tl.constexpr, WIDTH: tl.constexpr, SIZE: tl.constexpr, EDGE: tl.constexpr):
+    def _block(
+        pointer, start, token_stride, L, D: tl.constexpr, WIDTH: tl.constexpr, SIZE: tl.constexpr, EDGE: tl.constexpr
+    ):
         """The tokens [SIZE, WIDTH] from `start` on; zeros beyond the row, which without `EDGE` has them all."""
         t, d = tl.arange(0, SIZE), tl.arange(0, WIDTH)
         place = pointer + tl.cast(start, tl.int64) * token_stride + t[:, None] * token_stride + d[None, :]
@@ -144,6 +146,16 @@ if AVAILABLE:
             latest = tl.load(first + tl.minimum(start + QUERIES, L) - 1)
             common = tl.maximum(tl.minimum(tl.cdiv(latest, KEYS) * KEYS, start), begin)
         return begin, common
+
+    @triton.jit
+    def _part(part: tl.constexpr, one, two, three, four):
+        """A third of the way from `one` to `four`: only in the second all of a block see all of the other."""
+        low, high = one, two
+        if part == 1:
+            low, high = two, three
+        if part == 2:
+            low, high = three, four
+        return low, high
 
     @triton.jit
     def _sees(q, k, first, SPANS: tl.constexpr):
@@ -192,24 +204,14 @@ if AVAILABLE:
         top = tl.full([QUERIES], -1e30, tl.float32)
         total = tl.zeros([QUERIES], tl.float32)
         mixed = tl.zeros([QUERIES, WIDTH], tl.float32)
-        for n in range(begin, common, KEYS):
-            mixed, top, total = _gather(
-                mixed, top, total, queries, at, first, keys, k_token, values, v_token, n, scale, L,
-                D, WIDTH, SPANS, KEYS, True,
-            )  # fmt: skip
-        for n in range(common, start, KEYS):
-            mixed, top, total = _gather(
-                mixed, top, total, queries, at, first, keys, k_token, values, v_token, n, scale, L,
-                D, WIDTH, SPANS, KEYS, False,
-            )  # fmt: skip
-        for n in range(start, tl.minimum(start + QUERIES, L), KEYS):
-            mixed, top, total = _gather(
-                mixed, top, total, queries, at, first, keys, k_token, values, v_token, n, scale, L,
-                D, WIDTH, SPANS, KEYS, True,
-            )  # fmt: skip
-        _write(
-            out + row * out_row + head * out_head, mixed / total[:, None], start, out_token, L, D, WIDTH, QUERIES
-        )  # fmt: skip
+        for part in tl.static_range(3):
+            lowest, highest = _part(part, begin, common, start, tl.minimum(start + QUERIES, L))
+            for n in range(lowest, highest, KEYS):
+                mixed, top, total = _gather(
+                    mixed, top, total, queries, at, first, keys, k_token, values, v_token, n, scale, L,
+                    D, WIDTH, SPANS, KEYS, part != 1,
+                )  # fmt: skip
+        _write(out + row * out_row + head * out_head, mixed / total[:, None], start, out_token, L, D, WIDTH, QUERIES)
         lines = (row * tl.num_programs(1) + head) * L
         tl.store(sums + lines + at, top + tl.log2(total), mask=at < L)
 
@@ -252,21 +254,13 @@ if AVAILABLE:
         if SPANS:
             first = tl.load(spans + row * 2 * L + at, mask=at < L, other=0)
         d = tl.zeros([QUERIES, WIDTH], tl.float32)
-        for n in range(begin, common, KEYS):
-            d = _to_query(
-                d, queries, grads, sum, along, at, first, keys, k_token, values, v_token, n, scale, L,
-                D, WIDTH, SPANS, KEYS, True,
-            )  # fmt: skip
-        for n in range(common, start, KEYS):
-            d = _to_query(
-                d, queries, grads, sum, along, at, first, keys, k_token, values, v_token, n, scale, L,
-                D, WIDTH, SPANS, KEYS, False,
-            )  # fmt: skip
-        for n in range(start, tl.minimum(start + QUERIES, L), KEYS):
-            d = _to_query(
-                d, queries, grads, sum, along, at, first, keys, k_token, values, v_token, n, scale, L,
-                D, WIDTH, SPANS, KEYS, True,
-            )  # fmt: skip
+        for part in tl.static_range(3):
+            lowest, highest = _part(part, begin, common, start, tl.minimum(start + QUERIES, L))
+            for n in range(lowest, highest, KEYS):
+                d = _to_query(
+                    d, queries, grads, sum, along, at, first, keys, k_token, values, v_token, n, scale, L,
+                    D, WIDTH, SPANS, KEYS, part != 1,
+                )  # fmt: skip
         _write(d_q + row * d_q_row + head * d_q_head, d * factor, start, d_q_token, L, D, WIDTH, QUERIES)
 
     @triton.jit
@@ -316,20 +310,12 @@ if AVAILABLE:
             head = shared * GROUP + one
             lines = (row * tl.num_programs(1) * GROUP + head) * L
             queries, grads = q + row * q_row + head * q_head, grad + row * grad_row + head * grad_head
-            for m in range(start, tl.minimum(behind, end), QUERIES):
-                sum_k, sum_v = _to_key(
-                    sum_k, sum_v, keys, values, at, queries, q_token, grads, grad_token, sums + lines, alongs + lines,
-                    spans + row * 2 * L, m, scale, L, D, WIDTH, SPANS, QUERIES, True,
-                )  # fmt: skip
-            for m in range(behind, common, QUERIES):
-                sum_k, sum_v = _to_key(
-                    sum_k, sum_v, keys, values, at, queries, q_token, grads, grad_token, sums + lines, alongs + lines,
-                    spans + row * 2 * L, m, scale, L, D, WIDTH, SPANS, QUERIES, False,
-                )  # fmt: skip
-            for m in range(common, end, QUERIES):
-                sum_k, sum_v = _to_key(
-                    sum_k, sum_v, keys, values, at, queries, q_token, grads, grad_token, sums + lines, alongs + lines,
-                    spans + row * 2 * L, m, scale, L, D, WIDTH, SPANS, QUERIES, True,
-                )  # fmt: skip
+            for part in tl.static_range(3):
+                lowest, highest = _part(part, start, behind, common, end)
+                for m in range(lowest, highest, QUERIES):
+                    sum_k, sum_v = _to_key(
+                        sum_k, sum_v, keys, values, at, queries, q_token, grads, grad_token, sums + lines,
+                        alongs + lines, spans + row * 2 * L, m, scale, L, D, WIDTH, SPANS, QUERIES, part != 1,
+                    )  # fmt: skip
         _write(d_k + row * d_k_row + shared * d_k_head, sum_k * factor, start, d_k_token, L, D, WIDTH, KEYS)
         _write(d_v + row * d_v_row + shared * d_v_head, sum_v, start, d_v_token, L, D, WIDTH, KEYS)

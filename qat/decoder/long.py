@@ -29,9 +29,7 @@ if AVAILABLE:
 TILE = 2048  # numbers of a head that a program turns at a time
 
 
-def forward(
-    qkv_TF: Tensor, places: Places, norms: tuple[Tensor, Tensor] | None, heads: Heads
-) -> tuple[Tensor, Tensor]:
+def forward(qkv_TF: Tensor, places: Places, norms: tuple[Tensor, Tensor] | None, heads: Heads) -> tuple[Tensor, Tensor]:
     """Outputs [T, H D] of attention, and log2 of the sums of each softmax [B, H, L]."""
     q, k, v = _parts(_turned(qkv_TF, places, norms, heads), qkv_TF, places, heads)
     out, sums = flash.forward(q, k, v, places.mask, heads.scale)
