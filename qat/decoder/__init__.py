@@ -175,19 +175,15 @@ class Decoder:
             position_ids: [B, L], which restart in each document of a row; None for one document a row.
         """
         run = partial(checkpoint, use_reentrant=False, preserve_rng_state=False) if self.checkpointing else _call
-        mask = None if position_ids is None else _seen(position_ids)
+        long = input_ids.shape[1] > LONGEST
+        seen = masks.spans_of_documents if long else masks.of_documents
+        mask = None if position_ids is None else seen(position_ids)
         if position_ids is None:
             position_ids = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
         stream = self.base.embed_tokens(input_ids)
         cos, sin = (turn.contiguous() for turn in self.base.rotary_emb(stream, position_ids))
-        places = Places(cos, sin, mask)
+        places = Places(cos, sin, mask, long)
         stream, more = stream.flatten(0, 1), None
         for layer in self.layers:
             stream, more = run(layer, stream, more, places)
         return add_norm(stream, more, self.base.norm)[1]
-
-
-def _seen(position_ids: Tensor) -> Tensor:
-    """What each token sees of its row, as attention takes it in rows of this length."""
-    long = position_ids.shape[1] > LONGEST
-    return masks.spans_of_documents(position_ids) if long else masks.of_documents(position_ids)

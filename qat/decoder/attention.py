@@ -59,18 +59,15 @@ class Places:
 
     Attributes:
         cos, sin: [B or 1, L, D], the second half of D like the first.
-        mask: boolean [B, 1, L, L], true where a token is seen, and where rows are `long` spans int32 [B, 2, L, 1]
+        mask: boolean [B, 1, L, L], true where a token is seen, and of long rows spans int32 [B, 2, L, 1]
             (`qat.masks`); None for causal attention.
+        long: rows are longer than a program can hold: `qat.decoder.long` computes them.
     """
 
     cos: Tensor
     sin: Tensor
     mask: Tensor | None
-
-    @property
-    def long(self) -> bool:
-        """Whether rows are longer than a program can hold (`qat.decoder.long`)."""
-        return self.cos.shape[1] > LONGEST
+    long: bool = False
 
 
 def forward(qkv_TF: Tensor, places: Places, norms: tuple[Tensor, Tensor] | None, heads: Heads) -> Tensor:
