@@ -159,6 +159,9 @@ decoder_module.LONGEST = 7
 check("qwen3", "e2e", True, True)
 check("llama", "attn", False, False)
 decoder_module.LONGEST = 128
+if device == "cuda":
+    check("qwen3", "e2e", True, False, length=300, width=128)
+    check("llama", "e2e", False, False, length=260, width=64)
 check_adapters("llama", False)
 check_adapters("qwen3", True)
 check_teacher("qwen3", True)
