@@ -72,7 +72,7 @@ def spans_of(mask: Tensor) -> Tensor:
     Nothing is read back from the device to see whether the mask is one of spans. Of a row in which it is not, no
     token sees anything, not even itself, so that attention over it gives NaN.
     """
-    first = mask[:, 0].int().argmax(-1)
+    first = mask[:, 0].view(torch.uint8).argmax(-1)  # of equal numbers it is the first
     places = torch.arange(mask.shape[-1], device=mask.device)
     fits = (mask[:, 0] == _seen(first)).flatten(1).all(1) & (first.diff(dim=1) >= 0).all(1) & (first <= places).all(1)
     return _spans(torch.where(fits[:, None], first, len(places)))

@@ -80,9 +80,9 @@ def _own(mask: Tensor | None, q: Tensor) -> bool:
     return mask is None or (mask.dtype == torch.bool and mask.shape == (rows, 1, length, length))
 
 
-def mask(*arguments: Any, device: torch.device | str = "cpu", **named: Any) -> Tensor | None:
+def mask(*arguments: Any, **named: Any) -> Tensor | None:
     """transformers' boolean mask, in its interface; where `long` computes attention over whole rows, spans of it."""
-    made = sdpa_mask(*arguments, device=device, **named)
+    made = sdpa_mask(*arguments, **named)
     if made is None or not masks.whole() or not _goes_by_spans(made, named.get("dtype")):
         return made
     return masks.spans_of(made)

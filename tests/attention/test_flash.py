@@ -21,7 +21,7 @@ if device == "cpu":
     os.environ["TRITON_INTERPRET"] = "1"
 import torch
 from torch.nn.functional import scaled_dot_product_attention
-from qat import masks
+from qat import attention, masks
 from qat.attention import flash
 
 draw = torch.Generator().manual_seed(0)
@@ -75,10 +75,16 @@ else:
     flash.ROOMY = 1 << 30  # as on a GPU with little shared memory
     check(2, 16, 8, 300, 128, documents(2, 300, 0.02), torch.bfloat16, 2e-2)
 
+# As an operation of torch: its gradients, and what torch.compile is told of it
+dtype = torch.float32 if device == "cpu" else torch.bfloat16
+parts = [tensor(1, heads, 40, 16).to(device, dtype) for heads in (2, 1, 1)]
+spans = masks.spans_of(documents(1, 40, 0.1).to(device))
+torch.library.opcheck(attention.long, (*(part.requires_grad_() for part in parts), spans, 0.3))
+
 # A row whose mask is not one of spans must not pass for something.
 bad = torch.ones(2, 1, 40, 40, dtype=torch.bool, device=device).tril()
 bad[1, 0, 30, 3] = False
-parts = [tensor(2, 2, 40, 16).to(device, torch.float32 if device == "cpu" else torch.bfloat16) for _ in range(3)]
+parts = [parts[0].detach().expand(2, 2, 40, 16) for _ in range(3)]
 found = flash.forward(*parts, masks.spans_of(bad), 0.3)[0].isnan()
 assert found[1].all() and not found[0].any()
 """
