@@ -30,7 +30,8 @@ LOG2_E = log2(2.718281828459045)  # powers of two are faster than those of e
 
 Cut = dict[str, int]  # queries and keys of a block, and how many warps and stages compute it
 
-# By the width of a head. The larger of QUERIES and KEYS is a multiple of the other, as the diagonal needs it.
+# By the width of a head. Where queries are summed over keys, QUERIES is a multiple of KEYS, as the diagonal needs it.
+# Of these cuts the compiler has registers enough for all numbers on Hopper, but for 24 bytes of the first.
 FORWARD: dict[int, Cut] = {
     64: {"QUERIES": 128, "KEYS": 64, "num_warps": 4, "num_stages": 3},
     128: {"QUERIES": 128, "KEYS": 64, "num_warps": 8, "num_stages": 3},
@@ -40,8 +41,8 @@ TO_QUERIES: dict[int, Cut] = {
     128: {"QUERIES": 128, "KEYS": 64, "num_warps": 8, "num_stages": 2},
 }
 TO_KEYS: dict[int, Cut] = {
-    64: {"QUERIES": 64, "KEYS": 128, "num_warps": 8, "num_stages": 3},
-    128: {"QUERIES": 64, "KEYS": 128, "num_warps": 8, "num_stages": 2},
+    64: {"QUERIES": 64, "KEYS": 128, "num_warps": 8, "num_stages": 2},
+    128: {"QUERIES": 32, "KEYS": 128, "num_warps": 8, "num_stages": 2},
 }
 # For GPUs with less shared memory than an A100
 SMALL: Cut = {"QUERIES": 64, "KEYS": 32, "num_warps": 4, "num_stages": 2}
@@ -149,7 +150,7 @@ if AVAILABLE:
 
     @triton.jit
     def _part(part: tl.constexpr, one, two, three, four):
-        """A third of the way from `one` to `four`: only in the second all of a block see all of the other."""
+        """A third of the way from `one` to `four`: in the second one all queries see all keys."""
         low, high = one, two
         if part == 1:
             low, high = two, three
@@ -266,20 +267,22 @@ if AVAILABLE:
     @triton.jit
     def _to_key(
         d_k, d_v, keys, values, k, q, q_token, grad, grad_token, sums, alongs, firsts, start, scale, L,
-        D: tl.constexpr, WIDTH: tl.constexpr, SPANS: tl.constexpr, QUERIES: tl.constexpr, EDGE: tl.constexpr,
+        D: tl.constexpr, WIDTH: tl.constexpr, SPANS: tl.constexpr, QUERIES: tl.constexpr,
     ):  # fmt: skip
-        """Adds what a block of queries says to the gradients of a block of keys and values."""
+        """Adds what a block of queries says to the gradients of a block of keys and values.
+
+        Blocks that see all keys are masked too: a loop of their own would cost registers that are not there.
+        """
         at = start + tl.arange(0, QUERIES)
-        query = _block(q, start, q_token, L, D, WIDTH, QUERIES, EDGE)
-        grads = _block(grad, start, grad_token, L, D, WIDTH, QUERIES, EDGE)
+        query = _block(q, start, q_token, L, D, WIDTH, QUERIES, True)
+        grads = _block(grad, start, grad_token, L, D, WIDTH, QUERIES, True)
         sum = tl.load(sums + at, mask=at < L, other=0.0)
         along = tl.load(alongs + at, mask=at < L, other=0.0)
         p = tl.exp2(tl.dot(keys, tl.trans(query)) * scale - sum[None, :])  # [KEYS, QUERIES]
-        if EDGE:
-            first = at
-            if SPANS:
-                first = tl.load(firsts + at, mask=at < L, other=0)
-            p = tl.where(_sees(at[None, :], k[:, None], first[None, :], SPANS), p, 0.0)
+        first = at
+        if SPANS:
+            first = tl.load(firsts + at, mask=at < L, other=0)
+        p = tl.where(_sees(at[None, :], k[:, None], first[None, :], SPANS), p, 0.0)
         d_v = tl.dot(p.to(grads.dtype), grads, d_v)
         d_scores = p * (tl.dot(values, tl.trans(grads)) - along[None, :])
         return tl.dot(d_scores.to(query.dtype), query, d_k), d_v
@@ -297,25 +300,19 @@ if AVAILABLE:
         at = start + tl.arange(0, KEYS)
         keys = _block(k + row * k_row + shared * k_head, start, k_token, L, D, WIDTH, KEYS, True)
         values = _block(v + row * v_row + shared * v_head, start, v_token, L, D, WIDTH, KEYS, True)
-        # Queries before `common` see the block's first key, and with it all keys of the block that are before them.
-        end, common = L, L
+        end = L
         if SPANS:
-            ends = spans + row * 2 * L + L
-            end, common = tl.load(ends + tl.minimum(start + KEYS, L) - 1), tl.load(ends + start)
-        behind = start + KEYS
-        common = tl.maximum(common // QUERIES * QUERIES, behind)
+            end = tl.load(spans + row * 2 * L + L + tl.minimum(start + KEYS, L) - 1)
         sum_k = tl.zeros([KEYS, WIDTH], tl.float32)
         sum_v = tl.zeros([KEYS, WIDTH], tl.float32)
         for one in range(GROUP):
             head = shared * GROUP + one
             lines = (row * tl.num_programs(1) * GROUP + head) * L
             queries, grads = q + row * q_row + head * q_head, grad + row * grad_row + head * grad_head
-            for part in tl.static_range(3):
-                lowest, highest = _part(part, start, behind, common, end)
-                for m in range(lowest, highest, QUERIES):
-                    sum_k, sum_v = _to_key(
-                        sum_k, sum_v, keys, values, at, queries, q_token, grads, grad_token, sums + lines,
-                        alongs + lines, spans + row * 2 * L, m, scale, L, D, WIDTH, SPANS, QUERIES, part != 1,
-                    )  # fmt: skip
+            for m in range(start, end, QUERIES):
+                sum_k, sum_v = _to_key(
+                    sum_k, sum_v, keys, values, at, queries, q_token, grads, grad_token, sums + lines,
+                    alongs + lines, spans + row * 2 * L, m, scale, L, D, WIDTH, SPANS, QUERIES,
+                )  # fmt: skip
         _write(d_k + row * d_k_row + shared * d_k_head, sum_k * factor, start, d_k_token, L, D, WIDTH, KEYS)
         _write(d_v + row * d_v_row + shared * d_v_head, sum_v, start, d_v_token, L, D, WIDTH, KEYS)
