@@ -50,8 +50,9 @@ def attend(
             return short(query_BHLD, key_BKLD, value_BKLD, attention_mask, scale), None
         if _capable(query_BHLD.device) and scale > 0 and (spans or attention_mask is None):
             return long(query_BHLD, key_BKLD, value_BKLD, attention_mask, scale)[0], None
-    mask = masks.of_spans(attention_mask) if spans and attention_mask is not None else attention_mask
-    return sdpa_attention_forward(module, query_BHLD, key_BKLD, value_BKLD, mask, scaling=scaling, **others)
+    if attention_mask is not None and spans:
+        attention_mask = masks.of_spans(attention_mask)
+    return sdpa_attention_forward(module, query_BHLD, key_BKLD, value_BKLD, attention_mask, scaling=scaling, **others)
 
 
 def fits(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, others: dict[str, Any]) -> bool:
@@ -71,6 +72,7 @@ def fits(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, others: dict[str, A
 
 @torch.compiler.assume_constant_result
 def _capable(device: torch.device) -> bool:
+    """Of a device, as a constant of what is compiled for it."""
     return kernels.capable(device)
 
 
