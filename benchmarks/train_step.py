@@ -6,7 +6,7 @@
     python benchmarks/train_step.py --model smollm2 --rows rank_4 e2e_4 --device cpu
     python benchmarks/train_step.py --quant g2a4_g64                # another option of conf/quant/
     python benchmarks/train_step.py --rows record --length 128 --teacher qwen3_1_7b   # a larger model teaches
-    python benchmarks/train_step.py --rows record --length 2048 --batch 8 --document 700   # long rows
+    python benchmarks/train_step.py --rows record --length 128 1024 2048 --document 700   # long rows
     torchrun --nproc-per-node 2 benchmarks/train_step.py --rows e2e_1008
     python benchmarks/train_step.py --tiny                          # does it work at all, on any machine
 
@@ -171,8 +171,10 @@ def main() -> None:
         reporter.say(
             f"{name}, torch {torch.__version__}, {ranks.count} process(es), product {flops / 1e12:.2f} TFLOP/s"
         )
-        for row in options.rows:
-            attempt(row, options, machine, flops, ranks, reporter)
+        for length in options.lengths:
+            options.length = length
+            for row in options.rows:
+                attempt(row, options, machine, flops, ranks, reporter)
         if options.parts:
             parts(options, machine, reporter)
 
@@ -186,10 +188,11 @@ def attempt(
         row = replace(row, batch=min(row.batch, 6), steps=row.steps and 4, compile=row.compile and options.compile)
     row = replace(row, batch=options.batch or row.batch, compile=row.compile and options.compile)
     row = replace(row, micro_batch=options.micro_batch or row.micro_batch)
+    row = replace(row, batch=max(1, row.batch * options.lengths[0] // options.length))
     started = time.monotonic()
     try:
         figures = measure(row, name.startswith("rank"), options, machine, flops, ranks)
-        reporter.add(name, row.batch, figures)
+        reporter.add(name, row.batch, figures, f"rows of {options.length}")
     except Exception as error:  # the other rows are still worth having
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         reporter.say(f"{name:20} {row.batch:6} failed after {time.monotonic() - started:.0f} s: {first[:300]}")
@@ -472,8 +475,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--quant", default="q2a4", help="an option of conf/quant/")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seconds", type=float, default=8.0, help="of measured steps a row")
-    parser.add_argument("--length", type=int, default=LENGTH)
-    parser.add_argument("--batch", type=int, help="rows of a step, instead of the row's own")
+    parser.add_argument("--length", dest="lengths", nargs="+", type=int, default=[LENGTH], help="one after the other")
+    parser.add_argument("--batch", type=int, help="rows of a step, instead of the row's own; fewer of greater length")
     parser.add_argument("--document", type=int, help="tokens of each document where several share a row")
     parser.add_argument("--micro-batch", type=int, help="instead of the row's own")
     parser.add_argument("--memory-fraction", type=float, default=1.0, help="of the GPU's memory, to play a smaller one")

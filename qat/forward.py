@@ -167,7 +167,7 @@ def hidden_states(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
     """
     shortened = {name: value[:, :-1] for name, value in inputs.items()}
     fused: Decoder | None = vars(body(model)).get(FUSED)
-    if fused is not None and fused.takes(**shortened):
+    if fused is not None:
         return fused(**shortened)
     return run_body(model, shortened).flatten(0, 1)
 

@@ -2,7 +2,7 @@
 
 transformers' own layers are the definition, and run everywhere else. Here query, key and value are one
 product, gate and up another; what lies between products is one kernel each (`qat.decoder.kernels`,
-`qat.decoder.attention`), forward and backward (`qat.decoder.functions`).
+`qat.decoder.attention`; a few in long rows, `qat.decoder.long`), forward and backward (`qat.decoder.functions`).
 
 Shapes: B rows, L tokens, T = B · L, D hidden.
 """
@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from qat import masks
 from qat.attention.kernels import LONGEST, WIDEST, capable
 from qat.decoder.attention import Heads, Places
-from qat.decoder.functions import AddNorm, Attend, Gate, Product
+from qat.decoder.functions import AddNorm, Attend, AttendLong, Gate, Product
 from qat.norms import norms
 from qat.quant.linear import QuantLinear
 from qat.quant.weights import Weights
@@ -139,7 +139,8 @@ class Layer:
         """The residual stream before the MLP's outputs, and these, which the next norm adds."""
         qkv, out, both, down = self.products
         stream_TD, x = add_norm(stream_TD, more_TD, self.before)
-        attended = Attend.apply(qkv(x), places, self.norms, self.heads)
+        attend = AttendLong if places.long else Attend
+        attended = attend.apply(qkv(x), places, self.norms, self.heads)
         stream_TD, x = add_norm(stream_TD, out(attended), self.between)
         return stream_TD, down(Gate.apply(both(x)))
 
@@ -170,22 +171,19 @@ class Decoder:
         """Last hidden states [T, D].
 
         Args:
-            input_ids: [B, L], at most `LONGEST` tokens a row.
+            input_ids: [B, L].
             position_ids: [B, L], which restart in each document of a row; None for one document a row.
         """
         run = partial(checkpoint, use_reentrant=False, preserve_rng_state=False) if self.checkpointing else _call
-        mask = None if position_ids is None else masks.of_documents(position_ids)
+        long = input_ids.shape[1] > LONGEST
+        seen = masks.spans_of_documents if long else masks.of_documents
+        mask = None if position_ids is None else seen(position_ids)
         if position_ids is None:
             position_ids = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
         stream = self.base.embed_tokens(input_ids)
         cos, sin = (turn.contiguous() for turn in self.base.rotary_emb(stream, position_ids))
-        places = Places(cos, sin, mask)
+        places = Places(cos, sin, mask, long)
         stream, more = stream.flatten(0, 1), None
         for layer in self.layers:
             stream, more = run(layer, stream, more, places)
         return add_norm(stream, more, self.base.norm)[1]
-
-    @staticmethod
-    def takes(input_ids: Tensor, position_ids: Tensor | None = None) -> bool:
-        """Whether rows are short enough."""
-        return input_ids.shape[1] <= LONGEST

@@ -1,5 +1,7 @@
 """Triton kernels for attention over short rows, from the joint product with query, key and value to the outputs.
 
+`qat.decoder.long` has the same for rows beyond `LONGEST` tokens.
+
 What transformers does between that product and the scores happens in registers: norms of each head
 (Qwen3), rotary positions (Su et al. 2021), both again in the backward pass. A head is held as two halves,
 because a rotation turns number i of the first with number i of the second. Otherwise as `qat.attention`.
@@ -57,12 +59,15 @@ class Places:
 
     Attributes:
         cos, sin: [B or 1, L, D], the second half of D like the first.
-        mask: boolean [B, 1, L, L], true where a token is seen; None for causal attention.
+        mask: boolean [B, 1, L, L], true where a token is seen, and of long rows spans int32 [B, 2, L, 1]
+            (`qat.masks`); None for causal attention.
+        long: rows are longer than a program can hold: `qat.decoder.long` computes them.
     """
 
     cos: Tensor
     sin: Tensor
     mask: Tensor | None
+    long: bool = False
 
 
 def forward(qkv_TF: Tensor, places: Places, norms: tuple[Tensor, Tensor] | None, heads: Heads) -> Tensor:

@@ -1,4 +1,4 @@
-"""The steps of a decoder layer as autograd functions: few, fused, and saving only their inputs.
+"""The steps of a decoder layer as autograd functions: few, fused, and saving little but their inputs.
 
 Gradients that meet (of the residual stream; of layers with one input) are added where they are made, so
 autograd adds nothing itself.
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qat.decoder import attention, kernels
+from qat.decoder import attention, kernels, long
 from qat.decoder.attention import Heads, Places
 from qat.quant.linear import QuantLinear
 from qat.quant.weights import Weights
@@ -71,6 +71,23 @@ class Attend(torch.autograd.Function):
         """The joint product's gradient."""
         (qkv_TF,) = ctx.saved_tensors
         return attention.backward(grad_TF, qkv_TF, *ctx.rest), None, None, None
+
+
+class AttendLong(torch.autograd.Function):
+    """The same over long rows; outputs and sums are kept besides."""
+
+    @staticmethod
+    def forward(ctx: Any, qkv_TF: Tensor, places: Places, norms: tuple[Tensor, Tensor] | None, heads: Heads) -> Tensor:
+        """Outputs [T, H D]."""
+        out_TF, sums = long.forward(qkv_TF, places, norms, heads)
+        ctx.save_for_backward(qkv_TF, out_TF, sums)
+        ctx.rest = (places, norms, heads)
+        return out_TF
+
+    @staticmethod
+    def backward(ctx: Any, grad_TF: Tensor) -> tuple[Tensor, None, None, None]:
+        """The joint product's gradient."""
+        return long.backward(grad_TF, *ctx.saved_tensors, *ctx.rest), None, None, None
 
 
 class Gate(torch.autograd.Function):

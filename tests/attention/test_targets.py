@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from qat.attention import kernels
+from qat.attention import flash, kernels
 from qat.decoder import attention as fused
 
 GPUS = {80: 163 * 1024, 86: 99 * 1024, 90: 227 * 1024}  # shared memory that a program of each architecture can have
@@ -12,21 +12,27 @@ HEADS = {64: (9, 3), 128: (16, 8)}
 FITS_BACK = {80: SHAPES, 86: [(63, 128), (127, 64)], 90: SHAPES}  # without the norms and rotations of a layer
 
 
-def needed(kernel, types, constants, architecture, **launch):
-    """Bytes of shared memory."""
+def needed(kernel, types, constants, architecture, aligned=(), **launch):
+    """Bytes of shared memory; `aligned` arguments are multiples of 16, which decides what is loaded ahead."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     names = kernel.arg_names
     signature = {name: "constexpr" if name in constants else types(name) for name in names}
-    source = ASTSource(kernel, signature, {(names.index(name),): value for name, value in constants.items()})
+    attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in aligned}
+    places = {(names.index(name),): value for name, value in constants.items()}
+    source = ASTSource(kernel, signature, places, attributes)
     return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=launch).metadata.shared
 
 
 def kind(name):
-    if name in ("scale", "epsilon"):
+    if name in ("scale", "epsilon", "factor"):
         return "fp32"
+    if name in ("sums", "alongs", "spans"):
+        return "*i32" if name == "spans" else "*fp32"
+    if name == "L":
+        return "i32"
     return "*u8" if name == "mask" else "i32" if name.endswith(("_row", "_head", "_token")) else "*bf16"
 
 
@@ -56,3 +62,21 @@ def test_programs_fit(architecture, length, width, monkeypatch):
     if kernels.goes_back(q):
         sizes |= {"QUERIES": min(kernels.QUERIES, sizes["TOKENS"])}
         assert needed(kernels._backward, kind, sizes, architecture, **kernels.BACKWARD) <= room
+
+
+@pytest.mark.parametrize("architecture", GPUS)
+def test_programs_of_long_rows_fit(architecture, monkeypatch):
+    pytest.importorskip("triton")
+    room, (query, shared) = GPUS[architecture], HEADS[kernels.WIDEST]
+    monkeypatch.setattr(flash, "shared_memory", lambda device: room)
+    q, k = (torch.empty(1, heads, 200, kernels.WIDEST) for heads in (query, shared))
+    constants = flash._constants(q, k, torch.ones(1))
+    for kernel, cuts, small in (
+        (flash._forward, flash.FORWARD, flash.SMALL),
+        (flash._to_queries, flash.TO_QUERIES, flash.SMALL),
+        (flash._to_keys, flash.TO_KEYS, flash.SMALL_TO_KEYS),
+    ):
+        launch = dict(flash._cut(cuts, small, q))
+        sizes = constants | {name: launch.pop(name) for name in ("QUERIES", "KEYS")}
+        aligned = [name for name in kernel.arg_names if name not in sizes and name != "L" and kind(name) != "fp32"]
+        assert needed(kernel, kind, sizes, architecture, aligned, **launch) <= room

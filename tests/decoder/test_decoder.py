@@ -19,6 +19,7 @@ if device == "cpu":
     os.environ["TRITON_INTERPRET"] = "1"
 import torch, transformers
 from torch import nn
+import qat.decoder as decoder_module
 from qat import rows as masks
 from qat.decoder import Decoder, decoder
 from qat.forward import FAST, FUSED, hidden_states, use
@@ -154,6 +155,13 @@ check("llama", "e2e", True, False, 2)
 check("llama", "attn", False, False)
 for length, width in ((65, 128), (128, 64), (128, 128)):
     check("qwen3", "e2e", True, False, length=length, width=width)
+decoder_module.LONGEST = 7
+check("qwen3", "e2e", True, True)
+check("llama", "attn", False, False)
+decoder_module.LONGEST = 128
+if device == "cuda":
+    check("qwen3", "e2e", True, False, length=300, width=128)
+    check("llama", "e2e", False, False, length=260, width=64)
 check_adapters("llama", False)
 check_adapters("qwen3", True)
 check_teacher("qwen3", True)

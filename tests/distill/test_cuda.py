@@ -89,7 +89,7 @@ def test_short_types_stay_close(checkpoint, teacher, readers, dtype, setting, la
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_rows_of_several_lengths_train_as_on_the_cpu(checkpoint, teacher, readers, monkeypatch, dtype):
-    """The short ones fused, the long ones by compiled layers, all recorded; their gradients meet in one sum."""
+    """Attention of either length has its own kernels, all recorded; their gradients meet in one sum."""
     monkeypatch.setattr(decoder, "LONGEST", 16)
     train = replace(TRAIN, lengths=[8, 32], learn=LearnConfig(latent=1.0))
 

@@ -185,9 +185,6 @@ class Off:
     def __init__(self, model, checkpointing):
         self.model = model
 
-    def takes(self, **_):
-        return True
-
     def __call__(self, **inputs):
         return self.factor * forward.run_body(self.model, inputs).flatten(0, 1)
 
