@@ -10,7 +10,6 @@ A line has
 - `share`: 6 operations a weight of decoder layers and head and token, over the product measured in the same process.
 """
 
-import gc
 import json
 import math
 import statistics
@@ -34,6 +33,7 @@ from qat.distill.parameters import Learners
 from qat.distill.step import Step
 from qat.forward import FAST, use
 from qat.machine import Machine
+from qat.peaks import forget, taken
 from qat.processes import Ranks, joined, place
 from qat.quant import latent
 from qat.quant.architectures import Layer, select
@@ -130,10 +130,11 @@ def measure(case: Case, machine: Machine, ranks: Ranks) -> dict[str, Any]:
     weights = case.shape.decoder + case.shape.vocabulary * case.shape.hidden
     return {
         "devices": ranks.count,
+        "of": counted(ranks.count),
         "tokens_per_second": round(speed, 1),
         "share": round(6 * weights * speed / flops / ranks.count, 3),
         "held_gb": round(ranks.most(allocated(machine.device), machine.device) / GB, 2),
-        "peak_gb": round(ranks.most(reserved(machine.device), machine.device) / GB, 2),
+        "peak_gb": round(ranks.most(taken(machine.device), machine.device) / GB, 2),
         "micro_batch": step.machine.micro_batch,  # smaller than asked for if memory ran out
         "checkpointing": bool(step.machine.checkpointing),
         "begin_s": round(begin, 1),
@@ -213,22 +214,9 @@ def _top(teacher: PreTrainedModel, ids: Tensor) -> tuple[Tensor, Tensor]:
     return (values - logits.logsumexp(-1, keepdim=True)).cpu(), tokens.cpu()
 
 
-def forget(device: torch.device) -> None:
-    """From here on memory is counted anew."""
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(device)
-
-
 def allocated(device: torch.device) -> int:
     """What tensors take now; of a process without a GPU its own peak."""
-    return torch.cuda.memory_allocated(device) if device.type == "cuda" else machines.peak_bytes(device)
-
-
-def reserved(device: torch.device) -> int:
-    """The most memory that was set apart for tensors."""
-    return torch.cuda.max_memory_reserved(device) if device.type == "cuda" else machines.peak_bytes(device)
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else taken(device)
 
 
 def compared(lines: list[dict[str, Any]], case: Case) -> str:
@@ -238,7 +226,7 @@ def compared(lines: list[dict[str, Any]], case: Case) -> str:
         speed, held, peak = (line[name] / first[name] for name in ("tokens_per_second", "held_gb", "peak_gb"))
         apart = _apart(first["losses"], line["losses"])
         said.append(
-            f"{line['devices']} GPUs  {line['tokens_per_second']:9,.0f} tokens/s ({speed:.2f} x)  share"
+            f"{line['of']}  {line['tokens_per_second']:9,.0f} tokens/s ({speed:.2f} x)  share"
             f" {line['share']:.1%}  held {line['held_gb']:6.2f} GB ({held:.2f} x)  peak {line['peak_gb']:6.2f} GB"
             f" ({peak:.2f} x)  micro-batch {line['micro_batch']}  loss {line['losses'][-1]:.5f}, apart {apart:.1e}"
         )
@@ -248,6 +236,12 @@ def compared(lines: list[dict[str, Any]], case: Case) -> str:
         said.append(f"{number:12}  " + " ".join(f"{loss:10.6f}" for loss in losses))
     title = f"{case.shape.layers} layers of {case.shape.hidden}, {case.rows} rows of {case.length}, {case.loss}"
     return "\n".join([title, *said])
+
+
+def counted(devices: int) -> str:
+    """`1 GPU`, `2 GPUs`, and `2 processes` where there is no GPU."""
+    one, several = ("GPU", "GPUs") if torch.cuda.is_available() else ("process", "processes")
+    return f"{devices} {one if devices == 1 else several}"
 
 
 def _apart(some: list[float], others: list[float]) -> float:

@@ -42,6 +42,7 @@ from qat.distill.parameters import Learners
 from qat.distill.step import Step
 from qat.forward import FAST, prepare, use
 from qat.machine import Machine
+from qat.peaks import taken
 from qat.processes import Ranks, joined, place
 from qat.quant.architectures import select
 from qat.quant.formats import Codebook, Format
@@ -226,7 +227,7 @@ def measure(
     if options.profile:
         profile(lambda: one(batches[0]), machine.device)
     speed = row.batch * options.length / (figures["ms"] / 1e3)
-    peak = machines.peak_bytes(machine.device) / 1e9
+    peak = taken(machine.device) / 1e9
     return {**figures, "tokens_per_second": speed, "share": 6 * weights * speed / flops / ranks.count, "peak_gb": peak}
 
 

@@ -15,6 +15,7 @@ from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, Pr
 from qat import model_files
 from qat.forward import OWN, Found, use
 from qat.models import reading, streamed, tokenizers
+from qat.peaks import COMPARISON, peaks
 from qat.quant.architectures import NUMBER
 
 FEW = 1 << 30  # bytes of all decoder layers up to which a model is held whole
@@ -135,7 +136,8 @@ class ModelFolder:
             model = streamed.open_stream(self.path, self.settings(), dtype, device)
         except NotImplementedError as error:
             return str(error)
-        alone = streamed.inspect(self.path, model)
+        with peaks.phase(COMPARISON):
+            alone = streamed.inspect(self.path, model)
         SOUND.add((self.fingerprint, dtype))
         return "" if alone else "more than hidden states passes from one decoder layer to the next"
 

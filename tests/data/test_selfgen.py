@@ -9,9 +9,10 @@ import torch
 from qat.config import DataConfig, DataSource, Start
 from qat.data import selfgen, sources
 from qat.data.documents import Document
-from qat.data.selfgen import PROMPTS_AT_ONCE, answer
+from qat.data.selfgen import answer
 from qat.data.tally import Tally
 from qat.data.thinking import chat_tokens, user_turn
+from qat.generation.rows import PROMPTS_AT_ONCE
 
 DATA = DataConfig(name="prompts", source=DataSource.selfgen, answer_tokens=12, greedy_tokens=4)
 PROMPTS = ["Hi", "What is the capital of France?", "Why?", "Write a poem about the sea and the wind."]
