@@ -72,7 +72,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=64, help="with --devices: rows a step")
     parser.add_argument("--micro-batch", type=int, default=16, help="with --devices: rows computed at once")
     parser.add_argument("--checkpointing", action="store_true", help="with --devices: activations computed twice")
-    parser.add_argument("--loss", default="bucket_kl", help="with --devices: what is learned from")
+    parser.add_argument("--loss", help="what is learned from; full_kl, with --devices bucket_kl")
     options = parser.parse_args()
     known = SHAPES[options.shape]
     shape = Shape(**asdict(known) | {"layers": options.layers or known.layers})
@@ -82,10 +82,11 @@ def main() -> None:
     folder = options.folder / f"{options.shape}-{shape.layers}"
     write(shape, folder / "model")
     text(folder / "text.txt", 2 * options.rows * options.length)
+    loss = options.loss or "full_kl"
     common = [
         *("model=local", f"model.path={folder / 'model'}", f"train.steps={options.steps}"),
-        *(f"cache.length={options.length}", f"cache.sequences={options.rows}", "cache.train_targets=false"),
-        *("loss=full_kl", f"outputs={folder / 'outputs'}", "tracker=none"),
+        *(f"cache.length={options.length}", f"cache.sequences={options.rows}", f"loss={loss}"),
+        *(f"cache.train_targets={str(loss != 'full_kl').lower()}", f"outputs={folder / 'outputs'}", "tracker=none"),
     ]
     texts = {
         True: ["data=tokens", f"data.documents={FIRST}", f"data.answers={-(-2 * options.rows // FIRST)}"],
@@ -113,7 +114,7 @@ def main() -> None:
 def side_by_side(options: argparse.Namespace, shape: Shape) -> None:
     """Trains on each number of GPUs, each line printed and kept as soon as it is there, then all of them compared."""
     sizes = options.length, options.batch, options.micro_batch, options.steps
-    case = Case(shape, *sizes, options.loss, options.checkpointing)
+    case = Case(shape, *sizes, options.loss or "bucket_kl", options.checkpointing)
     lines: list[dict[str, Any]] = []
     for count in options.devices:
         began = time.monotonic()
