@@ -120,7 +120,8 @@ def side_by_side(options: argparse.Namespace, shape: Shape) -> None:
         began = time.monotonic()
         line = together(case, count)
         if line is None:
-            print(f"{options.shape} on {sharing.counted(count)} failed after {time.monotonic() - began:.0f} s", flush=True)
+            spent = time.monotonic() - began
+            print(f"{options.shape} on {sharing.counted(count)} failed after {spent:.0f} s", flush=True)
             continue
         line |= {"shape": options.shape, "rows": case.rows, "length": case.length, "loss": case.loss}
         line["seconds"] = round(time.monotonic() - began, 1)

@@ -77,8 +77,8 @@ class _Author:
 
     @cached_property
     def model(self) -> PreTrainedModel:
-        """Loaded when the first batch is missing."""
-        return self.teacher.load(self.machine.dtype, self.machine.device)
+        """Loaded when the first batch is missing, once for all sources that write."""
+        return self.teacher.shared(self.machine.dtype, self.machine.device)
 
     def write(
         self, what: str, prompts: list[list[int]], sampling: Sampling, seed: int

@@ -6,7 +6,7 @@ from qat.config import Config, Stage
 from qat.footprint.making import conversion, evaluation
 from qat.footprint.preparation import cache, comparison, reads, text
 from qat.footprint.shapes import FP32, MODEL, Job, Part, Shapes
-from qat.footprint.training import training
+from qat.footprint.training import comparisons, training
 from qat.machine import Machine
 from qat.peaks import CACHE, COMPARISON, EVALUATION, EXPORT, TEXT, TRAINING
 
@@ -25,6 +25,8 @@ def phases(config: Config, shapes: Shapes, jobs: list[Job], machine: Machine) ->
             yield from conversion(job, config, shapes, machine)
     if stage in (Stage.run, Stage.distill):
         for job in jobs:
+            for parts in comparisons(job, config, shapes, machine):
+                yield COMPARISON, parts
             yield TRAINING, training(job, config, shapes, machine)
     if stage in (Stage.run, Stage.evaluate):
         yield EVALUATION, evaluation(jobs, config, shapes, machine)

@@ -32,8 +32,7 @@ def text(config: Config, shapes: Shapes, machine: Machine) -> list[Part]:
     if not sources:
         return []
     theirs, key = shapes.taught_by
-    # Each source opens the teacher by itself
-    weights = Part("the teacher's weights", theirs.weights * machine.dtype.itemsize * len(sources), key)
+    weights = Part("the teacher's weights", theirs.weights * machine.dtype.itemsize, key)
     return [libraries.part(machine), weights, *(part for one in sources for part in _writing(*one, theirs, machine))]
 
 
@@ -44,30 +43,37 @@ def generated(data: DataConfig) -> Iterator[tuple[str, DataConfig]]:
             yield f"data.parts[{place}]." if data.parts else "data.", part
 
 
-def texts(source: DataConfig, vocabulary: int) -> int:
-    """How many texts the teacher begins for a source, as far as anybody knows before prompts are read."""
-    starts = {
+def starts(source: DataConfig, vocabulary: int) -> int:
+    """From how many starts the teacher writes for a source, as far as anybody knows before prompts are read."""
+    there = {
         Start.prompts: PROMPTS if not source.path else 1,
         Start.tokens: vocabulary,
         Start.openings: source.documents or 1,
         Start.questions: source.documents or 1,
     }[source.start]
     modes = 2 if source.thinking == "both" and source.start in (Start.prompts, Start.questions) else 1
-    return min(starts, source.documents or starts) * source.answers * modes
+    return min(there, source.documents or there) * modes
 
 
 def written(source: DataConfig, theirs: Shapes, machine: Machine) -> Batches:
     """How the texts of a source are written, as the writing itself decides it."""
-    longest = {Start.tokens: FIRST, Start.openings: OPENING[1]}.get(source.start, LONGEST)
-    longest += source.answer_tokens if source.start is Start.questions else 0
     sampling = Sampling(source.answer_tokens, source.greedy_tokens, source.temperature, ())
-    return batches(theirs.config, machine, texts(source, theirs.vocabulary), longest, sampling)
+    return batches(
+        theirs.config, machine, starts(source, theirs.vocabulary) * source.answers, longest(source), sampling
+    )
+
+
+def longest(source: DataConfig) -> int:
+    """Tokens taken for the longest prompt of a source."""
+    if source.start is Start.questions:
+        return LONGEST + source.answer_tokens
+    return {Start.tokens: FIRST, Start.openings: OPENING[1]}.get(source.start, LONGEST)
 
 
 def _writing(where: str, source: DataConfig, theirs: Shapes, machine: Machine) -> Iterator[Part]:
-    count, how = texts(source, theirs.vocabulary), written(source, theirs, machine)
+    count, how = starts(source, theirs.vocabulary), written(source, theirs, machine)
     key = where + ("documents" if count > source.answers else "answers")
-    yield Part("the list of all answers", 2 * REFERENCE * count, key, host=True)
+    yield Part("the list of all answers", 2 * REFERENCE * count * source.answers, key, host=True)
     gpu = machine.device.type == "cuda"  # on which memory that ran out would be told
     longer = f"{where}answer_tokens"
     yield Part(
@@ -77,7 +83,7 @@ def _writing(where: str, source: DataConfig, theirs: Shapes, machine: Machine) -
     )
     if gpu:
         yield Part(f"{how.rows - 1:,} rows more", how.row_bytes * (how.rows - 1), key, least=False)
-    read = min(TOKENS_AT_ONCE, how.rows * LONGEST)
+    read = min(TOKENS_AT_ONCE, how.rows * longest(source))
     yield Part("prompts that are read", read * passing(theirs, machine.dtype.itemsize), key, least=False)
 
 
@@ -119,17 +125,19 @@ def reads(config: Config, theirs: Shapes, machine: Machine) -> bool:
 def comparison(config: Config, shapes: Shapes, machine: Machine, layers: bool = False) -> list[Part]:
     """A model beside itself in fp32, on two rows; `layers` are read one at a time."""
     dtype = machine.dtype.itemsize
-    wide = FP32 if dtype < FP32 else 0
     if layers:
-        weights, widened = reading(shapes, dtype, 1), (shapes.outside + shapes.layer) * wide
+        weights, count = reading(shapes, dtype, 1), shapes.outside + shapes.layer
     else:
-        weights, widened = [Part("the model's weights", shapes.weights * dtype, MODEL)], shapes.weights * wide
-    length = config.cache.length
+        weights, count = [Part("the model's weights", shapes.weights * dtype, MODEL)], shapes.weights
+    return [libraries.part(machine), *weights, *widened(count, config, shapes, machine)]
+
+
+def widened(weights: int, config: Config, shapes: Shapes, machine: Machine) -> list[Part]:
+    """What a comparison takes beside a model of which so many weights are in memory."""
+    wide, length = FP32 if machine.dtype.itemsize < FP32 else 0, config.cache.length
     return [
-        libraries.part(machine),
-        *weights,
         # Where a GPU has no room for them they are in host memory
-        Part("the weights in fp32", widened, MODEL, least=False),
+        Part("the weights in fp32", weights * wide, MODEL, least=False),
         Part("logits of a row", FP32 * 2 * length * shapes.vocabulary, "cache.length", least=False),
         Part("log-probabilities", FP32 * COMPARED_COPIES * COMPARED * shapes.vocabulary, MODEL, least=False),
         Part("what passes through a layer", 2 * length * passing(shapes, FP32), "cache.length", least=False),

@@ -5,12 +5,12 @@ from collections import defaultdict
 from collections.abc import Iterator
 
 from qat import processes
-from qat.config import Config, LossKind
+from qat.config import Config, LossKind, Stage
 from qat.distill.head import CHUNK_BYTES
 from qat.distill.step import RECORDED_TOKENS
 from qat.footprint import libraries
 from qat.footprint.activations import backward, kept, passing
-from qat.footprint.preparation import row_bytes
+from qat.footprint.preparation import row_bytes, widened
 from qat.footprint.shapes import FP32, MODEL, Job, Part, Shapes
 from qat.machine import Machine
 from qat.quant.architectures import Layer, learns
@@ -21,14 +21,28 @@ from qat.quant.vocabulary import ROLES as VOCABULARY
 # divergence is made of, and the gradient; on a GPU kernels make most of these
 FULL = {"cuda": 2 * FP32, "cpu": 6 * FP32}
 CACHED = {"cuda": FP32, "cpu": 2 * FP32}
+STUDENTS, TEACHERS, INDICES = "the student's weights", "the teacher's weights", "indices"
+BEFORE = (STUDENTS, TEACHERS, INDICES)  # what is there before the first step
 TOLD = 8 + FP32  # bytes of a cached token's number and log-probability as the loss takes them
+
+
+def comparisons(job: Job, config: Config, shapes: Shapes, machine: Machine) -> Iterator[list[Part]]:
+    """What is looked at before the first step, beside a student: the model, where nothing was yet; the student."""
+    held = [part for part in training(job, config, shapes, machine) if part.what in BEFORE]
+    latent = FP32 * sum(layer.weights for layer in _learning(job)) if job.train.learn.latent > 0 else 0
+    held.append(Part("latent weights", latent, f"{job.prefix}train.learn.latent"))
+    wide = widened(shapes.weights, config, shapes, machine)
+    if config.stage is Stage.distill or config.cache.path:
+        model = Part("the model's weights", shapes.weights * machine.dtype.itemsize, MODEL)
+        yield [*(part for part in held if part.what != TEACHERS), model, *wide]
+    if shapes.fuses(machine, config.cache.length - 1):
+        yield [*held, *wide]
 
 
 def training(job: Job, config: Config, shapes: Shapes, machine: Machine) -> list[Part]:
     """The parts of a step."""
     train, dtype, prefix, gpu = job.train, machine.dtype.itemsize, job.prefix, machine.device.type == "cuda"
-    chosen = [layer for layer in job.layers if learns(job.mode, layer.role, layer.format)]
-    learning, adapted = ([], chosen) if job.mode.rank else (chosen, [])
+    learning = _learning(job)
     weights = sum(layer.weights for layer in learning)
     together = max(config.instance.devices, processes.place().count)
     rows = -(-train.batch_size // together)
@@ -39,10 +53,10 @@ def training(job: Job, config: Config, shapes: Shapes, machine: Machine) -> list
     indices = sum(math.prod(layer.format.indices(*layer.shape).shape) for layer in job.layers)
     parts = [
         libraries.part(machine),
-        Part("the student's weights", shapes.weights * dtype, MODEL),
+        Part(STUDENTS, shapes.weights * dtype, MODEL),
         Part("gradients of the weights", weights * (FP32 if added_up else dtype) / shared, f"{prefix}mode"),
         Part("scales with their gradients and moments", 4 * FP32 * scales / shared, f"{prefix}quant"),
-        Part("indices", indices - weights * (1 - 1 / shared), f"{prefix}quant"),
+        Part(INDICES, indices - weights * (1 - 1 / shared), f"{prefix}quant"),
         Part(
             "the sequences of a batch",
             train.batch_size * row_bytes(config, shapes.vocabulary),
@@ -50,8 +64,8 @@ def training(job: Job, config: Config, shapes: Shapes, machine: Machine) -> list
             host=True,
         ),
     ]
-    if adapted:
-        numbers = job.mode.rank * sum(sum(layer.shape) for layer in adapted)
+    if job.mode.rank:
+        numbers = job.mode.rank * sum(sum(layer.shape) for layer in _chosen(job))
         parts.append(Part("adapters with their gradients and moments", 4 * FP32 * numbers, f"{prefix}mode.rank"))
     if latent:
         parts += _latent(weights, shared, f"{prefix}train.learn.latent", machine.host_moments)
@@ -59,11 +73,21 @@ def training(job: Job, config: Config, shapes: Shapes, machine: Machine) -> list
         parts += _sent(learning, dtype, shared, f"{prefix}mode")
     if config.loss.kind.needs_teacher:
         theirs, _ = shapes.taught_by
-        parts.append(Part("the teacher's weights", theirs.weights * dtype, "loss"))
+        parts.append(Part(TEACHERS, theirs.weights * dtype, "loss"))
     if gpu:
         batch = rows * row_bytes(config, shapes.vocabulary)
         parts.append(Part("a batch on the GPU", batch, f"{prefix}train.batch_size", least=False))
     return [*parts, *_micro_batch(min(machine.micro_batch, rows), config, shapes, machine)]
+
+
+def _chosen(job: Job) -> list[Layer]:
+    """The layers that learn, be it by adapters."""
+    return [layer for layer in job.layers if learns(job.mode, layer.role, layer.format)]
+
+
+def _learning(job: Job) -> list[Layer]:
+    """The layers whose own parts learn."""
+    return [] if job.mode.rank else _chosen(job)
 
 
 def _micro_batch(rows: int, config: Config, shapes: Shapes, machine: Machine) -> Iterator[Part]:
