@@ -25,8 +25,9 @@ def kept(shapes: Shapes, machine: Machine, length: int, packing: Packing, again:
 
 def _own(shapes: Shapes, dtype: int, length: int, packing: Packing) -> float:
     """By transformers' own layers, whose norms compute in fp32 and keep their inputs in it."""
-    joined = packing is Packing.joined
-    attended = 3 * shapes.mixed if joined else shapes.joint  # under a mask keys and values are copied for every head
+    attended = shapes.joint
+    if packing is Packing.joined:  # a mask in numbers, and copies of keys and values for every query head
+        attended = 3 * shapes.mixed + length - 1
     numbers = 2 * shapes.hidden + attended + shapes.mixed + (GATED + 2) * shapes.inner
     wide = 2 * shapes.hidden + 2 + shapes.heads
     if shapes.norms:
