@@ -38,7 +38,7 @@ def conversion(job: Job, config: Config, shapes: Shapes, machine: Machine) -> It
         room = STACK_BYTES[kind(machine)] * COPIES / 12  # `workspace` reckons with twelve copies
         work = Part("its indices and the fit", 3 * outer.weights + min(room, _work(outer, False)), MODEL, least=False)
         yield f"conversion of {outer.role}", [*held, *exact[:1], matrix, work]
-    yield "figures of the conversion", [*held, *_figures(job, streams, shapes, machine)]
+    yield "figures of the conversion", [*held, *_figures(job, streams, config, shapes, machine)]
 
 
 def _fitting(
@@ -75,7 +75,7 @@ def _exact(inner: list[Layer], shapes: Shapes, machine: Machine) -> Iterator[Par
     yield Part("layers that are fitted together", FP32 * shapes.layer * (together - 1), MODEL, host=True, least=False)
 
 
-def _figures(job: Job, streams: bool, shapes: Shapes, machine: Machine) -> Iterator[Part]:
+def _figures(job: Job, streams: bool, config: Config, shapes: Shapes, machine: Machine) -> Iterator[Part]:
     dtype = machine.dtype.itemsize
     if streams:
         yield Part("another decoder layer", shapes.layer * dtype, MODEL)
@@ -90,10 +90,16 @@ def _figures(job: Job, streams: bool, shapes: Shapes, machine: Machine) -> Itera
     if streams:
         outer = sum(layer.weights for layer in job.layers if layer.role in VOCABULARY)
         yield Part("the student's embedding and head", outer * dtype, f"{job.prefix}quant.embed")
-    tokens = TOGETHER if streams else TOKENS_AT_ONCE
-    yield Part("hidden states", min(2 * KEPT_BYTES, 4 * tokens * shapes.hidden * dtype), MODEL, least=False)
-    yield Part("what passes through a layer", TOKENS_AT_ONCE * passing(shapes, dtype), MODEL, least=False)
+    at_once = _tokens(config, machine)
+    states = 4 * (TOGETHER if streams else at_once) * shapes.hidden * dtype
+    yield Part("hidden states", min(2 * KEPT_BYTES, states), MODEL, least=False)
+    yield Part("what passes through a layer", at_once * passing(shapes, dtype), "instance.micro_batch", least=False)
     yield compared(shapes, machine, COMPARED_COPIES)
+
+
+def _tokens(config: Config, machine: Machine) -> int:
+    """Tokens of a batch that two models are compared on."""
+    return max(min(TOKENS_AT_ONCE, machine.micro_batch * config.cache.length), config.cache.length)
 
 
 def student(job: Job, shapes: Shapes, machine: Machine) -> float:
@@ -107,7 +113,7 @@ def evaluation(jobs: list[Job], config: Config, shapes: Shapes, machine: Machine
     theirs, key = shapes.taught_by
     dtype = machine.dtype.itemsize
     of = student(jobs[-1], shapes, machine) if jobs and config.stage is Stage.run else shapes.weights * (dtype + 1)
-    tokens = max(min(TOKENS_AT_ONCE, machine.micro_batch * config.cache.length), config.cache.length)
+    tokens = _tokens(config, machine)
     larger = max((shapes, theirs), key=lambda one: one.inner)
     return [
         libraries.part(machine),

@@ -10,6 +10,8 @@ from qat.machine import Machine
 
 PROMPTS_AT_ONCE = {"cpu": 64, "mps": 64, "cuda": 4096}
 SHARE = 0.25  # share of a GPU's memory for one writer, as the sources of a mixture write at the same time
+# Copies of a row's logits that exist: of plain calls and of the recording; on a CPU those that a token is drawn from
+LOGITS = {"cuda": 2, "mps": 3, "cpu": 3}
 COMPILED_TOKENS = 10_000_000  # tokens of a writer from which compiling its step saves more time than it takes
 
 
@@ -28,7 +30,8 @@ def batches(model: PreTrainedConfig, machine: Machine, texts: int, longest: int,
     rows = rows_at_once(model, machine, longest, sampling)
     if not compiled:  # batches of equal size; a compiled step keeps the size that all sources share
         rows = -(-texts // -(-texts // rows))
-    return Batches(rows, compiled, bytes_a_row(model, longest, sampling, machine.dtype))
+    row_bytes = bytes_a_row(model, longest, sampling, machine.dtype, LOGITS[machine.device.type])
+    return Batches(rows, compiled, row_bytes)
 
 
 def rows_at_once(model: PreTrainedConfig, machine: Machine, longest: int, sampling: Sampling) -> int:
