@@ -4,6 +4,7 @@ Of a GPU that is what the allocator has set apart: recorded graphs keep memory t
 computer it is what is resident in the process; Linux lets a process begin that count anew.
 """
 
+import ctypes
 import gc
 import resource
 import sys
@@ -20,6 +21,7 @@ CONVERSION, FIGURES = "conversion", "figures of the conversion"
 TRAINING, EVALUATION, EXPORT = "training", "evaluation", "export"
 
 STATUS, FORGET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+TRIM = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None  # of glibc
 RESET = "5"  # what Linux begins its count of resident memory anew at (man 5 proc_pid_clear_refs)
 
 
@@ -85,6 +87,8 @@ def taken(device: torch.device) -> int:
 
 def forget(device: torch.device) -> None:
     """From here on peaks are counted anew, of host memory where the system can."""
+    if TRIM is not None:
+        TRIM(0)  # what is free counts for nobody, so malloc gives it back
     if device.type == "cuda":
         gc.collect()  # models know themselves in circles
         torch.cuda.empty_cache()
