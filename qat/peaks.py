@@ -90,6 +90,7 @@ def forget(device: torch.device) -> None:
     if TRIM is not None:
         TRIM(0)  # what is free counts for nobody, so malloc gives it back
     if device.type == "cuda":
+        torch.cuda.init()  # without it there is nothing to forget, and torch says so by an error
         gc.collect()  # models know themselves in circles
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
