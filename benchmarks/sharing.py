@@ -5,8 +5,8 @@ bf16 numbers, quantized to the nearest values of grids (2 bits in MLPs, else 4; 
 learns but norms, from the model that it was, on rows of random tokens. Nothing is read from disk or written to it.
 A line has
 - `tokens/s` of the median step, the first five left out;
-- `held`: what a GPU's tensors take between two steps, of the one that holds most, and `peak`, the most that was
-  reserved for tensors during them: recorded graphs keep memory that is not counted as allocated;
+- `held`: what a GPU's tensors take between two steps, of the one that holds most, and `peak`, the most during
+  them, with the memory of recorded graphs, which keep it between replays;
 - `share`: 6 operations a weight of decoder layers and head and token, over the product measured in the same process.
 """
 
@@ -33,7 +33,7 @@ from qat.distill.parameters import Learners
 from qat.distill.step import Step
 from qat.forward import FAST, use
 from qat.machine import Machine
-from qat.peaks import forget, taken
+from qat.peaks import peaks, taken
 from qat.processes import Ranks, joined, place
 from qat.quant import latent
 from qat.quant.architectures import Layer, select
@@ -108,6 +108,7 @@ def main() -> None:
 def measure(case: Case, machine: Machine, ranks: Ranks) -> dict[str, Any]:
     """Speed, memory and losses of a case."""
     began = time.monotonic()
+    peaks.begin(machine.device)
     flops = machines.matmul_flops(machine, 8192 if machine.device.type == "cuda" else 512)
     train = TrainConfig(steps=case.steps, batch_size=case.rows, learn=LearnConfig(latent=1.0))
     kind = LossKind[case.loss]
@@ -117,14 +118,15 @@ def measure(case: Case, machine: Machine, ranks: Ranks) -> dict[str, Any]:
     student = model(case, machine) if kind.needs_teacher else teacher
     learners = Learners(student, quantize(student), train.learn, machine, train.snap_fp16, ranks)
     step = Step(student, learners, Optimizer(learners.own, train, machine.device), loss, train, machine, ranks)
-    forget(machine.device)
     begin = time.monotonic() - began
     losses, times = [], []
-    for number in range(case.steps):
-        start = time.perf_counter()
-        figures = step([batches[number % BATCHES]], optim.factor(number, train))  # waits for the device
-        times.append(time.perf_counter() - start)
-        losses.append(figures.loss)
+    with peaks.phase("steps"):
+        for number in range(case.steps):
+            start = time.perf_counter()
+            figures = step([batches[number % BATCHES]], optim.factor(number, train))  # waits for the device
+            times.append(time.perf_counter() - start)
+            losses.append(figures.loss)
+    peak = peaks.found["steps"].device
     seconds = statistics.median(times[WARM_UP:] or times)
     speed = case.rows * case.length / seconds
     weights = case.shape.decoder + case.shape.vocabulary * case.shape.hidden
@@ -134,7 +136,7 @@ def measure(case: Case, machine: Machine, ranks: Ranks) -> dict[str, Any]:
         "tokens_per_second": round(speed, 1),
         "share": round(6 * weights * speed / flops / ranks.count, 3),
         "held_gb": round(ranks.most(allocated(machine.device), machine.device) / GB, 2),
-        "peak_gb": round(ranks.most(taken(machine.device), machine.device) / GB, 2),
+        "peak_gb": round(ranks.most(peak, machine.device) / GB, 2),
         "micro_batch": step.machine.micro_batch,  # smaller than asked for if memory ran out
         "checkpointing": bool(step.machine.checkpointing),
         "begin_s": round(begin, 1),

@@ -1,7 +1,8 @@
 """The most memory that each phase of a run takes, as `qat.footprint` expects it.
 
-Of a GPU that is what the allocator has set apart: recorded graphs keep memory that counts as no tensor's. Of a
-computer it is what is resident in the process; Linux lets a process begin that count anew.
+Of a GPU that is what tensors have, with the memory of recorded graphs, which keep it between replays although no
+tensor has it then. What the allocator holds besides is pieces between tensors, which it gives up where memory is short.
+Of a computer it is what is resident in the process; Linux lets a process begin that count anew.
 """
 
 import ctypes
@@ -22,6 +23,7 @@ TRAINING, EVALUATION, EXPORT = "training", "evaluation", "export"
 
 STATUS, FORGET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 TRIM = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None  # of glibc
+ORDINARY = (0, 0)  # the allocator's name for memory that is no recording's
 RESET = "5"  # what Linux begins its count of resident memory anew at (man 5 proc_pid_clear_refs)
 
 
@@ -53,7 +55,8 @@ class Peaks:
         self._device, self._open = device, list[Peak]()
         self.found: dict[str, Peak] = {}
         forget(device)
-        self.start = taken(device), taken(torch.device("cpu"))
+        self._recorded = recorded(device)
+        self.start = self._now()
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -66,23 +69,48 @@ class Peaks:
             self._note()
             self._open.pop()
 
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        """Around the recording of a graph: what it takes meanwhile is its own from then on."""
+        self._note()
+        self._recorded = 0
+        try:
+            yield
+        finally:
+            self._note()
+
+    def _now(self) -> tuple[int, int]:
+        """What was taken at most since the last time, on the device and in host memory."""
+        host = taken(torch.device("cpu"))
+        return (taken(self._device) + self._recorded if self._device.type == "cuda" else host), host
+
     def _note(self) -> None:
         """Counts what was taken until now for the innermost phase, and begins anew."""
-        now = taken(self._device), taken(torch.device("cpu"))
         if self._open:
-            self._open[-1].add(*(max(0, count - start) for count, start in zip(now, self.start, strict=True)))
+            pairs = zip(self._now(), self.start, strict=True)
+            self._open[-1].add(*(max(0, count - start) for count, start in pairs))
         forget(self._device)
+        self._recorded = recorded(self._device)
 
 
 def taken(device: torch.device) -> int:
-    """The most bytes taken since they were last forgotten: set apart on a GPU, else resident in this process."""
+    """The most bytes taken since they were last forgotten: by tensors on a GPU, else resident in this process."""
     if device.type == "cuda":
-        return torch.cuda.max_memory_reserved(device)
+        return torch.cuda.max_memory_allocated(device)
     said = [line.split()[1] for line in _lines(STATUS) if line.startswith("VmHWM:")]
     if said:
         return int(said[0]) * 1024
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def recorded(device: torch.device) -> int:
+    """Bytes that recorded graphs keep on a GPU."""
+    if device.type != "cuda":
+        return 0
+    index = torch.cuda.current_device() if device.index is None else device.index
+    segments = [one for one in torch.cuda.memory_snapshot() if one["device"] == index]
+    return sum(one["total_size"] for one in segments if tuple(one["segment_pool_id"]) != ORDINARY)
 
 
 def forget(device: torch.device) -> None:

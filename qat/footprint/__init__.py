@@ -62,7 +62,7 @@ def check(config: Config, shapes: Shapes, jobs: Jobs, machine: Machine) -> None:
     for least in (True, False):
         for name, parts in phases(config, shapes, jobs(config), machine):
             for place in places(parts, machine):
-                if place.needed(least) > place.free:
+                if not place.fits(least):
                     said = refusal(name, place, least, remedy(config, shapes, jobs, machine, name, least))
                     if least:
                         raise ConfigError(said)

@@ -4,6 +4,7 @@ import psutil
 
 from qat import capacity
 from qat.console import LINE, size
+from qat.footprint import libraries
 from qat.footprint.shapes import MODEL, TEACHER, Part, Place
 from qat.machine import Machine
 
@@ -16,7 +17,7 @@ def places(parts: list[Part], machine: Machine) -> list[Place]:
     if gpu is None:
         return [Place(host, "", parts)]
     return [
-        Place(gpu, " on the GPU", [part for part in parts if not part.host]),
+        Place(gpu, " on the GPU", [part for part in parts if not part.host], libraries.BESIDE),
         Place(host, "", [part for part in parts if part.host]),
     ]
 
@@ -32,7 +33,7 @@ def summary(found: dict[str, Place]) -> str:
     """The phase that takes most, with what is free and as many of its parts as a line has room for."""
     most = max(found, key=lambda name: found[name].needed())
     place = found[most]
-    said, parts = f"{size(place.needed())} of {size(place.free)} free{place.where}, for {most}", ""
+    said, parts = f"{size(place.needed())} of {size(place.room())} free{place.where}, for {most}", ""
     for part in _descending(place):
         more = f"{parts}{', ' if parts else ''}{part.what} {size(part.bytes)}"
         if len(f"{LEAD}{said} ({more})") > LINE:
@@ -50,7 +51,7 @@ def refusal(phase: str, place: Place, least: bool, keys: list[str]) -> str:
     change = f"{' '.join(keys)} makes it fit" if keys else smaller
     needs = "needs at least" if least else "is expected to take"
     return (
-        f"{phase} {needs} {size(place.needed(least))} of memory{place.where} and {size(place.free)} are free:"
+        f"{phase} {needs} {size(place.needed(least))} of memory{place.where} and {size(place.room(least))} are free:"
         f" {parts}; {change}, or use a machine with more"
     )
 

@@ -72,7 +72,7 @@ def _fits(config: Config, shapes: Shapes, jobs: Jobs, machine: Machine, phase: s
     except ConfigError:  # nothing would be left to quantize
         return False
     held = [place for name, parts in made if phase in (None, name) for place in places(parts, machine)]
-    return all(place.needed(least) <= place.free for place in held)
+    return all(place.fits(least) for place in held)
 
 
 def _changed(config: Config, machine: Machine, changes: list[Change]) -> tuple[Config, Machine]:

@@ -118,15 +118,28 @@ class Shapes:
 
 @dataclass(frozen=True)
 class Place:
-    """Memory of one kind, with what is free of it; `where` in a sentence."""
+    """Memory of one kind, with what is free of it; `where` in a sentence.
+
+    Attributes:
+        beside: bytes of what is free that libraries are expected to take outside of any part.
+    """
 
     free: float
     where: str
     parts: list[Part]
+    beside: float = 0.0
 
     def needed(self, least: bool = False) -> float:
         """Bytes of all parts, or of those alone that must be there."""
         return sum(part.bytes for part in self.parts if part.least or not least)
+
+    def room(self, least: bool = False) -> float:
+        """Bytes that there are for all parts, or for those alone that must be there."""
+        return self.free if least else max(0.0, self.free - self.beside)
+
+    def fits(self, least: bool = False) -> bool:
+        """Whether these have room."""
+        return self.needed(least) <= self.room(least)
 
 
 Phases = list[tuple[str, list[Part]]]

@@ -22,7 +22,7 @@ from qat.quant.vocabulary import ROLES as VOCABULARY
 FULL = {"cuda": 2 * FP32, "cpu": 6 * FP32}
 CACHED = {"cuda": FP32, "cpu": 2 * FP32}
 STUDENTS, TEACHERS, INDICES = "the student's weights", "the teacher's weights", "indices"
-BEFORE = (STUDENTS, TEACHERS, INDICES)  # what is there before the first step
+BEFORE = (STUDENTS, TEACHERS, INDICES, libraries.WHAT)  # what is there before the first step
 TOLD = 8 + FP32  # bytes of a cached token's number and log-probability as the loss takes them
 
 

@@ -101,12 +101,12 @@ def advice(
     config: Config, model: ModelFolder, teacher: ModelFolder, machine: Machine, phase: str, place: Place
 ) -> str:
     """What makes a phase fit that is expected to take more than is free; empty where it fits."""
-    if place.needed() <= place.free:
+    if place.fits():
         return ""
     shapes = shapes_of(model, teacher, machine)
     keys = footprint.remedy(config, shapes, lambda changed: list(_jobs(changed, model)), machine, phase)
     makes = f"{' '.join(keys)} makes it fit" if keys else "no key makes it fit: choose a smaller model"
-    return f"{size(place.free)} are free{place.where}; {makes}"
+    return f"{size(place.room())} are free{place.where}; {makes}"
 
 
 def shapes_of(model: ModelFolder, teacher: ModelFolder, machine: Machine) -> Shapes:

@@ -16,6 +16,7 @@ from qat.quant.weights import Weights
 from tests import tiny
 from tests.footprint.saved import FAMILIES, LENGTH, TOKENS, inputs, kept_bytes, model
 
+
 def shapes_of(family):
     made = model(family, 2)
     return Shapes.of(made, made.config)

@@ -14,6 +14,7 @@ from qat.config import Stage
 from qat.console import LINE
 from qat.errors import ConfigError
 from qat.footprint import Job, Shapes
+from qat.footprint.libraries import BESIDE
 from qat.footprint.places import LEAD
 from qat.footprint.preparation import written
 from qat.generation import Sampling, rows
@@ -85,7 +86,7 @@ def test_a_gpu_that_is_short_of_memory_gets_settings_that_change_no_result(model
     config, shapes, jobs = configured(*LATENT), Shapes.of(model, shape), jobs_of(model)
     free(300 * GB, 140 * GB)
     whole = max(footprint.expected(config, shapes, jobs(config), H200).values())
-    free(300 * GB, int(whole - short * GB) + 1)
+    free(300 * GB, int(whole + BESIDE - short * GB) + 1)
     changed, machine, turned = footprint.adjusted(config, shapes, jobs, H200)
     assert turned == keys
     fits = max(footprint.expected(changed, shapes, jobs(changed), machine).values())
