@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from qat.config import Config, Stage
 from qat.conversion.convert import STACK_BYTES, stacks, workspace
 from qat.conversion.moments import STATES
+from qat.conversion.vocabulary import COPIES as CUT_BY
 from qat.evaluate.figures import TOGETHER, TOKENS_AT_ONCE
 from qat.flow import KEPT_BYTES
 from qat.footprint import libraries
@@ -15,6 +16,7 @@ from qat.footprint.preparation import compared, reading
 from qat.footprint.shapes import FP32, MODEL, TEACHER, Job, Part, Shapes, kind
 from qat.machine import Machine
 from qat.models.folder import FEW
+from qat.peaks import CONVERSION, FIGURES
 from qat.quant.architectures import NUMBER, Layer
 from qat.quant.vocabulary import ROLES as VOCABULARY
 
@@ -31,14 +33,14 @@ def conversion(job: Job, config: Config, shapes: Shapes, machine: Machine) -> It
     if config.checkpoint.path:
         held.append(Part("the student's weights", shapes.weights * dtype, "checkpoint"))
     gradients = config.convert.gradients or bool(config.quant.candidates)
-    yield "conversion", [*held, *_fitting(inner, gradients, job, config, shapes, machine)]
+    yield CONVERSION, [*held, *_fitting(inner, gradients, job, config, shapes, machine)]
     exact = list(_exact(inner, shapes, machine))
     for outer in [layer for layer in job.layers if layer.role in VOCABULARY]:
         matrix = Part(f"the {outer.role} matrix in fp32", FP32 * outer.weights, f"{job.prefix}quant.{outer.role}")
-        room = STACK_BYTES[kind(machine)] * COPIES / 12  # `workspace` reckons with twelve copies
+        room = STACK_BYTES[kind(machine)] * COPIES / CUT_BY
         work = Part("its indices and the fit", 3 * outer.weights + min(room, _work(outer, False)), MODEL, least=False)
-        yield f"conversion of {outer.role}", [*held, *exact[:1], matrix, work]
-    yield "figures of the conversion", [*held, *_figures(job, streams, config, shapes, machine)]
+        yield f"{CONVERSION} of {outer.role}", [*held, *exact[:1], matrix, work]
+    yield FIGURES, [*held, *_figures(job, streams, config, shapes, machine)]
 
 
 def _fitting(

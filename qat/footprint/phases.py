@@ -10,15 +10,17 @@ from qat.footprint.training import comparisons, training
 from qat.machine import Machine
 from qat.peaks import CACHE, COMPARISON, EVALUATION, EXPORT, TEXT, TRAINING
 
+RECORDS = (Stage.run, Stage.cache, Stage.convert, Stage.distill)  # stages that make a cache if there is none
+
 
 def phases(config: Config, shapes: Shapes, jobs: list[Job], machine: Machine) -> Iterator[tuple[str, list[Part]]]:
     """All of a run that may take the most; one name may come more than once."""
     stage, (theirs, _) = config.stage, shapes.taught_by
-    if stage in (Stage.run, Stage.cache, Stage.convert, Stage.distill):
-        if not config.cache.path:
-            if written := text(config, shapes, machine):
-                yield TEXT, written
-            yield CACHE, cache(config, shapes, machine)
+    if stage in RECORDS and not config.cache.path:
+        if written := text(config, shapes, machine):
+            yield TEXT, written
+        yield CACHE, cache(config, shapes, machine)
+    if stage in (*RECORDS, Stage.evaluate):
         yield COMPARISON, comparison(config, theirs, machine, reads(config, theirs, machine))
     if stage in (Stage.run, Stage.convert):
         for job in jobs:

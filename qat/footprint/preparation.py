@@ -93,7 +93,8 @@ def cache(config: Config, shapes: Shapes, machine: Machine) -> list[Part]:
     dtype, settings = machine.dtype.itemsize, config.cache
     many, few = POSITIONS[kind(machine)]
     logits = RECORDED * many + (0 if machine.device.type == "cuda" else 2 * few)
-    kept = SHARD_ROWS * (settings.length - 1) * (settings.top_k * (IDS + LOGPROBS) + settings.random * LOGPROBS)
+    recorded = min(SHARD_ROWS, settings.sequences or SHARD_ROWS) * (settings.length - 1)
+    a_position = settings.top_k * (IDS + LOGPROBS) + settings.random * LOGPROBS
     rows = min(machine.micro_batch, SHARD_ROWS)
     if reads(config, theirs, machine):
         held, rows = reading(theirs, dtype, 1, key), SHARD_ROWS
@@ -106,14 +107,8 @@ def cache(config: Config, shapes: Shapes, machine: Machine) -> list[Part]:
         Part("logits", FP32 * logits * theirs.vocabulary, MODEL, least=False),
         Part("what passes through a layer", tokens * passing(theirs, dtype), "instance.micro_batch", least=False),
         Part("hidden states", rows * settings.length * theirs.hidden * dtype, "instance.micro_batch", least=False),
-        Part("a shard", 2 * min(kept, _all(config, kept)), "cache.top_k", least=False),
+        Part("a shard, in parts and joined", 2 * recorded * a_position, "cache.top_k", least=False),
     ]
-
-
-def _all(config: Config, shard: int) -> float:
-    """Bytes of all that is recorded of the longest split, where there are few rows; of `shard` bytes at most."""
-    rows = config.cache.sequences
-    return shard * min(1.0, rows / SHARD_ROWS) if rows else shard
 
 
 def reads(config: Config, theirs: Shapes, machine: Machine) -> bool:

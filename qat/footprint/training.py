@@ -7,20 +7,21 @@ from collections.abc import Iterator
 from qat import processes
 from qat.config import Config, LossKind, Stage
 from qat.distill.head import CHUNK_BYTES
+from qat.distill.moments import BUFFERS, PIECE
 from qat.distill.step import RECORDED_TOKENS
 from qat.footprint import libraries
 from qat.footprint.activations import backward, kept, passing
 from qat.footprint.preparation import row_bytes, widened
-from qat.footprint.shapes import FP32, MODEL, Job, Part, Shapes
+from qat.footprint.shapes import FP32, MODEL, Job, Part, Shapes, kind
 from qat.machine import Machine
 from qat.quant.architectures import Layer, learns
 from qat.quant.shards import OPEN, UNDER_WAY
 from qat.quant.vocabulary import ROLES as VOCABULARY
 
-# Bytes of one logit while its loss is differentiated: its own number and the teacher's, the softmax or what the
-# divergence is made of, and the gradient; on a GPU kernels make most of these
-FULL = {"cuda": 2 * FP32, "cpu": 6 * FP32}
-CACHED = {"cuda": FP32, "cpu": 2 * FP32}
+# Bytes of a logit while its loss is differentiated, its gradient in the compute type left out: against a teacher's
+# logits, and against cached tokens. On a GPU kernels make from them what are further tensors on a CPU
+BESIDE_TEACHER = {"cuda": 2 * FP32, "cpu": 6 * FP32}
+BY_CACHE = {"cuda": FP32, "cpu": 2 * FP32}
 STUDENTS, TEACHERS, INDICES = "the student's weights", "the teacher's weights", "indices"
 BEFORE = (STUDENTS, TEACHERS, INDICES, libraries.WHAT)  # what is there before the first step
 TOLD = 8 + FP32  # bytes of a cached token's number and log-probability as the loss takes them
@@ -68,7 +69,7 @@ def training(job: Job, config: Config, shapes: Shapes, machine: Machine) -> list
         numbers = job.mode.rank * sum(sum(layer.shape) for layer in _chosen(job))
         parts.append(Part("adapters with their gradients and moments", 4 * FP32 * numbers, f"{prefix}mode.rank"))
     if latent:
-        parts += _latent(weights, shared, f"{prefix}train.learn.latent", machine.host_moments)
+        parts += _latent(weights, shared, f"{prefix}train.learn.latent", machine)
     if shared > 1:
         parts += _sent(learning, dtype, shared, f"{prefix}mode")
     if config.loss.kind.needs_teacher:
@@ -124,22 +125,23 @@ def _micro_batch(rows: int, config: Config, shapes: Shapes, machine: Machine) ->
 
 def _logits(tokens: int, config: Config, shapes: Shapes, machine: Machine) -> tuple[float, float]:
     """Bytes of the logits that exist at one time in training, and while held-out text is measured."""
-    where, kind, dtype = machine.device.type, config.loss.kind, machine.dtype.itemsize
-    at_once = min(tokens, CHUNK_BYTES[where] // (FP32 * shapes.vocabulary)) * shapes.vocabulary
-    device = "cuda" if where == "cuda" else "cpu"
-    full = kind.needs_teacher
-    measured = at_once * (2 * FP32 if full else FP32)
-    if kind is LossKind.topk_kl:
+    if config.loss.kind is LossKind.topk_kl:
         return 0.0, 0.0
-    a_logit = FULL[device] if full else CACHED[device]
-    return at_once * (a_logit + (dtype if where == "cuda" or dtype < FP32 else 0)), measured
+    dtype, beside = machine.dtype.itemsize, config.loss.kind.needs_teacher
+    at_once = min(tokens, CHUNK_BYTES[machine.device.type] // (FP32 * shapes.vocabulary)) * shapes.vocabulary
+    a_logit = (BESIDE_TEACHER if beside else BY_CACHE)[kind(machine)]
+    if kind(machine) == "cuda" or dtype < FP32:
+        a_logit += dtype
+    return at_once * a_logit, at_once * FP32 * (2 if beside else 1)
 
 
-def _latent(weights: int, shared: int, key: str, host: bool) -> Iterator[Part]:
-    own = FP32 * weights / shared
+def _latent(weights: int, shared: int, key: str, machine: Machine) -> Iterator[Part]:
+    own, host = FP32 * weights / shared, machine.host_moments
     yield Part("latent weights" if host else "latent weights with their moments", (3 - 2 * host) * own, key)
     if host:
         yield Part("moments of latent weights", 2 * shared * own, key, host=True)
+    if host and machine.device.type == "cuda":
+        yield Part("moments on their way", FP32 * BUFFERS * 2 * PIECE, key)
     yield Part("a state on its way to a file", 3 * shared * own, key, host=True, least=False)
 
 
