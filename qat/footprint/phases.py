@@ -15,13 +15,13 @@ RECORDS = (Stage.run, Stage.cache, Stage.convert, Stage.distill)  # stages that 
 
 def phases(config: Config, shapes: Shapes, jobs: list[Job], machine: Machine) -> Iterator[tuple[str, list[Part]]]:
     """All of a run that may take the most; one name may come more than once."""
-    stage, (theirs, _) = config.stage, shapes.taught_by
+    stage, larger = config.stage, max((shapes, shapes.taught_by[0]), key=lambda one: one.weights)
     if stage in RECORDS and not config.cache.path:
         if written := text(config, shapes, machine):
             yield TEXT, written
         yield CACHE, cache(config, shapes, machine)
     if stage in (*RECORDS, Stage.evaluate):
-        yield COMPARISON, comparison(config, theirs, machine, reads(config, theirs, machine))
+        yield COMPARISON, comparison(config, larger, machine, reads(config, larger, machine))
     if stage in (Stage.run, Stage.convert):
         for job in jobs:
             yield from conversion(job, config, shapes, machine)
