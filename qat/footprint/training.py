@@ -24,6 +24,7 @@ BESIDE_TEACHER = {"cuda": 2 * FP32, "cpu": 6 * FP32}
 BY_CACHE = {"cuda": FP32, "cpu": 2 * FP32}
 STUDENTS, TEACHERS, INDICES = "the student's weights", "the teacher's weights", "indices"
 BEFORE = (STUDENTS, TEACHERS, INDICES, libraries.WHAT)  # what is there before the first step
+HELD_OUT = "held-out text beside recorded steps"
 TOLD = 8 + FP32  # bytes of a cached token's number and log-probability as the loss takes them
 
 
@@ -114,7 +115,7 @@ def _micro_batch(rows: int, config: Config, shapes: Shapes, machine: Machine) ->
         yield Part("gradients inside a layer", slopes, key, least=False)
     if gpu and rows * length <= RECORDED_TOKENS:  # a recording keeps its memory while others measure
         beside = measured + tokens * passing(shapes, dtype)
-        yield Part("held-out text beside recorded steps", beside, key, least=False)
+        yield Part(HELD_OUT, beside, key, least=False)
     states = 2 * tokens * shapes.hidden * dtype
     if config.loss.kind.needs_teacher and (theirs := shapes.taught_by[0]):
         yield Part("the teacher's hidden states", tokens * theirs.hidden * dtype, key, least=False)
