@@ -15,6 +15,7 @@ from qat.errors import ConfigError
 from qat.export.exporter import exporter
 from qat.footprint import Job, Place, Shapes
 from qat.footprint.places import LEAD
+from qat.footprint.remedy import INSTANCE
 from qat.machine import Machine
 from qat.models import ModelFolder
 from qat.peaks import peaks
@@ -106,6 +107,8 @@ def advice(
     shapes = shapes_of(model, teacher, machine)
     keys = footprint.remedy(config, shapes, lambda changed: list(_jobs(changed, model)), machine, phase)
     makes = f"{' '.join(keys)} makes it fit" if keys else "no key makes it fit: choose a smaller model"
+    if keys and config.instance.name == AUTO and all(key.startswith(INSTANCE) for key in keys):
+        makes = f"instance={AUTO} turns {' '.join(keys)} by itself"
     return f"{size(place.room())} are free{place.where}; {makes}"
 
 

@@ -118,6 +118,9 @@ def test_instance_auto_turns_it_before_a_run_and_says_so(teacher, free, caplog, 
     named = replace(config, instance=replace(config.instance, name="cpu"))
     with pytest.raises(ConfigError, match=rf"instance\.micro_batch={turned.micro_batch} makes it fit"):
         limits.check(named, teacher, teacher, machine)
+    for asked, said in ((config, "instance=auto turns"), (named, "makes it fit")):
+        place = limits.planned(asked, teacher, teacher, machine)["training"]
+        assert said in limits.advice(asked, teacher, teacher, machine, "training", place)
 
 
 def known(config, teacher, machine):
