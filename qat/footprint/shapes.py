@@ -9,7 +9,7 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from qat import decoder
-from qat.config import ModeConfig, TrainConfig
+from qat.config import Config, ModeConfig, TrainConfig
 from qat.generation.memory import elements, number, shape
 from qat.machine import Machine
 from qat.quant.architectures import NUMBER, Layer
@@ -142,8 +142,7 @@ class Place:
         return self.needed(least) <= self.room(least)
 
 
-Phases = list[tuple[str, list[Part]]]
-Jobs = Callable[[Any], list[Job]]  # gives the students that a configuration makes or trains
+Jobs = Callable[[Config], list[Job]]  # gives the students that a configuration makes or trains
 
 
 def kind(machine: Machine) -> str:
