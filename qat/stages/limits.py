@@ -87,8 +87,9 @@ def record_expected(run: Run, expected: dict[str, int]) -> None:
 def record_taken(run: Run) -> None:
     """Notes what each phase took so far beyond the start, of what computes and of host memory; and the most of all."""
     memory, (device, host) = run.result["memory"], peaks.start
+    phases = memory.setdefault("phases", {})
     for name, found in peaks.found.items():
-        memory.setdefault("phases", {}).setdefault(name, {}).update({"peak_bytes": found.device, "host_bytes": found.host})
+        phases.setdefault(name, {}).update({"peak_bytes": found.device, "host_bytes": found.host})
         memory["peak_bytes"] = max(memory.get("peak_bytes", 0), device + found.device)
         memory["host_bytes"] = max(memory.get("host_bytes", 0), host + found.host)
 
