@@ -20,7 +20,8 @@ from qat.cache.batch import Batch, Text
 from qat.config import ConvertConfig, InstanceConfig, KMeansBackend, KMeansConfig, QuantConfig, WeightConfig
 from qat.conversion import convert
 from qat.conversion.moments import Moments, gather
-from qat.machine import exact_matmul, peak_bytes
+from qat.machine import exact_matmul
+from qat.peaks import taken
 from qat.quant import kmeans
 from qat.quant.architectures import Layer, select
 from qat.quant.fit import importance
@@ -109,7 +110,7 @@ def measured(device: torch.device, what: str, work) -> None:
     work()
     if device.type == "cuda":
         torch.cuda.synchronize()
-    print(f"{what:40} {time.perf_counter() - began:8.2f} s   peak {peak_bytes(device) / 1e9:6.2f} GB", flush=True)
+    print(f"{what:40} {time.perf_counter() - began:8.2f} s   peak {taken(device) / 1e9:6.2f} GB", flush=True)
 
 
 def arguments() -> argparse.Namespace:

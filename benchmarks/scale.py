@@ -1,17 +1,19 @@
 """One shape, converted and trained as a run does it: memory that was expected beside what was taken, and tokens/s.
 
-    python benchmarks/scale.py qwen3-0.6b                                  # conversion, then some steps of training
-    python benchmarks/scale.py qwen3-8b --stages convert                   # a conversion alone
+    python benchmarks/scale.py qwen3-0.6b                      # a whole run of few steps, then memory phase by phase
+    python benchmarks/scale.py qwen3-0.6b --stages convert distill     # conversion, then training, a process each
+    python benchmarks/scale.py qwen3-8b --stages convert               # a conversion alone
     python benchmarks/scale.py qwen3-4b --length 1024 --words train.batch_size=32
-    python benchmarks/scale.py tiny --words instance=cpu                   # does it work at all, on any machine
+    python benchmarks/scale.py tiny --words instance=cpu               # does it work at all, on any machine
     python benchmarks/scale.py qwen3-4b --devices 1 2 --length 128 --batch 64      # one and two GPUs, side by side
     python benchmarks/scale.py qwen3-8b --devices 2 --length 1024 --batch 8 --micro-batch 1 --steps 20
     python benchmarks/scale.py tiny --devices 1 2 --length 32 --batch 8 --micro-batch 4
 
-Weights are random bf16 numbers, written layer by layer; text is random words. Every stage is a process of its own, and
-what is printed is in its `result.json`. Expected and taken are of the GPU, or else of the process, less what it had at
-its start. `share` is of the product measured in the same process (`qat.machine.matmul_flops`), where a token costs 6
-operations a weight of the student's decoder layers and 4 of its head, and with the teacher beside it 2 a weight more.
+Weights are random bf16 numbers, written layer by layer, all in Qwen3's architecture; text is random words, and in a
+whole run what such a model writes. Every stage is a process of its own, and what is printed is in its `result.json`.
+Expected and taken are of the GPU, or else of the process, less what it had at its start. `share` is of the product
+measured in the same process (`qat.machine.matmul_flops`), where a token costs 6 operations a weight of the student's
+decoder layers and 4 of its head, and with the teacher beside it 2 a weight more.
 
 With `--devices` nothing is converted: all weights learn on so many GPUs, one number after the other, and speed, memory
 and losses are printed beside each other (`benchmarks/sharing.py`).
@@ -39,12 +41,14 @@ from qat.config import InstanceConfig
 from qat.models.tiny import byte_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
+FIRST = 200  # first tokens from which text is written; the tokenizer has one for each byte
 POOL = 1 << 24  # random numbers of which all weights are pieces
 GB = 1e9
 
 
 SHAPES = {
     "tiny": Shape(128, 384, 4, 4, 2, True, 32, 512),
+    "smollm2": Shape(576, 1536, 30, 9, 3, True, 64, 49_152),
     "qwen3-0.6b": Shape(1024, 3072, 28, 16, 8, True),
     "qwen3-1.7b": Shape(2048, 6144, 28, 16, 8, True),
     "qwen3-4b": Shape(2560, 9728, 36, 32, 8, True),
@@ -56,7 +60,7 @@ def main() -> None:
     """Writes the model where it is not there yet, runs the stages and prints a line for each."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("shape", choices=SHAPES)
-    parser.add_argument("--stages", nargs="+", default=["convert", "distill"], choices=["convert", "distill"])
+    parser.add_argument("--stages", nargs="+", default=["run"], choices=["run", "convert", "distill"])
     parser.add_argument("--layers", type=int, help="decoder layers, if not as many as the shape has")
     parser.add_argument("--length", type=int, default=128, help="tokens of a row")
     parser.add_argument("--rows", type=int, default=512, help="rows of training text")
@@ -68,7 +72,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=64, help="with --devices: rows a step")
     parser.add_argument("--micro-batch", type=int, default=16, help="with --devices: rows computed at once")
     parser.add_argument("--checkpointing", action="store_true", help="with --devices: activations computed twice")
-    parser.add_argument("--loss", default="bucket_kl", help="with --devices: what is learned from")
+    parser.add_argument("--loss", help="what is learned from; full_kl, with --devices bucket_kl")
     options = parser.parse_args()
     known = SHAPES[options.shape]
     shape = Shape(**asdict(known) | {"layers": options.layers or known.layers})
@@ -78,21 +82,29 @@ def main() -> None:
     folder = options.folder / f"{options.shape}-{shape.layers}"
     write(shape, folder / "model")
     text(folder / "text.txt", 2 * options.rows * options.length)
+    loss = options.loss or "full_kl"
     common = [
-        *("model=local", f"model.path={folder / 'model'}", "data=text", f"data.path={folder / 'text.txt'}"),
-        *(f"cache.length={options.length}", f"cache.sequences={options.rows}", "cache.train_targets=false"),
-        *("loss=full_kl", f"outputs={folder / 'outputs'}", "tracker=none"),
+        *("model=local", f"model.path={folder / 'model'}", f"train.steps={options.steps}"),
+        *(f"cache.length={options.length}", f"cache.sequences={options.rows}", f"loss={loss}"),
+        *(f"cache.train_targets={str(loss != 'full_kl').lower()}", f"outputs={folder / 'outputs'}", "tracker=none"),
     ]
+    texts = {
+        True: ["data=tokens", f"data.documents={FIRST}", f"data.answers={-(-2 * options.rows // FIRST)}"],
+        False: ["data=text", f"data.path={folder / 'text.txt'}"],
+    }
     start = ""
     for stage in options.stages:
-        words = [*common, f"stage={stage}", *options.words]
+        words = [*common, *texts[stage == "run"], f"stage={stage}", *options.words]
+        if stage == "run":
+            words.append(f"data.answer_tokens={options.length}")
         if stage == "distill":
-            words += [f"checkpoint={start}", f"train.steps={options.steps}"]
+            words.append(f"checkpoint={start}")
         began = time.monotonic()
         result = run(words)
         line = {"shape": options.shape, "stage": stage, "seconds": round(time.monotonic() - began, 1)}
         line |= figures(result, shape)
-        print("  ".join(f"{name} {value}" for name, value in line.items()), flush=True)
+        print("  ".join(f"{name} {value}" for name, value in line.items() if name != "phases"), flush=True)
+        print(by_phase(options.shape, line["phases"]), flush=True)
         if options.json:
             with open(options.json, "a", encoding="utf-8") as file:
                 file.write(json.dumps(line | {"words": words}) + "\n")
@@ -102,13 +114,14 @@ def main() -> None:
 def side_by_side(options: argparse.Namespace, shape: Shape) -> None:
     """Trains on each number of GPUs, each line printed and kept as soon as it is there, then all of them compared."""
     sizes = options.length, options.batch, options.micro_batch, options.steps
-    case = Case(shape, *sizes, options.loss, options.checkpointing)
+    case = Case(shape, *sizes, options.loss or "bucket_kl", options.checkpointing)
     lines: list[dict[str, Any]] = []
     for count in options.devices:
         began = time.monotonic()
         line = together(case, count)
         if line is None:
-            print(f"{options.shape} on {count} GPUs failed after {time.monotonic() - began:.0f} s", flush=True)
+            spent = time.monotonic() - began
+            print(f"{options.shape} on {sharing.counted(count)} failed after {spent:.0f} s", flush=True)
             continue
         line |= {"shape": options.shape, "rows": case.rows, "length": case.length, "loss": case.loss}
         line["seconds"] = round(time.monotonic() - began, 1)
@@ -156,15 +169,24 @@ def run(words: list[str]) -> dict[str, Any]:
     return found
 
 
+def by_phase(shape: str, phases: dict[str, dict[str, float]]) -> str:
+    """A table of what each phase took beside what it was expected to take, and of host memory."""
+    rows = [f"{shape:26} {'expected':>9} {'taken':>9} {'ratio':>6} {'host':>9}  GB"]
+    for name, one in phases.items():
+        counts = f"{one['expected']:9.3f} {one['taken']:9.3f} {one['expected'] / max(one['taken'], 1e-9):6.2f}"
+        rows.append(f"{name:26} {counts} {one['host']:9.3f}")
+    return "\n".join(rows)
+
+
 def figures(result: dict[str, Any], shape: Shape) -> dict[str, Any]:
-    """Memory expected and taken, and speed where something was trained."""
-    memory = result["memory"]
-    taken = memory["peak_bytes"] - memory["start_bytes"]
-    found = {
-        "expected_GB": round(memory["planned_bytes"] / GB, 2),
-        "taken_GB": round(taken / GB, 2),
-        "ratio": round(memory["planned_bytes"] / max(taken, 1), 2),
+    """Memory expected and taken by phase, in GB, and speed where something was trained."""
+    names = {"expected": "planned_bytes", "taken": "peak_bytes", "host": "host_bytes"}
+    phases = {
+        phase: {name: round(counts[key] / GB, 4) for name, key in names.items()}
+        for phase, counts in result["memory"]["phases"].items()
+        if counts.keys() >= set(names.values())
     }
+    found: dict[str, Any] = {"phases": phases}
     if "tokens_per_second" in result.get("throughput", {}):
         speed = result["throughput"]["tokens_per_second"]
         head = shape.vocabulary * shape.hidden

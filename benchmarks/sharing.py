@@ -5,12 +5,12 @@ bf16 numbers, quantized to the nearest values of grids (2 bits in MLPs, else 4; 
 learns but norms, from the model that it was, on rows of random tokens. Nothing is read from disk or written to it.
 A line has
 - `tokens/s` of the median step, the first five left out;
-- `held`: what a GPU's tensors take between two steps, of the one that holds most, and `peak`, the most that was
-  reserved for tensors during them: recorded graphs keep memory that is not counted as allocated;
+- `held`: what a GPU's tensors take between two steps (of a process without one: its peak), of the one that holds
+  most, and `peak`, the most during
+  them, with the memory of recorded graphs, which keep it between replays; beside it what a plan expects of it;
 - `share`: 6 operations a weight of decoder layers and head and token, over the product measured in the same process.
 """
 
-import gc
 import json
 import math
 import statistics
@@ -26,14 +26,19 @@ from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 from qat import machine as machines
 from qat.cache.batch import Batch
 from qat.cache.format import encode_ids
-from qat.config import LearnConfig, LossKind, QuantConfig, TrainConfig, WeightConfig, WeightFormat
+from qat.cli import main as command_line
+from qat.cli.arguments import parse
+from qat.config import LearnConfig, LossKind, ModeConfig, QuantConfig, TrainConfig, WeightConfig, WeightFormat
 from qat.distill import optim
 from qat.distill.loss import Loss
 from qat.distill.optim import Optimizer
 from qat.distill.parameters import Learners
 from qat.distill.step import Step
+from qat.footprint import Job, Shapes
+from qat.footprint.training import HELD_OUT, training
 from qat.forward import FAST, use
 from qat.machine import Machine
+from qat.peaks import peaks
 from qat.processes import Ranks, joined, place
 from qat.quant import latent
 from qat.quant.architectures import Layer, select
@@ -108,6 +113,7 @@ def main() -> None:
 def measure(case: Case, machine: Machine, ranks: Ranks) -> dict[str, Any]:
     """Speed, memory and losses of a case."""
     began = time.monotonic()
+    peaks.begin(machine.device)
     flops = machines.matmul_flops(machine, 8192 if machine.device.type == "cuda" else 512)
     train = TrainConfig(steps=case.steps, batch_size=case.rows, learn=LearnConfig(latent=1.0))
     kind = LossKind[case.loss]
@@ -115,25 +121,30 @@ def measure(case: Case, machine: Machine, ranks: Ranks) -> dict[str, Any]:
     batches = [batch(case, teacher, seed, machine, ranks) for seed in range(BATCHES)]
     loss = Loss(kind, 1.0, teacher=teacher if kind.needs_teacher else None)
     student = model(case, machine) if kind.needs_teacher else teacher
-    learners = Learners(student, quantize(student), train.learn, machine, train.snap_fp16, ranks)
+    layers = chosen(student)
+    learners = Learners(student, quantize(student, layers), train.learn, machine, train.snap_fp16, ranks)
     step = Step(student, learners, Optimizer(learners.own, train, machine.device), loss, train, machine, ranks)
-    forget(machine.device)
     begin = time.monotonic() - began
     losses, times = [], []
-    for number in range(case.steps):
-        start = time.perf_counter()
-        figures = step([batches[number % BATCHES]], optim.factor(number, train))  # waits for the device
-        times.append(time.perf_counter() - start)
-        losses.append(figures.loss)
+    with peaks.phase("steps"):
+        for number in range(case.steps):
+            start = time.perf_counter()
+            figures = step([batches[number % BATCHES]], optim.factor(number, train))  # waits for the device
+            times.append(time.perf_counter() - start)
+            losses.append(figures.loss)
+    peak = peaks.found["steps"].device
+    held = torch.cuda.memory_allocated(machine.device) if machine.device.type == "cuda" else peak
     seconds = statistics.median(times[WARM_UP:] or times)
     speed = case.rows * case.length / seconds
     weights = case.shape.decoder + case.shape.vocabulary * case.shape.hidden
     return {
         "devices": ranks.count,
+        "of": counted(ranks.count),
         "tokens_per_second": round(speed, 1),
         "share": round(6 * weights * speed / flops / ranks.count, 3),
-        "held_gb": round(ranks.most(allocated(machine.device), machine.device) / GB, 2),
-        "peak_gb": round(ranks.most(reserved(machine.device), machine.device) / GB, 2),
+        "held_gb": round(ranks.most(held, machine.device) / GB, 2),
+        "peak_gb": round(ranks.most(peak, machine.device) / GB, 2),
+        "expected_gb": round(expected(case, layers, train, machine, ranks) / GB, 2),
         "micro_batch": step.machine.micro_batch,  # smaller than asked for if memory ran out
         "checkpointing": bool(step.machine.checkpointing),
         "begin_s": round(begin, 1),
@@ -141,6 +152,19 @@ def measure(case: Case, machine: Machine, ranks: Ranks) -> dict[str, Any]:
         "step_s": round(seconds, 4),
         "losses": losses,
     }
+
+
+def expected(case: Case, layers: list[Layer], train: TrainConfig, machine: Machine, ranks: Ranks) -> float:
+    """Bytes that a run which trains so would be expected to take of a GPU, or of a process, for its steps."""
+    words = [f"loss={case.loss}", f"cache.length={case.length}", f"cache.top_k={TOP_K}", "cache.packing=rows"]
+    config = command_line.check(parse(words)).configs[0]
+    config.instance.devices = ranks.count
+    with torch.device("meta"):
+        made = Qwen3ForCausalLM(case.shape.config())
+    job = Job(layers, ModeConfig("e2e", True, True, embed=True), train)
+    parts = training(job, config, Shapes.of(made, made.config), machine)
+    measured = [part for part in parts if part.what != HELD_OUT and not (part.host and machine.device.type == "cuda")]
+    return sum(part.bytes for part in measured)
 
 
 def model(case: Case, machine: Machine) -> PreTrainedModel:
@@ -158,12 +182,16 @@ def model(case: Case, machine: Machine) -> PreTrainedModel:
 
 
 @torch.no_grad()
-def quantize(made: PreTrainedModel) -> dict[str, Quantized]:
+def quantize(made: PreTrainedModel, layers: list[Layer]) -> dict[str, Quantized]:
     """Puts quantized layers with latent weights, without curvature, in place of the model's own; by name."""
+    return {layer.name: _quantized(made, layer) for layer in layers}
+
+
+def chosen(made: PreTrainedModel) -> list[Layer]:
+    """The layers that are quantized, and how."""
     mlp, other = (WeightConfig(bits=bits, format=WeightFormat.grid, group=32) for bits in (2, 4))
     tied = made.config.tie_word_embeddings
-    quant = QuantConfig(name="random", mlp=mlp, attn=other, embed=other, head=None if tied else other)
-    return {layer.name: _quantized(made, layer) for layer in select(made, quant)}
+    return select(made, QuantConfig(name="random", mlp=mlp, attn=other, embed=other, head=None if tied else other))
 
 
 def _quantized(made: PreTrainedModel, layer: Layer) -> Quantized:
@@ -213,24 +241,6 @@ def _top(teacher: PreTrainedModel, ids: Tensor) -> tuple[Tensor, Tensor]:
     return (values - logits.logsumexp(-1, keepdim=True)).cpu(), tokens.cpu()
 
 
-def forget(device: torch.device) -> None:
-    """From here on memory is counted anew."""
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(device)
-
-
-def allocated(device: torch.device) -> int:
-    """What tensors take now; of a process without a GPU its own peak."""
-    return torch.cuda.memory_allocated(device) if device.type == "cuda" else machines.peak_bytes(device)
-
-
-def reserved(device: torch.device) -> int:
-    """The most memory that was set apart for tensors."""
-    return torch.cuda.max_memory_reserved(device) if device.type == "cuda" else machines.peak_bytes(device)
-
-
 def compared(lines: list[dict[str, Any]], case: Case) -> str:
     """The lines of a case as a table, beside the first; then the losses, step by step."""
     first, said = lines[0], []
@@ -238,9 +248,10 @@ def compared(lines: list[dict[str, Any]], case: Case) -> str:
         speed, held, peak = (line[name] / first[name] for name in ("tokens_per_second", "held_gb", "peak_gb"))
         apart = _apart(first["losses"], line["losses"])
         said.append(
-            f"{line['devices']} GPUs  {line['tokens_per_second']:9,.0f} tokens/s ({speed:.2f} x)  share"
+            f"{line['of']}  {line['tokens_per_second']:9,.0f} tokens/s ({speed:.2f} x)  share"
             f" {line['share']:.1%}  held {line['held_gb']:6.2f} GB ({held:.2f} x)  peak {line['peak_gb']:6.2f} GB"
-            f" ({peak:.2f} x)  micro-batch {line['micro_batch']}  loss {line['losses'][-1]:.5f}, apart {apart:.1e}"
+            f" ({peak:.2f} x, {line['expected_gb']:.2f} expected)"
+            f"  micro-batch {line['micro_batch']}  loss {line['losses'][-1]:.5f}, apart {apart:.1e}"
         )
     counts = " ".join(f"{line['devices']:>10}" for line in lines)
     said.append(f"loss of step  {counts}")
@@ -248,6 +259,12 @@ def compared(lines: list[dict[str, Any]], case: Case) -> str:
         said.append(f"{number:12}  " + " ".join(f"{loss:10.6f}" for loss in losses))
     title = f"{case.shape.layers} layers of {case.shape.hidden}, {case.rows} rows of {case.length}, {case.loss}"
     return "\n".join([title, *said])
+
+
+def counted(devices: int) -> str:
+    """`1 GPU`, `2 GPUs`, and `2 processes` where there is no GPU."""
+    one, several = ("GPU", "GPUs") if torch.cuda.is_available() else ("process", "processes")
+    return f"{devices} {one if devices == 1 else several}"
 
 
 def _apart(some: list[float], others: list[float]) -> float:

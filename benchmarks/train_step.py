@@ -42,6 +42,7 @@ from qat.distill.parameters import Learners
 from qat.distill.step import Step
 from qat.forward import FAST, prepare, use
 from qat.machine import Machine
+from qat.peaks import peaks
 from qat.processes import Ranks, joined, place
 from qat.quant.architectures import select
 from qat.quant.formats import Codebook, Format
@@ -214,8 +215,7 @@ def measure(
         compile=row.compile,
         checkpointing=row.checkpointing,
     )
-    if machine.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(machine.device)
+    peaks.begin(machine.device)
     began = time.monotonic()
     student = model(options, machine)
     weights = sum(layer.outputs * layer.inputs for layer in student[1].values())
@@ -225,11 +225,12 @@ def measure(
     make = rank_by_rank if by_rank else engine
     one = make(*student, row, loss, train, machine, ranks)
     batches = [batch(options, row.batch // ranks.count, seed, ranks) for seed in range(4)]
-    figures = timed(one, batches, row.steps, options.seconds, machine.device, began)
+    with peaks.phase("steps"):
+        figures = timed(one, batches, row.steps, options.seconds, machine.device, began)
     if options.profile:
         profile(lambda: one(batches[0]), machine.device)
     speed = row.batch * options.length / (figures["ms"] / 1e3)
-    peak = machines.peak_bytes(machine.device) / 1e9
+    peak = peaks.found["steps"].device / 1e9
     return {**figures, "tokens_per_second": speed, "share": 6 * weights * speed / flops / ranks.count, "peak_gb": peak}
 
 

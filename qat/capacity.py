@@ -29,6 +29,11 @@ def device(which: torch.device) -> int | None:
     return int(torch.cuda.mem_get_info(which)[0]) if which.type == "cuda" else None
 
 
+def whole(which: torch.device) -> int | None:
+    """Bytes of a GPU's memory; None for a device that shares the computer's."""
+    return int(torch.cuda.get_device_properties(which).total_memory) if which.type == "cuda" else None
+
+
 def roomy(needed: float, which: torch.device) -> bool:
     """Whether a device has room for so many bytes and as many again for what is done with them."""
     free = device(which)

@@ -10,6 +10,8 @@ from collections.abc import Callable, Hashable
 
 import torch
 
+from qat.peaks import peaks
+
 WARM_UP = 2  # plain calls before recording, in which kernels are compiled and tuned and lasting memory is allocated
 
 
@@ -49,6 +51,7 @@ class Recorder:
     def _record(self, function: Callable[[], None]) -> torch.cuda.CUDAGraph:
         graph = torch.cuda.CUDAGraph()
         # Other threads may copy or free memory meanwhile; they use none of the recorded tensors.
-        with torch.cuda.graph(graph, self._pool, self.stream, capture_error_mode="thread_local"):
+        recording = torch.cuda.graph(graph, self._pool, self.stream, capture_error_mode="thread_local")
+        with peaks.recording(), recording:
             function()
         return graph

@@ -4,8 +4,6 @@ Nothing here changes a result. Numerics that need full precision (second moments
 factorisations) ask for `exact_matmul`, whatever the rest of the run uses.
 """
 
-import resource
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -158,14 +156,6 @@ def widened(hidden_PD: torch.Tensor, weight_VD: torch.Tensor) -> torch.Tensor:
     if hidden_PD.is_cuda and hidden_PD.dtype != torch.float32 and WIDENING:
         return torch.mm(hidden_PD, weight_VD.mT, out_dtype=torch.float32)
     return (hidden_PD @ weight_VD.mT).float()
-
-
-def peak_bytes(device: torch.device) -> int:
-    """The most memory taken so far: of the GPU if there is one, else resident in this process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def matmul_flops(machine: Machine, size: int = 2048, repeats: int = 4) -> float:

@@ -36,13 +36,13 @@ def make_answers(outputs: str, prompts: str) -> None:
     import torch
 
     from qat.config import DataConfig, DataSource
-    from qat.data import selfgen
     from qat.data.documents import obtain_documents
+    from qat.generation import rows
     from qat.machine import Machine
     from tests import tiny
 
     prepare(outputs)
-    selfgen.PROMPTS_AT_ONCE = {"cpu": 4}
+    rows.PROMPTS_AT_ONCE = {"cpu": 4}
     machine, folder = Machine(torch.device("cpu"), torch.float32, 3), Path(outputs)
     data = DataConfig(name="prompts", source=DataSource.selfgen, path=prompts, answer_tokens=6, eval_fraction=0.25)
     obtain_documents(data, tiny.teacher_in(folder), 0, machine, folder)

@@ -24,6 +24,7 @@ from qat.conversion import vocabulary
 from qat.conversion.moments import Moments, walk
 from qat.errors import NumericsError
 from qat.machine import exact_matmul
+from qat.peaks import CONVERSION, peaks
 from qat.quant import backends, kmeans
 from qat.quant.architectures import Layer
 from qat.quant.curvature import Curvature, Factor
@@ -163,7 +164,8 @@ def quantize(
             made[one.layer.name] = one
         advance(_count(stack))
     for layer in [layer for layer in layers if layer.role in ROLES]:
-        made[layer.name] = _of_vocabulary(layer, weights, moments, settings, cluster, device, start)
+        with peaks.phase(f"{CONVERSION} of {layer.role}"):
+            made[layer.name] = _of_vocabulary(layer, weights, moments, settings, cluster, device, start)
         advance(layer.weights)
     return [made[layer.name] for layer in layers]
 

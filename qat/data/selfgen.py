@@ -27,15 +27,12 @@ from qat.console import progress
 from qat.data import starts
 from qat.data.thinking import user_turn
 from qat.errors import ConfigError
-from qat.generation import OwnWriter, Sampling, Writer, answers, bytes_a_row, writer
+from qat.generation import OwnWriter, Sampling, Writer, answers, rows, writer
 from qat.machine import Machine
 from qat.models import ModelFolder
 from qat.seeds import mixed
 from qat.shaping import shaping
 
-PROMPTS_AT_ONCE = {"cpu": 64, "mps": 64, "cuda": 4096}
-SHARE = 0.25  # share of a GPU's memory for one writer, as the sources of a mixture write at the same time
-COMPILED_TOKENS = 10_000_000  # tokens of a writer from which compiling its step saves more time than it takes
 ANSWERS = ".answers-"
 AHEAD = 2  # batches of a writer in progress: one on the GPU while another is prepared or stored
 # Held by the source that uses the GPU: sources of a mixture take turns, as a GPU records for one at a time.
@@ -80,8 +77,8 @@ class _Author:
 
     @cached_property
     def model(self) -> PreTrainedModel:
-        """Loaded when the first batch is missing."""
-        return self.teacher.load(self.machine.dtype, self.machine.device)
+        """Loaded when the first batch is missing, once for all sources that write."""
+        return self.teacher.shared(self.machine.dtype, self.machine.device)
 
     def write(
         self, what: str, prompts: list[list[int]], sampling: Sampling, seed: int
@@ -123,16 +120,13 @@ class _Author:
     def _plan(self, prompts: list[list[int]], sampling: Sampling, seed: int) -> "_Plan":
         longest = max(map(len, prompts))
         self._check_context(longest + sampling.tokens)
-        compiled = self.machine.compile and len(prompts) * sampling.tokens >= COMPILED_TOKENS
-        rows = rows_at_once(self.teacher, self.machine, longest, sampling)
-        if not compiled:  # batches of equal size; a compiled step keeps the size that all sources share
-            rows = -(-len(prompts) // -(-len(prompts) // rows))
-        batches = [prompts[first : first + rows] for first in range(0, len(prompts), rows)]
+        how = rows.batches(self.teacher.settings(), self.machine, len(prompts), longest, sampling)
+        batches = [prompts[first : first + how.rows] for first in range(0, len(prompts), how.rows)]
         # The name depends on machine and prompts, so that files of another machine or other prompts are not used.
-        machine = [self.machine.describe(), torch.__version__, compiled]
-        who = content_key([machine, prompts, seed, rows, shaping(self.data)])
+        machine = [self.machine.describe(), torch.__version__, how.compiled]
+        who = content_key([machine, prompts, seed, how.rows, shaping(self.data)])
         files = [self.scratch / f"{ANSWERS}{who}-{number:05d}.safetensors" for number in range(len(batches))]
-        return _Plan(batches, files, rows, longest, compiled)
+        return _Plan(batches, files, how.rows, how.compiled)
 
     def _check_context(self, tokens: int) -> None:
         """Refuses texts that are longer than what the teacher was made to see at once."""
@@ -144,16 +138,6 @@ class _Author:
             )
 
 
-def rows_at_once(teacher: ModelFolder, machine: Machine, longest: int, sampling: Sampling) -> int:
-    """Rows per batch, from the GPU's total memory and not its free memory, so that batches stay the same."""
-    max_rows = PROMPTS_AT_ONCE[machine.device.type]
-    if machine.device.type != "cuda":
-        return max_rows
-    share = SHARE * torch.cuda.get_device_properties(machine.device).total_memory
-    a_row = bytes_a_row(teacher.settings(), longest, sampling, machine.dtype)
-    return max(1, min(max_rows, int(share / a_row)))
-
-
 @dataclass(frozen=True)
 class _Plan:
     """Prompts in batches, where the answers to each are kept, and how they are written."""
@@ -161,7 +145,6 @@ class _Plan:
     batches: list[list[list[int]]]
     files: list[Path]
     rows: int
-    longest: int
     compiled: bool
 
     def missing(self) -> int:

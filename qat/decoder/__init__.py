@@ -42,13 +42,20 @@ def _known(model: nn.Module) -> bool:
     config: Any = model.config
     projections = [m for name, m in model.named_modules() if name.endswith("_proj")]
     return (
-        config.model_type in ARCHITECTURES
-        and config.hidden_act == "silu"
-        and all(kind == "full_attention" for kind in getattr(config, "layer_types", None) or [])
+        described(config)
         and all(getattr(module, "bias", None) is None for module in projections)
         and not any(module.weight.requires_grad for module in norms(model).values())
-        and _width(config) <= WIDEST
         and not (model.training and config.attention_dropout)
+    )
+
+
+def described(config: Any) -> bool:
+    """Whether a configuration is of an architecture that has a fused form."""
+    return (
+        getattr(config, "model_type", None) in ARCHITECTURES
+        and config.hidden_act == "silu"
+        and all(kind == "full_attention" for kind in getattr(config, "layer_types", None) or [])
+        and _width(config) <= WIDEST
     )
 
 

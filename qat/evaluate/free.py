@@ -17,9 +17,8 @@ from transformers import PreTrainedModel
 
 from qat.console import progress
 from qat.data.asking import asked, takes_questions
-from qat.data.selfgen import rows_at_once
 from qat.errors import ConfigError
-from qat.generation import Sampling, answers, writer
+from qat.generation import Sampling, answers, rows_at_once, writer
 from qat.machine import Machine
 from qat.models import ModelFolder
 from qat.quant.linear import baked
@@ -105,7 +104,7 @@ class FreeRunning:
         self, folder: ModelFolder, model: PreTrainedModel, sampling: Sampling, what: str
     ) -> list[list[int]]:
         longest, found = max(map(len, self._asked)), list[list[int]]()
-        rows = min(len(self._asked), rows_at_once(folder, self._machine, longest, sampling))
+        rows = min(len(self._asked), rows_at_once(folder.settings(), self._machine, longest, sampling))
         write = writer(folder, model, self._asked, sampling, rows)
         with progress(f"answers of {what}", len(self._asked) * sampling.tokens, "tokens") as advance:
             for first in range(0, len(self._asked), rows):

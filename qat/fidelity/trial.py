@@ -22,6 +22,7 @@ from qat.head import OutputHead, output_weight
 from qat.machine import Machine, widened
 from qat.models import ModelFolder
 from qat.models.streamed import each_hidden, stream_of
+from qat.peaks import COMPARISON, peaks
 
 log = logging.getLogger(__name__)
 
@@ -60,7 +61,8 @@ def settle(
     if key not in passes:
         model = model or teacher.load(machine.dtype, machine.device)
         trial = Trial(f"{teacher.name} ({type(model).__name__})", model, sample)
-        passes[key] = trial.find(repack)
+        with peaks.phase(COMPARISON):
+            passes[key] = trial.find(repack)
         if sentence := trial.told(passes[key]):
             log.info(sentence)
     passes[kind] = passes[key]
@@ -76,9 +78,10 @@ def ready(model: PreTrainedModel, sample: Sample, compiled: bool, checkpointing:
     if vars(body(model)).get(FUSED) is None:
         return
     how, trial = used(model), Trial(type(model).__name__, model, sample)
-    with in_fp32(model):
-        wanted = trial.own()
-    close = trial.close(how, wanted)
+    with peaks.phase(COMPARISON):
+        with in_fp32(model):
+            wanted = trial.own()
+        close = trial.close(how, wanted)
     use(model, how)
     if not close:
         log.info("%s: its layers are compiled, the fused ones say something else", trial.who)

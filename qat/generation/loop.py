@@ -29,7 +29,7 @@ TOKENS_AT_ONCE = 65_536  # maximum prompt tokens, padding included, in one forwa
 ROUND = 64  # reserved positions are a multiple of this, so that few shapes are compiled
 STEP = "step"  # key of a decoding step in the recorder
 PROMPT_ROUND = 16  # tokens; longer prompts are padded to a multiple of it, shorter ones to a power of two
-LOGITS_HELD = 4  # copies of a row's fp32 logits in memory: plain calls, the recording, and the choice of a token
+LOGITS_HELD = 4  # copies of a row's fp32 logits for which room is left
 
 
 Watch = Callable[[Sequence[int], Tensor], None]  # takes row numbers and the fp32 logits of their next tokens
@@ -52,11 +52,13 @@ class Sampling:
     ends: tuple[int, ...]
 
 
-def bytes_a_row(config: PreTrainedConfig, longest: int, sampling: Sampling, dtype: torch.dtype) -> int:
-    """Memory that a row takes while it is written: keys and values of its positions, and logits."""
+def bytes_a_row(
+    config: PreTrainedConfig, longest: int, sampling: Sampling, dtype: torch.dtype, logits: int = LOGITS_HELD
+) -> int:
+    """Memory for a row while it is written: keys and values of its positions, and copies of its logits."""
     text = config.get_text_config()
     held = elements(text) * _positions(longest, sampling) * dtype.itemsize
-    return held + 4 * LOGITS_HELD * int(text.vocab_size)
+    return held + 4 * logits * int(text.vocab_size)
 
 
 def _positions(longest: int, sampling: Sampling) -> int:

@@ -29,7 +29,7 @@ FILL, DECODE = "qat_fill", "qat_decode"
 
 def elements(config: PreTrainedConfig) -> int:
     """Numbers that all layers together hold of one token."""
-    heads, width = _shape(config)
+    heads, width = shape(config)
     return 2 * number(config, "num_hidden_layers") * heads * width
 
 
@@ -42,7 +42,7 @@ def number(config: PreTrainedConfig, name: str) -> int:
     return value if isinstance(value, int) else 0
 
 
-def _shape(config: PreTrainedConfig) -> tuple[int, int]:
+def shape(config: PreTrainedConfig) -> tuple[int, int]:
     """Key-value heads and dimensions of a head."""
     heads = number(config, "num_attention_heads") or 1
     width = number(config, "head_dim") or number(config, "hidden_size") // heads
@@ -56,7 +56,7 @@ class Memory:
         """Reserves `positions` in each of `rows`, for a model of which every layer attends, as `self_attn`."""
         self.model = model
         self.modules: list[nn.Module] = [layer.get_submodule("self_attn") for layer in decoder_layers(model)]
-        heads, width = _shape(model.config.get_text_config())
+        heads, width = shape(model.config.get_text_config())
         # Separate tensors: torch.compile would copy one of two that share memory before writing to it.
         self.layers = [
             [torch.zeros(rows, heads, positions, width, dtype=model.dtype, device=model.device) for _ in range(2)]

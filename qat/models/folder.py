@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, cast
+from weakref import WeakValueDictionary
 
 import torch
 from torch import nn
@@ -15,6 +16,7 @@ from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, Pr
 from qat import model_files
 from qat.forward import OWN, Found, use
 from qat.models import reading, streamed, tokenizers
+from qat.peaks import COMPARISON, peaks
 from qat.quant.architectures import NUMBER
 
 FEW = 1 << 30  # bytes of all decoder layers up to which a model is held whole
@@ -40,6 +42,9 @@ class ModelFolder:
     text: str = ""
     spoken: Path | None = None
     found: Found = field(default_factory=Found, compare=False, repr=False)
+    _loaded: "WeakValueDictionary[Any, PreTrainedModel]" = field(
+        default_factory=WeakValueDictionary, init=False, compare=False, repr=False
+    )
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer with its chat template, padding on the left as generation needs.
@@ -76,6 +81,14 @@ class ModelFolder:
             reading.refuse_not_finite(self.path, model)
             reading.refuse_foresight(self.path, model)
             SOUND.add((self.fingerprint, dtype))
+        return model
+
+    def shared(self, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+        """As `load`, but one and the same for all who have it at a time: sources of a text, say, that take turns."""
+        key = dtype, str(device)
+        model = self._loaded.get(key)
+        if model is None:
+            model = self._loaded[key] = self.load(dtype, device)
         return model
 
     def stream(
@@ -135,7 +148,8 @@ class ModelFolder:
             model = streamed.open_stream(self.path, self.settings(), dtype, device)
         except NotImplementedError as error:
             return str(error)
-        alone = streamed.inspect(self.path, model)
+        with peaks.phase(COMPARISON):
+            alone = streamed.inspect(self.path, model)
         SOUND.add((self.fingerprint, dtype))
         return "" if alone else "more than hidden states passes from one decoder layer to the next"
 

@@ -84,11 +84,13 @@ def _refuse_no_numbers(run: Run) -> None:
 
 
 def _tell_memory(run: Run) -> None:
-    """Logs what a run took beside what it was expected to take."""
-    memory = run.result["memory"]
-    if memory.keys() >= {"planned_bytes", "peak_bytes", "start_bytes"} and memory["planned_bytes"]:
-        taken, planned = memory["peak_bytes"] - memory["start_bytes"], memory["planned_bytes"]
-        log.info("memory: %s taken, %s expected", size(taken), size(planned))
+    """Logs what the phase that took most took, beside what it was expected to take; the record has all of them."""
+    phases = run.result["memory"].get("phases", {})
+    known = {name: one for name, one in phases.items() if one.keys() >= {"planned_bytes", "peak_bytes"}}
+    if known:
+        most = max(known, key=lambda name: known[name]["peak_bytes"])
+        taken, planned = (size(known[most][which]) for which in ("peak_bytes", "planned_bytes"))
+        log.info("memory: %s taken, %s expected, for %s", taken, planned, most)
 
 
 def _is_refusal(told: QatError | None) -> bool:

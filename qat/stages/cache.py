@@ -12,6 +12,7 @@ from qat.config import Config, Stage
 from qat.data.documents import obtain_documents
 from qat.distill.lengths import pattern
 from qat.errors import ConfigError
+from qat.peaks import CACHE, TEXT, peaks
 from qat.runs import Run
 from qat.stages import inspect
 from qat.stages.workspace import Workspace, open_workspace
@@ -46,15 +47,17 @@ def _recorded(work: Workspace) -> Artifact:
     config = work.config
     answers = config.loss.kind.needs_answers
     settings = replace(config.cache, train_targets=False) if answers else config.cache
-    documents = obtain_documents(config.data, work.teacher, config.data.seed, work.machine, work.artifacts, answers)
+    with peaks.phase(TEXT):
+        documents = obtain_documents(config.data, work.teacher, config.data.seed, work.machine, work.artifacts, answers)
     if documents.fresh:
         work.run.uses("documents", documents)
     template = "plain" if config.data.source.plain else "chat"
     name = f"{config.data.name}_{template}_think_{config.data.thinking}"
     whole = config.stage is not Stage.convert  # a conversion alone never holds all of the teacher
-    cache = obtain_cache(
-        settings, documents, name, work.teacher, config.data.seed, work.machine, work.artifacts, whole
-    )
+    with peaks.phase(CACHE):
+        cache = obtain_cache(
+            settings, documents, name, work.teacher, config.data.seed, work.machine, work.artifacts, whole
+        )
     if cache.fresh and not documents.fresh:
         work.run.uses("documents", documents)
     return cache

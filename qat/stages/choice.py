@@ -22,6 +22,7 @@ from qat.config import ROLES, QuantConfig, WeightConfig
 from qat.console import table
 from qat.conversion.costs import costs as measure
 from qat.errors import ArtifactError
+from qat.peaks import CONVERSION, peaks
 from qat.quant import budget
 from qat.quant.architectures import NUMBER, Layer, recorded, select
 from qat.quant.budget import LEFT, MEGA, Costs
@@ -104,7 +105,8 @@ def _known(work: Workspace, cached: Artifact, choices: list[tuple[Layer, list[Fo
         source, text = Source(work, start), calibration(work, cached)
         source.settle(CacheReader(cached, "train"))
         device = work.machine.device
-        found = measure(choices, source.load, source.weight, text, config.convert, config.kmeans, device, folder)
+        with peaks.phase(CONVERSION):
+            found = measure(choices, source.load, source.weight, text, config.convert, config.kmeans, device, folder)
         write_json(folder / COSTS, {name: {label(one): nats for one, nats in of.items()} for name, of in found.items()})
         return {}
 

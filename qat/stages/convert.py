@@ -15,6 +15,7 @@ from qat.console import console, table
 from qat.conversion.convert import convert
 from qat.evaluate import Metrics, evaluate
 from qat.installation import command
+from qat.peaks import CONVERSION, FIGURES, peaks
 from qat.quant.architectures import Layer, recorded, select, told
 from qat.quant.size import bits_per_weight, said, summary
 from qat.runs import Run
@@ -76,6 +77,22 @@ def metrics(conversion: Artifact) -> Metrics:
 
 
 def _convert(work: Workspace, cached: Artifact, start: Path | None, folder: Path) -> dict[str, Any]:
+    with peaks.phase(CONVERSION):
+        source, shelf, layers, figures = _fitted(work, cached, start, folder)
+    with peaks.phase(FIGURES):
+        measured = _measure(work, cached, source, shelf, layers)
+    return {
+        **checkpoints.describe(work.model, work.config.quant, layers),
+        "figures": figures,
+        "metrics": measured,
+        "measured_on": CacheReader(cached, "eval").text_key(),
+    }
+
+
+def _fitted(
+    work: Workspace, cached: Artifact, start: Path | None, folder: Path
+) -> tuple[Source, checkpoints.Shelf, list[Layer], dict[str, dict[str, float]]]:
+    """What was converted, where its layers are, which those are, and the figures of those that were fitted."""
     config = work.config
     source = Source(work, start)
     source.settle(CacheReader(cached, "train"))
@@ -101,12 +118,7 @@ def _convert(work: Workspace, cached: Artifact, start: Path | None, folder: Path
         path.unlink()
     source.write_own(layers, folder)
     choice.keep(work, folder)
-    return {
-        **checkpoints.describe(work.model, config.quant, layers),
-        "figures": figures,
-        "metrics": _measure(work, cached, source, shelf, layers),
-        "measured_on": CacheReader(cached, "eval").text_key(),
-    }
+    return source, shelf, layers, figures
 
 
 def _measure(

@@ -15,6 +15,7 @@ from qat.distill.state import States
 from qat.distill.trainer import History, Trainer, cuts
 from qat.forward import Pass, use
 from qat.models import ModelFolder
+from qat.peaks import TRAINING, peaks
 from qat.processes import Ranks, joined
 from qat.quant import adapter
 from qat.quant.architectures import Layer
@@ -44,7 +45,7 @@ def main(config: Config, run: Run) -> None:
 def make(work: Workspace, cached: Artifact, start: Path) -> Path:
     """Trains from the checkpoint at `start`; returns the folder of the best checkpoint."""
     run, config = work.run, work.config
-    with work.timed("distill"), joined(work.machine.device) as ranks:
+    with work.timed("distill"), joined(work.machine.device) as ranks, peaks.phase(TRAINING):
         student, manifest = checkpoints.load(start, work.model, work.machine, latents=config.train.learn.latent > 0)
         layers = checkpoints.layers_of(manifest)
         check_mode(config.mode, layers, work.model)
@@ -77,9 +78,10 @@ def train_into(work: Workspace, cached: Artifact, start: Path, folder: Path) -> 
         What the manifest of a checkpoint says, with the held-out KD loss before and after.
     """
     latents = work.config.train.learn.latent > 0
-    student, manifest = checkpoints.load(start, work.model, work.machine, latents=latents)
-    trainer = _trainer(work, cached, student, checkpoints.layers_of(manifest), Ranks())
-    history = trainer.run(lambda row: None, lambda: checkpoints.write(student, folder), None)
+    with peaks.phase(TRAINING):
+        student, manifest = checkpoints.load(start, work.model, work.machine, latents=latents)
+        trainer = _trainer(work, cached, student, checkpoints.layers_of(manifest), Ranks())
+        history = trainer.run(lambda row: None, lambda: checkpoints.write(student, folder), None)
     found = {name: getattr(history, name) for name in ("kd_loss_initial", "kd_loss_best")}
     log.info("%s: KD loss %.4f before training, %.4f after", manifest["quant"]["name"], *found.values())
     return checkpoints.heritage(manifest) | found

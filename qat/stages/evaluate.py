@@ -24,6 +24,7 @@ from qat.evaluate.intervals import METHOD
 from qat.evaluate.tasks import Harness
 from qat.evaluate.windows import Windows, read
 from qat.names import TEACHER, called, checkpoint
+from qat.peaks import EVALUATION, peaks
 from qat.quant import adapter
 from qat.quant.size import summary
 from qat.runs import Run
@@ -177,7 +178,7 @@ def _measure(
     machine, speech = work.machine, Speech(work)
     found: dict[str, Found] = {}
     comparison: Comparison | None = None
-    with work.timed("evaluate"):
+    with work.timed("evaluate"), peaks.phase(EVALUATION):
         teacher = work.teacher.load(machine.dtype, machine.device)
         if ground.rows is not None:
             work.settle(work.teacher, ground.rows, teacher)

@@ -14,19 +14,27 @@ from qat.distill.parameters import LATENT, NORMS
 from qat.errors import ConfigError
 from qat.export.exporter import exporter
 from qat.footprint import Job, Place, Shapes
+from qat.footprint.places import LEAD
+from qat.footprint.remedy import INSTANCE
 from qat.machine import Machine
 from qat.models import ModelFolder
+from qat.peaks import peaks
+from qat.processes import place
 from qat.quant import budget
 from qat.quant.architectures import learns, select
 from qat.quant.choice import key_of
+from qat.runs import Run
 
 log = logging.getLogger(__name__)
 
 CONVERTS = (Stage.run, Stage.convert)
 TRAINS = (Stage.run, Stage.distill)
+AUTO = "auto"  # the instance that is whatever is there
 
 
-def check(config: Config, model: ModelFolder, teacher: ModelFolder, machine: Machine) -> int:
+def check(
+    config: Config, model: ModelFolder, teacher: ModelFolder, machine: Machine
+) -> tuple[Machine, dict[str, int]]:
     """Looks at shapes, lengths, counts and memory.
 
     Args:
@@ -36,7 +44,8 @@ def check(config: Config, model: ModelFolder, teacher: ModelFolder, machine: Mac
         machine: that it is to run on.
 
     Returns:
-        Bytes that the run is expected to take where most is taken for what is free.
+        The machine, of `instance=auto` with what of its settings makes the run fit; and bytes that each phase is
+        expected to take of it.
 
     Raises:
         ConfigError: the first that cannot work, with its bound or what takes the memory.
@@ -51,10 +60,38 @@ def check(config: Config, model: ModelFolder, teacher: ModelFolder, machine: Mac
     for job in jobs if config.stage in TRAINS else []:
         _check_learning(job)
     shapes = shapes_of(model, teacher, machine)
+    if config.instance.name == AUTO and max(config.instance.devices, place().count) == 1:
+        config, machine = _adjusted(config, shapes, model, machine)
     footprint.check(config, shapes, lambda changed: list(_jobs(changed, model)), machine)
     if places := footprint.plan(config, shapes, jobs, machine):
-        log.info("memory, expected: %s", footprint.summary(places))
-    return int(max((place.needed() for place in places.values()), default=0))
+        log.info("%s%s", LEAD, footprint.summary(places))
+    return machine, footprint.expected(config, shapes, jobs, machine)
+
+
+def _adjusted(config: Config, shapes: Shapes, model: ModelFolder, machine: Machine) -> tuple[Config, Machine]:
+    """The run on `instance=auto`, which is whatever makes it fit; several processes would have to agree on it."""
+    config, machine, keys = footprint.adjusted(config, shapes, lambda changed: list(_jobs(changed, model)), machine)
+    if keys:
+        log.info("memory is short: %s from here on, which changes no result", " ".join(keys))
+    return config, machine
+
+
+def record_expected(run: Run, expected: dict[str, int]) -> None:
+    """Notes in the record what each phase is expected to take, and what is taken before the first one."""
+    memory = run.result["memory"]
+    memory["start_bytes"] = peaks.start[0]
+    memory["planned_bytes"] = max(expected.values(), default=0)
+    memory["phases"] = {name: {"planned_bytes": count} for name, count in expected.items()}
+
+
+def record_taken(run: Run) -> None:
+    """Notes what each phase took so far beyond the start, of what computes and of host memory; and the most of all."""
+    memory, (device, host) = run.result["memory"], peaks.start
+    phases = memory.setdefault("phases", {})
+    for name, found in peaks.found.items():
+        phases.setdefault(name, {}).update({"peak_bytes": found.device, "host_bytes": found.host})
+        memory["peak_bytes"] = max(memory.get("peak_bytes", 0), device + found.device)
+        memory["host_bytes"] = max(memory.get("host_bytes", 0), host + found.host)
 
 
 def planned(config: Config, model: ModelFolder, teacher: ModelFolder, machine: Machine) -> dict[str, Place]:
@@ -66,12 +103,14 @@ def advice(
     config: Config, model: ModelFolder, teacher: ModelFolder, machine: Machine, phase: str, place: Place
 ) -> str:
     """What makes a phase fit that is expected to take more than is free; empty where it fits."""
-    if place.needed() <= place.free:
+    if place.fits():
         return ""
     shapes = shapes_of(model, teacher, machine)
     keys = footprint.remedy(config, shapes, lambda changed: list(_jobs(changed, model)), machine, phase)
     makes = f"{' '.join(keys)} makes it fit" if keys else "no key makes it fit: choose a smaller model"
-    return f"{size(place.free)} are free{place.where}; {makes}"
+    if keys and config.instance.name == AUTO and all(key.startswith(INSTANCE) for key in keys):
+        makes = f"instance={AUTO} turns {' '.join(keys)} by itself"
+    return f"{size(place.room())} are free{place.where}; {makes}"
 
 
 def shapes_of(model: ModelFolder, teacher: ModelFolder, machine: Machine) -> Shapes:

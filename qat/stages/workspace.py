@@ -16,6 +16,7 @@ from qat.fidelity.sample import Rows
 from qat.forward import Pass
 from qat.machine import Machine
 from qat.models import ModelFolder
+from qat.peaks import peaks
 from qat.records import Record
 from qat.runs import Run, environment
 from qat.stages import limits
@@ -75,12 +76,11 @@ class Workspace:
     @contextmanager
     def timed(self, what: str) -> Iterator[None]:
         """Adds the seconds spent inside to the record, as `<what>_s`, and saves it."""
-        memory = self.run.result["memory"]
         try:
             with self.run.timed(what):
                 yield
         finally:
-            memory["peak_bytes"] = max(memory.get("peak_bytes", 0), machine.peak_bytes(self.machine.device))
+            limits.record_taken(self.run)
         self.run.save()
 
     def measures_on(self, text: str, called: str) -> None:
@@ -97,13 +97,14 @@ def open_workspace(config: Config, run: Run) -> Workspace:
         ConfigError: a model cannot, the two do not have the same tokens, or a size is beyond them or the machine.
     """
     resolved = machine.resolve(config.instance)
-    run.result["memory"]["start_bytes"] = machine.peak_bytes(resolved.device)
+    peaks.begin(resolved.device)
     run.result["environment"] = environment(resolved.describe(), resolved.instance)
     _tell(config, run, resolved)
     asked = None if config.stage is Stage.export else config.teacher  # what a file holds is the student's alone
     model, teacher = models.pair(config.model, asked, Path(config.outputs) / "artifacts")
     check(config, model, teacher, resolved)
-    run.result["memory"]["planned_bytes"] = limits.check(config, model, teacher, resolved)
+    resolved, expected = limits.check(config, model, teacher, resolved)
+    limits.record_expected(run, expected)
     return Workspace(config, run, resolved, model, teacher)
 
 

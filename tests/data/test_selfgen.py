@@ -1,7 +1,9 @@
 """The teacher writes its own training text: from prompts, tokens, openings of a text and its own questions."""
 
 import dataclasses
+import gc
 import json
+import weakref
 
 import pytest
 import torch
@@ -9,9 +11,10 @@ import torch
 from qat.config import DataConfig, DataSource, Start
 from qat.data import selfgen, sources
 from qat.data.documents import Document
-from qat.data.selfgen import PROMPTS_AT_ONCE, answer
+from qat.data.selfgen import answer
 from qat.data.tally import Tally
 from qat.data.thinking import chat_tokens, user_turn
+from qat.generation.rows import PROMPTS_AT_ONCE
 
 DATA = DataConfig(name="prompts", source=DataSource.selfgen, answer_tokens=12, greedy_tokens=4)
 PROMPTS = ["Hi", "What is the capital of France?", "Why?", "Write a poem about the sea and the wind."]
@@ -82,6 +85,15 @@ def test_text_that_nobody_takes_any_more_is_not_written_on(tiny, cpu, tmp_path, 
     next(text)
     text.close()
     assert len(list(tmp_path.iterdir())) <= 1 + selfgen.AHEAD  # of 32
+
+
+def test_sources_that_write_at_a_time_have_one_teacher_between_them(tiny, cpu):
+    first = tiny.shared(cpu.dtype, cpu.device)
+    assert tiny.shared(cpu.dtype, cpu.device) is first
+    gone = weakref.ref(first)
+    del first
+    gc.collect()
+    assert gone() is None  # and nobody keeps it when all have written
 
 
 def test_a_fault_while_writing_ends_the_reading(written, monkeypatch):

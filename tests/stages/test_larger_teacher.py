@@ -200,13 +200,19 @@ def test_the_model_itself_is_no_other_teacher(place):
 def test_both_models_are_in_the_plan_of_memory(configured, place):
     config = configured("model", "loss=full_kl", *taught_by(place / "other"))
     model, teacher = folder_of(place / "model"), folder_of(place / "other")
-    parts = {part.what: part.bytes for part in limits.planned(config, model, teacher, tiny.FP32)["training"].parts}
+
+    def planned(asked, beside):
+        found = limits.planned(asked, model, beside, tiny.FP32)["training"].parts
+        return {part.what: part.bytes for part in found}
+
+    parts = planned(config, teacher)
     held = teacher.load(torch.float32, tiny.CPU)
     assert parts["the teacher's weights"] == 4 * sum(value.numel() for value in held.parameters())
     assert parts["the student's weights"] < parts["the teacher's weights"]
-    assert "the teacher's activations" in parts
-    alone = limits.planned(configured("model", "loss=full_kl"), model, model, tiny.FP32)["training"].parts
-    assert "the teacher's activations" not in {part.what for part in alone}
+    alone = planned(configured("model", "loss=full_kl"), model)
+    assert alone["the teacher's weights"] == alone["the student's weights"] == parts["the student's weights"]
+    states = parts["the teacher's hidden states"] / alone["the teacher's hidden states"]
+    assert states == held.config.hidden_size / model.settings().hidden_size
 
 
 def test_the_larger_model_chats_as_the_teacher(configured, place, capsys):

@@ -1,0 +1,17 @@
+"""What libraries take, measured: no arithmetic tells it."""
+
+from qat.footprint.shapes import Part
+from qat.machine import Machine
+
+WHAT = "libraries"
+# Bytes by kind of device, which count as taken: cuBLAS's work space of every stream and thread, 0.20 to 0.24 GB on an
+# H200; on a CPU what oneDNN packs weights into, and code that is loaded when it is first used
+TAKEN = {"cuda": 2.4e8, "cpu": 1.0e8}
+# Bytes of a GPU that are taken after a run has begun but by no tensor: code of kernels, and what their threads may
+# spill (an H200 has 0.7 GB taken before the first tensor and 2.25 to 2.36 GB later)
+BESIDE = 1.6e9
+
+
+def part(machine: Machine) -> Part:
+    """As a part of any phase."""
+    return Part(WHAT, TAKEN.get(machine.device.type, TAKEN["cpu"]), "instance", least=False)

@@ -1,0 +1,36 @@
+"""The phases of a run in order, each with the memory that it holds."""
+
+from collections.abc import Iterator
+
+from qat.config import Config, Stage
+from qat.footprint.making import conversion, evaluation
+from qat.footprint.preparation import cache, comparison, reads, text
+from qat.footprint.shapes import FP32, MODEL, Job, Part, Shapes
+from qat.footprint.training import comparisons, training
+from qat.machine import Machine
+from qat.peaks import CACHE, COMPARISON, EVALUATION, EXPORT, TEXT, TRAINING
+
+RECORDS = (Stage.run, Stage.cache, Stage.convert, Stage.distill)  # stages that make a cache if there is none
+
+
+def phases(config: Config, shapes: Shapes, jobs: list[Job], machine: Machine) -> Iterator[tuple[str, list[Part]]]:
+    """All of a run that may take the most; one name may come more than once."""
+    stage, larger = config.stage, max((shapes, shapes.taught_by[0]), key=lambda one: one.weights)
+    if stage in RECORDS and not config.cache.path:
+        if written := text(config, shapes, machine):
+            yield TEXT, written
+        yield CACHE, cache(config, shapes, machine)
+    if stage in (*RECORDS, Stage.evaluate):
+        yield COMPARISON, comparison(config, larger, machine, reads(config, larger, machine))
+    if stage in (Stage.run, Stage.convert):
+        for job in jobs:
+            yield from conversion(job, config, shapes, machine)
+    if stage in (Stage.run, Stage.distill):
+        for job in jobs:
+            for parts in comparisons(job, config, shapes, machine):
+                yield COMPARISON, parts
+            yield TRAINING, training(job, config, shapes, machine)
+    if stage in (Stage.run, Stage.evaluate):
+        yield EVALUATION, evaluation(jobs, config, shapes, machine)
+    if stage is Stage.export:
+        yield EXPORT, [Part("the model's weights in fp32", shapes.weights * FP32, MODEL, host=True)]

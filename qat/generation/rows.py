@@ -1,0 +1,42 @@
+"""How many rows are written at once, from shapes alone: a plan of memory asks what the writing itself asks."""
+
+from dataclasses import dataclass
+
+from transformers import PreTrainedConfig
+
+from qat import capacity
+from qat.generation.loop import Sampling, bytes_a_row
+from qat.machine import Machine
+
+PROMPTS_AT_ONCE = {"cpu": 64, "mps": 64, "cuda": 4096}
+SHARE = 0.25  # share of a GPU's memory for one writer, as the sources of a mixture write at the same time
+# Copies of a row's logits that exist: of plain calls and of the recording; on a CPU those that a token is drawn from
+LOGITS = {"cuda": 2, "mps": 3, "cpu": 3}
+COMPILED_TOKENS = 10_000_000  # tokens of a writer from which compiling its step saves more time than it takes
+
+
+@dataclass(frozen=True)
+class Batches:
+    """How texts are written: rows of a batch, whether a step is compiled, and bytes that a row takes meanwhile."""
+
+    rows: int
+    compiled: bool
+    row_bytes: int
+
+
+def batches(model: PreTrainedConfig, machine: Machine, texts: int, longest: int, sampling: Sampling) -> Batches:
+    """How so many texts are written whose prompts have at most `longest` tokens."""
+    compiled = machine.compile and texts * sampling.tokens >= COMPILED_TOKENS
+    rows = rows_at_once(model, machine, longest, sampling)
+    if not compiled:  # batches of equal size; a compiled step keeps the size that all sources share
+        rows = -(-texts // -(-texts // rows))
+    row_bytes = bytes_a_row(model, longest, sampling, machine.dtype, LOGITS[machine.device.type])
+    return Batches(rows, compiled, row_bytes)
+
+
+def rows_at_once(model: PreTrainedConfig, machine: Machine, longest: int, sampling: Sampling) -> int:
+    """Rows per batch, from the GPU's total memory and not its free memory, so that batches stay the same."""
+    most, whole = PROMPTS_AT_ONCE[machine.device.type], capacity.whole(machine.device)
+    if whole is None:
+        return most
+    return max(1, min(most, int(SHARE * whole / bytes_a_row(model, longest, sampling, machine.dtype))))
