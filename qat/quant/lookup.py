@@ -6,12 +6,15 @@ Shapes: N layers, which a single layer's tensors may be without, O outputs, I in
 of a vector, J = I / D indices of a row (I where values are numbers).
 """
 
+from concurrent.futures import ThreadPoolExecutor
+
 import torch
 from torch import Tensor
 
 from qat.machine import exact_matmul
 
-LOOKED_UP = 1 << 16  # weights that are looked up at a time on a CPU
+LOOKED_UP = 1 << 15  # weights that each core of a CPU looks up at a time
+COUNTED = 1 << 15  # weights that a core of a CPU adds up at a time: 64-bit copies stay in caches, torch starts no threads
 COMPARED = 16  # largest number of values that a CPU compares one after the other
 # Numbers in a temporary tensor of all vectors' distances: fits into CPU caches; hides launch time on a GPU
 AT_ONCE = {"cpu": 1 << 20, "cuda": 1 << 26}
@@ -25,18 +28,19 @@ def are_vectors(values: Tensor, of_rows: Tensor) -> bool:
 def look_up(values_NK: Tensor, index_NOI: Tensor) -> Tensor:
     """`values[index]` [N, O, I], each layer with its own values [N, K], or vectors [N, K, D] at indices [N, O, J].
 
-    PyTorch gathers by 64-bit indices, which on a CPU are made for some weights at a time: they stay in its caches.
+    PyTorch gathers by 64-bit indices, which on a CPU are made for some weights at a time: they stay in its caches. Of
+    its ways to gather from few values only `take` is shared out among cores.
     """
     if are_vectors(values_NK, index_NOI):
         return _look_up_vectors(values_NK, index_NOI)
     if values_NK.dim() == 1:
-        return torch.take(values_NK, index_NOI.long())
+        return look_up(values_NK[None], index_NOI[None])[0]
     if values_NK.device.type != "cpu":
         return values_NK.gather(1, index_NOI.flatten(1).long()).view(index_NOI.shape)
-    found_NOI = torch.empty(index_NOI.shape, dtype=values_NK.dtype)
+    found_NOI, size = torch.empty(index_NOI.shape, dtype=values_NK.dtype), LOOKED_UP * torch.get_num_threads()
     for values_K, index_OI, found_OI in zip(values_NK, index_NOI, found_NOI, strict=True):
-        for index, found in zip(index_OI.flatten().split(LOOKED_UP), found_OI.view(-1).split(LOOKED_UP), strict=True):
-            torch.gather(values_K, 0, index.long(), out=found)
+        for index, found in zip(index_OI.flatten().split(size), found_OI.view(-1).split(size), strict=True):
+            torch.take(values_K, index.long(), out=found)
     return found_NOI
 
 
@@ -50,8 +54,8 @@ def _look_up_vectors(values_NKD: Tensor, index_NOJ: Tensor) -> Tensor:
 def entry_sums(x_NOI: Tensor, index_NOI: Tensor, entries: int) -> Tensor:
     """Sums [N, K] of the numbers that have the same index; [N, K, D] with indices [N, O, J] of vectors.
 
-    On a GPU one masked reduction an entry: a scatter would queue up at a few addresses, in any order. On a CPU one
-    count over all, in float64: it passes over the numbers once.
+    On a GPU one masked reduction an entry: a scatter would queue up at a few addresses, in any order. On a CPU counts in
+    float64, which pass over the numbers once.
     """
     if x_NOI.dim() == 2:
         return entry_sums(x_NOI[None], index_NOI[None], entries)[0]
@@ -59,9 +63,25 @@ def entry_sums(x_NOI: Tensor, index_NOI: Tensor, entries: int) -> Tensor:
         return _vector_sums(x_NOI, index_NOI, entries, dim)
     if x_NOI.device.type != "cpu":
         return torch.stack([(x_NOI * (index_NOI == k)).sum(dim=(1, 2)) for k in range(entries)], dim=1)
-    layers = torch.arange(len(x_NOI))[:, None, None] * entries
-    sums = torch.bincount((index_NOI + layers).flatten(), x_NOI.flatten().double(), len(x_NOI) * entries)
-    return sums.view(-1, entries).to(x_NOI.dtype)
+    return torch.stack([_counted(*layer, entries) for layer in zip(x_NOI, index_NOI, strict=True)]).to(x_NOI.dtype)
+
+
+def _counted(x_OI: Tensor, index_OI: Tensor, entries: int) -> Tensor:
+    """Sums [K], float64, of a layer's numbers on a CPU: those of pieces, added up in their order whatever the cores.
+
+    A count of PyTorch's keeps one core busy, so several are made at a time.
+    """
+    pieces = list(zip(index_OI.flatten().split(COUNTED), x_OI.flatten().split(COUNTED), strict=True))
+
+    def count(piece: tuple[Tensor, Tensor]) -> Tensor:
+        index, x = piece
+        return torch.bincount(index, x.double(), entries)
+
+    cores = min(torch.get_num_threads(), len(pieces))
+    if cores < 2:
+        return torch.stack([count(piece) for piece in pieces]).sum(0)
+    with ThreadPoolExecutor(cores) as pool:
+        return torch.stack(list(pool.map(count, pieces))).sum(0)
 
 
 def _vector_sums(x_NOI: Tensor, index_NOJ: Tensor, entries: int, dim: int) -> Tensor:
