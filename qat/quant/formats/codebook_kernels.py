@@ -14,16 +14,11 @@ import torch
 from torch import Tensor
 
 from qat.quant.formats.base import ALIGNMENT, Parts
+from qat.quant.formats.low_rank_kernels import AVAILABLE, TILE, columns, constants, padded, precision, tiles
 
-try:
+if AVAILABLE:
     import triton
     import triton.language as tl
-except ImportError:  # no CUDA build of torch
-    AVAILABLE = False
-else:
-    AVAILABLE = True
-
-TILE = 64  # outputs and inputs of the tile that a program processes
 
 
 def write(indices: Tensor, operands: Parts, latent: Tensor | None, weights: Tensor, starts: Tensor) -> None:
@@ -35,7 +30,7 @@ def write(indices: Tensor, operands: Parts, latent: Tensor | None, weights: Tens
     """
     codebook, A, B = operands["codebook"], operands["A"].contiguous(), operands["B"].contiguous()
     layers, outputs, inputs = indices.shape
-    grid = (triton.cdiv(inputs, TILE), triton.cdiv(outputs, TILE), layers)
+    grid = (tiles(inputs), tiles(outputs), layers)
     _write[grid](
         indices,
         codebook,
@@ -48,10 +43,10 @@ def write(indices: Tensor, operands: Parts, latent: Tensor | None, weights: Tens
         inputs,
         A.shape[2],
         K=codebook.shape[1],
-        RANKS=_padded(A.shape[2]),
+        RANKS=padded(A.shape[2]),
         LATENT=latent is not None,
         TILE=TILE,
-        PRECISION=_precision(weights),
+        PRECISION=precision(weights),
     )
 
 
@@ -59,26 +54,14 @@ def gradients(grads: Tensor, starts: Tensor, indices: Tensor, operands: Parts, f
     """Gradients of codebook, A and B; see `Kernels.gradients`."""
     codebook, A, B = operands["codebook"], operands["A"].contiguous(), operands["B"].contiguous()
     layers, outputs, inputs = indices.shape
-    rows, columns = triton.cdiv(outputs, TILE), triton.cdiv(inputs, TILE)
+    rows = tiles(outputs)
     partial = torch.empty(layers, rows, codebook.shape[1], dtype=torch.float32, device=codebook.device)
-    sizes = (outputs, inputs, A.shape[2])
-    # Gradients of 16 bits have no more digits than TF32.
-    precision = _precision(grads) if grads.dtype == torch.float32 else _precision(grads).removesuffix("x3")
-    constants = {"K": codebook.shape[1], "RANKS": _padded(A.shape[2]), "TILE": TILE, "PRECISION": precision}
-    _reduce_rows[(rows, layers)](grads, starts, indices, codebook, A, B, found["A"], partial, *sizes, **constants)
+    _reduce_rows[(rows, layers)](
+        *(grads, starts, indices, codebook, A, B, found["A"], partial, outputs, inputs, A.shape[2]),
+        **constants(grads, operands),
+    )
     torch.sum(partial, 1, out=found["codebook"])
-    # Loads ahead of their use are off: with codebook lookups they take three times as long.
-    further = constants | {"num_stages": 1}
-    _reduce_columns[(columns, layers)](grads, starts, indices, codebook, A, found["B"], *sizes, **further)
-
-
-def _padded(rank: int) -> int:
-    """Number of ranks padded for the matrix units: a power of two, at least 16."""
-    return max(16, triton.next_power_of_2(rank))
-
-
-def _precision(x: Tensor) -> str:
-    return "tf32x3" if x.is_cuda and torch.cuda.get_device_capability(x.device) >= (8, 0) else "ieee"
+    columns(grads, starts, indices, operands, found["B"])
 
 
 if AVAILABLE:
@@ -180,42 +163,3 @@ if AVAILABLE:
         kept = (o[:, None] < outputs) & (r[None, :] < ranks)
         tl.store(d_A + (layer * outputs + o[:, None]) * ranks + r[None, :], sum_A, mask=kept)
         tl.store(d_codebook + (layer * tl.num_programs(0) + tl.program_id(0)) * K + entry, sum_codebook)
-
-    @triton.jit
-    def _reduce_columns(
-        grads,
-        starts,
-        indices,
-        codebook,
-        A,
-        d_B,
-        outputs,
-        inputs,
-        ranks,
-        K: tl.constexpr,
-        RANKS: tl.constexpr,
-        TILE: tl.constexpr,
-        PRECISION: tl.constexpr,
-    ):
-        """Some columns of B's gradient."""
-        layer = tl.program_id(1).to(tl.int64)
-        begin = tl.multiple_of(tl.load(starts + layer), BEGIN)
-        i = tl.program_id(0) * TILE + tl.arange(0, TILE)
-        r = tl.arange(0, RANKS)
-        sum_B = tl.zeros([TILE, RANKS], tl.float32)  # transposed, because the ranks of A are adjacent in memory
-        for start in range(0, outputs, TILE):
-            o = start + tl.arange(0, TILE)
-            inside = (o[:, None] < outputs) & (i[None, :] < inputs)
-            place = (layer * outputs + o[:, None]) * inputs + i[None, :]
-            there = begin + o[:, None] * inputs + i[None, :]
-            g = tl.load(grads + there, mask=inside, other=0.0).to(tl.float32)
-            index = tl.load(indices + place, mask=inside, other=0).to(tl.int32)
-            d_scale = g * tl.load(codebook + layer * K + index)
-            a = tl.load(
-                A + (layer * outputs + o[:, None]) * ranks + r[None, :],
-                mask=(o[:, None] < outputs) & (r[None, :] < ranks),
-                other=0.0,
-            )
-            sum_B = tl.dot(tl.trans(d_scale), a, sum_B, input_precision=PRECISION)
-        kept = (r[None, :] < ranks) & (i[:, None] < inputs)
-        tl.store(d_B + (layer * ranks + r[None, :]) * inputs + i[:, None], sum_B, mask=kept)

@@ -14,14 +14,15 @@ import torch
 from torch import Tensor
 
 from qat.quant.formats.base import ALIGNMENT, Parts
-from qat.quant.formats.codebook_kernels import AVAILABLE, _padded, _precision
+from qat.quant.formats.low_rank_kernels import AVAILABLE, columns, constants, tiles
 
 if AVAILABLE:
     import triton
     import triton.language as tl
 
+    from qat.quant.formats.low_rank_kernels import through_values
+
 WRITTEN = 512  # vectors that a program writes
-TILE = 64  # outputs and inputs of the tile that a program reduces
 ENTRIES = 256  # at most, whose gradients a program sums up
 SUMMED = 64  # vectors that it takes at a time
 LONGEST = 8192  # vectors that it sums over
@@ -52,15 +53,9 @@ def gradients(grads: Tensor, starts: Tensor, indices: Tensor, operands: Parts, f
     codebook, A, B = operands["codebook"], operands["A"].contiguous(), operands["B"].contiguous()
     layers, outputs, row = indices.shape
     entries, dim = codebook.shape[1:]
-    sizes = (outputs, row, A.shape[2])
-    precision = _precision(grads) if grads.dtype == torch.float32 else _precision(grads).removesuffix("x3")
-
-    constants = {"D": dim, "K": entries, "RANKS": _padded(A.shape[2]), "TILE": TILE, "PRECISION": precision}
-    by_row, by_column = (triton.cdiv(outputs, TILE), layers), (triton.cdiv(row * dim, TILE), layers)
-    _reduce_rows[by_row](grads, starts, indices, codebook, B, found["A"], *sizes, **constants)
-    # Loads ahead of their use are off, as in `codebook_kernels`.
-    further = constants | {"num_stages": 1}
-    _reduce_columns[by_column](grads, starts, indices, codebook, A, found["B"], *sizes, **further)
+    sizes, compiled = (outputs, row, A.shape[2]), constants(grads, operands)
+    _reduce_rows[(tiles(outputs), layers)](grads, starts, indices, codebook, B, found["A"], *sizes, D=dim, **compiled)
+    columns(grads, starts, indices, operands, found["B"])
 
     pieces, some = triton.cdiv(outputs * row, LONGEST), max(16, min(entries, ENTRIES))
     partial = torch.empty(layers, pieces, entries, dim, dtype=torch.float32, device=codebook.device)
@@ -71,7 +66,7 @@ def gradients(grads: Tensor, starts: Tensor, indices: Tensor, operands: Parts, f
         SOME=some,
         SIZE=SUMMED,
         LONGEST=LONGEST,
-        PRECISION=precision,
+        PRECISION=compiled["PRECISION"],
         num_warps=8,
     )
     torch.sum(partial, 1, out=found["codebook"])
@@ -132,15 +127,6 @@ if AVAILABLE:
         tl.store(weights + there, value.to(weights.dtype.element_ty), mask=inside[:, None])
 
     @triton.jit
-    def _through_values(grads, begin, indices, codebook, layer, o, i, outputs, row, K: tl.constexpr, D: tl.constexpr):
-        """The gradient [TILE, TILE] of the scales at rows o and columns i."""
-        inside = (o[:, None] < outputs) & (i[None, :] < row * D)
-        g = tl.load(grads + begin + o[:, None] * (row * D) + i[None, :], mask=inside, other=0.0).to(tl.float32)
-        place = (layer * outputs + o[:, None]) * row + (i // D)[None, :]
-        index = tl.load(indices + place, mask=inside, other=0).to(tl.int32)
-        return g * tl.load(codebook + layer * K * D + index * D + (i % D)[None, :])
-
-    @triton.jit
     def _reduce_rows(
         grads,
         starts,
@@ -164,43 +150,12 @@ if AVAILABLE:
         sum_A = tl.zeros([TILE, RANKS], tl.float32)
         for start in range(0, row * D, TILE):
             i = start + tl.arange(0, TILE)
-            d_scale = _through_values(grads, begin, indices, codebook, layer, o, i, outputs, row, K, D)
+            d_scale = through_values(grads, begin, indices, codebook, layer, o, i, outputs, row, K, D)
             known = (r[None, :] < ranks) & (i[:, None] < row * D)
             b = tl.load(B + (layer * ranks + r[None, :]) * (row * D) + i[:, None], mask=known, other=0.0)
             sum_A = tl.dot(d_scale, b, sum_A, input_precision=PRECISION)
         kept = (o[:, None] < outputs) & (r[None, :] < ranks)
         tl.store(d_A + (layer * outputs + o[:, None]) * ranks + r[None, :], sum_A, mask=kept)
-
-    @triton.jit
-    def _reduce_columns(
-        grads,
-        starts,
-        indices,
-        codebook,
-        A,
-        d_B,
-        outputs,
-        row,
-        ranks,
-        D: tl.constexpr,
-        K: tl.constexpr,
-        RANKS: tl.constexpr,
-        TILE: tl.constexpr,
-        PRECISION: tl.constexpr,
-    ):
-        """Some columns of B's gradient."""
-        layer = tl.program_id(1).to(tl.int64)
-        begin = tl.multiple_of(tl.load(starts + layer), BEGIN)
-        i, r = tl.program_id(0) * TILE + tl.arange(0, TILE), tl.arange(0, RANKS)
-        sum_B = tl.zeros([TILE, RANKS], tl.float32)  # transposed, because the ranks of A are adjacent in memory
-        for start in range(0, outputs, TILE):
-            o = start + tl.arange(0, TILE)
-            d_scale = _through_values(grads, begin, indices, codebook, layer, o, i, outputs, row, K, D)
-            known = (o[:, None] < outputs) & (r[None, :] < ranks)
-            a = tl.load(A + (layer * outputs + o[:, None]) * ranks + r[None, :], mask=known, other=0.0)
-            sum_B = tl.dot(tl.trans(d_scale), a, sum_B, input_precision=PRECISION)
-        kept = (r[None, :] < ranks) & (i[:, None] < row * D)
-        tl.store(d_B + (layer * ranks + r[None, :]) * (row * D) + i[:, None], sum_B, mask=kept)
 
     @triton.jit
     def _reduce_codebook(
