@@ -9,7 +9,7 @@ import math
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
@@ -155,83 +155,23 @@ def quantize(
     Raises:
         NumericsError: a layer's weights are all zero, or hold NaN or infinity; the sentence names the layer.
     """
-    cluster, start, device = BACKENDS[kmeans.backend], before or {}, fitting(device)
-    factors, max_bytes, made = _Factors(), STACK_BYTES[device.type], dict[str, Converted]()
-    queue = stacks([layer for layer in layers if layer.role not in ROLES], max_bytes)
+    fits = _Fits(weights, moments, settings, BACKENDS[kmeans.backend], fitting(device), before or {})
+    queue = stacks([layer for layer in layers if layer.role not in ROLES], STACK_BYTES[fits.device.type])
+    made = dict[str, Converted]()
     for number, stack in enumerate(queue):
-        later = queue[number + 1 :]
-        for one in _quantized(stack, weights, moments, settings, cluster, device, start, factors, later):
+        for one in fits.stack(stack, queue[number + 1 :]):
             made[one.layer.name] = one
         advance(_count(stack))
     for layer in [layer for layer in layers if layer.role in ROLES]:
         with peaks.phase(f"{CONVERSION} of {layer.role}"):
-            made[layer.name] = _of_vocabulary(layer, weights, moments, settings, cluster, device, start)
+            made[layer.name] = fits.vocabulary(layer)
         advance(layer.weights)
     return [made[layer.name] for layer in layers]
-
-
-@torch.no_grad()
-@exact_matmul()
-def _quantized(
-    stack: list[Layer],
-    weights: Weights,
-    moments: Moments,
-    settings: ConvertConfig,
-    cluster: Cluster,
-    device: torch.device,
-    start: Mapping[str, Quantized],
-    factors: "_Factors",
-    later: list[list[Layer]],
-) -> list[Converted]:
-    """Fits the layers of a stack."""
-    began = time.monotonic()
-    weight = _stacked([weights(layer.name).to(device, torch.float32) for layer in stack])
-    _check(stack, weight)
-    inputs = {layer.source: moments.inputs[layer.source] for layer in stack}
-    inputs = {source: H.to(device) for source, H in inputs.items()}
-    problem = _problem(stack, weight, inputs, moments.outputs, factors.of(inputs, stack[0].format.dim, later))
-    del inputs
-    found = _solved(problem, stack[0].format, [start[one.name] for one in stack if start], cluster, settings)
-    values = stack[0].format.grid(found.operands).at(found.index_NOI)
-    figures = errors(weight, values, problem.curvature.inputs_NII)
-    seconds = (time.monotonic() - began) / len(stack)
-    return [
-        Converted(layer, module(layer, found, n), figures[n] | {"seconds": seconds}) for n, layer in enumerate(stack)
-    ]
-
-
-@torch.no_grad()
-@exact_matmul()
-def _of_vocabulary(
-    layer: Layer,
-    weights: Weights,
-    moments: Moments,
-    settings: ConvertConfig,
-    cluster: Cluster,
-    device: torch.device,
-    start: Mapping[str, Quantized],
-) -> Converted:
-    """Fits embedding or head."""
-    weight = weights(layer.name).to(device, torch.float32)
-    _check([layer], weight[None])
-    known = (moments.inputs[layer.name], moments.rows[layer.name])
-    old = fitted(layer.format, [start[layer.name]], device) if start else None
-    found, said = vocabulary.quantize(layer, weight, known, old, cluster, settings, STACK_BYTES[device.type])
-    return Converted(layer, module(layer, found, 0), said)
 
 
 def fitting(device: torch.device) -> torch.device:
     """The device that fits: Apple's GPUs have no float64."""
     return torch.device("cpu") if device.type == "mps" else device
-
-
-def _solved(
-    problem: Problem, format: Format, before: list[Quantized], cluster: Cluster, settings: ConvertConfig
-) -> Fitted:
-    """Fits the layers of a problem, from scratch or from those of the pass before."""
-    if not before:
-        return fit(problem, format, cluster, settings.rounds, settings.sweeps)
-    return improve(problem, format, fitted(format, before, problem.weight_NOI.device), settings.sweeps)
 
 
 def _check(stack: list[Layer], weight_NOI: Tensor) -> None:
@@ -265,16 +205,63 @@ class _Factors:
         return found
 
 
-def _problem(
-    stack: list[Layer],
-    weight_NOI: Tensor,
-    inputs: dict[str, Tensor],
-    outputs: dict[str, Tensor],
-    factors: dict[str, Factor],
-) -> Problem:
-    H = _stacked([inputs[layer.source] for layer in stack])
-    G = _stacked([outputs[layer.name].to(H.device) for layer in stack]) if outputs else None
-    return Problem(weight_NOI, H, Factor.join([factors[layer.source] for layer in stack]), G)
+@dataclass(frozen=True)
+class _Fits:
+    """What all layers are fitted by; the attributes are the arguments of `quantize`, made concrete.
+
+    Attributes:
+        cluster: makes the first codebooks.
+        device: that fits.
+        start: layers of the pass before; empty in the first.
+        factors: of the input moments.
+    """
+
+    weights: Weights
+    moments: Moments
+    settings: ConvertConfig
+    cluster: Cluster
+    device: torch.device
+    start: Mapping[str, Quantized]
+    factors: _Factors = field(default_factory=_Factors)
+
+    @torch.no_grad()
+    @exact_matmul()
+    def stack(self, stack: list[Layer], later: list[list[Layer]]) -> list[Converted]:
+        """Fits the layers of a stack, after which the `later` ones come."""
+        began, format = time.monotonic(), stack[0].format
+        weight = _stacked([self.weights(layer.name).to(self.device, torch.float32) for layer in stack])
+        _check(stack, weight)
+        problem = self._problem(stack, weight, later)
+        found = self._solved(problem, format, [self.start[one.name] for one in stack if self.start])
+        values = format.grid(found.operands).at(found.index_NOI)
+        figures = errors(weight, values, problem.curvature.inputs_NII)
+        seconds = {"seconds": (time.monotonic() - began) / len(stack)}
+        return [Converted(layer, module(layer, found, n), figures[n] | seconds) for n, layer in enumerate(stack)]
+
+    @torch.no_grad()
+    @exact_matmul()
+    def vocabulary(self, layer: Layer) -> Converted:
+        """Fits embedding or head."""
+        weight = self.weights(layer.name).to(self.device, torch.float32)
+        _check([layer], weight[None])
+        known = (self.moments.inputs[layer.name], self.moments.rows[layer.name])
+        old = fitted(layer.format, [self.start[layer.name]], self.device) if self.start else None
+        room = STACK_BYTES[self.device.type]
+        found, said = vocabulary.quantize(layer, weight, known, old, self.cluster, self.settings, room)
+        return Converted(layer, module(layer, found, 0), said)
+
+    def _problem(self, stack: list[Layer], weight_NOI: Tensor, later: list[list[Layer]]) -> Problem:
+        inputs = {layer.source: self.moments.inputs[layer.source].to(self.device) for layer in stack}
+        factors, outputs = self.factors.of(inputs, stack[0].format.dim, later), self.moments.outputs
+        H = _stacked([inputs[layer.source] for layer in stack])
+        G = _stacked([outputs[layer.name].to(H.device) for layer in stack]) if outputs else None
+        return Problem(weight_NOI, H, Factor.join([factors[layer.source] for layer in stack]), G)
+
+    def _solved(self, problem: Problem, format: Format, before: list[Quantized]) -> Fitted:
+        """Fits the layers of a problem, from scratch or from those of the pass before."""
+        if not before:
+            return fit(problem, format, self.cluster, self.settings.rounds, self.settings.sweeps)
+        return improve(problem, format, fitted(format, before, self.device), self.settings.sweeps)
 
 
 def _stacked(matrices: list[Tensor]) -> Tensor:

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -108,11 +108,10 @@ def walk(
     max_states = STATES.get(model.device.type, STATES["cpu"])
     batches = micro_batches(text, max_states // _width(model))
     inner, watch = [layer for layer in layers if layer.role not in ROLES], Watch(model, layers)
-    draw, met, few, seen = torch.Generator().manual_seed(0), _tokens(batches), 0, set[str]()
+    met, few, seen = _tokens(batches), 0, set[str]()
     with baked(model, model.dtype):
         with _exactly():
-            layerwise = flows(model, batches[0].inputs())
-        observers = PASSING[layerwise, gradients](model, inner, batches, draw, watch, scratch)
+            observers = _Passes(model, inner, batches, watch, scratch).observers(gradients)
         while True:
             with _exactly():  # not while whoever takes the moments works with them
                 if (observer := next(observers, None)) is None:
@@ -156,49 +155,124 @@ def _tokens(batches: list[Batch]) -> int:
     return sum(batch.input_ids.numel() for batch in batches)
 
 
-def _forward(
-    model: PreTrainedModel,
-    layers: list[Layer],
-    text: list[Batch],
-    draw: torch.Generator,
-    watch: Watch,
-    scratch: Path | None,
-) -> Iterator[Observer]:
-    """Moments of the inputs, decoder layer by decoder layer from the lowest."""
-    flow = Flow(model, [batch.inputs() for batch in text], scratch)
-    for depth, decoder in enumerate(flow.layers):
-        observer = Observer(decoder, model, layers)
+@dataclass(frozen=True)
+class _Passes:
+    """The ways of a text through a model in which layers are watched.
+
+    Attributes:
+        model: quantized or not.
+        layers: of the decoder, that are watched.
+        text: in micro-batches.
+        watch: is given what embedding and head need.
+        scratch: a folder for what is too large for memory.
+    """
+
+    model: PreTrainedModel
+    layers: list[Layer]
+    text: list[Batch]
+    watch: Watch
+    scratch: Path | None
+
+    def observers(self, gradients: bool) -> Iterator[Observer]:
+        """Those of one decoder layer after the other, or of all together where the model has to be run whole."""
+        if flows(self.model, self.text[0].inputs()):
+            return self._backward() if gradients else self._forward()
+        return self._backward_whole() if gradients else self._forward_whole()
+
+    def _forward(self) -> Iterator[Observer]:
+        """Inputs, from the lowest decoder layer."""
+        flow = self._flow()
+        for depth, decoder in enumerate(flow.layers):
+            observer = Observer(decoder, self.model, self.layers)
+            with observer.watching(gradients=False):
+                flow.advance(depth)
+            yield observer
+            del observer
+        for n, batch in enumerate(self.text):
+            self._tell(batch, flow.last(n) if self.watch.head else flow.states(n))
+
+    def _backward(self) -> Iterator[Observer]:
+        """Inputs and gradients, from the highest decoder layer."""
+        flow = self._flow()
+        for depth in range(len(flow.layers)):
+            flow.advance(depth, keep=True)
+        for n, slope in enumerate(self._slopes(flow)):
+            flow.store.put(n, slope)  # from here on, gradients at what were states
+        for depth, decoder in reversed(list(enumerate(flow.layers))):
+            observer = Observer(decoder, self.model, self.layers)
+            with observer.watching(gradients=True):
+                for n in range(len(self.text)):
+                    flow.store.put(n, _back(flow, depth, n, flow.before(depth, n), flow.states(n)))
+            yield observer
+            del observer
+        if self.watch.embed:
+            self._to_rows(flow)
+
+    def _forward_whole(self) -> Iterator[Observer]:
+        """Inputs of all layers."""
+        observer = Observer(body(self.model), self.model, self.layers)
         with observer.watching(gradients=False):
-            flow.advance(depth)
+            for batch in self.text:
+                self._tell(batch, run_body(self.model, batch.to(self.model.device).inputs()))
         yield observer
-        del observer
-    for n, batch in enumerate(text):
-        _watch(watch, model, batch, flow.last(n) if watch.head else flow.states(n))
 
-
-def _backward(
-    model: PreTrainedModel,
-    layers: list[Layer],
-    text: list[Batch],
-    draw: torch.Generator,
-    watch: Watch,
-    scratch: Path | None,
-) -> Iterator[Observer]:
-    """Moments of inputs and gradients, decoder layer by decoder layer from the highest."""
-    flow = Flow(model, [batch.inputs() for batch in text], scratch)
-    for depth in range(len(flow.layers)):
-        flow.advance(depth, keep=True)
-    for n, slope in enumerate(_slopes(flow, draw, watch)):
-        flow.store.put(n, slope)  # from here on, gradients at what were states
-    for depth, decoder in reversed(list(enumerate(flow.layers))):
-        observer = Observer(decoder, model, layers)
+    def _backward_whole(self) -> Iterator[Observer]:
+        """Inputs and gradients of all layers."""
+        model, watch = self.model, self.watch
+        observer, head = Observer(body(model), model, self.layers), OutputHead(model)
         with observer.watching(gradients=True):
-            for n in range(len(text)):
-                flow.store.put(n, _back(flow, depth, n, flow.before(depth, n), flow.states(n)))
+            for batch, uniform in zip(self.text, self._drawn(), strict=True):
+                rows, learning = None, _learning_embeddings(model)
+                if watch.embed:
+                    rows = rows_of(model, batch.input_ids.to(model.device)).requires_grad_()
+                    learning = with_rows(model, rows)
+                with torch.enable_grad(), learning:
+                    hidden = run_body(model, batch.to(model.device).inputs())
+                if not hidden.requires_grad:
+                    raise ConfigError(f"no gradients reach the layers of {type(model).__name__}: use convert=fast")
+                hidden.backward(_surprise(head, hidden.detach(), uniform.to(hidden.device), watch))
+                watch.text(model, batch)
+                if rows is not None and rows.grad is not None:
+                    watch.slopes(rows.grad, rows)
         yield observer
-        del observer
-    if watch.embed:
-        _to_rows(flow, text, watch)
+
+    def _flow(self) -> Flow:
+        return Flow(self.model, [batch.inputs() for batch in self.text], self.scratch)
+
+    def _drawn(self) -> Iterator[Tensor]:
+        """Uniform numbers [B, L] for the tokens of each micro-batch: they do not depend on its size."""
+        draw = torch.Generator().manual_seed(0)
+        for batch in self.text:
+            yield torch.rand(batch.input_ids.shape, generator=draw, dtype=torch.float32)
+
+    def _slopes(self, flow: Flow) -> Iterator[Tensor]:
+        """The gradient of the surprise at the output of the last decoder layer, by micro-batch."""
+        head = OutputHead(self.model)
+        for n, uniform in enumerate(self._drawn()):
+            with torch.enable_grad():
+                states = flow.states(n).detach().requires_grad_()
+                hidden = flow.last(n, states)
+            slope = _surprise(head, hidden.detach(), uniform.to(states.device), self.watch)
+            yield torch.autograd.grad(hidden, states, slope)[0]
+
+    def _to_rows(self, flow: Flow) -> None:
+        """Passes gradients from the input of the lowest decoder layer back to the embedding's rows, by micro-batch."""
+        for n, batch in enumerate(self.text):
+            slope = flow.states(n)
+            rows = rows_of(self.model, batch.input_ids.to(slope.device)).requires_grad_()
+            with torch.enable_grad(), with_rows(self.model, rows):
+                entered = flow.entering(n)
+            self.watch.text(self.model, batch)
+            self.watch.slopes(torch.autograd.grad(entered, rows, slope)[0], rows)
+
+    def _tell(self, batch: Batch, hidden: Tensor) -> None:
+        """Gives `watch` a text and, where needed, its final hidden states [B, L, D] with the probabilities there."""
+        self.watch.text(self.model, batch)
+        if not self.watch.head:
+            return
+        head = OutputHead(self.model)
+        for states in hidden.flatten(0, 1).split(_at_once(head)):
+            self.watch.states(states, head.logits(states).softmax(-1))
 
 
 def _back(flow: Flow, depth: int, n: int, states: Tensor, slope: Tensor) -> Tensor:
@@ -206,86 +280,6 @@ def _back(flow: Flow, depth: int, n: int, states: Tensor, slope: Tensor) -> Tens
     with torch.enable_grad():
         states = states.detach().requires_grad_()
         return torch.autograd.grad(flow.through(depth, states, n), states, slope)[0]
-
-
-def _to_rows(flow: Flow, text: list[Batch], watch: Watch) -> None:
-    """Passes gradients from the input of the lowest decoder layer back to the embedding's rows, by micro-batch."""
-    for n, batch in enumerate(text):
-        slope, model = flow.states(n), cast(PreTrainedModel, flow.model)
-        rows = rows_of(model, batch.input_ids.to(slope.device)).requires_grad_()
-        with torch.enable_grad(), with_rows(model, rows):
-            entered = flow.entering(n)
-        watch.text(model, batch)
-        watch.slopes(torch.autograd.grad(entered, rows, slope)[0], rows)
-
-
-def _watch(watch: Watch, model: PreTrainedModel, batch: Batch, hidden: Tensor) -> None:
-    """Gives `watch` a text and, if needed, its final hidden states [B, L, D] with the model's probabilities there."""
-    watch.text(model, batch)
-    if not watch.head:
-        return
-    head = OutputHead(model)
-    for states in hidden.flatten(0, 1).split(_at_once(head)):
-        watch.states(states, head.logits(states).softmax(-1))
-
-
-def _slopes(flow: Flow, draw: torch.Generator, watch: Watch) -> Iterator[Tensor]:
-    """The gradient of the surprise at the output of the last decoder layer, by micro-batch."""
-    head = OutputHead(cast(PreTrainedModel, flow.model))
-    for n in range(len(flow.text)):
-        states = flow.states(n)
-        # The random numbers do not depend on the size of micro-batches
-        uniform = torch.rand(states.shape[:2], generator=draw, dtype=torch.float32)
-        with torch.enable_grad():
-            states = states.detach().requires_grad_()
-            hidden = flow.last(n, states)
-        slope = _surprise(head, hidden.detach(), uniform.to(states.device), watch)
-        yield torch.autograd.grad(hidden, states, slope)[0]
-
-
-def _forward_whole(
-    model: PreTrainedModel,
-    layers: list[Layer],
-    text: list[Batch],
-    draw: torch.Generator,
-    watch: Watch,
-    scratch: Path | None,
-) -> Iterator[Observer]:
-    """Moments of the inputs of all layers, the model run whole."""
-    observer = Observer(body(model), model, layers)
-    with observer.watching(gradients=False):
-        for batch in text:
-            hidden = run_body(model, batch.to(model.device).inputs())
-            _watch(watch, model, batch, hidden)
-    yield observer
-
-
-def _backward_whole(
-    model: PreTrainedModel,
-    layers: list[Layer],
-    text: list[Batch],
-    draw: torch.Generator,
-    watch: Watch,
-    scratch: Path | None,
-) -> Iterator[Observer]:
-    """Moments of inputs and gradients of all layers, the model run whole."""
-    observer, head = Observer(body(model), model, layers), OutputHead(model)
-    with observer.watching(gradients=True):
-        for batch in text:
-            uniform = torch.rand(batch.input_ids.shape, generator=draw, dtype=torch.float32)
-            rows, learning = None, _learning_embeddings(model)
-            if watch.embed:
-                rows = rows_of(model, batch.input_ids.to(model.device)).requires_grad_()
-                learning = with_rows(model, rows)
-            with torch.enable_grad(), learning:
-                hidden = run_body(model, batch.to(model.device).inputs())
-            if not hidden.requires_grad:
-                raise ConfigError(f"no gradients reach the layers of {type(model).__name__}: use convert=fast")
-            hidden.backward(_surprise(head, hidden.detach(), uniform.to(hidden.device), watch))
-            watch.text(model, batch)
-            if rows is not None and rows.grad is not None:
-                watch.slopes(rows.grad, rows)
-    yield observer
 
 
 @contextmanager
@@ -297,14 +291,6 @@ def _learning_embeddings(model: PreTrainedModel) -> Iterator[None]:
         yield
     finally:
         hook.remove()
-
-
-PASSING = {
-    (True, False): _forward,
-    (True, True): _backward,
-    (False, False): _forward_whole,
-    (False, True): _backward_whole,
-}
 
 
 def _at_once(head: OutputHead) -> int:

@@ -14,7 +14,7 @@ from torch import Tensor
 from qat.machine import exact_matmul
 
 LOOKED_UP = 1 << 15  # weights that each core of a CPU looks up at a time
-COUNTED = 1 << 15  # weights that a core of a CPU adds up at a time: 64-bit copies stay in caches, torch starts no threads
+COUNTED = 1 << 15  # numbers that a core of a CPU adds up at a time: their copies of 64 bits stay in its caches
 COMPARED = 16  # largest number of values that a CPU compares one after the other
 # Numbers in a temporary tensor of all vectors' distances: fits into CPU caches; hides launch time on a GPU
 AT_ONCE = {"cpu": 1 << 20, "cuda": 1 << 26}
@@ -54,8 +54,8 @@ def _look_up_vectors(values_NKD: Tensor, index_NOJ: Tensor) -> Tensor:
 def entry_sums(x_NOI: Tensor, index_NOI: Tensor, entries: int) -> Tensor:
     """Sums [N, K] of the numbers that have the same index; [N, K, D] with indices [N, O, J] of vectors.
 
-    On a GPU one masked reduction an entry: a scatter would queue up at a few addresses, in any order. On a CPU counts in
-    float64, which pass over the numbers once.
+    On a GPU one masked reduction an entry: a scatter would queue up at a few addresses, in any order. On a CPU counts
+    in float64, which pass over the numbers once.
     """
     if x_NOI.dim() == 2:
         return entry_sums(x_NOI[None], index_NOI[None], entries)[0]
