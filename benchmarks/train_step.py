@@ -44,9 +44,10 @@ from qat.forward import FAST, prepare, use
 from qat.machine import Machine
 from qat.peaks import peaks
 from qat.processes import Ranks, joined, place
-from qat.quant.architectures import select
-from qat.quant.formats import Codebook, Format
-from qat.quant.linear import QuantLinear
+from qat.quant.architectures import Layer, select
+from qat.quant.embedding import empty, put
+from qat.quant.formats import Codebook
+from qat.quant.linear import Quantized
 from qat.quant.lookup import look_up
 
 LENGTH, TOP_K = 64, 64
@@ -112,7 +113,7 @@ USUAL = [name for name in ROWS if name not in ("full", "record", "full_8", "fp16
 class RankByRank(nn.Module):
     """`y = Σ_r g_r·a_r ⊙ (Q @ (b_r ⊙ x))`: R products where one would do; the codebook stays as it is."""
 
-    def __init__(self, layer: QuantLinear, dtype: torch.dtype, learns: bool) -> None:
+    def __init__(self, layer: Quantized, dtype: torch.dtype, learns: bool) -> None:
         super().__init__()
         codebook, *scales = layer.parts().values()
         self.values = look_up(codebook, layer.indices).to(dtype)
@@ -266,7 +267,7 @@ def timed(
 
 def engine(
     student: PreTrainedModel,
-    layers: dict[str, QuantLinear],
+    layers: dict[str, Quantized],
     row: Row,
     loss: Loss,
     train: TrainConfig,
@@ -294,7 +295,7 @@ def engine(
 
 def rank_by_rank(
     student: PreTrainedModel,
-    layers: dict[str, QuantLinear],
+    layers: dict[str, Quantized],
     row: Row,
     loss: Loss,
     train: TrainConfig,
@@ -361,14 +362,14 @@ def parts(options: argparse.Namespace, machine: Machine, reporter: Reporter) -> 
         reporter.say(f"part {name:20} {1e3 * sorted(times)[2]:9.3f} ms")
 
 
-def model(options: argparse.Namespace, machine: Machine) -> tuple[PreTrainedModel, dict[str, QuantLinear]]:
+def model(options: argparse.Namespace, machine: Machine) -> tuple[PreTrainedModel, dict[str, Quantized]]:
     """A random model of the asked shape, its linear layers quantized with random values and scales."""
     made = random_model(options.model, options.tiny, machine)
     settings = OmegaConf.merge(OmegaConf.structured(QuantConfig), OmegaConf.load(OPTIONS / f"{options.quant}.yaml"))
-    layers: dict[str, QuantLinear] = {}
+    layers: dict[str, Quantized] = {}
     for layer in select(made, cast(QuantConfig, OmegaConf.to_object(settings))):
-        layers[layer.name] = random_layer(layer.format, *layer.shape, machine.device)
-        made.set_submodule(layer.name, layers[layer.name])
+        layers[layer.name] = random_layer(layer, machine.device)
+        put(made, layer.name, layers[layer.name])
     return made, layers
 
 
@@ -414,9 +415,9 @@ def vocabulary(name: str) -> int:
     return 49152 if name.startswith("smollm2") else 151936
 
 
-def random_layer(format: Format, outputs: int, inputs: int, device: torch.device) -> QuantLinear:
+def random_layer(of: Layer, device: torch.device) -> Quantized:
     """Random indices, even values, scales that give about the size of a trained weight."""
-    layer = QuantLinear(format, outputs, inputs).to(device).requires_grad_(False)
+    layer, format, (outputs, inputs) = empty(of).to(device).requires_grad_(False), of.format, of.shape
     layer.indices.random_(0, 2 ** format.indices(outputs, inputs).bits)
     if not isinstance(format, Codebook):
         layer.set_parts({name: part.normal_(std=0.02) for name, part in layer.parts().items()})
