@@ -78,7 +78,7 @@ def alone(tmp_path_factory):
 def test_a_whole_job_under_torchrun_is_that_of_one_process(alone, tmp_path):
     outputs = tmp_path / "outputs"
     words = (*TINY, "train.steps=6", "train.eval_every=3", "tracker=wandb")
-    code, out, said = ended(start(outputs, *words, afresh=True))
+    code, out, said = ended(start(outputs, *words))
     assert (code, said) == (0, [])
     assert out.count("SR-001  v2_q2a4") == 1 and "layers converted" in out  # one voice
     for kind in ("models", "documents", "caches"):
@@ -104,6 +104,11 @@ def test_a_whole_job_under_torchrun_is_that_of_one_process(alone, tmp_path):
 def test_what_all_processes_find_wrong_is_told_once(tmp_path, together, words, says):
     code, _, said = ended(start(tmp_path / "outputs", *TINY, *words, together=together))
     assert code > 0 and len(said) == 1 and said[0].startswith(says)
+
+
+def test_torchrun_starts_interpreters_of_their_own(tmp_path):
+    code, _, said = ended(start(tmp_path / "outputs", *TINY, "stage=doctr", afresh=True))
+    assert code > 0 and len(said) == 1 and said[0].startswith("error: stage=doctr")
 
 
 @pytest.mark.parametrize("together", ["torchrun", "devices"])
