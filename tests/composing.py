@@ -40,7 +40,7 @@ def _listed(repo: Any, config_name: str | None, overrides_list: list[Any], **how
     key = config_name, *(one.input_line for one in choices)
     if key not in _lists:
         found = _create(repo, config_name, choices, **how)
-        if how["skip_missing"]:  # nothing is known to be missing
+        if how["skip_missing"]:  # others want to hear of options that are missing, which this passes over
             return replace(found, config_overrides=given.config_overrides)
         _lists[key] = found
     return replace(_lists[key], config_overrides=given.config_overrides)

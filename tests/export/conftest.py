@@ -87,13 +87,14 @@ def export(tmp_path):
 # Forks a process for each line that it reads, which then does what `python -P FILE ARGUMENTS` does. It has imported
 # what takes transformers most of its start, and neither transformers nor anything of ours.
 SERVER = """
-import json, os, runpy, sys, traceback
+import json, os, runpy, signal, sys, traceback
 import torch, torch._dynamo, torch.distributed.tensor, torch.export, torch.fx.experimental.symbolic_shapes
 for line in sys.stdin:
     words, path, home = json.loads(line)
     process = os.fork()
     if not process:
         code = 1
+        signal.alarm(300)
         try:
             os.chdir(home)
             for number in (1, 2):
