@@ -6,6 +6,8 @@
 
 READY  := .venv/.ready
 VENV   := .venv/bin/python
+# Tests start many processes, each of which would otherwise compile every module anew.
+TESTS  := env -u PYTHONDONTWRITEBYTECODE $(VENV) -m
 JOB    := launch.py quant=mb66 mode=mlp
 # What `make clean` removes. Never outputs/: results are the user's.
 DEBRIS := .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis build *.egg-info
@@ -25,10 +27,10 @@ run: $(READY)
 
 test: $(READY)
 	$(info Running the tests: $(strip pytest $(ARGS)))
-	@$(VENV) -m pytest --numprocesses 2 --dist worksteal $(ARGS)
+	@$(TESTS) pytest --numprocesses 2 --dist worksteal $(ARGS)
 
 quick: $(READY)
-	@$(VENV) -m tests.quick $(ARGS)
+	@$(TESTS) tests.quick $(ARGS)
 
 setup: $(READY)
 	@echo ".venv is ready"

@@ -5,7 +5,7 @@ other schemas, recorded runs (all under one name) and whatever is refused go Hyd
 interpreters that start afresh.
 """
 
-import copy
+import pickle
 from dataclasses import astuple, replace
 from typing import Any
 
@@ -23,7 +23,7 @@ SCHEMAS = ConfigStore.instance().repo
 _create = config_loader_impl.create_defaults_list
 _compose = ConfigLoaderImpl._compose_config_from_defaults_list
 _lists: dict[Any, DefaultsList] = {}
-_trees: dict[Any, Any] = {}
+_trees: dict[Any, bytes] = {}
 
 
 def once() -> None:
@@ -37,9 +37,12 @@ def _listed(repo: Any, config_name: str | None, overrides_list: list[Any], **how
         return _create(repo, config_name, overrides_list, **how)
     given = Overrides(repo, overrides_list)
     choices = [one for one in overrides_list if one not in given.config_overrides and not one.is_sweep_override()]
-    key = config_name, *(one.input_line for one in choices), *how.items()
+    key = config_name, *(one.input_line for one in choices)
     if key not in _lists:
-        _lists[key] = _create(repo, config_name, choices, **how)
+        found = _create(repo, config_name, choices, **how)
+        if how["skip_missing"]:  # others want to hear of options that are missing, which this passes over
+            return replace(found, config_overrides=given.config_overrides)
+        _lists[key] = found
     return replace(_lists[key], config_overrides=given.config_overrides)
 
 
@@ -48,8 +51,8 @@ def _composed(loader: ConfigLoaderImpl, defaults: list[Any], repo: Any) -> Any:
         return _compose(loader, defaults, repo)
     key = tuple(map(astuple, defaults))
     if key not in _trees:
-        _trees[key] = _compose(loader, defaults, repo)
-    return copy.deepcopy(_trees[key])
+        _trees[key] = pickle.dumps(_compose(loader, defaults, repo))
+    return pickle.loads(_trees[key])  # sooner than a deep copy
 
 
 def _is_ours(repo: Any) -> bool:

@@ -104,13 +104,14 @@ def python(*words: str, stdin: str = "", env: Mapping[str, str] | None = None) -
 
 
 def lighten() -> None:
-    """Spares this process what takes long and what no test of launches looks at: its speed, and its pictures."""
+    """Spares this process what takes long and what no test of launches looks at: its speed, pictures, power cuts."""
     from matplotlib.figure import Figure
 
     from qat import machine
     from tests import undrawn
 
     machine.matmul_flops = lambda _: 1e11
+    os.fsync = lambda descriptor: None
     Figure.savefig = undrawn.savefig
 
 

@@ -6,7 +6,6 @@ import json
 import logging
 import math
 import random
-import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,12 +22,11 @@ from qat.cli import job, main
 from qat.stages import distill
 from tests import described, launching, making
 
-ROOT = Path(__file__).resolve().parents[1]
-ALONE = """
+ALONE = f"""
 import json, runpy, sys
 sys.argv = ["launch.py", *sys.argv[1:]]
 try:
-    runpy.run_path("launch.py", run_name="__main__")
+    runpy.run_path({launching.LAUNCH!r}, run_name="__main__")
 finally:
     print(json.dumps("wandb" in sys.modules), file=sys.stderr)
 """
@@ -117,9 +115,8 @@ def shop(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def first(shop):
-    """The first run, in a process of its own as a user starts it."""
-    command = [sys.executable, "-c", ALONE, "+debug=tiny", f"outputs={shop.outputs}"]
-    done = subprocess.run(command, cwd=ROOT, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=100)
+    """The first run, in a process of its own; tests/test_installed.py has one in an interpreter that starts afresh."""
+    done = launching.python("-c", ALONE, "+debug=tiny", f"outputs={shop.outputs}")
     return Outcome(done.returncode, done.stdout, done.stderr, shop.outputs / "SR-001")
 
 

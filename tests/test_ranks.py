@@ -15,7 +15,7 @@ from tests.launching import LAUNCH, Python, fork_pythons
 
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 TINY = ("+debug=tiny", "instance.precision=fp32", "data=prompts", "train.batch_size=5", "mode=e2e")
-LONG = (*TINY, "train.steps=100000", "train.eval_every=50000", "train.save_every=20")
+LONG = (*TINY, "train.steps=100000", "train.eval_every=50000", "train.save_every=4")
 OURS = ("error: ", "interrupted", "this is a defect", "Traceback")
 
 
@@ -54,7 +54,7 @@ def hashes(outputs, kind) -> dict[str, str]:
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
-def wait_for_steps(process, outputs, run="SR-001", count=25):
+def wait_for_steps(process, outputs, run="SR-001", count=9):
     path = outputs / run / "metrics.jsonl"
     process.wait_for(lambda: path.exists() and path.read_text().count("\n") > count)
 
@@ -78,7 +78,7 @@ def alone(tmp_path_factory):
 def test_a_whole_job_under_torchrun_is_that_of_one_process(alone, tmp_path):
     outputs = tmp_path / "outputs"
     words = (*TINY, "train.steps=6", "train.eval_every=3", "tracker=wandb")
-    code, out, said = ended(start(outputs, *words, afresh=True))
+    code, out, said = ended(start(outputs, *words))
     assert (code, said) == (0, [])
     assert out.count("SR-001  v2_q2a4") == 1 and "layers converted" in out  # one voice
     for kind in ("models", "documents", "caches"):
@@ -106,9 +106,14 @@ def test_what_all_processes_find_wrong_is_told_once(tmp_path, together, words, s
     assert code > 0 and len(said) == 1 and said[0].startswith(says)
 
 
+def test_torchrun_starts_interpreters_of_their_own(tmp_path):
+    code, _, said = ended(start(tmp_path / "outputs", *TINY, "stage=doctr", afresh=True))
+    assert code > 0 and len(said) == 1 and said[0].startswith("error: stage=doctr")
+
+
 @pytest.mark.parametrize("together", ["torchrun", "devices"])
 def test_a_killed_process_ends_all_in_a_sentence_and_the_run_goes_on(alone, together):
-    run, words = next_run(alone), (*LONG, "train.steps=60")
+    run, words = next_run(alone), (*LONG, "train.steps=40")
     process = start(alone, *words, together=together)
     wait_for_steps(process, alone, run)
     os.kill(ranks_of(process)[1], signal.SIGKILL)
@@ -119,7 +124,7 @@ def test_a_killed_process_ends_all_in_a_sentence_and_the_run_goes_on(alone, toge
     assert record(alone, run)["status"] == "failed" and "run.resume" in record(alone, run)["error"]
     code, _, said = ended(start(alone, *words, f"run.resume={run}", together=together))
     assert (code, said) == (0, []) and record(alone, run)["status"] == "complete"
-    assert [row["step"] for row in rows(alone, run) if "loss" in row] == list(range(1, 61))
+    assert [row["step"] for row in rows(alone, run) if "loss" in row] == list(range(1, 41))
 
 
 @pytest.mark.parametrize("together", ["torchrun", "devices"])

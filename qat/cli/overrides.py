@@ -80,7 +80,7 @@ def _parse(text: str, composer: Composer, multirun: bool) -> Override:
         raise ConfigError(f"{text} would delete what every run needs: set it instead, {bare}=<value>")
     if not bare.startswith(("hydra.", "hydra/")):
         _check_key(bare) if equals else _check_word(bare)
-    parser = OverridesParser.create(composer.loader)
+    parser = OverridesParser(words.functions(), composer.loader)
     try:
         override = parser.parse_override(text)
     except MISTAKES as error:

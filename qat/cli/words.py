@@ -7,13 +7,15 @@ sections too, is quoted before Hydra sees it, on the command line (`quoted`) and
 
 import copy
 import os
+from functools import cache
 from pathlib import Path
 from types import NoneType
 from typing import Any, ClassVar, get_args, get_origin
 
 import yaml
 from antlr4 import CommonTokenStream, InputStream
-from hydra._internal.core_plugins import file_config_source
+from hydra._internal.core_plugins import file_config_source, structured_config_source
+from hydra._internal.grammar.functions import Functions
 from hydra._internal.sources_registry import SourcesRegistry
 from hydra.core.override_parser.overrides_parser import OverridesParser, create_functions
 from hydra.core.override_parser.overrides_visitor import HydraErrorListener, HydraOverrideVisitor
@@ -49,7 +51,7 @@ def quoted(override: str, swept: bool) -> str:
     if not equals or hint is None:
         return override
     try:
-        plain, words = OverridesParser.create().parse_override(override)._value, _words(override)._value
+        plain, words = OverridesParser(functions()).parse_override(override)._value, _words(override)._value
     except (HydraException, RecursionError):
         return override
     if isinstance(plain, Sweep | Glob) and _is_prose(name) and not swept:
@@ -105,10 +107,18 @@ class FileConfigSource(file_config_source.FileConfigSource):
         return result
 
 
+class StructuredConfigSource(structured_config_source.StructuredConfigSource):
+    """Hydra's registered schemas, which it would copy, all of them, before it composes, though it only reads them."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "StructuredConfigSource":
+        """Itself."""
+        return self
+
+
 def register() -> None:
-    """Has Hydra read files in this way, here and when it composes a job."""
-    Plugins.instance()  # registers Hydra's own reader, which is then replaced
-    SourcesRegistry.instance().types["file"] = FileConfigSource
+    """Has Hydra read files and schemas in this way, here and when it composes a job."""
+    Plugins.instance()  # registers Hydra's own readers, which are then replaced
+    SourcesRegistry.instance().types |= {"file": FileConfigSource, "structured": StructuredConfigSource}
 
 
 class _Words(HydraOverrideVisitor):
@@ -126,7 +136,13 @@ def _words(override: str) -> Any:
     for part in (lexer, parser):
         part.removeErrorListeners()
         part.addErrorListener(HydraErrorListener())
-    return _Words(create_functions()).visit(parser.override())
+    return _Words(functions()).visit(parser.override())
+
+
+@cache
+def functions() -> Functions:
+    """What overrides may call, `choice(…)` and the like: its signatures are read once and not for every override."""
+    return create_functions()
 
 
 def _hint(name: str, value: str) -> Any:

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -83,17 +84,56 @@ def export(tmp_path):
     return run
 
 
+# Forks a process for each line that it reads, which then does what `python -P FILE ARGUMENTS` does. It has imported
+# what takes transformers most of its start, and neither transformers nor anything of ours.
+SERVER = """
+import json, os, runpy, signal, sys, traceback
+import torch, torch._dynamo, torch.distributed.tensor, torch.export, torch.fx.experimental.symbolic_shapes
+for line in sys.stdin:
+    words, path, home = json.loads(line)
+    process = os.fork()
+    if not process:
+        code = 1
+        signal.alarm(300)
+        try:
+            os.chdir(home)
+            for number in (1, 2):
+                os.dup2(os.open("said", os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
+            sys.argv, sys.path[:0] = words, path
+            assert not {"qat", "transformers"} & set(sys.modules)
+            runpy.run_path(words[0], run_name="__main__")
+            code = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+    print(os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]), flush=True)
+"""
+
+
+@pytest.fixture(scope="session")
+def server() -> Iterator["subprocess.Popen[str]"]:
+    """Where such processes come from."""
+    environment = {**os.environ, "PYTHONPATH": ""}
+    ends: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "env": environment}
+    with subprocess.Popen([sys.executable, "-P", "-c", SERVER], **ends) as process:
+        yield process
+
+
 @pytest.fixture
-def elsewhere(tmp_path):
+def elsewhere(tmp_path, server):
     """Runs code in a process of its own, in an empty folder; returns its exit code and output."""
 
     def run(code: str, *argv: str, path: str = "") -> tuple[int, str]:
         home = tmp_path / "elsewhere"
         home.mkdir(exist_ok=True)
         (home / "code.py").write_text(code)
-        command = [sys.executable, "-P", "code.py", *map(str, argv)]
-        environment = {**os.environ, "PYTHONPATH": path}
-        done = subprocess.run(command, cwd=home, env=environment, capture_output=True, text=True, timeout=300)
-        return done.returncode, done.stdout + done.stderr
+        (home / "said").write_text("")
+        words = ["code.py", *map(str, argv)]
+        server.stdin.write(json.dumps([words, [path] if path else [], str(home)]) + "\n")
+        server.stdin.flush()
+        return int(server.stdout.readline()), (home / "said").read_text()
 
     return run
