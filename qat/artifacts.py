@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from qat import faults, json_objects, locks, manifests, processes, provenance, scratch
+from qat import faults, json_objects, locks, manifests, processes, provenance, scratch, system
 from qat.console import size, waiting
 from qat.errors import ArtifactError, ConfigError, MissingError
 
@@ -277,15 +277,6 @@ def locked(folder: Path) -> Iterator[None]:
         lock.release()
 
 
-def sync_folder(folder: Path) -> None:
-    """Puts the names in a folder on disk, so that a renamed file survives a loss of power."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 @contextmanager
 def _resumed(folder: Path) -> Iterator[Path]:
     """The partial folder as an earlier process left it, without that process's temporary files."""
@@ -305,17 +296,12 @@ def _describe(made: Path, manifest: dict[str, Any]) -> None:
     files = sorted(path for path in made.rglob("*") if path.is_file() and path != made / provenance.NOTE)
     for path in files:
         path.chmod(0o644)  # safetensors makes its files private
-        _flush(path)
+        system.flush(path)
     manifest["files"] = {
         path.relative_to(made).as_posix(): {"bytes": path.stat().st_size, "sha256": digest}
         for path, digest in zip(files, hashed(files), strict=True)
     }
     write_json(made / MANIFEST, manifest)
-
-
-def _flush(path: Path) -> None:
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())
 
 
 def _sha256(path: Path) -> str:

@@ -6,11 +6,11 @@ report the same system error as text), anywhere in a run. Here they are told apa
 
 import errno
 import re
-import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from qat import system
 from qat.errors import MachineError
 
 DISK = {
@@ -68,7 +68,7 @@ def located(path: Path) -> Iterator[None]:
 
 def death(code: int, told: str) -> MachineError:
     """The message for a process that ended without one, from its exit code (minus the signal that ended it)."""
-    if code == -signal.SIGKILL:
+    if system.killed(code):
         return MachineError(f"the process was killed ({told}), as systems do that are {OUT_OF_MEMORY}")
     return MachineError(f"the process died ({told}), in a library or at the hand of the system; nothing more is known")
 

@@ -7,17 +7,17 @@ states alone pass from layer to layer, which `flows` finds out.
 Shapes: B rows, L positions, D hidden.
 """
 
-import os
 import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from qat import system
 from qat.forward import decoder_layers, run_body, trying
 
 PROBE = 12  # tokens of a row: enough to check that the layers run one after another
@@ -144,7 +144,7 @@ class Store:
     def __init__(self, folder: Path | None = None) -> None:
         self._folder, self._tensors = folder, dict[Hashable, Tensor]()
         self._used: dict[str, int] = defaultdict(int)  # bytes by kind of device
-        self._file: IO[bytes] | None = None
+        self._file: system.Positioned | None = None
         self._end = 0
         self._filed: dict[Hashable, tuple[int, torch.dtype, torch.Size]] = {}
         self._free: dict[int, list[int]] = defaultdict(list)  # places in the file that are free, by size
@@ -166,7 +166,7 @@ class Store:
         place, dtype, shape = self._filed[key]
         assert self._file is not None
         content = bytearray(shape.numel() * dtype.itemsize)
-        if os.preadv(self._file.fileno(), [content], place) != len(content):
+        if self._file.read_into(content, place) != len(content):
             raise OSError(f"a file of hidden states lost its end at byte {place}")
         return torch.frombuffer(content, dtype=dtype).view(shape)
 
@@ -185,14 +185,11 @@ class Store:
 
     def _write(self, key: Hashable, tensor: Tensor) -> None:
         if self._file is None:
-            self._file = tempfile.TemporaryFile(dir=self._folder)  # noqa: SIM115 - closed when the store is forgotten
+            # Closed, and so removed, when the store is forgotten.
+            self._file = system.Positioned(tempfile.TemporaryFile(dir=self._folder, buffering=0))  # noqa: SIM115
         if self._free[tensor.nbytes]:
             place = self._free[tensor.nbytes].pop()
         else:
             place, self._end = self._end, self._end + tensor.nbytes
-        left = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data
-        at = place
-        while left:
-            written = os.pwrite(self._file.fileno(), left, at)
-            left, at = left[written:], at + written
+        self._file.write(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data, place)
         self._filed[key] = place, tensor.dtype, tensor.shape

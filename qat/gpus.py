@@ -9,7 +9,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qat import locks
+from qat import locks, system
 
 if TYPE_CHECKING:
     from filelock import BaseFileLock
@@ -36,8 +36,7 @@ def take_one(number: int) -> None:
 
 
 def _lock(name: str) -> bool:
-    user = os.getuid() if hasattr(os, "getuid") else ""  # on Windows each has temporary files of his own
-    lock = locks.take(Path(tempfile.gettempdir()) / f"qat-gpu-{user}-{name.replace('/', '_')}.lock")
+    lock = locks.take(Path(tempfile.gettempdir()) / f"qat-gpu-{system.user()}-{name.replace('/', '_')}.lock")
     if lock is not None:
         _taken.append(lock)
     return lock is not None

@@ -12,6 +12,8 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from omegaconf import OmegaConf
+
 from qat.errors import ConfigError
 from qat.installation import CONF
 
@@ -50,6 +52,12 @@ def files(group: str) -> list[Path]:
         for file in (folder / group).glob("*.yaml"):
             found.setdefault(file.stem, file)
     return [found[stem] for stem in sorted(found)]
+
+
+def defaults() -> dict[str, str]:
+    """The option of each group that is taken when none is named."""
+    listed = OmegaConf.load(CONF / "config.yaml").defaults
+    return {name: option for entry in listed if not isinstance(entry, str) for name, option in entry.items()}
 
 
 def groups() -> list[str]:

@@ -5,10 +5,7 @@ tensor has it then. What the allocator holds besides is pieces between tensors, 
 Of a computer it is what is resident in the process; Linux lets a process begin that count anew.
 """
 
-import ctypes
 import gc
-import resource
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,13 +13,14 @@ from pathlib import Path
 
 import torch
 
+from qat import system
+
 # Phases, as sentences name them
 TEXT, CACHE, COMPARISON = "text", "the cache", "comparison of passes"
 CONVERSION, FIGURES = "conversion", "figures of the conversion"
 TRAINING, EVALUATION, EXPORT = "training", "evaluation", "export"
 
 STATUS, FORGET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
-TRIM = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None  # of glibc
 ORDINARY = (0, 0)  # the allocator's name for memory that is no recording's
 RESET = "5"  # what Linux begins its count of resident memory anew at (man 5 proc_pid_clear_refs)
 
@@ -100,8 +98,7 @@ def taken(device: torch.device) -> int:
     said = [line.split()[1] for line in _lines(STATUS) if line.startswith("VmHWM:")]
     if said:
         return int(said[0]) * 1024
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return system.peak_bytes()
 
 
 def recorded(device: torch.device) -> int:
@@ -115,8 +112,7 @@ def recorded(device: torch.device) -> int:
 
 def forget(device: torch.device) -> None:
     """From here on peaks are counted anew, of host memory where the system can."""
-    if TRIM is not None:
-        TRIM(0)  # what is free counts for nobody, so malloc gives it back
+    system.trim()  # what is free counts for nobody
     if device.type == "cuda":
         torch.cuda.init()  # without it there is nothing to forget, and torch says so by an error
         gc.collect()  # models know themselves in circles

@@ -5,7 +5,6 @@ last file that it wrote.
 """
 
 import json
-import os
 import platform
 import time
 from collections.abc import Callable, Iterator
@@ -13,6 +12,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from qat import system
 from qat.console import duration
 
 UNKNOWN = "made before that was recorded"
@@ -41,12 +41,7 @@ def clocked(folder: Path) -> Iterator[Callable[[], float]]:
 def made(seconds: float, place: dict[str, Any]) -> dict[str, Any]:
     """What a manifest says of its making; `place` is what only the maker knows, as `Machine.place`."""
     at = time.strftime("%Y-%m-%dT%H:%M:%S%z")
-    return {"at": at, "seconds": round(seconds, 3), "cores": cores(), "machine": platform.machine(), **place}
-
-
-def cores() -> int:
-    """CPU cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return {"at": at, "seconds": round(seconds, 3), "cores": system.cores(), "machine": platform.machine(), **place}
 
 
 def told(made: dict[str, Any] | None) -> str:

@@ -18,7 +18,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from qat import bounded, console, processes, provenance
+from qat import bounded, console, processes, provenance, system
 from qat.artifacts import Artifact, write_json, write_text
 from qat.config import Config, Stage, as_plain
 from qat.errors import ArtifactError
@@ -269,7 +269,7 @@ def environment(device: str, instance: str = "") -> dict[str, Any]:
         "transformers": transformers.__version__,
         "instance": instance,
         "device": device,
-        "cores": provenance.cores(),
+        "cores": system.cores(),
         "machine": platform.machine(),
         "threads": torch.get_num_threads(),
     }

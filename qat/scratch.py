@@ -7,7 +7,6 @@ nobody's once nothing in it has changed for a day. What is locked is the file or
 renamed into its place or removed, and a lock file beside it (`qat/locks.py`) would stay behind each.
 """
 
-import ctypes
 import hashlib
 import os
 import re
@@ -19,16 +18,12 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 
-try:
-    import fcntl
-except ImportError:  # Windows has no locks of folders
-    fcntl = None  # type: ignore[assignment]
+from qat import system
 
 SUFFIX = ".scratch"
 HOST = hashlib.sha256(socket.gethostname().encode()).hexdigest()[:8]
 ABANDONED_SECONDS = 86_400.0
 REPLACED = ".replaced"  # name in scratch of the folder that was replaced
-AT_FDCWD, RENAME_EXCHANGE = -100, 2  # constants of the system call renameat2(2)
 
 _NAME = re.compile(r"\.(?P<target>.+)\.(?P<host>[0-9a-f]{8})-\w{8}" + re.escape(SUFFIX), re.DOTALL)
 
@@ -50,17 +45,17 @@ def replace_folder(made: Path, place: Path) -> None:
     whoever sweeps after a kill puts it back.
     """
     if not place.exists():
-        os.rename(made, place)
-    elif not _exchanged(made, place):
+        system.rename(made, place)
+    elif not system.exchange(made, place):
         with folder(place) as aside:
-            os.rename(place, aside / REPLACED)
-            os.rename(made, place)
+            system.rename(place, aside / REPLACED)
+            system.rename(made, place)
 
 
 def discard(path: Path) -> None:
     """Removes a folder: under its name there is all of it, or nothing."""
     with folder(path) as aside:
-        os.rename(path, aside / path.name)
+        system.rename(path, aside / path.name)
 
 
 def sweep(parent: Path, target: str | None = None) -> None:
@@ -87,13 +82,13 @@ def remove_if_empty(path: Path) -> None:
 @contextmanager
 def locked(path: Path, wait: bool = True) -> Iterator[bool | None]:
     """Takes the lock of a file or folder: False where it is another's, or gone; None where there are no locks."""
-    if fcntl is None:
-        yield None if path.exists() else False
-        return
     try:
-        handle = os.open(path, os.O_RDONLY)
+        handle = system.opened(path)
     except OSError:
         yield False
+        return
+    if handle is None:
+        yield None
         return
     try:
         yield _took(handle, path, wait)
@@ -122,12 +117,8 @@ def _empty_file(**named: object) -> str:
 
 
 def _took(handle: int, path: Path, wait: bool) -> bool | None:
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-    except BlockingIOError:
-        return False
-    except OSError:
-        return None
+    if not (took := system.lock(handle, wait)):
+        return took
     try:
         return os.path.samestat(os.fstat(handle), os.stat(path))
     except OSError:
@@ -146,16 +137,8 @@ def _remove(path: Path) -> None:
         return
     match, kept = _NAME.fullmatch(path.name), path / REPLACED
     if match and kept.exists() and not (place := path.parent / match["target"]).exists():
-        os.rename(kept, place)
+        system.rename(kept, place)
     if path.is_dir():
         shutil.rmtree(path, ignore_errors=True)
     else:
         path.unlink(missing_ok=True)
-
-
-def _exchanged(one: Path, other: Path) -> bool:
-    """Exchanges two names at once, where the system and the file system can."""
-    rename = getattr(ctypes.CDLL(None), "renameat2", None) if os.name == "posix" else None
-    if rename is None:
-        return False
-    return rename(AT_FDCWD, os.fsencode(one), AT_FDCWD, os.fsencode(other), RENAME_EXCHANGE) == 0

@@ -6,6 +6,7 @@ returns or marks that reverse the direction of text. Terminal, log files, Markdo
 
 import logging
 import re
+from pathlib import Path
 
 _STEERING = re.compile(
     "["
@@ -26,6 +27,12 @@ def shown(text: str) -> str:
 def line(text: str) -> str:
     """The same on one line."""
     return shown(" ".join(text.split()))
+
+
+def near(path: str | Path) -> str:
+    """A path as it is written from the current folder, where it lies below it."""
+    whole, here = Path(path).absolute(), Path.cwd()
+    return str(whole.relative_to(here) if whole.is_relative_to(here) else whole)
 
 
 class Formatter(logging.Formatter):

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 from urllib.parse import urlsplit
 
 from qat.config import Config, TrackerKind, as_plain
-from qat.shown import shown
+from qat.shown import near, shown
 
 log = logging.getLogger(__name__)
 
@@ -61,7 +61,8 @@ class WandbTracker:
         self._tell(lambda: self._run.summary.update(summary))
         self._tell(lambda: self._run.finish(exit_code=int(failed)))
         if copies := offline(self._folder):
-            log.info("wandb kept this run offline; to send it, %s, then: %s", LOGIN, sync(copies))
+            here = [Path(near(copy)) for copy in copies]
+            log.info("wandb kept this run offline; to send it, %s, then: %s", LOGIN, sync(here))
 
     def _tell(self, do: Callable[[], object]) -> None:
         """Calls wandb; after its first error, which is logged once, it is not called again."""

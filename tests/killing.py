@@ -20,7 +20,7 @@ from typing import Any
 import safetensors.torch
 import torch
 
-from qat import scratch
+from qat import system
 from tests.launching import Launch
 
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
@@ -106,7 +106,7 @@ def install(folders: list[Path], number: int, told: Path, home: Path) -> None:
     """Lets this process die before its n-th operation below `folders`; `home` is where its temporary files go."""
     tempfile.tempdir = str(home)
     killer = Killer(folders, number, os.open(told, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644))
-    serialize, save, sync, exchange = safetensors.torch.serialize_file, torch.save, os.fsync, scratch._exchanged
+    serialize, save, sync, exchange = safetensors.torch.serialize_file, torch.save, os.fsync, system.exchange
 
     def serialize_file(tensors: Any, filename: Any, metadata: Any = None) -> Any:
         write = partial(serialize, tensors, metadata=metadata)
@@ -124,7 +124,7 @@ def install(folders: list[Path], number: int, told: Path, home: Path) -> None:
         return exchange(one, other)
 
     safetensors.torch.serialize_file, torch.save = serialize_file, save_all
-    os.fsync, scratch._exchanged = fsync, exchanged
+    os.fsync, system.exchange = fsync, exchanged
     sys.addaudithook(killer.hear)
 
 

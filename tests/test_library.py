@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 import qat
 from qat import checkpoints
 from qat.errors import ArtifactError, ConfigError, MissingError, QatError
+from qat.library import words
 from qat.quant.linear import quantized
 from tests import tiny
 from tests.launching import LAUNCH, python
@@ -273,16 +274,24 @@ def cells():
     return [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
 
 
+def test_the_notebook_shows_what_it_gave_from_top_to_bottom():
+    assert [cell["execution_count"] for cell in cells()] == list(range(1, len(cells()) + 1))
+    said = [output for cell in cells() for output in cell["outputs"]]
+    assert {output["output_type"] for output in said} == {"execute_result", "stream"}
+    assert {output["name"] for output in said if output["output_type"] == "stream"} == {"stdout"}
+    assert sum(len(cell["outputs"]) for cell in cells()) >= 5
+
+
 @pytest.fixture
 def quick(monkeypatch):
     """Conversions of documents and notebooks are told to be quick."""
-    given = qat.library.words.refuse_said
+    given = words.refuse_said
 
     def more(overrides):
         said = {word.partition("=")[0] for word in overrides}
         return [*given(overrides), *(word for word in QUICK if word.partition("=")[0] not in said)]
 
-    monkeypatch.setattr(qat.library.words, "refuse_said", more)
+    monkeypatch.setattr(words, "refuse_said", more)
 
 
 def test_examples_of_the_document_run(loaded, documents, quick, tmp_path, monkeypatch, capsys):

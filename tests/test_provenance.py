@@ -5,7 +5,7 @@ import os
 
 import pytest
 
-from qat import provenance
+from qat import provenance, system
 from qat.artifacts import obtain, partial, place, read_manifest
 from qat.errors import ConfigError
 
@@ -45,7 +45,7 @@ def made(tmp_path, clock, seconds, error=None, resumable=True):
 
 def test_the_manifest_says_when_where_and_how_long(tmp_path, clock):
     artifact = made(tmp_path, clock, 138)
-    expected = {"at": "2026-11-28T14:03:59+0000", "seconds": 138.0, "cores": provenance.cores(), **AT}
+    expected = {"at": "2026-11-28T14:03:59+0000", "seconds": 138.0, "cores": system.cores(), **AT}
     assert {key: artifact.manifest["made"][key] for key in expected} == expected
     assert artifact.fresh and artifact.manifest["kept"]
     again = made(tmp_path, clock, 5)

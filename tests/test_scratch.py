@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from qat import identities, scratch, sweeps
+from qat import identities, scratch, sweeps, system
 from tests.killing import killed
 
 ELSEWHERE = "00000000"
@@ -91,7 +91,7 @@ WHOLE = ({"old0", "old1", "old2"}, {"new0", "new1", "new2"})
 @pytest.mark.parametrize("exchanges", [True, False])
 def test_a_folder_is_replaced_whole_whenever_the_process_is_killed(tmp_path, monkeypatch, exchanges):
     if not exchanges:
-        monkeypatch.setattr(scratch, "_exchanged", lambda *_: False)
+        monkeypatch.setattr(system, "exchange", lambda *_: False)
     number, seen = 0, []
     going = True
     while going:
@@ -115,7 +115,7 @@ def test_a_folder_is_replaced_whole_whenever_the_process_is_killed(tmp_path, mon
 
 
 def test_a_replacement_that_fails_puts_the_older_folder_back(tmp_path, monkeypatch):
-    monkeypatch.setattr(scratch, "_exchanged", lambda *_: False)
+    monkeypatch.setattr(system, "exchange", lambda *_: False)
     place, _ = old_and_new(tmp_path)
     with pytest.raises(FileNotFoundError):
         scratch.replace_folder(tmp_path / "not there", place)

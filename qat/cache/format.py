@@ -32,7 +32,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from qat.artifacts import sync_folder
+from qat import system
 from qat.seeds import generator
 
 FORMAT_VERSION = 3
@@ -114,10 +114,9 @@ def write_shard(folder: Path, name: str, tensors: dict[str, Tensor], key: str) -
     scratch = folder / f".{name}.tmp"
     whole = {field: tensor.contiguous() for field, tensor in tensors.items()}
     save_file(whole, scratch, metadata={"shard": f"{key}/{name}"})  # several would come in any order
-    with open(scratch, "rb") as file:
-        os.fsync(file.fileno())
+    system.flush(scratch)
     os.replace(scratch, folder / name)
-    sync_folder(folder)
+    system.flush_names(folder)
 
 
 def random_ids(seed: int, split: str, shard: int, shape: tuple[int, int, int], vocab_size: int) -> Tensor:

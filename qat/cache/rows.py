@@ -6,9 +6,6 @@ A read waits without holding Python, so a slow disk stops nobody but the thread 
 """
 
 import math
-import os
-import resource
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from qat import system
 from qat.errors import ArtifactError
 
 SPARE_FILES = 256  # file descriptors left for the rest of the process
@@ -56,14 +54,13 @@ class RowFiles:
         self._files = files
         self._firsts = np.cumsum([0, *(file.rows for file in files)])
         self.rows = int(self._firsts[-1])
-        _allow_open(len(files))
-        self._handles = [os.open(file.path, os.O_RDONLY) for file in files]
+        system.allow_open(len(files) + SPARE_FILES)
+        self._opened = [system.Positioned(open(file.path, "rb", buffering=0)) for file in files]  # noqa: SIM115 - see `__del__`
 
     def __del__(self) -> None:
         """Closes them."""
-        for handle in getattr(self, "_handles", ()):
-            with suppress(OSError):
-                os.close(handle)
+        for file in getattr(self, "_opened", ()):
+            file.close()
 
     def read(self, rows: Tensor, names: list[str], pinned: bool = False) -> dict[str, Tensor]:
         """The named tensors at these row numbers [B], in this order; into pinned memory where asked for.
@@ -86,7 +83,7 @@ class RowFiles:
             for name, target, width in targets:
                 offset = there.fields[name].offset + row * width
                 part = target[at * width : (at + count) * width]
-                if os.preadv(self._handles[file], [part], offset) != len(part):
+                if self._opened[file].read_into(part, offset) != len(part):
                     raise ArtifactError(f"{there.path} was cut short while it was read: make it again")
         return found
 
@@ -106,12 +103,3 @@ class RowFiles:
         counts = np.diff(np.append(starts, len(numbers)))
         first = numbers[starts] - self._firsts[files[starts]]
         return list(zip(starts.tolist(), files[starts].tolist(), first.tolist(), counts.tolist(), strict=True))
-
-
-def _allow_open(count: int) -> None:
-    """Lifts this process's own limit of open files, which is low by default, as far as the system lets it."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = count + SPARE_FILES
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        allowed = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))

@@ -47,7 +47,7 @@ class Died(Exception):
 
 def is_possible() -> bool:
     """Whether a process can be forked here; the libraries of other systems do not survive it."""
-    return sys.platform == "linux" and not multiprocessing.current_process().daemon
+    return sys.platform == "linux" and hasattr(os, "fork") and not multiprocessing.current_process().daemon
 
 
 def run(work: Callable[[], Outcome]) -> Outcome:

@@ -149,7 +149,7 @@ def explain(error: BaseException) -> str:
         group = key.removesuffix(".name")
         return f"{group} has no option: choose {group}=<option>" if group in schema.nested() else f"{key} has no value"
     if isinstance(error, ConfigKeyError | ConfigAttributeError) and key:
-        return f"unknown key {key}{did_you_mean(key, schema.keys())}"
+        return _unknown(key)
     if isinstance(error, ValidationError):
         return _wrong_type(key, first)
     if isinstance(error, AssertionError | AttributeError):
@@ -162,9 +162,16 @@ def explain(error: BaseException) -> str:
 def _in_file(where: str, reason: list[str]) -> str:
     """A wrong field or value in a file, which Hydra tells as text alone."""
     where = re.sub(r": \w+ raised while composing config:", "", where)
-    unknown = re.match(r"Key '(.*)' not in", reason[0])
-    what = f"unknown key {unknown[1]}{did_you_mean(unknown[1], schema.keys())}" if unknown else reason[0]
+    whole = re.search(r"full_key: (\S+)", "\n".join(reason))
+    what = _unknown(whole[1]) if whole and re.match(r"Key '.*' not in", reason[0]) else reason[0]
     return f"{where}: {what}"
+
+
+def _unknown(key: str) -> str:
+    """A key that does not exist; where one like it is in its own section, that is meant."""
+    section = key.rpartition(".")[0]
+    beside = [name for name in [*schema.keys()] if section and name.startswith(f"{section}.")]
+    return f"unknown key {key}{did_you_mean(key, beside) or did_you_mean(key, schema.keys())}"
 
 
 def _wrong_type(key: str, reason: str) -> str:

@@ -3,14 +3,14 @@
 from collections.abc import Iterator
 from pathlib import Path
 
-from omegaconf import MISSING, OmegaConf
+from omegaconf import MISSING
 
 from qat.cli import schema
 from qat.cli.schema import Key
 from qat.config import CONF, Stage
 from qat.errors import ConfigError
 from qat.installation import command
-from qat.options import files
+from qat.options import defaults, files
 from qat.suggest import did_you_mean
 
 INTRO = """\
@@ -63,12 +63,6 @@ def describe(option: Path) -> str:
     return next((comment for comment in comments if not comment.startswith("@")), "")
 
 
-def defaults() -> dict[str, str]:
-    """The option of each group that is taken when none is named."""
-    listed = OmegaConf.load(CONF / "config.yaml").defaults
-    return {name: option for entry in listed if not isinstance(entry, str) for name, option in entry.items()}
-
-
 def summary(group: str) -> str:
     """A line on what a group is for."""
     return f"presets, as in +{group}=<name>" if group in schema.presets() else schema.keys()[group].comment
@@ -92,10 +86,15 @@ def _groups() -> Iterator[str]:
 
 
 def _options(group: str, chosen: str | None) -> Iterator[str]:
+    width = max([16, *map(len, _names(group))])
     for option in files(group):
         mark = "*" if chosen == option.stem else " "
         own = "" if option.is_relative_to(CONF) else f"[{option}]"
-        yield f"   {mark} {option.stem:<16} {describe(option)} {own}".rstrip()
+        yield f"   {mark} {option.stem:<{width}} {describe(option)} {own}".rstrip()
+
+
+def _names(group: str) -> list[str]:
+    return [option.stem for option in files(group)]
 
 
 def _keys() -> Iterator[str]:
@@ -121,7 +120,9 @@ def _about(topic: str) -> Iterator[str]:
     name = topic.partition("=")[0].lstrip("+")
     known = [*schema.keys(), *schema.presets()]
     if name not in known:
-        raise ConfigError(f"--help {topic}: no such group or key{did_you_mean(name, known)}")
+        groups = [group for group in (*schema.groups(), *schema.presets()) if name in _names(group)]
+        meant = f" (it is an option of {groups[0]}: see --help {groups[0]})" if groups else did_you_mean(name, known)
+        raise ConfigError(f"--help {topic}: no such group or key{meant}")
     key = schema.keys().get(name)
     if key is not None and not key.is_section:
         yield from _value(key)

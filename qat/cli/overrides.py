@@ -1,5 +1,6 @@
 """Finds overrides with unknown keys or options before Hydra composes."""
 
+import os
 from collections.abc import Iterable, Iterator
 from itertools import islice, product
 from typing import Any
@@ -137,6 +138,8 @@ def _check_option(place: str, option: str, options: list[str]) -> None:
     option = option.strip("'\"")
     if option not in options and not (option == "null" and place in schema.nested()):
         choices = f"{place} is one of {', '.join(options)}"
+        if place in ("model", "teacher") and os.path.isdir(os.path.expanduser(option)):
+            choices = f"for the folder of that name write {place}=local {place}.path={option}; {choices}"
         raise ConfigError(f"{place}={option}: no such option{did_you_mean(option, options)}; {choices}")
 
 

@@ -18,7 +18,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from types import FrameType
 
-from qat import installation
+from qat import installation, system
 from qat import scratch as temporary
 from qat.cli.arguments import quote
 from qat.errors import RankError
@@ -68,7 +68,7 @@ def launch(argv: list[str], count: int) -> int:
     if first is None:
         return 0
     code = ranks[first].returncode
-    if code == -signal.SIGKILL:  # a process killed by SIGKILL cannot report it itself
+    if system.killed(code):  # a process killed by SIGKILL cannot report it itself
         print(f"error: process {first} of {count} was killed", file=sys.stderr)
     return 128 - code if code < 0 else code
 

@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 from omegaconf import MISSING
 
+from qat import options
 from qat.artifacts import write_text
 from qat.cli import helping, schema
 from qat.cli.schema import Key
@@ -73,7 +74,7 @@ def _presets(group: str) -> Iterator[str]:
 
 
 def _options(group: str) -> str:
-    default = helping.defaults()[group]
+    default = options.defaults()[group]
     rows = []
     for option in _files(group):
         name = f"**`{option.stem}`**" if option.stem == default else f"`{option.stem}`"

@@ -1,9 +1,12 @@
 """Standard output whose reader may go away: `python launch.py … | head` ends what is shown, never the run."""
 
+import errno
 import io
 import os
 import sys
 from typing import Any
+
+GONE = (errno.EPIPE, errno.EINVAL)  # how systems say that nobody reads: Windows says the second
 
 
 class _Outliving(io.FileIO):
@@ -16,7 +19,9 @@ class _Outliving(io.FileIO):
         """As a file's; what nobody will read counts as written."""
         try:
             return int(super().write(data) or 0)
-        except BrokenPipeError:
+        except OSError as error:
+            if error.errno not in GONE:
+                raise
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, self.fileno())
             os.close(nowhere)

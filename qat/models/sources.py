@@ -3,10 +3,14 @@
 import hashlib
 import importlib.metadata
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+import gguf
 import torch
 
 from qat import model_files
@@ -80,13 +84,13 @@ def _from_wheel(config: ModelConfig, artifacts: Path) -> ModelFolder:
     tokenizer have keys of their own, so that students whose tokenizer was made otherwise are still students of these.
     """
     package = str(config.package)
-    gguf = _gguf_file(package)
+    file = _gguf_file(package)
 
     def make(folder: Path) -> dict[str, Any]:
-        dequantize(gguf, folder)
+        dequantize(file, folder)
         return {"package": package}
 
-    weights = {"package": package, "gguf": _sha256([gguf]), "dtype": "float32"}
+    weights = {"package": package, "gguf": _sha256([file]), "dtype": "float32"}
     artifact = obtain(artifacts, "models", config.name, weights | {SPLITS: "tokenizer.ggml.pre"}, make)
     return ModelFolder(config.name, artifact.folder, content_key(weights), text=artifact.key)
 
@@ -106,16 +110,28 @@ def made_before(folder: ModelFolder) -> ModelFolder:
     return replace(folder, fingerprint=content_key(inputs), text=key)
 
 
-def dequantize(gguf: Path, folder: Path) -> None:
+def dequantize(file: Path, folder: Path) -> None:
     """Writes the model and tokenizer of a GGUF file as a Hugging Face folder with fp32 safetensors.
 
     Raises:
         ConfigError: the file is damaged, or no model that transformers reads, or splits text as is not known here.
     """
-    splits = gguf_tokenizer.splits_of(gguf, gguf_header.check(gguf))
-    log.info("converting %s to safetensors", gguf.name)
-    plain.save(reading.read(gguf.parent, torch.float32, gguf_file=gguf.name), folder)
-    gguf_tokenizer.write(gguf, splits, folder)
+    splits = gguf_tokenizer.splits_of(file, gguf_header.check(file))
+    log.info("converting %s to safetensors", file.name)
+    with _read_once():
+        plain.save(reading.read(file.parent, torch.float32, gguf_file=file.name), folder)
+        gguf_tokenizer.write(file, splits, folder)
+
+
+@contextmanager
+def _read_once() -> Iterator[None]:
+    """Inside, a GGUF file is parsed once: transformers would do so for settings, weights and tokenizer each."""
+    parse = gguf.GGUFReader
+    gguf.GGUFReader = cache(parse)
+    try:
+        yield
+    finally:
+        gguf.GGUFReader = parse
 
 
 def _gguf_file(package: str) -> Path:

@@ -14,13 +14,13 @@ from qat.config import ROLES, Config
 from qat.console import console, table
 from qat.conversion.convert import convert
 from qat.evaluate import Metrics, evaluate
-from qat.installation import command
 from qat.peaks import CONVERSION, FIGURES, peaks
 from qat.quant.architectures import Layer, recorded, select, told
 from qat.quant.size import bits_per_weight, said, summary
 from qat.runs import Run
 from qat.shaping import shaping
 from qat.stages import cache, choice
+from qat.stages.onward import onward
 from qat.stages.source import Source, calibration
 from qat.stages.workspace import Workspace, open_workspace, start_folder
 
@@ -31,7 +31,7 @@ def main(config: Config, run: Run) -> None:
     """`stage=convert`."""
     work = open_workspace(config, run)
     run.result["metrics"] |= asdict(metrics(make(work, cache.make(work))))
-    console.print(f"go on with       {command()} stage=distill checkpoint={run.folder}", soft_wrap=True)
+    console.print(f"go on with       {onward(config, run, 'distill')}", soft_wrap=True)
 
 
 def make(work: Workspace, cached: Artifact) -> Artifact:
@@ -149,7 +149,9 @@ def _draw(work: Workspace, figures: dict[str, dict[str, float]]) -> None:
     """Names the layers with the largest errors and draws all of them."""
     errors = {name: entry["output_error"] for name, entry in figures.items()}
     worst = sorted(errors, key=errors.__getitem__, reverse=True)[:WORST]
-    console.print(f"largest output errors: {', '.join(f'{name} {errors[name]:.3f}' for name in worst)}", soft_wrap=True)
+    console.print("largest output errors")
+    for name in worst:
+        console.print(f"  {errors[name]:.3f}  {name}", soft_wrap=True)
     picture = work.run.folder / "conversion.png"
     plots.error_by_depth(errors, f"{work.model.name}, {work.config.quant.name}: before training", picture)
     work.run.result["paths"]["conversion_errors"] = str(picture)

@@ -18,7 +18,7 @@ import torch
 from packaging.requirements import Requirement
 from rich.table import Table
 
-from qat import capacity, footprint, gpus, machine, models, tracking
+from qat import capacity, footprint, gpus, machine, models, system, tracking
 from qat.config import Config, InstanceConfig, Stage, StoreConfig, StoreKind
 from qat.console import console, size
 from qat.errors import MissingError, QatError, reason
@@ -82,9 +82,8 @@ def _wandb() -> str:
 
 
 def _computer() -> str:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     threads = torch.get_num_threads()
-    return f"{platform.system()} {platform.machine()}, {cores} cores, of which torch uses {threads}"
+    return f"{platform.system()} {platform.machine()}, {system.cores()} cores, of which torch uses {threads}"
 
 
 def _memory() -> Finding:

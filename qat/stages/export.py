@@ -3,6 +3,7 @@
 import importlib
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from qat import checkpoints
@@ -12,7 +13,7 @@ from qat.console import console
 from qat.export import card, parity
 from qat.export.card import ADAPTER
 from qat.export.exporter import exporter
-from qat.export.source import DTYPES, open_source
+from qat.export.source import DTYPES, Source, open_source
 from qat.models import ModelFolder
 from qat.runs import Run
 from qat.stages.workspace import open_workspace, start_folder
@@ -71,11 +72,15 @@ def write(settings: ExportConfig, model: ModelFolder, checkpoint: Path | None) -
         writer.write(source, scratch, settings)
         if source.adapters is not None:
             checkpoints.copy_adapters(source.adapters, scratch / ADAPTER)
-        made = writer.read(source, scratch)
-        longest = settings.context if form.bounded else None
-        rows = [row[:, :longest] for row in parity.prompts(model)[: form.samples]]
-        error = parity.check(source.model, made, rows, writer.rounding(settings))
-        manifest["parity"] = error
+        error = manifest["parity"] = _compared(writer, source, scratch, settings)
         said = f"Its logits differ from those of the checkpoint by {error:.1e} of their norm."
         card.write(source, scratch, settings, said)
     return source.quant, error
+
+
+def _compared(writer: ModuleType, source: Source, made: Path, settings: ExportConfig) -> float:
+    """The largest error of logits; what was read back is gone at the end, and with it the hold on its files."""
+    form = exporter(settings.format)
+    longest = settings.context if form.bounded else None
+    rows = [row[:, :longest] for row in parity.prompts(source.teacher)[: form.samples]]
+    return parity.check(source.model, writer.read(source, made), rows, writer.rounding(settings))

@@ -2,17 +2,18 @@
 
 from pathlib import Path
 
-from qat import checkpoints, provenance
+from qat import checkpoints
 from qat.artifacts import Artifact
 from qat.config import ROLES, Config, LossKind
 from qat.console import console, duration, table
 from qat.evaluate import Metrics
-from qat.installation import command
 from qat.processes import place
 from qat.quant.architectures import told
 from qat.quant.size import said
 from qat.runs import Run
+from qat.shown import near
 from qat.stages import cache, convert, distill, evaluate, first
+from qat.stages.onward import onward
 from qat.stages.workspace import Workspace, open_workspace, start_folder
 
 STAGES = ("cache", "convert", "distill", "evaluate")
@@ -43,7 +44,7 @@ def main(config: Config, run: Run) -> None:
             f"worse than {start_is}: full KL {after.kl:.4f} instead of {before.kl:.4f}, both on held-out text"
         )
     run.save()
-    show(run, before, after, best)
+    show(config, run, before, after)
 
 
 def _start(work: Workspace, cached: Artifact) -> tuple[Path, dict[str, Metrics]]:
@@ -60,7 +61,7 @@ def _start(work: Workspace, cached: Artifact) -> tuple[Path, dict[str, Metrics]]
     return converted.folder, {"converted": convert.metrics(converted)}
 
 
-def show(run: Run, before: Metrics, after: Metrics, best: Path) -> None:
+def show(config: Config, run: Run, before: Metrics, after: Metrics) -> None:
     """What a person wants to know at the end: losses before and after, bits, times, where to go on."""
     result = run.result
     rows = [
@@ -86,9 +87,9 @@ def show(run: Run, before: Metrics, after: Metrics, best: Path) -> None:
         **({"left dense": told(quant["dense"])} if quant["dense"] else {}),
         "time": ", ".join(spent),
         "peak memory": f"{result['memory']['peak_bytes'] / 1e9:.1f} GB",
-        "loss curve": run.folder / "loss.png",
-        "samples": result["paths"].get("samples", "none, without a tokenizer"),
-        "go on with": f"{command()} stage=chat checkpoint={best}",
+        "loss curve": near(run.folder / "loss.png"),
+        "samples": near(samples) if (samples := result["paths"].get("samples")) else "none, without a tokenizer",
+        "go on with": onward(config, run, "chat"),
     }
     for name, value in lines.items():
         console.print(f"{name:17} {value}", soft_wrap=True)
@@ -103,6 +104,5 @@ def _answers(run: Run) -> list[list[str]]:
 
 
 def _spent(run: Run, stage: str) -> str:
-    """How long a stage took, or where what it gives was made before, how long that took."""
-    reused = run.result["reused"].get(stage)
-    return f"reused ({provenance.told(reused['made'])})" if reused else duration(run.result["timing"][f"{stage}_s"])
+    """How long a stage took; of what was made before the log says when."""
+    return "reused" if run.result["reused"].get(stage) else duration(run.result["timing"][f"{stage}_s"])

@@ -21,6 +21,7 @@ MISTAKES = [
     ("--experiment quick", "did you mean experiment=<value>"),
     ("-x", "unknown flag -x"),
     ("--help qant", "--help qant: no such group or key (did you mean quant?)"),
+    ("--help q2a4", "--help q2a4: no such group or key (it is an option of quant: see --help quant)"),
     ("--cfg jobs", "invalid choice"),
     ("--run -m", "exclude each other"),
     ("--resolve", "only goes with --cfg"),

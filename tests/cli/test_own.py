@@ -149,3 +149,29 @@ def test_options_of_the_package_are_not_read_twice(monkeypatch):
     monkeypatch.chdir(CONF.parent)
     monkeypatch.setenv("QAT_CONF", str(CONF))
     assert options.own() == []
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("data: {tokens: 9}", r"unknown key data.tokens \(did you mean data\.\w+\?\)"),
+        ("train: {steps: 9, lrr: 1}", r"unknown key train.lrr \(did you mean train.lr\?\)"),
+        ("trian: {steps: 9}", r"unknown key trian \(did you mean train\?\)"),
+    ],
+)
+def test_a_wrong_key_in_an_own_file_is_told_with_its_section(write, compose, text, told):
+    (write("conf") / "recipe" / "whole.yaml").write_text(f"# @package _global_\n{text}\n")
+    with pytest.raises(ConfigError, match=f"^In 'recipe/whole': {told}"):
+        compose("recipe=whole")
+
+
+def test_the_folder_of_a_model_is_no_option_and_the_message_says_what_it_is(compose, here):
+    (here / "mine").mkdir()
+    with pytest.raises(ConfigError, match=r"; for the folder of that name write model=local model.path=mine;"):
+        compose("model=mine")
+
+
+def test_options_with_long_names_have_their_descriptions_in_one_column(write):
+    lines = [line for line in page(["quant"]).splitlines() if line.startswith(("     ", "   * "))]
+    options_alone = lines[: len(options.files("quant"))]
+    assert len({line.index(line.split(maxsplit=2 if "*" in line[:5] else 1)[-1]) for line in options_alone}) == 1

@@ -210,7 +210,10 @@ def test_a_gguf_file_in_a_package_becomes_the_same_model_and_is_converted_once(t
     write_gguf(teacher, tmp_path / "tiny.gguf")
     (tmp_path / "readme.txt").write_text("")
     install(monkeypatch, tmp_path / "readme.txt", tmp_path / "tiny.gguf")
+    parsed, parse = [], gguf.GGUFReader
+    monkeypatch.setattr(gguf, "GGUFReader", lambda *given: parsed.append(given) or parse(*given))
     found = locate(WHEEL, tmp_path / "artifacts")
+    assert len(parsed) == 1
     model = found.load(torch.float32, tiny.CPU)
     assert torch.allclose(logits(model), logits(teacher.load(torch.float32, tiny.CPU)), atol=1e-4)
     assert "quantization_config" not in (found.path / "config.json").read_text()

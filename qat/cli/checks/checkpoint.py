@@ -6,8 +6,10 @@ from typing import Any
 from qat import names
 from qat.artifacts import MANIFEST, read_manifest
 from qat.checkpoint_files import find
-from qat.config import Config, Stage
+from qat.config import Config, ModelSource, Stage
 from qat.errors import ArtifactError, ConfigError
+from qat.records import read
+from qat.shown import near
 
 
 def check(config: Config) -> None:
@@ -21,6 +23,7 @@ def check(config: Config) -> None:
         )
     if config.stage is not Stage.pull:
         manifest(config)
+        _refuse_model(config)
 
 
 def manifest(config: Config) -> dict[str, Any] | None:
@@ -42,6 +45,24 @@ def manifest(config: Config) -> dict[str, Any] | None:
     if described.get("kind") != "checkpoint":
         raise ConfigError(f"checkpoint={found}: its {MANIFEST} describes no checkpoint")
     return described
+
+
+def _refuse_model(config: Config) -> None:
+    """Refuses a student of a run that was of another model, before any is made or fetched.
+
+    Folders are compared by what is in them, when they are opened.
+    """
+    place = start(config)
+    run = names.run_of(place) if place is not None and names.uses_checkpoint(config) else None
+    theirs = read(run, Path(config.outputs)).section("config", "model") if run else {}
+    model = config.model
+    ours = {"source": model.source.name, "package": model.package, "repo": model.repo}
+    if not run or not theirs or model.source is ModelSource.folder or theirs | ours == theirs:
+        return
+    raise ConfigError(
+        f"checkpoint={near(run)} is a student of {theirs.get('path') or theirs.get('repo') or theirs.get('name')}, not"
+        f" of model={model.name}: add --config-path {near(run)}, which is that run's configuration, or name its model"
+    )
 
 
 def start(config: Config) -> Path | None:

@@ -1,6 +1,6 @@
 """Checks the machine: it has enough GPUs or CPU cores for all processes."""
 
-from qat import gpus, provenance
+from qat import gpus, system
 from qat.config import Config
 from qat.errors import ConfigError
 
@@ -9,7 +9,7 @@ PROCESSES_A_CORE = 4  # allowed processes per CPU core where GPUs are fewer: mor
 
 def check(config: Config) -> None:
     """Checks that there are no more processes than this computer can run."""
-    devices, visible, cores = config.instance.devices, len(gpus.visible()), provenance.cores()
+    devices, visible, cores = config.instance.devices, len(gpus.visible()), system.cores()
     limit = max(visible, PROCESSES_A_CORE * cores)
     if devices > limit:
         raise ConfigError(
