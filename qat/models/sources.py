@@ -127,11 +127,11 @@ def dequantize(file: Path, folder: Path) -> None:
 def _read_once() -> Iterator[None]:
     """Inside, a GGUF file is parsed once: transformers would do so for settings, weights and tokenizer each."""
     parse = gguf.GGUFReader
-    gguf.GGUFReader = cache(parse)
+    gguf.GGUFReader = cache(parse)  # type: ignore[misc, assignment]
     try:
         yield
     finally:
-        gguf.GGUFReader = parse
+        gguf.GGUFReader = parse  # type: ignore[misc]
 
 
 def _gguf_file(package: str) -> Path:
