@@ -1,5 +1,6 @@
 """Every file in conf/ composes, is valid and says what it is."""
 
+import re
 from itertools import zip_longest
 from pathlib import Path
 
@@ -52,7 +53,7 @@ def test_every_option_says_what_it_is():
     for option in CONF.glob("*/*.yaml"):
         said = describe(option)
         assert len(said) > 5, option
-        assert f"{option.stem:<16} {said}" in shown
+        assert re.search(rf"\b{option.stem} +{re.escape(said)}", shown), option
 
 
 def test_every_group_has_a_folder_and_every_folder_a_group():
@@ -98,5 +99,5 @@ def test_command_line_outranks_an_experiment(compose):
 def test_wrong_field_in_an_option_is_refused(compose, here: Path):
     (here / "own" / "loss").mkdir(parents=True)
     (here / "own" / "loss" / "mine.yaml").write_text("# mine\nkinds: topk_kl\n")
-    with pytest.raises(ConfigError, match="unknown key kinds"):
+    with pytest.raises(ConfigError, match=r"unknown key loss\.kinds \(did you mean loss\.kind\?\)"):
         compose("--config-dir", "own", "loss=mine")
