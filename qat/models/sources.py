@@ -125,13 +125,18 @@ def dequantize(file: Path, folder: Path) -> None:
 
 @contextmanager
 def _read_once() -> Iterator[None]:
-    """Inside, a GGUF file is parsed once: transformers would do so for settings, weights and tokenizer each."""
-    parse = gguf.GGUFReader
-    gguf.GGUFReader = cache(parse)  # type: ignore[misc, assignment]
+    """Inside, a GGUF file is parsed once, and names of its tensors are mapped once.
+
+    transformers parses it for settings, weights and tokenizer each, and maps all names for every module of the model.
+    """
+    plain_ones = {name: getattr(gguf, name) for name in ("GGUFReader", "get_tensor_name_map")}
+    for name, function in plain_ones.items():
+        setattr(gguf, name, cache(function))
     try:
         yield
     finally:
-        gguf.GGUFReader = parse  # type: ignore[misc]
+        for name, function in plain_ones.items():
+            setattr(gguf, name, function)
 
 
 def _gguf_file(package: str) -> Path:
