@@ -24,6 +24,13 @@ from torch.nn.functional import scaled_dot_product_attention
 from qat import attention, masks
 from qat.attention import flash, kernels
 
+try:
+    from triton.errors import TritonError
+except ImportError:  # no CUDA build of torch
+    FAILURES: tuple[type[Exception], ...] = (RuntimeError,)
+else:
+    FAILURES = (RuntimeError, TritonError)
+
 HEADS = {"smollm2": (9, 3, 64), "qwen3": (16, 8, 128)}  # queries, keys and width, from the models' config.json files
 BLOCKS: dict[str, list[tuple[int, int]]] = {  # queries and keys of a block
     "FORWARD": [(128, 64), (128, 128), (128, 32), (64, 64)],
@@ -64,7 +71,7 @@ def table(model: str, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
                 try:
                     line |= times(name, model, options.tokens // length, length, positions)
                     line |= errors(name, model, length, positions)
-                except Exception as error:  # the others are still worth having
+                except FAILURES as error:  # the others are still worth having
                     line["failed"] = str(error).strip().partition("\n")[0][:200]
                 yield line
 
@@ -208,7 +215,7 @@ def cut(
                     flash.backward(grad, q, k, v, out, sums, spans, width**-0.5, into)
 
             found[name] = timed(work, repeats)
-    except Exception as error:  # most often too much shared memory
+    except FAILURES as error:  # most often too much shared memory
         found["failed"] = str(error).strip().partition("\n")[0][:200]
     finally:
         table[width] = before

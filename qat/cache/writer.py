@@ -64,6 +64,7 @@ LOOKED_AT = 1024  # documents from which rows are taken to test how the teacher 
 # Positions that are multiplied with the head at one time (enough to be worth reading all its weights), and
 # positions whose fp32 log-probabilities are held at one time (few on a CPU, so that they fit its cache).
 POSITIONS = {"cpu": (256, 32), "cuda": (2048, 2048)}
+CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -268,7 +269,7 @@ def _record(
         ThreadPoolExecutor(1) as writer,
     ):
         for shard in todo:
-            recorded = record(model, shard, meta, rows_at_once, advance) if shard.top_k else _nothing(shard)
+            recorded = record(model, shard, meta, rows_at_once, advance) if shard.top_k else _room(shard, CPU)
             if before is not None:
                 before.result()
             answers = bool(meta.get("answers"))
@@ -285,13 +286,15 @@ def record(
     rows, length, joined = shard.rows, meta["length"], meta["packing"] == Packing.joined.name
     shape = (len(rows), length - 1, shard.random)
     drawn = random_ids(meta["seed"], shard.split, shard.index, shape, meta["vocab_size"]).int()
-    head = OutputHead(model)
-    parts: list[dict[str, Tensor]] = []
+    head, recorded, done = OutputHead(model), _room(shard, model.device), 0
     text = (_given(piece, joined, model.device) for piece in rows.split(micro_batch))
     for hidden, sample in zip(each_hidden(model, text), drawn.split(micro_batch), strict=True):
-        parts += _outputs(head, hidden, sample.flatten(0, 1).to(model.device).long(), shard.top_k)
+        for part in _outputs(head, hidden, sample.flatten(0, 1).to(model.device).long(), shard.top_k):
+            for name, tensor in recorded.items():
+                tensor[done : done + len(part[name])] = part[name]
+            done += len(part["ids"])
         advance(len(sample) * length)
-    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    return recorded
 
 
 def _given(rows: Rows, joined: bool, device: torch.device) -> dict[str, Tensor]:
@@ -299,10 +302,15 @@ def _given(rows: Rows, joined: bool, device: torch.device) -> dict[str, Tensor]:
     return inputs(rows.input_ids.to(device).long(), rows.document_starts.to(device) if joined else None)
 
 
-def _nothing(shard: Shard) -> dict[str, Tensor]:
-    """The tensors that `record` would keep, for zero positions."""
-    types = {"ids": torch.int64, "topk_logprobs": torch.float16, "random_logprobs": torch.float16}
-    return {name: torch.empty(shard.rows.loss_mask.numel(), 0, dtype=dtype) for name, dtype in types.items()}
+def _room(shard: Shard, device: torch.device) -> dict[str, Tensor]:
+    """The tensors that `record` fills, each [N·(L-1), …].
+
+    They are whole from the start: on a CPU many small ones, kept between logits that come and go, would leave
+    malloc holes that nothing fits into, 0.1 MB a position.
+    """
+    positions, few, drawn = shard.rows.loss_mask.numel(), shard.top_k, shard.random
+    kept = {"ids": (few, torch.int64), "topk_logprobs": (few, torch.float16), "random_logprobs": (drawn, torch.float16)}
+    return {name: torch.empty(positions, count, dtype=dtype, device=device) for name, (count, dtype) in kept.items()}
 
 
 def _outputs(head: OutputHead, hidden_XD: Tensor, sample_XR: Tensor, top_k: int) -> Iterable[dict[str, Tensor]]:

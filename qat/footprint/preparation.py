@@ -107,7 +107,7 @@ def cache(config: Config, shapes: Shapes, machine: Machine) -> list[Part]:
         Part("logits", FP32 * logits * theirs.vocabulary, MODEL, least=False),
         Part("what passes through a layer", tokens * passing(theirs, dtype), "instance.micro_batch", least=False),
         Part("hidden states", rows * settings.length * theirs.hidden * dtype, "instance.micro_batch", least=False),
-        Part("a shard, in parts and joined", 2 * recorded * a_position, "cache.top_k", least=False),
+        Part("what is kept of a shard", recorded * a_position, "cache.top_k", least=False),
     ]
 
 
