@@ -9,6 +9,7 @@ Prints one row a preset and evaluation text, and writes the same as JSON with `-
 import argparse
 import json
 import time
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -16,7 +17,7 @@ import yaml
 from transformers import PreTrainedModel
 
 from qat import machine as machines
-from qat.cache.batch import Text
+from qat.cache.batch import Batch, Text
 from qat.cli import arguments as command_line
 from qat.cli import main as launch
 from qat.config import (
@@ -32,16 +33,23 @@ from qat.config import (
     QuantConfig,
 )
 from qat.conversion.convert import Converted, Held, Shelf, convert, install
+from qat.conversion.costs import costs
 from qat.data import packing, sources
 from qat.data.documents import Document
 from qat.data.tally import Tally
 from qat.evaluate import evaluate
 from qat.models import ModelFolder, locate
+from qat.quant import budget
 from qat.quant.architectures import Layer, select
+from qat.quant.budget import Costs
+from qat.quant.formats import Format
 from qat.quant.places import matrix
 from qat.quant.size import bits_per_weight
 
 CONF = Path(__file__).parent.parent / "conf"
+KMEANS = KMeansConfig("exact", KMeansBackend.exact)
+
+Choices = list[tuple[Layer, list[Format]]]  # layers of a budget, and the formats that each may have
 
 
 def main() -> None:
@@ -66,7 +74,7 @@ def measure(name, folder, teacher, calibration, held_out, options, machine) -> l
     settings.sweeps = settings.sweeps if options.sweeps is None else options.sweeps
     settings.rounds = settings.rounds if options.rounds is None else options.rounds
     began = time.monotonic()
-    made = convert_preset(name, folder, teacher, calibration, settings, machine)
+    made = Converter(folder, teacher, calibration, settings, machine).convert(preset(name))
     seconds = time.monotonic() - began
     student = folder.load(torch.float32, machine.device)
     install(student, {one.layer.name: one.module for one in made})
@@ -83,45 +91,64 @@ def measure(name, folder, teacher, calibration, held_out, options, machine) -> l
     return rows
 
 
-def convert_preset(
-    name: str,
-    folder: ModelFolder,
-    teacher: PreTrainedModel,
-    calibration_NL: torch.Tensor,
-    settings: ConvertConfig,
-    machine: machines.Machine,
-) -> list[Converted]:
-    """Every layer of a model as a `quant` option has it."""
-    return convert_layers(select(teacher, preset(name)), folder, teacher, calibration_NL, settings, machine)
+@dataclass
+class Converter:
+    """Converts a model by `quant` options, each calibrated on the same rows of tokens.
 
+    Attributes:
+        folder: of the teacher.
+        teacher: its weights, fp32.
+        calibration_NL: rows of tokens.
+        settings: how fits are done.
+        machine: computes.
+    """
 
-def convert_layers(
-    layers: list[Layer],
-    folder: ModelFolder,
-    teacher: PreTrainedModel,
-    calibration_NL: torch.Tensor,
-    settings: ConvertConfig,
-    machine: machines.Machine,
-) -> list[Converted]:
-    """Some layers of a model, calibrated on rows of tokens."""
-    held = [Held() for _ in range(settings.passes)]
+    folder: ModelFolder
+    teacher: PreTrainedModel
+    calibration_NL: torch.Tensor
+    settings: ConvertConfig
+    machine: machines.Machine
+    _costs: list[tuple[Choices, Costs]] = field(default_factory=list)
 
-    def load(shelf: Shelf | None) -> PreTrainedModel:
-        model = folder.load(machine.dtype, machine.device)
-        install(model, {layer.name: shelf.get(layer) for layer in layers} if shelf else {})
-        return model
+    def convert(self, quant: QuantConfig) -> list[Converted]:
+        """Every layer as an option has it, or as a budget chooses."""
+        layers = self.layers(quant)
+        held = [Held() for _ in range(self.settings.passes)]
 
-    figures = convert(
-        layers,
-        load,
-        lambda layer: matrix(teacher, layer),
-        Text(calibration_NL).batches(machine.micro_batch),
-        settings,
-        KMeansConfig("exact", KMeansBackend.exact),
-        machine.device,
-        held,
-    )
-    return [Converted(layer, held[-1].get(layer), figures[layer.name]) for layer in layers]
+        def load(shelf: Shelf | None) -> PreTrainedModel:
+            model = self._load()
+            install(model, {layer.name: shelf.get(layer) for layer in layers} if shelf else {})
+            return model
+
+        figures = convert(layers, load, self._weight, self._text, self.settings, KMEANS, self.machine.device, held)
+        return [Converted(layer, held[-1].get(layer), figures[layer.name]) for layer in layers]
+
+    def layers(self, quant: QuantConfig) -> list[Layer]:
+        """The layers that an option covers, with their formats."""
+        layers = select(self.teacher, quant)
+        if not quant.candidates:
+            return layers
+        choices = [(layer, budget.formats_of(layer, quant)) for layer in layers]
+        return budget.chosen(quant, layers, self.teacher, self._known(choices))
+
+    def _known(self, choices: Choices) -> Costs:
+        """What formats cost, which budgets of any size share."""
+        found = [costs for known, costs in self._costs if known == choices]
+        if not found:
+            device = self.machine.device
+            found = [costs(choices, lambda _: self._load(), self._weight, self._text, self.settings, KMEANS, device)]
+            self._costs.append((choices, found[0]))
+        return found[0]
+
+    def _load(self) -> PreTrainedModel:
+        return self.folder.load(self.machine.dtype, self.machine.device)
+
+    def _weight(self, name: str) -> torch.Tensor:
+        return matrix(self.teacher, name)
+
+    @property
+    def _text(self) -> list[Batch]:
+        return Text(self.calibration_NL).batches(self.machine.micro_batch)
 
 
 def texts(
@@ -148,9 +175,9 @@ def convert_option(name: str) -> ConvertConfig:
     return ConvertConfig(**yaml.safe_load((CONF / "convert" / f"{name}.yaml").read_text()))
 
 
-def preset(name: str) -> QuantConfig:
-    """A `quant` option as the command line would compose it."""
-    return launch.check(command_line.parse([f"quant={name}"])).configs[0].quant
+def preset(words: str) -> QuantConfig:
+    """A `quant` option as the command line would compose it, with further words of it: `budget quant.megabytes=66`."""
+    return launch.check(command_line.parse(f"quant={words}".split())).configs[0].quant
 
 
 def arguments() -> argparse.Namespace:

@@ -33,7 +33,7 @@ import engine_files
 import speeds
 import torch
 from comparison import Job, add_arguments, by_name, compare
-from conversion import convert_option, convert_preset, preset
+from conversion import Converter, convert_option, preset
 from engine_files import engine_of
 from evaluation import Entry, Evaluation, Student, digest, teacher_of
 from results import Results, shown
@@ -196,7 +196,7 @@ def converted(work: Work, name: str) -> Path:
 
     def fill(folder: Path) -> dict[str, Any]:
         model = work.folder.load(torch.float32, work.machine.device)
-        made = convert_preset(name, work.folder, model, work.calibration, settings, work.machine)
+        made = Converter(work.folder, model, work.calibration, settings, work.machine).convert(quant)
         checkpoints.native.write_layers({one.layer.name: one.module for one in made}, folder)
         return checkpoints.describe(work.folder, quant, [one.layer for one in made])
 

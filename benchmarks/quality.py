@@ -7,7 +7,7 @@
     python benchmarks/quality.py --model <folder> --calibration a.json b.txt --evaluation chat.json wiki.txt \
         --llama-cpp IQ4_XS:IQ4_NL Q3_K_M Q4_K_M --mlx 4:64 3:64 2:64
     python benchmarks/quality.py --model <folder> --calibration a.json b.txt --evaluation chat.json wiki.txt \
-        --ours q2a4 q2a4_r8 q3a4_r8 q4a4 --convert fast
+        --ours q2a4 q4a4 'q3a4_r8 quant.embed={bits:5,rank:16}' 'budget quant.megabytes=66' --convert fast
     python benchmarks/quality.py --model <folder> --evaluation chat.json wiki.txt \
         --trained q2a4=outputs/SR-001 q2a4=outputs/SR-002
     python benchmarks/quality.py --draw --merge elsewhere.json
@@ -49,7 +49,8 @@ from typing import Any
 
 import torch
 from comparison import Job, add_arguments, by_name, compare
-from conversion import convert_option, convert_preset, texts
+from conversion import Converter, convert_option, texts
+from conversion import preset as option
 from evaluation import Entry, Evaluation, Student, as_packed, digest, size_of, stored_size, trained
 from peers import PEERS, Peer, imported
 from peers.grid import Grid, levels, parse, prove
@@ -77,12 +78,19 @@ class Work(Evaluation):
 
     def __init__(self, options: argparse.Namespace) -> None:
         super().__init__(options)
-        self.outputs, self.calibration = Path(options.outputs), torch.empty(0, options.length, dtype=torch.long)
+        self.outputs, self.convert = Path(options.outputs), options.convert
+        self.calibration = torch.empty(0, options.length, dtype=torch.long)
         if options.calibration:
             self.calibration = texts(
                 options.calibration, self.folder, options.length, options.calibration_tokens, options.shares
             )
         self.calibrated = {"calibration": digest(self.calibration), "calibration_tokens": self.calibration.numel()}
+
+    @cached_property
+    def converter(self) -> Converter:
+        """Makes what is ours."""
+        settings = convert_option(self.convert)
+        return Converter(self.folder, self.exact, self.calibration, settings, self.machine)
 
     @cached_property
     def exact(self) -> PreTrainedModel:
@@ -122,8 +130,8 @@ def entries(work: Work, options: argparse.Namespace) -> Iterator[tuple[str, Call
     for label, make, names in (("llama.cpp", llama_cpp, options.llama_cpp), ("MLX", mlx, options.mlx)):
         for name in names:
             yield label, partial(make, work, name)
-    for name in options.ours:
-        yield OURS, partial(preset, work, name, options.convert)
+    for words in options.ours:
+        yield OURS, partial(preset, work, words)
     for name, paths in students.items():
         yield name, partial(trained, work, name, paths)
 
@@ -229,21 +237,21 @@ def stored(
     return Entry(label, name, shaping, (make,))
 
 
-def preset(work: Work, name: str, convert: str) -> Entry:
-    """A preset of ours, converted and not trained."""
-    settings = convert_option(convert)
-    shaping = {"convert": {key: value for key, value in asdict(settings).items() if key != "calibration_tokens"}}
+def preset(work: Work, words: str) -> Entry:
+    """A preset of ours, or a budget, converted and not trained."""
+    settings = asdict(work.converter.settings)
+    shaping = {"convert": {key: value for key, value in settings.items() if key != "calibration_tokens"}}
 
     def make(dtype: torch.dtype) -> Student:
         began = time.monotonic()
-        made = convert_preset(name, work.folder, work.exact, work.calibration, settings, work.machine)
+        made = work.converter.convert(option(words))
         seconds = time.monotonic() - began
         student = work.folder.load(dtype, work.machine.device)
         install(student, {one.layer.name: one.module for one in made})
         student, sizes = as_packed(student, [one.layer for one in made], work.folder)
         return student, {**sizes, "seconds": round(seconds, 1)}
 
-    return Entry(f"{OURS}, convert={convert}", name, shaping | work.calibrated, (make,))
+    return Entry(f"{OURS}, convert={settings['name']}", words, shaping | work.calibrated, (make,))
 
 
 def layers_of(model: PreTrainedModel) -> list[Layer]:
@@ -261,7 +269,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--bits", nargs="+", default=["2:64", "3:64", "4:64"], help="of the MLP, with the group")
     parser.add_argument("--llama-cpp", nargs="+", default=[], metavar="TYPE[:EMBEDDING]", help="its own types")
     parser.add_argument("--mlx", nargs="+", default=[], metavar="BITS:GROUP", help="of everything, embedding included")
-    parser.add_argument("--ours", nargs="+", default=[], metavar="PRESET", help="options of conf/quant, converted")
+    parser.add_argument("--ours", nargs="+", default=[], metavar="'PRESET WORD…'", help="converted, not trained")
     parser.add_argument("--picture", default="docs/quality.png")
     parser.add_argument("--draw", action="store_true", help="compute nothing")
     options = parser.parse_args()

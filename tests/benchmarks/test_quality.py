@@ -4,6 +4,7 @@ import argparse
 import json
 from pathlib import Path
 
+import conversion
 import peers
 import pytest
 import quality
@@ -14,6 +15,7 @@ from peers import rtn
 from qat import checkpoints
 from qat.config import ModelConfig, ModelSource
 from qat.conversion.convert import Converted
+from qat.conversion.costs import costs
 from qat.errors import ArtifactError
 from qat.models import locate
 from qat.quant.linear import quantized
@@ -161,7 +163,7 @@ def test_an_engines_file_is_measured_as_it_is(engine, package, name, bits, run, 
 
 
 def test_presets_and_checkpoints_of_ours(run, options, tmp_path, cache, monkeypatch):
-    monkeypatch.setattr(quality, "convert_preset", small_conversion)
+    monkeypatch.setattr(quality.Converter, "convert", small_conversion)
     known_as_folder = locate(ModelConfig(name="model", source=ModelSource.folder, path=options.model), tmp_path)
     trained = tiny.checkpoint_in(tmp_path / "trained", known_as_folder, cache)
     rows = run(methods=[], ours=["q2a4"], trained=[f"mine={trained}"])
@@ -170,6 +172,15 @@ def test_presets_and_checkpoints_of_ours(run, options, tmp_path, cache, monkeypa
         ("ours, trained", "mine"),
     ]
     assert all(row["kl"] > 0 and "levels" not in row for row in rows)
+
+
+def test_budgets_of_the_same_formats_share_their_costs(run, monkeypatch):
+    tried, few = [], "quant.candidates=[{bits:2,rank:2},{format:grid,bits:4,group:32,levels:shifted}]"
+    monkeypatch.setattr(conversion, "costs", lambda *given: tried.append(given) or costs(*given))
+    asked = [f"budget quant.megabytes={size} {few}" for size in (0.05, 0.07)]
+    small, large = run(methods=[], ours=asked)[::2]
+    assert small["megabytes"] <= 0.05 < large["megabytes"] <= 0.07 and small["kl"] > large["kl"] > 0
+    assert len(tried) == 1
 
 
 def test_a_checkpoint_may_call_the_model_by_its_artifact(run, tmp_path, teacher, cache):
@@ -225,5 +236,5 @@ def changed_in(folder, teacher, cache):
     return folder / "changed"
 
 
-def small_conversion(name, folder, teacher, calibration, settings, machine):
-    return [Converted(*parts) for parts in tiny.converted(teacher, calibration[:4]).values()]
+def small_conversion(converter, quant):
+    return [Converted(*parts) for parts in tiny.converted(converter.teacher, converter.calibration_NL[:4]).values()]
