@@ -5,6 +5,7 @@ what autograd saves there. D is the width of hidden states, F of queries, keys a
 of all heads, I inside the MLP; a test counts saved tensors of both.
 """
 
+from qat import decoder
 from qat.config import Packing
 from qat.footprint.shapes import FP32, Shapes
 from qat.machine import Machine
@@ -14,12 +15,13 @@ GATED = 2  # matrices before an MLP's activation
 
 def kept(shapes: Shapes, machine: Machine, length: int, packing: Packing, again: bool) -> float:
     """Bytes that a decoder layer keeps of a token for its backward pass; `again` computes what is between once more."""
-    dtype, fused = machine.dtype.itemsize, shapes.fuses(machine, length - 1)
+    dtype, fused = machine.dtype.itemsize, shapes.fuses(machine)
     if again:
         return (2 if fused else 1) * shapes.hidden * dtype
     if fused:  # two sums and their norms; the joint product; the heads' outputs; gate and up, and what they make
         numbers = 4 * shapes.hidden + shapes.joint + shapes.mixed + (GATED + 1) * shapes.inner
-        return numbers * dtype
+        sums = FP32 * shapes.heads if length - 1 > decoder.LONGEST else 0  # of each softmax, where rows are long
+        return numbers * dtype + sums
     return _own(shapes, dtype, length, packing)
 
 

@@ -91,10 +91,10 @@ class Shapes:
         """Numbers of a token in the outputs of all heads."""
         return self.heads * self.width
 
-    def fuses(self, machine: Machine, tokens: int) -> bool:
-        """Whether rows of so many tokens go through fused layers (`qat.decoder`) when they are trained on."""
-        short = tokens <= decoder.LONGEST and machine.dtype.itemsize == 2
-        return machine.device.type == "cuda" and machine.compile and short and decoder.described(self.config)
+    def fuses(self, machine: Machine) -> bool:
+        """Whether rows go through fused layers (`qat.decoder`) when they are trained on."""
+        kernels = machine.device.type == "cuda" and machine.dtype.itemsize == 2
+        return kernels and machine.compile and decoder.described(self.config)
 
     @classmethod
     def of(cls, model: nn.Module, config: PreTrainedConfig, streams: bool = True) -> "Shapes":

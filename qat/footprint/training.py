@@ -37,7 +37,7 @@ def comparisons(job: Job, config: Config, shapes: Shapes, machine: Machine) -> I
     if config.stage is Stage.distill or config.cache.path:
         model = Part("the model's weights", shapes.weights * machine.dtype.itemsize, MODEL)
         yield [*(part for part in held if part.what != TEACHERS), model, *wide]
-    if shapes.fuses(machine, config.cache.length - 1):
+    if shapes.fuses(machine):
         yield [*held, *wide]
 
 

@@ -27,11 +27,11 @@ def model(family: str, layers: int, dtype: torch.dtype = torch.float32) -> trans
     return found
 
 
-def inputs(joined: bool) -> dict[str, torch.Tensor]:
+def inputs(joined: bool, length: int = LENGTH) -> dict[str, torch.Tensor]:
     """Rows of several documents, or of one."""
-    starts = torch.zeros(ROWS, LENGTH, dtype=torch.bool)
+    starts = torch.zeros(ROWS, length, dtype=torch.bool)
     starts[:, [0, 5, 6]] = True
-    return rows.inputs(torch.randint(60, (ROWS, LENGTH)), starts if joined else None)
+    return rows.inputs(torch.randint(60, (ROWS, length)), starts if joined else None)
 
 
 def kept_bytes(made: nn.Module, given: dict[str, torch.Tensor], besides: list[torch.Tensor] = []) -> int:  # noqa: B006

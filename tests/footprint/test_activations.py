@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from qat.config import Packing
-from qat.decoder import Decoder, attention, kernels
+from qat.decoder import LONGEST, Decoder, attention, kernels, long
 from qat.footprint import Shapes
 from qat.footprint.activations import kept
 from qat.forward import FUSED, prepare
@@ -14,7 +14,7 @@ from qat.quant.formats import Codebook
 from qat.quant.linear import QuantLinear
 from qat.quant.weights import Weights
 from tests import tiny
-from tests.footprint.saved import FAMILIES, LENGTH, TOKENS, inputs, kept_bytes, model
+from tests.footprint.saved import FAMILIES, LENGTH, ROWS, TOKENS, inputs, kept_bytes, model
 
 
 def shapes_of(family):
@@ -54,12 +54,17 @@ def unkernelled(monkeypatch):
 
     monkeypatch.setattr(kernels, "norm", norm)
     monkeypatch.setattr(kernels, "gate", lambda both: both.new_zeros(len(both), both.shape[1] // 2))
+    def attend_long(qkv, places, norms, heads):
+        return attend(qkv, places, norms, heads), torch.zeros(ROWS, heads.query, len(qkv) // ROWS)
+
     monkeypatch.setattr(attention, "forward", attend)
+    monkeypatch.setattr(long, "forward", attend_long)
 
 
+@pytest.mark.parametrize("length", [LENGTH, LONGEST + 2])
 @pytest.mark.parametrize("again", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_fused_layers(family, again, unkernelled):
+def test_fused_layers(family, again, length, unkernelled):
     found = []
     for layers in (2, 3):
         made, learning = model(family, layers, torch.bfloat16), []
@@ -69,14 +74,16 @@ def test_fused_layers(family, again, unkernelled):
         made.requires_grad_(False)
         weights = Weights(learning, made.dtype)
         vars(made.base_model)[FUSED] = Decoder(made, again)
-        found.append(kept_bytes(made, inputs(False), [weights.values]))
+        found.append(kept_bytes(made, inputs(False, length), [weights.values]))
     machine = replace(tiny.FP32, device=torch.device("cuda"), dtype=torch.bfloat16, compile=True)
-    assert found[1] - found[0] == TOKENS * kept(shapes_of(family), machine, LENGTH, Packing.rows, again)
+    tokens = ROWS * (length - 1)
+    assert found[1] - found[0] == tokens * kept(shapes_of(family), machine, length, Packing.rows, again)
 
 
-def test_long_rows_and_other_types_are_not_fused():
+def test_what_is_fused():
     machine = replace(tiny.FP32, device=torch.device("cuda"), dtype=torch.bfloat16, compile=True)
     shapes = shapes_of("qwen3")
-    assert shapes.fuses(machine, 128) and not shapes.fuses(machine, 129)
-    assert not shapes.fuses(replace(machine, dtype=torch.float32), 128)
-    assert not shapes.fuses(replace(machine, compile=False), 128)
+    assert shapes.fuses(machine)
+    assert not shapes.fuses(replace(machine, dtype=torch.float32))
+    assert not shapes.fuses(replace(machine, compile=False))
+    assert not shapes.fuses(replace(machine, device=torch.device("cpu")))
