@@ -8,6 +8,8 @@
     python benchmarks/scale.py qwen3-4b --devices 1 2 --length 128 --batch 64      # one and two GPUs, side by side
     python benchmarks/scale.py qwen3-8b --devices 2 --length 1024 --batch 8 --micro-batch 1 --steps 20
     python benchmarks/scale.py tiny --devices 1 2 --length 32 --batch 8 --micro-batch 4
+    python benchmarks/scale.py table                       # Qwen3 from 0.6B to 8B, rows of 128 and 1,024, on one GPU
+    python benchmarks/scale.py qwen3-8b --devices 1 --loss full_kl --tables     # one of its lines, otherwise cut
 
 Weights are random bf16 numbers, written layer by layer, all in Qwen3's architecture; text is random words, and in a
 whole run what such a model writes. Every stage is a process of its own, and what is printed is in its `result.json`.
@@ -16,7 +18,8 @@ measured in the same process (`qat.machine.matmul_flops`), where a token costs 6
 decoder layers and 4 of its head, and with the teacher beside it 2 a weight more.
 
 With `--devices` nothing is converted: all weights learn on so many GPUs, one number after the other, and speed, memory
-and losses are printed beside each other (`benchmarks/sharing.py`).
+and losses are printed beside each other (`benchmarks/sharing.py`). `table` does so for the records' recipe (`full_kl`,
+latent weights, the teacher beside the student) on one GPU; of the largest shape tables and scales alone learn.
 """
 
 import argparse
@@ -54,12 +57,21 @@ SHAPES = {
     "qwen3-4b": Shape(2560, 9728, 36, 32, 8, True),
     "qwen3-8b": Shape(4096, 12288, 36, 32, 8, False),
 }
+TOKENS = 16_384  # of a step of the table
+LENGTHS = 128, 1024
+# Shapes of the table, the tokens that are computed at once, and whether latent weights learn
+TABLE = {
+    "qwen3-0.6b": (16_384, True),
+    "qwen3-1.7b": (16_384, True),
+    "qwen3-4b": (8_192, True),
+    "qwen3-8b": (8_192, False),
+}
 
 
 def main() -> None:
     """Writes the model where it is not there yet, runs the stages and prints a line for each."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("shape", choices=SHAPES)
+    parser.add_argument("shape", choices=[*SHAPES, "table"])
     parser.add_argument("--stages", nargs="+", default=["run"], choices=["run", "convert", "distill"])
     parser.add_argument("--layers", type=int, help="decoder layers, if not as many as the shape has")
     parser.add_argument("--length", type=int, default=128, help="tokens of a row")
@@ -72,8 +84,12 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=64, help="with --devices: rows a step")
     parser.add_argument("--micro-batch", type=int, default=16, help="with --devices: rows computed at once")
     parser.add_argument("--checkpointing", action="store_true", help="with --devices: activations computed twice")
+    parser.add_argument("--tables", action="store_true", help="with --devices: without latent weights")
     parser.add_argument("--loss", help="what is learned from; full_kl, with --devices bucket_kl")
     options = parser.parse_args()
+    if options.shape == "table":
+        table(options)
+        return
     known = SHAPES[options.shape]
     shape = Shape(**asdict(known) | {"layers": options.layers or known.layers})
     if options.devices:
@@ -105,33 +121,57 @@ def main() -> None:
         line |= figures(result, shape)
         print("  ".join(f"{name} {value}" for name, value in line.items() if name != "phases"), flush=True)
         print(by_phase(options.shape, line["phases"]), flush=True)
-        if options.json:
-            with open(options.json, "a", encoding="utf-8") as file:
-                file.write(json.dumps(line | {"words": words}) + "\n")
+        keep(options.json, line | {"words": words})
         start = result["paths"].get("conversion", start)
 
 
 def side_by_side(options: argparse.Namespace, shape: Shape) -> None:
     """Trains on each number of GPUs, each line printed and kept as soon as it is there, then all of them compared."""
     sizes = options.length, options.batch, options.micro_batch, options.steps
-    case = Case(shape, *sizes, options.loss or "bucket_kl", options.checkpointing)
-    lines: list[dict[str, Any]] = []
-    for count in options.devices:
-        began = time.monotonic()
-        line = together(case, count)
-        if line is None:
-            spent = time.monotonic() - began
-            print(f"{options.shape} on {sharing.counted(count)} failed after {spent:.0f} s", flush=True)
-            continue
-        line |= {"shape": options.shape, "rows": case.rows, "length": case.length, "loss": case.loss}
-        line["seconds"] = round(time.monotonic() - began, 1)
-        print("  ".join(f"{name} {value}" for name, value in line.items() if name != "losses"), flush=True)
-        if options.json:
-            with open(options.json, "a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
-        lines.append(line)
+    case = Case(shape, *sizes, options.loss or "bucket_kl", options.checkpointing, not options.tables)
+    lines = [found for count in options.devices if (found := trained(options.shape, case, count, options.json))]
     if lines:
         print(sharing.compared(lines, case), flush=True)
+
+
+def table(options: argparse.Namespace) -> None:
+    """Trains each shape of the table on one GPU, on rows of each length; one that fails leaves the others alone."""
+    lines = []
+    for name, (at_once, latent) in TABLE.items():
+        for length in LENGTHS:
+            sizes = length, TOKENS // length, at_once // length, options.steps
+            found = trained(name, Case(SHAPES[name], *sizes, "full_kl", latent=latent), 1, options.json)
+            lines += [found] if found else []
+    print("| shape | rows | learns | tokens/s | share of the product | held, GB | peak, GB | expected, GB |")
+    print("| --- " * 8 + "|")
+    for one in lines:
+        learns = "latent weights" if one["latent"] else "tables and scales"
+        rows = f"{one['rows']} of {one['length']}, {one['micro_batch']} at once"
+        memory = " | ".join(str(one[key]) for key in ("held_gb", "peak_gb", "expected_gb"))
+        speed = f"{one['tokens_per_second']:,.0f} | {one['share']:.1%}"
+        print(f"| {one['shape']} | {rows} | {learns} | {speed} | {memory} |", flush=True)
+
+
+def trained(name: str, case: Case, count: int, path: Path | None) -> dict[str, Any] | None:
+    """A case on so many GPUs: its line, printed and kept as soon as it is there; None where it fails, which is told."""
+    began = time.monotonic()
+    line = together(case, count)
+    if line is None:
+        spent = time.monotonic() - began
+        print(f"{name}, rows of {case.length}, on {sharing.counted(count)} failed after {spent:.0f} s", flush=True)
+        return None
+    line |= {"shape": name, "rows": case.rows, "length": case.length, "loss": case.loss, "latent": case.latent}
+    line["seconds"] = round(time.monotonic() - began, 1)
+    print("  ".join(f"{key} {value}" for key, value in line.items() if key != "losses"), flush=True)
+    keep(path, line)
+    return line
+
+
+def keep(path: Path | None, line: dict[str, Any]) -> None:
+    """Adds a line to a file, if there is one."""
+    if path:
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
 
 
 def together(case: Case, count: int) -> dict[str, Any] | None:

@@ -8,7 +8,8 @@ A line has
 - `held`: what a GPU's tensors take between two steps (of a process without one: its peak), of the one that holds
   most, and `peak`, the most during
   them, with the memory of recorded graphs, which keep it between replays; beside it what a plan expects of it;
-- `share`: 6 operations a weight of decoder layers and head and token, over the product measured in the same process.
+- `share`: operations of a token over the product measured in the same process, 6 a weight of decoder layers and head,
+  and with the teacher beside it (`full_kl`) 2 more.
 """
 
 import json
@@ -92,6 +93,7 @@ class Case:
     steps: int
     loss: str
     checkpointing: bool = False
+    latent: bool = True  # latent weights learn, not tables and scales alone
 
 
 def main() -> None:
@@ -115,14 +117,14 @@ def measure(case: Case, machine: Machine, ranks: Ranks) -> dict[str, Any]:
     began = time.monotonic()
     peaks.begin(machine.device)
     flops = machines.matmul_flops(machine, 8192 if machine.device.type == "cuda" else 512)
-    train = TrainConfig(steps=case.steps, batch_size=case.rows, learn=LearnConfig(latent=1.0))
+    train = TrainConfig(steps=case.steps, batch_size=case.rows, learn=LearnConfig(latent=float(case.latent)))
     kind = LossKind[case.loss]
     teacher = model(case, machine)
     batches = [batch(case, teacher, seed, machine, ranks) for seed in range(BATCHES)]
     loss = Loss(kind, 1.0, teacher=teacher if kind.needs_teacher else None)
     student = model(case, machine) if kind.needs_teacher else teacher
     layers = chosen(student)
-    learners = Learners(student, quantize(student, layers), train.learn, machine, train.snap_fp16, ranks)
+    learners = Learners(student, quantize(student, layers, case.latent), train.learn, machine, train.snap_fp16, ranks)
     step = Step(student, learners, Optimizer(learners.own, train, machine.device), loss, train, machine, ranks)
     begin = time.monotonic() - began
     losses, times = [], []
@@ -137,11 +139,13 @@ def measure(case: Case, machine: Machine, ranks: Ranks) -> dict[str, Any]:
     seconds = statistics.median(times[WARM_UP:] or times)
     speed = case.rows * case.length / seconds
     weights = case.shape.decoder + case.shape.vocabulary * case.shape.hidden
+    operations = (8 if kind.needs_teacher else 6) * weights
     return {
         "devices": ranks.count,
         "of": counted(ranks.count),
         "tokens_per_second": round(speed, 1),
-        "share": round(6 * weights * speed / flops / ranks.count, 3),
+        "share": round(operations * speed / flops / ranks.count, 3),
+        "product_tflops": round(flops / 1e12, 1),
         "held_gb": round(ranks.most(held, machine.device) / GB, 2),
         "peak_gb": round(ranks.most(peak, machine.device) / GB, 2),
         "expected_gb": round(expected(case, layers, train, machine, ranks) / GB, 2),
@@ -182,9 +186,9 @@ def model(case: Case, machine: Machine) -> PreTrainedModel:
 
 
 @torch.no_grad()
-def quantize(made: PreTrainedModel, layers: list[Layer]) -> dict[str, Quantized]:
-    """Puts quantized layers with latent weights, without curvature, in place of the model's own; by name."""
-    return {layer.name: _quantized(made, layer) for layer in layers}
+def quantize(made: PreTrainedModel, layers: list[Layer], learning: bool) -> dict[str, Quantized]:
+    """Puts quantized layers, perhaps with latent weights without curvature, in place of the model's own; by name."""
+    return {layer.name: _quantized(made, layer, learning) for layer in layers}
 
 
 def chosen(made: PreTrainedModel) -> list[Layer]:
@@ -194,12 +198,13 @@ def chosen(made: PreTrainedModel) -> list[Layer]:
     return select(made, QuantConfig(name="random", mlp=mlp, attn=other, embed=other, head=None if tied else other))
 
 
-def _quantized(made: PreTrainedModel, layer: Layer) -> Quantized:
+def _quantized(made: PreTrainedModel, layer: Layer, learning: bool) -> Quantized:
     weight = matrix(made, layer.name)
     with torch.device(weight.device):
         module = empty(layer).requires_grad_(False)
-        module.latent = nn.Parameter(torch.empty(layer.shape, dtype=torch.float32), requires_grad=False)
-        module.curvature = tuple(torch.zeros(size, dtype=torch.float32) for size in layer.shape)  # type: ignore[assignment]
+        if learning:
+            module.latent = nn.Parameter(torch.empty(layer.shape, dtype=torch.float32), requires_grad=False)
+            module.curvature = tuple(torch.zeros(size, dtype=torch.float32) for size in layer.shape)  # type: ignore[assignment]
         even = torch.ones(1, layer.shape[1], dtype=torch.float32)
     for rows in torch.arange(layer.shape[0]).split(max(1, AT_ONCE // layer.shape[1])):
         part = slice(int(rows[0]), int(rows[-1]) + 1)
@@ -207,7 +212,8 @@ def _quantized(made: PreTrainedModel, layer: Layer) -> Quantized:
         module.indices[part] = fitted.index_NOI[0]
         for name, value in layer.format.stored(fitted.operands).items():
             module.get_parameter(name)[part] = value[0]
-    module.latent.copy_(latent.between(module, weight))
+    if module.latent is not None:
+        module.latent.copy_(latent.between(module, weight))
     put(made, layer.name, module)
     return module
 
