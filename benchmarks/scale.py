@@ -187,7 +187,7 @@ def together(case: Case, count: int) -> dict[str, Any] | None:
         )
         for rank in range(count)
     ]  # fmt: skip
-    while any(process.poll() is None for process in started):
+    while None in [process.poll() for process in started]:
         if any(process.returncode for process in started):
             for process in started:
                 process.kill()

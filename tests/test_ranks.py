@@ -4,12 +4,14 @@ import hashlib
 import json
 import os
 import signal
+import subprocess
+import time
 from pathlib import Path
 
 import pytest
 
 from qat.artifacts import MANIFEST
-from qat.cli import main
+from qat.cli import main, ranks
 from qat.errors import RankError
 from tests.launching import LAUNCH, Python, fork_pythons
 
@@ -138,6 +140,15 @@ def test_a_signal_to_the_one_that_started_them_saves_first(alone, together):
     assert record(alone, run)["status"] == "interrupted"
     last = max(row["step"] for row in rows(alone, run))
     assert (alone / run / "checkpoints" / f"state-{last:08d}").exists()
+
+
+def test_a_later_process_that_is_killed_ends_an_earlier_one_that_waits_for_it():
+    """As where NCCL waits for the other process: nothing there fails by itself."""
+    processes = [subprocess.Popen(["sleep", "60"]) for _ in range(2)]
+    processes[1].kill()
+    began = time.monotonic()
+    assert ranks._wait(processes) == 1
+    assert time.monotonic() - began < 30 and processes[0].returncode == -signal.SIGTERM
 
 
 def test_the_cause_is_told_although_torchrun_ends_whoever_is_left():

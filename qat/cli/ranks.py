@@ -82,7 +82,7 @@ def _wait(ranks: "list[subprocess.Popen[bytes]]") -> int | None:
     """Until all have ended; the first that failed. The others, which would wait for it for ever, are then ended."""
     first: int | None = None
     end = float("inf")
-    while any(process.poll() is None for process in ranks):
+    while None in [process.poll() for process in ranks]:  # each is asked: a later one may have ended first
         time.sleep(0.05)
         if first is None and (first := _failed(ranks)) is not None:
             end = time.monotonic() + GRACE
