@@ -374,9 +374,9 @@ def model(options: argparse.Namespace, machine: Machine) -> tuple[PreTrainedMode
 
 
 def teacher_of(options: argparse.Namespace, machine: Machine) -> PreTrainedModel:
-    """What runs beside the student: a random model of the shape asked for, dense; else one like the student."""
+    """What runs beside the student: a dense random model, of the shape asked for or else of the student's."""
     if options.teacher is None:
-        return model(options, machine)[0]
+        return random_model(options.model, options.tiny, machine)
     if vocabulary(options.teacher) != vocabulary(options.model):
         raise SystemExit(f"--teacher {options.teacher} has another vocabulary than --model {options.model}")
     return random_model(options.teacher, options.tiny, machine, times=2)
