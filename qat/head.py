@@ -22,6 +22,8 @@ from qat.machine import widened
 from qat.quant.embedding import head_matrix
 from qat.quant.weights import Weights
 
+IMPOSSIBLE = -1e9  # logit whose probability is 0, but whose product with 0 is no NaN as that of -inf would be
+
 Back = Callable[[Tensor], Tensor]
 
 
@@ -44,6 +46,11 @@ class OutputHead:
     def logits(self, hidden_PD: Tensor) -> Tensor:
         """Logits [P, V], fp32."""
         return self._own(hidden_PD) if self.weight is None else widened(hidden_PD, self.weight)
+
+    def logits_beside(self, hidden_PD: Tensor, other: "OutputHead") -> Tensor:
+        """Logits [P, V] over the vocabulary of a student's head, fp32; what has no row here is impossible."""
+        logits_PV, lacking = self.logits(hidden_PD), other.vocabulary - self.vocabulary
+        return nn.functional.pad(logits_PV, (0, lacking), value=IMPOSSIBLE) if lacking > 0 else logits_PV
 
     def differentiable(self, hidden_PD: Tensor) -> tuple[Tensor, Back]:
         """Logits [P, V], fp32, and what turns their gradient [P, V] into one [P, D], in the hidden states' type.

@@ -128,7 +128,7 @@ class Head:
         return full_kl(logits, theirs, T)
 
     def _teacher_logits(self, teacher: Tensor) -> Tensor:
-        return cast(OutputHead, self.beside).logits(teacher)
+        return cast(OutputHead, self.beside).logits_beside(teacher, self.head)
 
     def _gathered(self, hidden: Tensor, ids: Tensor) -> Tensor:
         weight_VD = cast(Tensor, self.head.weight)

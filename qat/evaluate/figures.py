@@ -175,7 +175,7 @@ def _values_of(
     head, teacher_head = OutputHead(student), OutputHead(teacher)
     targets = (theirs, batch.input_ids[:, 1:][counts], counts.nonzero()[:, 0], _places(batch)[counts])
     for ours_XD, theirs_XD, next_X, row_X, place_X in position_chunks(ours, targets, head.vocabulary):
-        logits_XV, teacher_XV = head.logits(ours_XD), teacher_head.logits(theirs_XD)
+        logits_XV, teacher_XV = head.logits(ours_XD), teacher_head.logits_beside(theirs_XD, head)
         yield row_X.cpu(), place_X.cpu(), _values(logits_XV, teacher_XV, next_X, top_k).cpu().double()
 
 

@@ -22,6 +22,7 @@ from qat.quant.vocabulary import ROLES as VOCABULARY
 # logits, and against cached tokens. On a GPU kernels make from them what are further tensors on a CPU
 BESIDE_TEACHER = {"cuda": 2 * FP32, "cpu": 6 * FP32}
 BY_CACHE = {"cuda": FP32, "cpu": 2 * FP32}
+FILLED_UP = 3 * FP32  # while the logits of a teacher of fewer tokens become as many as the student's
 STUDENTS, TEACHERS, INDICES = "the student's weights", "the teacher's weights", "indices"
 BEFORE = (STUDENTS, TEACHERS, INDICES, libraries.WHAT)  # what is there before the first step
 HELD_OUT = "held-out text beside recorded steps"
@@ -133,6 +134,8 @@ def _logits(tokens: int, config: Config, shapes: Shapes, machine: Machine) -> tu
     a_logit = (BESIDE_TEACHER if beside else BY_CACHE)[kind(machine)]
     if kind(machine) == "cuda" or dtype < FP32:
         a_logit += dtype
+    if beside and shapes.taught_by[0].vocabulary < shapes.vocabulary:
+        a_logit = max(a_logit, FILLED_UP)
     return at_once * a_logit, at_once * FP32 * (2 if beside else 1)
 
 

@@ -9,11 +9,14 @@ fingerprint that changes when the weights do.
 import transformers
 
 from qat.models.folder import ModelFolder, generate
-from qat.models.pairing import pair, teaching
+from qat.models.pairing import fitted, pair, teaching
 from qat.models.reading import read
 from qat.models.sources import at_hand, locate, made_before, whereabouts
 
-__all__ = ["ModelFolder", "at_hand", "generate", "locate", "made_before", "pair", "read", "teaching", "whereabouts"]
+__all__ = [
+    *("ModelFolder", "at_hand", "fitted", "generate", "locate", "made_before", "pair", "read", "teaching"),
+    "whereabouts",
+]
 
 transformers.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()

@@ -15,7 +15,7 @@ from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, Pr
 
 from qat import model_files
 from qat.forward import OWN, Found, use
-from qat.models import reading, streamed, tokenizers
+from qat.models import padding, reading, streamed, tokenizers
 from qat.peaks import COMPARISON, peaks
 from qat.quant.architectures import NUMBER
 
@@ -33,6 +33,7 @@ class ModelFolder:
         fingerprint: identifies its weights in every key built on them.
         text: identifies its tokenizer where the fingerprint does not.
         spoken: another folder whose tokenizer and chat template it takes, of the same tokens (`qat.models.pairing`).
+        rows: of embedding and head that are loaded, the first of those in its files; None loads all.
         found: what was found out about computing it (`qat.fidelity`).
     """
 
@@ -41,6 +42,7 @@ class ModelFolder:
     fingerprint: str
     text: str = ""
     spoken: Path | None = None
+    rows: int | None = None
     found: Found = field(default_factory=Found, compare=False, repr=False)
     _loaded: "WeakValueDictionary[Any, PreTrainedModel]" = field(
         default_factory=WeakValueDictionary, init=False, compare=False, repr=False
@@ -73,7 +75,7 @@ class ModelFolder:
         Raises:
             ConfigError: it does not lie there whole, or a number of it is none, or none in this type.
         """
-        model = reading.read(self.path, dtype, attn_implementation=OWN.attention)
+        model = self._cut(reading.read(self.path, dtype, attn_implementation=OWN.attention))
         use(model, self.found.passes.get((dtype, device.type), OWN))
         cast(nn.Module, model).to(device)
         model.eval().requires_grad_(False)
@@ -109,7 +111,7 @@ class ModelFolder:
         if self.unstreamed(dtype, device):
             return self.load(dtype, device)
         rest = True if like is None or streamed.stream_of(like) is None else like
-        model = streamed.open_stream(self.path, self.settings(), dtype, device, rest)
+        model = self._cut(streamed.open_stream(self.path, self._stored, dtype, device, rest))
         use(model, self.found.passes.get((dtype, device.type), OWN))
         return model
 
@@ -122,7 +124,7 @@ class ModelFolder:
         cpu = torch.device("cpu")
         try:
             few = self.small(torch.float32)
-            model = None if few else streamed.open_stream(self.path, self.settings(), torch.float32, cpu, rest=False)
+            model = None if few else streamed.open_stream(self.path, self._stored, torch.float32, cpu, rest=False)
         except NotImplementedError:
             model = None
         return partial(streamed.matrix_of, model or self.load(torch.float32, cpu))
@@ -145,7 +147,7 @@ class ModelFolder:
 
     def _unstreamed(self, dtype: torch.dtype, device: torch.device) -> str:
         try:
-            model = streamed.open_stream(self.path, self.settings(), dtype, device)
+            model = self._cut(streamed.open_stream(self.path, self._stored, dtype, device))
         except NotImplementedError as error:
             return str(error)
         with peaks.phase(COMPARISON):
@@ -158,7 +160,7 @@ class ModelFolder:
         return self._skeleton
 
     def vocab_size(self) -> int:
-        """Tokens that the head knows, which may be more than the tokenizer has."""
+        """Rows of the head that are loaded, which may be more than the tokenizer has tokens."""
         return int(self.settings().get_text_config().vocab_size)
 
     def context(self) -> int | None:
@@ -167,12 +169,21 @@ class ModelFolder:
         return None if longest is None else int(longest)
 
     def settings(self) -> PreTrainedConfig:
-        """Its `config.json`."""
+        """Its `config.json`, of the rows that are loaded."""
         return self._settings
+
+    def _cut(self, model: PreTrainedModel) -> PreTrainedModel:
+        if self.rows is not None:
+            padding.cut(self.path, model, self.skeleton())
+        return model
+
+    @cached_property
+    def _stored(self) -> PreTrainedConfig:
+        return reading.settings(self.path)
 
     @cached_property
     def _settings(self) -> PreTrainedConfig:
-        return reading.settings(self.path)
+        return self._stored if self.rows is None else padding.described(self._stored, self.rows)
 
     @cached_property
     def _skeleton(self) -> PreTrainedModel:

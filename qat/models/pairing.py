@@ -1,8 +1,9 @@
 """A student's model and a larger teacher: they must mean the same by every token id.
 
-A student learns what its teacher predicts id by id, so a pair is refused where one id is two tokens, where texts are
-split or end otherwise, and where one head has rows that the other lacks: what it predicts there would count as the
-probability of nothing.
+A student learns what its teacher predicts id by id, so a pair is refused where one id is two tokens, and where texts
+are split or end otherwise. One head may have more rows than the other: behind the tokenizer's last token rows stand for
+no text. A teacher's further rows are not loaded, so its probabilities are those of the student's vocabulary; tokens that
+only the student has a row for are impossible to the teacher (`qat.head`), so the student pays for what it spends there.
 """
 
 import hashlib
@@ -14,8 +15,10 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from qat import model_files
+from qat.artifacts import content_key
 from qat.config import ModelConfig
 from qat.errors import ConfigError
+from qat.models import tokenizers
 from qat.models.folder import ModelFolder
 from qat.models.sources import locate
 
@@ -58,21 +61,29 @@ def teaching(model: ModelFolder, teacher: ModelFolder) -> ModelFolder:
             raise ConfigError(f"{one.path} has no tokenizer, so nothing tells whether {both} have the same tokens")
     own, theirs = model.tokenizer(), teacher.tokenizer()
     _refuse_tokens(both, own, theirs)
-    if (rows := model.vocab_size()) != (others := teacher.vocab_size()):
-        raise ConfigError(
-            f"{both} have the same tokens and heads of {rows:,} and {others:,} rows: what one predicts where the other"
-            " has no row is the probability of nothing; resize one (resize_token_embeddings)"
-        )
+    for one, tokenizer in ((model, own), (teacher, theirs)):
+        tokenizers.check(one.path, tokenizer, one.vocab_size())
     _refuse_splits(both, own, theirs)
     if (ends := model.ends()) != (other := teacher.ends()):
         raise ConfigError(
             f"{both} end texts with different tokens, {_named(own, ends)} and {_named(theirs, other)}:"
             " choose a teacher of the same kind (both made for chats, or neither)"
         )
+    if (further := teacher.vocab_size() - model.vocab_size()) > 0:
+        log.info("%s: the last %s rows of the teacher's head stand for no text and are left out", both, f"{further:,}")
+    teacher = fitted(model, teacher)
     if own.chat_template == theirs.chat_template:
         return teacher
     log.warning("the chat templates of %s differ: text is made by that of %s", both, model.name)
     return replace(teacher, spoken=model.path, text=_spoken(model))
+
+
+def fitted(model: ModelFolder, teacher: ModelFolder) -> ModelFolder:
+    """A teacher with no more rows in embedding and head than its student's model has; other weights to every key."""
+    rows = model.vocab_size()
+    if teacher.vocab_size() <= rows:
+        return teacher
+    return replace(teacher, rows=rows, fingerprint=content_key({"model": teacher.fingerprint, "rows": rows}))
 
 
 def _refuse_tokens(both: str, *tokenizers: PreTrainedTokenizerBase) -> None:

@@ -223,7 +223,7 @@ def _plan(config: Config) -> Iterator[Finding]:
             absent = f"model={config.model.name}" if model is None else f"teacher={asked.name}"
             yield Finding("memory of a run", f"known once {absent} is on this computer")
             return
-        teacher = teacher if config.teacher else model
+        teacher = models.fitted(model, teacher) if config.teacher else model
         run = replace(config, stage=Stage.run)
         for name, place in limits.planned(run, model, teacher, resolved).items():
             advice = limits.advice(run, model, teacher, resolved, name, place)

@@ -51,7 +51,8 @@ def check(
         ConfigError: the first that cannot work, with its bound or what takes the memory.
     """
     check_lengths(config, model, teacher)
-    _check_vocabulary(config, model.vocab_size())
+    for key, folder in (("model", model), ("teacher", teacher)):
+        _check_vocabulary(config, f"{key}={folder.name}", folder.vocab_size())
     jobs = list(_jobs(config, model))
     for job, quant in zip(jobs, _quants(config), strict=False) if config.stage in CONVERTS else []:
         _check_shapes(job, quant, model)
@@ -159,10 +160,10 @@ def _lengths(config: Config) -> Iterator[tuple[str, int]]:
             yield f"{where}.answer_tokens", part.answer_tokens
 
 
-def _check_vocabulary(config: Config, tokens: int) -> None:
+def _check_vocabulary(config: Config, called: str, tokens: int) -> None:
     for key, count in (("cache.top_k", config.cache.top_k), ("cache.random", config.cache.random)):
         if count > tokens and not config.cache.path:
-            raise ConfigError(f"{key}={count}: model={config.model.name} has only {tokens} tokens")
+            raise ConfigError(f"{key}={count}: {called} has only {tokens} tokens")
 
 
 def _quants(config: Config) -> list[QuantConfig]:

@@ -11,22 +11,14 @@ TINY = Bound(low=261, high=2**20)  # vocabulary size of the tiny model: at least
 
 
 def check(config: Config) -> None:
-    """Checks that a model on disk is named, exists, and has the files of a model, and that a teacher may have its rows.
+    """Checks that a model on disk, or its teacher, is named, exists, and has the files of a model.
 
     Raises:
-        ConfigError: one is not, or the two say that they have different numbers of rows.
+        ConfigError: one is not.
     """
     for key, model in (("model", config.model), ("teacher", config.teacher)):
         if model is not None:
             _check(key, model, config.stage)
-    if config.teacher is None or config.stage is Stage.doctor:
-        return
-    rows, others = vocabulary(config.model), vocabulary(config.teacher)
-    if rows is not None and others is not None and rows != others:
-        raise ConfigError(
-            f"model={config.model.name} has {rows:,} tokens and teacher={config.teacher.name} {others:,}: choose a"
-            " teacher of the same family"
-        )
 
 
 def _check(key: str, model: ModelConfig, stage: Stage) -> None:
