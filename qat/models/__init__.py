@@ -14,7 +14,15 @@ from qat.models.reading import read
 from qat.models.sources import at_hand, locate, made_before, whereabouts
 
 __all__ = [
-    *("ModelFolder", "at_hand", "fitted", "generate", "locate", "made_before", "pair", "read", "teaching"),
+    "ModelFolder",
+    "at_hand",
+    "fitted",
+    "generate",
+    "locate",
+    "made_before",
+    "pair",
+    "read",
+    "teaching",
     "whereabouts",
 ]
 

@@ -51,6 +51,6 @@ def cut(folder: Path, model: PreTrainedModel, wanted: PreTrainedModel) -> None:
     expected = {name: tuple(tensor.shape) for name, tensor in wanted.state_dict().items()}
     if differing := sorted(name for name in shapes | expected if shapes.get(name) != expected.get(name)):
         raise ConfigError(
-            f"{folder} has {rows:,} rows in embedding and head, and {differing[0]} of it does not let it have {fewer:,}:"
+            f"{folder} has {rows:,} rows in embedding and head, and its {differing[0]} does not let it have {fewer:,}:"
             " resize it (resize_token_embeddings) and save it"
         )

@@ -2,8 +2,8 @@
 
 A student learns what its teacher predicts id by id, so a pair is refused where one id is two tokens, and where texts
 are split or end otherwise. One head may have more rows than the other: behind the tokenizer's last token rows stand for
-no text. A teacher's further rows are not loaded, so its probabilities are those of the student's vocabulary; tokens that
-only the student has a row for are impossible to the teacher (`qat.head`), so the student pays for what it spends there.
+no text. A teacher's further rows are not loaded, so its probabilities are those of the student's vocabulary; where the
+student alone has a row, the teacher finds it impossible (`qat.head`), so the student pays for what it spends there.
 """
 
 import hashlib

@@ -24,7 +24,9 @@ from tests import tiny
 from tests.stages.conftest import write_text
 
 TOKENS, LONGER = 512, 520
-TRAINING = ("quant=q2a4", "quant.mlp.rank=2", "quant.attn.rank=2", "train.steps=8", "mode=e2e")
+FORMAT = ("quant=q2a4", "quant.mlp.rank=2", "quant.attn.rank=2")
+TRAINING = (*FORMAT, "mode=e2e", "train.steps=8")
+LEARNING = (*FORMAT, "mode=e2e", "train.steps=30", "train.learn.latent=2e-2")
 FIGURES = ("loss_initial", "loss_best", "kd_loss_initial", "kl", "kl_initial", "perplexity", "teacher_perplexity")
 
 
@@ -107,9 +109,9 @@ def test_a_cut_teacher_computes_the_first_rows_whole_or_streamed(place, monkeypa
             assert torch.allclose(model(rows).logits.double(), wanted, atol=1e-4)
         assert model.get_input_embeddings().num_embeddings == model.config.vocab_size == TOKENS
     assert not cut.unstreamed(torch.float32, tiny.CPU)
-    tied, stored = pair(place, "model", "model_longer")[1].load(torch.float32, tiny.CPU), place / "model_longer"
+    tied = pair(place, "model", "model_longer")[1].load(torch.float32, tiny.CPU)
     assert tied.get_input_embeddings().weight is tied.get_output_embeddings().weight
-    assert torch.equal(tied(rows).logits, AutoModelForCausalLM.from_pretrained(stored)(rows).logits[..., :TOKENS])
+    assert torch.allclose(tied(rows).logits.double(), eager(place / "model_longer", rows)[..., :TOKENS], atol=1e-4)
 
 
 @pytest.mark.parametrize(("model", "teacher"), [("model_longer", "large"), ("model", "large_longer")])
@@ -145,10 +147,9 @@ def test_what_a_student_spends_on_further_rows_costs_in_the_loss_and_its_gradien
     assert float((losses * weight).sum()) == pytest.approx(wanted.item(), rel=1e-4)
 
 
-@pytest.mark.parametrize("loss", ["bucket_kl", "full_kl"])
-def test_a_student_with_further_rows_learns_to_leave_them(job, place, loss):
+def test_a_student_with_further_rows_learns_to_leave_them(job, place):
     text = ("data=text", f"data.path={place / 'text.txt'}")
-    folder, result = job("model_longer", *TRAINING, *text, f"loss={loss}", *taught_by(place / "large"))
+    folder, result = job("model_longer", *LEARNING, *text, "loss=full_kl", *taught_by(place / "large"))
     assert result["metrics"]["loss_best"] < result["metrics"]["loss_initial"]
     model, teacher = pair(place, "model_longer", "large")
     rows = teacher.tokenizer()((place / "text.txt").read_text(), return_tensors="pt")["input_ids"][:, :320].view(10, 32)
@@ -171,7 +172,7 @@ def test_a_student_with_further_rows_learns_to_leave_them(job, place, loss):
 
 def test_an_export_has_all_rows_of_its_model(job, place):
     text = ("data=text", f"data.path={place / 'text.txt'}")
-    made, _ = job("model", "stage=convert", *TRAINING[:3], *text, *taught_by(place / "large_longer"))
+    made, _ = job("model", "stage=convert", *FORMAT, *text, *taught_by(place / "large_longer"))
     words = ("stage=export", "export=hf", f"export.output={place / 'there'}", f"checkpoint={made}")
     job("model", *words, *taught_by(place / "large_longer"))
     assert len(AutoModelForCausalLM.from_pretrained(place / "there").get_output_embeddings().weight) == TOKENS
@@ -191,11 +192,11 @@ def test_other_tensors_of_that_length_are_not_cut(place):
     _, cut = pair(place, "model", "large_longer")
     model = AutoModelForCausalLM.from_pretrained(place / "large_longer")
     model.register_buffer("seen", torch.zeros(LONGER))
-    with pytest.raises(ConfigError, match="520 rows in embedding and head, and seen of it does not let it have 512"):
+    with pytest.raises(ConfigError, match="520 rows in embedding and head, and its seen does not let it have 512"):
         padding.cut(place / "large_longer", model, cut.skeleton())
 
 
 def test_no_more_tokens_are_cached_than_the_teacher_has(configured, place):
     config: Config = configured("model_longer", "cache.top_k=515", *taught_by(place / "large"))
-    with pytest.raises(ConfigError, match="cache.top_k=515: teacher=large has only 512 tokens"):
+    with pytest.raises(ConfigError, match=r"cache\.top_k=515: teacher=large has only 512 tokens"):
         limits.check(config, *pair(place, "model_longer", "large"), tiny.FP32)
