@@ -10,7 +10,10 @@ then, so that it is a point of that comparison's picture as well. `--records` ge
 anew from all of them. A stage costs what it did in the run where it took longest: what one run made, the others found.
 
 `--looks` are `stage=evaluate` of the same runs: KL by position of a text, answers and tasks of the package, as far as
-each measured them (`evaluate.text=… evaluate.answers=200 evaluate.tasks=[local]`).
+each measured them. One command gives all columns, the teacher's accuracy by its being among the models:
+
+    python launch.py stage=evaluate checkpoint=SR-001 evaluate.against=[teacher] evaluate.text=wiki.txt \
+        evaluate.tokens=65536 evaluate.answers=200 evaluate.tasks=[local]
 
 A machine that measures and has no checkout says `--commit`, and its `--records` are merged elsewhere. Seeds that one
 experiment at one commit did not have yet join its record; all that it had, measured again, take its place.
