@@ -3,6 +3,7 @@
     python benchmarks/scale.py qwen3-0.6b                      # a whole run of few steps, then memory phase by phase
     python benchmarks/scale.py qwen3-0.6b --stages convert distill     # conversion, then training, a process each
     python benchmarks/scale.py qwen3-8b --stages convert               # a conversion alone
+    python benchmarks/scale.py qwen3-0.6b --teacher qwen3-1.7b         # taught by a larger one of the same tokens
     python benchmarks/scale.py qwen3-4b --length 1024 --words train.batch_size=32
     python benchmarks/scale.py tiny --words instance=cpu               # does it work at all, on any machine
     python benchmarks/scale.py qwen3-4b --devices 1 2 --length 128 --batch 64      # one and two GPUs, side by side
@@ -15,7 +16,7 @@ Weights are random bf16 numbers, written layer by layer, all in Qwen3's architec
 whole run what such a model writes. Every stage is a process of its own, and what is printed is in its `result.json`.
 Expected and taken are of the GPU, or else of the process, less what it had at its start. `share` is of the product
 measured in the same process (`qat.machine.matmul_flops`), where a token costs 6 operations a weight of the student's
-decoder layers and 4 of its head, and with the teacher beside it 2 a weight more.
+decoder layers and 4 of its head, and with the teacher beside it 2 a weight of the teacher's more.
 
 With `--devices` nothing is converted: all weights learn on so many GPUs, one number after the other, and speed, memory
 and losses are printed beside each other (`benchmarks/sharing.py`). `table` does so for the records' recipe (`full_kl`,
@@ -73,6 +74,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("shape", choices=[*SHAPES, "table"])
     parser.add_argument("--stages", nargs="+", default=["run"], choices=["run", "convert", "distill"])
+    parser.add_argument("--teacher", choices=[*SHAPES], help="another shape, whose outputs it learns")
     parser.add_argument("--layers", type=int, help="decoder layers, if not as many as the shape has")
     parser.add_argument("--length", type=int, default=128, help="tokens of a row")
     parser.add_argument("--rows", type=int, default=512, help="rows of training text")
@@ -90,19 +92,22 @@ def main() -> None:
     if options.shape == "table":
         table(options)
         return
-    known = SHAPES[options.shape]
-    shape = Shape(**asdict(known) | {"layers": options.layers or known.layers})
+    shape, theirs = (sized(name, options.layers) for name in (options.shape, options.teacher or options.shape))
     if options.devices:
         side_by_side(options, shape)
         return
     folder = options.folder / f"{options.shape}-{shape.layers}"
     write(shape, folder / "model")
+    teacher = options.folder / f"{options.teacher}-{theirs.layers}" / "model"
+    if options.teacher:
+        write(theirs, teacher)
     text(folder / "text.txt", 2 * options.rows * options.length)
     loss = options.loss or "full_kl"
     common = [
         *("model=local", f"model.path={folder / 'model'}", f"train.steps={options.steps}"),
         *(f"cache.length={options.length}", f"cache.sequences={options.rows}", f"loss={loss}"),
         *(f"cache.train_targets={str(loss != 'full_kl').lower()}", f"outputs={folder / 'outputs'}", "tracker=none"),
+        *(["teacher=local", f"teacher.path={teacher}"] if options.teacher else []),
     ]
     texts = {
         True: ["data=tokens", f"data.documents={FIRST}", f"data.answers={-(-2 * options.rows // FIRST)}"],
@@ -118,11 +123,18 @@ def main() -> None:
         began = time.monotonic()
         result = run(words)
         line = {"shape": options.shape, "stage": stage, "seconds": round(time.monotonic() - began, 1)}
-        line |= figures(result, shape)
+        line |= {"teacher": options.teacher} if options.teacher else {}
+        line |= figures(result, shape, theirs if loss == "full_kl" else None)
         print("  ".join(f"{name} {value}" for name, value in line.items() if name != "phases"), flush=True)
         print(by_phase(options.shape, line["phases"]), flush=True)
         keep(options.json, line | {"words": words})
         start = result["paths"].get("conversion", start)
+
+
+def sized(name: str, layers: int | None) -> Shape:
+    """A shape by its name, with so many decoder layers if that is said."""
+    known = SHAPES[name]
+    return Shape(**asdict(known) | {"layers": layers or known.layers})
 
 
 def side_by_side(options: argparse.Namespace, shape: Shape) -> None:
@@ -218,8 +230,8 @@ def by_phase(shape: str, phases: dict[str, dict[str, float]]) -> str:
     return "\n".join(rows)
 
 
-def figures(result: dict[str, Any], shape: Shape) -> dict[str, Any]:
-    """Memory expected and taken by phase, in GB, and speed where something was trained."""
+def figures(result: dict[str, Any], shape: Shape, beside: Shape | None) -> dict[str, Any]:
+    """Memory expected and taken by phase, in GB, and speed where something was trained, perhaps beside a teacher."""
     names = {"expected": "planned_bytes", "taken": "peak_bytes", "host": "host_bytes"}
     phases = {
         phase: {name: round(counts[key] / GB, 4) for name, key in names.items()}
@@ -229,8 +241,9 @@ def figures(result: dict[str, Any], shape: Shape) -> dict[str, Any]:
     found: dict[str, Any] = {"phases": phases}
     if "tokens_per_second" in result.get("throughput", {}):
         speed = result["throughput"]["tokens_per_second"]
-        head = shape.vocabulary * shape.hidden
-        operations = speed * (8 * shape.decoder + 6 * head)
+        operations = speed * (6 * shape.decoder + 4 * shape.vocabulary * shape.hidden)
+        if beside is not None:
+            operations += speed * 2 * (beside.decoder + shape.vocabulary * beside.hidden)
         machine = machines.resolve(InstanceConfig(name="auto"))
         share = operations / machines.matmul_flops(machine, 8192 if machine.device.type == "cuda" else 2048)
         found |= {"tokens_per_second": speed, "share": round(share, 3)}

@@ -9,7 +9,6 @@ import copy
 from pathlib import Path
 from typing import Any, cast
 
-import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -23,7 +22,6 @@ def described(config: PreTrainedConfig, rows: int) -> PreTrainedConfig:
     return found
 
 
-@torch.no_grad()
 def cut(folder: Path, model: PreTrainedModel, wanted: PreTrainedModel) -> None:
     """Leaves a model the first rows of its embedding and head; one that has no more stays as it is.
 
@@ -41,8 +39,8 @@ def cut(folder: Path, model: PreTrainedModel, wanted: PreTrainedModel) -> None:
     for module in filter(None, (model.get_input_embeddings(), model.get_output_embeddings())):
         for name, parameter in module._parameters.items():
             if parameter is not None and len(parameter) == rows:
-                short = made.setdefault(parameter, nn.Parameter(parameter[:fewer].clone(), parameter.requires_grad))
-                module._parameters[name] = short
+                short = nn.Parameter(parameter.detach()[:fewer], parameter.requires_grad)  # no copy: few rows go
+                module._parameters[name] = made.setdefault(parameter, short)
         for counted in ("num_embeddings", "out_features"):
             if vars(module).get(counted) == rows:
                 setattr(module, counted, fewer)
