@@ -170,12 +170,16 @@ def test_a_student_with_further_rows_learns_to_leave_them(job, place):
     )
 
 
-def test_an_export_has_all_rows_of_its_model(job, place):
+@pytest.mark.parametrize(("model", "teacher"), [("model_longer", "large"), ("model", "large_longer")])
+def test_an_export_has_the_rows_of_its_model(job, place, model, teacher):
     text = ("data=text", f"data.path={place / 'text.txt'}")
-    made, _ = job("model", "stage=convert", *FORMAT, *text, *taught_by(place / "large_longer"))
-    words = ("stage=export", "export=hf", f"export.output={place / 'there'}", f"checkpoint={made}")
-    job("model", *words, *taught_by(place / "large_longer"))
-    assert len(AutoModelForCausalLM.from_pretrained(place / "there").get_output_embeddings().weight) == TOKENS
+    made, _ = job(model, "stage=convert", *FORMAT, *text, *taught_by(place / teacher))
+    there = place / f"{model}_there"
+    job(model, "stage=export", "export=hf", f"export.output={there}", f"checkpoint={made}", *taught_by(place / teacher))
+    rows = torch.randint(260, (1, 12))
+    student = checkpoints.load(made, folder_of(place / model), tiny.FP32)[0]
+    with torch.no_grad():
+        assert torch.allclose(eager(there, rows), student(rows).logits.double(), atol=1e-4)
 
 
 def test_the_plan_of_memory_is_that_of_the_rows_that_are_loaded(configured, place):
