@@ -149,11 +149,13 @@ def peak_bytes() -> int:
 
 
 def tidy() -> None:
-    """Collects what nobody has any more, as models know themselves in circles, and gives memory back that is free.
-
-    For the latter the C library has to have a function, as glibc has.
-    """
+    """Collects what nobody has any more, as models know themselves in circles, and gives its memory back."""
     gc.collect()
+    trim()
+
+
+def trim() -> None:
+    """Has the C library give memory back that is free, where it has a function for that, as glibc has."""
     try:
         ctypes.CDLL(None).malloc_trim(0)
     except (AttributeError, TypeError, OSError):

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from qat import system
 from qat.cache.batch import Batch
 from qat.config import ConvertConfig, KMeansBackend, KMeansConfig
 from qat.console import Advance, progress
@@ -142,6 +143,7 @@ def convert(
                     shelf.put(one.layer.name, one.module)
                 shelf.note({one.layer.name: one.figures for one in made})
                 del known, moments, made, one
+                system.trim()  # what a fit leaves between its tensors would grow from layer to layer
             before = shelf
     return {layer.name: passes[-1].figures[layer.name] for layer in layers}
 
