@@ -71,7 +71,8 @@ def obtain(
         make: fills an empty folder and returns what the manifest says beside the inputs. Called at
             most once at a time for one key, also across processes.
         resumable: `make` may find in its folder what a killed process left there, and uses it. It
-            writes each file under another name, flushed, and renames it: what has its name is whole.
+            writes each file under another name, flushed, and renames it: what has its name is whole;
+            or notes in such a file what of another one is.
         at: the machine that makes it, which the manifest names beside the moment and the seconds.
 
     Raises:

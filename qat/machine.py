@@ -51,6 +51,10 @@ class Machine:
         name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type
         return f"{name}, {str(self.dtype).removeprefix('torch.')}"
 
+    def made_with(self) -> dict[str, Any]:
+        """What affects the last bits of what it computes: all of an artifact that is gone on with is made with one."""
+        return {"machine": self.describe(), "rows_at_once": self.micro_batch, "torch": torch.__version__}
+
     def place(self) -> dict[str, Any]:
         """What a manifest says of where something was made."""
         return {"instance": self.instance, "device": self.describe(), "threads": torch.get_num_threads()}

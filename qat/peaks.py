@@ -5,7 +5,6 @@ tensor has it then. What the allocator holds besides is pieces between tensors, 
 Of a computer it is what is resident in the process; Linux lets a process begin that count anew.
 """
 
-import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -112,10 +111,9 @@ def recorded(device: torch.device) -> int:
 
 def forget(device: torch.device) -> None:
     """From here on peaks are counted anew, of host memory where the system can."""
-    system.trim()  # what is free counts for nobody
+    system.tidy()  # what is free counts for nobody
     if device.type == "cuda":
         torch.cuda.init()  # without it there is nothing to forget, and torch says so by an error
-        gc.collect()  # models know themselves in circles
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
     try:

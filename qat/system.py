@@ -148,6 +148,12 @@ def peak_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
+def tidy() -> None:
+    """Collects what nobody has any more, as models know themselves in circles, and gives its memory back."""
+    gc.collect()
+    trim()
+
+
 def trim() -> None:
     """Has the C library give memory back that is free, where it has a function for that, as glibc has."""
     try:

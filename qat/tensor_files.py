@@ -19,6 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from qat import system
 from qat.errors import ArtifactError, reason
 
 Known = tuple[str, tuple[int, ...]]  # type and shape of a tensor
@@ -104,15 +105,20 @@ class Writer:
     """A safetensors file whose tensors come one at a time, in any order, and can be had back.
 
     Once all are there its bytes are those that `safetensors.torch.save_file` writes of them.
+
+    Attributes:
+        begun: the file was there already, with room for these tensors, and is gone on with.
     """
 
-    def __init__(self, path: Path, tensors: Mapping[str, Known]) -> None:
-        """Writes the header and makes room for tensors of these types and shapes."""
+    def __init__(self, path: Path, tensors: Mapping[str, Known], go_on: bool = False) -> None:
+        """Writes the header and makes room for tensors of these types and shapes; with `go_on` into what is there."""
         self._path, self._tensors = path, tensors
         header, self._begins, size = _layout(tensors, None)
-        with open(path, "wb") as file:
-            file.write(header)
-            file.truncate(size)
+        self.begun = go_on and _begins_with(path, header, size)
+        if not self.begun:
+            with open(path, "wb") as file:
+                file.write(header)
+                file.truncate(size)
 
     def put(self, name: str, tensor: Tensor) -> None:
         """Writes a tensor to its place.
@@ -130,6 +136,19 @@ class Writer:
         """A tensor that was written."""
         with safe_open(self._path, framework="pt") as file:
             return cast(Tensor, file.get_tensor(name))
+
+    def flush(self) -> None:
+        """Has all that was put on disk."""
+        system.flush(self._path)
+
+
+def _begins_with(path: Path, header: bytes, size: int) -> bool:
+    """Whether a file is there that has this header and so many bytes."""
+    try:
+        with open(path, "rb") as file:
+            return file.read(len(header)) == header and file.seek(0, 2) == size
+    except OSError:
+        return False
 
 
 def file_bytes(tensors: Mapping[str, Known], metadata: Mapping[str, str]) -> int:

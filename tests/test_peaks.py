@@ -88,3 +88,13 @@ def test_memory_of_recorded_graphs_counts():
     with found.phase("replayed"):
         graph.replay()
     assert found.found["replayed"].device >= 200 * MB
+
+
+@linux
+def test_what_nobody_has_any_more_counts_for_no_phase(peaks):
+    circle = {"held": torch.ones(200 * MB, dtype=torch.uint8)}
+    circle["itself"] = circle
+    del circle
+    with peaks.phase("little"):
+        hold(30)
+    assert peaks.found["little"].device < 80 * MB

@@ -9,7 +9,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import PreTrainedModel
 
 from qat import capacity
@@ -46,7 +45,7 @@ class Author:
             ConfigError, NumericsError: as `qat.fidelity.settle`.
         """
         note = self.noted(scratch)
-        if note.items() >= self._origin().items():
+        if note.items() >= self.machine.made_with().items():
             return Pass(**note["pass"])
         return settle(self.teacher, self.machine, sample, self.model, repack=True)
 
@@ -58,20 +57,13 @@ class Author:
 
     def made_with(self, how: Pass, tokens: int) -> dict[str, Any]:
         """Settings that affect the last bits of the outputs; they must be the same for a whole cache."""
-        return self._origin() | {"compiled": self._compiled(tokens), "pass": asdict(how)}
+        return self.machine.made_with() | {"compiled": self._compiled(tokens), "pass": asdict(how)}
 
     def noted(self, scratch: Path) -> dict[str, Any]:
         """The content of the note in a folder."""
         note = scratch / MADE_WITH
         found: dict[str, Any] = json.loads(note.read_text(encoding="utf-8")) if note.exists() else {}
         return found
-
-    def _origin(self) -> dict[str, Any]:
-        return {
-            "machine": self.machine.describe(),
-            "rows_at_once": self.machine.micro_batch,
-            "torch": torch.__version__,
-        }
 
     def _compiled(self, tokens: int) -> bool:
         """Whether compiling the teacher is worth its time."""

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
 from qat import older, tensor_files
-from qat.artifacts import MANIFEST, open_artifact, publish
+from qat.artifacts import MANIFEST, open_artifact, publish, read_json, write_json
 from qat.checkpoints import adapters
 from qat.checkpoints.own import FILE as OWN
 from qat.checkpoints.own import adopt, read_own, write_own
@@ -38,6 +38,7 @@ from qat.tensor_files import Wanted, Writer
 FILE = "tables.safetensors"
 # File of the latent weights `<layer>.latent`, fp32, from which training of indices continues
 LATENT = "latent.safetensors"
+FITTED = ".fitted"  # end of the name of a note beside a file of quantized layers that is being filled
 REMEDY = "copy the checkpoint again from where it came, or make it again"
 
 
@@ -111,21 +112,54 @@ def _filled(layer: Layer, tensor: Callable[[str], torch.Tensor], device: torch.d
 
 
 class Shelf:
-    """The file of quantized layers, written layer by layer; its bytes are those of `write_layers`."""
+    """The file of quantized layers, written layer by layer; its bytes are those of `write_layers`.
 
-    def __init__(self, path: Path, layers: list[Layer]) -> None:
-        """Makes room for these layers."""
-        wanted = _wanted(layers)
-        self._file = Writer(path, {name: (one.kinds[0], one.shape) for name, one in wanted.items()})
+    A note beside it says which layers are there for good, so that whoever is killed is gone on with.
+
+    Attributes:
+        figures: of these layers, by name.
+    """
+
+    def __init__(self, path: Path, layers: list[Layer], made_with: dict[str, Any]) -> None:
+        """Makes room for these layers, or finds what was put where all was made with the same."""
+        self.path, self._made_with, self._note = path, made_with, path.with_name(f".{path.name}{FITTED}")
+        known = _noted(self._note)
+        wanted = {name: (one.kinds[0], one.shape) for name, one in _wanted(layers).items()}
+        self._file = Writer(path, wanted, go_on=known.get("made_with") == made_with)
+        self.figures: dict[str, dict[str, float]] = known["figures"] if self._file.begun else {}
 
     def put(self, name: str, module: Quantized) -> None:
         """Writes a layer, its parts normalized; the module stays as it is."""
         for key, tensor in _tensors(name, module).items():
             self._file.put(key, tensor)
 
+    def note(self, figures: dict[str, dict[str, float]]) -> None:
+        """Says that layers which were put stay, with their figures."""
+        self._file.flush()
+        self.figures |= figures
+        write_json(self._note, {"made_with": self._made_with, "figures": self.figures})
+
     def get(self, layer: Layer) -> Quantized:
         """A layer that was written, in host memory."""
         return _filled(layer, self._file.get)
+
+    def complete(self) -> None:
+        """Removes the note: nobody goes on with what has all."""
+        self._note.unlink(missing_ok=True)
+
+    def discard(self) -> None:
+        """Removes the file and its note."""
+        self.path.unlink()
+        self.complete()
+
+
+def _noted(note: Path) -> dict[str, Any]:
+    """What a note says; nothing where it cannot be read as one."""
+    try:
+        found = read_json(note)
+    except ArtifactError:
+        return {}
+    return found if isinstance(found.get("figures"), dict) else {}
 
 
 def save(model: PreTrainedModel, folder: Path, description: dict[str, Any]) -> None:

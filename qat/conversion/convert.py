@@ -5,6 +5,7 @@ so neither the weights nor the moments nor what is made of them is ever in memor
 through the fit together, a few at a time; where they are small, those of several decoder layers.
 """
 
+import logging
 import math
 import time
 from collections import defaultdict
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from qat import system
 from qat.cache.batch import Batch
 from qat.config import ConvertConfig, KMeansBackend, KMeansConfig
 from qat.console import Advance, progress
@@ -37,14 +39,26 @@ from qat.quant.vocabulary import ROLES
 # Work space of a stack by device, in bytes: CPU caches still help; GPU launch time is hidden
 STACK_BYTES = {"cpu": 2e8, "cuda": 3e9}
 
+log = logging.getLogger(__name__)
+
 Weights = Callable[[str], Tensor]
+Figures = dict[str, float]  # of a layer: relative errors of its weight and output, seconds
 
 
 class Shelf(Protocol):
-    """Where quantized layers are put, and found again."""
+    """Where quantized layers are put, and found again.
+
+    Attributes:
+        figures: of the layers that are there for good, by name.
+    """
+
+    figures: dict[str, Figures]
 
     def put(self, name: str, module: Quantized) -> None:
         """Keeps a layer."""
+
+    def note(self, figures: dict[str, Figures]) -> None:
+        """Says that layers which were put are there for good: a process that is killed is gone on with from there."""
 
     def get(self, layer: Layer) -> Quantized:
         """A layer that was put, in host memory."""
@@ -53,9 +67,16 @@ class Shelf(Protocol):
 class Held(dict[str, Quantized]):
     """A shelf in host memory."""
 
+    def __init__(self) -> None:
+        self.figures: dict[str, Figures] = {}
+
     def put(self, name: str, module: Quantized) -> None:
         """Keeps a layer."""
         self[name] = module
+
+    def note(self, figures: dict[str, Figures]) -> None:
+        """Takes over figures."""
+        self.figures |= figures
 
     def get(self, layer: Layer) -> Quantized:  # type: ignore[override]
         """A layer that was put."""
@@ -71,7 +92,7 @@ class Converted:
 
     layer: Layer
     module: Quantized
-    figures: dict[str, float]
+    figures: Figures
 
 
 def convert(
@@ -84,11 +105,12 @@ def convert(
     device: torch.device,
     shelves: Sequence[Shelf],
     scratch: Path | None = None,
-) -> dict[str, dict[str, float]]:
+) -> dict[str, Figures]:
     """Quantizes layers of a model in `settings.passes` passes.
 
     The first pass looks at the inputs that layers have in the model as it is, each further one at those
-    they have once all are quantized, and improves on the pass before.
+    they have once all are quantized, and improves on the pass before. Layers that shelves have for good are passed
+    over; what is fitted together is put away together, so all others come out as if there had been none.
 
     Args:
         layers: what to quantize, and how.
@@ -104,25 +126,29 @@ def convert(
     Returns:
         The figures of each layer by name, see `Converted`.
     """
-    figures: dict[str, dict[str, float]] = {}
-    before: Shelf | None = None
-    with progress("layers quantized", _count(layers) * settings.passes, "weights") as advance:
-        for shelf in shelves[: settings.passes]:
-            parts = walk(load(before), layers, text, settings.gradients, scratch)
+    passes = shelves[: settings.passes]
+    begun = max((number for number, shelf in enumerate(passes) if shelf.figures), default=0)
+    before = passes[begun - 1] if begun else None
+    left = [(shelf, [one for one in layers if one.name not in shelf.figures]) for shelf in passes[begun:]]
+    if passes[begun].figures:
+        log.info("going on with %d of %d layers of pass %d", len(passes[begun].figures), len(layers), begun + 1)
+    with progress("layers quantized", sum(_count(pending) for _, pending in left), "weights") as advance:
+        for shelf, pending in left:
+            parts = walk(load(before), pending, text, settings.gradients, scratch) if pending else iter(())
             for members, moments in groups(parts, STACK_BYTES[fitting(device).type]):
                 known = {layer.name: weights(layer.name) for layer in members}
                 old = {layer.name: before.get(layer) for layer in members} if before is not None else None
-                for one in quantize(members, known.__getitem__, moments, settings, kmeans, device, old, advance):
+                made = quantize(members, known.__getitem__, moments, settings, kmeans, device, old, advance)
+                for one in made:
                     shelf.put(one.layer.name, one.module)
-                    figures[one.layer.name] = one.figures
-                del known, moments, one
+                shelf.note({one.layer.name: one.figures for one in made})
+                del known, moments, made, one
+                system.trim()  # what a fit leaves between its tensors would grow from layer to layer
             before = shelf
-    return {layer.name: figures[layer.name] for layer in layers}
+    return {layer.name: passes[-1].figures[layer.name] for layer in layers}
 
 
-def groups(
-    parts: Iterable[tuple[list[Layer], Moments]], max_bytes: float
-) -> Iterator[tuple[list[Layer], Moments]]:
+def groups(parts: Iterable[tuple[list[Layer], Moments]], max_bytes: float) -> Iterator[tuple[list[Layer], Moments]]:
     """Layers with their moments, as many decoder layers together as one stack of some shape takes."""
     pending, found = list[Layer](), Moments()
     for members, moments in parts:

@@ -10,6 +10,9 @@ TAKEN = {"cuda": 2.4e8, "cpu": 1.0e8}
 # Bytes of a GPU that are taken after a run has begun but by no tensor: code of kernels, and what their threads may
 # spill (an H200 has 0.7 GB taken before the first tensor and 2.25 to 2.36 GB later)
 BESIDE = 1.6e9
+# Share of the activations of a step that malloc holds besides, as pieces between tensors: torch asks for aligned ones,
+# which rarely fit where one of the same size was (glibc 2.36; 0.4 after two steps, 0.6 after 40, docs/log/memory.md)
+PIECES = 0.5
 
 
 def part(machine: Machine) -> Part:

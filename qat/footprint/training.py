@@ -108,6 +108,8 @@ def _micro_batch(rows: int, config: Config, shapes: Shapes, machine: Machine) ->
     least = activations(1, True) if gpu else activations(rows, again)
     yield Part("activations", least, key)
     yield Part("further activations", max(0.0, activations(rows, again) - least), key, least=False)
+    if not gpu:  # whose allocator gives up such pieces where memory is short
+        yield Part("pieces between tensors", libraries.PIECES * activations(rows, again), key, least=False)
     logits, measured = _logits(tokens, config, shapes, machine)
     slopes = tokens * backward(shapes, dtype)
     if logits >= slopes:

@@ -14,7 +14,7 @@ from qat.quant.lookup import index_type
 
 TOGETHER = 8
 NARROW = 8  # bits of the widest index that a byte holds
-PIECE = 1 << 20  # words made at one time: in int64 they take many times the memory of indices
+PIECE = 1 << 18  # words made at one time: in int64 they take many times the memory of indices
 
 
 def packed_bytes(count: int, bits: int) -> int:

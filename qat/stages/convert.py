@@ -57,6 +57,7 @@ def make(work: Workspace, cached: Artifact) -> Artifact:
             name,
             inputs,
             lambda folder: _convert(work, cached, start, folder),
+            resumable=True,
             at=work.machine.place(),
         )
     require(made, manifests.CONVERSION)
@@ -81,6 +82,7 @@ def _convert(work: Workspace, cached: Artifact, start: Path | None, folder: Path
         source, shelf, layers, figures = _fitted(work, cached, start, folder)
     with peaks.phase(FIGURES):
         measured = _measure(work, cached, source, shelf, layers)
+    shelf.complete()
     return {
         **checkpoints.describe(work.model, work.config.quant, layers),
         "figures": figures,
@@ -97,12 +99,14 @@ def _fitted(
     source = Source(work, start)
     source.settle(CacheReader(cached, "train"))
     layers = select(work.model.skeleton(), config.quant)
-    shelf = checkpoints.Shelf(folder / checkpoints.FILE, layers)
+    made_with = work.machine.made_with()
+    shelf = checkpoints.Shelf(folder / checkpoints.FILE, layers, made_with)
     kept = {layer.name: same for layer in layers if (same := source.kept(layer))}
     for name, same in kept.items():
         shelf.put(name, same)
     fitted = [layer for layer in layers if layer.name not in kept]
-    earlier = [folder / f"pass{number}.safetensors" for number in range(1, config.convert.passes)]
+    names = [f"pass{number}.safetensors" for number in range(1, config.convert.passes)]
+    earlier = [checkpoints.Shelf(folder / name, fitted, made_with) for name in names]
     figures = convert(
         fitted,
         partial(source.load, layers=fitted),
@@ -111,11 +115,11 @@ def _fitted(
         config.convert,
         config.kmeans,
         work.machine.device,
-        [*(checkpoints.Shelf(path, fitted) for path in earlier), shelf],
+        [*earlier, shelf],
         folder,
     )
-    for path in earlier:
-        path.unlink()
+    for one in earlier:
+        one.discard()
     source.write_own(layers, folder)
     choice.keep(work, folder)
     return source, shelf, layers, figures

@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from qat import checkpoints, plots
+from qat import checkpoints, plots, system
 from qat.artifacts import Artifact, write_text
 from qat.cache.reader import CacheReader
 from qat.config import Config
@@ -203,6 +203,8 @@ def _measure(
             if folder:
                 speech.hear(name, student)
             _record(work.run, found)
+            del student  # before the next one is loaded
+            system.tidy()
         if (comparison is not None or teachers_own) and TEACHER not in found:
             found[TEACHER] = Found(answers=teachers_own)
             if comparison is not None:

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 from qat import checkpoints
 from qat.config import Config, ConvertConfig, KMeansBackend, KMeansConfig, QuantConfig, TrackerConfig, TrackerKind
 from qat.config import WeightConfig as W
+from qat.conversion.convert import STACK_BYTES
 from qat.errors import ConfigError
 from qat.models import ModelFolder, streamed
 from qat.models import tiny as tiny_model
@@ -64,7 +65,7 @@ def converted(teacher, cache, outputs, quant):
     config.kmeans = KMeansConfig("exact", KMeansBackend.exact)
     config.cache.name = config.mode.name = "tiny"
     config.tracker = TrackerConfig("none", TrackerKind.none)
-    (outputs / "run").mkdir(parents=True)
+    (outputs / "run").mkdir(parents=True, exist_ok=True)
     fresh = ModelFolder(teacher.name, teacher.path, teacher.fingerprint)
     made = convert.make(Workspace(config, Run(config, outputs / "run"), tiny.FP32, fresh, fresh), cache)
     found = {one: hashlib.sha256((made.folder / one).read_bytes()).hexdigest() for one in made.manifest["files"]}
@@ -101,6 +102,55 @@ def test_a_conversion_layer_by_layer_has_the_bytes_of_one_in_memory(tmp_path, in
     in_memory()
     assert found == converted(teacher, cache, tmp_path / "whole", quant)
     assert checkpoints.FILE in found[0] and found[2]["after"]["kl"] > 0
+
+
+class Killed(BaseException):
+    """What no handler of the project's takes."""
+
+
+@pytest.fixture
+def killed(monkeypatch):
+    """Conversions that are killed once a layer has been put away after some others are there for good."""
+    noted, goes = [], []
+    note, put = checkpoints.Shelf.note, checkpoints.Shelf.put
+
+    def begin():
+        def keep(shelf, figures):
+            note(shelf, figures)
+            noted.append(shelf)
+
+        def refuse(shelf, name, module):
+            put(shelf, name, module)
+            if noted:
+                raise Killed
+
+        monkeypatch.setattr(checkpoints.Shelf, "note", keep)
+        monkeypatch.setattr(checkpoints.Shelf, "put", refuse)
+
+    def until_done(convert):
+        while True:
+            goes.append(noted.clear())
+            try:
+                return convert(), len(goes)
+            except Killed:
+                continue
+
+    monkeypatch.setitem(STACK_BYTES, "cpu", 0.0)  # each decoder layer by itself
+    return begin, until_done
+
+
+@pytest.mark.parametrize(
+    ("name", "tied", "quant", "groups"), [("qwen3", True, "embedding", 3), ("llama", False, "thorough", 4)]
+)
+def test_a_conversion_that_is_killed_goes_on_and_ends_with_the_same_bytes(tmp_path, killed, name, tied, quant, groups):
+    teacher = family(name, tmp_path / "model", tied)
+    (tmp_path / "cache").mkdir()
+    cache, (begin, until_done) = tiny.cache_of(teacher, tmp_path / "cache"), killed
+    found = converted(teacher, cache, tmp_path / "whole", quant)
+    begin()
+    (tmp_path / "goes").mkdir()
+    again = partial(converted, teacher, cache, tmp_path / "goes", quant)
+    assert until_done(again) == (found, groups)
 
 
 def test_a_streamed_model_is_the_loaded_one_and_has_one_decoder_layer_in_memory(tmp_path):

@@ -116,7 +116,7 @@ def test_instance_auto_turns_it_before_a_run_and_says_so(teacher, free, caplog, 
     assert turned.micro_batch < 4096 and max(expected.values()) <= max(needed.values()) / 3
     assert f"memory is short: instance.micro_batch={turned.micro_batch} from here on" in caplog.text
     named = replace(config, instance=replace(config.instance, name="cpu"))
-    with pytest.raises(ConfigError, match=rf"instance\.micro_batch={turned.micro_batch} makes it fit"):
+    with pytest.raises(ConfigError, match=r"instance\.micro_batch=\d+ makes it fit"):  # what must be there alone
         limits.check(named, teacher, teacher, machine)
     for asked, said in ((config, "instance=auto turns"), (named, "makes it fit")):
         place = limits.planned(asked, teacher, teacher, machine)["training"]
