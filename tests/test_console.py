@@ -114,6 +114,38 @@ def test_first_eta_is_that_of_an_earlier_run(clock, screen, caplog, monkeypatch)
     assert "ETA ~0:00:50" in shown(file)
 
 
+def test_work_that_goes_on_is_counted_from_where_it_stopped(clock, screen, caplog, monkeypatch):
+    caplog.set_level(logging.INFO)
+    monkeypatch.setattr(console, "paces", console.Paces())
+    console.paces.begin({"distillation": 0.5})
+    screen(terminal=False)
+    with progress("distillation", 100, "steps", there=60) as advance:
+        clock.now += 20
+        advance(10)
+    assert caplog.messages == [
+        "distillation: 60/100 steps, ETA 1 min 20 s by the last run",
+        "distillation: 70/100 steps, 0.5/s, ETA 1 min 00 s",
+        "distillation: 10 of 100 steps in 20 s",
+    ]
+    assert console.paces.now == {"distillation": 0.5}
+
+
+def test_bar_of_work_that_goes_on_has_the_rate_of_what_is_left(clock, screen, monkeypatch):
+    monkeypatch.setattr(console, "paces", console.Paces())
+    console.paces.begin({"distillation": 0.5})
+    file = screen(terminal=True)
+    with progress("distillation", 100, "steps", there=60) as advance:
+        pass
+    assert "60/100" in shown(file) and "ETA ~0:01:20" in shown(file)
+    console.paces.begin({})
+    file = screen(terminal=True)
+    with progress("distillation", 100, "steps", there=60) as advance:
+        for _ in range(3):
+            clock.now += 40  # more than rich's own 30 seconds, after which it forgets the step before
+            advance()
+    assert "63/100" in shown(file) and "0.025/s" in shown(file) and "ETA 0:24:40" in shown(file)
+
+
 def test_no_pace_of_a_record_breaks_a_run():
     made = console.Paces()
     made.begin({"work": 1e-300, **{str(number): 2.0 for number in range(1_000)}})
