@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from itertools import islice
@@ -15,7 +15,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from qat.processes import place
-from qat.shown import shown
+from qat.shown import shown, wrapped
 
 log = logging.getLogger(__name__)
 
@@ -35,6 +35,11 @@ class Harmless(Console):
     def render_str(self, text: str, **how: Any) -> Text:
         """Every text that is printed, cells of tables too, comes by here."""
         return super().render_str(shown(text), **how)
+
+    def say(self, text: str, label: str = "", whole: str = "", style: str | None = None) -> None:
+        """Prints a line, on a terminal as `qat.shown.wrapped` has it."""
+        fits = wrapped(text, self.width, label, whole) if self.is_terminal else label + f"{text} {whole}".strip()
+        self.print(fits, style=style, soft_wrap=True)
 
 
 # Only the first of the processes that train together prints.
@@ -204,7 +209,7 @@ def table(title: str, header: list[str], rows: list[list[str]], words: bool = Fa
     One of figures that is wider than the console is printed in parts, each with the first column.
     """
     if title:  # printed apart: rich would wrap a title at the width of the table
-        console.print(title, style="bold", soft_wrap=True)
+        console.say(title, style="bold")
     widths = [max(cell_len(line[index]) for line in (header, *rows)) for index in range(len(header))]
     for part in [range(1, len(header))] if words else _parts(widths, console.width):
         grid = Table()
@@ -214,6 +219,14 @@ def table(title: str, header: list[str], rows: list[list[str]], words: bool = Fa
         for row in rows:
             grid.add_row(*(row[index] for index in (0, *part)))
         console.print(grid)
+
+
+def facts(said: Mapping[str, str], places: Mapping[str, str]) -> None:
+    """Prints what there is to say by name, in two columns; then paths and commands, which stay whole."""
+    for name, text in said.items():
+        console.say(text, label=f"{name:17} ")
+    for name, whole in places.items():
+        console.say("", label=f"{name:17} ", whole=whole)
 
 
 def _parts(widths: list[int], room: int) -> Iterator[range]:

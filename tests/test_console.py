@@ -5,10 +5,9 @@ import re
 import time
 
 import pytest
-from rich.console import Console
 
 from qat import console
-from qat.console import duration, progress
+from qat.console import Harmless, duration, progress
 
 
 @pytest.fixture
@@ -33,7 +32,7 @@ def screen(monkeypatch, tmp_path):
 
     def make(terminal):
         files.append(open(tmp_path / f"{len(files)}", "w+"))  # noqa: SIM115 - closed below
-        monkeypatch.setattr(console, "console", Console(file=files[-1], force_terminal=terminal, width=120))
+        monkeypatch.setattr(console, "console", Harmless(file=files[-1], force_terminal=terminal, width=120))
         return files[-1]
 
     yield make
@@ -170,7 +169,7 @@ def test_lines_and_bars_can_be_read_at_eighty_columns(clock, screen, caplog):
 )
 def test_bar_cuts_nothing_off_at_eighty_columns(monkeypatch, tmp_path, what, total, note):
     with open(tmp_path / "screen", "w+") as file:
-        monkeypatch.setattr(console, "console", Console(file=file, force_terminal=True, width=80))
+        monkeypatch.setattr(console, "console", Harmless(file=file, force_terminal=True, width=80))
         with progress(what, total, "tokens") as advance:
             for _ in range(4):
                 time.sleep(0.01)
@@ -185,7 +184,7 @@ def test_table_wider_than_the_console_comes_in_parts(monkeypatch, tmp_path):
     header = ["run", "train.lr", "quant.bits", "full KL", "loss", "KD loss", "perplexity", "held-out text", "status"]
     rows = [[f"SR-{number:03d}", *[f"{number}.{column}" for column in range(7)], "complete"] for number in range(3)]
     with open(tmp_path / "screen", "w+") as file:
-        monkeypatch.setattr(console, "console", Console(file=file, width=80))
+        monkeypatch.setattr(console, "console", Harmless(file=file, width=80))
         console.table("sweep-001", header, rows)
         text = shown(file)
     assert max(map(len, text.splitlines())) <= 80
