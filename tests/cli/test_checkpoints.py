@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 
+from qat import plans
 from qat.cli import arguments, main, recorded, registered
 from qat.config import ModelConfig, ModelSource, as_plain
 from qat.errors import ConfigError
@@ -108,9 +109,11 @@ def test_every_model_that_is_compared_says_whose_student_it_is(student, compose)
 
 
 def test_each_job_of_a_sweep_has_the_model_of_its_own_student(student, here):
-    student(model=QWEN), student("SR-002"), student("SR-003", model=QWEN)
+    student(model=QWEN, teacher=replace(QWEN, name="larger")), student("SR-002"), student("SR-003", model=QWEN)
     checked = main.check(arguments.parse(["-m", "stage=evaluate", "checkpoint=SR-001,SR-002,SR-003"]))
     assert [config.model.name for config in checked.configs] == ["qwen3", "local", "qwen3"]
+    assert [config.teacher and config.teacher.name for config in checked.configs] == ["larger", None, None]
+    assert not any(map(plans.foreign, checked.jobs))  # so a plan keeps them
 
 
 def test_presets_and_recorded_runs_name_a_model(student, compose):
