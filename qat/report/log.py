@@ -175,7 +175,7 @@ def _instance(run: Record) -> str:
         run.text("environment", "instance") or run.text("config", "instance", "name"),
         run.text("environment", "device"),
         run.text("environment", "machine"),
-        f"{threads} threads" if threads else "",
+        f"{threads} thread{'s' if threads != '1' else ''}" if threads else "",
     ]
     return plain(", ".join(part for part in parts if part))
 
