@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from itertools import islice
@@ -15,7 +15,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from qat.processes import place
-from qat.shown import shown
+from qat.shown import shown, wrapped
 
 log = logging.getLogger(__name__)
 
@@ -25,6 +25,7 @@ KINDS = 100  # maximum kinds of work whose pace is taken from a record
 LINE = 80  # columns that a progress line should not exceed
 SHORTEST_BAR = 6  # columns
 LONGEST_NAME = 30  # columns of what is done, beside a bar
+RATE_SECONDS = 600.0  # seconds of which a bar's rate is the mean; a step on a slow machine may take a minute
 WAITING_SECONDS = 30.0  # seconds between two lines that say what the process is waiting for
 
 
@@ -34,6 +35,11 @@ class Harmless(Console):
     def render_str(self, text: str, **how: Any) -> Text:
         """Every text that is printed, cells of tables too, comes by here."""
         return super().render_str(shown(text), **how)
+
+    def say(self, text: str, label: str = "", whole: str = "", style: str | None = None) -> None:
+        """Prints a line, on a terminal as `qat.shown.wrapped` has it."""
+        fits = wrapped(text, self.width, label, whole) if self.is_terminal else label + f"{text} {whole}".strip()
+        self.print(fits, style=style, soft_wrap=True)
 
 
 # Only the first of the processes that train together prints.
@@ -76,15 +82,16 @@ class Advance(Protocol):
 
 
 @contextmanager
-def progress(what: str, total: float, unit: str) -> Iterator[Advance]:
+def progress(what: str, total: float, unit: str, there: float = 0) -> Iterator[Advance]:
     """Shows the progress of `what`, its rate and the remaining time.
 
     Args:
         what: the work, in a word or two.
         total: units in all.
         unit: what is counted, in the plural.
+        there: units that were done before, at which the count begins; rate and time are of the others.
     """
-    bar = _bar(what, total) if console.is_terminal else _lines(what, total, unit)
+    bar = _bar(what, total, there) if console.is_terminal else _lines(what, total, unit, there)
     started = time.monotonic()
     done = 0.0
     with bar as advance:
@@ -100,7 +107,8 @@ def progress(what: str, total: float, unit: str) -> Iterator[Advance]:
             seconds = time.monotonic() - started
             if done and seconds:
                 paces.now[what] = done / seconds
-    log.info("%s: %s %s in %s", what, _count(done), unit, duration(seconds))
+    of = f" of {_count(total)}" if there else ""
+    log.info("%s: %s%s %s in %s", what, _count(done), of, unit, duration(seconds))
 
 
 class _Rate(ProgressColumn):
@@ -118,7 +126,7 @@ class _Remaining(ProgressColumn):
     def render(self, task: Task) -> Text:
         """`ETA 0:03:10`, `ETA ~0:03:10` by an earlier run."""
         seconds, about = task.time_remaining, ""
-        if seconds is None and (guess := paces.guess(task.description, task.total or 0.0)):
+        if seconds is None and (guess := paces.guess(task.description, task.fields["left"])):
             seconds, about = guess - (task.elapsed or 0.0), "~"
         if seconds is None or seconds < 0:
             return Text("ETA -:--:--")
@@ -126,7 +134,7 @@ class _Remaining(ProgressColumn):
 
 
 @contextmanager
-def _bar(what: str, total: float) -> Iterator[Advance]:
+def _bar(what: str, total: float, there: float) -> Iterator[Advance]:
     columns = (
         TextColumn("{task.description}", table_column=Column(no_wrap=True, max_width=LONGEST_NAME)),
         BarColumn(bar_width=None, table_column=Column(ratio=1, min_width=SHORTEST_BAR)),
@@ -135,8 +143,11 @@ def _bar(what: str, total: float) -> Iterator[Advance]:
         _Remaining(table_column=Column(no_wrap=True)),
         TextColumn("{task.fields[note]}", table_column=Column(no_wrap=True)),
     )
-    with Progress(*columns, console=console, transient=True, expand=True) as bar:
-        task = bar.add_task(what, total=total, far=f"0/{_count(total)}", note="")
+    settings: dict[str, Any] = {"speed_estimate_period": RATE_SECONDS, "get_time": time.monotonic}
+    with Progress(*columns, console=console, transient=True, expand=True, **settings) as bar:
+        fields: dict[str, Any] = {"left": total - there, "far": f"{_count(there)}/{_count(total)}", "note": ""}
+        task = bar.add_task(what, total=total, **fields)
+        bar.tasks[0].completed = there  # here, as work that was done before has no rate
 
         def advance(amount: float = 1, note: str = "") -> None:
             far = f"{_count(bar.tasks[0].completed + amount)}/{_count(total)}"
@@ -146,11 +157,12 @@ def _bar(what: str, total: float) -> Iterator[Advance]:
 
 
 @contextmanager
-def _lines(what: str, total: float, unit: str) -> Iterator[Advance]:
+def _lines(what: str, total: float, unit: str, there: float) -> Iterator[Advance]:
     started = said = time.monotonic()
-    done = 0.0
-    if (guess := paces.guess(what, total)) and guess > PLAIN_SECONDS:
-        log.info("%s: %s %s, ETA %s by the last run", what, _count(total), unit, duration(guess))
+    done = there
+    if (guess := paces.guess(what, total - there)) and guess > PLAIN_SECONDS:
+        far = f"{_count(there)}/" if there else ""
+        log.info("%s: %s%s %s, ETA %s by the last run", what, far, _count(total), unit, duration(guess))
 
     def advance(amount: float = 1, note: str = "") -> None:
         nonlocal done, said
@@ -158,7 +170,7 @@ def _lines(what: str, total: float, unit: str) -> Iterator[Advance]:
         now = time.monotonic()
         if now - said < PLAIN_SECONDS or done >= total:
             return
-        said, rate = now, done / (now - started)
+        said, rate = now, (done - there) / (now - started)
         log.info("%s", _line(what, f"{_count(done)}/{_count(total)}", unit, rate, (total - done) / rate, note))
 
     yield advance
@@ -197,7 +209,7 @@ def table(title: str, header: list[str], rows: list[list[str]], words: bool = Fa
     One of figures that is wider than the console is printed in parts, each with the first column.
     """
     if title:  # printed apart: rich would wrap a title at the width of the table
-        console.print(title, style="bold", soft_wrap=True)
+        console.say(title, style="bold")
     widths = [max(cell_len(line[index]) for line in (header, *rows)) for index in range(len(header))]
     for part in [range(1, len(header))] if words else _parts(widths, console.width):
         grid = Table()
@@ -207,6 +219,14 @@ def table(title: str, header: list[str], rows: list[list[str]], words: bool = Fa
         for row in rows:
             grid.add_row(*(row[index] for index in (0, *part)))
         console.print(grid)
+
+
+def facts(said: Mapping[str, str], places: Mapping[str, str]) -> None:
+    """Prints what there is to say by name, in two columns; then paths and commands, which stay whole."""
+    for name, text in said.items():
+        console.say(text, label=f"{name:17} ")
+    for name, whole in places.items():
+        console.say("", label=f"{name:17} ", whole=whole)
 
 
 def _parts(widths: list[int], room: int) -> Iterator[range]:

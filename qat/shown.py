@@ -6,8 +6,12 @@ returns or marks that reverse the direction of text. Terminal, log files, Markdo
 
 import logging
 import re
+import shutil
+import sys
 from pathlib import Path
 
+INDENT = "  "  # before the further lines of a message
+_PIECE = re.compile(r"(?:`[^`]*`|\S)+")  # a word, or a command in backticks with what stands at it
 _STEERING = re.compile(
     "["
     "\x00-\x08\x0b-\x1f\x7f-\x9f"  # control characters, except tab and line feed
@@ -35,12 +39,40 @@ def near(path: str | Path) -> str:
     return str(whole.relative_to(here) if whole.is_relative_to(here) else whole)
 
 
+def wrapped(text: str, width: int, label: str = "", whole: str = "") -> str:
+    """The text behind a label in lines of at most `width` columns, the others below the first.
+
+    A command in backticks, a path and what is `whole`, which may be either with spaces in it, stay as they are to be
+    copied: on a line of their own where none has room.
+    """
+    indents, line, lines = (" " * (len(label) or len(INDENT)), INDENT, ""), label, list[str]()
+    for piece in [*_PIECE.findall(text), *([whole] if whole else [])]:
+        longer = line + piece if line == label else f"{line} {piece}"
+        if line and len(longer) > width:
+            lines.append(line.rstrip())
+            longer = next((indent for indent in indents if len(indent) + len(piece) <= width), "") + piece
+        line = longer
+    return "\n".join([*lines, line])
+
+
 class Formatter(logging.Formatter):
     """Messages of the log, which name files and folders of others."""
 
     def format(self, record: logging.LogRecord) -> str:
         """The record as text."""
         return shown(super().format(record))
+
+
+class Screen(Formatter):
+    """The same on standard output, in lines that fit where that is a terminal."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The record as text."""
+        text = super().format(record)
+        if record.exc_info or not sys.stdout.isatty():
+            return text
+        width = shutil.get_terminal_size().columns
+        return "\n".join(wrapped(line, width) if len(line) > width else line for line in text.split("\n"))
 
 
 def _written(code: int) -> str:

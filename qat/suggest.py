@@ -1,10 +1,11 @@
 """The nearest word to a mistyped one."""
 
 import difflib
+import shutil
 import sys
 from collections.abc import Iterable, Mapping
 
-from qat.shown import line
+from qat.shown import line, wrapped
 
 SIMILAR = 0.6  # minimum share of letters in common for a word to be suggested
 BEGINNING = 3  # minimum letters for the beginning of a word to match it
@@ -50,5 +51,6 @@ def hint(found: str | None) -> str:
 
 
 def one_line(error: Exception) -> None:
-    """Tells an error on stderr, on one line whatever it says."""
-    print("error: " + line(str(error)), file=sys.stderr)
+    """Tells an error on stderr, on one line whatever it says; on a terminal as `wrapped` has it."""
+    told = "error: " + line(str(error))
+    print(wrapped(told, shutil.get_terminal_size().columns) if sys.stderr.isatty() else told, file=sys.stderr)

@@ -220,13 +220,13 @@ def remark(summary: dict[str, Any]) -> str:
     return f"These jobs were measured on {grounds} different teachers or texts: figures compare only within one."
 
 
-def how_to_go_on(sweep: Sweep) -> str:
+def how_to_go_on(sweep: Sweep) -> tuple[str, str]:
     """What is left, and the command that does it; nothing when all is complete."""
     left = len(sweep.remaining())
     if not left:
-        return ""
+        return "", ""
     again = [*sweep.own_options(), f"sweep.resume={sweep.folder}"]
-    return f"{left} of {len(sweep.jobs)} jobs are left; to go on: {command()} {shlex.join(again)}"
+    return f"{left} of {len(sweep.jobs)} jobs are left; to go on:", f"{command()} {shlex.join(again)}"
 
 
 def _save(sweep: Sweep) -> None:
@@ -277,7 +277,8 @@ def _markdown(sweep: Sweep, summary: dict[str, Any]) -> str:
     table = rendered(tuple(map(plain, header)), [list(map(plain, row)) for row in rows])
     failed = [f"- {job.run_id} failed: {plain(reason)}" for job, reason in sweep.failures()]
     parts = [f"# {plain(summary['sweep'])}", code(sweep.command), table, remark(summary), "\n".join(failed)]
-    parts.append(plain(how_to_go_on(sweep)))
+    left, again = how_to_go_on(sweep)
+    parts.append(f"{left} {code(again)}" if left else "")
     return "\n\n".join(part for part in parts if part) + "\n"
 
 

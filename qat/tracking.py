@@ -62,7 +62,7 @@ class WandbTracker:
         self._tell(lambda: self._run.finish(exit_code=int(failed)))
         if copies := offline(self._folder):
             here = [Path(near(copy)) for copy in copies]
-            log.info("wandb kept this run offline; to send it, %s, then: %s", LOGIN, sync(here))
+            log.info("wandb kept this run offline; to send it, %s, then `%s`", LOGIN, sync(here))
 
     def _tell(self, do: Callable[[], object]) -> None:
         """Calls wandb; after its first error, which is logged once, it is not called again."""

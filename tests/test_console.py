@@ -5,10 +5,9 @@ import re
 import time
 
 import pytest
-from rich.console import Console
 
 from qat import console
-from qat.console import duration, progress
+from qat.console import Harmless, duration, progress
 
 
 @pytest.fixture
@@ -33,7 +32,7 @@ def screen(monkeypatch, tmp_path):
 
     def make(terminal):
         files.append(open(tmp_path / f"{len(files)}", "w+"))  # noqa: SIM115 - closed below
-        monkeypatch.setattr(console, "console", Console(file=files[-1], force_terminal=terminal, width=120))
+        monkeypatch.setattr(console, "console", Harmless(file=files[-1], force_terminal=terminal, width=120))
         return files[-1]
 
     yield make
@@ -114,6 +113,38 @@ def test_first_eta_is_that_of_an_earlier_run(clock, screen, caplog, monkeypatch)
     assert "ETA ~0:00:50" in shown(file)
 
 
+def test_work_that_goes_on_is_counted_from_where_it_stopped(clock, screen, caplog, monkeypatch):
+    caplog.set_level(logging.INFO)
+    monkeypatch.setattr(console, "paces", console.Paces())
+    console.paces.begin({"distillation": 0.5})
+    screen(terminal=False)
+    with progress("distillation", 100, "steps", there=60) as advance:
+        clock.now += 20
+        advance(10)
+    assert caplog.messages == [
+        "distillation: 60/100 steps, ETA 1 min 20 s by the last run",
+        "distillation: 70/100 steps, 0.5/s, ETA 1 min 00 s",
+        "distillation: 10 of 100 steps in 20 s",
+    ]
+    assert console.paces.now == {"distillation": 0.5}
+
+
+def test_bar_of_work_that_goes_on_has_the_rate_of_what_is_left(clock, screen, monkeypatch):
+    monkeypatch.setattr(console, "paces", console.Paces())
+    console.paces.begin({"distillation": 0.5})
+    file = screen(terminal=True)
+    with progress("distillation", 100, "steps", there=60) as advance:
+        pass
+    assert "60/100" in shown(file) and "ETA ~0:01:20" in shown(file)
+    console.paces.begin({})
+    file = screen(terminal=True)
+    with progress("distillation", 100, "steps", there=60) as advance:
+        for _ in range(3):
+            clock.now += 40  # more than rich's own 30 seconds, after which it forgets the step before
+            advance()
+    assert "63/100" in shown(file) and "0.025/s" in shown(file) and "ETA 0:24:40" in shown(file)
+
+
 def test_no_pace_of_a_record_breaks_a_run():
     made = console.Paces()
     made.begin({"work": 1e-300, **{str(number): 2.0 for number in range(1_000)}})
@@ -138,7 +169,7 @@ def test_lines_and_bars_can_be_read_at_eighty_columns(clock, screen, caplog):
 )
 def test_bar_cuts_nothing_off_at_eighty_columns(monkeypatch, tmp_path, what, total, note):
     with open(tmp_path / "screen", "w+") as file:
-        monkeypatch.setattr(console, "console", Console(file=file, force_terminal=True, width=80))
+        monkeypatch.setattr(console, "console", Harmless(file=file, force_terminal=True, width=80))
         with progress(what, total, "tokens") as advance:
             for _ in range(4):
                 time.sleep(0.01)
@@ -153,7 +184,7 @@ def test_table_wider_than_the_console_comes_in_parts(monkeypatch, tmp_path):
     header = ["run", "train.lr", "quant.bits", "full KL", "loss", "KD loss", "perplexity", "held-out text", "status"]
     rows = [[f"SR-{number:03d}", *[f"{number}.{column}" for column in range(7)], "complete"] for number in range(3)]
     with open(tmp_path / "screen", "w+") as file:
-        monkeypatch.setattr(console, "console", Console(file=file, width=80))
+        monkeypatch.setattr(console, "console", Harmless(file=file, width=80))
         console.table("sweep-001", header, rows)
         text = shown(file)
     assert max(map(len, text.splitlines())) <= 80

@@ -106,7 +106,7 @@ def test_a_run_with_an_own_option_lands_below_the_current_folder(typed, target):
     assert (done.returncode, done.stderr) == (0, ""), done.stderr
     record = json.loads(Path("outputs/SR-001/result.json").read_text())
     assert record["status"] == "complete" and record["command"] == f"qat {' '.join(words)}"
-    assert "qat --config-path outputs/SR-001 stage=chat checkpoint=SR-001" in done.stdout
+    assert "go on with        qat stage=chat checkpoint=SR-001\n" in done.stdout
     assert "launch.py" not in done.stdout
     header = Path("outputs/SR-001/config_resolved.yaml").read_text().splitlines()[1]
     assert header == "#   qat --config-path <this folder> --config-name config_resolved"

@@ -407,6 +407,10 @@ def test_training_alone_is_the_training_of_the_whole_job(first, shop, conversion
         assert done.result["metrics"][key] == pytest.approx(first.result["metrics"][key], rel=1e-4)
     assert learned(conversion, done) == {"mlp"}
     assert open_artifact(done.folder / "checkpoints" / "best").manifest["run"] == done.folder.name
+    before, best = (f"{done.result['metrics'][f'kd_loss_{when}']:.4f}" for when in ("initial", "best"))
+    (line,) = (line for line in done.out.splitlines() if "KD loss (held-out)" in line)
+    assert before in line and best in line
+    assert f"stage=chat checkpoint={done.folder.name}" in done.out
 
 
 def test_evaluation_alone_is_the_evaluation_of_the_whole_job(first, shop):

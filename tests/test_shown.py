@@ -3,6 +3,7 @@
 import io
 import logging
 import re
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 from qat import suggest
 from qat.console import Harmless, table
 from qat.report import markdown
-from qat.shown import Formatter, line, shown
+from qat.shown import Formatter, Screen, line, shown, wrapped
 
 STEERING = {
     "colour": "\x1b[31m",
@@ -63,3 +64,49 @@ def test_markdown_shows_just_the_words(text):
 def test_ordinary_words_are_left_alone(text):
     assert shown(text) == text
     assert shown("a\tb\nc\u200d") == "a\tb\nc\u200d"
+
+
+WANDB = "wandb kept this run offline; to send it, `wandb login` (--host=URL for one of your own), then"
+
+
+@pytest.mark.parametrize(
+    ("said", "fits"),
+    [
+        (("short and done", 20), "short and done"),
+        (("a longer one of words", 12), "a longer one\n  of words"),
+        (("to go on: `qat stage=chat x` and so on", 20), "to go on:\n  `qat stage=chat x`\n  and so on"),
+        (("it is a/path/that/no/line/has/room/for here", 16), "it is\na/path/that/no/line/has/room/for\n  here"),
+        (("of this and of that", 14, "time  "), "time  of this\n      and of\n      that"),
+        (("", 30, "samples  ", "out of here/samples.md"), "samples\n  out of here/samples.md"),
+        (("", 40, "samples  ", "out of here/samples.md"), "samples  out of here/samples.md"),
+        (("", 12, "samples  ", "out of here/samples.md"), "samples\nout of here/samples.md"),
+        (("", 12, "", "out of here/samples.md"), "out of here/samples.md"),
+        (("in", 12, "", "a b"), "in a b"),
+    ],
+)
+def test_lines_fit_and_what_is_to_be_copied_stays_whole(said, fits):
+    assert wrapped(*said) == fits
+
+
+def test_the_log_fits_a_terminal_and_nothing_else_is_cut(monkeypatch):
+    told = f"{WANDB} `wandb sync outputs/SR-001/wandb/offline-run-20261130_040000-a1b2c3d4`"
+    record = logging.LogRecord("qat", logging.INFO, "", 0, told, (), None)
+    assert Screen().format(record) == told
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setattr("sys.stdout", SimpleNamespace(isatty=lambda: True))
+    lines = Screen().format(record).split("\n")
+    assert all(len(line) <= 80 for line in lines) and "".join(lines).replace(" ", "") == told.replace(" ", "")
+    assert lines[-1] == "  `wandb sync outputs/SR-001/wandb/offline-run-20261130_040000-a1b2c3d4`"
+
+
+def test_an_error_is_one_line_and_fits_a_terminal(monkeypatch, capsys):
+    suggest.one_line(ValueError("a word " * 20))
+    assert capsys.readouterr().err == "error: " + " ".join(["a word"] * 20) + "\n"
+    screen = io.StringIO()
+    monkeypatch.setenv("COLUMNS", "80")
+    screen.isatty = lambda: True
+    monkeypatch.setattr("sys.stderr", screen)
+    suggest.one_line(ValueError("a word " * 20))
+    lines = screen.getvalue().splitlines()
+    assert len(lines) > 1 and all(len(line) <= 80 for line in lines)
+    assert " ".join(screen.getvalue().split()) == "error: " + " ".join(["a word"] * 20)

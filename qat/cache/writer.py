@@ -265,7 +265,7 @@ def _record(
     model = author.ready(how, sample, _tokens(shards))
     rows_at_once, before = author.machine.micro_batch, None
     with (
-        progress("teacher outputs", _tokens(todo), "tokens") as advance,
+        progress("teacher outputs", _tokens(mine), "tokens", there=_tokens(mine) - _tokens(todo)) as advance,
         ThreadPoolExecutor(1) as writer,
     ):
         for shard in todo:

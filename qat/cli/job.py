@@ -121,6 +121,9 @@ def start(config: Config, folder: Path, command: str, overrides: list[str], sett
         if config.stage not in UNRECORDED and not (folder / RESULT).exists():
             _clear(folder, settings)
             remove_empty(folder)
+        own = Path(config.outputs) / config.stage.name
+        if config.stage in UNRECORDED and folder.resolve() == own.resolve():  # Hydra's, where a warning would be logged
+            remove_empty(folder)
 
 
 def _clear(folder: Path, settings: str | None) -> None:

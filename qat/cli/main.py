@@ -18,6 +18,7 @@ from qat.cli import (
     checkpoints,
     checks,
     completion,
+    inherited,
     job,
     overrides,
     ranks,
@@ -95,6 +96,7 @@ def check(command: CommandLine) -> Checked:
     command.overrides = [str(override.input_line) for override in parsed]
     if command.multirun:
         return _check_sweep(command, parsed, composer)
+    command.overrides += inherited.words(command.overrides, composer)
     config = _check_job(command, command.overrides, composer)
     return Checked(parsed, [config], folder=_named_folder("run", command, parsed, composer))
 
@@ -178,11 +180,14 @@ def _check_sweep(command: CommandLine, parsed: list[Override], composer: Compose
     folder = _named_folder("sweep", command, parsed, composer)
     if "basic_sweeper" not in whole.hydra.sweeper._target_:
         fixed = [str(override.input_line) for override in parsed if not override.is_sweep_override()]
+        taken = inherited.words(fixed, composer)
+        command.overrides += taken
+        fixed += taken
         return Checked(parsed, [_check_job(command, fixed, composer)], folder=folder)
     listed_there = (whole.hydra.sweeper.params or {}).items()
     swept = [quoted(f"{key}={value}", swept=True) for key, value in listed_there]
     listed = overrides.read([*swept, *command.overrides], composer, multirun=True)
-    jobs = list(overrides.jobs(listed))
+    jobs = [[*job, *inherited.words(job, composer)] for job in overrides.jobs(listed)]
     configs = [_check_job(command, job, composer) for job in jobs]
     if configs[0].stage in UNRECORDED:
         raise ConfigError(f"stage={configs[0].stage.name} is no run and cannot be swept: leave out -m")

@@ -26,7 +26,7 @@ from qat.suggest import did_you_mean
 FILE = f"{RESOLVED}.yaml"
 LARGEST = 256_000  # allowed bytes of a recorded configuration; an ordinary one has 3,000
 DEEPEST = 16  # allowed levels of nesting in a recorded configuration; ordinary ones have 4
-DEFAULTS = ["schema", "_self_", {"override hydra/job_logging": "qat"}]
+DEFAULTS = ["schema", "_self_", {"override hydra/job_logging": "qat"}, {"override hydra/hydra_logging": "qat"}]
 HEADER = f"""\
 # This run, whole. To repeat it:
 #   %s --config-path <this folder> --config-name {RESOLVED}

@@ -248,11 +248,11 @@ def conclude(sweep: Sweep) -> None:
         return
     table(sweep.folder.name, *sweeps.cells(summary))
     if remark := sweeps.remark(summary):
-        console.print(remark, soft_wrap=True)
+        console.say(remark)
     for job, reason in sweep.failures():
-        console.print(f"{job.run_id} failed: {reason}", soft_wrap=True)
-    sys.stdout.flush()
-    print(shown(sweeps.how_to_go_on(sweep) or f"summary.md, summary.json and sweep.png are in {sweep.folder}"))
+        console.say(f"{job.run_id} failed: {reason}")
+    left, again = sweeps.how_to_go_on(sweep)
+    console.say(left or "summary.md, summary.json and sweep.png are in", whole=again or str(sweep.folder))
 
 
 def _plain(flags: dict[str, Any]) -> dict[str, str]:

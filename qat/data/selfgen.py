@@ -87,7 +87,8 @@ class _Author:
         if not prompts:
             return
         plan = self._plan(prompts, sampling, seed)
-        with progress(what, plan.missing() * sampling.tokens, "tokens") as advance, _ahead() as (submit, go_on):
+        total, there = (count * sampling.tokens for count in (len(prompts), len(prompts) - plan.missing()))
+        with progress(what, total, "tokens", there) as advance, _ahead() as (submit, go_on):
 
             @contextmanager
             def turn() -> Iterator[None]:

@@ -181,7 +181,7 @@ class Trainer:
         if history.step == 0:
             self._look(tell, on_best)
         with (
-            progress("distillation", train.steps - history.step, "steps") as advance,
+            progress("distillation", train.steps, "steps", there=history.step) as advance,
             closing(self.batches(history.step)) as batches,
         ):
             for some in batches:

@@ -11,6 +11,7 @@ from qat.records import Record
 from qat.report.markdown import code, plain, table
 
 ADAPTER = "adapter"  # folder of the adapters in an export
+CARD = "README.md"
 
 FIGURES = {
     "kl": "KL(teacher‖student), whole vocabulary",
@@ -46,7 +47,7 @@ def write(source: Source, folder: Path, settings: ExportConfig, parity: str) -> 
         *_table("Figures", "on text held apart from training", _figures(source.record)),
         *_table("Recipe", "of the run that made it", _recipe(source)),
     ]
-    (folder / "README.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+    (folder / CARD).write_text("\n\n".join(parts) + "\n", encoding="utf-8")
 
 
 def _adapters(source: Source, settings: ExportConfig) -> list[str]:

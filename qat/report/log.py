@@ -23,7 +23,7 @@ HEADER = """\
 Generated from the runs in this folder and written anew whenever one ends: edits do not last. A run's own
 words go on its command line, `run.goal="…" run.notes="…"`; `stage=report` writes this file and
 report.html."""
-QUALITY = ("teacher and text", "students", "lowest full KL", "perplexity", "of the teacher", "MB", "run")
+QUALITY = ("teacher and text", "trained students", "lowest full KL", "perplexity", "of the teacher", "MB", "run")
 SIZES = ("file_bytes", "model_bits_per_weight", "bits_per_weight")
 TOLD = {"checkpoint.path", "run.goal", "run.notes"}  # keys shown elsewhere in a run's entry
 
@@ -175,7 +175,7 @@ def _instance(run: Record) -> str:
         run.text("environment", "instance") or run.text("config", "instance", "name"),
         run.text("environment", "device"),
         run.text("environment", "machine"),
-        f"{threads} threads" if threads else "",
+        f"{threads} thread{'s' if threads != '1' else ''}" if threads else "",
     ]
     return plain(", ".join(part for part in parts if part))
 

@@ -284,7 +284,7 @@ function facts() {
     const run = best(ground);
     if (!run) continue;
     const where = grounds.length > 1 ? ` on ${ground}` : "";
-    shown.push([figure(run.kl), `lowest full KL${where}, ${run.id}`], [figure(run.megabytes, 1), "MB there"]);
+    shown.push([figure(run.kl), `lowest full KL of a trained student${where}, ${run.id}`], [figure(run.megabytes, 1), "MB there"]);
   }
   shown.push([time(spent), "of runs in all"]);
   $("facts").replaceChildren(...shown.map(([value, name]) => make("div", {}, make("dt", {}, name), make("dd", {}, value))));

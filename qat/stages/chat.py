@@ -71,7 +71,7 @@ def _language(config: Config, model: ModelFolder) -> Language:
     why = f"{model.name} has no chat template that takes a question"
     if config.chat.thinking:
         raise ConfigError(f"chat.thinking=true: {why}")
-    console.print(f"{why}: it goes on with the text you give.", soft_wrap=True)
+    console.say(f"{why}: it goes on with the text you give.")
     return Language(tokenizer, model.ends(), converses)
 
 

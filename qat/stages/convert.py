@@ -11,7 +11,7 @@ from qat import checkpoints, manifests, plots
 from qat.artifacts import Artifact, obtain, require
 from qat.cache.reader import CacheReader
 from qat.config import ROLES, Config
-from qat.console import console, table
+from qat.console import console, facts, table
 from qat.conversion.convert import convert
 from qat.evaluate import Metrics, evaluate
 from qat.peaks import CONVERSION, FIGURES, peaks
@@ -31,7 +31,7 @@ def main(config: Config, run: Run) -> None:
     """`stage=convert`."""
     work = open_workspace(config, run)
     run.result["metrics"] |= asdict(metrics(make(work, cache.make(work))))
-    console.print(f"go on with       {onward(config, run, 'distill')}", soft_wrap=True)
+    facts({}, {"go on with": onward(config, run, "distill")})
 
 
 def make(work: Workspace, cached: Artifact) -> Artifact:
@@ -171,9 +171,9 @@ def _show(layers: list[Layer], manifest: dict[str, Any], quant: dict[str, Any]) 
             rows.append([role, str(len(members)), f"{bits_per_weight(members):.2f}", *_figures(members, figures)])
     header = ["role", "layers", "bits/weight", "weight error", "output error", "seconds"]
     table(f"{len(layers)} layers converted ({' + '.join(counts)})", header, rows)
-    console.print(f"size, packed: {said(quant)}", soft_wrap=True)
+    console.say(f"size, packed: {said(quant)}")
     if quant["dense"]:
-        console.print(f"left dense, as shares of the decoder's weights: {told(quant['dense'])}", soft_wrap=True)
+        console.say(f"left dense, as shares of the decoder's weights: {told(quant['dense'])}")
     before, after = manifest["metrics"]["before"] or {"kd_loss": 0.0, "kl": 0.0}, manifest["metrics"]["after"]
     names = {"kd_loss": "KD loss (held-out)", "kl": "full KL (held-out)"}
     changes = [[name, f"{before[key]:.4f}", f"{after[key]:.4f}"] for key, name in names.items()]

@@ -10,19 +10,22 @@ from qat import checkpoints, machine, names, plots, sweeps
 from qat.artifacts import Artifact
 from qat.cache.reader import CacheReader
 from qat.config import Config
+from qat.console import duration, facts, table
 from qat.distill.loss import Loss
 from qat.distill.state import States
 from qat.distill.trainer import History, Trainer, cuts
 from qat.forward import Pass, use
 from qat.models import ModelFolder
 from qat.peaks import TRAINING, peaks
-from qat.processes import Ranks, joined
+from qat.processes import Ranks, joined, place
 from qat.quant import adapter
 from qat.quant.architectures import Layer
 from qat.quant.linear import quantized
-from qat.quant.size import summary
+from qat.quant.size import said, summary
 from qat.runs import Run, checkpoint_name, owner
+from qat.shown import near
 from qat.stages import cache
+from qat.stages.onward import onward
 from qat.stages.teacher import check_mode
 from qat.stages.workspace import Workspace, open_workspace, start_folder
 
@@ -40,6 +43,18 @@ def main(config: Config, run: Run) -> None:
     make(work, cache.make(work), start)
     if run.result["verdict"]:
         log.warning("%s is %s", run.result["run_id"], run.result["verdict"])
+    if place().first:
+        _show(config, run)
+
+
+def _show(config: Config, run: Run) -> None:
+    """Losses before and after, size, where to go on."""
+    result, metrics = run.result, run.result["metrics"]
+    names = {"loss": f"{config.loss.name} (held-out)", "kd_loss": "KD loss (held-out)"}
+    rows = [[name, *(f"{metrics[f'{key}_{when}']:.4f}" for when in ("initial", "best"))] for key, name in names.items()]
+    table(f"{result['run_id']}  {result['name']}", ["", "before", "best"], rows)
+    places = {"loss curve": near(run.folder / "loss.png"), "go on with": onward(config, run, "chat")}
+    facts({"size, packed": said(result["quant"]), "time": f"distill {duration(result['timing']['distill_s'])}"}, places)
 
 
 def make(work: Workspace, cached: Artifact, start: Path) -> Path:

@@ -52,7 +52,7 @@ def main(config: Config) -> None:
     console.print(table)
     warnings = [finding for finding in findings if finding.warning]
     for finding in warnings:
-        console.print(f"warning: {finding.what}: {finding.warning}", soft_wrap=True)
+        console.say(f"warning: {finding.what}: {finding.warning}")
     if not warnings:
         console.print("nothing is amiss")
 

@@ -28,6 +28,7 @@ from qat.peaks import EVALUATION, peaks
 from qat.quant import adapter
 from qat.quant.size import summary
 from qat.runs import Run
+from qat.shown import near
 from qat.stages import cache
 from qat.stages.found import Found, answers, figures, positions
 from qat.stages.workspace import Workspace, open_workspace, start_folder
@@ -68,9 +69,9 @@ def main(config: Config, run: Run) -> None:
     _show_positions(run, found, on)
     _show_answers(run, found, ground.free)
     if ground.rows is not None:
-        console.print(f"± is half of the interval: {METHOD}", soft_wrap=True)
+        console.say(f"± is half of the interval: {METHOD}")
     if ground.harness is not None:
-        console.print("± of a task is the harness's standard error times 1.96", soft_wrap=True)
+        console.say("± of a task is the harness's standard error times 1.96")
 
 
 def _show_positions(run: Run, found: dict[str, Found], on: str) -> None:
@@ -82,7 +83,7 @@ def _show_positions(run: Run, found: dict[str, Found], on: str) -> None:
     picture = run.folder / POSITIONS
     plots.kl_by_position({name: one.curve for name, one in students.items()}, f"on {on}", picture)
     run.result["paths"]["positions"] = str(picture)
-    console.print(f"picture of it: {picture}", soft_wrap=True)
+    console.say("picture of it:", whole=near(picture))
 
 
 def _show_answers(run: Run, found: dict[str, Found], free: FreeRunning | None) -> None:
@@ -93,7 +94,7 @@ def _show_answers(run: Run, found: dict[str, Found], free: FreeRunning | None) -
     write_text(page, free.page())
     run.result["paths"]["answers"] = str(page)
     table(f"answers to {len(free.prompts)} prompts", ["", *found], answers(found))
-    console.print(f"± is 1.96 standard errors; the answers side by side: {page}", soft_wrap=True)
+    console.say("± is 1.96 standard errors; the answers side by side:", whole=near(page))
 
 
 def make(

@@ -9,13 +9,14 @@ from typing import Any
 from qat import checkpoints
 from qat.artifacts import publish
 from qat.config import Config, ExportConfig
-from qat.console import console
+from qat.console import facts
 from qat.export import card, parity
-from qat.export.card import ADAPTER
+from qat.export.card import ADAPTER, CARD
 from qat.export.exporter import exporter
 from qat.export.source import DTYPES, Source, open_source
 from qat.models import ModelFolder
 from qat.runs import Run
+from qat.shown import near
 from qat.stages.workspace import open_workspace, start_folder
 
 KIND = "export"
@@ -32,7 +33,7 @@ def main(config: Config, run: Run) -> None:
     run.result["metrics"]["parity"] = error
     run.result["paths"]["export"] = str(folder)
     run.result["memory"]["export_bytes"] = size
-    console.print(f"{folder}: {config.export.name}, {size / 1e6:.1f} MB", soft_wrap=True)
+    facts({"written": f"{config.export.name}, {size / 1e6:.1f} MB"}, {"how to use it": near(folder / CARD)})
 
 
 def place(settings: ExportConfig) -> Path:

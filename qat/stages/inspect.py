@@ -38,7 +38,7 @@ def show(work: Workspace, cache: Artifact) -> None:
     plots.tail_mass(
         {s: tail.tolist() for s, tail in tails.items()}, f"{cache.folder.name}, tail {meta['tail']}", picture
     )
-    console.print(f"outside the top {meta['top_k']}: {mean:.4f} on average; histogram {picture}", soft_wrap=True)
+    console.say(f"outside the top {meta['top_k']}: {mean:.4f} on average; histogram", whole=str(picture))
     work.run.result["cache"]["tail_mean"] = round(mean, 6)
     work.run.result["paths"]["tail"] = str(picture)
 
@@ -47,9 +47,8 @@ def _size(cache: Artifact, readers: dict[str, CacheReader]) -> dict[str, float]:
     meta = cache.manifest
     whole = sum(path.stat().st_size for path in cache.folder.iterdir())
     each = whole / sum(reader.rows * (int(meta["length"]) - 1) for reader in readers.values())
-    console.print(
-        f"teacher {meta['teacher']['name']}; packing {meta['packing']}; {size(whole)}, {each:.0f} bytes a position",
-        soft_wrap=True,
+    console.say(
+        f"teacher {meta['teacher']['name']}; packing {meta['packing']}; {size(whole)}, {each:.0f} bytes a position"
     )
     return {"bytes": whole, "bytes_a_position": round(each, 1)}
 

@@ -22,7 +22,7 @@ def main(config: Config) -> None:
     entries = place.entries()
     for kind, wanted in _wanted(config):
         folder = _pull(config, place, entries, kind, wanted)
-        console.print(f"{wanted[0]} is now {folder}", soft_wrap=True)
+        console.say(f"{wanted[0]} is now", whole=str(folder))
     run_log.refresh(Path(config.outputs))
 
 

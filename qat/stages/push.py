@@ -22,7 +22,7 @@ def main(config: Config) -> None:
     place = open_place(config.store)
     place.prepare()
     path = transfer.push(place, source, kind, config.store.archive or name)
-    console.print(f"{source} is now {path} in {place.url}", soft_wrap=True)
+    console.say(f"{source} is now {path} in", whole=place.url)
 
 
 def _name(start: Path, outputs: Path) -> str:

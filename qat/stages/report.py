@@ -18,4 +18,4 @@ def main(config: Config) -> None:
     if not outputs.is_dir():
         raise MissingError(f"outputs={config.outputs} is not there: nothing has run yet")
     for path in (log.write(outputs), page.write(outputs)):
-        console.print(str(path), soft_wrap=True)
+        console.say("", whole=str(path))

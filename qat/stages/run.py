@@ -5,7 +5,7 @@ from pathlib import Path
 from qat import checkpoints
 from qat.artifacts import Artifact
 from qat.config import ROLES, Config, LossKind
-from qat.console import console, duration, table
+from qat.console import duration, facts, table
 from qat.evaluate import Metrics
 from qat.processes import place
 from qat.quant.architectures import told
@@ -80,19 +80,22 @@ def show(config: Config, run: Run, before: Metrics, after: Metrics) -> None:
     quant, timing = result["quant"], result["timing"]
     roles = [f"{quant[key]} {role}" for role in ROLES if (key := f"{role}_bits_per_weight") in quant]
     spent = [f"{stage} {_spent(run, stage)}" for stage in STAGES if f"{stage}_s" in timing]
-    lines = {"verdict": result["verdict"]} if result["verdict"] else {}
-    lines |= {
+    samples = result["paths"].get("samples")
+    told_of = {
+        **({"verdict": result["verdict"]} if result["verdict"] else {}),
         "size, packed": said(quant),
         "quantized layers": f"{quant['bits_per_weight']} bits a weight ({', '.join(roles)})",
         **({"left dense": told(quant["dense"])} if quant["dense"] else {}),
         "time": ", ".join(spent),
         "peak memory": f"{result['memory']['peak_bytes'] / 1e9:.1f} GB",
+        **({} if samples else {"samples": "none, without a tokenizer"}),
+    }
+    places = {
         "loss curve": near(run.folder / "loss.png"),
-        "samples": near(samples) if (samples := result["paths"].get("samples")) else "none, without a tokenizer",
+        **({"samples": near(samples)} if samples else {}),
         "go on with": onward(config, run, "chat"),
     }
-    for name, value in lines.items():
-        console.print(f"{name:17} {value}", soft_wrap=True)
+    facts(told_of, places)
 
 
 def _answers(run: Run) -> list[list[str]]:

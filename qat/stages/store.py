@@ -15,7 +15,7 @@ def main(config: Config) -> None:
     place, outputs = open_place(config.store), Path(config.outputs)
     here = {Path(where).name: Record(outputs, said, where) for where, said in manifests(outputs, "checkpoints")}
     rows = [_row(entry, here) for entry in place.entries()]
-    console.print(place.url, style="bold", soft_wrap=True)
+    console.say("", whole=place.url, style="bold")
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         console.print("  ".join(map(str.ljust, row, widths)).rstrip(), soft_wrap=True)

@@ -120,13 +120,14 @@ def _tell(config: Config, run: Run, resolved: Machine) -> None:
 def ahead(config: Config) -> str:
     """What a run will do: `tiny, cache, convert to q2a4, distill 40 steps, evaluate`."""
     start = config.checkpoint.path or config.checkpoint.name
+    compared = [*([start] if config.checkpoint.path or not config.evaluate.against else []), *config.evaluate.against]
     distilled = f"distill {config.train.steps:,} steps"
     parts = {
         Stage.run: ["cache", f"convert to {config.quant.name}", distilled, "evaluate"],
         Stage.convert: ["cache", f"convert to {config.quant.name}"],
         Stage.distill: ["cache", distilled],
         Stage.export: [f"export {start} as {config.export.name}"],
-        Stage.evaluate: [f"evaluate {', '.join([start, *config.evaluate.against])}"],
+        Stage.evaluate: [f"evaluate {', '.join(compared)}"],
     }
     pair = config.model.name if config.teacher is None else f"{config.model.name} taught by {config.teacher.name}"
     return ", ".join([pair, *parts.get(config.stage, [config.stage.name])])

@@ -53,6 +53,10 @@ def test_failed_jobs_are_told_and_stop_nothing(swept, sweep):
     assert done.heavy == ["numpy"]  # of the plot alone
 
 
+def test_hydras_own_lines_are_like_those_of_jobs(swept):
+    assert "[HYDRA]" not in swept.out and "#0 : " in swept.out
+
+
 def test_table_and_plot_are_left(swept, sweep):
     text = (sweep / "summary.md").read_text()
     assert "python launch.py -m train.lr=4,3 run.goal=a,fail" in text

@@ -3,6 +3,8 @@
 import dataclasses
 import gc
 import json
+import logging
+import re
 import weakref
 
 import pytest
@@ -68,13 +70,18 @@ def test_sampling_leaves_the_callers_randomness_alone(written):
     assert torch.equal(torch.random.get_rng_state(), before)
 
 
-def test_batches_that_are_there_are_not_written_again(written, tmp_path, monkeypatch):
+def test_batches_that_are_there_are_not_written_again(written, tmp_path, monkeypatch, caplog):
+    caplog.set_level(logging.INFO, "qat")
     monkeypatch.setitem(PROMPTS_AT_ONCE, "cpu", 2)
     whole = written()
     first, second = sorted((tmp_path / "scratch").iterdir())
     stamp = first.stat().st_mtime_ns
     second.unlink()
+    (whole_line,) = (line for line in caplog.messages if line.startswith("teacher answers:"))
     assert written() == whole
+    said = [line for line in caplog.messages if line.startswith("teacher answers:")][1]
+    assert re.match(r"teacher answers: [\d,]+ tokens in ", whole_line)
+    assert re.match(r"teacher answers: [\d,]+ of [\d,]+ tokens in ", said)
     assert first.stat().st_mtime_ns == stamp and second.exists()
     assert written(seed=1, scratch="other") != whole
 

@@ -1,4 +1,5 @@
 import copy
+import logging
 import math
 import os
 import signal
@@ -321,7 +322,10 @@ def test_a_sequence_that_never_fits_is_told_in_one_sentence(student, readers):
 
 
 @pytest.mark.parametrize(("dtype", "which"), [(torch.float32, signal.SIGTERM), (torch.float16, signal.SIGINT)])
-def test_a_stopped_run_goes_on_to_the_same_bits(checkpoint, teacher, readers, tmp_path, monkeypatch, dtype, which):
+def test_a_stopped_run_goes_on_to_the_same_bits(
+    checkpoint, teacher, readers, tmp_path, monkeypatch, caplog, dtype, which
+):
+    caplog.set_level(logging.INFO, "qat")
     train = replace(TRAIN, steps=7, learn=ALL, lr=1e-2, save_every=2)
     monkeypatch.setattr(Scaler, "PATIENCE", 3)  # so that its state changes on the way
 
@@ -348,6 +352,7 @@ def test_a_stopped_run_goes_on_to_the_same_bits(checkpoint, teacher, readers, tm
     assert state.tensors["scaler.scale"] == (2**17 if dtype == torch.float16 else 1)
     again, found = trained(States(tmp_path / "cut", 2, WHOSE), state=state)
     assert again == rows
+    assert caplog.messages[-1].startswith("distillation: 2 of 7 steps in ")
     assert all(value.equal(found[name]) for name, value in expected.items())
 
 

@@ -3,6 +3,7 @@ import shutil
 from fnmatch import fnmatch
 
 import gguf
+import numpy as np
 import pytest
 import torch
 
@@ -210,8 +211,8 @@ def test_a_gguf_file_in_a_package_becomes_the_same_model_and_is_converted_once(t
     write_gguf(teacher, tmp_path / "tiny.gguf")
     (tmp_path / "readme.txt").write_text("")
     install(monkeypatch, tmp_path / "readme.txt", tmp_path / "tiny.gguf")
-    parsed, parse = [], gguf.GGUFReader
-    monkeypatch.setattr(gguf, "GGUFReader", lambda *given: parsed.append(given) or parse(*given))
+    parsed, parse = [], sources._Reader
+    monkeypatch.setattr(sources, "_Reader", lambda *given: parsed.append(given) or parse(*given))
     found = locate(WHEEL, tmp_path / "artifacts")
     assert len(parsed) == 1
     model = found.load(torch.float32, tiny.CPU)
@@ -224,6 +225,16 @@ def test_a_gguf_file_in_a_package_becomes_the_same_model_and_is_converted_once(t
     assert locate(WHEEL, tmp_path / "artifacts") == found
     assert made_before(ModelFolder("wheel", found.path, "of its files")) == found  # as students of it know it
     assert made_before(teacher) == teacher
+
+
+def test_a_gguf_file_is_read_as_plain_arrays_that_say_the_same(teacher, tmp_path):
+    write_gguf(teacher, tmp_path / "tiny.gguf")
+    plain, mapped = (reader(tmp_path / "tiny.gguf") for reader in (sources._Reader, gguf.GGUFReader))
+    assert list(plain.fields) == list(mapped.fields)
+    for one, other in zip(plain.fields.values(), mapped.fields.values(), strict=True):
+        assert one.types == other.types and one.contents() == other.contents()
+        assert all(type(part) is np.ndarray for part in one.parts)
+    assert all(np.array_equal(a.data, b.data) for a, b in zip(plain.tensors, mapped.tensors, strict=True))
 
 
 @pytest.mark.parametrize("package", ["llm-absent==0.1", "llm-tiny==0.1"])

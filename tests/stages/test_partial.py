@@ -6,6 +6,7 @@ import pytest
 import torch
 import transformers
 
+from qat.shown import near
 from tests.stages.conftest import write_text
 
 SHAPE = {
@@ -53,6 +54,7 @@ def test_what_stays_dense_is_told_on_the_screen_in_the_record_in_the_log_and_on_
     start, output = f"checkpoint={result['paths']['conversion']}", place / "exports" / "hf"
     _, exported = job("phi3", "stage=export", start, "export=hf", f"export.output={output}")
     assert exported["quant"]["dense"] == result["quant"]["dense"]
+    assert f"how to use it     {near(output / 'README.md')}\n" in capsys.readouterr().out
     card = (output / "README.md").read_text()
     told = f"Left dense, in full precision, are {left}: `model.layers.*.self_attn.o_proj`"
     assert told in card

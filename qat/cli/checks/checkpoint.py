@@ -62,7 +62,7 @@ def _refuse_model(config: Config) -> None:
         return
     raise ConfigError(
         f"checkpoint={near(run)} is a student of {theirs.get('path') or theirs.get('repo') or theirs.get('name')}, not"
-        f" of model={model.name}: add --config-path {near(run)}, which is that run's configuration, or name its model"
+        f" of model={model.name}: leave the model out, and that run's own is taken"
     )
 
 

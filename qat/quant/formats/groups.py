@@ -11,7 +11,7 @@ from torch import Tensor
 
 from qat.quant import least_squares
 from qat.quant.least_squares import Linear
-from qat.quant.lookup import look_up, nearest, nonzero
+from qat.quant.lookup import nonzero, snapped
 
 TRIED = 10  # number of candidate widths of a group's values
 # The smallest width tried, relative to the widest, is 1 − NARROW^bits: with fewer values, more weights lie outside.
@@ -54,8 +54,7 @@ def guess(weight_NOI: Tensor, h_NI: Tensor, values_K: Tensor, size: int, shifted
         for sign in signs:
             scale = sign * share * widest
             relative = (groups - (center - middle * scale)[..., None]) / nonzero(scale)[..., None]
-            value = look_up(values_K, nearest(relative, values_K))
-            explained, *found = _regression(value, groups, importance, shifted)
+            explained, *found = _regression(snapped(relative, values_K), groups, importance, shifted)
             better = explained > most
             most = torch.where(better, explained, most)
             best = [torch.where(better, new, old) for new, old in zip(found, best, strict=True)]

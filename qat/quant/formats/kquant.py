@@ -162,7 +162,7 @@ class KQuant(Format):
         return Misfit(
             "format",
             f"has rows of {inputs} weights, which blocks of {BLOCK} do not divide: for such rows llama.cpp has"
-            " format=grid with group=32",
+            " format=grid with group=32, as quant=gguf_q4_0 and its like",
         )
 
     @property
