@@ -21,7 +21,7 @@ from tests import smollm2, tiny
 from tests.export import engines, llama
 from tests.export.llama import served
 
-TOKENS = 8  # the first answer is over by then
+TOKENS = 12
 NEAR = 0.3  # between logits that llama.cpp may rank otherwise, as it rounds what enters a product to 8 bits
 
 
@@ -71,7 +71,6 @@ def answers(model: PreTrainedModel, teacher: ModelFolder) -> list[Answer]:
         found = model.generate(torch.tensor([prompt]), generation_config=settings, **asked)
         tokens = found.sequences[0, len(prompt) :].tolist()
         made.append(Answer(prompt, without(teacher.ends(), tokens), torch.cat(found.logits)))
-    assert len(made[0].tokens) < TOKENS
     return made
 
 
