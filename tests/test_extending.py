@@ -67,7 +67,8 @@ def project(tmp_path, monkeypatch):
                 python, *words = shlex.split(line)
                 assert (python, words.pop(0)) == ("python", "launch.py")
                 env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-                done = launching.python("-c", launching.WITHOUT_OURS + OWN.format(before=before, root=str(ROOT)), *words, env=env)
+                code = launching.WITHOUT_OURS + OWN.format(before=before, root=str(ROOT))
+                done = launching.python("-c", code, *words, env=env)
                 assert done.returncode == 0, done.stdout + done.stderr
         return tmp_path
 
