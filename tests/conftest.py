@@ -25,7 +25,7 @@ os.environ.update(
     TRANSFORMERS_OFFLINE="1",
     WANDB_MODE="offline",
     WANDB_SILENT="true",
-    # Memory that is freed stays with its process, which asks for as much again all the time.
+    # Read when a process starts: memory that is freed stays with it, as it asks for as much again all the time.
     MALLOC_MMAP_THRESHOLD_=str(1 << 32),
     MALLOC_TRIM_THRESHOLD_=str(1 << 32),
     MALLOC_TOP_PAD_=str(1 << 26),
