@@ -25,6 +25,10 @@ os.environ.update(
     TRANSFORMERS_OFFLINE="1",
     WANDB_MODE="offline",
     WANDB_SILENT="true",
+    # Read when a process starts: memory that is freed stays with it, as it asks for as much again all the time.
+    MALLOC_MMAP_THRESHOLD_=str(1 << 32),
+    MALLOC_TRIM_THRESHOLD_=str(1 << 32),
+    MALLOC_TOP_PAD_=str(1 << 26),
 )
 
 # What is flushed to the disk outlives a power cut, which no test makes; what is killed loses nothing that it wrote.
@@ -48,6 +52,7 @@ def pytest_collection_finish() -> None:
         composing.once()
     gc.collect()
     gc.freeze()
+    gc.set_threshold(10_000)  # what tests leave behind is looked through a tenth as often
 
 
 @pytest.fixture(scope="session", autouse=True)

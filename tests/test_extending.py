@@ -26,11 +26,8 @@ BLOCK = re.compile(
 )
 NUMBERS = {"One": 1, "Two": 2, "Three": 3, "Four": 4}
 PARTS = ("codebook", "scale_A", "scale_B", "rank_magnitude")
-# An interpreter that has imported all but the project, which it finds where it stands.
 OWN = """
-import os, runpy, sys
-for name in [name for name in sys.modules if name.partition(".")[0] in ("qat", "launch", "tests")]:
-    del sys.modules[name]
+import os, runpy
 sys.path.insert(0, os.getcwd())
 sys.argv[0] = "launch.py"
 sys.path.append({root!r})
@@ -70,7 +67,8 @@ def project(tmp_path, monkeypatch):
                 python, *words = shlex.split(line)
                 assert (python, words.pop(0)) == ("python", "launch.py")
                 env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-                done = launching.python("-c", OWN.format(before=before, root=str(ROOT)), *words, env=env)
+                code = launching.WITHOUT_OURS + OWN.format(before=before, root=str(ROOT))
+                done = launching.python("-c", code, *words, env=env)
                 assert done.returncode == 0, done.stdout + done.stderr
         return tmp_path
 

@@ -18,6 +18,7 @@ from tests.launching import LAUNCH, Python, fork_pythons
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 TINY = ("+debug=tiny", "instance.precision=fp32", "data=prompts", "train.batch_size=5", "mode=e2e")
 LONG = (*TINY, "train.steps=100000", "train.eval_every=50000", "train.save_every=4")
+STEPS = 24  # of a run that is killed in its first half
 OURS = ("error: ", "interrupted", "this is a defect", "Traceback")
 
 
@@ -115,7 +116,7 @@ def test_torchrun_starts_interpreters_of_their_own(tmp_path):
 
 @pytest.mark.parametrize("together", ["torchrun", "devices"])
 def test_a_killed_process_ends_all_in_a_sentence_and_the_run_goes_on(alone, together):
-    run, words = next_run(alone), (*LONG, "train.steps=40")
+    run, words = next_run(alone), (*LONG, f"train.steps={STEPS}")
     process = start(alone, *words, together=together)
     wait_for_steps(process, alone, run)
     os.kill(ranks_of(process)[1], signal.SIGKILL)
@@ -126,7 +127,7 @@ def test_a_killed_process_ends_all_in_a_sentence_and_the_run_goes_on(alone, toge
     assert record(alone, run)["status"] == "failed" and "run.resume" in record(alone, run)["error"]
     code, _, said = ended(start(alone, *words, f"run.resume={run}", together=together))
     assert (code, said) == (0, []) and record(alone, run)["status"] == "complete"
-    assert [row["step"] for row in rows(alone, run) if "loss" in row] == list(range(1, 41))
+    assert [row["step"] for row in rows(alone, run) if "loss" in row] == list(range(1, STEPS + 1))
 
 
 @pytest.mark.parametrize("together", ["torchrun", "devices"])

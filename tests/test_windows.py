@@ -2,15 +2,13 @@
 
 import ast
 import os
-import subprocess
-import sys
 import threading
 from pathlib import Path
 
 import pytest
 
 from qat import scratch, system
-from tests import launching, making, windows
+from tests import kills, launching, making, windows
 
 ROOT = Path(__file__).resolve().parents[1]
 # What is about systems: the one, and what only a sweep on Linux runs.
@@ -36,14 +34,14 @@ def test_one_file_knows_of_systems():
     assert not [*lacked(ROOT / "launch.py")]
 
 
-def test_a_fresh_process_imports_all_that_a_run_needs():
+def test_a_process_imports_all_that_a_run_needs():
     code = (
         "from tests import windows; windows.without()\n"
         "import launch, qat.stages.run, qat.stages.export, qat.report.page, qat.plugins.hydra_plugins.qat_sweeper\n"
         "from qat import system; print(system.fcntl, system.resource, system.peak_bytes())"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert (done.stdout, done.stderr) == (f"None None {1 << 30}\n", "")
+    done = launching.python("-c", launching.WITHOUT_OURS + code)
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"None None {1 << 30}\n", "")
 
 
 def files(outputs):
@@ -56,10 +54,10 @@ def files(outputs):
 def test_jobs_give_the_files_that_they_give_on_linux(tmp_path):
     """A run, a sweep in this process, an export and one in its place, a report."""
     there, here = tmp_path / "there", tmp_path / "here"
-    assert launching.Launch(here, "+debug=tiny").ended()[::2] == (0, "")
+    assert launching.Launch(here, *kills.TINY).ended()[::2] == (0, "")
     export = ["--config-path", f"{there}/SR-001", "stage=export", "checkpoint=SR-001", f"export.output={tmp_path}/out"]
-    sweep = ["+debug=tiny", "-m", "train.lr=1e-3,2e-3"]
-    for words in (["+debug=tiny"], sweep, export, export, ["stage=report"]):
+    sweep = [*kills.TINY, "-m", "train.lr=1e-3,2e-3"]
+    for words in (kills.TINY, sweep, export, export, ["stage=report"]):
         code, out, err = launching.Launch(there, *words, before=windows.without).ended()
         assert (code, err) == (0, ""), out
     assert files(there) == files(here)

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qat.errors import NumericsError
-from qat.quant.kmeans import EXACT, kmeans
+from qat.quant.kmeans import EXACT, _longer_at_once, kmeans
 from qat.quant.lookup import nearest
 
 
@@ -196,6 +196,16 @@ def test_neither_threads_nor_the_size_of_slices_nor_the_order_of_values_changes_
         assert torch.equal(kmeans(x, weight, 8), expected)
     finally:
         torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("entries", [16, 200])
+def test_bounds_on_where_intervals_start_change_no_bit(monkeypatch, entries):
+    draw = torch.Generator().manual_seed(6)
+    x, weight = torch.randn(3, 4000, generator=draw) ** 3, torch.rand(3, 4000, generator=draw) ** 4
+    weight[2] = weight[2] > 0.9
+    bounded = kmeans(x, weight, entries)
+    monkeypatch.setattr("qat.quant.kmeans._longer", _longer_at_once)
+    assert torch.equal(kmeans(x, weight, entries), bounded)
 
 
 @pytest.mark.parametrize("count", [300, 3000])
