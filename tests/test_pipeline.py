@@ -246,8 +246,6 @@ def test_second_run_trains_at_once_and_gives_the_same(first, shop):
         assert 0 < made["seconds"] <= first.result["timing"][f"{what}_s"]
         assert f"made {made['at'][:16].replace('T', ' ')} in {made['seconds']:.1f} s on cpu" in "\n".join(again.log)
     assert first.result["reused"] == {} and again.result["made"] == []
-    timing, took = again.result["timing"], first.result["timing"]
-    assert timing["cache_s"] + timing["convert_s"] < 0.5 * (took["cache_s"] + took["convert_s"])
     for key in METRICS:
         assert again.result["metrics"][key] == pytest.approx(first.result["metrics"][key], rel=1e-4)
 
