@@ -126,6 +126,8 @@ CONVERSION = record(
         "figures": fields.mapping(text, ERRORS),
     }
 )
+# The note beside a file of quantized layers that is being filled.
+FITTED = record({"figures": fields.mapping(text, ERRORS), "digests": fields.mapping(text, SHA256)})
 COSTS = fields.mapping(text, fields.mapping(text, number()))  # cost in nats of each layer in each format
 TRAINED = record({"kd_loss_initial": number(), "kd_loss_best": number()})
 

@@ -6,6 +6,9 @@ these too, `own.safetensors` has them; where training kept the weights that the 
 `latent.safetensors` has those; adapters are in PEFT's files (`qat.checkpoints.adapters`).
 """
 
+import hashlib
+import json
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
@@ -14,7 +17,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
-from qat import older, tensor_files
+from qat import manifests, older, tensor_files
 from qat.artifacts import MANIFEST, open_artifact, publish, read_json, write_json
 from qat.checkpoints import adapters
 from qat.checkpoints.own import FILE as OWN
@@ -40,6 +43,8 @@ FILE = "tables.safetensors"
 LATENT = "latent.safetensors"
 FITTED = ".fitted"  # end of the name of a note beside a file of quantized layers that is being filled
 REMEDY = "copy the checkpoint again from where it came, or make it again"
+
+log = logging.getLogger(__name__)
 
 
 def describe(teacher: ModelFolder, quant: QuantConfig, layers: list[Layer]) -> dict[str, Any]:
@@ -114,7 +119,8 @@ def _filled(layer: Layer, tensor: Callable[[str], torch.Tensor], device: torch.d
 class Shelf:
     """The file of quantized layers, written layer by layer; its bytes are those of `write_layers`.
 
-    A note beside it says which layers are there for good, so that whoever is killed is gone on with.
+    A note beside it says which layers are there for good, so that whoever is killed is gone on with. It has a digest of
+    each, of its bytes and figures: where one differs, all is made again.
 
     Attributes:
         figures: of these layers, by name.
@@ -123,10 +129,29 @@ class Shelf:
     def __init__(self, path: Path, layers: list[Layer], made_with: dict[str, Any]) -> None:
         """Makes room for these layers, or finds what was put where all was made with the same."""
         self.path, self._made_with, self._note = path, made_with, path.with_name(f".{path.name}{FITTED}")
+        self._names = {layer.name: list(_wanted([layer])) for layer in layers}
         known = _noted(self._note)
         wanted = {name: (one.kinds[0], one.shape) for name, one in _wanted(layers).items()}
         self._file = Writer(path, wanted, go_on=known.get("made_with") == made_with)
-        self.figures: dict[str, dict[str, float]] = known["figures"] if self._file.begun else {}
+        self._digests: dict[str, str] = {}
+        self.figures: dict[str, dict[str, float]] = {}
+        if self._file.begun and self._holds(known):
+            self.figures, self._digests = known["figures"], known["digests"]
+
+    def _holds(self, known: dict[str, Any]) -> bool:
+        """Whether the file has the layers of a note as they were when it was written."""
+        figures, digests = known["figures"], known["digests"]
+        if figures.keys() <= self._names.keys() and digests == {one: self._digest(one, figures[one]) for one in figures}:
+            return True
+        log.warning("%s is not as it was left: all of it is made anew", self.path)
+        return False
+
+    def _digest(self, name: str, figures: dict[str, float]) -> str:
+        """SHA-256 of a layer's bytes in the file and its figures."""
+        found = hashlib.sha256(json.dumps(figures, sort_keys=True).encode())
+        for key in self._names[name]:
+            found.update(self._file.get(key).contiguous().flatten().view(torch.uint8).numpy().data)
+        return found.hexdigest()
 
     def put(self, name: str, module: Quantized) -> None:
         """Writes a layer, its parts normalized; the module stays as it is."""
@@ -137,7 +162,8 @@ class Shelf:
         """Says that layers which were put stay, with their figures."""
         self._file.flush()
         self.figures |= figures
-        write_json(self._note, {"made_with": self._made_with, "figures": self.figures})
+        self._digests |= {name: self._digest(name, said) for name, said in figures.items()}
+        write_json(self._note, {"made_with": self._made_with, "figures": self.figures, "digests": self._digests})
 
     def get(self, layer: Layer) -> Quantized:
         """A layer that was written, in host memory."""
@@ -157,9 +183,10 @@ def _noted(note: Path) -> dict[str, Any]:
     """What a note says; nothing where it cannot be read as one."""
     try:
         found = read_json(note)
-    except ArtifactError:
+        manifests.FITTED(found, "")
+    except (ArtifactError, manifests.Wrong):
         return {}
-    return found if isinstance(found.get("figures"), dict) else {}
+    return found
 
 
 def save(model: PreTrainedModel, folder: Path, description: dict[str, Any]) -> None:

@@ -127,7 +127,7 @@ def convert(
         The figures of each layer by name, see `Converted`.
     """
     passes = shelves[: settings.passes]
-    begun = max((number for number, shelf in enumerate(passes) if shelf.figures), default=0)
+    begun = _begun(passes, layers)
     before = passes[begun - 1] if begun else None
     left = [(shelf, [one for one in layers if one.name not in shelf.figures]) for shelf in passes[begun:]]
     if passes[begun].figures:
@@ -146,6 +146,12 @@ def convert(
                 system.trim()  # what a fit leaves between its tensors would grow from layer to layer
             before = shelf
     return {layer.name: passes[-1].figures[layer.name] for layer in layers}
+
+
+def _begun(passes: Sequence[Shelf], layers: list[Layer]) -> int:
+    """The number of the last pass that has all layers, or may go on since the one before it has."""
+    whole = [all(layer.name in shelf.figures for layer in layers) for shelf in passes]
+    return next((number for number in range(len(passes) - 1, 0, -1) if whole[number] or whole[number - 1]), 0)
 
 
 def groups(parts: Iterable[tuple[list[Layer], Moments]], max_bytes: float) -> Iterator[tuple[list[Layer], Moments]]:

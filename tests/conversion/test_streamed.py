@@ -1,6 +1,8 @@
 """Conversions whose decoder layers are read one at a time: the same bytes as those of models in memory."""
 
 import hashlib
+import json
+import os
 from dataclasses import replace
 from functools import partial
 
@@ -11,6 +13,7 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 from qat import checkpoints
+from qat.checkpoints.native import FITTED
 from qat.config import Config, ConvertConfig, KMeansBackend, KMeansConfig, QuantConfig, TrackerConfig, TrackerKind
 from qat.config import WeightConfig as W
 from qat.conversion.convert import STACK_BYTES
@@ -21,6 +24,7 @@ from qat.quant.places import matrix
 from qat.runs import Run
 from qat.stages import convert
 from qat.stages.workspace import Workspace
+from qat.tensor_files import Writer, entries
 from tests import tiny
 
 QUANTS = {
@@ -111,7 +115,7 @@ class Killed(BaseException):
 @pytest.fixture
 def killed(monkeypatch):
     """Conversions that are killed once a layer has been put away after some others are there for good."""
-    noted, goes = [], []
+    noted, goes, spared = [], [], []
     note, put = checkpoints.Shelf.note, checkpoints.Shelf.put
 
     def begin():
@@ -121,19 +125,20 @@ def killed(monkeypatch):
 
         def refuse(shelf, name, module):
             put(shelf, name, module)
-            if noted:
+            if noted and not spared:
                 raise Killed
 
         monkeypatch.setattr(checkpoints.Shelf, "note", keep)
         monkeypatch.setattr(checkpoints.Shelf, "put", refuse)
 
-    def until_done(convert):
+    def until_done(convert, meanwhile=lambda: False):
         while True:
             goes.append(noted.clear())
             try:
                 return convert(), len(goes)
             except Killed:
-                continue
+                if meanwhile():  # nothing is killed from here on
+                    spared.append(True)
 
     monkeypatch.setitem(STACK_BYTES, "cpu", 2e4)  # each decoder layer by itself, of the embedding many rows at a time
     return begin, until_done
@@ -151,6 +156,56 @@ def test_a_conversion_that_is_killed_goes_on_and_ends_with_the_same_bytes(tmp_pa
     (tmp_path / "goes").mkdir()
     again = partial(converted, teacher, cache, tmp_path / "goes", quant)
     assert until_done(again) == (found, groups)
+
+
+def flipped(path):
+    """Changes a bit in the middle of the numbers that were put."""
+    content = bytearray(path.read_bytes())
+    header = 8 + int.from_bytes(content[:8], "little")
+    there = [place for place in range(header, len(content)) if content[place]]
+    content[there[len(there) // 2]] ^= 1
+    path.write_bytes(content)
+
+
+def begun_by_another(path):
+    """Leaves the file as a process of another machine does that is killed before it has noted anything."""
+    stored, _ = entries(path, "")
+    Writer(path, {name: (one.kind, one.shape) for name, one in stored.items()})
+
+
+def altered(path):
+    """Has the note tell another error of some layer."""
+    note = path.with_name(f".{path.name}{FITTED}")
+    said = json.loads(note.read_text())
+    next(iter(said["figures"].values()))["output_error"] *= 2
+    note.write_text(json.dumps(said))
+
+
+@pytest.mark.parametrize(
+    ("name", "harm"),
+    [
+        ("pass1.safetensors", flipped),
+        ("pass1.safetensors", lambda path: os.truncate(path, 100)),
+        (checkpoints.FILE, begun_by_another),
+        (checkpoints.FILE, altered),
+    ],
+)
+def test_what_a_killed_conversion_left_is_used_as_it_left_it_or_not_at_all(tmp_path, killed, name, harm):
+    teacher = family("llama", tmp_path / "model", False)
+    (tmp_path / "cache").mkdir()
+    cache, (begin, until_done) = tiny.cache_of(teacher, tmp_path / "cache"), killed
+    found = converted(teacher, cache, tmp_path / "whole", "thorough")
+    begin()
+    (tmp_path / "goes").mkdir()
+
+    def harmed():
+        (left,) = (tmp_path / "goes" / "artifacts" / "checkpoints").glob(".*.partial")
+        if there := (left / f".{checkpoints.FILE}{FITTED}").exists():  # in the second pass
+            harm(left / name)
+        return there
+
+    again = partial(converted, teacher, cache, tmp_path / "goes", "thorough")
+    assert until_done(again, harmed)[0] == found
 
 
 def test_a_streamed_model_is_the_loaded_one_and_has_one_decoder_layer_in_memory(tmp_path):
