@@ -119,8 +119,8 @@ def _filled(layer: Layer, tensor: Callable[[str], torch.Tensor], device: torch.d
 class Shelf:
     """The file of quantized layers, written layer by layer; its bytes are those of `write_layers`.
 
-    A note beside it says which layers are there for good, so that whoever is killed is gone on with. It has a digest of
-    each, of its bytes and figures: where one differs, all is made again.
+    A note beside it says which layers are there for good, so that whoever is killed is gone on with. It has a digest
+    of each, of its bytes and figures: where one differs, all layers are made anew.
 
     Attributes:
         figures: of these layers, by name.
@@ -140,8 +140,9 @@ class Shelf:
 
     def _holds(self, known: dict[str, Any]) -> bool:
         """Whether the file has the layers of a note as they were when it was written."""
-        figures, digests = known["figures"], known["digests"]
-        if figures.keys() <= self._names.keys() and digests == {one: self._digest(one, figures[one]) for one in figures}:
+        said = known["figures"]
+        strange = said.keys() - self._names.keys()
+        if not strange and known["digests"] == {name: self._digest(name, said[name]) for name in said}:
             return True
         log.warning("%s is not as it was left: all of it is made anew", self.path)
         return False
