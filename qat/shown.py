@@ -10,6 +10,8 @@ import shutil
 import sys
 from pathlib import Path
 
+from rich.cells import cell_len
+
 INDENT = "  "  # before the further lines of a message
 _PIECE = re.compile(r"(?:`[^`]*`|\S)+")  # a word, or a command in backticks with what stands at it
 _STEERING = re.compile(
@@ -45,12 +47,12 @@ def wrapped(text: str, width: int, label: str = "", whole: str = "") -> str:
     A command in backticks, a path and what is `whole`, which may be either with spaces in it, stay as they are to be
     copied: on a line of their own where none has room.
     """
-    indents, line, lines = (" " * (len(label) or len(INDENT)), INDENT, ""), label, list[str]()
+    indents, line, lines = (" " * (cell_len(label) or len(INDENT)), INDENT, ""), label, list[str]()
     for piece in [*_PIECE.findall(text), *([whole] if whole else [])]:
         longer = line + piece if line == label else f"{line} {piece}"
-        if line and len(longer) > width:
+        if line and cell_len(longer) > width:
             lines.append(line.rstrip())
-            longer = next((indent for indent in indents if len(indent) + len(piece) <= width), "") + piece
+            longer = next((indent for indent in indents if len(indent) + cell_len(piece) <= width), "") + piece
         line = longer
     return "\n".join([*lines, line])
 
@@ -72,7 +74,7 @@ class Screen(Formatter):
         if record.exc_info or not sys.stdout.isatty():
             return text
         width = shutil.get_terminal_size().columns
-        return "\n".join(wrapped(line, width) if len(line) > width else line for line in text.split("\n"))
+        return "\n".join(wrapped(line, width) if cell_len(line) > width else line for line in text.split("\n"))
 
 
 def _written(code: int) -> str:

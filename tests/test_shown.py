@@ -82,6 +82,8 @@ WANDB = "wandb kept this run offline; to send it, `wandb login` (--host=URL for 
         (("", 12, "samples  ", "out of here/samples.md"), "samples\nout of here/samples.md"),
         (("", 12, "", "out of here/samples.md"), "out of here/samples.md"),
         (("in", 12, "", "a b"), "in a b"),
+        (("量子化 模型 done", 14), "量子化 模型\n  done"),  # two columns a character
+        (("模型 模型", 9, "教師 "), "教師 模型\n     模型"),
     ],
 )
 def test_lines_fit_and_what_is_to_be_copied_stays_whole(said, fits):
