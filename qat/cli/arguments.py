@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 
 from hydra._internal.utils import get_args_parser
 
-from qat import names, options
+from qat import names, options, references
 from qat.cli import recorded, schema, trusted, words
 from qat.config import CONF, Config
 from qat.errors import ConfigError
@@ -85,7 +85,7 @@ def parse(argv: list[str]) -> CommandLine:
 
 def quote(text: str) -> str:
     """`text` as a quoted value of Hydra's override grammar, with nothing in it special."""
-    text = text.replace("${", r"\${")
+    text = references.escaped(text)
     text = re.sub(r"(\\*)'", r"\1\1\\'", text)
     tail = re.search(r"\\*$", text)
     return f"'{text}{tail[0] if tail else ''}'"

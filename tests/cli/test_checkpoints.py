@@ -125,7 +125,7 @@ def test_presets_and_recorded_runs_name_a_model(student, compose):
         compose("--config-path", "outputs/SR-002", "stage=chat", "checkpoint=SR-001")
 
 
-@pytest.mark.parametrize("name", ["a'b\\", "${oc.env:HOME}", "[1, {x: y}]", "null", "1e3"])
+@pytest.mark.parametrize("name", ["a'b\\", "${oc.env:HOME}", r"\${oc.env:HOME}", "[1, {x: y}]", "null", "1e3"])
 def test_a_model_is_taken_as_it_is_written(student, compose, name):
     theirs = student(model=replace(QWEN, name=name, repo=name), teacher=replace(QWEN, name=name, revision=name))
     found = compose("stage=distill", "checkpoint=SR-001")
