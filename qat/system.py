@@ -154,6 +154,16 @@ def tidy() -> None:
     trim()
 
 
+def keep() -> None:
+    """Has no collection look through what is there by now: half a million objects where torch and transformers are.
+
+    For a process of our own, once it has imported what it needs: circles among what is kept are never collected.
+    """
+    if not gc.get_freeze_count():
+        gc.collect()
+        gc.freeze()
+
+
 def trim() -> None:
     """Has the C library give memory back that is free, where it has a function for that, as glibc has."""
     try:

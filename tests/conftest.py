@@ -38,6 +38,8 @@ os.fsync = lambda descriptor: None
 settings.register_profile("steady", derandomize=True, deadline=None, database=None, max_examples=50)
 settings.load_profile("steady")
 
+_kept = 0  # modules that were there when their objects were taken out of the collector's sight
+
 
 def pytest_configure(config: pytest.Config) -> None:
     """Every run of pytest notes how long tests take, for `make quick`."""
@@ -50,9 +52,22 @@ def pytest_collection_finish() -> None:
         from tests import composing
 
         composing.once()
+    _keep()
+    gc.set_threshold(10_000)  # what tests leave behind is looked through a tenth as often
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    """What earlier tests imported stays as well, such as the code of a family of models."""
+    if len(sys.modules) >= _kept + 20:
+        _keep()
+
+
+def _keep() -> None:
+    global _kept
     gc.collect()
     gc.freeze()
-    gc.set_threshold(10_000)  # what tests leave behind is looked through a tenth as often
+    _kept = len(sys.modules)
 
 
 @pytest.fixture(scope="session", autouse=True)

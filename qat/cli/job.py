@@ -10,7 +10,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from qat import faults, gpus, runs, sweeps
+from qat import faults, gpus, runs, sweeps, system
 from qat.artifacts import write_text
 from qat.cli import apart, ranks, recorded
 from qat.cli.apart import Outcome
@@ -39,9 +39,7 @@ def run(composed: DictConfig) -> float:
         return _noted(_told(composed))
     if "joblib" in settings.launcher._target_:
         gpus.take_one(settings.job.num)
-    with suppress(ImportError):  # the job says what is missing
-        # Imported once here, before jobs are forked, so that every job has it.
-        importlib.import_module(f"qat.stages.{typed(composed).stage.name}")
+    _import(typed(composed))  # once here, before jobs are forked, so that every job has it
     try:
         return _noted(apart.run(lambda: _told(composed)))
     except apart.Died as death:
@@ -95,10 +93,18 @@ def command_line(arguments: list[str]) -> str:
 def _run(config: Config, folder: Path, swept: bool) -> float:
     settings = HydraConfig.get()
     typed_words = _sweep_command(Path(settings.sweep.dir)) if swept else command_line(words)
-    return start(config, folder, typed_words, list(settings.overrides.task), settings.output_subdir)
+    overrides = list(settings.overrides.task)
+    return start(config, folder, typed_words, overrides, settings.output_subdir, own_process=True)
 
 
-def start(config: Config, folder: Path, command: str, overrides: list[str], settings: str | None = None) -> float:
+def start(
+    config: Config,
+    folder: Path,
+    command: str,
+    overrides: list[str],
+    settings: str | None = None,
+    own_process: bool = False,
+) -> float:
     """Records a configuration and runs its stage; returns what `run_job` does.
 
     Args:
@@ -107,6 +113,7 @@ def start(config: Config, folder: Path, command: str, overrides: list[str], sett
         command: the command line, for the record.
         overrides: what it sets for this job.
         settings: the folder inside in which Hydra has put its own; of a refused run nothing stays.
+        own_process: whether this process is the run's alone, so that what it imports may stay until its end.
 
     Raises:
         QatError: as `run_job`.
@@ -116,6 +123,8 @@ def start(config: Config, folder: Path, command: str, overrides: list[str], sett
     from qat.stages import run_job  # imports torch, so it is imported only when a job runs
 
     try:
+        if own_process:
+            _import(config)
         return run_job(config, folder, command, overrides)
     finally:
         if config.stage not in UNRECORDED and not (folder / RESULT).exists():
@@ -124,6 +133,13 @@ def start(config: Config, folder: Path, command: str, overrides: list[str], sett
         own = Path(config.outputs) / config.stage.name
         if config.stage in UNRECORDED and folder.resolve() == own.resolve():  # Hydra's, where a warning would be logged
             remove_empty(folder)
+
+
+def _import(config: Config) -> None:
+    """Imports what a stage needs, and keeps it: each of its phases begins with a collection of garbage."""
+    with suppress(ImportError):  # the job says what is missing
+        importlib.import_module(f"qat.stages.{config.stage.name}")
+        system.keep()
 
 
 def _clear(folder: Path, settings: str | None) -> None:

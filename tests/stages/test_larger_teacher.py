@@ -21,7 +21,8 @@ from qat.stages import chat, limits
 from tests import tiny
 from tests.stages.conftest import write_text
 
-TRAINING = ("data=text", "quant=q2a4", "quant.mlp.rank=2", "quant.attn.rank=2", "train.steps=6", "mode=e2e")
+FORMAT = ("quant=q2a4", "quant.mlp.rank=2", "quant.attn.rank=2")
+TRAINING = (*FORMAT, "data=text", "mode=e2e", "train.steps=6", "train.eval_every=6")
 FIGURES = ("loss_initial", "loss_best", "kd_loss_initial", "kd_loss_final", "kl", "kl_initial", "perplexity")
 
 
