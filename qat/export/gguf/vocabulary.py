@@ -43,12 +43,13 @@ def check(teacher: ModelFolder) -> None:
 
 
 def add(writer: GGUFWriter, teacher: ModelFolder) -> None:
-    """Writes the tokenizer of a model; nothing where it has none.
+    """Writes the tokenizer of a model, or that it has none: without either llama.cpp does not open a file.
 
     Raises:
         ConfigError: as `check`.
     """
     if not teacher.has_tokenizer():
+        writer.add_tokenizer_model("none")
         return
     tokenizer = teacher.tokenizer()
     described = _described(tokenizer)
