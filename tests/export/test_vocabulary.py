@@ -228,7 +228,7 @@ def test_a_model_without_a_tokenizer_is_refused(tmp_path):
     tiny_model.write(tmp_path, tiny_model.VOCABULARY)
     for file in tmp_path.glob("tokenizer*"):
         file.unlink()
-    with pytest.raises(ConfigError, match="bare has no tokenizer, without which llama.cpp does not run a file"):
+    with pytest.raises(ConfigError, match=r"bare has no tokenizer, without which llama\.cpp does not run a file"):
         EXPORTER.refuse_tokenizer(ModelFolder("bare", tmp_path, "bare"))
 
 
