@@ -1,6 +1,7 @@
 """Finds overrides with unknown keys or options before Hydra composes."""
 
 import os
+import re
 from collections.abc import Iterable, Iterator
 from itertools import islice, product
 from typing import Any
@@ -16,6 +17,7 @@ from qat.errors import ConfigError
 from qat.options import files
 from qat.suggest import did_you_mean, hint, named, nearest
 
+QUOTED_KEY = re.compile(r"""[{,]\s*(['"])[^'"]*\1\s*:""")
 MAX_JOBS = 256  # allowed jobs in a sweep: each is composed and checked before the first starts
 
 
@@ -86,12 +88,17 @@ def _parse(text: str, composer: Composer, multirun: bool) -> Override:
         override = parser.parse_override(text)
     except MISTAKES as error:
         if not _takes_text(bare) or (multirun and "," in value):
-            raise ConfigError(
-                f"cannot read {text}: quote a value with special characters, as in \"{bare}='a, b'\""
-            ) from error
+            raise ConfigError(f"cannot read {bare}={value}: {_how_to_write(bare, value)}") from error
         override = parser.parse_override(f"{key}={quote(value)}")
     override.config_loader = composer.loader
     return override
+
+
+def _how_to_write(name: str, value: str) -> str:
+    """What to do with a value that Hydra's grammar does not take, which has no quotes around the keys of braces."""
+    if QUOTED_KEY.search(value):
+        return f"names before a colon stand without quotes, as in \"{name}={{*.down_proj: {{bits: 4, rank: 8}}}}\""
+    return f"quote a value with special characters, as in \"{name}='a, b'\""
 
 
 def _takes_text(name: str) -> bool:

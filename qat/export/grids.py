@@ -1,6 +1,7 @@
 """Grids that engines store: which layers of a student are on one, and which presets are. torch is not imported."""
 
 import math
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -11,6 +12,7 @@ from qat.config import CONF, ROLES
 from qat.errors import ConfigError
 
 BLOCK_OF_K_QUANTS = 256  # weights of a row that k-quants handle together; their presets name no group
+JOINED = re.compile(r"\.experts\.\d+\.gate_up_proj$")  # transformers stacks what files have by themselves
 Settings = Mapping[str, Any]  # settings of a format, as in manifests
 
 
@@ -45,9 +47,15 @@ class EngineGrid:
         """Looks at layers by name, each with its shape and the settings of its format.
 
         Raises:
-            ConfigError: one is on another grid; the sentence names the preset that would be on this one.
+            ConfigError: one is on another grid, and the sentence names the preset that would be on this one; or it is a
+                matrix of an expert that files of its architecture have in two.
         """
         for name, layer in layers.items():
+            if JOINED.search(name):
+                raise ConfigError(
+                    f"{self.engine} has no place for {name}, which files of this architecture have in two:"
+                    " export=packed and export=hf take experts"
+                )
             if layer.get("kind") in (None, *self.roles) and not self.holds(layer):
                 fitting = fitting_preset(self.presets, layers)
                 raise ConfigError(

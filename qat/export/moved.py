@@ -37,6 +37,8 @@ def older_keys(described: dict[str, Any], original: dict[str, Any], kind: type[P
         kind: the class of the configuration.
     """
     older = _rotations(described) | _period(described.get("layer_types") or [])
+    if "n_positions" in described:
+        older["n_ctx"] = described["n_positions"]  # files of GPT and GPT-2 have both, and mlx-lm asks for this one
     older |= {alias: described[name] for alias, name in kind.attribute_map.items() if name in described}
     older |= {key: value for key, value in original.items() if key not in NOT_THE_MODEL}
     wanted, found = _read(described, kind), {"torch_dtype": described["dtype"]}

@@ -40,7 +40,8 @@ def check(source: PreTrainedModel, export: PreTrainedModel, rows: list[Tensor], 
         raise ArtifactError(
             f"the export's logits differ from the checkpoint's by {error:.2e} of their norm, and"
             f" {str(dtype).removeprefix('torch.')} explains {TOLERANCE[dtype]:.0e}: nothing was published;"
-            " another export.dtype may hold the model's numbers"
+            " another export.dtype may hold the model's numbers, or what reads the export computes this model"
+            " otherwise, and export=hf is right"
         )
     return error
 

@@ -51,10 +51,10 @@ def pattern_of(name: str, quant: QuantConfig) -> str | None:
 
 
 def key_of(name: str, role: str, quant: QuantConfig) -> str:
-    """The configuration key that decides a layer's format."""
+    """The configuration key that decides a layer's format; of candidates that none suits, the first."""
     if pattern := pattern_of(name, quant):
         return f"quant.layers[{pattern}]"
-    return f"quant.{role}" if of_role(role, quant) else "quant.candidates"
+    return f"quant.{role}" if of_role(role, quant) else "quant.candidates[0]"
 
 
 def refuse_idle(quant: QuantConfig, names: Collection[str]) -> None:

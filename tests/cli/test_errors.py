@@ -82,6 +82,11 @@ MISTAKES = [
     ("train.steps=null", "train.steps"),
     ("train={stepz:3}", "did you mean train.steps"),
     ("train.lr=[1,", "cannot read train.lr=[1,"),
+    (
+        "quant.layers={'*.down_proj':{bits:4}}",
+        "cannot read quant.layers={'*.down_proj':{bits:4}}: names before a colon stand without quotes",
+    ),
+    ("quant=budget quant.bits=3 quant.candidates=[]", "quant.candidates=[]: quant.bits has no formats to choose from"),
     ("train.lr=1,2", "add -m"),
     ("train.lr=${nowhere}", "nowhere"),
     ("run.goal=???", "run.goal has no value"),

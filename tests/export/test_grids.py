@@ -40,6 +40,12 @@ def test_a_layer_on_another_grid_is_refused_with_the_preset_that_fits(engine, la
     assert "cannot hold model.layers.0.mlp.up_proj, which is in" in str(refused.value)
 
 
+@pytest.mark.parametrize("engine", GRIDS)
+def test_experts_are_refused_before_anything_is_made(engine):
+    with pytest.raises(ConfigError, match=r"has no place for model\.layers\.0\.mlp\.experts\.1\.gate_up_proj, which"):
+        GRIDS[engine].refuse({"model.layers.0.mlp.experts.1.gate_up_proj": grid(levels="integers")})
+
+
 def test_what_an_engine_stores_is_taken():
     for bits in (2, 3, 4, 6, 8):
         GRIDS["mlx"].refuse({"it": grid(bits=bits)})

@@ -106,3 +106,25 @@ def test_an_architecture_that_mlx_lm_does_not_know_is_refused():
     exporter("mlx").refuse_architecture({"model_type": "llama"})
     with pytest.raises(ConfigError, match=r"^mlx-lm does not know models of type xlnet: export=hf"):
         exporter("mlx").refuse_architecture({"model_type": "xlnet"})
+
+
+@pytest.mark.parametrize(
+    ("described", "seen"),
+    [
+        ({"model_type": "mistral", "sliding_window": 16, "layer_types": None}, 16),
+        ({"model_type": "gemma2", "sliding_window": 16, "layer_types": ["sliding_attention", "full_attention"]}, 16),
+        ({"model_type": "mistral", "sliding_window": None}, None),
+        ({"model_type": "qwen2", "sliding_window": 16, "use_sliding_window": False}, None),
+        ({"model_type": "qwen3", "sliding_window": 16, "layer_types": ["full_attention"] * 2}, None),
+        ({"model_type": "gemma3_text", "sliding_window": 16, "layer_types": ["sliding_attention"]}, None),
+    ],
+)
+def test_a_window_that_mlx_lm_does_not_heed_is_told(described, seen):
+    assert writer.ignored_window(described) == seen
+
+
+def test_what_mlx_lm_cannot_make_is_said_in_one_sentence(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2", "quantization": {}}))
+    mx.save_safetensors(str(tmp_path / "model.safetensors"), {"one": mx.zeros(1)})
+    with pytest.raises(ArtifactError, match=r"mlx-lm cannot make this model .*n_ctx.*: nothing was published"):
+        writer.read(None, tmp_path)

@@ -42,6 +42,7 @@ MOVED = {
         },
         {"rope_theta": 7.0, "rope_local_base_freq": 5.0, "sliding_window_pattern": 3},
     ),
+    "gpt2": ({"n_positions": 64}, {"n_ctx": 64}),
     "cohere2": ({"num_hidden_layers": 6, "layer_types": WINDOWS}, {"sliding_window_pattern": 3}),
     "gpt_neox": (
         {"rope_parameters": {"rope_type": "default", "rope_theta": 7.0, "partial_rotary_factor": 0.5}},

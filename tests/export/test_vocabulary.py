@@ -9,7 +9,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from transformers import GemmaTokenizer, LlamaTokenizer, PreTrainedTokenizerFast
 
 from qat.errors import ConfigError
-from qat.export.gguf import FILE, characters, vocabulary, writer
+from qat.export.gguf import EXPORTER, FILE, characters, vocabulary, writer
 from qat.export.source import Source
 from qat.models import ModelFolder, gguf_header, gguf_tokenizer, splits, tokenizers
 from qat.models import tiny as tiny_model
@@ -222,6 +222,14 @@ def test_every_end_ends_an_answer_or_is_named(tmp_path, capsys):
     stopped, said = ending(tmp_path, ["<one>", "<two>", "<|eot_id|>", "<|im_end|>", "<three>"], capsys)
     assert stopped == [True, True, True, True, False]
     assert "not at <three>" in said
+
+
+def test_a_model_without_a_tokenizer_is_refused(tmp_path):
+    tiny_model.write(tmp_path, tiny_model.VOCABULARY)
+    for file in tmp_path.glob("tokenizer*"):
+        file.unlink()
+    with pytest.raises(ConfigError, match=r"bare has no tokenizer, without which llama\.cpp does not run a file"):
+        EXPORTER.refuse_tokenizer(ModelFolder("bare", tmp_path, "bare"))
 
 
 def test_names_decide_whether_llama_cpp_swallows_spaces(tmp_path, capsys):

@@ -265,10 +265,10 @@ def test_a_layer_is_kept_in_its_own_format_alone(format):
     ("format", "setting", "why"),
     [
         (Codebook(2, 21), "rank", "has 20 outputs and 48 inputs, so no rank above 20 adds anything"),
-        (GroupGrid(2, 32), "group", "has rows of 48 weights, which groups of 32 do not divide"),
+        (GroupGrid(2, 32), "group", "has rows of 48 weights, which groups of 32 do not divide: groups of 24 do"),
         (GroupGrid(3, 16, "iq4nl"), "levels", "has indices of 3 bits, and these levels are sixteen: 4 bits"),
         (KQuant(8), "bits", "could have k-quants of 2, 3, 4, 5, 6 bits, as llama.cpp has them"),
-        (GroupGrid(2, 96), "group", "has rows of 48 weights, which groups of 96 do not divide"),
+        (GroupGrid(2, 96), "group", "has rows of 48 weights, which groups of 96 do not divide: groups of 48 do"),
         (Vector(2, 4, 3), "dim", "could have vectors of 2, 4, 8 weights"),
         (Vector(4, 4, 4), "bits", "could have vectors of 4 weights at 3 bits at most: 4096 entries"),
         (Vector(2, 21, 2), "rank", "has 20 outputs and 48 inputs, so no rank above 20 adds anything"),
@@ -276,5 +276,5 @@ def test_a_layer_is_kept_in_its_own_format_alone(format):
 )
 def test_a_shape_that_a_format_does_not_suit_is_told(format, setting, why):
     misfit = format.misfit(OUTPUTS, 48)
-    assert (misfit.setting, misfit.why) == (setting, why)
+    assert misfit.setting == setting and misfit.why.startswith(why)
     assert all(suiting.misfit(OUTPUTS, inputs(suiting)) is None for suiting in FORMATS)

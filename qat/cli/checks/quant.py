@@ -34,6 +34,13 @@ def check(config: Config) -> None:
 
 def _check_budget(where: str, quant: QuantConfig) -> None:
     sizes = [f"{where}.{name}" for name in ("megabytes", "bits") if getattr(quant, name) is not None]
+    named = any(getattr(quant, role) for role in ROLES) or quant.layers
+    if sizes and not quant.candidates and not named:
+        raise ConfigError(
+            f"{where}.candidates=[]: {sizes[0]} has no formats to choose from: name some, as in"
+            f" {where}.candidates='[{{bits: 2, rank: 4}}, {{bits: 4, rank: 4}}]', or leave it out for those of"
+            f" {where}=budget"
+        )
     if sizes and not quant.candidates:
         raise ConfigError(f"{sizes[0]}: means nothing to {where}={quant.name}, which names formats: use {where}=budget")
     if quant.candidates and len(sizes) != 1:

@@ -257,7 +257,7 @@ def rope(described: Fields) -> Fields:
             }
     raise ConfigError(
         f"export=gguf does not know how to tell llama.cpp of rotations of type {kind} with {', '.join(settings)} in"
-        f" models of type {described['model_type']}: {OTHERWISE}"
+        f" models of type {described['model_type']}: export=hf takes them as they are"
     )
 
 

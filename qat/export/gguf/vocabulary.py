@@ -28,28 +28,36 @@ KEPT_BEHIND = {"<unk>", "<s>", "<|endoftext|>"}  # tokens of Phi-3 that leave sp
 
 
 def check(teacher: ModelFolder) -> None:
-    """Looks whether llama.cpp makes of text what the tokenizer of a model does; nothing where it has none.
+    """Looks whether llama.cpp makes of text what the tokenizer of a model does.
 
     Raises:
-        ConfigError: it is of a kind, or splits text in a way, that is not known here.
+        ConfigError: it is of a kind, or splits text in a way, that is not known here, or there is none.
     """
-    if teacher.has_tokenizer():
-        described = _described(teacher.tokenizer())
-        if characters.merged(described):
-            characters.scores(described)
-            characters.prefixed(described)
-        else:
-            splits(described)
+    _require(teacher)
+    described = _described(teacher.tokenizer())
+    if characters.merged(described):
+        characters.scores(described)
+        characters.prefixed(described)
+    else:
+        splits(described)
+
+
+def _require(teacher: ModelFolder) -> None:
+    """Refuses a model without a tokenizer: llama.cpp does not open its file, or ends the process that asks it."""
+    if not teacher.has_tokenizer():
+        raise ConfigError(
+            f"{teacher.name} has no tokenizer, without which llama.cpp does not run a file: save one beside its"
+            " weights, or take export=hf or export=packed"
+        )
 
 
 def add(writer: GGUFWriter, teacher: ModelFolder) -> None:
-    """Writes the tokenizer of a model; nothing where it has none.
+    """Writes the tokenizer of a model.
 
     Raises:
         ConfigError: as `check`.
     """
-    if not teacher.has_tokenizer():
-        return
+    _require(teacher)
     tokenizer = teacher.tokenizer()
     described = _described(tokenizer)
     tokens, kinds = listed(tokenizer, described, teacher.vocab_size())
@@ -113,8 +121,6 @@ def listed(tokenizer: PreTrainedTokenizerBase, described: dict[str, Any], size: 
 
 def file_name(teacher: ModelFolder) -> str:
     """The model's name, by which llama.cpp decides whether special tokens swallow spaces behind them, as Phi-3's do."""
-    if not teacher.has_tokenizer():
-        return teacher.name
     added = {token.content: token for token in teacher.tokenizer().added_tokens_decoder.values()}
     if {"</s>", *KEPT_BEHIND} <= added.keys() and all(
         token.rstrip == (name not in KEPT_BEHIND) and not token.lstrip for name, token in added.items()

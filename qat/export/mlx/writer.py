@@ -10,10 +10,13 @@ from typing import Any, cast
 import mlx.core as mx
 import numpy as np
 import torch
+from mlx_lm import utils
 from mlx_lm.utils import load_model
 from torch import Tensor, nn
 
 from qat.config import ExportConfig
+from qat.console import console
+from qat.errors import ArtifactError
 from qat.export import replaced
 from qat.export.replaced import exact
 from qat.export.source import DTYPES, Source
@@ -31,6 +34,8 @@ def write(source: Source, folder: Path, settings: ExportConfig) -> None:
     """
     dtype = DTYPES[settings.dtype]
     layers = quantized(source.model)
+    if seen := ignored_window(source.teacher.settings().to_dict()):
+        console.print(f"mlx-lm sees all tokens where this model sees {seen}: up to so many both are the same")
     described = dict.fromkeys(("quantization", "quantization_config"), description(layers))
     replaced.write(source, folder, settings, layers, lambda name, module: tensors(name, module, dtype), described)
 
@@ -56,6 +61,19 @@ def description(layers: dict[str, Quantized]) -> dict[str, Any]:
     return {**next(iter(each.values())), "mode": "affine", **each}
 
 
+def ignored_window(described: dict[str, Any]) -> int | None:
+    """Tokens that attention of a model sees at most where mlx-lm lets it see all; None where it does as the model does.
+
+    Its code asks `sliding_window`, and where it asks `layer_types` as well, these say which layers have one.
+    """
+    size, kinds = described.get("sliding_window"), described.get("layer_types")
+    if not size or not described.get("use_sliding_window", True) or (kinds and "sliding_attention" not in kinds):
+        return None
+    asked = utils._get_classes(described)[1].__dataclass_fields__
+    heeds = "sliding_window" in asked and (bool(kinds) or "layer_types" not in asked)
+    return None if heeds else int(size)
+
+
 def rounding(settings: ExportConfig) -> torch.dtype:
     """The coarsest type that a weight is rounded to."""
     return DTYPES[settings.dtype]
@@ -65,9 +83,15 @@ def read(source: Source, folder: Path) -> "Loaded":
     """The model as mlx-lm loads it, computed in fp32.
 
     Raises:
-        ArtifactError: MLX decodes other weights than the student has.
+        ArtifactError: MLX decodes other weights than the student has, or cannot make the model of its settings.
     """
-    model, described = load_model(folder)
+    try:
+        model, described = load_model(folder)
+    except (TypeError, ValueError, KeyError) as error:
+        raise ArtifactError(
+            f"mlx-lm cannot make this model ({error}): nothing was published; export=hf and export=packed are for"
+            " transformers"
+        ) from error
     arrays = dict(cast(Any, model).named_modules())
     for name, module in quantized(source.model).items():
         replaced.require_equal(name, decoded(arrays[name], described["quantization"][name]), module)

@@ -131,7 +131,13 @@ class GroupGrid(Format):
             return Misfit("levels", f"has indices of {self.bits} bits, and these levels are sixteen: 4 bits")
         if inputs % self.group == 0:
             return None
-        return Misfit("group", f"has rows of {inputs} weights, which groups of {self.group} do not divide")
+        divisors = (size for size in range(1, inputs + 1) if inputs % size == 0)
+        nearest = min(divisors, key=lambda size: max(size, self.group) / min(size, self.group))
+        return Misfit(
+            "group",
+            f"has rows of {inputs} weights, which groups of {self.group} do not divide: groups of {nearest} do, and"
+            " format=codebook, as in quant=q2a4, takes rows of any length",
+        )
 
     def kernels(self, device: torch.device) -> Kernels | None:
         """Triton kernels on CUDA."""
