@@ -33,6 +33,7 @@ from qat.suggest import did_you_mean
 
 TEACHER = "teacher"
 TRAINS = (Stage.run, Stage.distill)
+CARRIES = (Stage.pull, Stage.push)  # stages that only carry a checkpoint
 _IDENTITY = re.compile(r"\bsr-(?=\d)", re.IGNORECASE)
 
 

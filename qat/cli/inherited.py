@@ -13,7 +13,6 @@ from qat.config import Config, Stage, as_plain
 from qat.errors import ConfigError, QatError
 
 MODEL, TEACHER = "model", "teacher"
-CARRIES = (Stage.pull, Stage.push)  # stages that only carry a checkpoint
 NAMING = ("checkpoint", "evaluate")  # what can name one
 
 
@@ -27,7 +26,7 @@ def words(overrides: list[str], composer: Composer) -> list[str]:
     if not composer.is_default or MODEL in said or said.isdisjoint(NAMING):
         return []
     config, plain = (typed(composer.compose(some)) for some in (overrides, []))
-    if config.model != plain.model or config.stage in CARRIES or not names.uses_checkpoint(config):
+    if config.model != plain.model or config.stage in names.CARRIES or not names.uses_checkpoint(config):
         return []
     found = [tuple(_part(run, key) for key in (MODEL, TEACHER)) for run in map(_recorded, _runs(config))]
     if not found or any(one != found[0] for one in found):

@@ -23,7 +23,7 @@ def check(config: Config) -> None:
         )
     if config.stage is not Stage.pull:
         manifest(config)
-    if config.stage not in (Stage.pull, Stage.push):  # which only carry it
+    if config.stage not in names.CARRIES:
         _refuse_model(config)
 
 

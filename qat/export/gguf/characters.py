@@ -50,7 +50,7 @@ def add(writer: GGUFWriter, described: dict[str, Any], tokens: list[str]) -> Non
     prefix, otherwise = prefixed(described)
     writer.add_add_space_prefix(prefix)
     if otherwise:
-        console.print(f"llama.cpp makes other tokens of {otherwise} than the model's tokenizer")
+        console.say(f"llama.cpp makes other tokens of {otherwise} than the model's tokenizer")
 
 
 def scores(described: dict[str, Any]) -> dict[str, float]:

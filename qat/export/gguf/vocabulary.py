@@ -127,7 +127,7 @@ def file_name(teacher: ModelFolder) -> str:
     ):
         return teacher.name if PHI_3.search(teacher.name) else f"{teacher.name} (phi-3)"
     if names := [name for name, token in added.items() if token.lstrip or token.rstrip]:
-        console.print(f"llama.cpp keeps spaces beside {', '.join(names)}, which the model's tokenizer swallows")
+        console.say(f"llama.cpp keeps spaces beside {', '.join(names)}, which the model's tokenizer swallows")
     return PHI_3.sub("phi 3", teacher.name)
 
 

@@ -35,7 +35,7 @@ def write(source: Source, folder: Path, settings: ExportConfig) -> None:
     dtype = DTYPES[settings.dtype]
     layers = quantized(source.model)
     if seen := ignored_window(source.teacher.settings().to_dict()):
-        console.print(f"mlx-lm sees all tokens where this model sees {seen}: up to so many both are the same")
+        console.say(f"mlx-lm sees all tokens where this model sees {seen}: up to so many both are the same")
     described = dict.fromkeys(("quantization", "quantization_config"), description(layers))
     replaced.write(source, folder, settings, layers, lambda name, module: tensors(name, module, dtype), described)
 
