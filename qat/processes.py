@@ -105,22 +105,24 @@ class Ranks:
         return bytes(said.tolist()).decode()
 
     def trade(self, tensor: "Tensor", sizes: list[int]) -> "Trade":
-        """Sends every rank its part of a flat tensor, and gets from every rank what that has for this one.
+        """Sends every other rank its part of a flat tensor, and gets from each what that has for this one.
 
         Args:
-            tensor: the parts in the order of the ranks, contiguous; its type is the same everywhere.
-            sizes: numbers in each part, the same everywhere; 0 for a rank that gets nothing.
+            tensor: the parts of all others in their order, contiguous; its type is the same everywhere.
+            sizes: by rank, how many numbers it gets from each other one, the same everywhere.
 
         Raises:
             RankError: one of them is gone.
         """
         import torch.distributed as dist
 
-        own = sizes[self.rank]
-        found = tensor.new_empty(own * self.count)
+        others = [rank != self.rank for rank in range(self.count)]
+        leaving = [size * other for size, other in zip(sizes, others, strict=True)]
+        arriving = [sizes[self.rank] * other for other in others]
+        found = tensor.new_empty(sum(arriving))
         with self._told():
-            work = dist.all_to_all_single(found, tensor, [own] * self.count, sizes, async_op=True)
-        return Trade(self, work, list(found.chunk(self.count)) if own else [], tensor)
+            work = dist.all_to_all_single(found, tensor, arriving, leaving, async_op=True)
+        return Trade(self, work, list(found.split(sizes[self.rank])) if len(found) else [], tensor)
 
     def spread(self, whole: "Tensor") -> "Trade":
         """Fills a flat tensor of as many equal parts as there are ranks, each of which has computed its own.

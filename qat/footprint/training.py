@@ -165,5 +165,5 @@ def _sent(learning: list[Layer], dtype: int, shared: int, key: str) -> Iterator[
     for layer in learning:
         sizes[layer.name.rpartition(".")[0]] += 0 if layer.role in VOCABULARY else layer.weights
     buckets = 2 * UNDER_WAY + OPEN  # sent, as much again found, and what is computed meanwhile
-    at_once = max(sizes.values(), default=0) * shared * buckets
+    at_once = max(sizes.values(), default=0) * (shared - 1) * buckets
     yield Part("gradients on their way", at_once * dtype, key, least=False)

@@ -7,7 +7,8 @@ with indices and parts, of whole layers alone, which are its own (the optimizer'
 1. it writes the weights of its own layers, and gets all others' (`exchange`): 16-bit numbers, as the forward pass
    reads them, so that nothing is lost, and while a teacher computes, where one runs beside the student;
 2. each gradient goes to the process whose layer it is as soon as a micro-batch's backward pass has left it, while that
-   goes on, and is added up there in fp32, in the order of the processes: the same sum whenever it is made again;
+   goes on, and is added up there in fp32, to its own and in the order of the others: the same sum whenever it is made
+   again. What a process has of its own layers goes straight into that sum;
 3. turning gradients into those of parts, correcting them for latent weights and updating concern one layer at a time,
    so that each process does this for its own as if it were alone.
 
@@ -15,7 +16,7 @@ Layers that feed one product, or are one parameter of a model, stay together: a 
 process, next to each other in the model, so that when they are sent all send and all receive. Buckets leave in a fixed
 order, from the last to the first, and in place of a gradient that never comes there are zeros. What a matrix gets
 several gradients of in a backward pass (embedding and head) is added up in fp32 by every process and sent once a step,
-in the compute type, as all gradients are.
+in the compute type, as all gradients are, a piece while the one before is added up.
 """
 
 from collections import deque
@@ -74,6 +75,10 @@ class Bucket:
         """Takes in a unit of a process that has none here."""
         self.units[rank], self.sizes[rank] = unit, sum(map(room, unit))
 
+    def leaving(self, rank: int) -> list[int]:
+        """Numbers that a process sends to each: none to itself."""
+        return [0 if other == rank else size for other, size in enumerate(self.sizes)]
+
     @property
     def layers(self) -> list[Quantized]:
         """Of all units."""
@@ -83,10 +88,6 @@ class Bucket:
     def gaps(self) -> bool:
         """Whether something lies between weights."""
         return sum(self.sizes) > sum(layer.outputs * layer.inputs for layer in self.layers)
-
-    def begin(self, rank: int) -> int:
-        """Where a process' unit begins."""
-        return sum(self.sizes[:rank])
 
 
 def buckets(parts: list[list[Quantized]], owners: dict[Quantized, int], count: int) -> list[Bucket]:
@@ -142,6 +143,7 @@ class SharedWeights(Weights):
         self._whole = {layer: torch.zeros(room(layer), dtype=torch.float32, device=device) for layer in others}
         self._under_way: deque[tuple[int, Trade]] = deque()
         self._arriving: Trade | None = None
+        self._passed = 0  # micro-batches of a step
         self._begin_micro_batch()
 
     def _arrange(self) -> tuple[list[Quantized], int]:
@@ -167,36 +169,38 @@ class SharedWeights(Weights):
         """Gives latent weights their gradients, once; any number of micro-batches is added up in the same way."""
         for layer in self.own if not self._linked else ():
             layer.latent.grad = self.sum(layer)  # type: ignore[union-attr]  # straight through
-        self._linked = True
+        self._linked, self._passed = True, 0
 
     def clear(self) -> None:
         """Clears the gradients of an earlier step."""
         for leaf in [*self._leaves.values(), *self._stacked.values()]:
             leaf.grad = None
-        for sums in [self.sums, *self._whole.values()]:
-            sums.zero_()
+        for layer in self._several:
+            self._added_up(layer).zero_()
 
     def finish(self) -> None:
         """Sends what is left of a micro-batch, zeros where no gradient came."""
         for n in range(self._next, len(self._buckets)):
             for layer in self._missing[n]:
                 whole, origin = self._gathering([layer])
-                self._cut(whole, [layer], origin).zero_()
+                if not self._adds([layer]):
+                    self._cut(whole, [layer], origin).zero_()
             self._send(n)
+        self._passed += 1
         self._begin_micro_batch()
 
     def collect(self) -> None:
         """Adds up what is still under way, and the gradients of matrices that have several."""
         while self._under_way:
             self._add_up(*self._under_way.popleft())
+        under_way: deque[tuple[Tensor, Trade]] = deque()
         for layer in self._several:
-            owner = self.owners[layer]
-            for piece in self._gathering([layer])[0].split(PIECE):
-                sizes = [len(piece) if rank == owner else 0 for rank in range(self.ranks.count)]
-                found = self.ranks.trade(piece.to(self.values.dtype), sizes).wait()
-                for rank, one in enumerate(found):
-                    if rank != owner:  # whose own is there, and not rounded
-                        piece.add_(one)
+            for piece in self._added_up(layer).split(PIECE):
+                under_way.append((piece, self._send_piece(piece, self.owners[layer])))
+                if len(under_way) > UNDER_WAY:
+                    _add(*under_way.popleft())
+        while under_way:
+            _add(*under_way.popleft())
 
     def exchange(self) -> None:
         """Begins to get the weights that others have written."""
@@ -237,13 +241,24 @@ class SharedWeights(Weights):
         first = layers[0]
         if first.several:
             return self._added_up(first), self._starts[first]
-        n, owner = self._bucket[first], self.owners[first]
+        owner = self.owners[first]
+        if owner == self.ranks.rank:
+            return self.sums, self._origin
+        n = self._bucket[first]
         bucket = self._buckets[n]
+        begin = sum(bucket.leaving(self.ranks.rank)[:owner])
+        return self._leaving(n)[begin : begin + bucket.sizes[owner]], self._starts[bucket.units[owner][0]]
+
+    def _adds(self, layers: list[Quantized]) -> bool:
+        """True for own layers after a step's first micro-batch, and where several gradients add up."""
+        return layers[0].several or (self._passed > 0 and self.owners[layers[0]] == self.ranks.rank)
+
+    def _leaving(self, n: int) -> Tensor:
+        """What this process sends of a bucket: the gradients of others' units."""
         if n not in self._waiting:
-            made = self.values.new_zeros if bucket.gaps else self.values.new_empty
-            self._waiting[n] = made(sum(bucket.sizes), requires_grad=False)
-        begin = bucket.begin(owner)
-        return self._waiting[n][begin : begin + bucket.sizes[owner]], self._starts[bucket.units[owner][0]]
+            made = self.values.new_zeros if self._buckets[n].gaps else self.values.new_empty
+            self._waiting[n] = made(sum(self._buckets[n].leaving(self.ranks.rank)), requires_grad=False)
+        return self._waiting[n]
 
     def _added_up(self, layer: Quantized) -> Tensor:
         """A matrix' gradients, flat, as far as this process has them."""
@@ -263,16 +278,26 @@ class SharedWeights(Weights):
     def _send(self, n: int) -> None:
         while len(self._under_way) >= UNDER_WAY:
             self._add_up(*self._under_way.popleft())
-        self._under_way.append((n, self.ranks.trade(self._waiting[n], self._buckets[n].sizes)))
+        self._under_way.append((n, self.ranks.trade(self._leaving(n), self._buckets[n].sizes)))
         del self._waiting[n]
         self._next += 1
 
     def _add_up(self, n: int, trade: Trade) -> None:
-        found = trade.wait()
-        if unit := self._buckets[n].units.get(self.ranks.rank):
-            begin = self._starts[unit[0]] - self._origin
-            for one in found:
-                self.sums[begin : begin + len(one)].add_(one)
+        unit = self._buckets[n].units.get(self.ranks.rank)
+        begin = self._starts[unit[0]] - self._origin if unit else 0
+        _add(self.sums[begin : begin + self._buckets[n].sizes[self.ranks.rank]], trade)
+
+    def _send_piece(self, piece: Tensor, owner: int) -> Trade:
+        """Sends a piece of a matrix' summed gradient to its owner, whose own stays there and is not rounded."""
+        sizes = [len(piece) if rank == owner else 0 for rank in range(self.ranks.count)]
+        leaving = piece[:0] if owner == self.ranks.rank else piece
+        return self.ranks.trade(leaving.to(self.values.dtype), sizes)
+
+
+def _add(total: Tensor, trade: Trade) -> None:
+    """Adds what others had, in their order."""
+    for one in trade.wait():
+        total.add_(one)
 
 
 def _held(layer: Quantized) -> dict[str, Tensor]:

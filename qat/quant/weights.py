@@ -134,7 +134,7 @@ class Weights:
         place = self._cut(whole, layers, origin)
         if layers[0].several:
             _add_product(place, grad_TO.mT, input_TI)
-        elif self._adding:
+        elif self._adds(layers):
             place.add_(grad_TO.mT @ input_TI)
         elif place.dtype == grad_TO.dtype:
             torch.mm(grad_TO.mT, input_TI, out=place)
@@ -149,7 +149,7 @@ class Weights:
         """Adds a gradient to the sums: [ΣO, I], or of a stack [E, O, I]."""
         whole, origin = self._gathering(layers)
         place = (self._cut if grad.dim() == 2 else self._cut_stack)(whole, layers, origin)
-        (place.add_ if self._adding or layers[0].several else place.copy_)(grad)
+        (place.add_ if self._adds(layers) else place.copy_)(grad)
         self._came(layers)
 
     def finish(self) -> None:
@@ -167,6 +167,10 @@ class Weights:
     def _gathering(self, layers: list[Quantized]) -> tuple[Tensor, int]:
         """Where gradients of adjacent layers go at first, and the place in `values` at which it begins."""
         return self.sums, self._origin
+
+    def _adds(self, layers: list[Quantized]) -> bool:
+        """Whether gradients are added to what is in their place, instead of replacing it."""
+        return self._adding or layers[0].several
 
     def _came(self, layers: list[Quantized]) -> None:
         """Told when gradients are there."""
