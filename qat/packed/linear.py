@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from qat.quant import packing, places
-from qat.quant.embedding import each, through, without_weight
+from qat.quant.embedding import each, through, untie, without_weight
 from qat.quant.formats import Format, Part, Parts
 from qat.quant.places import bias, place
 
@@ -206,21 +206,11 @@ def put(model: Any, name: str, format: Format) -> None:
     made: Packed
     if isinstance(old.module, nn.Embedding):
         made = PackedEmbedding(format, old.module)
-        if (other := _tied(model, name)) is not None:
-            model.set_submodule(other, PackedTiedHead(made, head.bias))
+        for other in untie(model, name)[:1]:
+            model.set_submodule(other.removesuffix(".weight"), PackedTiedHead(made, head.bias))
     else:
         kind = PackedHead if old.module is head else PackedLinear
         made = kind(format, *old.shape, added is not None)
         if made.bias is not None:
             made.bias.data = made.bias.data.to(old.weight.dtype)
     places.put(model, name, made)
-
-
-def _tied(model: Any, name: str) -> str | None:
-    """The layer tied to an embedding, by transformers' list of tied weights; the pair is removed from that list."""
-    tied: dict[str, str] = model.all_tied_weights_keys
-    others = [other for other, one in tied.items() if one == f"{name}.weight"]
-    for keys in ("all_tied_weights_keys", "_tied_weights_keys"):
-        known = getattr(model, keys)
-        setattr(model, keys, {other: one for other, one in known.items() if other not in others})
-    return others[0].removesuffix(".weight") if others else None

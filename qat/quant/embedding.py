@@ -187,7 +187,31 @@ def _tie(model: nn.Module, name: str, made: Quantized) -> None:
     found = ends(model)
     if isinstance(made, QuantEmbedding) and found.tied and found.embed == name and found.head is not None:
         bias = cast(Tensor | None, model.get_submodule(found.head).bias)
+        untie(model, name)
         model.set_submodule(found.head, TiedHead(made, bias))
+
+
+def untie(model: Any, name: str) -> list[str]:
+    """Takes what is tied to an embedding off transformers' lists, so that `tie_weights` leaves it alone; the names."""
+    gone: list[str] = []
+    for place, part in model.named_modules():
+        if hasattr(part, "get_expanded_tied_weights_keys"):
+            before = f"{place}." if place else ""
+            keys: dict[str, str] = part.get_expanded_tied_weights_keys()
+            tied = [target for target, source in keys.items() if f"{before}{source}" == f"{name}.weight"]
+            if tied:
+                part._tied_weights_keys = {target: source for target, source in keys.items() if target not in tied}
+                gone += [before + target for target in tied]
+    listed: dict[str, str] = getattr(model, "all_tied_weights_keys", {})
+    model.all_tied_weights_keys = {target: source for target, source in listed.items() if target not in gone}
+    return gone
+
+
+def _tie_again(model: Any) -> None:
+    """Puts back what `untie` took off."""
+    for part in model.modules():
+        vars(part).pop("_tied_weights_keys", None)
+    model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
 
 
 @torch.no_grad()
@@ -208,6 +232,8 @@ def restore(model: "PreTrainedModel") -> None:
     tied = isinstance(head, QuantEmbedding)
     made.weight = embedding.weight if tied else nn.Parameter(head.weight(embedding.weight.dtype), requires_grad=False)
     model.set_submodule(found.head, made)
+    if tied:
+        _tie_again(model)
 
 
 def each(ids: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 import json
 import random
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -9,9 +10,13 @@ import torch
 import yaml
 
 from qat import checkpoints
+from qat.config import WeightConfig
+from qat.conversion.convert import install
 from qat.errors import ConfigError, MissingError
 from qat.evaluate import local
 from qat.evaluate.tasks import Harness
+from qat.quant.linear import quantized
+from qat.quant.places import matrix
 from tests import tiny
 
 pytest.importorskip("lm_eval")
@@ -128,6 +133,18 @@ def test_at_most_so_many_examples(task, rows, teacher):
     model, tokenizer = teacher.load(torch.float32, tiny.CPU), teacher.tokenizer()
     scores = Harness([str(task)], examples=5).run(model, tokenizer, tiny.FP32)
     assert scores["letters"]["acc"] == pytest.approx(accuracy(model, tokenizer, rows[:5]))
+
+
+def test_a_student_whose_embedding_is_quantized_scores_as_the_same_dense_weights_do(task, teacher):
+    student = teacher.load(torch.float32, tiny.CPU)
+    made = tiny.converted(student, torch.arange(256).view(8, 32), quant=replace(tiny.QUANT, embed=WeightConfig(bits=4, rank=4)))
+    install(student, {name: module for name, (_, module, _) in made.items()})
+    dense = teacher.load(torch.float32, tiny.CPU)
+    with torch.no_grad():
+        for name, module in quantized(student).items():
+            matrix(dense, name).copy_(module.weight(torch.float32))
+    ours, theirs = (Harness([str(task)]).run(one, teacher.tokenizer(), tiny.FP32) for one in (student, dense))
+    assert ours == theirs
 
 
 def test_an_unknown_task_is_told_with_the_nearest():

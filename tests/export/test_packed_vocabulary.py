@@ -125,3 +125,14 @@ def test_restored_it_is_the_dense_model(source):
     assert not {"model.embed_tokens", "lm_head"} & quantized(model).keys()
     assert model.lm_head.weight is model.model.embed_tokens.weight
     assert torch.allclose(model(IDS).logits, wanted, rtol=1e-5, atol=1e-5)
+    model.lm_head.weight = torch.nn.Parameter(torch.zeros(512, 64))
+    model.tie_weights()
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+@torch.no_grad()
+def test_programs_that_tie_weights_leave_it_as_it_is(source, packed):
+    for model in (source.model, writer.read(source, packed)):
+        wanted = model(IDS).logits
+        model.tie_weights()  # lm-eval does so
+        assert torch.equal(model(IDS).logits, wanted)
