@@ -17,7 +17,7 @@ from qat import system
 # Phases, as sentences name them
 TEXT, CACHE, COMPARISON = "text", "the cache", "comparison of passes"
 CONVERSION, FIGURES = "conversion", "figures of the conversion"
-TRAINING, EVALUATION, EXPORT = "training", "evaluation", "export"
+TRAINING, EVALUATION, ANSWERS, EXPORT = "training", "evaluation", "answers", "export"
 
 STATUS, FORGET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 ORDINARY = (0, 0)  # the allocator's name for memory that is no recording's

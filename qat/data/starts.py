@@ -13,10 +13,12 @@ from qat.data import sources, texts
 from qat.data.asking import begun
 from qat.data.tally import Tally
 from qat.data.thinking import chat_tokens, user_turn
+from qat.errors import QatError
 
 Starts = list[tuple[str, list[int]]]
 
 OPENING = (4, 32)  # fewest and most tokens of an opening
+LOOKED_AT, LONG = 1000, 8  # prompts that are looked at for the longest one, and those of most characters among them
 
 
 def starts(tokenizer: PreTrainedTokenizerBase, data: DataConfig, seed: int) -> Starts:
@@ -36,6 +38,16 @@ def asked(tokenizer: PreTrainedTokenizerBase, data: DataConfig, questions: list[
         for question in questions
         for mode in modes
     ]
+
+
+def longest(tokenizer: PreTrainedTokenizerBase, data: DataConfig) -> int:
+    """Tokens of the longest prompt among the first ones of a source; 0 where there are none on this computer."""
+    first = texts.some_prompts(data, min(data.documents or LOOKED_AT, LOOKED_AT))
+    most = sorted(first, key=len)[-LONG:]
+    try:
+        return max((len(ids) for _, ids in asked(tokenizer, data, most)), default=0)
+    except QatError:  # which whoever writes will raise
+        return 0
 
 
 def questions(tokenizer: PreTrainedTokenizerBase, replies: list[list[int]]) -> list[str]:

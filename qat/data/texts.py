@@ -14,6 +14,7 @@ from qat.data.passages import Passage, passages
 from qat.data.reading import PIECE, check, lines
 from qat.data.rows import Rows, rows
 from qat.data.tally import EARLY, Tally, Unusable
+from qat.errors import QatError
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,16 @@ def prompts(data: DataConfig) -> list[str]:
     found = list(tally.usable(_of_files(data, _prompt_lines), _prompt))
     tally.settle()
     return found
+
+
+def some_prompts(data: DataConfig, count: int) -> list[str]:
+    """The first of these questions; none where their files are not on this computer."""
+    if not data.path:
+        return prompts(data)[:count]
+    try:
+        return list(islice(Tally.of(data).usable(_of_files(data, _prompt_lines), _prompt), count))
+    except QatError:
+        return []
 
 
 def found(data: DataConfig) -> Rows:

@@ -141,6 +141,11 @@ def compare(
     return found
 
 
+def rows_at_once(length: int, machine: Machine) -> int:
+    """Rows of so many tokens that two models are compared on together."""
+    return max(1, min(machine.micro_batch, TOKENS_AT_ONCE // length))
+
+
 def _length(held_out: Rows) -> int:
     return int(held_out.meta["length"])
 
@@ -152,7 +157,7 @@ def _states(
 
     Models whose decoder layers lie in files take many batches at a time, so that a layer is read once for these.
     """
-    at_once = max(1, min(machine.micro_batch, TOKENS_AT_ONCE // _length(held_out)))
+    at_once = rows_at_once(_length(held_out), machine)
     order = held_out.in_order(at_once)
     in_files = stream_of(student) is not None or stream_of(teacher) is not None
     together = max(1, TOGETHER // (at_once * _length(held_out))) if in_files else 1

@@ -40,7 +40,7 @@ class Source:
         teacher: the folder that tokenizer, template and architecture come from.
         model: in fp32 on the CPU; quantized layers are `QuantLinear`s.
         manifest: what its checkpoint says; empty for the teacher itself.
-        latent: the weights that the codebooks stand for, by layer, where the checkpoint has them.
+        checkpoint: where it came from; None is the teacher itself.
         record: of the run that made the checkpoint, where there is one.
         dtype: of what is not quantized in the packed file whose size is told.
         exact: that file does not round embedding and head.
@@ -50,11 +50,15 @@ class Source:
     teacher: ModelFolder
     model: PreTrainedModel
     manifest: dict[str, Any] = field(default_factory=dict)
-    latent: dict[str, Tensor] = field(default_factory=dict)
+    checkpoint: Path | None = None
     record: Record = field(default_factory=lambda: Record(Path(), {}, ""))
     dtype: torch.dtype = torch.bfloat16
     exact: bool = False
     adapters: Path | None = None
+
+    def latent(self) -> dict[str, Tensor]:
+        """The weights that the codebooks stand for, by layer, where the checkpoint has them."""
+        return checkpoints.latent(self.checkpoint) if self.checkpoint else {}
 
     @property
     def layers(self) -> list[Layer]:
@@ -89,7 +93,7 @@ def open_source(teacher: ModelFolder, checkpoint: Path | None, merge: bool = Fal
     beside = None if merge or not adapter.adapters(model) else find(checkpoint)
     if beside is not None:
         adapter.remove(model)
-    made = Source(teacher, model, manifest, checkpoints.latent(checkpoint), adapters=beside)
+    made = Source(teacher, model, manifest, checkpoint, adapters=beside)
     run = names.run_of(checkpoint)
     return replace(made, record=read(run, run)) if run else made
 

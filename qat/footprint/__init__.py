@@ -10,7 +10,8 @@ shapes.py        parts, sizes of models, students to be made
 activations.py   what decoder layers keep of a token
 libraries.py     what is no tensor
 preparation.py   text, caches, the comparison of passes
-making.py        conversion, its figures, evaluation
+finished.py      evaluation, answers, exports
+making.py        conversion and its figures
 training.py      a step
 phases.py        all of a run
 places.py        what is free, and sentences

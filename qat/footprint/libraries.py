@@ -15,6 +15,7 @@ BESIDE = 1.6e9
 PIECES = 0.5
 
 
-def part(machine: Machine) -> Part:
-    """As a part of any phase."""
-    return Part(WHAT, TAKEN.get(machine.device.type, TAKEN["cpu"]), "instance", least=False)
+def part(machine: Machine, host: bool = False) -> Part:
+    """As a part of any phase; `host` is one that a GPU has no part in."""
+    kind = "cpu" if host else machine.device.type
+    return Part(WHAT, TAKEN.get(kind, TAKEN["cpu"]), "instance", host=host, least=False)

@@ -1,27 +1,27 @@
-"""Conversion and its figures, and the evaluation of students."""
+"""Conversion and its figures."""
 
-import math
 from collections import defaultdict
 from collections.abc import Iterator
 
-from qat.config import Config, Stage
+from qat.config import Config
 from qat.conversion.convert import STACK_BYTES, stacks, workspace
 from qat.conversion.moments import STATES
 from qat.conversion.vocabulary import COPIES as CUT_BY
-from qat.evaluate.figures import TOGETHER, TOKENS_AT_ONCE
+from qat.evaluate.figures import TOGETHER
 from qat.flow import KEPT_BYTES
 from qat.footprint import libraries
 from qat.footprint.activations import passing
+from qat.footprint.finished import COMPARED_COPIES, computed, indices, measured_together, student
 from qat.footprint.preparation import compared, reading
 from qat.footprint.shapes import FP32, MODEL, TEACHER, Job, Part, Shapes, kind
 from qat.machine import Machine
 from qat.models.folder import FEW
 from qat.peaks import CONVERSION, FIGURES
+from qat.quant import kmeans
 from qat.quant.architectures import NUMBER, Layer
 from qat.quant.vocabulary import ROLES as VOCABULARY
 
-COPIES, SQUARES = 5, 4  # copies of a weight and of a moment that its fit has at one time (docs/log/memory.md)
-COMPARED_COPIES = 6  # of logits while a student is compared with its teacher
+COPIES, SQUARES = 9, 3  # fp32 copies of a weight and of a moment that its fit has at one time, counted (log/memory.md)
 
 
 def conversion(job: Job, config: Config, shapes: Shapes, machine: Machine) -> Iterator[tuple[str, list[Part]]]:
@@ -32,15 +32,14 @@ def conversion(job: Job, config: Config, shapes: Shapes, machine: Machine) -> It
     held += reading(shapes, dtype, 1) if streams else [Part("the model's weights", shapes.weights * dtype, MODEL)]
     if config.checkpoint.path:
         held.append(Part("the student's weights", shapes.weights * dtype, "checkpoint"))
+    exact, before = list(_exact(inner, shapes, machine)), []
+    if config.convert.passes > 1 and not streams:  # whose hidden states the last pass looks at
+        before.append(Part("the student of the pass before", student(job, shapes, machine), "convert.passes"))
     gradients = config.convert.gradients or bool(config.quant.candidates)
-    yield CONVERSION, [*held, *_fitting(inner, gradients, job, config, shapes, machine)]
-    exact = list(_exact(inner, shapes, machine))
+    yield CONVERSION, [*held, *before, *exact, *_fitting(inner, gradients, job, config, shapes, machine)]
     for outer in [layer for layer in job.layers if layer.role in VOCABULARY]:
-        matrix = Part(f"the {outer.role} matrix in fp32", FP32 * outer.weights, f"{job.prefix}quant.{outer.role}")
-        room = STACK_BYTES[kind(machine)] * COPIES / CUT_BY
-        work = Part("its indices and the fit", 3 * outer.weights + min(room, _work(outer, False)), MODEL, least=False)
-        yield f"{CONVERSION} of {outer.role}", [*held, *exact[:1], matrix, work]
-    yield FIGURES, [*held, *_figures(job, streams, config, shapes, machine)]
+        yield f"{CONVERSION} of {outer.role}", [*held, *before, *exact[:1], *_outer(outer, job, machine)]
+    yield FIGURES, [*held, *exact, *_figures(job, streams, config, shapes, machine)]
 
 
 def _fitting(
@@ -60,7 +59,6 @@ def _fitting(
     yield Part("those of layers that are fitted together", FP32 * moments * (together - 1), key, host=True, least=False)
     if machine.device.type == "cuda":
         yield Part("moments as they are gathered", FP32 * moments, key, least=False)
-    yield from _exact(inner, shapes, machine)
     yield from _fit(inner, gradients, job, machine)
 
 
@@ -92,40 +90,12 @@ def _figures(job: Job, streams: bool, config: Config, shapes: Shapes, machine: M
     if streams:
         outer = sum(layer.weights for layer in job.layers if layer.role in VOCABULARY)
         yield Part("the student's embedding and head", outer * dtype, f"{job.prefix}quant.embed")
-    at_once = _tokens(config, machine)
+    at_once = measured_together(config.cache.length, machine)
     states = 4 * (TOGETHER if streams else at_once) * shapes.hidden * dtype
     yield Part("hidden states", min(2 * KEPT_BYTES, states), MODEL, least=False)
     yield Part("what passes through a layer", at_once * passing(shapes, dtype), "instance.micro_batch", least=False)
+    yield computed(job.layers, machine)
     yield compared(shapes, machine, COMPARED_COPIES)
-
-
-def _tokens(config: Config, machine: Machine) -> int:
-    """Tokens of a batch that two models are compared on."""
-    return max(min(TOKENS_AT_ONCE, machine.micro_batch * config.cache.length), config.cache.length)
-
-
-def student(job: Job, shapes: Shapes, machine: Machine) -> float:
-    """Bytes of a student that is measured: its weights written out, and what they are made of."""
-    made = sum(_indices(layer) + FP32 * _parts(layer) for layer in job.layers)
-    return shapes.weights * machine.dtype.itemsize + made
-
-
-def evaluation(jobs: list[Job], config: Config, shapes: Shapes, machine: Machine) -> list[Part]:
-    """Teacher and student side by side."""
-    theirs, key = shapes.taught_by
-    dtype = machine.dtype.itemsize
-    of = student(jobs[-1], shapes, machine) if jobs and config.stage is Stage.run else shapes.weights * (dtype + 1)
-    tokens = _tokens(config, machine)
-    larger = max((shapes, theirs), key=lambda one: one.inner)
-    return [
-        libraries.part(machine),
-        Part("the teacher's weights", theirs.weights * dtype, key),
-        Part("the student's weights", shapes.weights * dtype, MODEL),
-        Part("the student's indices and scales", of - shapes.weights * dtype, "quant", least=False),
-        Part("hidden states", 2 * tokens * larger.hidden * dtype, "instance.micro_batch", least=False),
-        Part("what passes through a layer", tokens * passing(larger, dtype), "instance.micro_batch", least=False),
-        compared(shapes, machine, COMPARED_COPIES),
-    ]
 
 
 def largest_moments(layers: list[Layer], gradients: bool) -> int:
@@ -167,7 +137,17 @@ def _fit(layers: list[Layer], gradients: bool, job: Job, machine: Machine) -> It
         told = largest[0].format.equations(*largest[0].shape)
         yield Part(told.what, equations(largest), f"{job.prefix}quant.{largest[0].role}.{told.setting}")
     work = max((sum(_work(layer, gradients) for layer in stack) for stack in queue), default=0.0)
-    yield Part("the rest of a fit", max(0.0, work - (equations(largest) if largest else 0)), MODEL, least=False)
+    first = max((_clustering(stack, machine) for stack in queue), default=0.0)
+    rest = max(work, first) - (equations(largest) if largest else 0)
+    yield Part("the rest of a fit", max(0.0, rest), MODEL, least=False)
+
+
+def _outer(layer: Layer, job: Job, machine: Machine) -> Iterator[Part]:
+    """Embedding or head, of which as many rows are fitted at a time as there is room for."""
+    yield Part(f"the {layer.role} matrix in fp32", FP32 * layer.weights, f"{job.prefix}quant.{layer.role}")
+    room = STACK_BYTES[kind(machine)] * COPIES / CUT_BY
+    fit = max(min(room, _work(layer, False)), _clustering([layer], machine))
+    yield Part("its indices and the fit", 3 * indices(layer) + fit, f"{job.prefix}quant.{layer.role}", least=False)
 
 
 def _work(layer: Layer, gradients: bool) -> float:
@@ -176,16 +156,13 @@ def _work(layer: Layer, gradients: bool) -> float:
     return FP32 * (COPIES * outputs * inputs + SQUARES * (inputs**2 + (outputs**2 if gradients else 0)))
 
 
+def _clustering(stack: list[Layer], machine: Machine) -> float:
+    """Bytes that the first codebooks of a stack of layers take, which are those of a fixed number of bins."""
+    parts = stack[0].format.parts(*stack[0].shape).values()
+    entries = [part.shape[0] for part in parts if part.kind == "codebooks" and len(part.shape) == 1]
+    return max((kmeans.bytes_needed(len(stack), count, kind(machine)) for count in entries), default=0.0)
+
+
 def equations(stack: list[Layer]) -> float:
     """Bytes of the linear systems of a stack of layers."""
     return float(FP32 * sum(layer.format.equations(*layer.shape).numbers for layer in stack))
-
-
-def _indices(layer: Layer) -> int:
-    """Bytes of a layer's indices in memory."""
-    return math.prod(layer.format.indices(*layer.shape).shape)
-
-
-def _parts(layer: Layer) -> int:
-    """Numbers in the parts of a layer."""
-    return sum(math.prod(part.shape) for part in layer.format.parts(*layer.shape).values())

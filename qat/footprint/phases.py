@@ -3,12 +3,13 @@
 from collections.abc import Iterator
 
 from qat.config import Config, Stage
-from qat.footprint.making import conversion, evaluation
+from qat.footprint.finished import chat, evaluation, export
+from qat.footprint.making import conversion
 from qat.footprint.preparation import cache, comparison, reads, text
-from qat.footprint.shapes import FP32, MODEL, Job, Part, Shapes
+from qat.footprint.shapes import Job, Part, Shapes
 from qat.footprint.training import comparisons, training
 from qat.machine import Machine
-from qat.peaks import CACHE, COMPARISON, EVALUATION, EXPORT, TEXT, TRAINING
+from qat.peaks import ANSWERS, CACHE, COMPARISON, EVALUATION, EXPORT, TEXT, TRAINING
 
 RECORDS = (Stage.run, Stage.cache, Stage.convert, Stage.distill)  # stages that make a cache if there is none
 
@@ -17,8 +18,8 @@ def phases(config: Config, shapes: Shapes, jobs: list[Job], machine: Machine) ->
     """All of a run that may take the most; one name may come more than once."""
     stage, larger = config.stage, max((shapes, shapes.taught_by[0]), key=lambda one: one.weights)
     if stage in RECORDS and not config.cache.path:
-        if written := text(config, shapes, machine):
-            yield TEXT, written
+        for parts in text(config, shapes, machine):
+            yield TEXT, parts
         yield CACHE, cache(config, shapes, machine)
     if stage in (*RECORDS, Stage.evaluate):
         yield COMPARISON, comparison(config, larger, machine, reads(config, larger, machine))
@@ -33,4 +34,6 @@ def phases(config: Config, shapes: Shapes, jobs: list[Job], machine: Machine) ->
     if stage in (Stage.run, Stage.evaluate):
         yield EVALUATION, evaluation(jobs, config, shapes, machine)
     if stage is Stage.export:
-        yield EXPORT, [Part("the model's weights in fp32", shapes.weights * FP32, MODEL, host=True)]
+        yield EXPORT, export(config, shapes, machine)
+    if stage is Stage.chat:
+        yield ANSWERS, chat(config, shapes, machine)

@@ -1,6 +1,7 @@
 """Text, caches, and the comparison of passes: what a run takes before a student is made."""
 
 from collections.abc import Iterator
+from itertools import chain
 
 from qat import capacity
 from qat.cache.format import FORMAT_VERSION, SHARD_ROWS, bytes_a_row
@@ -26,14 +27,21 @@ RECORDED = 2  # copies of logits while a cache is recorded: those of the piece b
 COMPARED_COPIES = 4  # of log-probabilities at the compared positions
 
 
-def text(config: Config, shapes: Shapes, machine: Machine) -> list[Part]:
-    """What the teacher writes, all sources at once; nothing where it writes nothing."""
-    sources = list(generated(config.data))
-    if not sources:
-        return []
+def text(config: Config, shapes: Shapes, machine: Machine) -> Iterator[list[Part]]:
+    """What the teacher writes, all sources at once; nothing where it writes nothing.
+
+    One source after the other has its turn, in which it reads prompts; or, before its first text, compares the loop
+    that writes with the teacher's own pass, while all others have their rows.
+    """
     theirs, key = shapes.taught_by
-    weights = Part("the teacher's weights", theirs.weights * machine.dtype.itemsize, key)
-    return [libraries.part(machine), weights, *(part for one in sources for part in _writing(*one, theirs, machine))]
+    held = [libraries.part(machine), Part("the teacher's weights", theirs.weights * machine.dtype.itemsize, key)]
+    sources = list(generated(config.data))
+    rows = sorted((list(_rows(*one, theirs, machine)) for one in sources), key=_bytes)
+    if sources:
+        reading = max((_reading(*one, theirs, machine) for one in sources), key=lambda part: part.bytes)
+        yield [*held, *chain(*rows), reading]
+        positions = max(longest(source, theirs) + source.answer_tokens for _, source in sources)
+        yield [*held, *chain(*rows[1:]), *widened(theirs.weights, positions, theirs, machine)]
 
 
 def generated(data: DataConfig) -> Iterator[tuple[str, DataConfig]]:
@@ -58,33 +66,53 @@ def starts(source: DataConfig, vocabulary: int) -> int:
 def written(source: DataConfig, theirs: Shapes, machine: Machine) -> Batches:
     """How the texts of a source are written, as the writing itself decides it."""
     sampling = Sampling(source.answer_tokens, source.greedy_tokens, source.temperature, ())
-    return batches(
-        theirs.config, machine, starts(source, theirs.vocabulary) * source.answers, longest(source), sampling
-    )
+    texts = starts(source, theirs.vocabulary) * source.answers
+    return batches(theirs.config, machine, texts, longest(source, theirs), sampling)
 
 
-def longest(source: DataConfig) -> int:
-    """Tokens taken for the longest prompt of a source."""
+def longest(source: DataConfig, theirs: Shapes) -> int:
+    """Tokens of the longest prompt of a source, or those that are taken for it."""
     if source.start is Start.questions:
         return LONGEST + source.answer_tokens
-    return {Start.tokens: FIRST, Start.openings: OPENING[1]}.get(source.start, LONGEST)
+    if source.start is Start.prompts:
+        return theirs.longest_prompt(source) or LONGEST
+    return {Start.tokens: FIRST, Start.openings: OPENING[1]}[source.start]
 
 
-def _writing(where: str, source: DataConfig, theirs: Shapes, machine: Machine) -> Iterator[Part]:
+def _rows(where: str, source: DataConfig, theirs: Shapes, machine: Machine) -> Iterator[Part]:
+    """What a source holds from its first text to its last."""
     count, how = starts(source, theirs.vocabulary), written(source, theirs, machine)
-    key = where + ("documents" if count > source.answers else "answers")
+    key = _number(where, source, theirs)
     yield Part("the list of all answers", 2 * REFERENCE * count * source.answers, key, host=True)
+    yield from rows_of_text(how.rows, how.row_bytes, f"{where}answer_tokens", key, machine)
+
+
+def _reading(where: str, source: DataConfig, theirs: Shapes, machine: Machine) -> Part:
+    """What passes through a layer while prompts of a source are read."""
+    read = min(TOKENS_AT_ONCE, written(source, theirs, machine).rows * longest(source, theirs))
+    passed = read * passing(theirs, machine.dtype.itemsize)
+    return Part("prompts that are read", passed, _number(where, source, theirs), least=False)
+
+
+def _number(where: str, source: DataConfig, theirs: Shapes) -> str:
+    """The key that makes texts fewer."""
+    return where + ("documents" if starts(source, theirs.vocabulary) > source.answers else "answers")
+
+
+def _bytes(parts: list[Part]) -> float:
+    return sum(part.bytes for part in parts)
+
+
+def rows_of_text(rows: int, row_bytes: float, longer: str, more: str, machine: Machine) -> Iterator[Part]:
+    """What rows hold while they are written; `longer` is the key of their length, `more` that of their number."""
     gpu = machine.device.type == "cuda"  # on which memory that ran out would be told
-    longer = f"{where}answer_tokens"
     yield Part(
         "keys, values and logits of a row" if gpu else "keys, values and logits",
-        how.row_bytes * (1 if gpu else how.rows),
+        row_bytes * (1 if gpu else rows),
         longer,
     )
     if gpu:
-        yield Part(f"{how.rows - 1:,} rows more", how.row_bytes * (how.rows - 1), key, least=False)
-    read = min(TOKENS_AT_ONCE, how.rows * longest(source))
-    yield Part("prompts that are read", read * passing(theirs, machine.dtype.itemsize), key, least=False)
+        yield Part(f"{rows - 1:,} rows more", row_bytes * (rows - 1), more, least=False)
 
 
 def cache(config: Config, shapes: Shapes, machine: Machine) -> list[Part]:
@@ -124,12 +152,12 @@ def comparison(config: Config, shapes: Shapes, machine: Machine, layers: bool = 
         weights, count = reading(shapes, dtype, 1), shapes.outside + shapes.layer
     else:
         weights, count = [Part("the model's weights", shapes.weights * dtype, MODEL)], shapes.weights
-    return [libraries.part(machine), *weights, *widened(count, config, shapes, machine)]
+    return [libraries.part(machine), *weights, *widened(count, config.cache.length, shapes, machine)]
 
 
-def widened(weights: int, config: Config, shapes: Shapes, machine: Machine) -> list[Part]:
-    """What a comparison takes beside a model of which so many weights are in memory."""
-    wide, length = FP32 if machine.dtype.itemsize < FP32 else 0, config.cache.length
+def widened(weights: int, length: int, shapes: Shapes, machine: Machine) -> list[Part]:
+    """What a comparison on rows of some length takes beside a model of which so many weights are in memory."""
+    wide = FP32 if machine.dtype.itemsize < FP32 else 0
     return [
         # Where a GPU has no room for them they are in host memory
         Part("the weights in fp32", weights * wide, MODEL, least=False),

@@ -14,6 +14,12 @@ from qat.machine import Machine
 
 Change = Callable[[Config], None]
 INSTANCE = "instance."  # beginning of keys that change no result
+# Numbers that decide how much there is of something, from what a student notices least
+NUMBERS = (
+    *("evaluate.answers", "evaluate.answer_tokens", "chat.max_tokens", "convert.calibration_tokens"),
+    *("data.documents", "data.answers", "data.answer_tokens", "cache.top_k", "cache.length", "train.batch_size"),
+    *("quant.mlp.rank", "quant.attn.rank", "quant.embed.rank", "quant.head.rank", "mode.rank"),
+)
 
 
 def remedy(
@@ -21,22 +27,27 @@ def remedy(
 ) -> list[str]:
     """The cheapest keys with which a phase (None: every one) fits, as typed; none where all together do not help.
 
-    Changes are tried in the order of what they cost: time alone, then precision of the conversion, then of the student.
+    Changes are tried in the order of what they cost: time alone, then precision of the conversion, then of the student,
+    then less of whatever has a number and a part in the phase.
     """
-    return [said for said, _ in _found(_cheaper(config, machine), config, shapes, jobs, machine, phase, least)]
+    cheaper = _cheaper(config, shapes, jobs, machine, phase)
+    return [said for said, _ in _found(cheaper, config, shapes, jobs, machine, phase, least)]
 
 
 def adjusted(config: Config, shapes: Shapes, jobs: Jobs, machine: Machine) -> tuple[Config, Machine, list[str]]:
-    """A run with the cheapest of the keys that change no result turned so that all of it fits, and those keys.
+    """A run with the cheapest of the keys that change no result turned so that its phases fit, and those keys.
 
-    None are turned where it fits without, or not even with all of them.
+    A phase turns none that fits without, or not even with all of them.
     """
-    if _fits(config, shapes, jobs, machine, None, False):
-        return config, machine, []
-    free = [(said, change) for said, change in _cheaper(config, machine) if said.startswith(INSTANCE)]
-    found = _found(iter(free), config, shapes, jobs, machine, None, False)
-    changed, on = _changed(config, machine, [change for _, change in found])
-    return changed, on, [said for said, _ in found]
+    turned: dict[str, str] = {}
+    for phase in dict.fromkeys(name for name, _ in phases(config, shapes, jobs(config), machine)):
+        if _fits(config, shapes, jobs, machine, phase, False):
+            continue
+        free = [one for one in _cheaper(config, shapes, jobs, machine, phase) if one[0].startswith(INSTANCE)]
+        found = _found(iter(free), config, shapes, jobs, machine, phase, False)
+        config, machine = _changed(config, machine, [change for _, change in found])
+        turned |= {said.partition("=")[0]: said for said, _ in found}
+    return config, machine, list(turned.values())
 
 
 def _found(
@@ -86,7 +97,9 @@ def _changed(config: Config, machine: Machine, changes: list[Change]) -> tuple[C
     return changed, replace(machine, micro_batch=rows, checkpointing=again, host_moments=host)
 
 
-def _cheaper(config: Config, machine: Machine) -> Iterator[tuple[str, Change]]:
+def _cheaper(
+    config: Config, shapes: Shapes, jobs: Jobs, machine: Machine, phase: str | None
+) -> Iterator[tuple[str, Change]]:
     """Changes that take less memory, as typed, from the cheapest on."""
 
     def setting(key: str, value: Any) -> Change:
@@ -118,3 +131,18 @@ def _cheaper(config: Config, machine: Machine) -> Iterator[tuple[str, Change]]:
             yield f"quant.{role}=null", setting(f"quant.{role}", None)
     if config.mode.mlp and config.mode.attn:
         yield "mode.attn=false" if config.mode.rank else "mode=mlp", setting("mode.attn", False)
+    made = phases(config, shapes, jobs(config), machine)
+    keys = {part.key for name, parts in made if phase in (None, name) for part in parts}
+    for key in [key for key in NUMBERS if key in keys]:
+        for value in _halves(config, key):
+            yield f"{key}={value}", setting(key, value)
+
+
+def _halves(config: Any, key: str) -> Iterator[int]:
+    """Half of a number, half of that, and so on."""
+    value = config
+    for name in key.split("."):
+        value = getattr(value, name, None)
+    while value and value > 3:
+        value //= 2
+        yield value

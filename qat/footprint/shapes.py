@@ -9,7 +9,7 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from qat import decoder
-from qat.config import Config, ModeConfig, TrainConfig
+from qat.config import Config, DataConfig, ModeConfig, TrainConfig
 from qat.generation.memory import elements, number, shape
 from qat.machine import Machine
 from qat.quant.architectures import NUMBER, Layer
@@ -44,6 +44,11 @@ class Job:
     prefix: str = ""
 
 
+def unknown(source: DataConfig) -> int:
+    """Nobody has looked at the prompts of a source."""
+    return 0
+
+
 @dataclass(frozen=True)
 class Shapes:
     """Sizes of a model.
@@ -58,6 +63,7 @@ class Shapes:
         norms: queries and keys have norms of their own.
         remembered: numbers that are kept of a token while text is written.
         teacher: sizes of its teacher, where that is another model.
+        longest_prompt: gives the tokens of the longest prompt of a source; 0 where nobody knows.
     """
 
     config: PreTrainedConfig
@@ -75,6 +81,7 @@ class Shapes:
     norms: bool
     remembered: int
     teacher: "Shapes | None" = None
+    longest_prompt: Callable[[DataConfig], int] = unknown
 
     @property
     def taught_by(self) -> tuple["Shapes", str]:

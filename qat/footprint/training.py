@@ -34,7 +34,7 @@ def comparisons(job: Job, config: Config, shapes: Shapes, machine: Machine) -> I
     held = [part for part in training(job, config, shapes, machine) if part.what in BEFORE]
     latent = FP32 * sum(layer.weights for layer in _learning(job)) if job.train.learn.latent > 0 else 0
     held.append(Part("latent weights", latent, f"{job.prefix}train.learn.latent"))
-    wide = widened(shapes.weights, config, shapes, machine)
+    wide = widened(shapes.weights, config.cache.length, shapes, machine)
     if config.stage is Stage.distill or config.cache.path:
         model = Part("the model's weights", shapes.weights * machine.dtype.itemsize, MODEL)
         yield [*(part for part in held if part.what != TEACHERS), model, *wide]

@@ -23,7 +23,6 @@ from qat.forward import trying, use, used
 from qat.generation.loop import Sampling, Writer
 from qat.generation.own import OwnWriter
 from qat.models import ModelFolder
-from qat.peaks import COMPARISON, peaks
 
 log = logging.getLogger(__name__)
 
@@ -64,8 +63,7 @@ def writer(
     proven, loop, product = teacher.found.loops.get(key, (0, "", False))
     if proven < positions:
         trial = _Trial(f"{teacher.name} ({type(model).__name__})", model, _probes(model, prompts, positions), sampling)
-        with peaks.phase(COMPARISON):
-            loop, product = trial.find()
+        loop, product = trial.find()
         teacher.found.loops[key] = positions, loop, product
     use(model, replace(used(model), product=product))
     return _made(loop, model, sampling, rows, longest, compiled, turn)

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from qat.quant.weights import Weights
 
 
-TOGETHER = 1 << 26  # weights that are computed at a time
+TOGETHER = 1 << 23  # weights that are computed at a time: they take 8 to 16 bytes each meanwhile
 
 
 class Quantized(nn.Module):

@@ -49,6 +49,7 @@ def main(config: Config) -> None:
     asked = config.teacher if start is None or config.chat.teacher else None  # a student speaks without its teacher
     model, teacher = models.pair(config.model, asked, Path(config.outputs) / "artifacts")
     limits.check_lengths(config, model, teacher)
+    limits.check_memory(config, model, teacher, resolved)
     language = _language(config, model)
     torch.manual_seed(config.seed)
     with ExitStack() as kept:

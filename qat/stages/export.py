@@ -15,6 +15,7 @@ from qat.export.card import ADAPTER, CARD
 from qat.export.exporter import exporter
 from qat.export.source import DTYPES, Source, open_source
 from qat.models import ModelFolder
+from qat.peaks import EXPORT, peaks
 from qat.runs import Run
 from qat.shown import near
 from qat.stages.workspace import open_workspace, start_folder
@@ -25,7 +26,7 @@ KIND = "export"
 def main(config: Config, run: Run) -> None:
     """`stage=export`."""
     work = open_workspace(config, run)
-    with work.timed("export"):
+    with work.timed("export"), peaks.phase(EXPORT):
         quant, error = write(config.export, work.model, start_folder(config.checkpoint))
     folder = place(config.export)
     size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())

@@ -7,9 +7,10 @@ from pathlib import Path
 
 from qat import checkpoints, footprint
 from qat.checkpoint_files import find
-from qat.config import Config, DataSource, QuantConfig, Stage, as_plain
+from qat.config import Config, DataConfig, DataSource, QuantConfig, Stage, as_plain
 from qat.console import size
 from qat.data import mix
+from qat.data.starts import longest
 from qat.distill.parameters import LATENT, NORMS
 from qat.errors import ConfigError
 from qat.export.exporter import exporter
@@ -60,10 +61,18 @@ def check(
             budget.check(quant, job.layers, model.skeleton())
     for job in jobs if config.stage in TRAINS else []:
         _check_learning(job)
+    return check_memory(config, model, teacher, machine)
+
+
+def check_memory(
+    config: Config, model: ModelFolder, teacher: ModelFolder, machine: Machine
+) -> tuple[Machine, dict[str, int]]:
+    """Looks at memory alone; as `check`."""
     shapes = shapes_of(model, teacher, machine)
     if config.instance.name == AUTO and max(config.instance.devices, place().count) == 1:
         config, machine = _adjusted(config, shapes, model, machine)
     footprint.check(config, shapes, lambda changed: list(_jobs(changed, model)), machine)
+    jobs = list(_jobs(config, model))
     if places := footprint.plan(config, shapes, jobs, machine):
         log.info("%s%s", LEAD, footprint.summary(places))
     return machine, footprint.expected(config, shapes, jobs, machine)
@@ -122,7 +131,23 @@ def shapes_of(model: ModelFolder, teacher: ModelFolder, machine: Machine) -> Sha
 def _shapes(folder: ModelFolder, machine: Machine) -> Shapes:
     """Sizes of a model; as long as nobody has looked, large decoder layers are taken to be readable one at a time."""
     known = folder.found.streams.get((machine.dtype, machine.device.type), "")
-    return Shapes.of(folder.skeleton(), folder.settings(), not known and not folder.small(machine.dtype))
+    shapes = Shapes.of(folder.skeleton(), folder.settings(), not known and not folder.small(machine.dtype))
+    return replace(shapes, longest_prompt=_Prompts(folder))
+
+
+class _Prompts:
+    """Looks for the longest prompt of a source, of each once, as a plan is made again and again."""
+
+    def __init__(self, teacher: ModelFolder) -> None:
+        self._teacher, self._known = teacher, dict[str, int]()
+
+    def __call__(self, source: DataConfig) -> int:
+        """Its tokens; 0 where nobody knows."""
+        key = repr((source.path, source.documents, source.thinking))
+        if key not in self._known:
+            there = self._teacher.has_tokenizer() and (source.path or not source.repo)
+            self._known[key] = longest(self._teacher.tokenizer(), source) if there else 0
+        return self._known[key]
 
 
 def check_lengths(config: Config, model: ModelFolder, teacher: ModelFolder) -> None:

@@ -148,7 +148,7 @@ def test_text_is_planned_with_the_rows_that_it_is_written_with(model, shape, fre
     planned = written(config.data, shapes, H200)
     assert planned.rows == -(-20_000 // -(-20_000 // most))
     assert planned == rows.batches(shape, H200, 20_000, 2, Sampling(126, 4, 1.0, (0,)))
-    (text,) = [parts for name, parts in footprint.phases(config, shapes, [], H200) if name == "text"]
+    text, _ = [parts for name, parts in footprint.phases(config, shapes, [], H200) if name == "text"]
     held = sum(part.bytes for part in text if "rows more" in part.what or "of a row" in part.what)
     assert held == planned.rows * (128 * a_token + 2 * 4 * 151_936)
     assert sum(part.bytes for part in text if part.least) < 2 * shapes.weights + 0.2 * GB

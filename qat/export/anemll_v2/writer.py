@@ -53,8 +53,9 @@ def state_dict(source: Source, snapped: bool) -> dict[str, Tensor]:
     """All tensors of the model: the parts of every quantized layer, and everything else as it is."""
     modules = {name: cast_type(QuantLinear, module) for name, module in quantized(source.model).items()}
     state: dict[str, Tensor] = {}
+    latents = source.latent()
     for name, module in modules.items():
-        latent = source.latent.get(name)
+        latent = latents.get(name)
         parts = _snapped(name, module) if snapped else _plain(module)
         parts["weight"] = cast(name, module.weight(torch.float32) if latent is None else latent, parts["lut"].dtype)
         state |= {f"{name}.{part}": value.contiguous() for part, value in parts.items()}
