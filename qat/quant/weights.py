@@ -5,7 +5,7 @@ product with several layers of one input (query, key and value; gate and up) nee
 """
 
 import math
-from functools import partial
+import weakref
 from itertools import pairwise
 from typing import cast
 
@@ -39,7 +39,7 @@ class Weights:
         self._several = [layer for layer in layers if layer.several]
         for layer in layers:
             layer.home, layer.dense = self, self.value(layer).requires_grad_()
-            layer.dense.register_post_accumulate_grad_hook(partial(self._take, [layer]))
+            self._watch(layer.dense, [layer])
         self._leaves = {layer: cast(Tensor, layer.dense) for layer in layers}
         self._stacked: dict[Quantized, Tensor] = {}
 
@@ -123,7 +123,7 @@ class Weights:
             return None
         if layers[0] not in self._stacked:
             leaf = self._cut_stack(self.values, layers).detach().requires_grad_()
-            leaf.register_post_accumulate_grad_hook(partial(self._take, layers))
+            self._watch(leaf, layers)
             self._stacked[layers[0]] = leaf
         return self._stacked[layers[0]]
 
@@ -185,6 +185,21 @@ class Weights:
         starts, shape = [self._starts[layer] - origin for layer in layers[:2]], _shape(layers[0])
         begin = whole.storage_offset() + starts[0]
         return whole.as_strided((len(layers), *shape), (starts[-1] - starts[0], shape[1], 1), begin)
+
+    def _watch(self, leaf: Tensor, layers: list[Quantized]) -> None:
+        """Has every new gradient of a leaf taken.
+
+        PyTorch holds a hook where Python's collector does not look: one that had what has the leaf would keep all of it
+        for good.
+        """
+        home, known = weakref.ref(self), [weakref.ref(layer) for layer in layers]
+
+        def take(weight: Tensor) -> None:
+            there = [layer for one in known if (layer := one()) is not None]
+            if (weights := home()) is not None and len(there) == len(known):
+                weights._take(there, weight)
+
+        leaf.register_post_accumulate_grad_hook(take)
 
     def _take(self, layers: list[Quantized], weight: Tensor) -> None:
         """Adds a weight's new gradient to the sum and frees it before the next layer's is computed."""
