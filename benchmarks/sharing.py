@@ -166,7 +166,7 @@ def expected(case: Case, layers: list[Layer], train: TrainConfig, machine: Machi
     with torch.device("meta"):
         made = Qwen3ForCausalLM(case.shape.config())
     job = Job(layers, ModeConfig("e2e", True, True, embed=True), train)
-    parts = training(job, config, Shapes.of(made, made.config), machine)
+    parts = next(training(job, config, Shapes.of(made, made.config), machine))
     measured = [part for part in parts if part.what != HELD_OUT and not (part.host and machine.device.type == "cuda")]
     return sum(part.bytes for part in measured)
 

@@ -21,6 +21,7 @@ DTYPES = {Precision.bf16: torch.bfloat16, Precision.fp16: torch.float16, Precisi
 
 WIDENING = torch.__version__ >= "2.8"  # this torch can return products of 16-bit matrices in fp32
 
+MEASURED = 2048  # rows and columns of the matrices whose product is timed
 SWITCH = {"auto": None, "true": True, "false": False}
 
 
@@ -162,7 +163,7 @@ def widened(hidden_PD: torch.Tensor, weight_VD: torch.Tensor) -> torch.Tensor:
     return (hidden_PD @ weight_VD.mT).float()
 
 
-def matmul_flops(machine: Machine, size: int = 2048, repeats: int = 4) -> float:
+def matmul_flops(machine: Machine, size: int = MEASURED, repeats: int = 4) -> float:
     """Operations a second of a large square product in the compute type: the ceiling that mfu is measured by."""
     draw = torch.Generator(machine.device).manual_seed(0)
     a = torch.randn(size, size, generator=draw, dtype=torch.float32, device=machine.device).to(machine.dtype)

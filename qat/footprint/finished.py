@@ -16,7 +16,7 @@ from qat.machine import Machine
 from qat.quant.architectures import Layer
 from qat.quant.linear import TOGETHER
 
-COMPARED_COPIES = 6  # of logits while a student is compared with its teacher
+COMPARED_COPIES = 7  # of logits while a student is compared with its teacher: two of both, five of their divergence
 LOOKED_UP = {"cpu": 2 * FP32, "cuda": 4 * FP32}  # bytes of a weight as it is computed: on a GPU indices have 64 bits
 TASK = 256  # tokens taken for a question of a task, which nobody knows before it is tokenized
 INDEX = 1  # byte of an index in memory, where nobody has looked at the checkpoint yet

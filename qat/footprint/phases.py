@@ -30,7 +30,8 @@ def phases(config: Config, shapes: Shapes, jobs: list[Job], machine: Machine) ->
         for job in jobs:
             for parts in comparisons(job, config, shapes, machine):
                 yield COMPARISON, parts
-            yield TRAINING, training(job, config, shapes, machine)
+            for parts in training(job, config, shapes, machine):
+                yield TRAINING, parts
     if stage in (Stage.run, Stage.evaluate):
         yield EVALUATION, evaluation(jobs, config, shapes, machine)
     if stage is Stage.export:

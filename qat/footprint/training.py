@@ -13,7 +13,7 @@ from qat.footprint import libraries
 from qat.footprint.activations import backward, kept, passing
 from qat.footprint.preparation import row_bytes, widened
 from qat.footprint.shapes import FP32, MODEL, Job, Part, Shapes, kind
-from qat.machine import Machine
+from qat.machine import MEASURED, Machine
 from qat.quant.architectures import Layer, learns
 from qat.quant.shards import OPEN, UNDER_WAY
 from qat.quant.vocabulary import ROLES as VOCABULARY
@@ -26,12 +26,13 @@ FILLED_UP = 3 * FP32  # while the logits of a teacher of fewer tokens become as 
 STUDENTS, TEACHERS, INDICES = "the student's weights", "the teacher's weights", "indices"
 BEFORE = (STUDENTS, TEACHERS, INDICES, libraries.WHAT)  # what is there before the first step
 HELD_OUT = "held-out text beside recorded steps"
+PRODUCT = 3 * FP32 * MEASURED**2  # two matrices, and what a product of them is computed in
 TOLD = 8 + FP32  # bytes of a cached token's number and log-probability as the loss takes them
 
 
 def comparisons(job: Job, config: Config, shapes: Shapes, machine: Machine) -> Iterator[list[Part]]:
     """What is looked at before the first step, beside a student: the model, where nothing was yet; the student."""
-    held = [part for part in training(job, config, shapes, machine) if part.what in BEFORE]
+    held = [part for part in _held(job, config, shapes, machine) if part.what in BEFORE]
     latent = FP32 * sum(layer.weights for layer in _learning(job)) if job.train.learn.latent > 0 else 0
     held.append(Part("latent weights", latent, f"{job.prefix}train.learn.latent"))
     wide = widened(shapes.weights, config.cache.length, shapes, machine)
@@ -42,13 +43,28 @@ def comparisons(job: Job, config: Config, shapes: Shapes, machine: Machine) -> I
         yield [*held, *wide]
 
 
-def training(job: Job, config: Config, shapes: Shapes, machine: Machine) -> list[Part]:
-    """The parts of a step."""
+def training(job: Job, config: Config, shapes: Shapes, machine: Machine) -> Iterator[list[Part]]:
+    """A step; and the product that a machine's speed is measured by afterwards."""
+    held, rows = _held(job, config, shapes, machine), _rows(job, config)
+    yield [*held, *_micro_batch(min(machine.micro_batch, rows), config, shapes, machine)]
+    yield [*held, Part("a product that is measured", PRODUCT, MODEL, least=False)]
+
+
+def _rows(job: Job, config: Config) -> int:
+    """Rows of a step in one process."""
+    return -(-job.train.batch_size // _together(config))
+
+
+def _together(config: Config) -> int:
+    return max(config.instance.devices, processes.place().count)
+
+
+def _held(job: Job, config: Config, shapes: Shapes, machine: Machine) -> list[Part]:
+    """What is there from the first step to the last."""
     train, dtype, prefix, gpu = job.train, machine.dtype.itemsize, job.prefix, machine.device.type == "cuda"
     learning = _learning(job)
     weights = sum(layer.weights for layer in learning)
-    together = max(config.instance.devices, processes.place().count)
-    rows = -(-train.batch_size // together)
+    together, rows = _together(config), _rows(job, config)
     latent = train.learn.latent > 0
     shared = together if latent else 1  # processes that hold states of a share of the layers each (qat.quant.shards)
     added_up = latent or rows > machine.micro_batch or any(layer.role in VOCABULARY for layer in learning)
@@ -80,7 +96,7 @@ def training(job: Job, config: Config, shapes: Shapes, machine: Machine) -> list
     if gpu:
         batch = rows * row_bytes(config, shapes.vocabulary)
         parts.append(Part("a batch on the GPU", batch, f"{prefix}train.batch_size", least=False))
-    return [*parts, *_micro_batch(min(machine.micro_batch, rows), config, shapes, machine)]
+    return parts
 
 
 def _chosen(job: Job) -> list[Layer]:
