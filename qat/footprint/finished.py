@@ -1,8 +1,9 @@
 """Students that are there: measured, spoken with, exported."""
 
 import math
+from collections.abc import Iterator
 
-from qat.config import Config, ExportType, Stage
+from qat.config import Config, ExportType
 from qat.config.evaluate import WINDOW
 from qat.evaluate.figures import rows_at_once
 from qat.footprint import libraries
@@ -22,26 +23,35 @@ TASK = 256  # tokens taken for a question of a task, which nobody knows before i
 INDEX = 1  # byte of an index in memory, where nobody has looked at the checkpoint yet
 
 
-def evaluation(jobs: list[Job], config: Config, shapes: Shapes, machine: Machine) -> list[Part]:
-    """Teacher and student side by side."""
+def evaluation(jobs: list[Job], config: Config, shapes: Shapes, machine: Machine) -> Iterator[list[Part]]:
+    """Teacher and student side by side: compared on rows of text, asked the questions of tasks, answering prompts."""
     theirs, key = shapes.taught_by
-    dtype, settings, made = machine.dtype.itemsize, config.evaluate, jobs if config.stage is Stage.run else []
-    tokens = measured_together(_length(config, shapes), machine)
-    larger = max((shapes, theirs), key=lambda one: one.inner)
-    parts = [
+    dtype, settings = machine.dtype.itemsize, config.evaluate
+    held = [
         libraries.part(machine),
         Part("the teacher's weights", theirs.weights * dtype, key),
-        Part("the student's weights", shapes.weights * dtype, MODEL),
-        Part("the student's indices and scales", _packed(made, shapes), "quant", least=False),
-        _computed(made, shapes, machine),
-        Part("hidden states", 2 * tokens * larger.hidden * dtype, "instance.micro_batch", least=False),
-        Part("what passes through a layer", tokens * passing(larger, dtype), "instance.micro_batch", least=False),
-        compared(shapes, machine, COMPARED_COPIES),
+        *_students(jobs, shapes, machine),
     ]
+    larger = max((shapes, theirs), key=lambda one: one.inner)
+    if measures_rows(config):
+        yield [*held, *_rows(config, larger, shapes, machine)]
     if settings.tasks:  # whose harness takes logits and their logarithms at all positions
         logits = 2 * dtype * machine.micro_batch * TASK * shapes.vocabulary
-        parts.append(Part("logits of a task's questions", logits, "instance.micro_batch", least=False))
-    return [*parts, *(_answers(config, larger, machine) if settings.answers else ())]
+        yield [*held, Part("logits of a task's questions", logits, "instance.micro_batch", least=False)]
+    if settings.answers:
+        yield [*held, *_answers(config, larger, machine)]
+
+
+def measures_rows(config: Config) -> bool:
+    """Whether an evaluation compares models on rows of text."""
+    return bool(config.evaluate.text) or not config.evaluate.apart
+
+
+def _rows(config: Config, larger: Shapes, shapes: Shapes, machine: Machine) -> Iterator[Part]:
+    dtype, tokens = machine.dtype.itemsize, measured_together(_length(config, shapes), machine)
+    yield Part("hidden states", 2 * tokens * larger.hidden * dtype, "instance.micro_batch", least=False)
+    yield Part("what passes through a layer", tokens * passing(larger, dtype), "instance.micro_batch", least=False)
+    yield compared(shapes, machine, COMPARED_COPIES)
 
 
 def _answers(config: Config, shapes: Shapes, machine: Machine) -> list[Part]:
@@ -55,30 +65,36 @@ def _answers(config: Config, shapes: Shapes, machine: Machine) -> list[Part]:
     return max(written, tried, key=lambda parts: sum(part.bytes for part in parts))
 
 
-def chat(config: Config, shapes: Shapes, machine: Machine) -> list[Part]:
+def chat(jobs: list[Job], config: Config, shapes: Shapes, machine: Machine) -> list[Part]:
     """A student, its teacher, or both."""
     theirs, key = shapes.taught_by
     dtype, student = machine.dtype.itemsize, bool(config.checkpoint.path)
-    parts, tokens = [libraries.part(machine)], LONGEST + config.chat.max_tokens
-    if student:
-        parts.append(Part("the student's weights", shapes.weights * dtype, MODEL))
-        parts.append(Part("the student's indices and scales", _packed([], shapes), MODEL, least=False))
-        parts.append(_computed([], shapes, machine))
+    parts = [libraries.part(machine), *(_students(jobs, shapes, machine) if student else ())]
     if config.chat.teacher or not student:
         parts.append(Part("the teacher's weights", theirs.weights * dtype, key))
-    held = max(shapes.remembered, theirs.remembered) * tokens * dtype
+    held = max(shapes.remembered, theirs.remembered) * (LONGEST + config.chat.max_tokens) * dtype
     return [*parts, Part("keys and values", held, "chat.max_tokens", least=False)]
 
 
-def export(config: Config, shapes: Shapes, machine: Machine) -> list[Part]:
+def export(jobs: list[Job], config: Config, shapes: Shapes, machine: Machine) -> list[Part]:
     """A model in fp32, and what was written of it, read back beside it; all of it in host memory."""
     written = FP32 if config.export.dtype is ExportType.fp32 else FP32 / 2
     return [
         libraries.part(machine, host=True),
         Part("the model's weights in fp32", FP32 * shapes.weights, MODEL, host=True),
-        Part("indices and scales", _packed([], shapes), MODEL, host=True, least=False),
+        Part("indices and scales", _packed(jobs, shapes), MODEL, host=True, least=False),
         Part("what was written", written * shapes.weights, "export.dtype", host=True, least=False),
     ]
+
+
+def _students(jobs: list[Job], shapes: Shapes, machine: Machine) -> Iterator[Part]:
+    """A student whose weights are written out."""
+    largest = shapes.vocabulary * shapes.hidden
+    if jobs:
+        largest = max((layer.weights for layer in jobs[-1].layers), default=0)
+    yield Part("the student's weights", shapes.weights * machine.dtype.itemsize, MODEL)
+    yield Part("the student's indices and scales", _packed(jobs, shapes), "quant", least=False)
+    yield written_out(largest, machine)
 
 
 def student(job: Job, shapes: Shapes, machine: Machine) -> float:
@@ -86,9 +102,10 @@ def student(job: Job, shapes: Shapes, machine: Machine) -> float:
     return shapes.weights * machine.dtype.itemsize + _packed([job], shapes)
 
 
-def computed(layers: list[Layer], machine: Machine) -> Part:
-    """The largest matrix, or as much of it as is written out at a time."""
-    return _written_out(max((layer.weights for layer in layers), default=0), machine)
+def written_out(weights: int, machine: Machine) -> Part:
+    """A matrix of so many weights as it is computed, or as much of it as is at a time."""
+    work = min(TOGETHER, weights) * LOOKED_UP[kind(machine)]
+    return Part("a matrix that is written out", work, MODEL, least=False)
 
 
 def measured_together(length: int, machine: Machine) -> int:
@@ -107,16 +124,6 @@ def _packed(jobs: list[Job], shapes: Shapes) -> float:
         return INDEX * shapes.weights
     numbers = [part.shape for layer in jobs[-1].layers for part in layer.format.parts(*layer.shape).values()]
     return sum(map(indices, jobs[-1].layers)) + FP32 * sum(map(math.prod, numbers))
-
-
-def _computed(jobs: list[Job], shapes: Shapes, machine: Machine) -> Part:
-    """As `computed`, of a student that nobody knows as if all of its matrices were quantized."""
-    return computed(jobs[-1].layers, machine) if jobs else _written_out(shapes.vocabulary * shapes.hidden, machine)
-
-
-def _written_out(weights: int, machine: Machine) -> Part:
-    work = min(TOGETHER, weights) * LOOKED_UP[kind(machine)]
-    return Part("a matrix that is written out", work, MODEL, least=False)
 
 
 def _length(config: Config, shapes: Shapes) -> int:

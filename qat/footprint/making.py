@@ -11,7 +11,7 @@ from qat.evaluate.figures import TOGETHER
 from qat.flow import KEPT_BYTES
 from qat.footprint import libraries
 from qat.footprint.activations import passing
-from qat.footprint.finished import COMPARED_COPIES, computed, indices, measured_together, student
+from qat.footprint.finished import COMPARED_COPIES, indices, measured_together, student, written_out
 from qat.footprint.preparation import compared, reading
 from qat.footprint.shapes import FP32, MODEL, TEACHER, Job, Part, Shapes, kind
 from qat.machine import Machine
@@ -94,7 +94,7 @@ def _figures(job: Job, streams: bool, config: Config, shapes: Shapes, machine: M
     states = 4 * (TOGETHER if streams else at_once) * shapes.hidden * dtype
     yield Part("hidden states", min(2 * KEPT_BYTES, states), MODEL, least=False)
     yield Part("what passes through a layer", at_once * passing(shapes, dtype), "instance.micro_batch", least=False)
-    yield computed(job.layers, machine)
+    yield written_out(max((layer.weights for layer in job.layers), default=0), machine)
     yield compared(shapes, machine, COMPARED_COPIES)
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from qat.config import Config, Stage
-from qat.footprint.finished import chat, evaluation, export
+from qat.footprint.finished import chat, evaluation, export, measures_rows
 from qat.footprint.making import conversion
 from qat.footprint.preparation import cache, comparison, reads, text
 from qat.footprint.shapes import Job, Part, Shapes
@@ -21,7 +21,7 @@ def phases(config: Config, shapes: Shapes, jobs: list[Job], machine: Machine) ->
         for parts in text(config, shapes, machine):
             yield TEXT, parts
         yield CACHE, cache(config, shapes, machine)
-    if stage in (*RECORDS, Stage.evaluate):
+    if stage in RECORDS or (stage is Stage.evaluate and measures_rows(config)):
         yield COMPARISON, comparison(config, larger, machine, reads(config, larger, machine))
     if stage in (Stage.run, Stage.convert):
         for job in jobs:
@@ -33,8 +33,9 @@ def phases(config: Config, shapes: Shapes, jobs: list[Job], machine: Machine) ->
             for parts in training(job, config, shapes, machine):
                 yield TRAINING, parts
     if stage in (Stage.run, Stage.evaluate):
-        yield EVALUATION, evaluation(jobs, config, shapes, machine)
+        for parts in evaluation(jobs, config, shapes, machine):
+            yield EVALUATION, parts
     if stage is Stage.export:
-        yield EXPORT, export(config, shapes, machine)
+        yield EXPORT, export(jobs, config, shapes, machine)
     if stage is Stage.chat:
-        yield ANSWERS, chat(config, shapes, machine)
+        yield ANSWERS, chat(jobs, config, shapes, machine)

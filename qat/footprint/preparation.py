@@ -30,16 +30,16 @@ COMPARED_COPIES = 4  # of log-probabilities at the compared positions
 def text(config: Config, shapes: Shapes, machine: Machine) -> Iterator[list[Part]]:
     """What the teacher writes, all sources at once; nothing where it writes nothing.
 
-    One source after the other has its turn, in which it reads prompts; or, before its first text, compares the loop
-    that writes with the teacher's own pass, while all others have their rows.
+    One source after the other has its turn, while all others have their rows: it reads prompts, then chooses tokens.
+    Before its first text it compares the loop that writes with the teacher's own pass.
     """
     theirs, key = shapes.taught_by
     held = [libraries.part(machine), Part("the teacher's weights", theirs.weights * machine.dtype.itemsize, key)]
     sources = list(generated(config.data))
     rows = sorted((list(_rows(*one, theirs, machine)) for one in sources), key=_bytes)
     if sources:
-        reading = max((_reading(*one, theirs, machine) for one in sources), key=lambda part: part.bytes)
-        yield [*held, *chain(*rows), reading]
+        turn = max((_turn(*one, theirs, machine) for one in sources), key=lambda part: part.bytes)
+        yield [*held, *chain(*rows), turn]
         positions = max(longest(source, theirs) + source.answer_tokens for _, source in sources)
         yield [*held, *chain(*rows[1:]), *widened(theirs.weights, positions, theirs, machine)]
 
@@ -87,11 +87,14 @@ def _rows(where: str, source: DataConfig, theirs: Shapes, machine: Machine) -> I
     yield from rows_of_text(how.rows, how.row_bytes, f"{where}answer_tokens", key, machine)
 
 
-def _reading(where: str, source: DataConfig, theirs: Shapes, machine: Machine) -> Part:
-    """What passes through a layer while prompts of a source are read."""
-    read = min(TOKENS_AT_ONCE, written(source, theirs, machine).rows * longest(source, theirs))
-    passed = read * passing(theirs, machine.dtype.itemsize)
-    return Part("prompts that are read", passed, _number(where, source, theirs), least=False)
+def _turn(where: str, source: DataConfig, theirs: Shapes, machine: Machine) -> Part:
+    """What a source takes in its turn: of prompts what passes through a layer, or of tokens the logits."""
+    how, key = written(source, theirs, machine), _number(where, source, theirs)
+    read = min(TOKENS_AT_ONCE, how.rows * longest(source, theirs)) * passing(theirs, machine.dtype.itemsize)
+    chosen = how.rows * how.turn_bytes
+    if read >= chosen:
+        return Part("prompts that are read", read, key, least=False)
+    return Part("logits", chosen, key, least=False)
 
 
 def _number(where: str, source: DataConfig, theirs: Shapes) -> str:
@@ -107,7 +110,7 @@ def rows_of_text(rows: int, row_bytes: float, longer: str, more: str, machine: M
     """What rows hold while they are written; `longer` is the key of their length, `more` that of their number."""
     gpu = machine.device.type == "cuda"  # on which memory that ran out would be told
     yield Part(
-        "keys, values and logits of a row" if gpu else "keys, values and logits",
+        "keys, values and logits of a row" if gpu else "keys and values",
         row_bytes * (1 if gpu else rows),
         longer,
     )

@@ -17,11 +17,20 @@ COMPILED_TOKENS = 10_000_000  # tokens of a writer from which compiling its step
 
 @dataclass(frozen=True)
 class Batches:
-    """How texts are written: rows of a batch, whether a step is compiled, and bytes that a row takes meanwhile."""
+    """How texts are written.
+
+    Attributes:
+        rows: of a batch.
+        compiled: a step is.
+        row_bytes: that a row has from its first token to its last: keys and values, and logits where a recording has
+            them.
+        turn_bytes: that it takes while a token is chosen, where nothing is recorded.
+    """
 
     rows: int
     compiled: bool
     row_bytes: int
+    turn_bytes: int
 
 
 def batches(model: PreTrainedConfig, machine: Machine, texts: int, longest: int, sampling: Sampling) -> Batches:
@@ -30,8 +39,9 @@ def batches(model: PreTrainedConfig, machine: Machine, texts: int, longest: int,
     rows = rows_at_once(model, machine, longest, sampling)
     if not compiled:  # batches of equal size; a compiled step keeps the size that all sources share
         rows = -(-texts // -(-texts // rows))
-    row_bytes = bytes_a_row(model, longest, sampling, machine.dtype, LOGITS[machine.device.type])
-    return Batches(rows, compiled, row_bytes)
+    kind = machine.device.type
+    held, whole = (bytes_a_row(model, longest, sampling, machine.dtype, copies) for copies in (0, LOGITS[kind]))
+    return Batches(rows, compiled, whole if kind == "cuda" else held, 0 if kind == "cuda" else whole - held)
 
 
 def rows_at_once(model: PreTrainedConfig, machine: Machine, longest: int, sampling: Sampling) -> int:

@@ -30,6 +30,7 @@ log = logging.getLogger(__name__)
 
 CONVERTS = (Stage.run, Stage.convert)
 TRAINS = (Stage.run, Stage.distill)
+TAKES = (Stage.distill, Stage.evaluate, Stage.export, Stage.chat)  # a student that is there
 AUTO = "auto"  # the instance that is whatever is there
 
 
@@ -203,7 +204,7 @@ def _jobs(config: Config, model: ModelFolder) -> Iterator[Job]:
     start = config.checkpoint.path
     if config.stage is Stage.run or (config.stage is Stage.convert):
         yield Job(select(model.skeleton(), config.quant), config.mode, config.train)
-    elif config.stage is Stage.distill and start and (found := find(Path(start).expanduser())).is_dir():
+    elif config.stage in TAKES and start and (found := find(Path(start).expanduser())).is_dir():
         layers = checkpoints.layers_of(checkpoints.native.opened(found))
         yield Job(layers, config.mode, config.train)
 
