@@ -1,6 +1,7 @@
 """What makes a run fit: cheaper settings, tried in the order of what they cost."""
 
 import copy
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -14,6 +15,7 @@ from qat.machine import Machine
 
 Change = Callable[[Config], None]
 INSTANCE = "instance."  # beginning of keys that change no result
+PART = re.compile(r"^data\.parts\[\d+\]\.")  # of which nothing can be typed but what the mixture says for all
 # Numbers that decide how much there is of something, from what a student notices least
 NUMBERS = (
     *("evaluate.answers", "evaluate.answer_tokens", "chat.max_tokens", "convert.calibration_tokens"),
@@ -122,6 +124,8 @@ def _cheaper(
         yield "instance.moments=host", setting("instance.moments", "host")
     if config.convert.gradients:
         yield "convert.gradients=false", setting("convert.gradients", False)
+    if config.convert.passes > 1:
+        yield "convert.passes=1", setting("convert.passes", 1)
     if config.loss.kind.needs_teacher:
         yield "loss=bucket_kl", setting("loss.kind", LossKind.bucket_kl)
     if config.train.learn.latent > 0:
@@ -132,7 +136,8 @@ def _cheaper(
     if config.mode.mlp and config.mode.attn:
         yield "mode.attn=false" if config.mode.rank else "mode=mlp", setting("mode.attn", False)
     made = phases(config, shapes, jobs(config), machine)
-    keys = {part.key for name, parts in made if phase in (None, name) for part in parts}
+    named = [part.key for name, parts in made if phase in (None, name) for part in parts]
+    keys = {PART.sub("data.", key) for key in named}
     for key in [key for key in NUMBERS if key in keys]:
         for value in _halves(config, key):
             yield f"{key}={value}", setting(key, value)
