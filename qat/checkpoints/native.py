@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
-from qat import manifests, older, tensor_files
+from qat import manifests, older, system, tensor_files
 from qat.artifacts import MANIFEST, open_artifact, publish, read_json, write_json
 from qat.checkpoints import adapters
 from qat.checkpoints.own import FILE as OWN
@@ -42,6 +42,7 @@ FILE = "tables.safetensors"
 # File of the latent weights `<layer>.latent`, fp32, from which training of indices continues
 LATENT = "latent.safetensors"
 FITTED = ".fitted"  # end of the name of a note beside a file of quantized layers that is being filled
+UNPACKED = 1 << 24  # weights that are unpacked until what malloc holds between tensors is given back
 REMEDY = "copy the checkpoint again from where it came, or make it again"
 
 log = logging.getLogger(__name__)
@@ -215,8 +216,13 @@ def load(folder: Path, teacher: ModelFolder, machine: Machine) -> tuple[PreTrain
     layers = layers_of(manifest)
     tensors = tensor_files.read(folder / FILE, _wanted(layers), REMEDY, names=older.names)
     model = teacher.load(machine.dtype, machine.device)
+    unpacked = 0
     for layer in layers:
         put(model, layer.name, _filled(layer, tensors.__getitem__, machine.device))
+        unpacked += layer.weights
+        if unpacked > UNPACKED:
+            system.trim()
+            unpacked = 0
     own = read_own(folder / OWN, model, REMEDY) if _has(folder, manifest, OWN) else {}
     adopt(model, own)
     set_learned(model, own)

@@ -78,12 +78,13 @@ def chat(jobs: list[Job], config: Config, shapes: Shapes, machine: Machine) -> l
 
 def export(jobs: list[Job], config: Config, shapes: Shapes, machine: Machine) -> list[Part]:
     """A model in fp32, and what was written of it, read back beside it; all of it in host memory."""
-    written = FP32 if config.export.dtype is ExportType.fp32 else FP32 / 2
+    whole = config.export.dtype is ExportType.fp32
+    written, key = (FP32, "export.dtype") if whole else (FP32 / 2, MODEL)
     return [
         libraries.part(machine, host=True),
         Part("the model's weights in fp32", FP32 * shapes.weights, MODEL, host=True),
         Part("indices and scales", _packed(jobs, shapes), MODEL, host=True, least=False),
-        Part("what was written", written * shapes.weights, "export.dtype", host=True, least=False),
+        Part("what was written", written * shapes.weights, key, host=True, least=False),
     ]
 
 

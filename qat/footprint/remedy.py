@@ -6,8 +6,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
-from qat.config import Config, LossKind
+from qat.config import Config, ExportType, LossKind
 from qat.errors import ConfigError
+from qat.export.exporter import exporter
 from qat.footprint.phases import phases
 from qat.footprint.places import places
 from qat.footprint.shapes import Jobs, Shapes
@@ -122,6 +123,8 @@ def _cheaper(
         yield "instance.checkpointing=true", setting("instance.checkpointing", "true")
     if config.instance.moments != "host" and config.train.learn.latent > 0 and machine.device.type == "cuda":
         yield "instance.moments=host", setting("instance.moments", "host")
+    if config.export.dtype is ExportType.fp32 and ExportType.bf16 in exporter(config.export.format).types:
+        yield "export.dtype=bf16", setting("export.dtype", ExportType.bf16)
     if config.convert.gradients:
         yield "convert.gradients=false", setting("convert.gradients", False)
     if config.convert.passes > 1:

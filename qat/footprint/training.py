@@ -33,12 +33,14 @@ TOLD = 8 + FP32  # bytes of a cached token's number and log-probability as the l
 def comparisons(job: Job, config: Config, shapes: Shapes, machine: Machine) -> Iterator[list[Part]]:
     """What is looked at before the first step, beside a student: the model, where nothing was yet; the student."""
     held = [part for part in _held(job, config, shapes, machine) if part.what in BEFORE]
+    loose = [part for part in held if part.what not in (STUDENTS, TEACHERS)]  # nothing is written out yet
     latent = FP32 * sum(layer.weights for layer in _learning(job)) if job.train.learn.latent > 0 else 0
     held.append(Part("latent weights", latent, f"{job.prefix}train.learn.latent"))
     wide = widened(shapes.weights, config.cache.length, shapes, machine)
     if config.stage is Stage.distill or config.cache.path:
-        model = Part("the model's weights", shapes.weights * machine.dtype.itemsize, MODEL)
-        yield [*(part for part in held if part.what != TEACHERS), model, *wide]
+        dense = shapes.weights - sum(layer.weights for layer in job.layers)
+        rest = Part(STUDENTS, dense * machine.dtype.itemsize, MODEL)
+        yield [*loose, rest, Part("the model's weights", shapes.weights * machine.dtype.itemsize, MODEL), *wide]
     if shapes.fuses(machine):
         yield [*held, *wide]
 

@@ -1,6 +1,7 @@
 """What does not fit names the cheapest key, `instance=auto` turns it by itself, and the screen says it in one line."""
 
 import logging
+import re
 from dataclasses import replace
 
 import psutil
@@ -152,3 +153,36 @@ def test_text_is_planned_with_the_rows_that_it_is_written_with(model, shape, fre
     held = sum(part.bytes for part in text if "rows more" in part.what or "of a row" in part.what)
     assert held == planned.rows * (128 * a_token + 2 * 4 * 151_936)
     assert sum(part.bytes for part in text if part.least) < 2 * shapes.weights + 0.2 * GB
+
+
+STAGES = [
+    (Stage.cache, ("data.answer_tokens=80",), "text", 0.9, r"data\.answer_tokens=40 makes it fit"),
+    (Stage.cache, ("data=prompts",), "text", 0.6, r"data\.documents=\d+ makes it fit"),
+    (Stage.convert, ("convert=thorough", "data=text", "data.path=README.md"), "conversion", 0.9, r"convert\.passes=1 m"),
+    (Stage.distill, LATENT, "training", 0.9, r"instance\.micro_batch=\d+ makes it fit"),
+    (Stage.run, (), "training", 0.9, r"instance\.micro_batch=\d+ makes it fit"),
+    (Stage.evaluate, (), "evaluation", 0.6, "choose a smaller model"),
+    (Stage.evaluate, ("evaluate.answers=200", "evaluate.answer_tokens=512"), "evaluation", 0.9, r"answer_tokens=256 m"),
+    (Stage.chat, ("chat.max_tokens=4096",), "answers", 0.9, r"chat\.max_tokens=2048 makes it fit"),
+    (Stage.export, ("export=hf", "export.dtype=fp32", "export.output=made"), "export", 0.9, r"export\.dtype=bf16 m"),
+]
+
+
+@pytest.mark.parametrize(("stage", "words", "phase", "share", "said"), STAGES)
+def test_every_stage_on_a_small_machine_says_what_makes_it_fit(model, shape, free, caplog, stage, words, phase, share, said):
+    """A CPU on which a share of what a stage is expected to take is free: it is warned, or refused."""
+    mode = () if stage in (Stage.evaluate, Stage.chat, Stage.export) else ("mode=e2e",)
+    asked = (f"stage={stage.name}",) if not mode else ()
+    config = replace(main.check(arguments.parse(["model=tiny", "cache.top_k=64", *mode, *asked, *words])).configs[0])
+    config, machine = replace(config, stage=stage), replace(tiny.FP32, micro_batch=16)
+    shapes, jobs = Shapes.of(model, shape, streams=False), jobs_of(model)
+    free(10**12)
+    free(share * max(footprint.expected(config, shapes, jobs(config), machine).values()))
+    try:
+        footprint.check(config, shapes, jobs, machine)
+    except ConfigError as error:
+        caplog.records.clear()
+        told = str(error)
+    else:
+        told = caplog.text
+    assert f"{phase} " in told and re.search(said, told), told
