@@ -2,6 +2,7 @@
 
 import gc
 import json
+import os
 import subprocess
 import sys
 import weakref
@@ -20,17 +21,19 @@ MB = 10**6
 # What was taken may differ by a share of what was expected, and by what libraries and malloc take more or less of from
 # one machine and run to the next
 SHARE, APART = 0.2, 60 * MB
-WIDE = ("+debug=tiny", "model.vocab_size=24000", "cache.length=128", "instance.micro_batch=32")
+WIDE = ("+debug=tiny", "model.vocab_size=16000", "cache.length=128", "instance.micro_batch=32")
 linux = pytest.mark.skipif(sys.platform != "linux", reason="begins the count anew by /proc")
 
 
 def phases(outputs, *words):
     """What was expected and taken in each phase of a run, in bytes.
 
-    It has an interpreter of its own: one that is forked begins without the pages of libraries that it uses.
+    It has an interpreter of its own, as one that is forked begins without the pages of libraries that it uses; and
+    malloc as users have it, which other tests let keep what is free.
     """
+    env = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
     command = [sys.executable, launching.LAUNCH, *WIDE, *words, f"outputs={outputs}"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=outputs)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=outputs, env=env)
     assert done.returncode == 0, done.stderr
     memory = json.loads((max(outputs.glob("SR-*")) / "result.json").read_text())["memory"]
     passed = {name: one for name, one in memory["phases"].items() if "peak_bytes" in one}
@@ -48,7 +51,7 @@ def test_every_phase_takes_what_it_was_expected_to_take(tmp_path):
     assert not within(found)
     making = {"text", "the cache", "comparison of passes", "conversion", "conversion of embed"}
     assert found.keys() == making | {"figures of the conversion", "training", "evaluation"}
-    assert max(taken for _, taken in found.values()) > 250 * MB  # most of it no library's
+    assert max(taken for _, taken in found.values()) > 200 * MB  # most of it no library's
     answering = ("stage=evaluate", "evaluate.answers=64", "evaluate.answer_tokens=8")
     for phase, words in (("evaluation", answering), ("export", ("stage=export", "export=hf", "export.output=made"))):
         found = phases(tmp_path, "checkpoint=SR-001", *words)
