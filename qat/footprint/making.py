@@ -21,7 +21,7 @@ from qat.quant import kmeans
 from qat.quant.architectures import NUMBER, Layer
 from qat.quant.vocabulary import ROLES as VOCABULARY
 
-COPIES, SQUARES = 9, 3  # fp32 copies of a weight and of a moment that its fit has at one time, counted (log/memory.md)
+COPIES, SQUARES = 8, 3  # fp32 copies of a weight and of a moment that its fit has at one time, counted (log/memory.md)
 
 
 def conversion(job: Job, config: Config, shapes: Shapes, machine: Machine) -> Iterator[tuple[str, list[Part]]]:
@@ -160,7 +160,7 @@ def _clustering(stack: list[Layer], machine: Machine) -> float:
     """Bytes that the first codebooks of a stack of layers take, which are those of a fixed number of bins."""
     parts = stack[0].format.parts(*stack[0].shape).values()
     entries = [part.shape[0] for part in parts if part.kind == "codebooks" and len(part.shape) == 1]
-    return max((kmeans.bytes_needed(len(stack), count, kind(machine)) for count in entries), default=0.0)
+    return max((kmeans.bytes_needed(len(stack), stack[0].weights, count, kind(machine)) for count in entries), default=0.0)
 
 
 def equations(stack: list[Layer]) -> float:

@@ -45,6 +45,7 @@ MAX_EDGES = 1280  # largest number of candidate boundaries, reached at 16 entrie
 APART = 64  # candidates from one whose best start is sought among all to the next, on a CPU
 LLOYD_STEPS = 64
 NUMBER = 8  # bytes of a number, be it whole or a fraction
+COUNTED = 6 * NUMBER  # bytes of a value on its way into a bin
 SUMMED, SUMS = 9 * NUMBER, 4 * NUMBER  # bytes of a bin while it is summed up to each edge, and once it is
 # Numbers in a temporary tensor: fits into CPU caches; hides launch time on a GPU
 AT_ONCE = {"cpu": 1 << 19, "cuda": 1 << 22}
@@ -78,15 +79,16 @@ def kmeans(x_NM: Tensor, weight_NM: Tensor, entries: int) -> Tensor:
     return (_fill(_means(prefix, ends)) * width + low).float()
 
 
-def bytes_needed(rows: int, entries: int, kind: str) -> float:
-    """The most memory that `kmeans` takes for so many rows of many values, on a kind of device ("cpu" or "cuda").
+def bytes_needed(rows: int, values: int, entries: int, kind: str) -> float:
+    """The most memory that `kmeans` takes for so many rows of so many values, on a kind of device ("cpu" or "cuda").
 
-    Sums over all bins are there at one time with what they are made of, or beside the costs of the intervals between
-    all candidates, in three matrices of as many rows as are solved together.
+    That is sums over all bins with what they are made of, or beside some values on their way into bins, or beside the
+    costs of the intervals between all candidates, in three matrices of as many rows as are solved together.
     """
     edges = min(EDGES * entries, MAX_EDGES) + 1
     together = min(rows, max(1, AT_ONCE[kind] // edges**2))
-    return max(rows * FINE * SUMMED, rows * FINE * SUMS + 3 * NUMBER * together * edges**2)
+    counted = COUNTED * min(rows * values, AT_ONCE[kind])
+    return rows * FINE * SUMS + max(rows * FINE * (SUMMED - SUMS), counted, 3 * NUMBER * together * edges**2)
 
 
 def check(x: Tensor, weight: Tensor) -> None:
