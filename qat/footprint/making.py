@@ -160,7 +160,8 @@ def _clustering(stack: list[Layer], machine: Machine) -> float:
     """Bytes that the first codebooks of a stack of layers take, which are those of a fixed number of bins."""
     parts = stack[0].format.parts(*stack[0].shape).values()
     entries = [part.shape[0] for part in parts if part.kind == "codebooks" and len(part.shape) == 1]
-    return max((kmeans.bytes_needed(len(stack), stack[0].weights, count, kind(machine)) for count in entries), default=0.0)
+    sizes = len(stack), stack[0].weights
+    return max((kmeans.bytes_needed(*sizes, count, kind(machine)) for count in entries), default=0.0)
 
 
 def equations(stack: list[Layer]) -> float:
