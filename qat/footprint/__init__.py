@@ -51,6 +51,8 @@ log = logging.getLogger(__name__)
 def check(config: Config, shapes: Shapes, jobs: Jobs, machine: Machine) -> None:
     """Refuses a run that needs more memory than this machine has, and warns of one that is expected to take more.
 
+    Either way the phase is told that is short of most.
+
     Args:
         config: of the run.
         shapes: of its models.
@@ -60,15 +62,17 @@ def check(config: Config, shapes: Shapes, jobs: Jobs, machine: Machine) -> None:
     Raises:
         ConfigError: what takes most of the memory, and which key to change.
     """
+    made = phases(config, shapes, jobs(config), machine)
+    held = [(name, place) for name, parts in made for place in places(parts, machine)]
     for least in (True, False):
-        for name, parts in phases(config, shapes, jobs(config), machine):
-            for place in places(parts, machine):
-                if not place.fits(least):
-                    said = refusal(name, place, least, remedy(config, shapes, jobs, machine, name, least))
-                    if least:
-                        raise ConfigError(said)
-                    log.warning(said)
-                    return
+        short = [(name, place) for name, place in held if not place.fits(least)]
+        if not short:
+            continue
+        name, place = max(short, key=lambda one: one[1].needed(least) - one[1].room(least))
+        said = refusal(name, place, least, remedy(config, shapes, jobs, machine, name, least))
+        if least:
+            raise ConfigError(said)
+        log.warning(said)
 
 
 def expected(config: Config, shapes: Shapes, jobs: list[Job], machine: Machine) -> dict[str, int]:

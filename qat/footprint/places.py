@@ -48,9 +48,8 @@ def refusal(phase: str, place: Place, least: bool, keys: list[str]) -> str:
     parts = " and ".join(f"{size(part.bytes)} for {part.what} ({part.key})" for part in largest)
     own = [part.key for part in largest if part.key not in (MODEL, TEACHER)]
     fixed = [part for part in _descending(place) if part.key in (MODEL, TEACHER) and (part.least or not least)]
-    if sum(part.bytes for part in fixed) > place.room(least):  # whatever else is changed
-        own, largest = [], fixed[:2]
-    smaller = f"change {own[0]}" if own else f"choose a smaller {largest[0].key}"
+    alone = sum(part.bytes for part in fixed) > place.room(least)  # whatever else is changed
+    smaller = f"change {own[0]}" if own and not alone else f"choose a smaller {fixed[0].key}"
     change = f"{' '.join(keys)} makes it fit" if keys else smaller
     needs = "needs at least" if least else "is expected to take"
     return (

@@ -109,15 +109,18 @@ def test_a_run_that_fits_to_the_byte_is_let_through_and_one_byte_less_is_refused
 
 def test_the_two_largest_parts_and_the_key_to_change_are_told(config, large, room):
     model, shape = large
-    room(8 * GB)
     wide = replace(config, quant=replace(config.quant, mlp=replace(config.quant.mlp, rank=2000)))
     wide = replace(wide, stage=Stage.convert, data=DataConfig(name="text", source=DataSource.text))
-    with pytest.raises(ConfigError) as refused:
-        check(wide, Shapes.of(model, shape), [job_of(model, wide)])
-    told = str(refused.value)
-    assert f"{2 * 4 * 17_408 * 2000**2 / 1e9:.0f} GB for equations of rank 2000 (quant.mlp.rank) and" in told
-    assert "for embedding, head and norms (model); change quant.mlp.rank, or use a machine with more" in told
-    assert "and 8 GB are free" in told
+
+    def told(free):
+        room(free)
+        with pytest.raises(ConfigError) as refused:
+            footprint.check(wide, Shapes.of(model, shape), lambda changed: [job_of(model, changed)], tiny.FP32)
+        return str(refused.value)
+
+    assert f"{2 * 4 * 17_408 * 2000**2 / 1e9:.0f} GB for equations of rank 2000 (quant.mlp.rank) and" in told(8 * GB)
+    assert "for embedding, head and norms (model); choose a smaller model, or use a machine with more" in told(8 * GB)
+    assert "and 20 GB are free" in told(20 * GB) and "; quant.mlp.rank=250 makes it fit, or" in told(20 * GB)
 
 
 def test_what_makes_it_fit_is_the_cheapest_that_does(config, large, room):
