@@ -25,6 +25,8 @@ IMPORTED = [
     "qat.cli.launch",
     "qat.stages.run",
     "qat.plots",
+    "matplotlib.figure",
+    "matplotlib.ticker",
     "hydra._internal.hydra",
     "hydra._internal.logging_config",
     "transformers.models.llama.modeling_llama",
@@ -38,8 +40,8 @@ import sys
 for name in [name for name in sys.modules if name.partition(".")[0] in ("qat", "launch", "tests")]:
     del sys.modules[name]
 """
-# Among how many places a codebook's boundaries are sought at most, in tests that are not about that: as many as for four
-# entries, where sixteen have 1,280, which takes most of the time that a tiny model's conversion does.
+# Among how many places a codebook's boundaries are sought at most, in tests that are not about that: as many as for
+# four entries. Sixteen have 1,280 elsewhere, which take most of the time that a tiny model's conversion does.
 EDGES = 320
 LAUNCH = str(Path(__file__).resolve().parents[1] / "launch.py")
 
@@ -113,7 +115,7 @@ def python(*words: str, stdin: str = "", env: Mapping[str, str] | None = None) -
 
 
 def lighten() -> None:
-    """Spares this process what takes long and no test of launches looks at: speed, pictures, power cuts, free memory."""
+    """Spares this process what takes long and no test of launches looks at: speed, pictures, power cuts, memory."""
     from matplotlib.figure import Figure
 
     from qat import machine, system

@@ -3,8 +3,8 @@ from dataclasses import replace
 import pytest
 import torch
 import zoo
-from transformers import CONFIG_MAPPING
 from torch import nn
+from transformers import CONFIG_MAPPING
 
 from qat import flow
 from qat.cache.batch import Batch, Text
