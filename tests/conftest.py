@@ -35,7 +35,7 @@ os.environ.update(
 os.fsync = lambda descriptor: None
 
 # The same examples every time, and no clock: the machine may be busy.
-settings.register_profile("steady", derandomize=True, deadline=None, database=None, max_examples=50)
+settings.register_profile("steady", derandomize=True, deadline=None, database=None, max_examples=30)
 settings.load_profile("steady")
 
 gc.disable()  # while modules are imported and tests collected, of which nothing is garbage
