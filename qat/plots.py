@@ -1,14 +1,17 @@
-"""Pictures of a run, for people who would rather look than read."""
+"""Pictures of a run, for people who would rather look than read.
+
+matplotlib is imported where one is drawn: chats, exports and whatever else draws none do not wait for it.
+"""
 
 from io import BytesIO
 from itertools import cycle
 from pathlib import Path
-from typing import Any
-
-from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator
+from typing import TYPE_CHECKING, Any
 
 from qat.artifacts import write_bytes
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 TRAINING, HELD_OUT, KD = "#9aa5b1", "#1d4ed8", "#c2410c"
 LEAVES = ("#1d4ed8", "#0891b2", "#0f766e", "#7c3aed", "#c2410c", "#ca8a04", "#be185d")
@@ -22,7 +25,7 @@ def loss_curve(rows: list[dict[str, float]], title: str, path: Path) -> None:
         title: what was trained.
         path: where the picture goes.
     """
-    figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
+    figure = _empty()
     axes = figure.subplots()
     steps = [(row["step"], row["loss"]) for row in rows if "loss" in row]
     looks = [(row["step"], row["kd_loss"]) for row in rows if "kd_loss" in row]
@@ -50,7 +53,7 @@ def error_by_depth(errors: dict[str, float], title: str, path: Path) -> None:
         title: what was converted.
         path: where the picture goes.
     """
-    figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
+    figure = _empty()
     axes = figure.subplots()
     for leaf, color in zip(dict.fromkeys(name.rpartition(".")[2] for name in errors), cycle(LEAVES), strict=False):
         values = [error for name, error in errors.items() if name.endswith(f".{leaf}")]
@@ -70,7 +73,9 @@ def kl_by_position(curves: dict[str, list[tuple[float, float]]], title: str, pat
         title: what it was measured on.
         path: where the picture goes.
     """
-    figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
+    from matplotlib.ticker import LogLocator
+
+    figure = _empty()
     axes = figure.subplots()
     for (name, curve), color in zip(curves.items(), cycle(LEAVES), strict=False):
         axes.plot(*zip(*curve, strict=True), marker=".", color=color, label=name)
@@ -92,7 +97,7 @@ def tail_mass(tails: dict[str, list[float]], title: str, path: Path) -> None:
         title: which cache.
         path: where the picture goes.
     """
-    figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
+    figure = _empty()
     axes = figure.subplots()
     edges = [10 ** (exponent / 8) for exponent in range(-40, 1)]
     for (split, values), color in zip(tails.items(), (TRAINING, KD), strict=False):
@@ -124,7 +129,7 @@ def sweep(points: list[tuple[dict[str, str], float | None]], objective: str, tit
     shown = [(values, figure) for values, figure in points if figure is not None]
     keys = list(shown[0][0])
     axis = next((key for key in keys if all(_number(values[key]) is not None for values, _ in shown)), None)
-    figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
+    figure = _empty()
     axes = figure.subplots()
     lines: dict[str, list[tuple[Any, float]]] = {}
     for values, value in shown:
@@ -158,7 +163,13 @@ def _number(text: str) -> float | None:
         return None
 
 
-def _save(figure: Figure, path: Path) -> None:
+def _empty() -> "Figure":
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
+
+
+def _save(figure: "Figure", path: Path) -> None:
     """Writes a picture, atomically."""
     content = BytesIO()
     figure.savefig(content, format="png")

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from qat import bounded, locks, names, plans, scratch
+from qat import bounded, locks, names, plans, plots, scratch
 from qat.artifacts import content_key, write_json, write_text
 from qat.config import Config
 from qat.errors import ArtifactError, ConfigError, MissingError
@@ -192,8 +192,6 @@ def summarize(sweep: Sweep) -> dict[str, Any]:
     write_json(sweep.folder / "summary.json", summary)
     write_text(sweep.folder / "summary.md", _markdown(sweep, summary))
     if any(row["metrics"].get(objective) is not None for row in rows):
-        from qat import plots  # matplotlib takes a moment, and the command line is also asked for help
-
         points = [(row["values"], row["metrics"].get(objective)) for row in rows if row["metrics"]]
         plots.sweep(points, OBJECTIVES[objective], sweep.folder.name, sweep.folder / "sweep.png")
     return summary

@@ -25,6 +25,8 @@ except ImportError:  # Windows has no such limits, and psutil knows the peak
 
 AT_FDCWD, RENAME_EXCHANGE = -100, 2  # constants of the system call renameat2(2)
 
+_kept = False  # whether `keep` was called here, or in the process that this one was forked from; to count takes longer
+
 
 class Positioned:
     """A file that threads read and write at given places, whatever the others are at."""
@@ -159,9 +161,11 @@ def keep() -> None:
 
     For a process of our own, once it has imported what it needs: circles among what is kept are never collected.
     """
-    if not gc.get_freeze_count():
+    global _kept
+    if not _kept:
         gc.collect()
         gc.freeze()
+    _kept = True
 
 
 def trim() -> None:

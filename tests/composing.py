@@ -1,4 +1,4 @@
-"""Hydra's own work on the same options, done once: the list of defaults, and what they say before keys are set.
+"""Hydra's own work on the same options, done once: what a file says, the list of defaults, what they say together.
 
 That is most of the time that a command line takes, and a test of one seldom is about it. Options of somebody's own,
 other schemas, recorded runs (all under one name) and whatever is refused go Hydra's way each time, and so does all in
@@ -7,12 +7,15 @@ interpreters that start afresh.
 
 import pickle
 from dataclasses import astuple, replace
+from functools import partial
 from typing import Any
 
-from hydra._internal import config_loader_impl
+from hydra._internal import config_loader_impl, defaults_list
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra._internal.config_repository import ConfigRepository
 from hydra._internal.defaults_list import DefaultsList, Overrides
 from hydra.core.config_store import ConfigStore
+from hydra.core.default_element import InputDefault
 
 from qat.config import CONF
 from qat.identities import RESOLVED
@@ -22,14 +25,21 @@ SCHEMAS = ConfigStore.instance().repo
 
 _create = config_loader_impl.create_defaults_list
 _compose = ConfigLoaderImpl._compose_config_from_defaults_list
+_load = ConfigRepository.load_config
+_choices = defaults_list._create_interpolation_map
+_resolve = InputDefault._resolve_interpolation_impl
 _lists: dict[Any, DefaultsList] = {}
 _trees: dict[Any, bytes] = {}
+_files: dict[str, bytes] = {}
 
 
 def once() -> None:
     """From now on this process, and those that it forks, do it once."""
     config_loader_impl.create_defaults_list = _listed
     ConfigLoaderImpl._compose_config_from_defaults_list = _composed  # type: ignore[method-assign]
+    ConfigRepository.load_config = _loaded  # type: ignore[method-assign]
+    defaults_list._create_interpolation_map = partial(partial, _choices)  # made where a default refers to others
+    InputDefault._resolve_interpolation_impl = _resolved  # type: ignore[method-assign]
 
 
 def _listed(repo: Any, config_name: str | None, overrides_list: list[Any], **how: bool) -> DefaultsList:
@@ -53,6 +63,18 @@ def _composed(loader: ConfigLoaderImpl, defaults: list[Any], repo: Any) -> Any:
     if key not in _trees:
         _trees[key] = pickle.dumps(_compose(loader, defaults, repo))
     return pickle.loads(_trees[key])  # sooner than a deep copy
+
+
+def _loaded(repo: ConfigRepository, config_path: str) -> Any:
+    if config_path.removesuffix(".yaml") == RESOLVED or not _is_ours(repo):
+        return _load(repo, config_path)
+    if config_path not in _files:
+        _files[config_path] = pickle.dumps(_load(repo, config_path))
+    return pickle.loads(_files[config_path])
+
+
+def _resolved(default: InputDefault, choices: Any, text: str | None) -> str:
+    return text if text is not None and "${" not in text else _resolve(default, choices(), text)
 
 
 def _is_ours(repo: Any) -> bool:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from hypothesis import settings
 
-from tests import quick
+from tests import launching, quick
 
 if TYPE_CHECKING:
     from qat.artifacts import Artifact
@@ -35,10 +35,13 @@ os.environ.update(
 os.fsync = lambda descriptor: None
 
 # The same examples every time, and no clock: the machine may be busy.
-settings.register_profile("steady", derandomize=True, deadline=None, database=None, max_examples=50)
+settings.register_profile("steady", derandomize=True, deadline=None, database=None, max_examples=30)
 settings.load_profile("steady")
 
+gc.disable()  # while modules are imported and tests collected, of which nothing is garbage
+
 _kept = 0  # modules that were there when their objects were taken out of the collector's sight
+_coarse: list[int] = []  # among how many places a codebook's boundaries are sought elsewhere, once that is changed here
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -53,6 +56,7 @@ def pytest_collection_finish() -> None:
 
         composing.once()
     _keep()
+    gc.enable()
     gc.set_threshold(10_000)  # what tests leave behind is looked through a tenth as often
 
 
@@ -61,6 +65,9 @@ def pytest_runtest_setup() -> None:
     """What earlier tests imported stays as well, such as the code of a family of models."""
     if len(sys.modules) >= _kept + 20:
         _keep()
+    if not _coarse and (kmeans := sys.modules.get("qat.quant.kmeans")):
+        _coarse.append(kmeans.MAX_EDGES)
+        kmeans.MAX_EDGES = launching.EDGES
 
 
 def _keep() -> None:

@@ -25,6 +25,8 @@ IMPORTED = [
     "qat.cli.launch",
     "qat.stages.run",
     "qat.plots",
+    "matplotlib.figure",
+    "matplotlib.ticker",
     "hydra._internal.hydra",
     "hydra._internal.logging_config",
     "transformers.models.llama.modeling_llama",
@@ -38,6 +40,9 @@ import sys
 for name in [name for name in sys.modules if name.partition(".")[0] in ("qat", "launch", "tests")]:
     del sys.modules[name]
 """
+# Among how many places a codebook's boundaries are sought at most, in tests that are not about that: as many as for
+# four entries. Sixteen have 1,280 elsewhere, which take most of the time that a tiny model's conversion does.
+EDGES = 320
 LAUNCH = str(Path(__file__).resolve().parents[1] / "launch.py")
 
 
@@ -110,13 +115,16 @@ def python(*words: str, stdin: str = "", env: Mapping[str, str] | None = None) -
 
 
 def lighten() -> None:
-    """Spares this process what takes long and what no test of launches looks at: its speed, pictures, power cuts."""
+    """Spares this process what takes long and no test of launches looks at: speed, pictures, power cuts, memory."""
     from matplotlib.figure import Figure
 
-    from qat import machine
+    from qat import machine, system
+    from qat.quant import kmeans
     from tests import undrawn
 
     machine.matmul_flops = lambda _: 1e11
+    kmeans.MAX_EDGES = EDGES
+    system.tidy = system.trim = lambda: None
     os.fsync = lambda descriptor: None
     Figure.savefig = undrawn.savefig
 

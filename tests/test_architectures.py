@@ -82,7 +82,7 @@ class Family:
 
     def __init__(self, name, folder, text):
         self.folder, self.text = folder, text
-        zoo.tiny(zoo.architectures()[name]).save_pretrained(folder / "model")
+        zoo.tiny(transformers.CONFIG_MAPPING[name]).save_pretrained(folder / "model")
         byte_tokenizer().save_pretrained(folder / "model")
         self.teacher = models.locate(ModelConfig("it", ModelSource.folder, path=str(folder / "model")), folder)
         self.own = transformers.AutoModelForCausalLM.from_pretrained(folder / "model", attn_implementation="eager")

@@ -32,8 +32,11 @@ sys.path.insert(0, os.getcwd())
 sys.argv[0] = "launch.py"
 sys.path.append({root!r})
 {before}
-from qat import machine
+from qat import machine, system
+from qat.quant import kmeans
 machine.matmul_flops = lambda _: 1e11  # a second each time
+kmeans.MAX_EDGES = {edges}
+system.tidy = system.trim = lambda: None
 runpy.run_path("launch.py", run_name="__main__")
 """
 
@@ -67,7 +70,7 @@ def project(tmp_path, monkeypatch):
                 python, *words = shlex.split(line)
                 assert (python, words.pop(0)) == ("python", "launch.py")
                 env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-                code = launching.WITHOUT_OURS + OWN.format(before=before, root=str(ROOT))
+                code = launching.WITHOUT_OURS + OWN.format(before=before, root=str(ROOT), edges=launching.EDGES)
                 done = launching.python("-c", code, *words, env=env)
                 assert done.returncode == 0, done.stdout + done.stderr
         return tmp_path

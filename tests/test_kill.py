@@ -18,7 +18,7 @@ from qat.distill.state import State, States
 from tests import kills
 from tests.killing import killed
 
-SAMPLE = 3  # operations of a run
+SAMPLE = 2  # operations of a run
 FILES = {"a.safetensors", "b.txt"}
 
 WHOSE = {"run_id": "SR-001", "started": "then"}

@@ -3,6 +3,7 @@
 import struct
 
 import pytest
+from matplotlib.figure import Figure
 
 from qat import plots
 from qat.plots import loss_curve
@@ -24,12 +25,12 @@ def axes(monkeypatch):
     """The axes that the next picture was drawn on."""
     seen = []
 
-    class Kept(plots.Figure):
+    class Kept(Figure):
         def subplots(self, *args, **kwargs):
             seen.append(super().subplots(*args, **kwargs))
             return seen[-1]
 
-    monkeypatch.setattr(plots, "Figure", Kept)
+    monkeypatch.setattr("matplotlib.figure.Figure", Kept)
     return seen
 
 

@@ -1,9 +1,8 @@
 """Imported where launches are forked from: what every one of them would read and parse first, once for all."""
 
-import gc
-
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
+from qat import system
 from qat.cli import arguments, main
 from tests import composing
 
@@ -21,5 +20,4 @@ for words in OFTEN:
     main.check(arguments.parse([*words, "train.lr=1e-3"]))
 main.check(arguments.parse([]))
 get_checkpoint_conversion_mapping("llama")
-gc.collect()
-gc.freeze()  # what is there already is garbage of no launch, and looking for some would copy its memory
+system.keep()  # what is there already is garbage of no launch, and looking for some would copy its memory

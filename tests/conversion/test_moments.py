@@ -4,6 +4,7 @@ import pytest
 import torch
 import zoo
 from torch import nn
+from transformers import CONFIG_MAPPING
 
 from qat import flow
 from qat.cache.batch import Batch, Text
@@ -108,7 +109,7 @@ def test_layers_that_give_something_else_one_after_the_other_are_noticed(monkeyp
 
 def test_layers_that_share_keys_and_values_are_run_whole(rows):
     """Gemma 3n: the upper layers attend to what lower ones kept, and streams are mixed between layers."""
-    model = zoo.tiny(zoo.architectures()["gemma3n_text"])
+    model = zoo.tiny(CONFIG_MAPPING["gemma3n_text"])
     assert not flow.flows(model, {"input_ids": rows})
     chosen = select(model, replace(tiny.QUANT, partial=True))
     found = gather(model, chosen, Text(rows).batches(4))

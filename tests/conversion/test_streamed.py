@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shutil
 from dataclasses import replace
 from functools import partial
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 import zoo
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from qat import checkpoints
 from qat.checkpoints.native import FITTED
@@ -51,7 +52,7 @@ CASES = [
 def family(name, folder, tied, dtype=torch.float32):
     """A tiny model of a family as a folder, with the byte tokenizer of the tiny model."""
     tiny_model.write(folder, 512)
-    settings = zoo.small(zoo.architectures()[name]())
+    settings = zoo.small(CONFIG_MAPPING[name]())
     settings.tie_word_embeddings = tied
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(settings, dtype=torch.float32).to(dtype)
@@ -113,49 +114,47 @@ class Killed(BaseException):
 
 
 @pytest.fixture
-def killed(monkeypatch):
-    """Conversions that are killed once a layer has been put away after some others are there for good."""
-    noted, goes, spared = [], [], []
+def until_done(monkeypatch):
+    """Has a conversion, killed once a layer is put away after some others are there for good, go on until it is done.
+
+    Returns what it gives and how often it went on; each time that it was killed, something may be done meanwhile.
+    """
+    monkeypatch.setitem(STACK_BYTES, "cpu", 6e4)  # each decoder layer by itself, of the embedding many rows at a time
     note, put = checkpoints.Shelf.note, checkpoints.Shelf.put
 
-    def begin():
+    def go(convert, meanwhile=lambda: None):
+        noted, goes = [], 0
+
         def keep(shelf, figures):
             note(shelf, figures)
             noted.append(shelf)
 
         def refuse(shelf, name, module):
             put(shelf, name, module)
-            if noted and not spared:
+            if noted:
                 raise Killed
 
-        monkeypatch.setattr(checkpoints.Shelf, "note", keep)
-        monkeypatch.setattr(checkpoints.Shelf, "put", refuse)
+        with monkeypatch.context() as patch:
+            patch.setattr(checkpoints.Shelf, "note", keep)
+            patch.setattr(checkpoints.Shelf, "put", refuse)
+            while True:
+                goes += 1
+                noted.clear()
+                try:
+                    return convert(), goes
+                except Killed:
+                    meanwhile()
 
-    def until_done(convert, meanwhile=lambda: False):
-        while True:
-            goes.append(noted.clear())
-            try:
-                return convert(), len(goes)
-            except Killed:
-                if meanwhile():  # nothing is killed from here on
-                    spared.append(True)
-
-    monkeypatch.setitem(STACK_BYTES, "cpu", 2e4)  # each decoder layer by itself, of the embedding many rows at a time
-    return begin, until_done
+    return go
 
 
-@pytest.mark.parametrize(
-    ("name", "tied", "quant", "groups"), [("qwen3", True, "embedding", 3), ("llama", False, "thorough", 4)]
-)
-def test_a_conversion_that_is_killed_goes_on_and_ends_with_the_same_bytes(tmp_path, killed, name, tied, quant, groups):
-    teacher = family(name, tmp_path / "model", tied)
+def test_a_conversion_that_is_killed_goes_on_and_ends_with_the_same_bytes(tmp_path, until_done):
+    teacher = family("qwen3", tmp_path / "model", True)
     (tmp_path / "cache").mkdir()
-    cache, (begin, until_done) = tiny.cache_of(teacher, tmp_path / "cache"), killed
-    found = converted(teacher, cache, tmp_path / "whole", quant)
-    begin()
+    cache = tiny.cache_of(teacher, tmp_path / "cache")
+    found = converted(teacher, cache, tmp_path / "whole", "embedding")
     (tmp_path / "goes").mkdir()
-    again = partial(converted, teacher, cache, tmp_path / "goes", quant)
-    assert until_done(again) == (found, groups)
+    assert until_done(partial(converted, teacher, cache, tmp_path / "goes", "embedding")) == (found, 3)
 
 
 def flipped(path):
@@ -181,31 +180,33 @@ def altered(path):
     note.write_text(json.dumps(said))
 
 
-@pytest.mark.parametrize(
-    ("name", "harm"),
-    [
-        ("pass1.safetensors", flipped),
-        ("pass1.safetensors", lambda path: os.truncate(path, 100)),
-        (checkpoints.FILE, begun_by_another),
-        (checkpoints.FILE, altered),
-    ],
-)
-def test_what_a_killed_conversion_left_is_used_as_it_left_it_or_not_at_all(tmp_path, killed, name, harm):
+HARMS = {
+    "a bit of the first pass": ("pass1.safetensors", flipped),
+    "the end of the first pass": ("pass1.safetensors", lambda path: os.truncate(path, 100)),
+    "another's file": (checkpoints.FILE, begun_by_another),
+    "another error in the note": (checkpoints.FILE, altered),
+}
+
+
+def test_what_a_killed_conversion_left_is_used_as_it_left_it_or_not_at_all(tmp_path, until_done):
+    """In two passes, the second of which is begun where each harm is done to a copy of what is left."""
     teacher = family("llama", tmp_path / "model", False)
     (tmp_path / "cache").mkdir()
-    cache, (begin, until_done) = tiny.cache_of(teacher, tmp_path / "cache"), killed
+    cache = tiny.cache_of(teacher, tmp_path / "cache")
     found = converted(teacher, cache, tmp_path / "whole", "thorough")
-    begin()
     (tmp_path / "goes").mkdir()
 
-    def harmed():
+    def copied():
         (left,) = (tmp_path / "goes" / "artifacts" / "checkpoints").glob(".*.partial")
-        if there := (left / f".{checkpoints.FILE}{FITTED}").exists():  # in the second pass
-            harm(left / name)
-        return there
+        if (left / f".{checkpoints.FILE}{FITTED}").exists() and not list(tmp_path.glob("* *")):
+            for harm in HARMS:
+                shutil.copytree(tmp_path / "goes", tmp_path / harm)
 
-    again = partial(converted, teacher, cache, tmp_path / "goes", "thorough")
-    assert until_done(again, harmed)[0] == found
+    assert until_done(partial(converted, teacher, cache, tmp_path / "goes", "thorough"), copied) == (found, 4)
+    for harm, (name, does) in HARMS.items():
+        (left,) = (tmp_path / harm / "artifacts" / "checkpoints").glob(".*.partial")
+        does(left / name)
+        assert converted(teacher, cache, tmp_path / harm, "thorough") == found, harm
 
 
 def test_a_streamed_model_is_the_loaded_one_and_has_one_decoder_layer_in_memory(tmp_path):

@@ -75,7 +75,7 @@ def learning(request):
 
 
 @pytest.fixture(scope="module")
-def outputs(tmp_path_factory, start, learning):
+def outputs(tmp_path_factory, start):
     """A folder with a conversion to start from."""
     folder = tmp_path_factory.mktemp("resume") / "outputs"
     finish(start(folder, "stage=convert", "instance.precision=fp32", "quant.embed={bits: 3, rank: 4}"))
@@ -92,14 +92,34 @@ def training(outputs, learning):
 @pytest.fixture(scope="module")
 def whole(outputs, training, start):
     """The folder of a run that nobody disturbed."""
+    folder = outputs / next_run(outputs)
     finish(start(outputs, *training))
-    return outputs / "SR-002"
+    return folder
+
+
+@pytest.fixture(scope="module")
+def shared(outputs, training):
+    """That of two processes."""
+    folder = outputs / next_run(outputs)
+    code, _, err = together(outputs, *training).ended()
+    assert code == 0, err
+    return folder
+
+
+def together(outputs, *words):
+    """A launch of two processes."""
+    words = (launching.LAUNCH, "+debug=tiny", f"outputs={outputs}", *words, "instance.devices=2")
+    return launching.Python(*words, before=launching.fork_pythons)
+
+
+def next_run(outputs) -> str:
+    return f"SR-{len(list(outputs.glob('SR-*'))) + 1:03d}"
 
 
 def test_killed_at_any_step_a_run_goes_on_to_the_same_bits(outputs, training, whole, start, learning):
     draw = random.Random(1)
+    folder = outputs / next_run(outputs)
     process = start(outputs, *training)
-    folder = outputs / "SR-003"
     for _ in range(2):
         reached = steps(folder) + draw.randint(1, 5)
         end = time.monotonic() + 60
@@ -108,7 +128,7 @@ def test_killed_at_any_step_a_run_goes_on_to_the_same_bits(outputs, training, wh
         os.kill(process.pid, signal.SIGKILL)
         process.join(60)
         assert json.loads((folder / "result.json").read_text())["status"] != "failed"
-        process = start(outputs, *training, "run.resume=SR-003")
+        process = start(outputs, *training, f"run.resume={folder.name}")
     finish(process)
     assert digests(folder) == digests(whole) and digests(whole).keys() == FILES[learning]
     assert rows(folder) == rows(whole)
@@ -117,6 +137,7 @@ def test_killed_at_any_step_a_run_goes_on_to_the_same_bits(outputs, training, wh
     assert len(list((folder / "checkpoints").glob("state-*"))) == 2
 
 
+@pytest.mark.parametrize("learning", ["all"], indirect=True, scope="module")
 def test_a_signal_saves_first(outputs, training, whole, start):
     before = set(outputs.glob("SR-*"))
     process = start(outputs, *training)
@@ -131,43 +152,15 @@ def test_a_signal_saves_first(outputs, training, whole, start):
     assert digests(folder) == digests(whole) and rows(folder) == rows(whole)
 
 
-@pytest.mark.parametrize("launcher", ["instance.devices=2", "torchrun"])
-def test_two_processes_train_as_one(outputs, training, whole, start, launcher, learning):
-    if launcher == "torchrun" and learning == "adapters":
-        pytest.skip("what learns has nothing to do with who starts the processes")
-    plain = [word for word in training if "latent" not in word]  # an index may turn on a rounding error
-    one = whole
-    if plain != training:
-        finish(start(outputs, *plain))
-        one = max(outputs.glob("SR-*"))
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    before, after = (torchrun, []) if launcher == "torchrun" else ([], [launcher])
-    words, name = (*before, launching.LAUNCH, "+debug=tiny", f"outputs={outputs}", *plain, *after), next_run(outputs)
-    code, _, err = launching.Python(*words, before=launching.fork_pythons).ended()
-    assert code == 0, err
-    two = max(outputs.glob("SR-*"))
-    assert two.name == name  # one run, of both
-    for ours, theirs in zip(rows(two), rows(one), strict=True):
+def test_two_processes_train_as_one(shared, whole, learning):
+    """Those of torchrun do in tests/test_ranks.py."""
+    told = list(zip(rows(shared), rows(whole), strict=True))
+    for ours, theirs in told if learning == "adapters" else told[:4]:  # later on, an index may turn on a rounding error
         assert ours == pytest.approx(theirs, rel=1e-3, abs=1e-6)
 
 
-def together(outputs, *words):
-    """A launch of two processes."""
-    words = (launching.LAUNCH, "+debug=tiny", f"outputs={outputs}", *words, "instance.devices=2")
-    return launching.Python(*words, before=launching.fork_pythons)
-
-
-def next_run(outputs) -> str:
-    return f"SR-{len(list(outputs.glob('SR-*'))) + 1:03d}"
-
-
-def test_states_in_shards_go_on_to_the_same_bits(outputs, training, whole):
+def test_states_in_shards_go_on_to_the_same_bits(outputs, training, shared):
     """A killed process ends the other in a sentence, and the run then learns what one that nobody disturbed does."""
-    shared = outputs / next_run(outputs)
-    code, _, err = together(outputs, *training).ended()
-    assert code == 0, err
-    for ours, theirs in list(zip(rows(shared), rows(whole), strict=True))[:4]:
-        assert ours == pytest.approx(theirs, rel=1e-3)  # later on, an index may turn on a rounding error
     folder = outputs / next_run(outputs)
     process = together(outputs, *training)
     process.wait_for(lambda: list(folder.glob("checkpoints/state-*")) and steps(folder) > 4)
@@ -177,6 +170,8 @@ def test_states_in_shards_go_on_to_the_same_bits(outputs, training, whole):
     said = [line for line in err.splitlines() if line.startswith(("error", "Traceback"))]
     assert code != 0 and said[0].startswith("error: another of the 2 processes that train together has ended")
     assert said[1:] == ["error: process 1 of 2 was killed"]
+    result = json.loads((folder / "result.json").read_text())
+    assert result["status"] == "failed" and "run.resume" in result["error"]
     code, _, err = together(outputs, *training, f"run.resume={folder.name}").ended()
     assert code == 0, err
     assert digests(folder) == digests(shared)

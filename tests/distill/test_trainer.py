@@ -404,7 +404,7 @@ def exact_targets(teacher, reader):
 def test_targets_stored_in_16_bits_train_as_exact_ones(checkpoint, teacher, readers, kind):
     """Without measurable loss: held-out losses within 0.01 %, less than what another order makes."""
     loss = Loss(kind, 2.0 if kind is LossKind.topk_kl else 1.0)
-    train = TrainConfig(steps=30, batch_size=8, lr=5e-3, eval_every=30)
+    train = TrainConfig(steps=15, batch_size=8, lr=5e-3, eval_every=15)
 
     def trained(reader, seed=0):
         student, _ = checkpoints.load(checkpoint, teacher, tiny.FP32)

@@ -159,7 +159,7 @@ def test_a_run_that_is_only_expected_to_take_more_is_warned_of(config, large, ro
 
 
 def test_moments_of_all_experts_of_a_layer_are_counted():
-    model, quant = zoo.tiny(zoo.architectures()["mixtral"]), tiny.QUANT
+    model, quant = zoo.tiny(transformers.CONFIG_MAPPING["mixtral"]), tiny.QUANT
     layers = select(model, quant)
     for gradients in (False, True):
         found = gather(model, layers, Text(torch.randint(200, (2, 16))).batches(2), gradients)

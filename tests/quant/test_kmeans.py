@@ -7,8 +7,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qat.errors import NumericsError
-from qat.quant.kmeans import EXACT, _longer_at_once, kmeans
+from qat.quant.kmeans import EDGES, EXACT, _longer_at_once, kmeans
 from qat.quant.lookup import nearest
+
+
+@pytest.fixture(autouse=True, scope="module")
+def fine():
+    """Boundaries are sought among as many places as anywhere but in tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("qat.quant.kmeans.MAX_EDGES", 16 * EDGES)
+        yield
 
 
 def inertia(x, weight, centres) -> float:
