@@ -137,7 +137,8 @@ def test_at_most_so_many_examples(task, rows, teacher):
 
 def test_a_student_whose_embedding_is_quantized_scores_as_the_same_dense_weights_do(task, teacher):
     student = teacher.load(torch.float32, tiny.CPU)
-    made = tiny.converted(student, torch.arange(256).view(8, 32), quant=replace(tiny.QUANT, embed=WeightConfig(bits=4, rank=4)))
+    quant = replace(tiny.QUANT, embed=WeightConfig(bits=4, rank=4))
+    made = tiny.converted(student, torch.arange(256).view(8, 32), quant=quant)
     install(student, {name: module for name, (_, module, _) in made.items()})
     dense = teacher.load(torch.float32, tiny.CPU)
     with torch.no_grad():
