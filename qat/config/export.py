@@ -36,7 +36,8 @@ class ExportConfig:
     format: str = key(MISSING, "what writes it, a package in qat/export/", words=FORMATS)
     dtype: ExportType = key(ExportType.fp32, "of dense weights; packed: of unquantized parts; anemll_v2: fp16 snaps")
     dense: bool = key(
-        False, "in export.dtype are, gguf: layers in no type of llama.cpp; packed: embedding and head, if not quantized"
+        False,
+        "gguf: layers in no type of llama.cpp keep export.dtype; packed: embedding and head do, if not quantized",
     )
     merge: bool = key(False, "hf: adapters are added to weights; else they lie beside, in adapter/, as PEFT reads them")
     scales: ScaleForm = key(ScaleForm.factored, "coreml")

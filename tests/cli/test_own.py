@@ -8,7 +8,7 @@ import pytest
 from qat import installation, options
 from qat.cli import arguments, main
 from qat.cli.completion import complete
-from qat.cli.helping import page
+from qat.cli.helping import describe, page
 from qat.config import CONF
 from qat.errors import ConfigError
 
@@ -58,7 +58,7 @@ def test_hydra_finds_them_too(words, launch, here):
 def test_help_tab_and_errors_know_them(words, capfd):
     arguments.parse([*words, "--help"])
     said = page([])
-    assert "mine alone  [" in said.replace("alone [", "alone  [") and "a long training" in said
+    assert "mine alone [" in " ".join(said.split()) and "a long training" in said
     assert "  recipe: presets, as in +recipe=<name>" in said and "all of mine" in said
     assert "mine alone" in page(["quant"]) and "all of mine" in page(["recipe"])
     line = " ".join(["qat", *words, "quant=mi"])
@@ -171,7 +171,11 @@ def test_the_folder_of_a_model_is_no_option_and_the_message_says_what_it_is(comp
         compose("model=mine")
 
 
-def test_options_with_long_names_have_their_descriptions_in_one_column(write):
-    lines = [line for line in page(["quant"]).splitlines() if line.startswith(("     ", "   * "))]
-    options_alone = lines[: len(options.files("quant"))]
-    assert len({line.index(line.split(maxsplit=2 if "*" in line[:5] else 1)[-1]) for line in options_alone}) == 1
+def test_an_option_with_a_long_name_has_its_description_below_it_in_the_column_of_all(write, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    (write("conf") / "quant" / "a_name_of_more_than_its_column.yaml").write_text("# ones own\nname: long\n")
+    lines = page(["quant"]).splitlines()
+    place = lines.index("     a_name_of_more_than_its_column")
+    assert lines[place + 1].startswith(f"{'':24}ones own [")
+    for option in (CONF / "quant").glob("*.yaml"):
+        assert f"{option.stem:<19}{describe(option)}" in [line[5:] for line in lines]
