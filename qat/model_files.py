@@ -53,7 +53,7 @@ def check(folder: Path) -> None:
     refuse_code(described, folder / CONFIG)
     if not isinstance(described.get("model_type"), str):
         raise ConfigError(f"{folder / CONFIG} names no model_type, so nobody knows how to compute this model")
-    _refuse_endless(described, folder / CONFIG)
+    refuse_endless(folder)
     weights(folder)
 
 
@@ -66,6 +66,15 @@ def settings(folder: Path) -> dict[str, Any]:
     if not (folder / CONFIG).is_file():
         raise ConfigError(f"{folder} holds no {CONFIG}, {_instead(folder)}")
     return _json(folder / CONFIG)
+
+
+def refuse_endless(folder: Path) -> None:
+    """Refuses a `config.json` that asks for more layers than any model has, which transformers would build one by one.
+
+    Raises:
+        ConfigError: it does, or it cannot be read.
+    """
+    _refuse_endless(settings(folder), folder / CONFIG)
 
 
 def refuse_code(described: dict[str, Any], path: Path) -> None:

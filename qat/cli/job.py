@@ -3,6 +3,7 @@
 import importlib
 import shlex
 import shutil
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
@@ -15,10 +16,11 @@ from qat.artifacts import write_text
 from qat.cli import apart, ranks, recorded
 from qat.cli.apart import Outcome
 from qat.cli.compose import typed
-from qat.config import Config
+from qat.config import Config, Stage
 from qat.errors import QatError
 from qat.identities import RESULT, remove_empty
 from qat.installation import command
+from qat.names import TRAINS
 from qat.report import log as run_log
 from qat.runs import LOG, UNRECORDED
 from qat.suggest import one_line
@@ -95,6 +97,21 @@ def _run(config: Config, folder: Path, swept: bool) -> float:
     typed_words = _sweep_command(Path(settings.sweep.dir)) if swept else command_line(words)
     overrides = list(settings.overrides.task)
     return start(config, folder, typed_words, overrides, settings.output_subdir, own_process=True)
+
+
+def check(configs: Iterable[Config]) -> None:
+    """Looks, before anything has a number, whether the models suit what each job asks of them.
+
+    Only those that make a student ask, since this imports torch.
+
+    Raises:
+        QatError: the first thing that would not work.
+    """
+    for config in configs:
+        if config.stage in (*TRAINS, Stage.convert):
+            from qat.stages import check as suits
+
+            suits(config)
 
 
 def start(

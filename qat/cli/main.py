@@ -138,6 +138,7 @@ def _main(argv: list[str], launch: Callable[[], None]) -> int:
         for config in checked.configs:
             registered.check(config)
         if checked.jobs is not None:
+            job.check(checked.configs)
             return _sweep(command, checked, going_on, launch)
         first = checked.configs[0]
         if resume.is_complete(first):
@@ -145,6 +146,8 @@ def _main(argv: list[str], launch: Callable[[], None]) -> int:
         devices = 1 if first.stage in UNRECORDED else first.instance.devices
         if devices > 1 and not started():
             return ranks.launch(argv, devices)
+        if not command.multirun:  # a sweeper that draws may draw what is looked at
+            job.check([first])
         command.overrides += claim(first, checked.folder, command.multirun)
     sys.argv[1:] = command.argv()
     launch()

@@ -106,6 +106,7 @@ def convert(
         if not isinstance(quant, str):
             config = replace(config, quant=words.mapped(quant))
             checks.check(config)
+        job.check([config])
         run = home / identities.claim_run(home)
         run.mkdir()
         job.start(config, run, job.command_line(["stage=convert", *preset, *said]), [*preset, *said])

@@ -11,11 +11,12 @@ import transformers
 from qat.models.folder import ModelFolder, generate
 from qat.models.pairing import fitted, pair, teaching
 from qat.models.reading import read
-from qat.models.sources import at_hand, locate, made_before, whereabouts
+from qat.models.sources import at_hand, described, locate, made_before, whereabouts
 
 __all__ = [
     "ModelFolder",
     "at_hand",
+    "described",
     "fitted",
     "generate",
     "locate",

@@ -34,6 +34,7 @@ class ModelFolder:
         text: identifies its tokenizer where the fingerprint does not.
         spoken: another folder whose tokenizer and chat template it takes, of the same tokens (`qat.models.pairing`).
         rows: of embedding and head that are loaded, the first of those in its files; None loads all.
+        stated: its `config.json` where the folder is yet to be made; None reads that of the folder.
         found: what was found out about computing it (`qat.fidelity`).
     """
 
@@ -43,6 +44,7 @@ class ModelFolder:
     text: str = ""
     spoken: Path | None = None
     rows: int | None = None
+    stated: PreTrainedConfig | None = field(default=None, compare=False, repr=False)
     found: Found = field(default_factory=Found, compare=False, repr=False)
     _loaded: "WeakValueDictionary[Any, PreTrainedModel]" = field(
         default_factory=WeakValueDictionary, init=False, compare=False, repr=False
@@ -179,7 +181,7 @@ class ModelFolder:
 
     @cached_property
     def _stored(self) -> PreTrainedConfig:
-        return reading.settings(self.path)
+        return self.stated or reading.settings(self.path)
 
     @cached_property
     def _settings(self) -> PreTrainedConfig:

@@ -13,9 +13,10 @@ from typing import Any
 import gguf
 import numpy as np
 import torch
+from transformers import AutoConfig, PreTrainedConfig
 
 from qat import model_files
-from qat.artifacts import MANIFEST, content_key, obtain, read_manifest
+from qat.artifacts import MANIFEST, content_key, obtain, place, read_manifest
 from qat.config import ModelConfig, ModelSource
 from qat.errors import ConfigError, MissingError, reason
 from qat.models import architecture, gguf_header, gguf_tokenizer, plain, reading, tensors, tiny
@@ -78,6 +79,43 @@ def at_hand(config: ModelConfig, artifacts: Path) -> ModelFolder | None:
     return ModelFolder(config.name, found.parent, "") if found is not None and found.is_file() else None
 
 
+def described(config: ModelConfig, artifacts: Path) -> ModelFolder | None:
+    """The configured model as its `config.json`, or the header of its GGUF file, describes it, for names and shapes.
+
+    No weight is read or made; of a hub repository that file alone is fetched. None for a text model inside of a larger
+    one, of which nobody knows before it is taken out what it is by itself.
+
+    Raises:
+        MissingError: it cannot be had.
+        ConfigError: what is there is no model that can be a teacher.
+    """
+    if config.source is ModelSource.wheel:
+        return _stated_by_gguf(config, artifacts)
+    if config.source is ModelSource.tiny:
+        return ModelFolder(config.name, artifacts, "", stated=tiny.settings(_tokens(config)))
+    path = _folder(config) if config.source is ModelSource.folder else _downloaded(config, [model_files.CONFIG])
+    model_files.refuse_endless(path)
+    stated = reading.settings(path)
+    _refuse_no_model(stated, path)
+    if architecture.text_of(stated) is not stated:
+        return None
+    if config.source is ModelSource.folder:
+        _refuse_more_layers(stated, path)
+    if architecture.quantization(stated):
+        del stated.quantization_config  # what is made of it is plain
+    return ModelFolder(path.name if config.source is ModelSource.folder else config.name, path, "", stated=stated)
+
+
+def _stated_by_gguf(config: ModelConfig, artifacts: Path) -> ModelFolder:
+    file = _gguf_file(str(config.package))
+    made = place(artifacts, "models", config.name, _inputs(config, file))
+    if (made / model_files.CONFIG).is_file():
+        return ModelFolder(config.name, made, "")
+    gguf_header.check(file)
+    with _read_once(), reading.understood(f"{file} describes no model that transformers reads"):
+        return ModelFolder(config.name, file, "", stated=AutoConfig.from_pretrained(file.parent, gguf_file=file.name))
+
+
 def _from_wheel(config: ModelConfig, artifacts: Path) -> ModelFolder:
     """Turns the GGUF file inside an installed distribution into safetensors, once.
 
@@ -91,9 +129,15 @@ def _from_wheel(config: ModelConfig, artifacts: Path) -> ModelFolder:
         dequantize(file, folder)
         return {"package": package}
 
-    weights = {"package": package, "gguf": _sha256([file]), "dtype": "float32"}
-    artifact = obtain(artifacts, "models", config.name, weights | {SPLITS: "tokenizer.ggml.pre"}, make)
+    inputs = _inputs(config, file)
+    artifact = obtain(artifacts, "models", config.name, inputs, make)
+    weights = {name: value for name, value in inputs.items() if name != SPLITS}
     return ModelFolder(config.name, artifact.folder, content_key(weights), text=artifact.key)
+
+
+def _inputs(config: ModelConfig, file: Path) -> dict[str, Any]:
+    """What the folder made of a GGUF file depends on."""
+    return {"package": str(config.package), "gguf": _sha256([file]), "dtype": "float32", SPLITS: "tokenizer.ggml.pre"}
 
 
 def made_before(folder: ModelFolder) -> ModelFolder:
@@ -205,22 +249,32 @@ def _usable(name: str, path: Path, fingerprint: str, artifacts: Path, text: str 
     """A folder that others made, as it is or as an artifact of plain weights."""
     model_files.check(path)
     config = reading.settings(path)
-    with reading.understood(f"{path / model_files.CONFIG} does not describe a model that transformers can compute"):
-        architecture.check(config, path)
-        is_plain = architecture.is_plain(config)
-    held = tensors.stored(model_files.weights(path))
-    layers = getattr(architecture.text_of(config), "num_hidden_layers", None) or 0
-    if layers > len(held):  # refused here: transformers would first make all the layers one by one
-        raise ConfigError(
-            f"{path / model_files.CONFIG} asks for num_hidden_layers={layers}, and the folder has {len(held)} tensors:"
-            f" {model_files.REMEDY}"
-        )
-    if is_plain:
+    _refuse_no_model(config, path)
+    held = _refuse_more_layers(config, path)
+    if architecture.is_plain(config):
         tensors.refuse_ambiguous(path, reading.skeleton(config, path), held)
         return ModelFolder(name, path, fingerprint, text)
     inputs = {"folder": fingerprint, "text": text}
     made = obtain(artifacts, "models", name, inputs, lambda folder: _written(path, held, folder))
     return ModelFolder(name, made.folder, made.key)
+
+
+def _refuse_no_model(config: PreTrainedConfig, path: Path) -> None:
+    with reading.understood(f"{path / model_files.CONFIG} does not describe a model that transformers can compute"):
+        architecture.check(config, path)
+        architecture.is_plain(config)
+
+
+def _refuse_more_layers(config: PreTrainedConfig, path: Path) -> dict[str, tensors.Stored]:
+    """Looks whether a folder has tensors for all layers, which transformers would make one by one; returns these."""
+    held = tensors.stored(model_files.weights(path))
+    layers = getattr(architecture.text_of(config), "num_hidden_layers", None) or 0
+    if layers > len(held):
+        raise ConfigError(
+            f"{path / model_files.CONFIG} asks for num_hidden_layers={layers}, and the folder has {len(held)} tensors:"
+            f" {model_files.REMEDY}"
+        )
+    return held
 
 
 def _written(path: Path, held: dict[str, tensors.Stored], folder: Path) -> dict[str, Any]:
@@ -229,7 +283,7 @@ def _written(path: Path, held: dict[str, tensors.Stored], folder: Path) -> dict[
 
 
 def _from_nothing(config: ModelConfig, artifacts: Path) -> ModelFolder:
-    vocabulary = int(config.vocab_size or tiny.VOCABULARY)
+    vocabulary = _tokens(config)
 
     def make(folder: Path) -> dict[str, Any]:
         tiny.write(folder, vocabulary)
@@ -237,6 +291,10 @@ def _from_nothing(config: ModelConfig, artifacts: Path) -> ModelFolder:
 
     artifact = obtain(artifacts, "models", config.name, {"tiny": 1, "vocab_size": vocabulary}, make)
     return ModelFolder(config.name, artifact.folder, artifact.key)
+
+
+def _tokens(config: ModelConfig) -> int:
+    return int(config.vocab_size or tiny.VOCABULARY)
 
 
 def _sha256(files: list[Path]) -> str:

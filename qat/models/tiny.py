@@ -15,9 +15,9 @@ TEMPLATE = (
 )
 
 
-def write(folder: Path, vocabulary: int) -> None:
-    """Writes a two-layer Llama of 64 dimensions with random weights, always the same, and its tokenizer."""
-    shape = transformers.LlamaConfig(
+def settings(vocabulary: int) -> transformers.LlamaConfig:
+    """A Llama of two layers and 64 dimensions."""
+    return transformers.LlamaConfig(
         vocab_size=vocabulary,
         hidden_size=64,
         intermediate_size=128,
@@ -31,9 +31,13 @@ def write(folder: Path, vocabulary: int) -> None:
         eos_token_id=257,
         pad_token_id=257,
     )
+
+
+def write(folder: Path, vocabulary: int) -> None:
+    """Writes such a model with random weights, always the same, and its tokenizer."""
     with LOADING, torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(shape, dtype=torch.float32, trust_remote_code=False)
+        model = AutoModelForCausalLM.from_config(settings(vocabulary), dtype=torch.float32, trust_remote_code=False)
         model.save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)
 

@@ -1,7 +1,7 @@
 """One file a stage: the only place where parts meet.
 
-`run_job` is what the command line calls. It opens the run's record, runs the stage, and closes the
-record whatever happens.
+`check` and `run_job` are what the command line calls. The latter opens the run's record, runs the stage, and closes
+the record whatever happens.
 """
 
 import importlib
@@ -24,6 +24,15 @@ log = logging.getLogger(__name__)
 
 if not sys.stderr.isatty():  # other packages' bars would fill a log; tqdm reads this when torch imports it
     os.environ.setdefault("TQDM_DISABLE", "1")
+
+
+def check(config: Config) -> None:
+    """Refuses what the shapes of a model show not to work, before a run has a number or a folder.
+
+    Raises:
+        QatError: in one sentence, what the user can do.
+    """
+    importlib.import_module("qat.stages.beforehand").check(config)
 
 
 def run_job(config: Config, folder: Path, command: str = "", overrides: Sequence[str] = ()) -> float:

@@ -50,16 +50,7 @@ def check(
     Raises:
         ConfigError: the first that cannot work, with its bound or what takes the memory.
     """
-    check_lengths(config, model, teacher)
-    for key, folder in (("model", model), ("teacher", teacher)):
-        _check_vocabulary(config, f"{key}={folder.name}", folder.vocab_size())
-    jobs = list(_jobs(config, model))
-    for job, quant in zip(jobs, _quants(config), strict=False) if config.stage in CONVERTS else []:
-        _check_shapes(job, quant, model)
-        if quant.candidates:
-            budget.check(quant, job.layers, model.skeleton())
-    for job in jobs if config.stage in TRAINS else []:
-        _check_learning(job)
+    jobs = check_shapes(config, model, teacher)
     shapes = shapes_of(model, teacher, machine)
     if config.instance.name == AUTO and max(config.instance.devices, place().count) == 1:
         config, machine = _adjusted(config, shapes, model, machine)
@@ -67,6 +58,28 @@ def check(
     if places := footprint.plan(config, shapes, jobs, machine):
         log.info("%s%s", LEAD, footprint.summary(places))
     return machine, footprint.expected(config, shapes, jobs, machine)
+
+
+def check_shapes(config: Config, model: ModelFolder, teacher: ModelFolder) -> list[Job]:
+    """Looks at shapes, lengths and counts alone, for which names and shapes of the two models are enough.
+
+    Returns:
+        The students of the run.
+
+    Raises:
+        ConfigError: the first that cannot work, with its bound.
+    """
+    check_lengths(config, model, teacher)
+    for key, folder in (("model", model), ("teacher", teacher)):
+        _check_vocabulary(config, f"{key}={folder.name}", folder.vocab_size())
+    jobs = list(_jobs(config, model))
+    for job, quant in zip(jobs, _quants(config), strict=False) if config.stage in CONVERTS else []:
+        _check_layers(job, quant, model)
+        if quant.candidates:
+            budget.check(quant, job.layers, model.skeleton())
+    for job in jobs if config.stage in TRAINS else []:
+        _check_learning(job)
+    return jobs
 
 
 def _adjusted(config: Config, shapes: Shapes, model: ModelFolder, machine: Machine) -> tuple[Config, Machine]:
@@ -194,7 +207,7 @@ def _check_learning(job: Job) -> None:
         raise ConfigError(f"{job.prefix}train.learn has no rate for {' and '.join(sorted(kinds))}: nothing would learn")
 
 
-def _check_shapes(job: Job, quant: QuantConfig, model: ModelFolder) -> None:
+def _check_layers(job: Job, quant: QuantConfig, model: ModelFolder) -> None:
     """Checks that every layer's shape suits its format."""
     for layer in job.layers:
         if misfit := layer.format.misfit(*layer.shape):

@@ -39,12 +39,9 @@ def check(config: Config, model: ModelFolder, teacher: ModelFolder, machine: Mac
     """
     if makes_text(config):
         check_text(config, teacher)
-    _refuse_adapted(config, model)
-    layers = check_layers(config, model) if config.stage in CONVERTS else []
-    if config.stage is Stage.distill and (start := _manifest(config, model)):
-        check_mode(config.mode, checkpoints.layers_of(start), model)
+    layers = check_student(config, model, _manifest(config, model) if config.stage in EXPORTED else None)
     if config.stage in EXPORTED:
-        check_export(config, model, layers)
+        exporter(config.export.format).refuse_tokenizer(model)
     if config.stage is Stage.export:  # which loads the model itself, in its own type
         return
     if teacher is not model:
@@ -74,22 +71,36 @@ def check_text(config: Config, teacher: ModelFolder) -> None:
             user_turn(tokenizer)
 
 
-def check_export(config: Config, model: ModelFolder, layers: list[Layer]) -> None:
-    """Whether the tool that `export` names can hold what comes of this stage, before hours go into it.
+def check_student(config: Config, model: ModelFolder, start: dict[str, Any] | None) -> list[Layer]:
+    """Looks at the layers of a student, and whether the tool that `export` names can hold them.
 
     Args:
-        config: of a stage that makes a student or exports one.
-        model: what the student is made from.
-        layers: that are to be converted; where there are none, those of the checkpoint count.
+        config: of the run.
+        model: what the student is made from, of which names and shapes are enough.
+        start: what the checkpoint says of itself that the run starts from; None for a V2 state dict.
+
+    Returns:
+        The layers that are to be quantized.
 
     Raises:
-        ConfigError: it does not know the architecture or the tokenizer, or its types hold no such layers.
+        ConfigError: in one sentence, what would not work.
     """
+    converts = config.stage in CONVERTS and _converts(config, model, start)
+    if converts and start is not None:
+        _refuse_adapted(config, start)
+    layers = check_layers(config, model) if converts else []
+    if config.stage is Stage.distill and start:
+        check_mode(config.mode, checkpoints.layers_of(start), model)
+    if config.stage in EXPORTED:
+        _check_export(config, model, start["layers"] if start and not layers else checkpoints.entries(layers))
+    return layers
+
+
+def _check_export(config: Config, model: ModelFolder, layers: dict[str, dict[str, Any]]) -> None:
+    """Whether a tool knows the architecture, and its types hold such layers, before hours go into them."""
     form = exporter(config.export.format)
     form.refuse_architecture(model.settings().to_dict())
-    form.refuse_tokenizer(model)
-    start = None if layers else _manifest(config, model)
-    form.refuse_layers(start["layers"] if start else checkpoints.entries(layers), config.export)
+    form.refuse_layers(layers, config.export)
     if config.stage in TRAINS and config.mode.rank:
         form.refuse_adapters(True, config.export)
 
@@ -97,7 +108,7 @@ def check_export(config: Config, model: ModelFolder, layers: list[Layer]) -> Non
 def check_layers(config: Config, model: ModelFolder) -> list[Layer]:
     """The layers that are to be quantized, those that are to learn among them."""
     found: list[Layer] = []
-    for quant, mode in _wanted(config) if _converts(config, model) else []:
+    for quant, mode in _wanted(config):
         layers = select(model.skeleton(), quant)
         if config.stage in TRAINS:
             check_mode(mode, layers, model)
@@ -105,10 +116,9 @@ def check_layers(config: Config, model: ModelFolder) -> list[Layer]:
     return found
 
 
-def _refuse_adapted(config: Config, model: ModelFolder) -> None:
+def _refuse_adapted(config: Config, start: dict[str, Any]) -> None:
     """Refuses to convert a checkpoint with adapters, which would be lost."""
-    start = _manifest(config, model) if config.stage in CONVERTS else None
-    if start is not None and has_adapters(start) and _converts(config, model):
+    if has_adapters(start):
         raise ConfigError(
             f"checkpoint={config.checkpoint.path} has adapters and is to be converted to quant={config.quant.name},"
             " which would lose them: start from the checkpoint that they were trained on, or convert what"
@@ -168,11 +178,10 @@ def _check_adapter(rank: int, layer: Layer, model: ModelFolder) -> None:
         )
 
 
-def _converts(config: Config, model: ModelFolder) -> bool:
+def _converts(config: Config, model: ModelFolder, start: dict[str, Any] | None) -> bool:
     """Whether a conversion is to be made; not from a checkpoint that has the formats already."""
     if config.stage is Stage.convert or config.checkpoint.path is None or config.first:
         return True
-    start = _manifest(config, model)
     return start is not None and not checkpoints.has_formats(start, config.quant, model)
 
 
