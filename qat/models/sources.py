@@ -113,7 +113,8 @@ def _stated_by_gguf(config: ModelConfig, artifacts: Path) -> ModelFolder:
         return ModelFolder(config.name, made, "")
     gguf_header.check(file)
     with _read_once(), reading.understood(f"{file} describes no model that transformers reads"):
-        return ModelFolder(config.name, file, "", stated=AutoConfig.from_pretrained(file.parent, gguf_file=file.name))
+        stated = AutoConfig.from_pretrained(file.parent, gguf_file=file.name, **reading.SAFE)
+    return ModelFolder(config.name, file, "", stated=stated)
 
 
 def _from_wheel(config: ModelConfig, artifacts: Path) -> ModelFolder:
