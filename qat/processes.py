@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 BROUGHT_BYTES = 1 << 26  # of a tensor that are on their way to the first process at a time
+LAUNCHER = "QAT_LAUNCHER"  # variable with the number of the process that `instance.devices` started others from
 PLACE = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}  # torchrun's variables, with a lone process's values
 
 
@@ -218,9 +219,15 @@ def started() -> bool:
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
+def launcher() -> int | None:
+    """The number of the process that `instance.devices` started this one from, which tells how all ended."""
+    return int(os.environ[LAUNCHER]) if LAUNCHER in os.environ else None
+
+
 def environment(rank: int, count: int, port: str) -> dict[str, str]:
-    """What a process of several on this computer is told of its place."""
+    """What a process of several on this computer is told of its place, by the one that starts it."""
     told = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    told[LAUNCHER] = os.getpid()
     return os.environ | {name: str(value) for name, value in told.items()}
 
 

@@ -5,6 +5,8 @@ import json
 import os
 import signal
 import subprocess
+import sys
+import threading
 import time
 from pathlib import Path
 
@@ -13,6 +15,7 @@ import pytest
 from qat.artifacts import MANIFEST
 from qat.cli import main, ranks
 from qat.errors import RankError
+from qat.processes import environment
 from tests.launching import LAUNCH, Python, fork_pythons
 
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -128,6 +131,53 @@ def test_a_killed_process_ends_all_in_a_sentence_and_the_run_goes_on(alone, toge
     code, _, said = ended(start(alone, *words, f"run.resume={run}", together=together))
     assert (code, said) == (0, []) and record(alone, run)["status"] == "complete"
     assert [row["step"] for row in rows(alone, run) if "loss" in row] == list(range(1, STEPS + 1))
+
+
+@pytest.mark.parametrize("together", ["torchrun", "devices"])
+def test_processes_whose_launcher_is_killed_end_by_themselves(alone, together):
+    run = next_run(alone)
+    process = start(alone, *LONG, together=together)
+    wait_for_steps(process, alone, run)
+    left = ranks_of(process)
+    process.send(signal.SIGKILL)
+    end = time.monotonic() + 60
+    while any(map(is_there, left)):
+        assert time.monotonic() < end, left
+        time.sleep(0.05)
+    assert record(alone, run)["status"] == "interrupted"
+    last = max(row["step"] for row in rows(alone, run))
+    assert (alone / run / "checkpoints" / f"state-{last:08d}").exists()
+
+
+def is_there(process: int) -> bool:
+    """Whether a process runs, and has not merely not been waited for."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+@pytest.mark.parametrize("killed", [0, 1])
+def test_where_one_is_killed_the_other_does_not_say_that_it_was_interrupted(killed, capfd, tmp_path, monkeypatch):
+    """The launcher ends the other one, which may not have noticed by then that anything is amiss."""
+    ready = "import pathlib, signal, sys, time; from qat.cli import main; "
+    waits = "def stay(): pathlib.Path(sys.argv[1]).touch(); time.sleep(60)\n"
+    ends = "main._main = lambda *_: stay(); sys.exit(main.main([], None))"
+    processes = []
+    for rank in range(2):
+        told = environment(rank, 2, "1") | {"PYTHONPATH": str(Path(__file__).parents[1])}
+        code = f"{ready}\n{waits}{ends}"
+        processes.append(subprocess.Popen([sys.executable, "-c", code, str(tmp_path / str(rank))], env=told))
+    monkeypatch.setattr(ranks, "_start", lambda argv, index, count, port: processes[index])
+
+    def kill():
+        while not all((tmp_path / str(rank)).exists() for rank in range(2)):
+            time.sleep(0.05)
+        processes[killed].kill()
+
+    threading.Thread(target=kill).start()
+    assert ranks.launch([], 2) == 128 + signal.SIGKILL
+    assert capfd.readouterr().err == f"error: process {killed} of 2 was killed\n"
 
 
 @pytest.mark.parametrize("together", ["torchrun", "devices"])

@@ -37,15 +37,13 @@ from qat.cli.job import failures
 from qat.cli.words import quoted
 from qat.config import Config
 from qat.errors import ConfigError, QatError, RankError
-from qat.processes import place, started
+from qat.processes import launcher, place, started
 from qat.runs import UNRECORDED
 from qat.suggest import one_line
 from qat.sweeps import Sweep
 
 TASKS = "evaluate.tasks"
 SUFFIXES = (".yaml", ".yml")  # endings of task files; other values of evaluate.tasks are names that lm-eval knows
-INTERRUPTED = 130  # exit code that a shell reports after Ctrl-C (128 + SIGINT)
-TERMINATED = 143  # exit code that a shell reports after SIGTERM (128 + 15)
 
 
 class Terminated(KeyboardInterrupt):
@@ -73,15 +71,16 @@ def main(argv: list[str], launch: Callable[[], None]) -> int:
     streams.outlive_readers()
     try:
         with _told_by_sigterm():
+            ranks.outlive_nobody()
             return _main(argv, launch)
     except QatError as error:
         if ranks.speaks(error):
             one_line(error)
         return error.exit_code
     except KeyboardInterrupt as stop:
-        if place().first:
+        if place().first and launcher() is None:
             print("interrupted", file=sys.stderr)
-        return TERMINATED if isinstance(stop, Terminated) else INTERRUPTED
+        return ranks.TERMINATED if isinstance(stop, Terminated) else ranks.INTERRUPTED
 
 
 def check(command: CommandLine) -> Checked:

@@ -3,16 +3,18 @@
 `torchrun --nproc-per-node N -m qat …` does the same from outside. Only the first process speaks and
 writes into the run's folder; the others work in a scratch folder of their own. An error is told once, by
 the process that knows most of it: whoever started the processes ends all of them when one fails, and those
-that would repeat it wait for that.
+that would repeat it wait for that. If whoever started them is gone, they end by themselves.
 """
 
 import atexit
 import logging
+import os
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from contextlib import ExitStack
 from pathlib import Path
@@ -22,10 +24,13 @@ from qat import installation, system
 from qat import scratch as temporary
 from qat.cli.arguments import quote
 from qat.errors import RankError
-from qat.processes import environment, place, started
+from qat.processes import environment, launcher, place, started
 
 GRACE = 20.0  # seconds that the other processes have to save their state once one has failed
 PATIENCE = 5.0  # seconds to wait for a process that knows the cause of the error to report it
+LOOK = 0.5  # seconds between two looks whether whoever started this process is there
+INTERRUPTED = 130  # exit code that a shell reports after Ctrl-C (128 + SIGINT)
+TERMINATED = 143  # exit code that a shell reports after SIGTERM (128 + 15)
 
 
 def speaks(error: BaseException) -> bool:
@@ -40,6 +45,23 @@ def speaks(error: BaseException) -> bool:
         except KeyboardInterrupt:  # the error was reported elsewhere, and all processes are being ended
             return place().first
     return True
+
+
+def outlive_nobody() -> None:
+    """Ends this process, if it is one of several, soon after whoever started it: saved first, as SIGTERM has it.
+
+    Where a system gives orphans no other parent, on Windows, nobody notices.
+    """
+    if started():
+        threading.Thread(target=_end_after, args=(launcher() or os.getppid(),), daemon=True).start()
+
+
+def _end_after(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(LOOK)
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(GRACE)
+    os.kill(os.getpid(), getattr(signal, "SIGKILL", signal.SIGTERM))  # it waits for one that is gone
 
 
 def scratch() -> list[str]:
@@ -70,6 +92,8 @@ def launch(argv: list[str], count: int) -> int:
     code = ranks[first].returncode
     if system.killed(code):  # a process killed by SIGKILL cannot report it itself
         print(f"error: process {first} of {count} was killed", file=sys.stderr)
+    elif code in (INTERRUPTED, TERMINATED):  # not told by these, which are ended so too when another one fails
+        print("interrupted", file=sys.stderr)
     return 128 - code if code < 0 else code
 
 

@@ -103,6 +103,6 @@ def test_a_quantized_folder_is_judged_as_what_it_becomes(here, teacher):
 def test_what_is_described_has_the_shapes_of_what_is_made(here, teacher):
     described = models.described(ModelConfig("tiny", ModelSource.tiny), here)
     made = models.locate(ModelConfig("tiny", ModelSource.tiny), here)
-    assert described.settings().to_diff_dict().keys() <= made.settings().to_diff_dict().keys() | {"transformers_version"}
+    assert described.context() == made.context() and described.vocab_size() == made.vocab_size()
     for name, parameter in made.load(tiny.FP32.dtype, tiny.FP32.device).named_parameters():
         assert described.skeleton().get_parameter(name).shape == parameter.shape
