@@ -1,6 +1,8 @@
 """Telling Weights & Biases about a run; `metrics.jsonl` in the run's folder stays the truth.
 
-Without a login wandb runs offline, writes below the run's folder, never asks and never fails the run.
+Without a login wandb runs offline, writes below the run's folder, never asks and never fails the run. Stages that
+train, convert or measure are told of, each a wandb run whose job type is the stage. An evaluation is in the group of
+the run whose checkpoint it measures, and jobs of a sweep are in the sweep's. A cache and an export have no figures to follow.
 """
 
 import logging
@@ -15,11 +17,14 @@ from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import urlsplit
 
-from qat.config import Config, TrackerKind, as_plain
+from qat import names
+from qat.config import Config, Stage, TrackerKind, as_plain
+from qat.errors import QatError
 from qat.shown import near, shown
 
 log = logging.getLogger(__name__)
 
+UNTOLD = (Stage.cache, Stage.export)  # stages of which wandb is not told
 HOST = "api.wandb.ai"
 LOGIN = "`wandb login` (--host=URL for one of your own)"  # what comes before an offline run is sent
 
@@ -76,8 +81,8 @@ class WandbTracker:
 
 
 def open_tracker(config: Config, folder: Path, run_id: str) -> Tracker:
-    """The configured tracker; where wandb itself fails the run goes on without it, and says so."""
-    if config.tracker.kind is TrackerKind.none:
+    """What is told of a run; where wandb itself fails the run goes on without it, and says so."""
+    if config.tracker.kind is TrackerKind.none or config.stage in UNTOLD:
         return NoTracker()
     try:
         return WandbTracker(_start_wandb(config, folder, run_id), folder)
@@ -100,13 +105,30 @@ def _start_wandb(config: Config, folder: Path, run_id: str) -> Any:
         id=earlier,
         resume="allow" if earlier else None,
         name=run_id,
-        group=shown(folder.parent.name) if folder.parent.name.startswith("sweep-") else None,
+        group=shown(_group(config, folder, run_id)),
+        job_type=config.stage.name,
         config=as_plain(config),
         dir=str(folder),
         mode=mode,
         reinit="finish_previous",
         settings=wandb.Settings(silent=True, console="off", init_timeout=30),
     )
+
+
+def _group(config: Config, folder: Path, run_id: str) -> str:
+    """The sweep that a run is a job of, else the run itself; of an evaluation those of the run that it measures."""
+    measured = _measured(config) if config.stage is Stage.evaluate else None
+    home, name = (measured, measured.name) if measured else (folder, run_id)
+    return home.parent.name if home.parent.name.startswith("sweep-") else name
+
+
+def _measured(config: Config) -> Path | None:
+    """The folder of the run whose student is measured; None for any other model."""
+    try:
+        place = names.start(config)
+    except QatError:  # the stage says what is wrong with it
+        return None
+    return names.run_of(place.resolve()) if place else None
 
 
 def _earlier_id(folder: Path) -> str | None:

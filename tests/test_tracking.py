@@ -7,7 +7,8 @@ import os
 import pytest
 
 from qat import tracking
-from qat.config import Config, ModeConfig, QuantConfig, TrackerConfig, TrackerKind, as_plain
+from qat.config import CheckpointConfig, Config, ModeConfig, QuantConfig, Stage, TrackerConfig, TrackerKind, as_plain
+from tests import described
 from tests.launching import python
 
 COMMON = """
@@ -221,11 +222,45 @@ def test_wandb_that_breaks_on_the_way_fails_no_run(tmp_path, caplog):
     assert caplog.text.count("wandb is told no more of this run: RuntimeError: the service is gone") == 1
 
 
-@pytest.mark.parametrize(("folder", "group"), [("sweep-002/SR-005", "sweep-002"), ("SR-005", None)])
+@pytest.mark.parametrize(("folder", "group"), [("sweep-002/SR-005", "sweep-002"), ("SR-005", "SR-005")])
 def test_run_carries_its_configuration_and_jobs_of_a_sweep_are_grouped(tmp_path, config, monkeypatch, folder, group):
     wandb = pytest.importorskip("wandb")
     asked = {}
     monkeypatch.setattr(wandb, "init", lambda **settings: asked.update(settings))
     tracking.open_tracker(config, tmp_path / folder, "SR-005")
     assert (asked["name"], asked["group"], asked["mode"]) == ("SR-005", group, "offline")
+    assert asked["job_type"] == "run"
     assert asked["config"] == as_plain(config)
+
+
+@pytest.mark.parametrize(
+    ("measured", "group"),
+    [
+        ("SR-001", "SR-001"),
+        ("SR-001/checkpoints/best", "SR-001"),
+        ("sweep-002/SR-003", "sweep-002"),
+        ("elsewhere", "SR-005"),
+        (None, "SR-005"),
+    ],
+)
+def test_an_evaluation_joins_the_group_of_the_run_that_it_measures(tmp_path, config, monkeypatch, measured, group):
+    wandb = pytest.importorskip("wandb")
+    asked = {}
+    monkeypatch.setattr(wandb, "init", lambda **settings: asked.update(settings))
+    config.stage = Stage.evaluate
+    for run in ("SR-001", "sweep-002/SR-003"):
+        (tmp_path / run / "checkpoints" / "best").mkdir(parents=True)
+        (tmp_path / run / "result.json").write_text("{}")
+        manifest = json.dumps(described.checkpoint(True, True))
+        (tmp_path / run / "checkpoints" / "best" / "manifest.json").write_text(manifest)
+    (tmp_path / "elsewhere").mkdir()
+    config.checkpoint = CheckpointConfig("teacher", str(tmp_path / measured) if measured else None)
+    tracking.open_tracker(config, tmp_path / "SR-005", "SR-005")
+    assert (asked["group"], asked["job_type"], asked["name"]) == (group, "evaluate", "SR-005")
+
+
+@pytest.mark.parametrize("stage", [Stage.cache, Stage.export])
+def test_what_has_no_figures_is_not_told_of(tmp_path, config, monkeypatch, stage):
+    monkeypatch.setattr(tracking, "_start_wandb", lambda *_: pytest.fail("told"))
+    config.stage = stage
+    assert isinstance(tracking.open_tracker(config, tmp_path, "SR-001"), tracking.NoTracker)
