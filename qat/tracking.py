@@ -2,7 +2,7 @@
 
 Without a login wandb runs offline, writes below the run's folder, never asks and never fails the run. Stages that
 train, convert or measure are told of, each a wandb run whose job type is the stage. An evaluation is in the group of
-the run whose checkpoint it measures, and jobs of a sweep are in the sweep's. A cache and an export have no figures to follow.
+the run whose checkpoint it measures, and jobs of a sweep are in the sweep's. Caches and exports have no figures.
 """
 
 import logging
