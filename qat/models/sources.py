@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import gguf
 import numpy as np
@@ -112,9 +112,14 @@ def _stated_by_gguf(config: ModelConfig, artifacts: Path) -> ModelFolder:
     if (made / model_files.CONFIG).is_file():
         return ModelFolder(config.name, made, "")
     gguf_header.check(file)
+    return ModelFolder(config.name, file, "", stated=_settings_of_gguf(file))
+
+
+@cache
+def _settings_of_gguf(file: Path) -> PreTrainedConfig:
+    """The settings in a checked file's header, read once for all jobs of a sweep: many tokens lie beside them."""
     with _read_once(), reading.understood(f"{file} describes no model that transformers reads"):
-        stated = AutoConfig.from_pretrained(file.parent, gguf_file=file.name, **reading.SAFE)
-    return ModelFolder(config.name, file, "", stated=stated)
+        return cast(PreTrainedConfig, AutoConfig.from_pretrained(file.parent, gguf_file=file.name, **reading.SAFE))
 
 
 def _from_wheel(config: ModelConfig, artifacts: Path) -> ModelFolder:

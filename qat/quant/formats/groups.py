@@ -16,6 +16,7 @@ from qat.quant.lookup import nonzero, snapped
 TRIED = 10  # number of candidate widths of a group's values
 # The smallest width tried, relative to the widest, is 1 − NARROW^bits: with fewer values, more weights lie outside.
 NARROW = 0.76
+GUESSED = 1 << 18  # weights that a CPU tries widths for at a time: what it computes of them stays in its caches
 
 
 def each(of_group: Tensor, size: int) -> Tensor:
@@ -41,6 +42,13 @@ def guess(weight_NOI: Tensor, h_NI: Tensor, values_K: Tensor, size: int, shifted
         size: columns of a group.
         shifted: whether groups have shifts.
     """
+    rows = max(1, GUESSED // h_NI.numel()) if weight_NOI.device.type == "cpu" else weight_NOI.shape[1]
+    found = [_guess(part, h_NI, values_K, size, shifted) for part in weight_NOI.split(rows, 1)]
+    return [torch.cat(parts, 1) for parts in zip(*found, strict=True)]
+
+
+def _guess(weight_NOI: Tensor, h_NI: Tensor, values_K: Tensor, size: int, shifted: bool) -> list[Tensor]:
+    """As `guess`, all rows at once."""
     groups = weight_NOI.unflatten(2, (-1, size))
     importance = h_NI.view(len(h_NI), 1, -1, size)
     low, high = groups.amin(3), groups.amax(3)
