@@ -2,9 +2,11 @@
 
 import os
 import re
+from argparse import ArgumentParser
 from contextlib import suppress
 from dataclasses import dataclass
 from decimal import Decimal
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -15,6 +17,7 @@ from qat.cli import recorded, schema, trusted, words
 from qat.config import CONF, Config
 from qat.errors import ConfigError
 from qat.identities import RESOLVED
+from qat.installation import NAME
 from qat.suggest import hint, nearest
 
 # At most two digits of exponent: nobody means more, and 1e999999999 would fill the memory.
@@ -72,6 +75,7 @@ def parse(argv: list[str]) -> CommandLine:
     parser.allow_abbrev = False
     # argparse would print its usage on two lines more and exit.
     parser.error = _refuse  # type: ignore[method-assign]
+    _name_version(parser)
     flags = vars(parser.parse_intermixed_args(argv))
     overrides = flags.pop("overrides")
     _check_flags(flags)
@@ -81,6 +85,14 @@ def parse(argv: list[str]) -> CommandLine:
     command.overrides = [words.quoted(_whole_numbers(text), command.multirun) for text in overrides]
     _find_config(command)
     return command
+
+
+def _name_version(parser: ArgumentParser) -> None:
+    """Has `--version` say this program's before Hydra's own."""
+    with suppress(PackageNotFoundError):  # a clone that nobody installed has none
+        for action in parser._actions:
+            if "--version" in action.option_strings:
+                action.version = f"{NAME} {version(NAME)}, {action.version}"  # type: ignore[attr-defined]
 
 
 def quote(text: str) -> str:

@@ -156,7 +156,9 @@ def _about(topic: str) -> Iterator[str]:
         meant = f" (it is an option of {groups[0]}: see --help {groups[0]})" if groups else did_you_mean(name, known)
         raise ConfigError(f"--help {topic}: no such group or key{meant}")
     key = schema.keys().get(name)
-    if name == "stage" and value in Stage.__members__:
+    if name == "stage" and value:
+        if value not in Stage.__members__:
+            raise ConfigError(f"--help {topic}: no such stage{did_you_mean(value, Stage.__members__)}")
         yield from _stage(Stage[value])
         return
     if key is not None and not key.is_section:

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ from omegaconf import MISSING
 from rich.cells import cell_len
 
 from qat import installation, options
-from qat.cli import helping, schema
+from qat.cli import arguments, helping, schema
 from qat.cli.helping import page
 from qat.config import Stage
 from qat.errors import ConfigError
@@ -80,6 +81,18 @@ def test_a_stage_shows_what_it_does_and_the_keys_of_its_name():
     assert said.startswith(f"stage=export: {Stage.export.value}\n\nexport: ") and "export.output=null" in said
     assert page(["stage=doctor"]) == page(["+stage=doctor"])
     assert flat(page(["stage=doctor"])) == f"stage=doctor: {Stage.doctor.value}"
+
+
+def test_a_stage_that_there_is_not_is_told():
+    with pytest.raises(ConfigError, match=r"--help stage=exprot: no such stage \(did you mean export\?\)"):
+        page(["stage=exprot"])
+
+
+def test_the_version_is_that_of_this_program_too(capsys):
+    with pytest.raises(SystemExit):
+        arguments.parse(["--version"])
+    said = capsys.readouterr().out
+    assert said.startswith(f"{installation.NAME} {version(installation.NAME)}, Hydra ")
 
 
 def test_only_the_default_is_marked():
