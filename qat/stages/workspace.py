@@ -9,7 +9,7 @@ from pathlib import Path
 from transformers import PreTrainedModel
 
 from qat import machine, models, records
-from qat.config import CheckpointConfig, Config, Stage
+from qat.config import CheckpointConfig, Config, ModelConfig, ModelSource, Stage
 from qat.console import duration, paces
 from qat.fidelity import Sample, settle
 from qat.fidelity.sample import Rows
@@ -129,8 +129,13 @@ def ahead(config: Config) -> str:
         Stage.export: [f"export {start} as {config.export.name}"],
         Stage.evaluate: [f"evaluate {', '.join(compared)}"],
     }
-    pair = config.model.name if config.teacher is None else f"{config.model.name} taught by {config.teacher.name}"
+    pair = " taught by ".join(_called(one) for one in (config.model, config.teacher) if one is not None)
     return ", ".join([pair, *parts.get(config.stage, [config.stage.name])])
+
+
+def _called(model: ModelConfig) -> str:
+    """What a person calls a model: of a folder that has no option its own name."""
+    return Path(str(model.path)).name if model.source is ModelSource.folder else model.name
 
 
 def _spent(earlier: Record) -> Iterator[tuple[str, float]]:
