@@ -63,9 +63,10 @@ def finished(tmp_path, teacher, made):
     """Makes the folder of a run, complete unless said otherwise."""
 
     def make(seed, status="complete", words=("+experiment=record_q2a4",), **timing):
-        config = main.check(arguments.parse(["model=tiny", "tracker=none", f"seed={seed}", *words[1:]])).configs[0]
         folder = tmp_path / "outputs" / f"SR-{seed:03d}"
         folder.mkdir(parents=True)
+        line = ["model=tiny", "tracker=none", f"outputs={folder.parent}", f"seed={seed}", *words[1:]]
+        config = main.check(arguments.parse(line)).configs[0]
         run = Run(config, folder, overrides=words)
         run.result["environment"] = {"git": "abcdef012345", "device": "cpu, float32"}
         run.result["timing"] |= timing

@@ -76,7 +76,7 @@ def test_a_vocabulary_of_another_size_is_refused_as_the_cache_states_it(recorded
 
 def test_rows_longer_than_the_teacher_was_made_for_are_refused(recorded, tiny, tmp_path):
     data, loss = DataConfig("", eval_fraction=0.3), LossConfig("", LossKind.topk_kl)
-    config = Config(data=data, cache=CacheConfig("local"), loss=loss)
+    config = Config(data=data, cache=CacheConfig("local"), loss=loss, outputs=str(tmp_path))
     short = Short(tiny.name, tiny.path, tiny.fingerprint)
     work = Workspace(config, Run(config, tmp_path), CPU, short, short)
     with pytest.raises(ConfigError, match="has rows of 16 tokens, tiny is made for at most 15"):
