@@ -21,6 +21,7 @@ from torch import Tensor
 
 from qat import system
 from qat.errors import ArtifactError, reason
+from qat.finite import finite
 
 Known = tuple[str, tuple[int, ...]]  # type and shape of a tensor
 KINDS = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64", torch.uint8: "U8"}
@@ -82,7 +83,7 @@ def read(
         raise ArtifactError(f"{path} {wrong}: {remedy}")
     tensors = _opened(path, remedy, lambda file: {called[name]: file.get_tensor(name) for name in found})
     for name, tensor in tensors.items():
-        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+        if tensor.is_floating_point() and not finite(tensor):
             raise ArtifactError(f"{path} has NaN or infinity in {name}: {remedy}")
     return tensors
 

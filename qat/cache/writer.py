@@ -50,6 +50,7 @@ from qat.data.documents import SPLITS, read_documents
 from qat.data.packing import Rows, pack
 from qat.errors import ConfigError, NumericsError
 from qat.fidelity import Sample
+from qat.finite import finite
 from qat.forward import Pass
 from qat.head import OutputHead
 from qat.machine import Machine
@@ -332,7 +333,7 @@ def _write(
     tensors = {
         name: tensor.cpu().reshape(len(shard.rows), positions, tensor.shape[-1]) for name, tensor in stored.items()
     }
-    if not torch.isfinite(tensors["topk_logprobs"]).all():
+    if not finite(tensors["topk_logprobs"]):
         raise NumericsError("the teacher's logits hold NaN or infinity: try instance.precision=fp32")
     names = ("input_ids", "document_starts", "loss_mask", *(("answers",) if answers else ()))
     tensors |= {name: getattr(shard.rows, name) for name in names}

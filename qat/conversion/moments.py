@@ -30,6 +30,7 @@ from qat.conversion.observer import Observer
 from qat.conversion.routed import Routed, complete
 from qat.conversion.vocabulary import Watch
 from qat.errors import ConfigError, NumericsError
+from qat.finite import finite
 from qat.flow import Flow, flows
 from qat.forward import body, run_body
 from qat.head import OutputHead, output_weight
@@ -349,5 +350,5 @@ def _of_vocabulary(watch: Watch) -> Moments:
 
 
 def _refuse_not_finite(what: str, numbers: Tensor) -> None:
-    if not torch.isfinite(numbers).all():
+    if not finite(numbers):
         raise NumericsError(f"{what} holds NaN or infinity: try instance.precision=fp32")

@@ -42,7 +42,7 @@ def write(
         NumericsError: a number does not fit into `export.dtype`.
         ConfigError: the architecture's files have a quantized layer under another name.
     """
-    hf.write(source, folder, settings)
+    hf.write(source, folder, settings, layers)
     (file,) = model_files.weights(folder)
     tensors = load_file(file)
     for name, module in layers.items():

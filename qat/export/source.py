@@ -14,6 +14,7 @@ from qat import checkpoints, model_files, names
 from qat.checkpoint_files import find
 from qat.config import ExportType
 from qat.errors import ConfigError, NumericsError
+from qat.finite import finite
 from qat.machine import Machine
 from qat.models import ModelFolder
 from qat.quant import adapter, vocabulary
@@ -133,7 +134,7 @@ def cast(name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
         NumericsError: a value is too large for it.
     """
     made = value.detach().to(dtype)
-    if not torch.isfinite(made).all():
+    if not finite(made):
         shown = str(dtype).removeprefix("torch.")
         raise NumericsError(f"{name} has values that {shown} cannot hold: export with export.dtype=fp32")
     return made

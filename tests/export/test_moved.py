@@ -111,7 +111,7 @@ def test_mlx_lm_reads_the_dense_export(rotated, tmp_path, monkeypatch):
     utils = pytest.importorskip("mlx_lm.utils", reason="mlx-lm is not installed: pip install -e '.[engines]'")
     from qat.config import ExportConfig, ExportType
 
-    monkeypatch.setattr(hf, "dense", lambda source, dtype: source.model)
+    monkeypatch.setattr(hf, "dense", lambda source, *_: source.model)
     hf.write(rotated, tmp_path, ExportConfig("hf", "hf", ExportType.fp32))
     model, _ = utils.load_model(tmp_path)
     made = torch.tensor(model(mx.array(IDS.numpy())).tolist())

@@ -1,6 +1,7 @@
 """A dense Hugging Face folder, written and read back by transformers."""
 
 import json
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,19 @@ from qat.quant.linear import Quantized, QuantLinear, quantized
 from qat.quant.places import matrix
 
 
-def write(source: Source, folder: Path, settings: ExportConfig) -> None:
+def write(source: Source, folder: Path, settings: ExportConfig, replaced: Collection[str] = ()) -> None:
     """Writes the model with every quantized weight multiplied out, and with its adapter's added.
+
+    Args:
+        source: a student, or a teacher.
+        folder: not published yet.
+        settings: of the export.
+        replaced: quantized layers that get other tensors afterwards, whose weights are the teacher's meanwhile.
 
     Raises:
         NumericsError: a weight does not fit into `export.dtype`.
     """
-    model = dense(source, DTYPES[settings.dtype])
+    model = dense(source, DTYPES[settings.dtype], replaced)
     model.save_pretrained(folder)
     described = model.config.to_dict() | {"dtype": settings.dtype.value}
     older = older_keys(described, model_files.settings(source.teacher.path), type(model.config))
@@ -38,16 +45,19 @@ def describe(folder: Path, more: dict[str, Any]) -> None:
 
 
 @torch.no_grad()
-def dense(source: Source, dtype: torch.dtype) -> PreTrainedModel:
-    """The source as a plain model in another type."""
+def dense(source: Source, dtype: torch.dtype, besides: Collection[str] = ()) -> PreTrainedModel:
+    """The source as a plain model in another type; of layers `besides`, weights stay the teacher's, unchecked."""
     model = source.teacher.load(dtype, CPU)
     model.config.use_cache = source.teacher.settings().use_cache
     model.generation_config = GenerationConfig()  # the folder's own file is copied
     adopt(model, own_parameters(source.model))
+    layers = quantized(source.model)
     for name, parameter in model.named_parameters():
-        cast(name, parameter, dtype)
-    for name, module in quantized(source.model).items():
-        matrix(model, name).copy_(cast(name, _merged(module), dtype))
+        if name.removesuffix(".weight") not in layers:
+            cast(name, parameter, dtype)
+    for name, module in layers.items():
+        if name not in besides:
+            matrix(model, name).copy_(cast(name, _merged(module), dtype))
     return model
 
 
