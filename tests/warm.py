@@ -1,5 +1,7 @@
 """Imported where launches are forked from: what every one of them would read and parse first, once for all."""
 
+import weakref
+
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
 from qat import system
@@ -20,4 +22,6 @@ for words in OFTEN:
     main.check(arguments.parse([*words, "train.lr=1e-3"]))
 main.check(arguments.parse([]))
 get_checkpoint_conversion_mapping("llama")
+for undone in list(weakref.finalize._registry):  # type: ignore[attr-defined]
+    undone.atexit = False  # such as names that torch knows operations by: of what ends anyway, at 50 ms a launch
 system.keep()  # what is there already is garbage of no launch, and looking for some would copy its memory
