@@ -47,6 +47,19 @@ import sys
 for name in [name for name in sys.modules if name.partition(".")[0] in ("qat", "launch", "tests")]:
     del sys.modules[name]
 """
+_OF_A_COPY = """
+sys.path.insert(0, {place!r})
+{before}
+import qat, runpy
+from qat import machine, system
+from qat.quant import kmeans
+assert qat.__file__.startswith({place!r}), qat.__file__
+machine.matmul_flops = lambda _: 1e11
+kmeans.MAX_EDGES = {edges}
+system.tidy = system.trim = lambda: None
+sys.argv[0] = {script!r}
+runpy.run_path({script!r}, run_name="__main__")
+"""
 # Among how many places a codebook's boundaries are sought at most, in tests that are not about that: as many as for
 # four entries. Sixteen have 1,280 elsewhere, which take most of the time that a tiny model's conversion does.
 EDGES = 320
@@ -172,6 +185,17 @@ def python(*words: str, stdin: str = "", env: Mapping[str, str] | None = None) -
     code, out, err = Python(*words, stdin=stdin, env=env).ended()
     assert code is not None
     return subprocess.CompletedProcess(words, code, out, err)
+
+
+def of_a_copy(place: Path, script: str, before: str = "pass") -> str:
+    """Code that does what `python script` does with the copy of the project in a folder, spared what `lighten` spares.
+
+    Args:
+        place: where `qat` is.
+        script: a file.
+        before: code that comes first.
+    """
+    return WITHOUT_OURS + _OF_A_COPY.format(place=str(place), script=script, before=before, edges=EDGES)
 
 
 def lighten() -> None:

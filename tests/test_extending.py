@@ -26,19 +26,6 @@ BLOCK = re.compile(
 )
 NUMBERS = {"One": 1, "Two": 2, "Three": 3, "Four": 4}
 PARTS = ("codebook", "scale_A", "scale_B", "rank_magnitude")
-OWN = """
-import os, runpy
-sys.path.insert(0, os.getcwd())
-sys.argv[0] = "launch.py"
-sys.path.append({root!r})
-{before}
-from qat import machine, system
-from qat.quant import kmeans
-machine.matmul_flops = lambda _: 1e11  # a second each time
-kmeans.MAX_EDGES = {edges}
-system.tidy = system.trim = lambda: None
-runpy.run_path("launch.py", run_name="__main__")
-"""
 
 
 def recipe(title):
@@ -70,8 +57,7 @@ def project(tmp_path, monkeypatch):
                 python, *words = shlex.split(line)
                 assert (python, words.pop(0)) == ("python", "launch.py")
                 env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-                code = launching.WITHOUT_OURS + OWN.format(before=before, root=str(ROOT), edges=launching.EDGES)
-                done = launching.python("-c", code, *words, env=env)
+                done = launching.python("-c", launching.of_a_copy(tmp_path, "launch.py", before), *words, env=env)
                 assert done.returncode == 0, done.stdout + done.stderr
         return tmp_path
 
@@ -161,7 +147,7 @@ def test_an_architecture(project, tmp_path):
     quant = QuantConfig("q", mlp=WeightConfig(2, 4), attn=WeightConfig(4, 4))
     with pytest.raises(ConfigError, match=r"no rule of qat/quant/architectures\.py .*layers\.\*\.looker\.ask"):
         select(model, quant)
-    folder = project("An architecture", "from tests import family; family.register()")
+    folder = project("An architecture", f"sys.path.append({str(ROOT)!r}); from tests import family; family.register()")
     found = result(folder / "outputs" / "SR-001")
     assert (found["quant"]["attn_layers"], found["quant"]["mlp_layers"], found["quant"]["dense"]) == (8, 6, {})
     (moments,) = {layer.source for layer in changed(folder / "qat/quant/architectures.py").select(model, quant)[:3]}

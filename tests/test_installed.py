@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from tests import launching
+
 ROOT = Path(__file__).resolve().parents[1]
 OWN = "# mine alone\nmlp: {bits: 3, rank: 2}\nattn: null\n"
 
@@ -98,11 +100,13 @@ def test_processes_that_it_starts_are_of_this_package_and_say_what_was_typed(typ
     assert (done.returncode, done.stderr) == (0, "") and "\n  qat stage=doctor  " in done.stdout
 
 
-def test_a_run_with_an_own_option_lands_below_the_current_folder(typed, target):
+def test_a_run_with_an_own_option_lands_below_the_current_folder(target, tmp_path, monkeypatch):
+    """Forked with libraries in it; tests/footprint/test_taken.py has runs in interpreters that start afresh."""
+    monkeypatch.chdir(tmp_path)
     Path("conf/quant").mkdir(parents=True)
     Path("conf/quant/mine.yaml").write_text(OWN)
     words = ("+debug=tiny", "quant=mine", "mode=mlp")
-    done = typed("qat", *words)
+    done = launching.python("-c", launching.of_a_copy(target, str(target / "bin" / "qat")), *words)
     assert (done.returncode, done.stderr) == (0, ""), done.stderr
     record = json.loads(Path("outputs/SR-001/result.json").read_text())
     assert record["status"] == "complete" and record["command"] == f"qat {' '.join(words)}"

@@ -116,7 +116,7 @@ def shop(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def first(shop):
-    """The first run, in a process of its own; tests/test_installed.py has one in an interpreter that starts afresh."""
+    """The first run, in a process of its own; tests/footprint/test_taken.py has fresh interpreters."""
     done = launching.python("-c", ALONE, "+debug=tiny", f"outputs={shop.outputs}")
     return Outcome(done.returncode, done.stdout, done.stderr, shop.outputs / "SR-001")
 
