@@ -10,6 +10,7 @@ used.
 
 import os
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 from omegaconf import OmegaConf
@@ -54,8 +55,9 @@ def files(group: str) -> list[Path]:
     return [found[stem] for stem in sorted(found)]
 
 
+@cache
 def defaults() -> dict[str, str]:
-    """The option of each group that is taken when none is named."""
+    """The option of each group that is taken when none is named; read once."""
     listed = OmegaConf.load(CONF / "config.yaml").defaults
     return {name: option for entry in listed if not isinstance(entry, str) for name, option in entry.items()}
 
