@@ -105,20 +105,21 @@ def _content(path: Path) -> bytes:
 
 
 def _plain(value: Any, depth: int) -> Any:
+    if isinstance(value, float):  # most of what hundreds of runs have written
+        return value if math.isfinite(value) else None
     if isinstance(value, str):
         return _written(value)
-    if isinstance(value, dict | list) and depth == DEEPEST:
-        return None
-    if isinstance(value, dict):
-        return {_written(key): _plain(entry, depth + 1) for key, entry in value.items()}
-    if isinstance(value, list):
-        return [_plain(entry, depth + 1) for entry in value]
     if isinstance(value, bool) or value is None:
         return value
-    usable = abs(value) < BIGGEST if isinstance(value, int) else math.isfinite(value)
-    return value if usable else None
+    if isinstance(value, int):
+        return value if abs(value) < BIGGEST else None
+    if depth == DEEPEST:
+        return None
+    if isinstance(value, list):
+        return [_plain(entry, depth + 1) for entry in value]
+    return {_written(key): _plain(entry, depth + 1) for key, entry in value.items()}
 
 
 def _written(text: str) -> str:
     """Text that a file can hold."""
-    return text.encode("utf-8", "replace").decode("utf-8")
+    return text if text.isascii() else text.encode("utf-8", "replace").decode("utf-8")

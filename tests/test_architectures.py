@@ -38,6 +38,7 @@ from qat.errors import ConfigError
 from qat.evaluate import evaluate
 from qat.evaluate.windows import Windows, read
 from qat.fidelity import Sample, settle
+from qat.machine import Machine
 from qat.models.tiny import byte_tokenizer
 from qat.quant.architectures import select
 from qat.quant.places import matrix
@@ -70,6 +71,7 @@ FAMILIES = {
 }
 TRAINED = ("gemma2", "gemma3n_text", "gpt_oss", "granite", "mixtral", "phi3", "qwen3_5_text")
 LENGTH = 48
+WIDE = Machine(tiny.CPU, torch.float32, 16)
 
 
 @pytest.fixture(scope="module")
@@ -89,9 +91,9 @@ class Family:
 
     def cache(self, packing=Packing.joined):
         data = DataConfig(name="text", source=DataSource.text, path=str(self.text), eval_fraction=0.4)
-        documents = obtain_documents(data, self.teacher, 0, tiny.FP32, self.folder)
+        documents = obtain_documents(data, self.teacher, 0, WIDE, self.folder)
         settings = CacheConfig("L", length=LENGTH, top_k=8, packing=packing)
-        return obtain_cache(settings, documents, "text", self.teacher, 0, tiny.FP32, self.folder)
+        return obtain_cache(settings, documents, "text", self.teacher, 0, WIDE, self.folder)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -103,8 +105,8 @@ def test_what_is_recorded_and_measured_is_what_the_model_says(name, tmp_path, te
         assert architectures.compared(family.own, cache.folder)["largest"] <= architectures.LARGEST
     windows = Windows(read(str(text), family.teacher.tokenizer(), architectures.TEXT), 96, 48)
     model = family.teacher.load(torch.float32, tiny.CPU)
-    settle(family.teacher, tiny.FP32, Sample.of_rows(windows), model)
-    found = evaluate(model, model, windows, 4, tiny.FP32)
+    settle(family.teacher, WIDE, Sample.of_rows(windows), model)
+    found = evaluate(model, model, windows, 16, WIDE)
     assert found.perplexity == pytest.approx(architectures.perplexity(family.own, text), rel=1e-3) and found.kl < 1e-6
 
 

@@ -1,7 +1,7 @@
 """`kill -9` at any moment: nothing half-made that looks finished, an honest record, a next run that goes through.
 
-What makes files is killed before each of its operations, in processes that are forked here; a whole run before a
-few, drawn with a seed. `benchmarks/kills.py` does that to every command and every operation.
+What makes files is killed before each of its operations, in processes that are forked here; a whole run before
+one, drawn with a seed. `benchmarks/kills.py` does that to every command and every operation.
 """
 
 import itertools
@@ -18,7 +18,7 @@ from qat.distill.state import State, States
 from tests import kills
 from tests.killing import killed
 
-SAMPLE = 2  # operations of a run
+SAMPLE = 1  # operations of a run
 FILES = {"a.safetensors", "b.txt"}
 
 WHOSE = {"run_id": "SR-001", "started": "then"}

@@ -142,11 +142,11 @@ def _sides(run: Record) -> dict[str, list[float | None]]:
 
 def _curve(rows: list[dict[str, Any]], key: str) -> list[list[float]]:
     """Steps and values, thinned to what can be seen; first and last always stay."""
-    points = [[row["step"], _short(row[key])] for row in rows if _numeric(row.get(key)) and _numeric(row.get("step"))]
-    if len(points) <= POINTS:
-        return points
-    places = {round(index * (len(points) - 1) / (POINTS - 1)) for index in range(POINTS)}
-    return [points[place] for place in sorted(places)]
+    points = [(row["step"], row[key]) for row in rows if _numeric(row.get(key)) and _numeric(row.get("step"))]
+    if len(points) > POINTS:
+        places = {round(index * (len(points) - 1) / (POINTS - 1)) for index in range(POINTS)}
+        points = [points[place] for place in sorted(places)]
+    return [[step, _short(value)] for step, value in points]
 
 
 def _conversions(outputs: Path, runs: list[Record]) -> dict[str, Any]:

@@ -33,6 +33,7 @@ QUANTS = {
     "embedding": (replace(tiny.QUANT, embed=W(bits=4, rank=1)), ConvertConfig(rounds=1, sweeps=1)),
     "ends": (replace(tiny.QUANT, embed=W(bits=4, rank=1), head=W(bits=2, rank=1)), ConvertConfig(rounds=1)),
     "thorough": (tiny.QUANT, ConvertConfig(rounds=1, sweeps=1, passes=2, gradients=True)),
+    "twice": (tiny.QUANT, ConvertConfig(rounds=1, passes=2)),
     "budget": (
         QuantConfig("budget", bits=5, candidates=[W(bits=2, rank=1), W(bits=4, rank=1)]),
         ConvertConfig(rounds=1),
@@ -193,7 +194,7 @@ def test_what_a_killed_conversion_left_is_used_as_it_left_it_or_not_at_all(tmp_p
     teacher = family("llama", tmp_path / "model", False)
     (tmp_path / "cache").mkdir()
     cache = tiny.cache_of(teacher, tmp_path / "cache")
-    found = converted(teacher, cache, tmp_path / "whole", "thorough")
+    found = converted(teacher, cache, tmp_path / "whole", "twice")
     (tmp_path / "goes").mkdir()
 
     def copied():
@@ -202,11 +203,11 @@ def test_what_a_killed_conversion_left_is_used_as_it_left_it_or_not_at_all(tmp_p
             for harm in HARMS:
                 shutil.copytree(tmp_path / "goes", tmp_path / harm)
 
-    assert until_done(partial(converted, teacher, cache, tmp_path / "goes", "thorough"), copied) == (found, 4)
+    assert until_done(partial(converted, teacher, cache, tmp_path / "goes", "twice"), copied) == (found, 4)
     for harm, (name, does) in HARMS.items():
         (left,) = (tmp_path / harm / "artifacts" / "checkpoints").glob(".*.partial")
         does(left / name)
-        assert converted(teacher, cache, tmp_path / harm, "thorough") == found, harm
+        assert converted(teacher, cache, tmp_path / harm, "twice") == found, harm
 
 
 def test_a_streamed_model_is_the_loaded_one_and_has_one_decoder_layer_in_memory(tmp_path):

@@ -16,7 +16,7 @@ from tests import launching
 TRAINING = [
     "stage=distill",
     "instance.precision=fp32",
-    "train.steps=14",
+    "train.steps=11",
     "train.batch_size=4",
     "train.eval_every=5",
     "train.save_every=3",
@@ -121,7 +121,7 @@ def test_killed_at_any_step_a_run_goes_on_to_the_same_bits(outputs, training, wh
     folder = outputs / next_run(outputs)
     process = start(outputs, *training)
     for _ in range(2):
-        reached = steps(folder) + draw.randint(1, 5)
+        reached = steps(folder) + draw.randint(1, 4)
         end = time.monotonic() + 60
         while steps(folder) < reached and process.is_alive() and time.monotonic() < end:
             time.sleep(0.002)

@@ -77,10 +77,10 @@ def outputs(tmp_path):
 
 @browser
 def test_browser_shows_five_hundred_runs(outputs):
-    synthetic.fill(outputs, 500, steps=500, sized=True)
+    synthetic.fill(outputs, 500, steps=250, sized=True)
     path = page.write(outputs)
     shown = body(dom(path))
-    assert path.stat().st_size < 3e6  # 4.1 MB with every step of every curve
+    assert path.stat().st_size < 2.6e6  # 2.9 MB with every step of every curve
     assert len(re.findall(r'<td class="pick">', shown)) == 500
     assert "500 runs in outputs" in shown
     drawn = {name: len(re.findall(f'class="{name}', shown)) for name in ("dot", "ring", 'card"', 'answer"', "curve")}

@@ -25,8 +25,8 @@ from tests.stages.conftest import write_text
 
 TOKENS, LONGER = 512, 520
 FORMAT = ("quant=q2a4", "quant.mlp.rank=2", "quant.attn.rank=2")
-TRAINING = (*FORMAT, "mode=e2e", "train.steps=8", "train.eval_every=8")
-LEARNING = (*FORMAT, "mode=e2e", "train.steps=30", "train.eval_every=30", "train.learn.latent=2e-2")
+TRAINING = (*FORMAT, "mode=e2e", "train.steps=4", "train.eval_every=4")
+LEARNING = (*FORMAT, "mode=e2e", "train.steps=16", "train.eval_every=16", "train.learn.latent=2e-2")
 FIGURES = ("loss_initial", "loss_best", "kd_loss_initial", "kl", "kl_initial", "perplexity", "teacher_perplexity")
 
 
