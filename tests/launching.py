@@ -214,7 +214,10 @@ def lighten() -> None:
 
 
 def fork_pythons() -> None:
-    """From now on this process forks the interpreters that it would start."""
+    """From now on this process forks the interpreters that it would start, and torchrun looks for no names to log."""
+    from torch.distributed.elastic.rendezvous import dynamic_rendezvous
+
+    dynamic_rendezvous.get_method_name = lambda depth=2: "here"  # else by all modules there are, for seconds
     execute = subprocess.Popen._execute_child  # type: ignore[attr-defined]
 
     def fork(process: Any, args: Any, executable: Any, *rest: Any) -> None:
