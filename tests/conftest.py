@@ -118,6 +118,18 @@ def drawn() -> None:
     """Pictures are drawn."""
 
 
+@pytest.fixture(autouse=True)
+def untidy(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Phases of a run in this process look for no garbage between them, but where a test asks for `tidied`."""
+    if "tidied" not in request.fixturenames and (system := sys.modules.get("qat.system")):
+        monkeypatch.setattr(system, "tidy", lambda: None)
+
+
+@pytest.fixture
+def tidied() -> None:
+    """What nobody has any more is collected and given back between phases."""
+
+
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> "ModelFolder":
     """The two-layer teacher; read only."""

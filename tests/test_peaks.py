@@ -13,6 +13,7 @@ from qat.peaks import Peaks, forget, taken
 
 CPU = torch.device("cpu")
 MB = 10**6
+pytestmark = pytest.mark.usefixtures("tidied")
 linux = pytest.mark.skipif(sys.platform != "linux", reason="begins the count anew by /proc")
 
 

@@ -82,7 +82,6 @@ class Shop:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(sys, "argv", ["launch.py"])
             patch.setattr(machine, "matmul_flops", lambda machine: 1e11)  # a second each time
-            patch.setattr("qat.system.tidy", lambda: None)  # a tenth of one, and many times
             with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
                 code = main.main([*argv, f"outputs={self.outputs}"], launch)
         job.failures.clear()

@@ -41,7 +41,6 @@ def job(configured, place):
         folder.mkdir(parents=True)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("qat.machine.matmul_flops", lambda machine: 1e11)
-            patch.setattr("qat.system.tidy", lambda: None)
             run_job(config, folder)
         return folder, json.loads((folder / "result.json").read_text())
 
