@@ -7,7 +7,6 @@ That one is itself forked from the process that tests, before its first test, wi
 
 import atexit
 import faulthandler
-import fcntl
 import io
 import logging
 import multiprocessing
@@ -119,6 +118,8 @@ def _become_server(asked: socket.socket) -> None:
 
 def _have_only(files: dict[int, int]) -> None:
     """Has files open under these numbers, whatever theirs are, and none else of those that pytest has."""
+    import fcntl  # Windows has none, where nothing is forked
+
     aside = [fcntl.fcntl(there, fcntl.F_DUPFD, MANY) for there in files.values()]
     os.closerange(3, MANY)
     for number, there in zip(files, aside, strict=True):
