@@ -49,6 +49,9 @@ MISTAKES = (
     RecursionError,
 )
 
+# How an override begins by which a group that has values gets those of its schema, before an option of it.
+ANEW = "+schema@"
+
 
 class OwnOptions(SearchPathPlugin):
     """Has Hydra find the options of a person's own folders behind the package's; of `--config-dir` it knows."""
@@ -77,8 +80,9 @@ class Composer:
         self.name = flags.get("config_name") or "config"
         self.is_default = self.name == "config" and not flags.get("config_path")
         self.loader = ConfigLoaderImpl(_search_path(flags))
+        self.recorded: dict[str, Any] | None = None
         if recorded.is_meant(flags):
-            recorded.offer(Path(flags["config_path"]) / recorded.FILE)
+            self.recorded = recorded.offered(Path(flags["config_path"]) / recorded.FILE)
 
     def options(self, group: str) -> list[str]:
         """The options of a group, in order."""
@@ -97,6 +101,8 @@ class Composer:
             ConfigError: it cannot be composed; nothing has been created.
         """
         mode = RunMode.MULTIRUN if multirun else RunMode.RUN
+        if self.recorded is not None:
+            recorded.offer(self.recorded, {_group(text) for text in overrides if text.startswith(ANEW)})
         try:
             return self.loader.load_configuration(self.name, overrides, mode)
         except MISTAKES as error:
@@ -195,6 +201,10 @@ def _mapping(key: str) -> str | None:
     """The mapping that a key is an entry of."""
     known = schema.keys().values()
     return next((one.name for one in known if one.type is dict and key.startswith(f"{one.name}.")), None)
+
+
+def _group(override: str) -> str:
+    return override.removeprefix(ANEW).partition("=")[0]
 
 
 def _search_path(flags: dict[str, Any]) -> ConfigSearchPath:

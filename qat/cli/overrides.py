@@ -11,7 +11,7 @@ from hydra.core.override_parser.types import Override
 
 from qat.cli import schema, sections, words
 from qat.cli.arguments import quote
-from qat.cli.compose import MISTAKES, Composer
+from qat.cli.compose import ANEW, MISTAKES, Composer
 from qat.config import Stage
 from qat.errors import ConfigError
 from qat.options import files
@@ -63,7 +63,7 @@ def _for_hydra(text: str, chosen: set[str]) -> list[str]:
     if bare in schema.presets():
         return [f"+{bare}{equals}{value}"]
     if bare in schema.groups() and bare not in chosen:  # the recorded values are removed first
-        return [f"+schema@{bare}={bare}", f"+{bare}{equals}{value}"]
+        return [f"{ANEW}{bare}={bare}", f"+{bare}{equals}{value}"]
     if bare in schema.nested() and value != "null" and not value.startswith("{"):
         place = f"{schema.nested()[bare]}@{bare}"
         return [f"{place}{equals}{value}" if place in chosen else f"+{place}{equals}{value}"]
