@@ -95,6 +95,8 @@ MISTAKES = [
     ("first={train:{steps:3}}", "first is null: say first.quant=<option>"),
     ("quant.embed.bits=4", "quant.embed is null: quant=q2a4 has none, these do: gguf_iq4_nl, "),
     ("quant.embed.bits=4", "; or give it whole, 'quant.embed={bits: 4, rank: 8}'"),
+    ("quant.layers.up_proj.bits=3", 'names of quant.layers stand in braces, as in "quant.layers={*.down_proj: {bits:'),
+    ("quant.layers={*.up_proj:{bit:3,rank:4}}", "unknown key quant.layers.*.up_proj.bit (did you mean bits?)"),
     ("quant.embed={bits:9,rank:8}", "quant.embed.bits=9: must be at least 1 and at most 8"),
     ("quant.embed={bits:4}", "quant.embed.rank is missing: quant.embed.format=codebook needs it"),
     ("quant.mlp.group=64", "quant.mlp.group=64: means nothing to quant.mlp.format=codebook, which has bits, rank"),
