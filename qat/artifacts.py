@@ -23,7 +23,7 @@ from typing import Any
 
 from qat import faults, json_objects, locks, manifests, processes, provenance, scratch, system
 from qat.console import size, waiting
-from qat.errors import ArtifactError, ConfigError, MissingError
+from qat.errors import ArtifactError, ConfigError, MachineError, MissingError
 
 MANIFEST = "manifest.json"
 PARTIAL = ".partial"
@@ -160,7 +160,7 @@ def digests(folder: Path, names: Iterable[str]) -> dict[str, str]:
     settled = time.time_ns() - SETTLED_SECONDS * 1e9
     fresh = {name: [*states[name], read[name]] for name in unread if states[name][1] < settled}
     if fresh:
-        with suppress(OSError):
+        with suppress(OSError, MachineError):
             write_json(note, known | fresh)
     return found
 

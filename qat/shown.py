@@ -79,3 +79,12 @@ class Screen(Formatter):
 
 def _written(code: int) -> str:
     return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
+
+
+class LogFile(logging.FileHandler):
+    """The log of a run, which does without a line where the disk has no room for it: what needs room says so."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Tells of any other error, as logging does."""
+        if not isinstance(sys.exc_info()[1], OSError):
+            super().handleError(record)

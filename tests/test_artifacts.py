@@ -1,5 +1,6 @@
 """Results on disk: keyed by what shaped them, published whole or not at all, checked when opened."""
 
+import errno
 import hashlib
 import json
 import os
@@ -15,7 +16,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qat import artifacts
+from qat import artifacts, faults
 from qat.artifacts import (
     content_key,
     obtain,
@@ -303,6 +304,16 @@ def test_unchanged_files_are_hashed_once(made, monkeypatch):
     settle(made)
     open_artifact(made)
     monkeypatch.setattr(artifacts, "_sha256", lambda path: pytest.fail(f"{path} was read again"))
+    open_artifact(made)
+
+
+def test_what_lies_on_a_full_disk_can_be_read(made, monkeypatch):
+    def full(path, *rest):
+        with faults.located(path):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    settle(made)
+    monkeypatch.setattr(artifacts, "write_json", full)
     open_artifact(made)
 
 

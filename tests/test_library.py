@@ -214,6 +214,8 @@ MISTAKES = {
     "two": (lambda s: qat.convert("tiny", tokenizer=s.tokenizer), "tokenizer goes with a model in memory"),
     "flag": (lambda s: qat.convert("tiny", overrides=["-m"]), "-m cannot be one of the overrides"),
     "outputs": (lambda s: qat.convert("tiny", overrides=["outputs=x"]), "outputs=x cannot be one of the overrides"),
+    "size": (lambda s: qat.convert("tiny", "budget", overrides=["quant.bits=0.1"]), r"quant\.bits=0\.1 is less than"),
+    "mapping": (lambda s: qat.convert("tiny", SMALL, overrides=["quant.bits=4"]), "quant.bits=4 cannot be one of the"),
     "word": (lambda s: qat.convert("tiny", overrides="instance=cpu"), "give a list of words"),
     "key": (lambda s: qat.convert("tiny", overrides=["trian.lr=1"]), r"unknown key trian.lr .*train.lr"),
     "export": (lambda s: s.save("x", "ggfu"), r"export=ggfu: no such option .*gguf"),
@@ -287,9 +289,9 @@ def quick(monkeypatch):
     """Conversions of documents and notebooks are told to be quick."""
     given = words.refuse_said
 
-    def more(overrides):
+    def more(overrides, changed=""):
         said = {word.partition("=")[0] for word in overrides}
-        return [*given(overrides), *(word for word in QUICK if word.partition("=")[0] not in said)]
+        return [*given(overrides, changed), *(word for word in QUICK if word.partition("=")[0] not in said)]
 
     monkeypatch.setattr(words, "refuse_said", more)
 

@@ -3,6 +3,7 @@
 import io
 import logging
 import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from qat import suggest
 from qat.console import Harmless, table
 from qat.report import markdown
-from qat.shown import Formatter, Screen, line, shown, wrapped
+from qat.shown import Formatter, LogFile, Screen, line, shown, wrapped
 
 STEERING = {
     "colour": "\x1b[31m",
@@ -112,3 +113,11 @@ def test_an_error_is_one_line_and_fits_a_terminal(monkeypatch, capsys):
     lines = screen.getvalue().splitlines()
     assert len(lines) > 1 and all(len(line) <= 80 for line in lines)
     assert " ".join(screen.getvalue().split()) == "error: " + " ".join(["a word"] * 20)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux has a disk that is always full")
+def test_a_log_does_without_lines_for_which_there_is_no_room(capfd):
+    log = logging.Logger("full")
+    log.addHandler(LogFile("/dev/full"))
+    log.info("a line")
+    assert capfd.readouterr() == ("", "")

@@ -3,7 +3,7 @@
 import os
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from hydra import version
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
@@ -49,6 +49,9 @@ MISTAKES = (
     RecursionError,
 )
 
+# How an override begins by which a group that has values gets those of its schema, before an option of it.
+ANEW = "+schema@"
+
 
 class OwnOptions(SearchPathPlugin):
     """Has Hydra find the options of a person's own folders behind the package's; of `--config-dir` it knows."""
@@ -77,8 +80,9 @@ class Composer:
         self.name = flags.get("config_name") or "config"
         self.is_default = self.name == "config" and not flags.get("config_path")
         self.loader = ConfigLoaderImpl(_search_path(flags))
+        self.recorded: dict[str, Any] | None = None
         if recorded.is_meant(flags):
-            recorded.offer(Path(flags["config_path"]) / recorded.FILE)
+            self.recorded = recorded.offered(Path(flags["config_path"]) / recorded.FILE)
 
     def options(self, group: str) -> list[str]:
         """The options of a group, in order."""
@@ -97,6 +101,8 @@ class Composer:
             ConfigError: it cannot be composed; nothing has been created.
         """
         mode = RunMode.MULTIRUN if multirun else RunMode.RUN
+        if self.recorded is not None:
+            recorded.offer(self.recorded, {_group(text) for text in overrides if text.startswith(ANEW)})
         try:
             return self.loader.load_configuration(self.name, overrides, mode)
         except MISTAKES as error:
@@ -169,7 +175,10 @@ def _in_file(where: str, reason: list[str]) -> str:
 
 def _unknown(key: str) -> str:
     """A key that does not exist; where one like it is in its own section, that is meant."""
-    section = key.rpartition(".")[0]
+    section, _, last = key.rpartition(".")
+    if owner := mapping(key):
+        entry = schema.required(get_args(schema.hint(owner))[1])
+        return f"unknown key {key}{did_you_mean(last, schema.hints(entry))}"
     beside = [name for name in [*schema.keys()] if section and name.startswith(f"{section}.")]
     return f"unknown key {key}{did_you_mean(key, beside) or did_you_mean(key, schema.keys())}"
 
@@ -184,17 +193,21 @@ def _wrong_type(key: str, reason: str) -> str:
     if known is not None and known.type is dict:
         return f"{key} takes a mapping: write it in braces, {key}={{name: value}}"
     quoted = re.search(r"[Vv]alue '(.*?)'", reason)
-    if known is None and (owner := _mapping(key)):
+    if known is None and (owner := mapping(key)):
         return f"{key} takes a section in braces, as in {owner}={{{key.removeprefix(owner)[1:]}: {{…}}}}"
     if known is None or quoted is None:
         return f"{key}: {reason[:1].lower()}{reason[1:]}"
     return f"{key}={quoted[1]}: expected {known.kind()}{hint(named(quoted[1], known.words()))}"
 
 
-def _mapping(key: str) -> str | None:
-    """The mapping that a key is an entry of."""
+def mapping(key: str) -> str | None:
+    """The mapping of which a key is an entry, or a part of one."""
     known = schema.keys().values()
     return next((one.name for one in known if one.type is dict and key.startswith(f"{one.name}.")), None)
+
+
+def _group(override: str) -> str:
+    return override.removeprefix(ANEW).partition("=")[0]
 
 
 def _search_path(flags: dict[str, Any]) -> ConfigSearchPath:

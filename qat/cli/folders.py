@@ -6,6 +6,7 @@ from pathlib import Path
 from qat import names, processes
 from qat.cli import ranks, recorded, trusted
 from qat.cli.arguments import quote
+from qat.cli.checks.outputs import can_be_written
 from qat.config import Config, Stage
 from qat.errors import ConfigError
 from qat.identities import PLAN, RESULT, claim_run, claim_sweep, places
@@ -75,7 +76,8 @@ def _claim(stage: Stage, outputs: Path, multirun: bool) -> list[str]:
     if multirun:
         return [_set("hydra.sweep.dir", claim_sweep(outputs)), "hydra.sweep.subdir=${hydra.job.num}"]
     if stage in UNRECORDED:
-        return [_set("hydra.run.dir", outputs / stage.name), "hydra.output_subdir=null"]
+        folder = outputs if stage is not Stage.chat or can_be_written(outputs) else ranks.passing()
+        return [_set("hydra.run.dir", folder / stage.name), "hydra.output_subdir=null"]
     return [_set("hydra.run.dir", outputs / claim_run(outputs))]
 
 

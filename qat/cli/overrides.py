@@ -11,13 +11,14 @@ from hydra.core.override_parser.types import Override
 
 from qat.cli import schema, sections, words
 from qat.cli.arguments import quote
-from qat.cli.compose import MISTAKES, Composer
+from qat.cli.compose import ANEW, MISTAKES, Composer, mapping
 from qat.config import Stage
 from qat.errors import ConfigError
 from qat.options import files
 from qat.suggest import did_you_mean, hint, named, nearest
 
 QUOTED_KEY = re.compile(r"""[{,]\s*(['"])[^'"]*\1\s*:""")
+LAYERS = "{*.down_proj: {bits: 4, rank: 8}}"  # an example
 MAX_JOBS = 256  # allowed jobs in a sweep: each is composed and checked before the first starts
 
 
@@ -63,7 +64,7 @@ def _for_hydra(text: str, chosen: set[str]) -> list[str]:
     if bare in schema.presets():
         return [f"+{bare}{equals}{value}"]
     if bare in schema.groups() and bare not in chosen:  # the recorded values are removed first
-        return [f"+schema@{bare}={bare}", f"+{bare}{equals}{value}"]
+        return [f"{ANEW}{bare}={bare}", f"+{bare}{equals}{value}"]
     if bare in schema.nested() and value != "null" and not value.startswith("{"):
         place = f"{schema.nested()[bare]}@{bare}"
         return [f"{place}{equals}{value}" if place in chosen else f"+{place}{equals}{value}"]
@@ -97,7 +98,7 @@ def _parse(text: str, composer: Composer, multirun: bool) -> Override:
 def _how_to_write(name: str, value: str) -> str:
     """What to do with a value that Hydra's grammar does not take, which has no quotes around the keys of braces."""
     if QUOTED_KEY.search(value):
-        return f"names before a colon stand without quotes, as in \"{name}={{*.down_proj: {{bits: 4, rank: 8}}}}\""
+        return f"names before a colon stand without quotes, as in \"{name}={LAYERS}\""
     return f"quote a value with special characters, as in \"{name}='a, b'\""
 
 
@@ -129,6 +130,8 @@ def _check_key(key: str) -> None:
     known = [*schema.keys(), *schema.presets()]
     places = [f"schema@{group}" for group in schema.groups()]
     places += [f"{group}@{name}" for name, group in schema.nested().items()]
+    if owner := mapping(key):
+        raise ConfigError(f"{key}: names of {owner} stand in braces, as in \"{owner}={LAYERS}\"")
     if key not in places and key not in known:
         raise ConfigError(f"unknown key {key}{did_you_mean(key, known)}")
 

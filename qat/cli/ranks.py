@@ -64,13 +64,19 @@ def _end_after(parent: int) -> None:
     os.kill(os.getpid(), getattr(signal, "SIGKILL", signal.SIGTERM))  # it waits for one that is gone
 
 
+def passing() -> Path:
+    """A new folder for temporary files, which goes with the process."""
+    kept = ExitStack()
+    folder = kept.enter_context(temporary.folder(Path(tempfile.gettempdir()) / "qat-rank"))
+    atexit.register(kept.close)
+    return folder
+
+
 def scratch() -> list[str]:
     """Overrides that keep a process out of everything that is recorded: one beside the first, or a diagnosis."""
     if not place().first:
         logging.lastResort = logging.NullHandler()  # warnings of loggers with no handler
-    kept = ExitStack()
-    folder = kept.enter_context(temporary.folder(Path(tempfile.gettempdir()) / "qat-rank"))
-    atexit.register(kept.close)
+    folder = passing()
     return [
         f"hydra.run.dir={quote(f'{folder}/SR-000')}",
         f"hydra.sweep.dir={quote(str(folder))}",

@@ -7,7 +7,7 @@ Hydra as values.
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from omegaconf import OmegaConf
 from qat import older, references
 from qat.cli import schema, words
 from qat.config import Config, as_plain
+from qat.config.keys import under
 from qat.errors import ConfigError
 from qat.identities import RESOLVED
 from qat.installation import command
@@ -52,20 +53,27 @@ def read(file: Path) -> dict[str, Any]:
     Raises:
         ConfigError: it cannot be read, or holds anything but values of our own keys.
     """
-    return dict(_texts(_sections(file), references.unescaped))
+    return dict(_texts(offered(file), references.unescaped))
 
 
-def offer(file: Path) -> None:
+def offer(sections: dict[str, Any], replaced: Collection[str]) -> None:
     """Lets Hydra compose a recorded configuration, under the name that its file has.
+
+    Args:
+        sections: of the configuration, as `offered` reads them.
+        replaced: groups of which an option is chosen. What was recorded of them goes, as nothing that is merged with a
+            mapping takes an entry out of it.
+    """
+    kept = {name: section for name, section in sections.items() if name not in replaced}
+    ConfigStore.instance().store(name=RESOLVED, node=OmegaConf.create({"defaults": DEFAULTS, **kept}))
+
+
+def offered(file: Path) -> dict[str, Any]:
+    """The sections of a recorded configuration, for Hydra.
 
     Raises:
         ConfigError: as `read`.
     """
-    node = OmegaConf.create({"defaults": DEFAULTS, **_sections(file)})
-    ConfigStore.instance().store(name=RESOLVED, node=node)
-
-
-def _sections(file: Path) -> dict[str, Any]:
     text = _text(file)
     try:
         _check_form(text, file)
@@ -113,13 +121,10 @@ def _check_form(text: str, file: Path) -> None:
 
 def _strange(value: Any, hint: Any, key: str) -> Iterator[str]:
     """Keys that do not exist here or hold a value of another kind, such as a section or a reference."""
-    below = schema.hints(hint)
     if isinstance(value, dict):
-        if not below and value:
-            yield next(f"{key}.{name}" for name in value)
         for name, part in value.items():
-            inner = f"{key}.{name}".lstrip(".")
-            yield from _strange(part, below[name], inner) if name in below else [inner]
+            inner, below = f"{key}.{name}".lstrip("."), under(hint, name)
+            yield from [inner] if below is None else _strange(part, below, inner)
     elif isinstance(value, list):
         for part in value:
             yield from _strange(part, words.inside(hint), key)

@@ -51,9 +51,11 @@ def _remedy(section: str, composed: DictConfig) -> str:
     place, _, part = section.rpartition(".")
     group = schema.nested().get(place, place)
     having = [path.stem for path in files(group) if _values(path).get(part)]
+    whole = f"give it whole, '{section}={{bits: 4, rank: 8}}'"
     if having:
-        return f"{place}={OmegaConf.select(composed, place).name} has none, these do: {', '.join(having)}"
-    return f"give it whole, {section}={{bits: 4, rank: 8}}"
+        chosen = f"{place}={OmegaConf.select(composed, place).name}"
+        return f"{chosen} has none, these do: {', '.join(having)}; or {whole}"
+    return whole
 
 
 def _values(option: Path) -> dict[str, Any]:

@@ -31,6 +31,7 @@ from omegaconf._utils import get_yaml_loader
 from qat import options
 from qat.cli import extent, schema, trusted
 from qat.config import CONF, Config
+from qat.config.keys import under
 
 TEXT = "tag:yaml.org,2002:str"
 NULL = "tag:yaml.org,2002:null"
@@ -159,7 +160,7 @@ def _is_prose(name: str) -> bool:
 def _element(hint: Any, plain: Any, words: Any) -> Any:
     """A value with the words of it that are text, from the value and all of its words."""
     if isinstance(plain, dict):
-        return {key: _element(schema.hints(hint).get(str(key)), plain[key], words[key]) for key in plain}
+        return {key: _element(under(hint, str(key)), plain[key], words[key]) for key in plain}
     if isinstance(plain, list):
         return [_element(inside(hint), *pair) for pair in zip(plain, words, strict=True)]
     meant = isinstance(plain, str | QuotedString) or (plain is None and _is_optional(hint))
@@ -187,7 +188,7 @@ def _tag(node: yaml.Node, hint: Any) -> None:
     """Makes text of the plain values below a node that are for text; what is no mapping where one belongs is left."""
     if isinstance(node, yaml.MappingNode):
         for key, value in node.value:
-            _tag(value, schema.hints(hint).get(key.value))
+            _tag(value, under(hint, key.value))
     elif isinstance(node, yaml.SequenceNode):
         for value in node.value:
             _tag(value, inside(hint))

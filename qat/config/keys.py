@@ -10,7 +10,7 @@ from dataclasses import Field, dataclass, field, fields, is_dataclass
 from enum import Enum
 from functools import cache
 from types import NoneType
-from typing import Any, TypeVar, get_args, get_type_hints
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 T = TypeVar("T")
 
@@ -93,6 +93,12 @@ def hints(kind: Any) -> dict[str, Any]:
     """The annotation of each field of a section, optional or not; none for what is no section."""
     kind = required(kind)
     return _hints(kind) if hasattr(kind, "__dataclass_fields__") else {}
+
+
+def under(kind: Any, name: str) -> Any:
+    """The annotation of what a section or a mapping has under a name; None where nothing can be."""
+    kind = required(kind)
+    return get_args(kind)[1] if get_origin(kind) is dict else hints(kind).get(name)
 
 
 def required(hint: Any) -> Any:

@@ -1,7 +1,7 @@
 """Describes an export format before anything is written; used by the command line, so torch is not imported."""
 
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +11,8 @@ from qat.export.grids import LayerRule, Settings
 from qat.names import TEACHER
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from qat.models import ModelFolder
 
 
@@ -31,6 +33,7 @@ class Exporter:
         samples: prompts that it is compared on, the first ones; None takes all.
         grid: what its quantized weights lie on; None takes any format, or says itself what it does not.
         writes_out: with `export.dense`, weights that it would refuse or round are written as they are.
+        linear_alone: its reader takes packed weights into torch's own linear layers, and into no other class.
         adapts: PEFT puts adapters on the model that reads it.
         merges: with `export.merge`, adapters are added to its weights, which are on no grid.
         refuse: raises a `QatError` for anything else that cannot be written.
@@ -47,6 +50,7 @@ class Exporter:
     samples: int | None = None
     grid: LayerRule | None = None
     writes_out: bool = False
+    linear_alone: bool = False
     adapts: bool = False
     merges: bool = False
     refuse: Callable[[Config], None] = lambda config: None
@@ -89,6 +93,27 @@ class Exporter:
             raise ConfigError(f"export.dense=true: means nothing to export={export.name}, but to {others}")
         if self.grid is not None and not export.dense:
             self.grid.refuse(layers)
+
+    def refuse_classes(self, model: "PreTrainedModel", names: Iterable[str], export: ExportConfig) -> None:
+        """Looks whether the layers of a model are of the classes that the reader knows.
+
+        Args:
+            model: names and classes are enough.
+            names: of the layers that are quantized.
+            export: as configured.
+
+        Raises:
+            ConfigError: one is of another.
+        """
+        from qat.quant.places import is_plain
+
+        strange = next((name for name in names if not is_plain(model, name)), None) if self.linear_alone else None
+        if strange is not None:
+            kind = type(model.get_submodule(strange)).__name__
+            raise ConfigError(
+                f"export={export.name}: {strange} is a {kind} in this architecture, and what reads the export takes few"
+                " bits in a Linear of torch alone: export=packed and export=hf take it"
+            )
 
     def refuse_adapters(self, adapted: bool, export: ExportConfig) -> None:
         """Looks whether a checkpoint's adapters, if it has any, have a place.

@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -11,6 +11,7 @@ from omegaconf import OmegaConf
 from qat.config import CONF, ROLES
 from qat.errors import ConfigError
 
+USUAL = (32, 64, 128)  # weights that share a scale, as most engines have kernels for
 BLOCK_OF_K_QUANTS = 256  # weights of a row that k-quants handle together; their presets name no group
 JOINED = re.compile(r"\.experts\.\d+\.gate_up_proj$")  # transformers stacks what files have by themselves
 Settings = Mapping[str, Any]  # settings of a format, as in manifests
@@ -57,7 +58,7 @@ class EngineGrid:
                     " export=packed and export=hf take experts"
                 )
             if layer.get("kind") in (None, *self.roles) and not self.holds(layer):
-                fitting = fitting_preset(self.presets, layers)
+                fitting = fitting_preset(self.presets, layers, self.groups or USUAL)
                 raise ConfigError(
                     f"{self.engine} cannot hold {name}, which is in {said(layer)}: {fitting}; export=hf is dense, and"
                     " takes any"
@@ -73,7 +74,7 @@ class EngineGrid:
         )
 
 
-def fitting_preset(prefix: str, layers: Mapping[str, Settings]) -> str:
+def fitting_preset(prefix: str, layers: Mapping[str, Settings], groups: Collection[int] = ()) -> str:
     """Words for the preset of an engine that is nearest to some layers.
 
     Its groups divide all rows; of several, its bits are nearest to those of the layers and its groups largest.
@@ -81,17 +82,21 @@ def fitting_preset(prefix: str, layers: Mapping[str, Settings]) -> str:
     Args:
         prefix: of the names of the engine's options in `conf/quant/`.
         layers: by name, each with its shape and the settings of its format.
+        groups: that its presets may have instead of their own.
     """
     known = presets(prefix)
     sizes = {name: mlp.get("group", BLOCK_OF_K_QUANTS) for name, mlp in known.items()}
     rows = sorted({layer["shape"][1] for layer in layers.values()})
     fitting = [name for name, size in sizes.items() if all(row % size == 0 for row in rows)]
-    if not fitting:
-        return f"its groups of {_listed(sorted(set(sizes.values())))} do not divide rows of {_listed(rows)} weights"
+    others = [size for size in groups if all(row % size == 0 for row in rows)]
+    if not fitting and not others:
+        every = sorted({*sizes.values(), *groups})
+        return f"its groups of {_listed(every)} do not divide rows of {_listed(rows)} weights"
     weights = {name: math.prod(layer["shape"]) for name, layer in layers.items()}
     mean = sum(layers[name]["bits"] * weights[name] for name in layers) / sum(weights.values())
-    nearest = min(fitting, key=lambda name: (abs(known[name]["bits"] - mean), -sizes[name]))
-    return f"a student made with quant={nearest} fits"
+    nearest = min(fitting or known, key=lambda name: (abs(known[name]["bits"] - mean), -sizes[name]))
+    instead = "" if fitting else f" in groups of {max(others)}, quant.mlp.group={max(others)} and so on,"
+    return f"a student made with quant={nearest}{instead} fits"
 
 
 def presets(prefix: str) -> dict[str, Settings]:

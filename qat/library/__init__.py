@@ -90,20 +90,22 @@ def convert(
             command does.
         tokenizer: of a model in memory; None takes the one of `model.name_or_path`.
         outputs: where the conversion is recorded as a run and its artifacts are kept; None keeps nothing.
-        overrides: more words of the command line, such as `convert=thorough` or `convert.calibration_tokens=65536`.
+        overrides: more words of the command line, such as `convert=thorough` or `convert.calibration_tokens=65536`;
+            where `quant` is an option, keys of the group as well: `quant.megabytes=56` beside `quant="budget"`.
 
     Raises:
         ConfigError: an argument, or what several ask for together, cannot work.
         QatError: as `stage=convert`.
     """
-    more = words.refuse_said(overrides)
+    named = isinstance(quant, str)
+    more = words.refuse_said(overrides, "quant" if named else "")
     with words.apart(), ExitStack() as kept:
         home = _temporary(kept) if outputs is None else Path(outputs).expanduser()
         said = [*_teacher(model, tokenizer, home), *words.of_text(text, home / "artifacts")]
-        said += [f"outputs={words.value(home)}", "tracker=none", *more]
-        preset = [f"quant={words.value(quant)}"] if isinstance(quant, str) else []
+        said += [f"outputs={words.value(home)}", "tracker=none", *(word for word in more if not _of_quant(word))]
+        preset = [f"quant={words.value(quant)}", *filter(_of_quant, more)] if named else []
         config = words.composed(["stage=convert", *preset, *said])
-        if not isinstance(quant, str):
+        if isinstance(quant, Mapping):
             config = replace(config, quant=words.mapped(quant))
             checks.check(config)
         job.check([config])
@@ -113,6 +115,10 @@ def convert(
         made = student.of_checkpoint(config, find(run), said)
         weakref.finalize(made.model, kept.pop_all().close)
     return made
+
+
+def _of_quant(word: str) -> bool:
+    return word.lstrip("+").startswith("quant.")
 
 
 def _temporary(kept: ExitStack) -> Path:

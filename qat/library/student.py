@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, cast
 
@@ -11,9 +12,11 @@ from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel, PreTr
 from qat import machine, model_files, models
 from qat.artifacts import MANIFEST, open_artifact, read_manifest
 from qat.config import Config
-from qat.errors import ConfigError
+from qat.errors import ConfigError, UnavailableError
+from qat.export.card import ADAPTER
 from qat.export.hf.writer import dense
 from qat.export.source import open_source
+from qat.installation import to_install
 from qat.library.words import PathLike, Words, apart, composed, value
 from qat.models import ModelFolder
 from qat.models.reading import SAFE
@@ -28,8 +31,8 @@ class Student:
 
     Attributes:
         model: of transformers, as `from_pretrained` leaves one, on the device and in the type that `instance` comes to.
-            Of a run or a checkpoint every weight is written out, which makes it an ordinary model in every respect; an
-            export is as transformers reads it.
+            Of a run or a checkpoint every weight is written out, adapters added, which makes it an ordinary model in
+            every respect; an export is as transformers reads it, its adapters put on it by PEFT.
         tokenizer: None where the model has none.
         manifest: what its checkpoint or export says of it, such as `bits_per_weight`.
         folder: of the checkpoint or export.
@@ -72,7 +75,7 @@ class Student:
 
 
 def of_checkpoint(config: Config, checkpoint: Path, words: Words) -> Student:
-    """The student of a checkpoint, every weight written out.
+    """The student of a checkpoint, every weight written out, with what adapters add to it.
 
     Args:
         config: names teacher and machine.
@@ -85,7 +88,7 @@ def of_checkpoint(config: Config, checkpoint: Path, words: Words) -> Student:
     """
     resolved = machine.resolve(config.instance)
     teacher = models.locate(config.model, Path(config.outputs) / "artifacts")
-    source = open_source(teacher, checkpoint)
+    source = open_source(teacher, checkpoint, merge=True)
     model = dense(source, resolved.dtype)
     model.generation_config = _generation(teacher)
     cast(nn.Module, model).to(resolved.device).requires_grad_(True)
@@ -94,10 +97,11 @@ def of_checkpoint(config: Config, checkpoint: Path, words: Words) -> Student:
 
 
 def of_export(folder: Path, kind: str, config: Config) -> Student:
-    """An export as transformers reads it.
+    """An export as transformers reads it, with the adapters that lie beside it.
 
     Raises:
         ConfigError: transformers does not read it.
+        UnavailableError: it has adapters, and PEFT is not installed.
         ArtifactError: a file is damaged.
     """
     if kind not in READ:
@@ -105,7 +109,12 @@ def of_export(folder: Path, kind: str, config: Config) -> Student:
             f"{folder} is an export for {kind}, which transformers does not read: it reads {', '.join(READ)}"
         )
     manifest, resolved = open_artifact(folder).manifest, machine.resolve(config.instance)
-    model = cast(nn.Module, models.read(folder, "auto")).to(resolved.device).eval()
+    read = models.read(folder, "auto")
+    if (adapters := folder / ADAPTER).is_dir():
+        if find_spec("peft") is None:
+            raise UnavailableError(f"{adapters} is put on the model by peft: run `{to_install('engines')}`")
+        read.load_adapter(str(adapters))
+    model = cast(nn.Module, read).to(resolved.device).eval()
     has_tokenizer = model_files.has_tokenizer(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder, **SAFE) if has_tokenizer else None
     return Student(cast(PreTrainedModel, model), tokenizer, manifest, folder)

@@ -57,8 +57,12 @@ def composed(words: Words) -> Config:
     return main.check(arguments.parse(list(words))).configs[0]
 
 
-def refuse_said(overrides: Words) -> Words:
+def refuse_said(overrides: Words, changed: str = "") -> Words:
     """The overrides, none of which says what an argument does.
+
+    Args:
+        overrides: as given.
+        changed: a section of which an argument chooses an option, whose keys may be set besides.
 
     Raises:
         ConfigError: one does, or they are no list of words.
@@ -67,7 +71,8 @@ def refuse_said(overrides: Words) -> Words:
         raise ConfigError(f"overrides={overrides}: give a list of words, as in overrides=['instance=cpu']")
     for word in overrides:
         key = word.lstrip("+").partition("=")[0]
-        if word.startswith("-") or key.partition(".")[0] in SAID:
+        section, below, _ = key.partition(".")
+        if word.startswith("-") or (section in SAID and not (below and section == changed)):
             raise ConfigError(f"{word} cannot be one of the overrides: the function's own arguments say that")
     return overrides
 

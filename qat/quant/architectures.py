@@ -83,7 +83,7 @@ def select(model: nn.Module, quant: QuantConfig) -> list[Layer]:
             role for.
     """
     known = _known(model, quant)
-    choice.refuse_idle(quant, known)
+    choice.refuse_idle(quant, known, vocabulary.tied(model))
     found = []
     for name, (role, shape) in known.items():
         if allowed := choice.options(name, role, shape, quant):

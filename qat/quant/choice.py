@@ -3,14 +3,14 @@
 With one of them a layer has it, with none it stays dense, and of several the budget takes one (`qat.quant.budget`).
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from fnmatch import fnmatchcase
 
 from qat.config import SETTINGS, QuantConfig, WeightConfig, as_plain
 from qat.errors import ConfigError
 from qat.quant import formats
 from qat.quant.formats import Format
-from qat.suggest import nearest
+from qat.suggest import did_you_mean, nearest
 
 Shape = tuple[int, int]
 
@@ -57,13 +57,32 @@ def key_of(name: str, role: str, quant: QuantConfig) -> str:
     return f"quant.{role}" if of_role(role, quant) else "quant.candidates[0]"
 
 
-def refuse_idle(quant: QuantConfig, names: Collection[str]) -> None:
+def refuse_idle(quant: QuantConfig, names: Collection[str], tied: Mapping[str, str]) -> None:
     """Refuses a pattern that fits no layer.
 
+    Args:
+        quant: the patterns.
+        names: of the layers.
+        tied: the layer in which a module has its weight, where that is another's.
+
     Raises:
-        ConfigError: a pattern fits none; the message names the layer with the most similar name.
+        ConfigError: a pattern fits none; the message says which is like it, and a layer with a similar name.
     """
     for pattern in quant.layers:
-        if not any(fnmatchcase(name, pattern) for name in names):
-            like = nearest(pattern, names) or next(iter(names), "")
-            raise ConfigError(f"quant.layers[{pattern}] fits no layer of this model, whose names are like {like}")
+        if any(fnmatchcase(name, pattern) for name in names):
+            continue
+        if owner := next((tied[name] for name in tied if fnmatchcase(name, pattern)), None):
+            raise ConfigError(
+                f"quant.layers[{pattern}] has its weight in {owner}, to which this model ties it: name that"
+            )
+        like = nearest(pattern, names) or next(iter(names), "")
+        meant = did_you_mean(pattern, dict.fromkeys(_like(pattern, name) for name in names))
+        raise ConfigError(f"quant.layers[{pattern}] fits no layer of this model{meant}, whose names are like {like}")
+
+
+def _like(pattern: str, name: str) -> str:
+    """A pattern for a layer that begins, or ends, with a star if another one does, and has as many parts."""
+    parts, wanted = name.split("."), pattern.split(".")
+    if wanted[0] == "*":
+        return ".".join(["*", *parts[1 - len(wanted) :]]) if len(wanted) > 1 else name
+    return ".".join([*parts[: len(wanted) - 1], "*"]) if wanted[-1] == "*" else name

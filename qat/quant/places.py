@@ -86,6 +86,12 @@ def matrix(model: nn.Module, name: str) -> Tensor:
     return found.weight
 
 
+def is_plain(model: nn.Module, name: str) -> bool:
+    """Whether a matrix, if it is a linear layer's, is of one that torch's own code computes."""
+    module = _module(model, name)
+    return module is None or isinstance(module, nn.Embedding) or type(module).forward is nn.Linear.forward
+
+
 def bias(model: nn.Module, name: str) -> nn.Parameter | None:
     """The bias [O] of the layer of that name; biases of stacks of experts stay where they are."""
     return cast(nn.Parameter | None, getattr(_module(model, name), "bias", None))

@@ -8,7 +8,8 @@ from torch import nn
 
 from qat.config import QuantConfig
 from qat.errors import ConfigError
-from qat.quant.embedding import ends
+from qat.quant import choice
+from qat.quant.embedding import Ends, ends
 
 ROLES = ("embed", "head")
 
@@ -28,10 +29,17 @@ def matrices(model: nn.Module, quant: QuantConfig) -> dict[str, str]:
     """
     asked = quant.embed is not None or quant.head is not None
     if asked:
-        _refuse_two(quant) if ends(model).tied else _refuse_one(quant)
+        found = ends(model)
+        _refuse_two(quant) if found.tied else _refuse_one(found, quant)
         for role, name, kind in _other(model):
             _refuse_other(model, role, name, kind)
     return possible(model)
+
+
+def tied(model: nn.Module) -> dict[str, str]:
+    """The name of the embedding that a model has as its head, by the head's name; nothing where they are two."""
+    found = ends(model)
+    return {found.head: found.embed} if found.tied and found.head and found.embed else {}
 
 
 def possible(model: nn.Module) -> dict[str, str]:
@@ -73,10 +81,14 @@ def _refuse_two(quant: QuantConfig) -> None:
         )
 
 
-def _refuse_one(quant: QuantConfig) -> None:
+def _refuse_one(found: Ends, quant: QuantConfig) -> None:
     """Refuses settings that would leave one of two separate tensors dense by mistake."""
-    if (quant.embed is None) != (quant.head is None) and not quant.partial:
-        there, missing = ("embed", "head") if quant.head is None else ("head", "embed")
+    names = (("embed", found.embed), ("head", found.head))
+    said = {
+        role: choice.asks(role, quant) or choice.pattern_of(name or role, quant) is not None for role, name in names
+    }
+    if len(set(said.values())) == 2 and not quant.partial:
+        there, missing = sorted(ROLES, key=lambda role: not said[role])
         raise ConfigError(
             f"quant.{there} is set and quant.{missing} is not: embedding and head are two tensors in this model, and"
             f" one would stay dense; set quant.{missing} too, or quant.partial=true to leave it so on purpose"

@@ -101,6 +101,7 @@ def _check_export(config: Config, model: ModelFolder, layers: dict[str, dict[str
     form = exporter(config.export.format)
     form.refuse_architecture(model.settings().to_dict())
     form.refuse_layers(layers, config.export)
+    form.refuse_classes(model.skeleton(), layers, config.export)
     if config.stage in TRAINS and config.mode.rank:
         form.refuse_adapters(True, config.export)
 

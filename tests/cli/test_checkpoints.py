@@ -96,6 +96,14 @@ def test_a_student_comes_with_the_model_and_teacher_of_its_run(student, compose,
     assert found.data == compose().data  # nothing else of that run
 
 
+def test_students_of_several_teachers_need_one_named(student, compose):
+    student(teacher=QWEN), student("SR-002")
+    words = ["stage=evaluate", "checkpoint=SR-001", "evaluate.against=[SR-002]"]
+    with pytest.raises(ConfigError, match=r"SR-001 was taught by .* and SR-002 by its own model: say teacher=<option>"):
+        compose(*words)
+    assert compose(*words, "teacher=local", "teacher.path=my-model").teacher.path == "my-model"
+
+
 def test_a_teacher_that_is_named_stays(student, compose):
     student(teacher=QWEN)
     found = compose("stage=evaluate", "checkpoint=SR-001", "teacher=local", "teacher.path=my-model")

@@ -42,7 +42,7 @@ def test_recorded_runs_are_each_their_own(tmp_path):
     found = []
     for steps in (3, 5):
         (tmp_path / recorded.FILE).write_text(f"train: {{steps: {steps}}}\n")
-        recorded.offer(tmp_path / recorded.FILE)
+        recorded.offer(recorded.offered(tmp_path / recorded.FILE), ())
         loader = Composer({}).loader
         found.append(loader.load_configuration(RESOLVED, [], RunMode.RUN).train.steps)
     assert found == [3, 5]

@@ -6,7 +6,7 @@ import re
 
 import yaml
 
-from qat.cli import main
+from qat.cli import folders, main
 
 
 def test_single_run_lands_in_its_folder(launch_alone, here):
@@ -78,6 +78,12 @@ def test_chat_leaves_no_run(launch, here):
     assert launch("stage=chat").code == 0
     assert {path.name for path in (here / "outputs").iterdir()} == {"chat"}
     assert {path.name for path in (here / "outputs" / "chat").iterdir()} == {"result.json", "train.log"}
+
+
+def test_chat_only_reads_where_nothing_can_be_written(compose, here, monkeypatch):
+    monkeypatch.setattr(folders, "can_be_written", lambda folder: False)
+    place, _ = folders.claim(compose("stage=chat"), None, False)
+    assert place.startswith("hydra.run.dir=") and str(here) not in place and list(here.iterdir()) == []
 
 
 def test_help_answers_fast_and_claims_nothing(launch_alone, here):

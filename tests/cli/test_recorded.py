@@ -34,6 +34,7 @@ FOREIGN = {
     "own key": {"seed": "${train.steps}"},
     "twice escaped": {"run": {"goal": "\\\\${oc.env:HOME}"}},
     "unknown": {"trian": {"lr": 1}},
+    "unknown of a layer": {"quant": {"layers": {"*.q_proj": {"bits": 2, "_target_": "os.system"}}}},
     "no section": {"train": {"lr": {"a": 1}}},
 }
 FORMS = {
@@ -171,12 +172,20 @@ def test_words_that_look_like_references_are_words(tmp_path, text):
     assert not references.is_live(references.escaped(text))
 
 
+def test_layers_by_patterns_are_read_and_go_with_another_option(run, compose):
+    made = run(recorded.written(compose("quant=mb66", "quant.layers={*.0.self_attn.q_proj: null}")).encode())
+    again = ["--config-path", str(made), "--config-name", "config_resolved"]
+    layers = compose(*again).quant.layers
+    assert len(layers) == 5 and layers["*.v_proj"].bits == 6 and layers["*.0.self_attn.q_proj"] is None
+    assert not compose(*again, "quant=q2a4").quant.layers
+    assert len(compose(*again, "quant=mb66").quant.layers) == 4
+
+
 @pytest.mark.parametrize("format", ["table", "codebook", "grid", ["table"], None])
 def test_a_format_that_had_another_name_then_is_read(tmp_path, format):
     file = tmp_path / recorded.FILE
     file.write_text(yaml.safe_dump({"quant": {"name": "q2", "mlp": {"bits": 2, "format": format}, "attn": None}}))
     assert recorded.read(file)["quant"]["mlp"]["format"] == ("codebook" if format == "table" else format)
-
 
 
 def planned(folder: Path, **changes) -> None:

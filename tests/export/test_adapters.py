@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+import qat
 from qat import checkpoints
 from qat.config import ExportConfig
 from qat.errors import ConfigError
@@ -54,6 +55,14 @@ def test_peft_puts_them_on_an_export(adapted, best, teacher, export, logits, nam
     again = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder), folder / "adapter")
     assert torch.equal(again(IDS).logits, with_them(IDS).logits)
     assert f'"{folder.name}/adapter"' in (folder / "README.md").read_text()
+
+
+@torch.no_grad()
+def test_the_library_loads_them(adapted, export, tmp_path, logits):
+    words = ["instance=cpu", "instance.precision=fp32"]
+    assert near(qat.load(adapted, model="tiny", outputs=tmp_path, overrides=words).model(IDS).logits, logits)
+    pytest.importorskip("peft")
+    assert near(qat.load(export(adapted, "hf"), overrides=words).model(IDS).logits, logits)
 
 
 def test_what_peft_saves_again_is_what_was_written(adapted, export, tmp_path):

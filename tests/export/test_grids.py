@@ -3,6 +3,8 @@
 import json
 
 import pytest
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from qat.cli import arguments, main
 from qat.config import Config, ExportConfig, ExportType
@@ -25,7 +27,8 @@ REFUSED = [
     ("mlx", {"shape": [64, 576], "bits": 2, "rank": 8}, "format codebook, bits 2, rank 8: ", "mlx_2bit_g64"),
     ("mlx", grid(levels="halves"), "levels halves: ", "mlx_4bit_g64"),
     ("mlx", grid(bits=7), "bits 7, group 64, levels shifted: ", "mlx_6bit_g64"),
-    ("mlx", grid(group=16, row=48), "groups of 64 do not divide rows of 48 weights; export=hf is dense", ""),
+    ("mlx", grid(group=16, row=48), "groups of 32 or 64 or 128 do not divide rows of 48 weights; export=hf", ""),
+    ("mlx", grid(group=48, row=96), "a student made with quant=mlx_4bit_g64 in groups of 32, quant.mlp.group=32", ""),
     ("compressed", grid(), "levels shifted: ", "compressed_w4_g64"),
     ("compressed", grid(levels="iq4nl"), "levels iq4nl: ", "compressed_w4_g64"),
     ("compressed", OLDER, "shifts true: ", "compressed_w3_g64"),
@@ -44,6 +47,16 @@ def test_a_layer_on_another_grid_is_refused_with_the_preset_that_fits(engine, la
 def test_experts_are_refused_before_anything_is_made(engine):
     with pytest.raises(ConfigError, match=r"has no place for model\.layers\.0\.mlp\.experts\.1\.gate_up_proj, which"):
         GRIDS[engine].refuse({"model.layers.0.mlp.experts.1.gate_up_proj": grid(levels="integers")})
+
+
+@pytest.mark.parametrize("engine", GRIDS)
+def test_layers_that_are_not_torchs_own_are_refused(engine):
+    with torch.device("meta"):
+        model = GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=64, n_head=2, vocab_size=8))
+    export = ExportConfig(engine, engine, ExportType.fp16)
+    exporter(engine).refuse_classes(model, ["lm_head", "transformer.wte"], export)
+    with pytest.raises(ConfigError, match=rf"^export={engine}: transformer\.h\.0\.mlp\.c_fc is a Conv1D in this"):
+        exporter(engine).refuse_classes(model, ["lm_head", "transformer.h.0.mlp.c_fc"], export)
 
 
 def test_what_an_engine_stores_is_taken():

@@ -102,10 +102,11 @@ def test_a_shift_that_fp16_would_round_is_refused(student):
         writer.tensors("it", module, torch.float16)
 
 
-def test_an_architecture_that_mlx_lm_does_not_know_is_refused():
+@pytest.mark.parametrize(("kind", "why"), [("xlnet", ""), ("olmo", r" here \(.*ai2-olmo.*\)")])
+def test_an_architecture_that_mlx_lm_does_not_know_is_refused(kind, why):
     exporter("mlx").refuse_architecture({"model_type": "llama"})
-    with pytest.raises(ConfigError, match=r"^mlx-lm does not know models of type xlnet: export=hf"):
-        exporter("mlx").refuse_architecture({"model_type": "xlnet"})
+    with pytest.raises(ConfigError, match=rf"^mlx-lm does not know models of type {kind}{why}: export=hf"):
+        exporter("mlx").refuse_architecture({"model_type": kind})
 
 
 @pytest.mark.parametrize(

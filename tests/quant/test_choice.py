@@ -32,12 +32,24 @@ def test_null_keeps_layers_dense_and_is_no_gap(teacher):
 
 @pytest.mark.parametrize(
     ("pattern", "nearest"),
-    [("model.layer.0.mlp.up_proj", "model.layers.0.mlp.up_proj"), ("*.gate", "model.layers"), ("?", "model.layers")],
+    [
+        ("model.layer.0.mlp.up_proj", "did you mean model.layers.0.mlp.up_proj?"),
+        ("model.layer.1.*", "did you mean model.layers.1.*?"),
+        ("*.upproj", "did you mean *.up_proj?"),
+        ("*.0.attn.q_proj", "did you mean *.0.self_attn.q_proj?"),
+        ("*.gate", "model.layers"),
+        ("?", "model.layers"),
+    ],
 )
 def test_a_pattern_that_fits_nothing_is_refused_with_the_nearest(teacher, pattern, nearest):
     with pytest.raises(ConfigError) as raised:
         formats(teacher, mlp=TWO, layers={pattern: FOUR})
     assert f"quant.layers[{pattern}] fits no layer" in str(raised.value) and nearest in str(raised.value)
+
+
+def test_the_head_of_a_tied_pair_is_refused_with_the_name_of_the_two(teacher):
+    with pytest.raises(ConfigError, match=r"\[lm_head\] has its weight in model\.embed_tokens, to which"):
+        formats(teacher, mlp=TWO, layers={"lm_head": FOUR})
 
 
 def test_what_is_written_for_a_layer_shapes_the_key_and_nothing_else_does():

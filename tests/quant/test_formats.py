@@ -278,3 +278,7 @@ def test_a_shape_that_a_format_does_not_suit_is_told(format, setting, why):
     misfit = format.misfit(OUTPUTS, 48)
     assert misfit.setting == setting and misfit.why.startswith(why)
     assert all(suiting.misfit(OUTPUTS, inputs(suiting)) is None for suiting in FORMATS)
+
+
+def test_of_groups_that_divide_rows_those_of_engines_are_told_first():
+    assert "groups of 64 do not divide: groups of 32 do" in GroupGrid(2, 64).misfit(OUTPUTS, 96).why

@@ -325,6 +325,12 @@ def test_embedding_and_head_that_are_half_said_are_refused(tied, chosen, says):
         select(skeleton(tie_word_embeddings=tied), QuantConfig("x", mlp=OTHER, **chosen))
 
 
+@pytest.mark.parametrize("more", [{"layers": {"lm_head": OTHER}}, {"candidates": [OTHER]}])
+def test_what_a_pattern_or_a_budget_says_of_a_head_is_said(more):
+    found = select(skeleton(tie_word_embeddings=False), QuantConfig("x", mlp=OTHER, embed=EMBED, **more))
+    assert {layer.name for layer in found} >= {"model.embed_tokens", "lm_head"}
+
+
 def test_a_head_that_is_more_than_a_linear_layer_is_refused():
     class Divided(nn.Linear):
         pass

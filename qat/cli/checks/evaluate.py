@@ -6,10 +6,17 @@ from pathlib import Path
 
 from qat import names
 from qat.cli import trusted
+from qat.cli.schema import written
 from qat.config import Config, EvaluateConfig, Stage
 from qat.config.evaluate import WINDOW
 from qat.errors import ConfigError, UnavailableError
 from qat.installation import to_install
+
+# What is measured on, an example, and the keys that say how.
+PARTS = (
+    ("text", "<file>", ("context", "stride", "tokens")),
+    ("tasks", "[local]", ("examples", "chat", "fewshot")),
+)
 
 
 def check(config: Config) -> None:
@@ -19,12 +26,25 @@ def check(config: Config) -> None:
         if getattr(evaluate, key) and config.stage is not Stage.evaluate:
             raise ConfigError(f"evaluate.{key} goes with stage=evaluate")
     _check_text(evaluate)
+    if config.stage is Stage.evaluate:
+        _check_idle(evaluate)
     for name in evaluate.against:
         try:
             names.checkpoint(name, Path(config.outputs))
         except ConfigError as error:
             raise ConfigError(f"evaluate.against={error}") from error
     _check_tasks(evaluate.tasks)
+
+
+def _check_idle(evaluate: EvaluateConfig) -> None:
+    """Refuses settings of what is not measured."""
+    for what, example, keys in PARTS:
+        found = next((key for key in keys if getattr(evaluate, key) is not None), None)
+        if found and not getattr(evaluate, what):
+            raise ConfigError(
+                f"evaluate.{found}={written(getattr(evaluate, found))}: means nothing without evaluate.{what}, as in"
+                f" evaluate.{what}={example}"
+            )
 
 
 def _check_text(evaluate: EvaluateConfig) -> None:

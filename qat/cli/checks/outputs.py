@@ -8,8 +8,8 @@ from qat.errors import ConfigError
 
 
 def check(config: Config) -> None:
-    """Checks that the outputs folder can be written to; stage=doctor reports on it instead."""
-    if config.stage is not Stage.doctor:
+    """Checks that the outputs folder can be written to; stage=doctor reports on it, and stage=chat may only read."""
+    if config.stage not in (Stage.doctor, Stage.chat):
         check_folder("outputs", config.outputs)
 
 
@@ -21,7 +21,16 @@ def check_folder(key: str, folder: str) -> None:
     """
     if not folder.strip():
         raise ConfigError(f"{key} is empty: name a folder")
-    path = Path(os.path.abspath(folder))
-    nearest = next(parent for parent in (path, *path.parents) if os.path.lexists(parent))
-    if not (nearest.is_dir() and os.access(nearest, os.W_OK)):
+    if (nearest := _unwritable(Path(os.path.abspath(folder)))) is not None:
         raise ConfigError(f"{key}={folder}: {nearest} is no folder that can be written to")
+
+
+def can_be_written(folder: Path) -> bool:
+    """Whether a folder can be written to, or can be created."""
+    return _unwritable(folder.absolute()) is None
+
+
+def _unwritable(path: Path) -> Path | None:
+    """What of a path is there already and is no folder that can be written to."""
+    nearest = next(parent for parent in (path, *path.parents) if os.path.lexists(parent))
+    return None if nearest.is_dir() and os.access(nearest, os.W_OK) else nearest

@@ -10,6 +10,7 @@ from qat.errors import ConfigError
 from qat.names import TRAINS
 from qat.processes import place
 
+LORA = "lora"  # the option whose layers stay as they are
 CONVERSATIONS = (DataSource.chat_jsonl, DataSource.alpaca)  # sources with answers that are there
 
 
@@ -71,6 +72,11 @@ def _check_adapters(config: Config) -> None:
         raise ConfigError(
             f"mode={mode.name}: checkpoint={config.checkpoint.path} has adapters, beside which nothing else learns: use"
             " mode=lora, or the checkpoint that they were trained on"
+        )
+    if not mode.rank and mode.name == LORA:
+        raise ConfigError(
+            f"mode.rank=0: mode={LORA} trains adapters of some rank, as with mode.rank=8; mode=e2e trains the layers"
+            " themselves"
         )
     if not mode.rank:
         return

@@ -26,6 +26,7 @@ EXPORTER = Exporter(
     grid=EngineGrid(
         "compressed-tensors", ("integers",), tuple(range(2, 9)), (), "compressed_", roles=("mlp", "attn", "head")
     ),
+    linear_alone=True,
     refuse=refuse,
     use="""\
 ```python

@@ -3,6 +3,8 @@
 MLX runs on Macs and, on processors, under Linux, so it is asked itself before an export is published.
 """
 
+import io
+from contextlib import redirect_stdout
 from importlib.util import find_spec
 
 from qat.config import Config, ExportType
@@ -34,17 +36,20 @@ def refuse_architecture(described: dict[str, object]) -> None:
 
     try:
         # Asks mlx-lm's own lookup; its public functions turn the answer into an exception.
-        utils._get_classes(described)
-    except ValueError:
+        with redirect_stdout(io.StringIO()) as printed:
+            utils._get_classes(described)
+    except (ValueError, ImportError, SystemExit):  # code of some types ends the process where it lacks a package
+        why = f" here ({' '.join(printed.getvalue().split())})" if printed.getvalue() else ""
         raise ConfigError(
-            f"mlx-lm does not know models of type {described.get('model_type')}: export=hf and export=packed are for"
-            " transformers, which does"
+            f"mlx-lm does not know models of type {described.get('model_type')}{why}: export=hf and export=packed are"
+            " for transformers, which does"
         ) from None
 
 
 EXPORTER = Exporter(
     types=(ExportType.fp16, ExportType.fp32),
     library="mlx",
+    linear_alone=True,
     samples=1,  # one prompt only: every weight is compared by itself as well, and MLX is slow on CPUs
     grid=EngineGrid("MLX", ("shifted", "integers"), (2, 3, 4, 5, 6, 8), (32, 64, 128), "mlx_"),
     refuse=refuse,

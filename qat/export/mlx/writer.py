@@ -89,8 +89,8 @@ def read(source: Source, folder: Path) -> "Loaded":
         model, described = load_model(folder)
     except (TypeError, ValueError, KeyError) as error:
         raise ArtifactError(
-            f"mlx-lm cannot make this model ({error}): nothing was published; export=hf and export=packed are for"
-            " transformers"
+            f"mlx-lm cannot make this model ({error!s:.200}): nothing was published; export=hf and export=packed"
+            " are for transformers"
         ) from error
     arrays = dict(cast(Any, model).named_modules())
     for name, module in quantized(source.model).items():

@@ -32,6 +32,7 @@ LEVELS: dict[str, Callable[[int], Tensor]] = {
     "iq4nl": lambda bits: torch.tensor([-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113]),
 }
 SHIFTED = "shifted"
+USUAL = (32, 64, 128)  # groups that engines take
 
 
 @dataclass(frozen=True)
@@ -132,7 +133,7 @@ class GroupGrid(Format):
         if inputs % self.group == 0:
             return None
         divisors = (size for size in range(1, inputs + 1) if inputs % size == 0)
-        nearest = min(divisors, key=lambda size: max(size, self.group) / min(size, self.group))
+        nearest = min(divisors, key=lambda size: (size not in USUAL, max(size, self.group) / min(size, self.group)))
         return Misfit(
             "group",
             f"has rows of {inputs} weights, which groups of {self.group} do not divide: groups of {nearest} do, and"
