@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 INPUT_DAMPING = 0.01  # damping of H, relative to its mean diagonal
+COLUMNS = 256  # of an error whose cost is computed together
 OUTPUT_DAMPING = 0.1  # damping of G, relative to its mean diagonal; larger, as G comes from fewer independent samples
 
 
@@ -35,7 +36,17 @@ class Curvature:
 
     def cost(self, error_NOI: Tensor) -> Tensor:
         """`tr(G E H Eᵀ)` [N]."""
-        return (self.slope(error_NOI) * error_NOI).sum(dim=(1, 2))
+        if self.outputs_NOO is not None:
+            return (self.slope(error_NOI) * error_NOI).sum(dim=(1, 2))
+        # What H has below the diagonal counts as what it has above
+        inputs, cost_N = error_NOI.shape[2], torch.zeros_like(error_NOI[:, 0, 0])
+        for begin in range(0, inputs, COLUMNS):
+            end = min(begin + COLUMNS, inputs)
+            part = error_NOI[:, :, begin:end]
+            across = part @ self.inputs_NII[:, begin:end, begin:]
+            across[:, :, end - begin :] *= 2
+            cost_N += across.mul_(error_NOI[:, :, begin:]).sum(dim=(1, 2))
+        return cost_N
 
 
 def damp(moment_NXX: Tensor, share: float = INPUT_DAMPING) -> Tensor:

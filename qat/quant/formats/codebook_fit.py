@@ -15,7 +15,7 @@ from qat.quant.curvature import Curvature
 from qat.quant.formats.base import Cluster, Fitted
 
 CG_ITERATIONS = 4
-ENOUGH = 0.01  # squared residual, relative to the first, at which these stop: more lowers the cost by less than 0.1 %
+ENOUGH = 5e-4  # share of the cost by which an iteration has to be expected to lower it
 # Weights of a layer that a round fits the codebook to; the first fit uses all, as a few weights may decide it
 SAMPLE = 1 << 18
 RELAXATION = 1.5  # step length, relative to the way to the minimum; below 2 the error cannot rise
@@ -106,14 +106,22 @@ def refine(codebooks: Codebooks, weight_NOI: Tensor, cost: Curvature) -> Codeboo
     h_NI = cost.inputs_NII.diagonal(dim1=1, dim2=2)
     index, entries = codebooks.index_NOI, codebooks.codebook_NK.shape[1]
     Q = lookup.look_up(codebooks.codebook_NK, index)
-    A = _descend(codebooks.A_NOR, least_squares.rows(Q, codebooks.B_NRI, h_NI), weight_NOI, cost)
-    B = _descend(codebooks.B_NRI, least_squares.columns(Q, A, h_NI), weight_NOI, cost)
-    codebook = _descend(codebooks.codebook_NK, least_squares.codebook(index, A @ B, h_NI, entries), weight_NOI, cost)
+    left = least_squares.Left(weight_NOI - Q * codebooks.scale(), cost)
+    A = _descend(codebooks.A_NOR, least_squares.rows(Q, codebooks.B_NRI, h_NI), weight_NOI, cost, left)
+    B = _descend(codebooks.B_NRI, least_squares.columns(Q, A, h_NI), weight_NOI, cost, left)
+    linear = least_squares.codebook(index, A @ B, h_NI, entries)
+    codebook = _descend(codebooks.codebook_NK, linear, weight_NOI, cost, left)
     return Codebooks(*_ascending(index, codebook), A, B)
 
 
-def _descend(x: Tensor, linear: least_squares.Linear, weight_NOI: Tensor, cost: Curvature) -> Tensor:
-    return least_squares.conjugate_gradient(x, linear, weight_NOI, cost, CG_ITERATIONS, ENOUGH)
+def _descend(
+    x: Tensor,
+    linear: least_squares.Linear,
+    weight_NOI: Tensor,
+    cost: Curvature,
+    left: least_squares.Left | None = None,
+) -> Tensor:
+    return least_squares.conjugate_gradient(x, linear, weight_NOI, cost, CG_ITERATIONS, ENOUGH, left)
 
 
 def _ascending(index_NOI: Tensor, codebook_NK: Tensor) -> tuple[Tensor, Tensor]:
