@@ -16,6 +16,7 @@ from qat.quant.curvature import Curvature
 from qat.quant.lookup import entry_sums, look_up
 
 SOLVED = 1e-10  # squared residual, relative to the first, at which conjugate gradients stop: the limit of fp32
+ENOUGH = 5e-4  # a share of the cost: formats do without an iteration that is expected to lower it by less
 DAMPING = 1e-3  # damping towards the previous value, relative to the mean diagonal: unused directions keep their value
 
 

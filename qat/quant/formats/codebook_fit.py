@@ -15,7 +15,6 @@ from qat.quant.curvature import Curvature
 from qat.quant.formats.base import Cluster, Fitted
 
 CG_ITERATIONS = 4
-ENOUGH = 5e-4  # share of the cost by which an iteration has to be expected to lower it
 # Weights of a layer that a round fits the codebook to; the first fit uses all, as a few weights may decide it
 SAMPLE = 1 << 18
 RELAXATION = 1.5  # step length, relative to the way to the minimum; below 2 the error cannot rise
@@ -121,7 +120,7 @@ def _descend(
     cost: Curvature,
     left: least_squares.Left | None = None,
 ) -> Tensor:
-    return least_squares.conjugate_gradient(x, linear, weight_NOI, cost, CG_ITERATIONS, ENOUGH, left)
+    return least_squares.conjugate_gradient(x, linear, weight_NOI, cost, CG_ITERATIONS, least_squares.ENOUGH, left)
 
 
 def _ascending(index_NOI: Tensor, codebook_NK: Tensor) -> tuple[Tensor, Tensor]:

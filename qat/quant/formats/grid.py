@@ -22,7 +22,6 @@ from qat.quant.least_squares import Linear
 from qat.quant.lookup import look_up
 
 CG_ITERATIONS = 4
-ENOUGH = 5e-4  # share of the cost by which an iteration has to be expected to lower it
 # The values by levels and bits, ascending: `integers` are those of llama.cpp's Q4_0 and Q8_0 and of
 # symmetric integers in compressed-tensors; `shifted` ones, which have a shift besides, those of MLX and of Q4_1;
 # `iq4nl` those of llama.cpp's IQ4_NL, dense around zero as weights are.
@@ -114,7 +113,7 @@ class GroupGrid(Format):
         """Scales and shifts by conjugate gradients."""
         linear = self._linear(fitted, cost.inputs_NII.diagonal(dim1=1, dim2=2))
         x = self._together(fitted.operands)
-        x = least_squares.conjugate_gradient(x, linear, weight_NOI, cost, CG_ITERATIONS, ENOUGH)
+        x = least_squares.conjugate_gradient(x, linear, weight_NOI, cost, CG_ITERATIONS, least_squares.ENOUGH)
         return Fitted(fitted.index_NOI, self._named(x))
 
     def stored_bits(self, outputs: int, inputs: int) -> int:

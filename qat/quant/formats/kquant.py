@@ -24,7 +24,6 @@ from qat.quant.lookup import look_up
 
 BLOCK = 256  # weights of a row that share super-scales
 CG_ITERATIONS = 4
-ENOUGH = 5e-4  # share of the cost by which an iteration has to be expected to lower it
 ROUNDS = 2  # rounds of fitting super-scale and codes in turn, from each starting value
 # Starting values of a super-scale, relative to the one under which the largest code is used
 TRIED = (0.7, 0.8, 0.9, 1.0, 1.1)
@@ -140,7 +139,7 @@ class KQuant(Format):
         """Super-scales by conjugate gradients."""
         linear = self._linear(fitted, cost.inputs_NII.diagonal(dim1=1, dim2=2))
         x = torch.stack([fitted.operands[name] for name in self.scaled], 3)
-        x = least_squares.conjugate_gradient(x, linear, weight_NOI, cost, CG_ITERATIONS, ENOUGH)
+        x = least_squares.conjugate_gradient(x, linear, weight_NOI, cost, CG_ITERATIONS, least_squares.ENOUGH)
         found = dict(zip(self.scaled, (part.contiguous() for part in x.unbind(3)), strict=True))
         return Fitted(fitted.index_NOI, fitted.operands | found)
 
