@@ -6,7 +6,7 @@ full curvature (see `curvature`) conjugate gradients (Hestenes & Stiefel 1952) s
 ever forming the equations: one product with H an iteration instead of R of them.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -59,17 +59,18 @@ class Linear:
     coupled: tuple[int, ...]
 
 
-def rows(Q_NOI: Tensor, B_NRI: Tensor, h_NI: Tensor) -> Linear:
-    """The quantized weight as a function of A; every row is a system of its own."""
+def rows(Q_NOI: Tensor, B_NRI: Tensor, h_NI: Tensor, pairs_NPI: Tensor | None = None) -> Linear:
+    """The quantized weight as a function of A; every row is a system of its own. `pairs_NPI` are those of B."""
     importance_NOI = Q_NOI.square().mul_(h_NI[:, None])
-    solve = solver(_symmetric(importance_NOI @ _pairs(B_NRI).mT, B_NRI.shape[1]))
+    pairs_NPI = pairs(B_NRI) if pairs_NPI is None else pairs_NPI
+    solve = solver(_symmetric(importance_NOI @ pairs_NPI.mT, B_NRI.shape[1]))
     return Linear(lambda A: (A @ B_NRI).mul_(Q_NOI), lambda E: (E * Q_NOI) @ B_NRI.mT, solve, (2,))
 
 
 def columns(Q_NOI: Tensor, A_NOR: Tensor, h_NI: Tensor) -> Linear:
     """The quantized weight as a function of B; a full second moment couples all of its columns."""
     importance_NOI = Q_NOI.square().mul_(h_NI[:, None])
-    solve = solver(_symmetric((_pairs(A_NOR.mT) @ importance_NOI).mT, A_NOR.shape[2]))
+    solve = solver(_symmetric((pairs(A_NOR.mT) @ importance_NOI).mT, A_NOR.shape[2]))
     return Linear(
         lambda B: (A_NOR @ B).mul_(Q_NOI),
         lambda E: A_NOR.mT @ (E * Q_NOI),
@@ -89,7 +90,7 @@ def codebook(index_NOI: Tensor, S_NOI: Tensor, h_NI: Tensor, entries: int) -> Li
     )
 
 
-def _pairs(factor_NRY: Tensor) -> Tensor:
+def pairs(factor_NRY: Tensor) -> Tensor:
     """Products [N, P, Y] of all pairs of rows r ≥ s; weighted sums of them give `factor factorᵀ`."""
     i, j = torch.tril_indices(factor_NRY.shape[1], factor_NRY.shape[1], device=factor_NRY.device)
     factor_NRY = factor_NRY.contiguous()
@@ -181,6 +182,23 @@ def conjugate_gradient(
         before, gain = gain, _dot(residual, step, coupled)
         direction = step + _ratio(gain, before) * direction
     return x
+
+
+def refit_columns(
+    B_NRI: Tensor, parts: Iterable[tuple[Tensor, Tensor, Tensor]], h_NI: Tensor, relaxation: float = 1.0
+) -> Tensor:
+    """As `refit` for B, from A [N, X, R], Q [N, X, I] and W [N, X, I] of some rows after the others.
+
+    What is computed of some rows stays in a CPU's caches.
+    """
+    rank, right_NRI = B_NRI.shape[1], torch.zeros_like(B_NRI)
+    gram_NPI = B_NRI.new_zeros(len(B_NRI), rank * (rank + 1) // 2, B_NRI.shape[2])
+    for A_NXR, Q_NXI, weight_NXI in parts:
+        error_NXI = (A_NXR @ B_NRI).mul_(Q_NXI).sub_(weight_NXI).mul_(h_NI[:, None])
+        right_NRI.baddbmm_(A_NXR.mT, error_NXI.mul_(Q_NXI))
+        gram_NPI.baddbmm_(pairs(A_NXR.mT), Q_NXI.square().mul_(h_NI[:, None]))
+    solve = solver(_symmetric(gram_NPI.mT, rank))
+    return B_NRI - relaxation * solve(right_NRI.mT).mT
 
 
 def _dot(x: Tensor, y: Tensor, dims: tuple[int, ...]) -> Tensor:

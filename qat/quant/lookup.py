@@ -18,10 +18,18 @@ from qat.machine import exact_matmul
 
 SHARED = 1 << 18  # weights that a core of a CPU looks up, or finds the nearest values of, before it takes the next ones
 COUNTED = 1 << 15  # numbers that a core of a CPU adds up at a time: their copies of 64 bits stay in its caches
+IN_CACHES = 1 << 19  # weights of which a CPU's caches hold what a fit computes
 COMPARED = 16  # largest number of values that a CPU compares one after the other
 AT_HAND = 1 << 15  # weights that are compared at a time: the results stay in a core's caches
 # Numbers in a temporary tensor of all vectors' distances: fits into CPU caches; hides launch time on a GPU
 AT_ONCE = {"cpu": 1 << 20, "cuda": 1 << 26}
+
+
+def together(weight_NOI: Tensor) -> list[slice]:
+    """Rows that are looked at together: all, or on a CPU so few that what is computed of them stays in its caches."""
+    layers, outputs, inputs = weight_NOI.shape
+    size = max(1, IN_CACHES // (layers * inputs)) if weight_NOI.device.type == "cpu" else outputs
+    return [slice(start, start + size) for start in range(0, outputs, size)]
 
 
 def are_vectors(values: Tensor, of_rows: Tensor) -> bool:

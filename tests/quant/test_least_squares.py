@@ -100,6 +100,14 @@ def test_refit_is_weighted_least_squares_damped_towards_the_last_value(kind):
         np.testing.assert_allclose(found[n].flatten(), expected, rtol=2e-3, atol=2e-3)
 
 
+@pytest.mark.parametrize("size", [1, 3, 7])
+def test_columns_are_refitted_from_some_rows_after_the_others(size):
+    p = Problem()
+    whole = least_squares.refit(p.B, least_squares.columns(p.Q, p.A, p.h), p.W, p.h, 1.5)
+    parts = zip(*(x.split(size, 1) for x in (p.A, p.Q, p.W)), strict=True)
+    assert torch.allclose(least_squares.refit_columns(p.B, parts, p.h, 1.5), whole, rtol=1e-4, atol=1e-5)
+
+
 @settings(max_examples=30, deadline=None, derandomize=True)
 @given(st.integers(0, 10_000), st.sampled_from(KINDS), st.integers(1, 12), st.sampled_from([0.5, 1.0, 1.5, 2.0]))
 def test_refit_never_raises_the_weighted_error(seed, kind, rank, relaxation):

@@ -5,6 +5,7 @@ further than to their minimum (successive over-relaxation, Young 1954), by which
 whole curvature they follow conjugate gradients.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -64,11 +65,31 @@ def alternate(codebooks: Codebooks, weight_NOI: Tensor, h_NI: Tensor) -> Codeboo
     some, index, entries = sample(weight_NOI), codebooks.index_NOI, codebooks.codebook_NK.shape[1]
     linear = least_squares.codebook(index[:, some], codebooks.A_NOR[:, some] @ codebooks.B_NRI, h_NI, entries)
     codebook = least_squares.refit(codebooks.codebook_NK, linear, weight_NOI[:, some], h_NI)
-    Q = lookup.look_up(codebook, index)
-    A = least_squares.refit(codebooks.A_NOR, least_squares.rows(Q, codebooks.B_NRI, h_NI), weight_NOI, h_NI, RELAXATION)
-    B = least_squares.refit(codebooks.B_NRI, least_squares.columns(Q, A, h_NI), weight_NOI, h_NI, RELAXATION)
+    A, B = _scales(codebooks, codebook, weight_NOI, h_NI)
     codebook = codebook.sort(dim=1).values if codebook.dim() == 2 else codebook
-    return Codebooks(assign.nearest(weight_NOI, A @ B, codebook), codebook, A, B)
+    return Codebooks(_nearest(weight_NOI, A, B, codebook), codebook, A, B)
+
+
+def _scales(codebooks: Codebooks, codebook_NK: Tensor, weight_NOI: Tensor, h_NI: Tensor) -> tuple[Tensor, Tensor]:
+    """A, then B, under a new codebook."""
+    B, parts = codebooks.B_NRI, list[Tensor]()
+    pairs = least_squares.pairs(B)
+
+    def fitted() -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        for rows in lookup.together(weight_NOI):
+            Q, weight = lookup.look_up(codebook_NK, codebooks.index_NOI[:, rows]), weight_NOI[:, rows]
+            linear = least_squares.rows(Q, B, h_NI, pairs)
+            parts.append(least_squares.refit(codebooks.A_NOR[:, rows], linear, weight, h_NI, RELAXATION))
+            yield parts[-1], Q, weight
+
+    B = least_squares.refit_columns(B, fitted(), h_NI, RELAXATION)
+    return torch.cat(parts, 1), B
+
+
+def _nearest(weight_NOI: Tensor, A_NOR: Tensor, B_NRI: Tensor, codebook_NK: Tensor) -> Tensor:
+    """The nearest indices."""
+    pieces = lookup.together(weight_NOI)
+    return torch.cat([assign.nearest(weight_NOI[:, x], A_NOR[:, x] @ B_NRI, codebook_NK) for x in pieces], 1)
 
 
 def further(codebooks: Codebooks, weight_NOI: Tensor, h_NI: Tensor) -> Codebooks:
