@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from qat.quant.lookup import together
+
 INPUT_DAMPING = 0.01  # damping of H, relative to its mean diagonal
 INVERTED = 256  # rows of a triangular matrix that is inverted at once
 COLUMNS = 256  # of an error whose cost is computed together
@@ -39,14 +41,15 @@ class Curvature:
         """`tr(G E H Eᵀ)` [N]."""
         if self.outputs_NOO is not None:
             return (self.slope(error_NOI) * error_NOI).sum(dim=(1, 2))
-        # What H has below the diagonal counts as what it has above
-        inputs, cost_N = error_NOI.shape[2], torch.zeros_like(error_NOI[:, 0, 0])
-        for begin in range(0, inputs, COLUMNS):
-            end = min(begin + COLUMNS, inputs)
-            part = error_NOI[:, :, begin:end]
-            across = part @ self.inputs_NII[:, begin:end, begin:]
-            across[:, :, end - begin :] *= 2
-            cost_N += across.mul_(error_NOI[:, :, begin:]).sum(dim=(1, 2))
+        return torch.stack([self._separately(error_NOI[:, rows]) for rows in together(error_NOI)]).sum(0)
+
+    def _separately(self, error_NXI: Tensor) -> Tensor:
+        """The cost [N] of rows that nothing couples; what H has below its diagonal counts as what it has above."""
+        cost_N = error_NXI.new_zeros(len(error_NXI))
+        for begin in range(0, error_NXI.shape[2], COLUMNS):
+            here, on = slice(begin, begin + COLUMNS), slice(begin, None)
+            share_NXI = (error_NXI[:, :, here] @ self.inputs_NII[:, here, on]).mul_(error_NXI[:, :, on])
+            cost_N += 2 * share_NXI.sum(dim=(1, 2)) - share_NXI[:, :, :COLUMNS].sum(dim=(1, 2))
         return cost_N
 
 

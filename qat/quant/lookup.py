@@ -209,6 +209,8 @@ def relative(weight: Tensor, S: Tensor) -> Tensor:
 
 
 def nonzero(S: Tensor) -> Tensor:
-    """S with zeros replaced by the smallest normal number."""
+    """S with zeros replaced by the smallest normal number; S itself where there are none."""
     smallest = torch.finfo(S.dtype).tiny
+    if S.device.type == "cpu" and S.numel() and bool(S.abs().amin() >= smallest):
+        return S  # which takes a tenth of the time
     return torch.where(S.abs() < smallest, smallest, S)
