@@ -96,7 +96,8 @@ class Factor:
         backwards = order.flip(1)
         made = made.gather(1, backwards[:, :, None].expand_as(made))
         made = made.gather(2, backwards[:, None, :].expand_as(made))
-        made = torch.linalg.cholesky(made).flip(1, 2)
+        made = torch.linalg.cholesky(made)
+        made = made.flip(1, 2)
         upper = invert_upper(made)
         corner_NBDD = blocks(upper, dim)
         if dim == 1:

@@ -5,6 +5,8 @@ walks, which begins an operation in a tenth of PyTorch's time, and on a GPU one 
 registers. Vectors take some columns at once and are searched by a matrix product, which is plain torch everywhere.
 """
 
+from collections.abc import Iterator
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -41,8 +43,9 @@ def walk_block(
     if triton is not None and wanted.is_cuda:
         _walk_cuda(wanted, S, values, spread, value, index, moved)
         return
-    columns, *others = (None if x is None else x.cpu().mT.contiguous() for x in (wanted, S, value))
-    index.copy_(walk_columns(columns, others[0], values.cpu(), spread.cpu(), others[1]).mT)
+    columns, scale = wanted.cpu().mT.contiguous(), S.cpu().mT.contiguous()
+    before = None if value is None else value.cpu().mT.contiguous()
+    index.copy_(walk_columns(columns, scale, values.cpu(), spread.cpu(), before).mT)
     moved.copy_(columns.mT)
 
 
@@ -69,10 +72,10 @@ def walk_columns(
         spread_II, middle_K = spread_NII[n], lookup.middles(values_NK[n]).numpy()
         for panel in _slices(0, len(wanted_IO), PANEL):
             for few in _slices(panel.start, panel.stop, FEW):
-                parts = (wanted_IO, S_NIO[n], index_NIO[n], *(() if before_NIO is None else (before_NIO[n],)))
-                rows = zip(*(part[few].split(_share(part), 1) for part in parts), strict=True)
                 known = spread_II[few, few].numpy(), values_NK[n].numpy(), middle_K
-                lookup.on_cores(_walk_few, ((*known, *(part.numpy() for part in some)) for some in rows))
+                parts = [wanted_IO[few], S_NIO[n, few], index_NIO[n, few]]
+                parts += [] if before_NIO is None else [before_NIO[n, few]]
+                lookup.on_cores(_walk_few, ((*known, *some) for some in _shared_out(parts)))
                 _pass_on(wanted_IO, spread_II, few, slice(few.stop, panel.stop))
             _pass_on(wanted_IO, spread_II, panel, slice(panel.stop, None))
     return index_NIO
@@ -82,9 +85,11 @@ def _slices(start: int, stop: int, size: int) -> list[slice]:
     return [slice(begin, min(begin + size, stop)) for begin in range(start, stop, size)]
 
 
-def _share(part_XO: Tensor) -> int:
-    """Rows of the matrix that a core takes: as many as another, but no fewer than are worth a thread."""
-    return max(WORTH, -(-part_XO.shape[1] // torch.get_num_threads()))
+def _shared_out(parts_XJO: list[Tensor]) -> Iterator[list[np.ndarray]]:
+    """Rows of the matrix as cores take them: each as many as another, but no fewer than are worth a thread."""
+    size = max(WORTH, -(-parts_XJO[0].shape[1] // torch.get_num_threads()))
+    for parts in zip(*(part.split(size, 1) for part in parts_XJO), strict=True):
+        yield [part.numpy() for part in parts]
 
 
 def _pass_on(moved_IO: Tensor, spread_II: Tensor, fixed: slice, to: slice) -> None:
