@@ -15,7 +15,7 @@ from torch import Tensor
 from qat.quant import lookup
 from qat.quant.curvature import Curvature, Factor, blocks
 from qat.quant.lookup import look_up
-from qat.quant.walk import walk_block, walk_vectors
+from qat.quant.walk import walk_block, walk_columns, walk_vectors
 
 COLUMNS = 64  # columns that are walked before their error is passed to all later ones
 ROWS = 32  # rows moved together where outputs are coupled: few enough for their moves to add up well
@@ -34,11 +34,18 @@ def compensated(weight_NOI: Tensor, S_NOI: Tensor, values_NK: Tensor, factor: Fa
 
     Values may be vectors [N, K, D], here as in `descended`; then `factor` is one of blocks of D columns.
     """
-    order = factor.order_NI[:, None].expand_as(weight_NOI)
-    weight, S, metric = weight_NOI.gather(2, order), S_NOI.gather(2, order), factor.metric_NBDD
+    metric = factor.metric_NBDD
+    weight, S = _columns(weight_NOI, factor.order_NI), _columns(S_NOI, factor.order_NI)
     index = _walk(weight, S, values_NK, factor.spread_NII, metric, None)[0]
-    place = factor.order_NI[:, :: metric.shape[2]].argsort(dim=1)
-    return index.gather(2, place[:, None].expand_as(index))
+    return _columns(index, factor.order_NI[:, :: metric.shape[2]].argsort(dim=1)).contiguous()
+
+
+def _columns(x_NOI: Tensor, order_NI: Tensor) -> Tensor:
+    """The columns in another order; on a CPU each of them lies in one piece of memory."""
+    if x_NOI.device.type != "cpu":
+        return x_NOI.gather(2, order_NI[:, None].expand_as(x_NOI))
+    columns = zip(x_NOI.mT, order_NI, strict=True)
+    return torch.stack([x_IO.contiguous().index_select(0, order_I) for x_IO, order_I in columns]).mT
 
 
 def descended(
@@ -108,6 +115,10 @@ def _walk(
         Indices [N, O, I / D] and changes [N, O, I].
     """
     dim = metric.shape[2]
+    if dim == 1 and wanted.device.type == "cpu":
+        columns, before = wanted.mT.contiguous(), None if value is None else value.mT.contiguous()
+        index = walk_columns(columns, S.mT.contiguous(), values, spread, before)
+        return index.mT, columns.mT
     shape = (*wanted.shape[:2], wanted.shape[2] // dim)
     index = torch.empty(shape, dtype=lookup.index_type(values.shape[1]), device=wanted.device)
     moved = torch.empty_like(wanted)

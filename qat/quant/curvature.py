@@ -12,7 +12,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from qat.quant.lookup import together
+
 INPUT_DAMPING = 0.01  # damping of H, relative to its mean diagonal
+INVERTED = 256  # rows of a triangular matrix that is inverted at once
+COLUMNS = 256  # of an error whose cost is computed together
 OUTPUT_DAMPING = 0.1  # damping of G, relative to its mean diagonal; larger, as G comes from fewer independent samples
 
 
@@ -35,7 +39,18 @@ class Curvature:
 
     def cost(self, error_NOI: Tensor) -> Tensor:
         """`tr(G E H Eᵀ)` [N]."""
-        return (self.slope(error_NOI) * error_NOI).sum(dim=(1, 2))
+        if self.outputs_NOO is not None:
+            return (self.slope(error_NOI) * error_NOI).sum(dim=(1, 2))
+        return torch.stack([self._separately(error_NOI[:, rows]) for rows in together(error_NOI)]).sum(0)
+
+    def _separately(self, error_NXI: Tensor) -> Tensor:
+        """The cost [N] of rows that nothing couples; what H has below its diagonal counts as what it has above."""
+        cost_N = error_NXI.new_zeros(len(error_NXI))
+        for begin in range(0, error_NXI.shape[2], COLUMNS):
+            here, on = slice(begin, begin + COLUMNS), slice(begin, None)
+            share_NXI = (error_NXI[:, :, here] @ self.inputs_NII[:, here, on]).mul_(error_NXI[:, :, on])
+            cost_N += 2 * share_NXI.sum(dim=(1, 2)) - share_NXI[:, :, :COLUMNS].sum(dim=(1, 2))
+        return cost_N
 
 
 def damp(moment_NXX: Tensor, share: float = INPUT_DAMPING) -> Tensor:
@@ -77,11 +92,13 @@ class Factor:
         diagonal = made.diagonal(dim1=1, dim2=2).unflatten(1, (-1, dim)).sum(2)
         first = diagonal.argsort(dim=1, descending=True) * dim
         order = (first[:, :, None] + torch.arange(dim, device=first.device)).flatten(1)
-        made = made.gather(1, order[:, :, None].expand_as(made))
-        made = made.gather(2, order[:, None, :].expand_as(made))
+        # The inverse's factor is R⁻¹ where H = R Rᵀ and R is upper triangular: Cholesky's own from the last row up
+        backwards = order.flip(1)
+        made = made.gather(1, backwards[:, :, None].expand_as(made))
+        made = made.gather(2, backwards[:, None, :].expand_as(made))
         made = torch.linalg.cholesky(made)
-        made = torch.cholesky_inverse(made)
-        upper = torch.linalg.cholesky(made, upper=True)
+        made = made.flip(1, 2)
+        upper = invert_upper(made)
         corner_NBDD = blocks(upper, dim)
         if dim == 1:
             metric = corner_NBDD.square().reciprocal_()
@@ -97,6 +114,19 @@ class Factor:
             return factors[0]
         parts = [(factor.order_NI, factor.spread_NII, factor.metric_NBDD) for factor in factors]
         return Factor(*(torch.cat(part) for part in zip(*parts, strict=True)))
+
+
+def invert_upper(matrix_NII: Tensor) -> Tensor:
+    """Inverts upper triangular matrices in place: halves of them, and what lies between these by two products."""
+    size = matrix_NII.shape[1]
+    if size <= INVERTED:
+        one = torch.eye(size, dtype=matrix_NII.dtype, device=matrix_NII.device)
+        return matrix_NII.copy_(torch.linalg.solve_triangular(matrix_NII, one.expand_as(matrix_NII), upper=True))
+    first, last = slice(None, size // 2), slice(size // 2, None)
+    top, bottom = invert_upper(matrix_NII[:, first, first]), invert_upper(matrix_NII[:, last, last])
+    between = matrix_NII[:, first, last]
+    between.copy_(top @ (between @ bottom)).neg_()
+    return matrix_NII
 
 
 def blocks(matrix_NII: Tensor, dim: int) -> Tensor:

@@ -6,18 +6,30 @@ Shapes: N layers, which a single layer's tensors may be without, O outputs, I in
 of a vector, J = I / D indices of a row (I where values are numbers).
 """
 
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from qat.machine import exact_matmul
 
-LOOKED_UP = 1 << 15  # weights that each core of a CPU looks up at a time
+SHARED = 1 << 18  # weights that a core of a CPU looks up, or finds the nearest values of, before it takes the next ones
 COUNTED = 1 << 15  # numbers that a core of a CPU adds up at a time: their copies of 64 bits stay in its caches
+IN_CACHES = 1 << 19  # weights of which a CPU's caches hold what a fit computes
 COMPARED = 16  # largest number of values that a CPU compares one after the other
+AT_HAND = 1 << 15  # weights that are compared at a time: the results stay in a core's caches
 # Numbers in a temporary tensor of all vectors' distances: fits into CPU caches; hides launch time on a GPU
 AT_ONCE = {"cpu": 1 << 20, "cuda": 1 << 26}
+
+
+def together(weight_NOI: Tensor) -> list[slice]:
+    """Rows that are looked at together: all, or on a CPU so few that what is computed of them stays in its caches."""
+    layers, outputs, inputs = weight_NOI.shape
+    size = max(1, IN_CACHES // (layers * inputs)) if weight_NOI.device.type == "cpu" else outputs
+    return [slice(start, start + size) for start in range(0, outputs, size)]
 
 
 def are_vectors(values: Tensor, of_rows: Tensor) -> bool:
@@ -28,8 +40,7 @@ def are_vectors(values: Tensor, of_rows: Tensor) -> bool:
 def look_up(values_NK: Tensor, index_NOI: Tensor) -> Tensor:
     """`values[index]` [N, O, I], each layer with its own values [N, K], or vectors [N, K, D] at indices [N, O, J].
 
-    PyTorch gathers by 64-bit indices, which on a CPU are made for some weights at a time: they stay in its caches. Of
-    its ways to gather from few values only `take` is shared out among cores.
+    PyTorch gathers by 64-bit indices, which have to be made first; NumPy needs none, so a CPU goes by it.
     """
     if are_vectors(values_NK, index_NOI):
         return _look_up_vectors(values_NK, index_NOI)
@@ -37,11 +48,33 @@ def look_up(values_NK: Tensor, index_NOI: Tensor) -> Tensor:
         return look_up(values_NK[None], index_NOI[None])[0]
     if values_NK.device.type != "cpu":
         return values_NK.gather(1, index_NOI.flatten(1).long()).view(index_NOI.shape)
-    found_NOI, size = torch.empty(index_NOI.shape, dtype=values_NK.dtype), LOOKED_UP * torch.get_num_threads()
-    for values_K, index_OI, found_OI in zip(values_NK, index_NOI, found_NOI, strict=True):
-        for index, found in zip(index_OI.flatten().split(size), found_OI.view(-1).split(size), strict=True):
-            torch.take(values_K, index.long(), out=found)
+    found_NOI = torch.empty(index_NOI.shape, dtype=values_NK.dtype)
+    if values_NK.dtype == torch.bfloat16:  # which NumPy lacks
+        return look_up(values_NK.float(), index_NOI).bfloat16()
+    on_cores(_take, _pieces(values_NK, index_NOI, found_NOI))
     return found_NOI
+
+
+def _take(values_K: np.ndarray, index_M: np.ndarray, found_M: np.ndarray) -> None:
+    np.take(values_K, index_M, out=found_M, mode="clip")  # other modes write to a copy first
+
+
+def on_cores(work: Callable[..., Any], pieces: Iterator[tuple[Any, ...]]) -> None:
+    """Does some work on every piece, in as many threads as PyTorch has: NumPy lets go of Python's lock."""
+    if torch.get_num_threads() < 2:
+        for piece in pieces:
+            work(*piece)
+        return
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        for _ in pool.map(lambda piece: work(*piece), pieces):
+            pass
+
+
+def _pieces(of_layer_NX: Tensor, *of_weights_NOI: Tensor) -> Iterator[tuple[np.ndarray, ...]]:
+    """What each layer has, beside some of its weights at a time in every other tensor, flat."""
+    for of_layer_X, *layer in zip(of_layer_NX.detach(), *of_weights_NOI, strict=True):
+        for parts in zip(*(x.detach().flatten().split(SHARED) for x in layer), strict=True):
+            yield of_layer_X.numpy(), *(part.numpy() for part in parts)
 
 
 def _look_up_vectors(values_NKD: Tensor, index_NOJ: Tensor) -> Tensor:
@@ -131,16 +164,26 @@ def index_type(entries: int) -> torch.dtype:
 def nearest(x: Tensor, values_NK: Tensor) -> Tensor:
     """Index, uint8, of the value nearest to each number of `x` [N, …], values ascending; ties go to the larger one.
 
-    On a GPU one search, which is one launch. A CPU compares many numbers at once with each of a few boundaries instead.
+    On a GPU one search, which is one launch. A CPU compares many numbers at once with each of a few boundaries
+    instead, by NumPy, which spends a tenth of PyTorch's time on it.
     """
     middle_NK = middles(values_NK)
     if x.device.type != "cpu" or values_NK.shape[-1] > COMPARED:
         found = torch.searchsorted(middle_NK, x.flatten(values_NK.dim() - 1).contiguous(), right=True, out_int32=True)
         return found.to(torch.uint8).view(x.shape)
-    index = torch.zeros(x.shape, dtype=torch.uint8)
-    for middle_N in middle_NK.unbind(-1):
-        index += (x >= middle_N.view(*middle_N.shape, *[1] * (x.dim() - middle_N.dim()))).view(torch.uint8)
+    index = torch.empty(x.shape, dtype=torch.uint8)
+    layers = (middle_NK, x, index) if values_NK.dim() == 2 else (middle_NK[None], x[None], index[None])
+    on_cores(_compare, _pieces(*layers))
     return index
+
+
+def _compare(middle_K: np.ndarray, x_M: np.ndarray, index_M: np.ndarray) -> None:
+    """Writes how many of the boundaries each number reaches."""
+    reached = np.empty((len(middle_K), min(AT_HAND, len(x_M))), dtype=bool)
+    for start in range(0, len(x_M), AT_HAND):
+        x, index = x_M[start : start + AT_HAND], index_M[start : start + AT_HAND]
+        np.greater_equal(x, middle_K[:, None], out=reached[:, : len(x)])
+        np.add.reduce(reached[:, : len(x)].view(np.uint8), axis=0, dtype=np.uint8, out=index)
 
 
 def snapped(x: Tensor, values_K: Tensor) -> Tensor:
@@ -166,6 +209,8 @@ def relative(weight: Tensor, S: Tensor) -> Tensor:
 
 
 def nonzero(S: Tensor) -> Tensor:
-    """S with zeros replaced by the smallest normal number."""
+    """S with zeros replaced by the smallest normal number; S itself where there are none."""
     smallest = torch.finfo(S.dtype).tiny
+    if S.device.type == "cpu" and S.numel() and bool(S.abs().amin() >= smallest):
+        return S  # which takes a tenth of the time
     return torch.where(S.abs() < smallest, smallest, S)

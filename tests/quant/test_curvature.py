@@ -33,6 +33,34 @@ def test_the_cost_is_that_of_the_kronecker_product():
     assert torch.allclose(Curvature(H).cost(weight), Curvature(H, torch.eye(5).expand(2, -1, -1).double()).cost(weight))
 
 
+@pytest.mark.parametrize("columns", [1, 4, 5, 70])
+def test_the_cost_of_separate_rows_takes_half_of_the_products(columns, monkeypatch):
+    monkeypatch.setattr("qat.quant.curvature.COLUMNS", columns)
+    weight, H, _ = (t.double() for t in problem())
+    expected = torch.einsum("noi,nij,noj->n", weight, H, weight)
+    assert torch.allclose(Curvature(H).cost(weight), expected)
+
+
+@pytest.mark.parametrize("dim", [1, 2])
+def test_the_factor_is_that_of_the_inverse(dim, monkeypatch):
+    """Against the definition in float64, with triangular matrices inverted in halves, odd ones too."""
+    monkeypatch.setattr("qat.quant.curvature.INVERTED", 16)
+    H = second_moment(70, torch.Generator().manual_seed(0))
+    made, exact = Factor.of(H, dim), damp(H.double())
+    for n in range(2):
+        order = made.order_NI[n]
+        upper = torch.linalg.cholesky(torch.linalg.inv(exact[n][order][:, order]), upper=True)
+        for first in range(0, 70, dim):
+            block = slice(first, first + dim)
+            corner = torch.linalg.inv(upper[block, block])
+            assert torch.allclose(made.metric_NBDD[n, first // dim].double(), corner @ corner.T, rtol=1e-3)
+            behind = -(corner @ upper[block, first + dim :])
+            found = made.spread_NII[n, block, first + dim :].double()
+            assert torch.allclose(
+                found, behind, rtol=1e-3, atol=1e-3 * float(behind.abs().amax() if behind.numel() else 0)
+            )
+
+
 def test_the_slope_is_half_the_gradient_of_the_cost():
     weight, H, G = (t.double() for t in problem(outputs=5, inputs=6))
     weight.requires_grad_()

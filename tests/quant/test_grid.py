@@ -58,6 +58,7 @@ def test_a_round_ends_at_the_least_weighted_squares(format, seed, monkeypatch):
 @both
 def test_refined_scales_solve_the_whole_normal_equations(format, monkeypatch):
     monkeypatch.setattr(grid, "CG_ITERATIONS", 60)
+    monkeypatch.setattr("qat.quant.least_squares.ENOUGH", 0.0)
     weight, H, _ = problem(0, outputs=4, inputs=24)
     posed, made = fitted(format, weight, H, rounds=1)
     cost = Curvature(posed.curvature.inputs_NII.double())

@@ -100,6 +100,14 @@ def test_refit_is_weighted_least_squares_damped_towards_the_last_value(kind):
         np.testing.assert_allclose(found[n].flatten(), expected, rtol=2e-3, atol=2e-3)
 
 
+@pytest.mark.parametrize("size", [1, 3, 7])
+def test_columns_are_refitted_from_some_rows_after_the_others(size):
+    p = Problem()
+    whole = least_squares.refit(p.B, least_squares.columns(p.Q, p.A, p.h), p.W, p.h, 1.5)
+    parts = zip(*(x.split(size, 1) for x in (p.A, p.Q, p.W)), strict=True)
+    assert torch.allclose(least_squares.refit_columns(p.B, parts, p.h, 1.5), whole, rtol=1e-4, atol=1e-5)
+
+
 @settings(max_examples=30, deadline=None, derandomize=True)
 @given(st.integers(0, 10_000), st.sampled_from(KINDS), st.integers(1, 12), st.sampled_from([0.5, 1.0, 1.5, 2.0]))
 def test_refit_never_raises_the_weighted_error(seed, kind, rank, relaxation):
@@ -124,6 +132,35 @@ def test_conjugate_gradients_never_raise_the_output_error(seed, kind, iterations
     before = full_error(p, linear, x)
     after = full_error(p, linear, least_squares.conjugate_gradient(x, linear, p.W, Curvature(p.H), iterations))
     assert (after <= before * (1 + 1e-5)).all()
+
+
+@pytest.mark.parametrize("coupled", [False, True])
+def test_what_is_left_follows_one_set_of_unknowns_after_the_other(coupled):
+    p = Problem()
+    G = torch.eye(7) + 0.3 * torch.ones(7, 7) if coupled else None
+    cost = Curvature(p.H, None if G is None else G.expand(2, -1, -1))
+    left, h = least_squares.Left(p.W - p.Q * (p.A @ p.B), cost), p.H.diagonal(dim1=1, dim2=2)
+    p.A = least_squares.conjugate_gradient(p.A, p.linear("rows", h)[1], p.W, cost, 3, left=left)
+    p.B = least_squares.conjugate_gradient(p.B, p.linear("columns", h)[1], p.W, cost, 3, left=left)
+    x, linear = p.linear("codebook", h)
+    alone = least_squares.conjugate_gradient(x, linear, p.W, cost, 3)
+    found = least_squares.conjugate_gradient(x, linear, p.W, cost, 3, left=left)
+    assert torch.allclose(found, alone, rtol=1e-3, atol=1e-4)
+    error = (p.W - linear.expand(found)).double()
+    exact = Curvature(p.H.double(), None if G is None else G.double().expand(2, -1, -1))
+    assert torch.allclose(left.cost_N.double(), exact.cost(error), rtol=1e-4)
+    assert torch.allclose(left.slope_NOI.double(), exact.slope(error), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_cpu_stops_where_little_of_the_cost_is_left_to_gain(kind):
+    p = Problem(outputs=12, rank=2)
+    x, linear = p.linear(kind, p.H.diagonal(dim1=1, dim2=2))
+    cost = lambda iterations, enough: full_error(  # noqa: E731
+        p, linear, least_squares.conjugate_gradient(x, linear, p.W, Curvature(p.H), iterations, enough)
+    )
+    assert torch.equal(cost(9, 1e3), cost(0, 0.0))
+    assert (cost(100, least_squares.ENOUGH) <= cost(100, 0.0) * 1.01).all()
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -26,8 +26,22 @@ def test_the_gpu_walks_as_the_cpu_does(from_value, rows, columns, entries):
     assert torch.allclose(found[0][1][same], found[1][1][same], rtol=1e-4, atol=1e-5)
 
 
+@pytest.fixture
+def two_cores():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+BEYOND_A_PANEL, SHARED_OUT = (3, walk.PANEL + 40, 4), (walk.WORTH + 9, 20, 16)
+
+
+@pytest.mark.usefixtures("two_cores")
 @pytest.mark.parametrize("from_value", [True, False])
-@pytest.mark.parametrize(("rows", "columns", "entries"), [(1, 1, 2), (40, 64, 4), (33, 17, 256)])
+@pytest.mark.parametrize(
+    ("rows", "columns", "entries"), [(1, 1, 2), (40, 64, 4), (33, 17, 256), BEYOND_A_PANEL, SHARED_OUT]
+)
 def test_a_column_takes_the_nearest_value_and_later_ones_make_up_for_it(from_value, rows, columns, entries):
     """Against float64, column by column; the walk's own changes are passed on, so that none tips all behind it."""
     draw = torch.Generator().manual_seed(0)

@@ -79,12 +79,13 @@ class Grid:
     def nearest(self, weight_NOI: Tensor) -> Tensor:
         """The index [N, O, I] of the grid value nearest to each weight, uint8, or int16 of more than 256 vectors.
 
-        Values need not be sorted: training may let two of them pass each other.
+        Values need not be sorted: training may let two of them pass each other. Where the scale is zero, all are
+        equally near.
         """
         if are_vectors(self.values_NK, weight_NOI):
             return nearest_vector(self.unshifted(weight_NOI), self.scale_NOI, self.values_NK)
         ascending_NK, order_NK = self.values_NK.sort(dim=-1)
-        return look_up(order_NK, nearest(self.relative(weight_NOI), ascending_NK)).to(torch.uint8)
+        return look_up(order_NK.to(torch.uint8), nearest(self.unshifted(weight_NOI) / self.scale_NOI, ascending_NK))
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ further than to their minimum (successive over-relaxation, Young 1954), by which
 whole curvature they follow conjugate gradients.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +16,6 @@ from qat.quant.curvature import Curvature
 from qat.quant.formats.base import Cluster, Fitted
 
 CG_ITERATIONS = 4
-ENOUGH = 0.01  # squared residual, relative to the first, at which these stop: more lowers the cost by less than 0.1 %
 # Weights of a layer that a round fits the codebook to; the first fit uses all, as a few weights may decide it
 SAMPLE = 1 << 18
 RELAXATION = 1.5  # step length, relative to the way to the minimum; below 2 the error cannot rise
@@ -65,11 +65,31 @@ def alternate(codebooks: Codebooks, weight_NOI: Tensor, h_NI: Tensor) -> Codeboo
     some, index, entries = sample(weight_NOI), codebooks.index_NOI, codebooks.codebook_NK.shape[1]
     linear = least_squares.codebook(index[:, some], codebooks.A_NOR[:, some] @ codebooks.B_NRI, h_NI, entries)
     codebook = least_squares.refit(codebooks.codebook_NK, linear, weight_NOI[:, some], h_NI)
-    Q = lookup.look_up(codebook, index)
-    A = least_squares.refit(codebooks.A_NOR, least_squares.rows(Q, codebooks.B_NRI, h_NI), weight_NOI, h_NI, RELAXATION)
-    B = least_squares.refit(codebooks.B_NRI, least_squares.columns(Q, A, h_NI), weight_NOI, h_NI, RELAXATION)
+    A, B = _scales(codebooks, codebook, weight_NOI, h_NI)
     codebook = codebook.sort(dim=1).values if codebook.dim() == 2 else codebook
-    return Codebooks(assign.nearest(weight_NOI, A @ B, codebook), codebook, A, B)
+    return Codebooks(_nearest(weight_NOI, A, B, codebook), codebook, A, B)
+
+
+def _scales(codebooks: Codebooks, codebook_NK: Tensor, weight_NOI: Tensor, h_NI: Tensor) -> tuple[Tensor, Tensor]:
+    """A, then B, under a new codebook."""
+    B, parts = codebooks.B_NRI, list[Tensor]()
+    pairs = least_squares.pairs(B)
+
+    def fitted() -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        for rows in lookup.together(weight_NOI):
+            Q, weight = lookup.look_up(codebook_NK, codebooks.index_NOI[:, rows]), weight_NOI[:, rows]
+            linear = least_squares.rows(Q, B, h_NI, pairs)
+            parts.append(least_squares.refit(codebooks.A_NOR[:, rows], linear, weight, h_NI, RELAXATION))
+            yield parts[-1], Q, weight
+
+    B = least_squares.refit_columns(B, fitted(), h_NI, RELAXATION)
+    return torch.cat(parts, 1), B
+
+
+def _nearest(weight_NOI: Tensor, A_NOR: Tensor, B_NRI: Tensor, codebook_NK: Tensor) -> Tensor:
+    """The nearest indices."""
+    pieces = lookup.together(weight_NOI)
+    return torch.cat([assign.nearest(weight_NOI[:, x], A_NOR[:, x] @ B_NRI, codebook_NK) for x in pieces], 1)
 
 
 def further(codebooks: Codebooks, weight_NOI: Tensor, h_NI: Tensor) -> Codebooks:
@@ -106,14 +126,22 @@ def refine(codebooks: Codebooks, weight_NOI: Tensor, cost: Curvature) -> Codeboo
     h_NI = cost.inputs_NII.diagonal(dim1=1, dim2=2)
     index, entries = codebooks.index_NOI, codebooks.codebook_NK.shape[1]
     Q = lookup.look_up(codebooks.codebook_NK, index)
-    A = _descend(codebooks.A_NOR, least_squares.rows(Q, codebooks.B_NRI, h_NI), weight_NOI, cost)
-    B = _descend(codebooks.B_NRI, least_squares.columns(Q, A, h_NI), weight_NOI, cost)
-    codebook = _descend(codebooks.codebook_NK, least_squares.codebook(index, A @ B, h_NI, entries), weight_NOI, cost)
+    left = least_squares.Left(weight_NOI - Q * codebooks.scale(), cost)
+    A = _descend(codebooks.A_NOR, least_squares.rows(Q, codebooks.B_NRI, h_NI), weight_NOI, cost, left)
+    B = _descend(codebooks.B_NRI, least_squares.columns(Q, A, h_NI), weight_NOI, cost, left)
+    linear = least_squares.codebook(index, A @ B, h_NI, entries)
+    codebook = _descend(codebooks.codebook_NK, linear, weight_NOI, cost, left)
     return Codebooks(*_ascending(index, codebook), A, B)
 
 
-def _descend(x: Tensor, linear: least_squares.Linear, weight_NOI: Tensor, cost: Curvature) -> Tensor:
-    return least_squares.conjugate_gradient(x, linear, weight_NOI, cost, CG_ITERATIONS, ENOUGH)
+def _descend(
+    x: Tensor,
+    linear: least_squares.Linear,
+    weight_NOI: Tensor,
+    cost: Curvature,
+    left: least_squares.Left | None = None,
+) -> Tensor:
+    return least_squares.conjugate_gradient(x, linear, weight_NOI, cost, CG_ITERATIONS, least_squares.ENOUGH, left)
 
 
 def _ascending(index_NOI: Tensor, codebook_NK: Tensor) -> tuple[Tensor, Tensor]:

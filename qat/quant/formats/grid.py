@@ -19,7 +19,7 @@ from qat.quant.curvature import Curvature
 from qat.quant.formats import groups
 from qat.quant.formats.base import Cluster, Equations, Fitted, Format, Grid, Kernels, Misfit, Part, Parts
 from qat.quant.least_squares import Linear
-from qat.quant.lookup import look_up
+from qat.quant.lookup import look_up, together
 
 CG_ITERATIONS = 4
 # The values by levels and bits, ascending: `integers` are those of llama.cpp's Q4_0 and Q8_0 and of
@@ -106,15 +106,15 @@ class GroupGrid(Format):
 
     def alternated(self, fitted: Fitted, weight_NOI: Tensor, h_NI: Tensor, shared: bool = True) -> Fitted:
         """Scales and shifts by least squares, then indices."""
-        linear = self._linear(fitted, h_NI)
-        operands = self._named(least_squares.refit(self._together(fitted.operands), linear, weight_NOI, h_NI))
-        return Fitted(self.grid(operands).nearest(weight_NOI), operands)
+        parts = [self._round(self._rows(fitted, rows), weight_NOI[:, rows], h_NI) for rows in together(weight_NOI)]
+        operands = {name: torch.cat([part.operands[name] for part in parts], 1) for name in self.rowwise}
+        return Fitted(torch.cat([part.index_NOI for part in parts], 1), operands)
 
     def refined(self, fitted: Fitted, weight_NOI: Tensor, cost: Curvature, shared: bool = True) -> Fitted:
         """Scales and shifts by conjugate gradients."""
         linear = self._linear(fitted, cost.inputs_NII.diagonal(dim1=1, dim2=2))
         x = self._together(fitted.operands)
-        x = least_squares.conjugate_gradient(x, linear, weight_NOI, cost, CG_ITERATIONS)
+        x = least_squares.conjugate_gradient(x, linear, weight_NOI, cost, CG_ITERATIONS, least_squares.ENOUGH)
         return Fitted(fitted.index_NOI, self._named(x))
 
     def stored_bits(self, outputs: int, inputs: int) -> int:
@@ -148,6 +148,14 @@ class GroupGrid(Format):
 
         values = tuple(map(float, LEVELS[self.levels](self.bits)))
         return grid_kernels.GridKernels(values, self.group) if grid_kernels.AVAILABLE else None
+
+    def _round(self, fitted: Fitted, weight_NOI: Tensor, h_NI: Tensor) -> Fitted:
+        linear = self._linear(fitted, h_NI)
+        operands = self._named(least_squares.refit(self._together(fitted.operands), linear, weight_NOI, h_NI))
+        return Fitted(self.grid(operands).nearest(weight_NOI), operands)
+
+    def _rows(self, fitted: Fitted, rows: slice) -> Fitted:
+        return Fitted(fitted.index_NOI[:, rows], {name: x[:, rows] for name, x in fitted.operands.items()})
 
     def _linear(self, fitted: Fitted, h_NI: Tensor) -> Linear:
         """The quantized weight as a function of scales and shifts [N, O, G, P]."""

@@ -139,7 +139,7 @@ class KQuant(Format):
         """Super-scales by conjugate gradients."""
         linear = self._linear(fitted, cost.inputs_NII.diagonal(dim1=1, dim2=2))
         x = torch.stack([fitted.operands[name] for name in self.scaled], 3)
-        x = least_squares.conjugate_gradient(x, linear, weight_NOI, cost, CG_ITERATIONS)
+        x = least_squares.conjugate_gradient(x, linear, weight_NOI, cost, CG_ITERATIONS, least_squares.ENOUGH)
         found = dict(zip(self.scaled, (part.contiguous() for part in x.unbind(3)), strict=True))
         return Fitted(fitted.index_NOI, fitted.operands | found)
 
