@@ -61,13 +61,6 @@ def pytest_collection_finish() -> None:
 
 
 @pytest.hookimpl(tryfirst=True)
-def pytest_runtestloop(session: pytest.Session) -> None:
-    """Whoever tests may want processes that start with what is imported by now."""
-    if session.testscollected and not session.config.option.collectonly and sys.platform == "linux":
-        launching.stand_by()
-
-
-@pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup() -> None:
     """What earlier tests imported stays as well, such as the code of a family of models."""
     if len(sys.modules) >= _kept + 20:

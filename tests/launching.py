@@ -2,20 +2,14 @@
 
 An interpreter of its own spends seconds on imports before it does anything. What these processes do is otherwise
 what `python` does: arguments, environment, directory, exit code, standard streams, functions called at exit.
-That one is itself forked from the process that tests, before its first test, with all that was imported to collect.
 """
 
 import atexit
-import faulthandler
 import io
-import logging
 import multiprocessing
-import multiprocessing.util
 import os
-import pickle
 import runpy
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -62,7 +56,6 @@ runpy.run_path({script!r}, run_name="__main__")
 # Among how many places a codebook's boundaries are sought at most, in tests that are not about that: as many as for
 # four entries. Sixteen have 1,280 elsewhere, which take most of the time that a tiny model's conversion does.
 EDGES = 320
-MANY = 512  # files, of which a process that tests has fewer open
 LAUNCH = str(Path(__file__).resolve().parents[1] / "launch.py")
 
 
@@ -71,60 +64,6 @@ def processes() -> ForkServerContext:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(IMPORTED)
     return context
-
-
-def stand_by() -> None:
-    """Forks, as it is now, what becomes the server of `processes` once one is wanted, or ends with this process."""
-    ours, theirs = socket.socketpair()
-    number = os.fork()
-    if not number:
-        ours.close()
-        _become_server(theirs)
-    theirs.close()
-    left = [ours.detach()]  # until it was asked
-    start: Callable[..., int] = multiprocessing.util.spawnv_passfds  # type: ignore[attr-defined]
-
-    def instead(path: bytes, words: list[str], files: list[int]) -> int:
-        if not left or "multiprocessing.forkserver" not in words[-1]:
-            return start(path, words, files)
-        files = [*files, 1, 2]
-        with socket.socket(fileno=left.pop()) as server:
-            socket.send_fds(server, [pickle.dumps((words[-1], files, os.getcwd(), dict(os.environ)))], files)
-        return number
-
-    multiprocessing.util.spawnv_passfds = instead  # type: ignore[attr-defined]
-
-
-def _become_server(asked: socket.socket) -> None:
-    """Waits for what an interpreter would be started with, and does that; does not return."""
-    try:
-        faulthandler.disable()  # it writes to a file of pytest's
-        logging.root.handlers.clear()
-        said, given, _, _ = socket.recv_fds(asked, 1 << 20, 4)
-        if said:
-            code, files, place, environment = pickle.loads(said)
-            _have_only(dict(zip(files, given, strict=True)))
-            os.chdir(place)
-            os.environ.clear()
-            os.environ.update(environment)
-            exec(code, {})
-    except SystemExit:
-        os._exit(0)
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        os._exit(1)
-
-
-def _have_only(files: dict[int, int]) -> None:
-    """Has files open under these numbers, whatever theirs are, and none else of those that pytest has."""
-    import fcntl  # Windows has none, where nothing is forked
-
-    aside = [fcntl.fcntl(there, fcntl.F_DUPFD, MANY) for there in files.values()]
-    os.closerange(3, MANY)
-    for number, there in zip(files, aside, strict=True):
-        os.dup2(there, number)
-        os.close(there)
 
 
 class Python:
