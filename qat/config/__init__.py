@@ -19,6 +19,7 @@ from qat.config.model import CheckpointConfig, ModelConfig, ModelSource
 from qat.config.quant import (
     ROLES,
     SETTINGS,
+    USUAL_GROUPS,
     ConvertConfig,
     KMeansBackend,
     KMeansConfig,
@@ -38,6 +39,7 @@ __all__ = [
     "FORMATS",
     "ROLES",
     "SETTINGS",
+    "USUAL_GROUPS",
     "CacheConfig",
     "ChatConfig",
     "CheckpointConfig",

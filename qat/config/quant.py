@@ -36,6 +36,7 @@ class Levels(Enum):
 # What a weight is for, each with a format of its own: in gated or plain MLPs, in attention, as rows for tokens, before
 # the logits.
 ROLES = ("mlp", "attn", "embed", "head")
+USUAL_GROUPS = (32, 64, 128)  # weights that share a scale, as most engines have kernels for
 
 # The keys of `WeightConfig` that each format has besides its name.
 SETTINGS = {

@@ -8,10 +8,9 @@ from typing import Any, Protocol
 
 from omegaconf import OmegaConf
 
-from qat.config import CONF, ROLES
+from qat.config import CONF, ROLES, USUAL_GROUPS
 from qat.errors import ConfigError
 
-USUAL = (32, 64, 128)  # weights that share a scale, as most engines have kernels for
 BLOCK_OF_K_QUANTS = 256  # weights of a row that k-quants handle together; their presets name no group
 JOINED = re.compile(r"\.experts\.\d+\.gate_up_proj$")  # transformers stacks what files have by themselves
 Settings = Mapping[str, Any]  # settings of a format, as in manifests
@@ -58,7 +57,7 @@ class EngineGrid:
                     " export=packed and export=hf take experts"
                 )
             if layer.get("kind") in (None, *self.roles) and not self.holds(layer):
-                fitting = fitting_preset(self.presets, layers, self.groups or USUAL)
+                fitting = fitting_preset(self.presets, layers, self.groups or USUAL_GROUPS)
                 raise ConfigError(
                     f"{self.engine} cannot hold {name}, which is in {said(layer)}: {fitting}; export=hf is dense, and"
                     " takes any"

@@ -6,7 +6,7 @@ Shapes: N layers, which a single layer's tensors may be without, O outputs, I in
 of a vector, J = I / D indices of a row (I where values are numbers).
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -59,13 +59,15 @@ def _take(values_K: np.ndarray, index_M: np.ndarray, found_M: np.ndarray) -> Non
     np.take(values_K, index_M, out=found_M, mode="clip")  # other modes write to a copy first
 
 
-def on_cores(work: Callable[..., Any], pieces: Iterator[tuple[Any, ...]]) -> None:
+def on_cores(work: Callable[..., None], pieces: Iterable[tuple[Any, ...]]) -> None:
     """Does some work on every piece, in as many threads as PyTorch has: NumPy lets go of Python's lock."""
-    if torch.get_num_threads() < 2:
+    pieces = list(pieces)
+    threads = min(torch.get_num_threads(), len(pieces))
+    if threads < 2:
         for piece in pieces:
             work(*piece)
         return
-    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+    with ThreadPoolExecutor(threads) as pool:
         for _ in pool.map(lambda piece: work(*piece), pieces):
             pass
 
@@ -178,12 +180,17 @@ def nearest(x: Tensor, values_NK: Tensor) -> Tensor:
 
 
 def _compare(middle_K: np.ndarray, x_M: np.ndarray, index_M: np.ndarray) -> None:
-    """Writes how many of the boundaries each number reaches."""
+    """Writes the indices of the nearest values, some at a time."""
     reached = np.empty((len(middle_K), min(AT_HAND, len(x_M))), dtype=bool)
     for start in range(0, len(x_M), AT_HAND):
         x, index = x_M[start : start + AT_HAND], index_M[start : start + AT_HAND]
-        np.greater_equal(x, middle_K[:, None], out=reached[:, : len(x)])
-        np.add.reduce(reached[:, : len(x)].view(np.uint8), axis=0, dtype=np.uint8, out=index)
+        count(x, middle_K, reached[:, : len(x)], index)
+
+
+def count(x_M: np.ndarray, middle_K: np.ndarray, reached_KM: np.ndarray, index_M: np.ndarray) -> None:
+    """Writes how many of a few boundaries each number reaches; `reached_KM`, of booleans, is work space."""
+    np.greater_equal(x_M, middle_K[:, None], out=reached_KM)
+    np.add.reduce(reached_KM.view(np.uint8), axis=0, dtype=np.uint8, out=index_M)
 
 
 def snapped(x: Tensor, values_K: Tensor) -> Tensor:

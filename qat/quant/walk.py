@@ -115,8 +115,7 @@ def _walk_few(
         for j, (wanted_O, S_O, index_O) in enumerate(zip(wanted_JO, S_JO, index_JO, strict=True)):
             np.divide(wanted_O, divisor_JO[j], out=relative)
             if len(middle_K) < lookup.COMPARED:
-                np.greater_equal(relative, middle_K[:, None], out=reached)
-                np.add.reduce(reached.view(np.uint8), axis=0, dtype=np.uint8, out=index_O)
+                lookup.count(relative, middle_K, reached, index_O)
             else:
                 index_O[:] = np.searchsorted(middle_K, relative, side="right")
             np.take(values_K, index_O, out=chosen, mode="clip")

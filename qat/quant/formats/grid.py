@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from qat.config import USUAL_GROUPS
 from qat.quant import least_squares
 from qat.quant.curvature import Curvature
 from qat.quant.formats import groups
@@ -32,7 +33,6 @@ LEVELS: dict[str, Callable[[int], Tensor]] = {
     "iq4nl": lambda bits: torch.tensor([-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113]),
 }
 SHIFTED = "shifted"
-USUAL = (32, 64, 128)  # groups that engines take
 
 
 @dataclass(frozen=True)
@@ -133,7 +133,7 @@ class GroupGrid(Format):
         if inputs % self.group == 0:
             return None
         divisors = (size for size in range(1, inputs + 1) if inputs % size == 0)
-        nearest = min(divisors, key=lambda size: (size not in USUAL, max(size, self.group) / min(size, self.group)))
+        nearest = min(divisors, key=self._apart)
         return Misfit(
             "group",
             f"has rows of {inputs} weights, which groups of {self.group} do not divide: groups of {nearest} do, and"
@@ -148,6 +148,10 @@ class GroupGrid(Format):
 
         values = tuple(map(float, LEVELS[self.levels](self.bits)))
         return grid_kernels.GridKernels(values, self.group) if grid_kernels.AVAILABLE else None
+
+    def _apart(self, group: int) -> tuple[bool, float]:
+        """How far another group size is from this one, of which those that engines take come first."""
+        return group not in USUAL_GROUPS, max(group, self.group) / min(group, self.group)
 
     def _round(self, fitted: Fitted, weight_NOI: Tensor, h_NI: Tensor) -> Fitted:
         linear = self._linear(fitted, h_NI)
