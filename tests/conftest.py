@@ -112,15 +112,10 @@ def drawn() -> None:
 
 
 @pytest.fixture(autouse=True)
-def untidy(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Phases of a run in this process look for no garbage between them, but where a test asks for `tidied`."""
-    if "tidied" not in request.fixturenames and (system := sys.modules.get("qat.system")):
+def untidy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Phases of a run in this process look for no garbage between them."""
+    if system := sys.modules.get("qat.system"):
         monkeypatch.setattr(system, "tidy", lambda: None)
-
-
-@pytest.fixture
-def tidied() -> None:
-    """What nobody has any more is collected and given back between phases."""
 
 
 @pytest.fixture(scope="session")

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterator
 
-from qat.config import Config, ExportType
+from qat.config import Config, ExportType, Stage
 from qat.config.evaluate import WINDOW
 from qat.evaluate.figures import rows_at_once
 from qat.footprint import libraries
@@ -28,7 +28,7 @@ def evaluation(jobs: list[Job], config: Config, shapes: Shapes, machine: Machine
     theirs, key = shapes.taught_by
     dtype, settings = machine.dtype.itemsize, config.evaluate
     held = [
-        libraries.part(machine),
+        libraries.part(machine, late=config.stage is Stage.run),
         Part("the teacher's weights", theirs.weights * dtype, key),
         *_students(jobs, shapes, machine),
     ]

@@ -1,5 +1,7 @@
 """What libraries take, measured: no arithmetic tells it."""
 
+import torch
+
 from qat.footprint.shapes import Part
 from qat.machine import Machine
 
@@ -7,6 +9,9 @@ WHAT = "libraries"
 # Bytes by kind of device, which count as taken: cuBLAS's work space of every stream and thread, 0.20 to 0.24 GB on an
 # H200; on a CPU what oneDNN packs weights into, and code that is loaded when it is first used
 TAKEN = {"cuda": 2.4e8, "cpu": 1.0e8}
+# Bytes on a CPU with instructions for bf16: what oneDNN keeps for every shape of such products, half of it until
+# training has had them all (in the end 0.13 to 0.17 GB with AMX, 0.25 with AVX-512 alone; in fp32 next to nothing)
+PRODUCTS = 1.4e8
 # Bytes of a GPU that are taken after a run has begun but by no tensor: code of kernels, and what their threads may
 # spill (an H200 has 0.7 GB taken before the first tensor and 2.25 to 2.36 GB later)
 BESIDE = 1.6e9
@@ -15,7 +20,9 @@ BESIDE = 1.6e9
 PIECES = 0.5
 
 
-def part(machine: Machine, host: bool = False) -> Part:
-    """As a part of any phase; `host` is one that a GPU has no part in."""
+def part(machine: Machine, host: bool = False, late: bool = False) -> Part:
+    """As a part of any phase; `host` is one in host memory and fp32, `late` one that has had products of all shapes."""
     kind = "cpu" if host else machine.device.type
-    return Part(WHAT, TAKEN.get(kind, TAKEN["cpu"]), "instance", host=host, least=False)
+    short = machine.dtype is torch.bfloat16 and kind == "cpu" and not host
+    products = PRODUCTS * (1 if late else 0.5) if short else 0
+    return Part(WHAT, TAKEN.get(kind, TAKEN["cpu"]) + products, "instance", host=host, least=False)

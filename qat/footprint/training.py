@@ -73,7 +73,7 @@ def _held(job: Job, config: Config, shapes: Shapes, machine: Machine) -> list[Pa
     scales = sum(_scales(layer) for layer in learning)
     indices = sum(math.prod(layer.format.indices(*layer.shape).shape) for layer in job.layers)
     parts = [
-        libraries.part(machine),
+        libraries.part(machine, late=True),
         Part(STUDENTS, shapes.weights * dtype, MODEL),
         Part("gradients of the weights", weights * (FP32 if added_up else dtype) / shared, f"{prefix}mode"),
         Part("scales with their gradients and moments", 4 * FP32 * scales / shared, f"{prefix}quant"),
