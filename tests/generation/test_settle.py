@@ -41,7 +41,8 @@ def read_again(model, prompt):
 
 
 WINDOW = transformers.MistralConfig(**SIZES, sliding_window=8)
-SCALED = transformers.GraniteConfig(**SIZES, logits_scaling=0.5)  # those of a tenth are so large that fp32 rounds more off than may differ
+# Logits ten times as large would be rounded by more than two passes may differ.
+SCALED = transformers.GraniteConfig(**SIZES, logits_scaling=0.5)
 STATES = transformers.MambaConfig(vocab_size=512, hidden_size=32, num_hidden_layers=2, state_size=4)
 
 
