@@ -68,6 +68,7 @@ MISTAKES = [
     ("quant=", "no such option"),
     ("checkpoint=q4_fp31", "did you mean q4_fp32"),
     ("-m quant=q2a4,q2a5", "did you mean q2a4"),
+    ("stage=report outputs=nowhere", "outputs=nowhere is not there, so there is nothing to report"),
     # types and syntax
     ("train.steps=abc", "train.steps=abc: expected a whole number"),
     ("train.steps=1.5", "expected a whole number"),

@@ -5,12 +5,27 @@ from pathlib import Path
 
 from qat.config import Config, Stage
 from qat.errors import ConfigError
+from qat.suggest import did_you_mean
 
 
 def check(config: Config) -> None:
-    """Checks that the outputs folder can be written to; stage=doctor reports on it, and stage=chat may only read."""
+    """Checks that the outputs folder can be written to; stage=doctor reports on it, and stage=chat may only read.
+
+    Raises:
+        ConfigError: it cannot, or a report is asked for of a folder that is not there.
+    """
     if config.stage not in (Stage.doctor, Stage.chat):
         check_folder("outputs", config.outputs)
+    if config.stage is Stage.report:
+        _check_there(Path(config.outputs))
+
+
+def _check_there(outputs: Path) -> None:
+    if outputs.is_dir():
+        return
+    beside = [path.name for path in outputs.absolute().parent.glob("*") if path.is_dir()]
+    meant = did_you_mean(outputs.name, beside)
+    raise ConfigError(f"outputs={outputs} is not there, so there is nothing to report{meant}")
 
 
 def check_folder(key: str, folder: str) -> None:
