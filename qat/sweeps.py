@@ -74,8 +74,8 @@ class Sweep:
         return [f"--{name.replace('_', '-')}={value}" for name, value in self.flags.items()]
 
     def swept(self) -> dict[str, list[str]]:
-        """Keys in which the jobs differ, each with the value of every job."""
-        table = [dict(text.split("=", 1) for text in job.overrides) for job in self.jobs]
+        """Keys in which the jobs differ, without the signs that add them, each with the value of every job."""
+        table = [dict(text.lstrip("+").split("=", 1) for text in job.overrides) for job in self.jobs]
         keys = dict.fromkeys(key for row in table for key in row)
         columns = {key: [row.get(key, "") for row in table] for key in keys}
         return {key: values for key, values in columns.items() if len(set(values)) > 1}

@@ -53,6 +53,11 @@ def test_jobs_on_different_texts_are_ranked_apart_and_told_so(sweep, tmp_path):
     assert sweeps.remark(summary) == told and told in (tmp_path / "summary.md").read_text()
 
 
+def test_an_option_that_is_added_to_a_recorded_run_is_a_column_of_its_group(sweep):
+    jobs = [([f"+quant={name}", "+schema@x=y"], {"kl": 1.0}, "a") for name in ("q2a4", "q4a4")]
+    assert sweeps.cells(sweeps.summarize(sweep(*jobs)))[0] == ["run", "quant", "full KL"]
+
+
 def test_a_line_joins_no_jobs_on_different_texts(sweep, monkeypatch):
     drawn = []
     monkeypatch.setattr("qat.plots.sweep", lambda points, *_: drawn.extend(points))
