@@ -4,6 +4,7 @@
 """
 
 from dataclasses import replace
+from functools import cache
 
 import architectures
 import pytest
@@ -96,13 +97,19 @@ class Family:
         return obtain_cache(settings, documents, "text", self.teacher, 0, WIDE, self.folder)
 
 
+@pytest.fixture(scope="module")
+def family_of(text, tmp_path_factory):
+    """Families by name, each made once; read only."""
+    return cache(lambda name: Family(name, tmp_path_factory.mktemp(name), text))
+
+
 @pytest.mark.parametrize("name", FAMILIES)
-def test_what_is_recorded_and_measured_is_what_the_model_says(name, tmp_path, text):
-    family = Family(name, tmp_path, text)
+def test_what_is_recorded_and_measured_is_what_the_model_says(name, family_of, text):
+    family = family_of(name)
     joined, apart = (family.cache(packing) for packing in Packing)
     assert architectures.way(joined.manifest) == FAMILIES[name]
-    for cache in (joined, apart):
-        assert architectures.compared(family.own, cache.folder)["largest"] <= architectures.LARGEST
+    for recorded in (joined, apart):
+        assert architectures.compared(family.own, recorded.folder)["largest"] <= architectures.LARGEST
     windows = Windows(read(str(text), family.teacher.tokenizer(), architectures.TEXT), 96, 48)
     model = family.teacher.load(torch.float32, tiny.CPU)
     settle(family.teacher, WIDE, Sample.of_rows(windows), model)
@@ -118,10 +125,10 @@ def test_what_depends_on_later_tokens_is_refused_in_one_sentence(name, tmp_path,
 
 
 @pytest.mark.parametrize("name", TRAINED)
-def test_a_student_is_converted_trained_and_measured_as_it_computes_itself(name, tmp_path, text):
-    family = Family(name, tmp_path, text)
-    cache = family.cache()
-    training, held_out = CacheReader(cache, "train"), CacheReader(cache, "eval")
+def test_a_student_is_converted_trained_and_measured_as_it_computes_itself(name, family_of):
+    family = family_of(name)
+    recorded = family.cache()
+    training, held_out = CacheReader(recorded, "train"), CacheReader(recorded, "eval")
     teacher, student = (family.teacher.load(torch.float32, tiny.CPU) for _ in range(2))
     layers = converted(student, training, gradients=name in ("gemma3n_text", "granite"))
     train = TrainConfig(steps=2, batch_size=4, lr=1e-2, eval_every=2, learn=LearnConfig())
