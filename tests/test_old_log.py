@@ -12,7 +12,7 @@ from tests import old_drive, tiny
 from tests.test_pipeline import Shop
 
 STUDENT = ["+debug=tiny", "cache=alpaca_L64", "instance.precision=fp32", "evaluate.sample_tokens=1"]
-TRAINING = ["loss=topk_kl", "mode=mlp", "train.steps=8", "train.batch_size=8", "train.lr=2e-2", "train.eval_every=8"]
+TRAINING = ["loss=topk_kl", "mode=mlp", "train.steps=12", "train.batch_size=12", "train.lr=6e-3", "train.eval_every=12"]
 
 
 class Desk:

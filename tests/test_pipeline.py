@@ -96,7 +96,7 @@ class Shop:
 
     def tiny(self, *argv):
         """A launch of the tiny job, which must succeed."""
-        done = self.launch("+debug=tiny", *argv)
+        done = self.launch("+debug=tiny", "evaluate.sample_tokens=1", *argv)
         assert (done.code, done.err) == (0, "")
         return done
 
