@@ -1,4 +1,4 @@
-"""Hydra's own work on the same options, done once: what a file says, the list of defaults, what they say together.
+"""Hydra's own work on the same words, done once: how they are read, what a file says, the list of defaults, the whole.
 
 That is most of the time that a command line takes, and a test of one seldom is about it. Options of somebody's own,
 other schemas, recorded runs (all under one name) and whatever is refused go Hydra's way each time, and so does all in
@@ -15,9 +15,9 @@ from hydra._internal import config_loader_impl, defaults_list
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra._internal.config_repository import ConfigRepository
 from hydra._internal.defaults_list import DefaultsList, Overrides
+from hydra.core import utils
 from hydra.core.config_store import ConfigStore
 from hydra.core.default_element import InputDefault
-from hydra.core import utils
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from qat.config import CONF
@@ -85,7 +85,8 @@ def _resolved(default: InputDefault, choices: Any, text: str | None) -> str:
 
 
 def _read(parser: OverridesParser, text: str, rule: str) -> Any:
-    key = text, rule, *((name, found.__module__, found.__qualname__) for name, found in parser.functions.functions.items())
+    callables = parser.functions.functions.items()
+    key = text, rule, *((name, one.__module__, one.__qualname__) for name, one in callables)
     if key not in _parsed:
         _parsed[key] = pickle.dumps(_parse(parser, text, rule))
     return pickle.loads(_parsed[key])

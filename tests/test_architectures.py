@@ -70,7 +70,7 @@ FAMILIES = {
     "recurrent_gemma": "own head, one document a row",
     "rwkv": "fast, one document a row",
 }
-TRAINED = ("gemma2", "gemma3n_text", "gpt_oss", "granite", "mixtral", "phi3", "qwen3_5_text")
+TRAINED = ("gemma2", "gemma3n_text", "gpt_oss", "granite", "phi3", "qwen3_5_text")
 LENGTH = 48
 WIDE = Machine(tiny.CPU, torch.float32, 16)
 
@@ -106,10 +106,12 @@ def family_of(text, tmp_path_factory):
 @pytest.mark.parametrize("name", FAMILIES)
 def test_what_is_recorded_and_measured_is_what_the_model_says(name, family_of, text):
     family = family_of(name)
-    joined, apart = (family.cache(packing) for packing in Packing)
-    assert architectures.way(joined.manifest) == FAMILIES[name]
-    for recorded in (joined, apart):
-        assert architectures.compared(family.own, recorded.folder)["largest"] <= architectures.LARGEST
+    recorded = [family.cache(Packing.joined)]
+    assert architectures.way(recorded[0].manifest) == FAMILIES[name]
+    if "one document a row" not in FAMILIES[name]:  # else that was one already
+        recorded.append(family.cache(Packing.rows))
+    for made in recorded:
+        assert architectures.compared(family.own, made.folder)["largest"] <= architectures.LARGEST
     windows = Windows(read(str(text), family.teacher.tokenizer(), architectures.TEXT), 96, 48)
     model = family.teacher.load(torch.float32, tiny.CPU)
     settle(family.teacher, WIDE, Sample.of_rows(windows), model)

@@ -52,13 +52,12 @@ def project(tmp_path, monkeypatch):
         assert {block["path"].split("/")[0] for block in written} <= {"qat", "conf"}
         for block in written:
             put(tmp_path / block["path"], block["language"], block["code"])
-        for block in blocks:
-            for line in block["code"].splitlines() if block["language"] == "sh" else ():
-                python, *words = shlex.split(line)
-                assert (python, words.pop(0)) == ("python", "launch.py")
-                env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-                done = launching.python("-c", launching.of_a_copy(tmp_path, "launch.py", before), *words, env=env)
-                assert done.returncode == 0, done.stdout + done.stderr
+        lines = [line for block in blocks if block["language"] == "sh" for line in block["code"].splitlines()]
+        assert lines and all(line.startswith("python launch.py ") for line in lines)
+        words = shlex.split(" ';' ".join(line.removeprefix("python launch.py") for line in lines))
+        env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+        done = launching.python("-c", launching.of_a_copy(tmp_path, "launch.py", before), *words, env=env)
+        assert done.returncode == 0, done.stdout + done.stderr
         return tmp_path
 
     return follow

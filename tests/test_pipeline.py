@@ -268,15 +268,16 @@ def test_a_sweep_shares_text_and_conversion_and_its_seeds_read_the_text_in_anoth
 
 
 def test_another_text_is_told_from_the_first(first, shop):
-    other = shop.tiny("stage=cache", "data.seed=1").result["measured_on"]
+    other = shop.tiny("stage=cache", "data=prompts").result["measured_on"]
     assert other["text"] != first.result["measured_on"]["text"]
     assert other["teacher"] == first.result["measured_on"]["teacher"]
     smaller = shop.tiny("stage=cache", "cache.top_k=4").result  # of the same rows
     assert smaller["measured_on"]["text"] == first.result["measured_on"]["text"]
 
 
-def test_a_student_that_is_no_better_than_its_conversion_is_called_so(first, shop):
-    done = shop.tiny("train.lr=3")
+def test_a_student_that_is_no_better_than_the_checkpoint_it_was_trained_from_is_called_so(first, shop):
+    done = shop.tiny("checkpoint=SR-001", "train.lr=3")
+    assert "conversion" not in done.result["paths"]  # it has the same formats, so it is trained as it is
     verdict = done.result["verdict"]
     assert verdict.startswith("no better than it began") and done.result["training"]["best_step"] == 0
     assert f"verdict           {verdict}" in done.out
@@ -340,11 +341,6 @@ def test_the_whole_job_from_a_checkpoint_with_other_formats_converts_it_first(fi
     assert done.result["name"].startswith("v2_q4a4_mlp_") and "(6 mlp + 8 attn)" in done.out
 
 
-def test_the_whole_job_from_a_checkpoint_with_the_same_formats_trains_it(first, shop):
-    done = shop.tiny("checkpoint=SR-001")
-    assert "conversion" not in done.result["paths"]
-
-
 def test_a_student_at_more_bits_is_trained_first_once_and_converted_further(first, shop):
     words = ("+experiment=progressive", "model=tiny", "convert=fast", "convert.calibration_tokens=256")
     short = ("first.train.steps=2", "first.train.batch_size=2", "train.steps=2", "train.batch_size=2")
@@ -387,7 +383,8 @@ def test_chat_answers_and_leaves_no_run(first, shop, checkpoint):
 
 
 @pytest.mark.parametrize(
-    ("checkpoint", "name"), [("SR-001", "hf"), ("SR-001", "packed"), ("teacher", "hf")]  # anemll_v2: see below
+    ("checkpoint", "name"),
+    [("SR-001", "hf"), ("SR-001", "packed"), ("teacher", "hf")],  # anemll_v2: see below
 )
 def test_export_lands_where_asked_and_is_replaced_when_asked_again(first, shop, checkpoint, name):
     folder = shop.outputs.parent / f"{name}-{checkpoint}"
@@ -405,8 +402,6 @@ def test_a_v2_state_dict_is_evaluated_like_the_checkpoint_it_was_made_from(first
     done = shop.tiny("stage=evaluate", f"checkpoint={folder}/best_state_dict.pt")
     assert done.result["metrics"]["kl"] == pytest.approx(first.result["metrics"]["kl"], rel=1e-3)
     assert done.result["quant"]["bits_per_weight"] == first.result["quant"]["bits_per_weight"]
-    trained = shop.tiny("stage=distill", f"checkpoint={folder}")
-    assert trained.result["quant"]["layers"] == 14
 
 
 @pytest.mark.parametrize("loss", ["topk_kl", "full_kl"])  # bucket_kl: see below
@@ -487,13 +482,6 @@ def test_answers_of_ones_own_are_learned(first, shop, conversion):
     meta = json.loads((Path(done.result["paths"]["cache"]) / "meta.json").read_text())
     assert meta["answers"] and not meta["train_targets"]
     assert "answers, nats a token" in done.out
-
-
-def test_attention_can_stay_in_full_precision(first, shop):
-    done = shop.tiny("stage=convert", "quant=q2a16")
-    quant = done.result["quant"]
-    assert (quant["preset"], quant["layers"], quant["mlp_layers"], quant["attn_layers"]) == ("q2a16", 6, 6, 0)
-    assert done.result["paths"]["cache"] == first.result["paths"]["cache"]
 
 
 def test_a_run_that_fails_is_told_in_one_sentence_and_recorded(first, shop):

@@ -1,6 +1,7 @@
 """Nothing in the package needs what Windows lacks: see `tests.windows`."""
 
 import ast
+import json
 import os
 import random
 import threading
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 from qat import scratch, system
-from tests import kills, launching, making, windows
+from tests import kills, launching, making, parsed, windows
 
 ROOT = Path(__file__).resolve().parents[1]
 # What is about systems: the one, and what only a sweep on Linux runs.
@@ -20,7 +21,7 @@ ABOUT = {"qat/system.py", "qat/cli/apart.py"}
 
 def lacked(file):
     """Names in a file that a Python on Windows would not find."""
-    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+    for node in parsed.nodes(file):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names if alias.name in windows.MODULES)
         elif isinstance(node, ast.ImportFrom):
@@ -51,12 +52,8 @@ def files(outputs):
     """SHA-256 of all that a run and its artifacts hold of numbers and text."""
     found = [making.hashes(outputs / where) for where in ("artifacts", "SR-001/checkpoints")]
     hashes = {name: digest for part in found for name, digest in part.items()}
-    states = "state-"  # keep the generators as they are
-    return {
-        name: digest
-        for name, digest in hashes.items()
-        if name.endswith((".safetensors", ".jsonl")) and not name.startswith(states)
-    }
+    named = [name for name in hashes if name.endswith((".safetensors", ".jsonl"))]
+    return {name: hashes[name] for name in named if not name.startswith("state-")}  # generators as they were found
 
 
 def odd_defaults():
@@ -76,6 +73,8 @@ def test_jobs_give_the_files_that_they_give_on_linux_whatever_the_defaults_of_th
     for words in (kills.TINY, sweep, export, export, ["stage=report"]):
         code, out, err = launching.Launch(there, *words, before=windows.without).ended()
         assert (code, err) == (0, ""), out
+    quant = json.loads((there / "SR-001" / "result.json").read_text())["quant"]
+    assert (quant["preset"], quant["mlp_layers"], quant["attn_layers"]) == ("q2a16", 6, 0)  # attention stayed as it was
     assert len(files(there)) > 6 and files(there) == files(here)
     assert not [path for path in there.rglob(f"*{scratch.SUFFIX}")]
 

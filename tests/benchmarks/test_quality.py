@@ -22,7 +22,6 @@ from qat.quant.linear import quantized
 from qat.quant.size import bits_per_weight
 from tests import tiny
 
-
 BITS = ["2:32", "4:32"]
 
 
