@@ -167,7 +167,7 @@ def test_a_text_source(project):
     folder = project("A text source")
     (file,) = folder.glob("outputs/artifacts/documents/*/documents.jsonl")
     texts = [json.loads(line)["text"] for line in file.read_text(encoding="utf-8").splitlines()]
-    assert len(texts) == 8
+    assert len(texts) == 24
     for text in texts:
         prose = re.sub(r"^```.*?^```", "", text, flags=re.M | re.S)
         assert text.startswith("#") and len(re.findall(r"^#", prose, re.M)) == 1, text

@@ -23,6 +23,7 @@ from qat.quant.size import bits_per_weight
 from tests import tiny
 
 BITS = ["2:32", "4:32"]
+GRID = "{{format:grid,bits:{},group:32,levels:shifted}}"
 
 
 @pytest.fixture
@@ -183,7 +184,7 @@ def test_presets_and_checkpoints_of_ours(run, options, tmp_path, cache, monkeypa
 
 
 def test_budgets_of_the_same_formats_share_their_costs(run, monkeypatch):
-    tried, few = [], "quant.candidates=[{bits:2,rank:2},{format:grid,bits:4,group:32,levels:shifted}]"
+    tried, few = [], f"quant.candidates=[{GRID.format(2)},{GRID.format(4)}]"
     monkeypatch.setattr(conversion, "costs", lambda *given: tried.append(given) or costs(*given))
     asked = [f"budget quant.megabytes={size} {few}" for size in (0.05, 0.07)]
     small, large = run(methods=[], ours=asked)

@@ -119,8 +119,9 @@ def test_what_is_before_and_after_conversion_is_told_against_the_teacher(job, pl
 
 
 def test_an_evaluation_is_against_the_teacher(job, place):
-    made, result = job("model", *TRAINING, f"data.path={place / 'text.txt'}", *taught_by(place / "other"))
-    words = ("stage=evaluate", f"checkpoint={made}", "data=text", f"data.path={place / 'text.txt'}")
+    text = ("data=text", f"data.path={place / 'text.txt'}")
+    made, result = job("model", "stage=convert", *FORMAT, *text, *taught_by(place / "other"))
+    words = ("stage=evaluate", f"checkpoint={made}", *text)
     _, again = job("model", *words, *taught_by(place / "other"))
     assert again["metrics"]["kl"] == pytest.approx(result["metrics"]["kl"], rel=1e-4)
     _, own = job("model", *words)
