@@ -45,13 +45,16 @@ class Peaks:
     """
 
     def __init__(self) -> None:
-        self.begin(torch.device("cpu"))
+        self._begin(torch.device("cpu"))  # without a look for garbage: this is imported among much that is none
 
     def begin(self, device: torch.device) -> None:
         """Forgets the last run of this process; what is there now counts for no phase."""
+        forget(device)
+        self._begin(device)
+
+    def _begin(self, device: torch.device) -> None:
         self._device, self._open = device, list[Peak]()
         self.found: dict[str, Peak] = {}
-        forget(device)
         self._recorded = recorded(device)
         self.start = self._now()
 

@@ -51,6 +51,14 @@ machine.matmul_flops = lambda _: 1e11
 kmeans.MAX_EDGES = {edges}
 system.tidy = system.trim = lambda: None
 sys.argv[0] = {script!r}
+while ";" in sys.argv:  # commands before the last, each in a process of its own
+    import os, qat.cli.launch, qat.stages.run
+    end, child = sys.argv.index(";"), os.fork()
+    if not child:
+        del sys.argv[end:]
+        break
+    assert os.waitpid(child, 0)[1] == 0
+    del sys.argv[1 : end + 1]
 runpy.run_path({script!r}, run_name="__main__")
 """
 # Among how many places a codebook's boundaries are sought at most, in tests that are not about that: as many as for
@@ -129,6 +137,8 @@ def python(*words: str, stdin: str = "", env: Mapping[str, str] | None = None) -
 
 def of_a_copy(place: Path, script: str, before: str = "pass") -> str:
     """Code that does what `python script` does with the copy of the project in a folder, spared what `lighten` spares.
+
+    Its words may be those of several commands with ";" between them, run one after the other.
 
     Args:
         place: where `qat` is.

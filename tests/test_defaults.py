@@ -1,7 +1,7 @@
 """No default of the process decides what a number is: every tensor names its type, all chance its generator.
 
 Loading a model sets the default type of the whole process for a while, also for threads that draw numbers.
-`tests/test_pipeline.py` shows the same of a whole run; here is what no run on a CPU comes by.
+`tests/test_windows.py` shows the same of a whole run; here is what no run on a CPU comes by.
 """
 
 import ast
@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from qat.models import reading
+from tests import parsed
 
 PACKAGE = Path(__file__).parents[1] / "qat"
 TYPED = {"rand", "randn", "zeros", "ones", "empty", "full", "linspace", "eye"}
@@ -23,7 +24,7 @@ BY_LOADING = {("packed/linear.py", "zeros")}  # a bias, of the type that a model
 def calls():
     """Calls of torch's functions that make tensors: file, line, name, keywords."""
     for path in sorted(PACKAGE.rglob("*.py")):
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        for node in parsed.nodes(path):
             if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)):
                 continue
             if isinstance(node.func.value, ast.Name) and node.func.value.id == "torch":
@@ -44,11 +45,7 @@ def held(node, lock=False):
 
 
 def test_models_are_made_one_after_the_other():
-    found = [
-        (path.name, *call)
-        for path in sorted(PACKAGE.rglob("*.py"))
-        for call in held(ast.parse(path.read_text(encoding="utf-8")))
-    ]
+    found = [(path.name, *call) for path in sorted(PACKAGE.rglob("*.py")) for call in held(parsed.tree(path))]
     assert len(found) == 5 and [call for call in found if not call[-1]] == []
 
 

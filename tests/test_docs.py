@@ -54,7 +54,7 @@ def runs(recorded, tmp_path, monkeypatch):
     shutil.copytree(recorded, tmp_path / "outputs")
 
 
-@pytest.mark.parametrize("line", in_documents())
+@pytest.mark.parametrize("line", [*in_documents(), *in_notebook()])
 def test_a_command_of_a_document_composes(line, runs, capfd):
     typed = words(line)
     if {"-m", "-sc"} & set(typed):
@@ -65,7 +65,7 @@ def test_a_command_of_a_document_composes(line, runs, capfd):
         assert code == 0, capfd.readouterr().err
 
 
-@pytest.mark.parametrize("line", in_notebook())
+@pytest.mark.parametrize("line", [in_notebook()[0], *(line for line in in_notebook() if "--config-path" in line)])
 def test_a_command_of_the_notebook_composes_in_a_process(line, runs):
     done = python(LAUNCH, *words(line), "--cfg", "job")
     assert (done.returncode, done.stderr) == (0, "")

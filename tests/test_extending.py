@@ -36,6 +36,14 @@ def recipe(title):
     return [found.groupdict() for found in BLOCK.finditer(section)], NUMBERS[section.split("\n")[2].split(" file")[0]]
 
 
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """What the tiny job makes before it trains, for recipes that change none of it."""
+    outputs = tmp_path_factory.mktemp("made") / "outputs"
+    assert launching.Launch(outputs, "+debug=tiny", "stage=convert").ended()[::2] == (0, "")
+    return outputs / "artifacts"
+
+
 @pytest.fixture
 def project(tmp_path, monkeypatch):
     """A copy of the project, in which a recipe is followed to its end."""
@@ -45,20 +53,21 @@ def project(tmp_path, monkeypatch):
     (tmp_path / "docs").symlink_to(ROOT / "docs")
     monkeypatch.chdir(tmp_path)
 
-    def follow(title, before="pass"):
+    def follow(title, before="pass", made=None):
+        if made:
+            shutil.copytree(made, tmp_path / "outputs" / "artifacts")
         blocks, files = recipe(title)
         written = [block for block in blocks if block["path"]]
         assert len([block for block in written if block["path"].startswith("qat/")]) == files
         assert {block["path"].split("/")[0] for block in written} <= {"qat", "conf"}
         for block in written:
             put(tmp_path / block["path"], block["language"], block["code"])
-        for block in blocks:
-            for line in block["code"].splitlines() if block["language"] == "sh" else ():
-                python, *words = shlex.split(line)
-                assert (python, words.pop(0)) == ("python", "launch.py")
-                env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-                done = launching.python("-c", launching.of_a_copy(tmp_path, "launch.py", before), *words, env=env)
-                assert done.returncode == 0, done.stdout + done.stderr
+        lines = [line for block in blocks if block["language"] == "sh" for line in block["code"].splitlines()]
+        assert lines and all(line.startswith("python launch.py ") for line in lines)
+        words = shlex.split(" ';' ".join(line.removeprefix("python launch.py") for line in lines))
+        env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+        done = launching.python("-c", launching.of_a_copy(tmp_path, "launch.py", before), *words, env=env)
+        assert done.returncode == 0, done.stdout + done.stderr
         return tmp_path
 
     return follow
@@ -103,8 +112,8 @@ def changed(file):
     return module
 
 
-def test_a_weight_format(project):
-    folder = project("A weight format")
+def test_a_weight_format(project, made):
+    folder = project("A weight format", made=made)
     quant = result(folder / "outputs" / "SR-001")["quant"]
     assert quant["mlp_bits_per_weight"] == 2 + 16 / 32
     weights, stored = teacher(folder), load_file(folder / "outputs" / "ternary" / "packed.safetensors")
@@ -128,8 +137,8 @@ def test_a_weight_format(project):
     assert torch.allclose(found["scale"], scale.grad, rtol=2e-3, atol=1e-3)  # autograd rounds to fp16
 
 
-def test_a_loss(project):
-    folder = project("A loss")
+def test_a_loss(project, made):
+    folder = project("A loss", made=made)
     draw = np.random.default_rng(0)
     student, theirs = draw.normal(0, 3, (2, 5, 8))
     p, q = (np.exp(x / 2) / np.exp(x / 2).sum(-1, keepdims=True) for x in (theirs, student))
@@ -164,8 +173,8 @@ def test_a_text_source(project):
         assert text.startswith("#") and len(re.findall(r"^#", prose, re.M)) == 1, text
 
 
-def test_an_exporter(project):
-    folder = project("An exporter")
+def test_an_exporter(project, made):
+    folder = project("An exporter", made=made)
     (file,) = folder.glob("outputs/artifacts/checkpoints/*/tables.safetensors")
     manifest, parts = json.loads((file.parent / "manifest.json").read_text()), load_file(file)
     with np.load(folder / "outputs" / "numbers" / "weights.npz") as arrays:

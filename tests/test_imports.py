@@ -8,13 +8,15 @@ from pathlib import Path
 
 import pytest
 
+from tests import parsed
+
 ROOT = Path(__file__).parents[1]
 QAT = ROOT / "qat"
 
 
 def rooms_below(file: Path) -> Iterator[str]:
     """The rooms that a file imports from, at its top or inside a function."""
-    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+    for node in parsed.nodes(file):
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom) and node.module:
@@ -72,7 +74,7 @@ def test_one_file_reads_what_torchrun_says():
     reading = {
         file.relative_to(QAT).as_posix()
         for file in QAT.rglob("*.py")
-        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+        for node in parsed.nodes(file)
         if isinstance(node, ast.Constant) and node.value in said
     }
     assert reading == {"processes.py"}

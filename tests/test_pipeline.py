@@ -5,12 +5,10 @@ import io
 import json
 import logging
 import math
-import random
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from hydra.core.global_hydra import GlobalHydra
@@ -20,7 +18,7 @@ from qat import machine, stages
 from qat.artifacts import open_artifact
 from qat.cli import job, main
 from qat.stages import distill
-from tests import described, launching, making
+from tests import described, launching
 
 ALONE = f"""
 import json, runpy, sys
@@ -40,6 +38,7 @@ METRICS = (
     "top1_agreement",
 )
 LAYERS = "tables.safetensors"
+LONGER = ("train.steps=8", "train.batch_size=8", "train.eval_every=8", "train.lr=5e-3")  # long enough to learn
 
 
 @dataclass
@@ -97,7 +96,7 @@ class Shop:
 
     def tiny(self, *argv):
         """A launch of the tiny job, which must succeed."""
-        done = self.launch("+debug=tiny", *argv)
+        done = self.launch("+debug=tiny", "evaluate.sample_tokens=1", *argv)
         assert (done.code, done.err) == (0, "")
         return done
 
@@ -224,9 +223,10 @@ def test_samples_show_every_model_on_every_prompt(first):
         assert text.count(f"**{name}**") == len(SAMPLE_PROMPTS)
 
 
-def test_second_run_trains_at_once_and_gives_the_same(first, shop):
+def test_a_recorded_run_trains_at_once_and_gives_the_same(first, shop):
     before = shop.artifacts()
-    again = shop.tiny()
+    again = shop.launch("--config-path", str(first.folder))
+    assert (again.code, again.err) == (0, "")
     assert shop.artifacts() == before
     told = [line.split(":")[0].split(" (")[0] for line in again.log]
     assert [line.split(",")[0] for line in told] == [
@@ -250,72 +250,34 @@ def test_second_run_trains_at_once_and_gives_the_same(first, shop):
         assert again.result["metrics"][key] == pytest.approx(first.result["metrics"][key], rel=1e-4)
 
 
-def odd_defaults():
-    """What some library, or another thread that loads a model, may leave behind in a process."""
-    torch.set_default_dtype(torch.bfloat16)
-    torch.manual_seed(7)
-    np.random.seed(7)
-    random.seed(7)
-
-
-def test_defaults_of_the_process_shape_no_result(first, shop, tmp_path):
-    again = launching.Launch(tmp_path, "+debug=tiny", before=odd_defaults)
-    assert again.ended()[::2] == (0, "")
-    one, other = results(shop.outputs), results(tmp_path)
-    assert one == other and len(one) > 6
-
-
-def results(outputs):
-    """SHA-256 of what the first run and its artifacts hold; a state keeps the generators as they are."""
-    found = [making.hashes(outputs / where) for where in ("artifacts", "SR-001/checkpoints")]
-    return {
-        name: digest
-        for hashes in found
-        for name, digest in hashes.items()
-        if name.endswith((".safetensors", ".jsonl")) and not name.startswith("state-")
-    }
-
-
-def test_recorded_run_repeats_itself(first, shop):
-    again = shop.launch("--config-path", str(first.folder))
-    assert (again.code, again.err) == (0, "")
-    for key in METRICS:
-        assert again.result["metrics"][key] == pytest.approx(first.result["metrics"][key], rel=1e-4)
-
-
-def test_sweep_over_the_rate_shares_one_conversion(first, shop):
-    before = shop.artifacts()
-    done = shop.tiny("-m", "train.lr=1e-3,1e-1")
-    assert shop.artifacts() == before
-    results = [json.loads(path.read_text()) for path in sorted(done.folder.glob("*/result.json"))]
-    assert sorted(path.name for path in done.folder.glob("SR-*")) == [result["run_id"] for result in results]
-    assert [result["status"] for result in results] == ["complete"] * 2
-    assert len({first.result["run_id"], *(result["run_id"] for result in results)}) == 3
-    assert results[0]["paths"]["conversion"] == results[1]["paths"]["conversion"]
-    initial, final = ([r["metrics"][f"kd_loss_{when}"] for r in results] for when in ("initial", "final"))
-    assert initial[0] == initial[1] and final[0] != final[1]
-
-
-def test_seeds_are_measured_on_one_text_and_read_it_in_another_order(first, shop):
+def test_a_sweep_shares_text_and_conversion_and_its_seeds_read_the_text_in_another_order(first, shop):
     before = shop.artifacts()
     done = shop.tiny("-m", "seed=1,2", "train.lr=1e-1")
     assert shop.artifacts() == before
     results = [json.loads(path.read_text()) for path in sorted(done.folder.glob("*/result.json"))]
-    assert [result["measured_on"] for result in results] == [first.result["measured_on"]] * 2
-    assert results[0]["metrics"]["kl_initial"] == results[1]["metrics"]["kl_initial"]
-    assert results[0]["metrics"]["loss_final"] != results[1]["metrics"]["loss_final"]
+    assert sorted(path.name for path in done.folder.glob("SR-*")) == [result["run_id"] for result in results]
+    assert [result["status"] for result in results] == ["complete"] * 2
+    results.append(first.result)
+    assert len({result["run_id"] for result in results}) == 3
+    assert len({result["paths"]["conversion"] for result in results}) == 1
+    assert [result["measured_on"] for result in results] == [first.result["measured_on"]] * 3
+    metrics = [result["metrics"] for result in results]
+    assert metrics[0]["kl_initial"] == metrics[1]["kl_initial"]
+    assert metrics[0]["kd_loss_initial"] == metrics[1]["kd_loss_initial"]
+    assert len({found["loss_final"] for found in metrics}) == len({found["kd_loss_final"] for found in metrics}) == 3
 
 
 def test_another_text_is_told_from_the_first(first, shop):
-    other = shop.tiny("stage=cache", "data.seed=1").result["measured_on"]
+    other = shop.tiny("stage=cache", "data=prompts").result["measured_on"]
     assert other["text"] != first.result["measured_on"]["text"]
     assert other["teacher"] == first.result["measured_on"]["teacher"]
     smaller = shop.tiny("stage=cache", "cache.top_k=4").result  # of the same rows
     assert smaller["measured_on"]["text"] == first.result["measured_on"]["text"]
 
 
-def test_a_student_that_is_no_better_than_its_conversion_is_called_so(first, shop):
-    done = shop.tiny("train.lr=3")
+def test_a_student_that_is_no_better_than_the_checkpoint_it_was_trained_from_is_called_so(first, shop):
+    done = shop.tiny("checkpoint=SR-001", "train.lr=3")
+    assert "conversion" not in done.result["paths"]  # it has the same formats, so it is trained as it is
     verdict = done.result["verdict"]
     assert verdict.startswith("no better than it began") and done.result["training"]["best_step"] == 0
     assert f"verdict           {verdict}" in done.out
@@ -379,11 +341,6 @@ def test_the_whole_job_from_a_checkpoint_with_other_formats_converts_it_first(fi
     assert done.result["name"].startswith("v2_q4a4_mlp_") and "(6 mlp + 8 attn)" in done.out
 
 
-def test_the_whole_job_from_a_checkpoint_with_the_same_formats_trains_it(first, shop):
-    done = shop.tiny("checkpoint=SR-001")
-    assert "conversion" not in done.result["paths"]
-
-
 def test_a_student_at_more_bits_is_trained_first_once_and_converted_further(first, shop):
     words = ("+experiment=progressive", "model=tiny", "convert=fast", "convert.calibration_tokens=256")
     short = ("first.train.steps=2", "first.train.batch_size=2", "train.steps=2", "train.batch_size=2")
@@ -397,9 +354,8 @@ def test_a_student_at_more_bits_is_trained_first_once_and_converted_further(firs
     assert again.result["paths"]["first"] == done.result["paths"]["first"]
 
 
-@pytest.mark.parametrize("by_path", [False, True])
-def test_training_alone_is_the_training_of_the_whole_job(first, shop, conversion, by_path):
-    cache = ["cache=local", f"cache.path={first.result['paths']['cache']}"] if by_path else []
+def test_training_alone_is_the_training_of_the_whole_job(first, shop, conversion):
+    cache = ["cache=local", f"cache.path={first.result['paths']['cache']}"]
     done = shop.tiny("stage=distill", f"checkpoint={conversion}", *cache)
     for key in ("kd_loss_initial", "kd_loss_final", "kd_loss_best"):
         assert done.result["metrics"][key] == pytest.approx(first.result["metrics"][key], rel=1e-4)
@@ -427,7 +383,8 @@ def test_chat_answers_and_leaves_no_run(first, shop, checkpoint):
 
 
 @pytest.mark.parametrize(
-    ("checkpoint", "name"), [("SR-001", "hf"), ("SR-001", "packed"), ("SR-001", "anemll_v2"), ("teacher", "hf")]
+    ("checkpoint", "name"),
+    [("SR-001", "hf"), ("SR-001", "packed"), ("teacher", "hf")],  # anemll_v2: see below
 )
 def test_export_lands_where_asked_and_is_replaced_when_asked_again(first, shop, checkpoint, name):
     folder = shop.outputs.parent / f"{name}-{checkpoint}"
@@ -440,36 +397,32 @@ def test_export_lands_where_asked_and_is_replaced_when_asked_again(first, shop, 
 
 def test_a_v2_state_dict_is_evaluated_like_the_checkpoint_it_was_made_from(first, shop):
     folder = shop.outputs.parent / "v2"
-    shop.tiny("stage=export", "checkpoint=SR-001", "export=anemll_v2", f"export.output={folder}")
+    made = shop.tiny("stage=export", "checkpoint=SR-001", "export=anemll_v2", f"export.output={folder}")
+    assert (folder / "README.md").is_file() and made.result["metrics"]["parity"] < 1e-5
     done = shop.tiny("stage=evaluate", f"checkpoint={folder}/best_state_dict.pt")
     assert done.result["metrics"]["kl"] == pytest.approx(first.result["metrics"]["kl"], rel=1e-3)
     assert done.result["quant"]["bits_per_weight"] == first.result["quant"]["bits_per_weight"]
-    trained = shop.tiny("stage=distill", f"checkpoint={folder}")
-    assert trained.result["quant"]["layers"] == 14
 
 
-@pytest.mark.parametrize("loss", ["bucket_kl", "topk_kl", "full_kl"])
+@pytest.mark.parametrize("loss", ["topk_kl", "full_kl"])  # bucket_kl: see below
 def test_every_loss_trains(first, shop, conversion, loss):
-    longer = ["train.steps=12", "train.batch_size=16", "train.eval_every=12", "train.lr=3e-3"]
-    done = shop.tiny("stage=distill", f"checkpoint={conversion}", "data=prompts", f"loss={loss}", *longer)
+    done = shop.tiny("stage=distill", f"checkpoint={conversion}", "data=prompts", f"loss={loss}", *LONGER)
     losses = [row["loss"] for row in done.figures if "loss" in row]
-    assert len(losses) == 12 and all(loss > 0 for loss in losses)
+    assert len(losses) == 8 and all(loss > 0 for loss in losses)
     assert done.result["metrics"]["kd_loss_final"] < 0.97 * done.result["metrics"]["kd_loss_initial"]
 
 
-@pytest.mark.parametrize(("mode", "kinds"), [("attn", {"attn"}), ("e2e", {"mlp", "attn"})])  # mlp: see above
-def test_every_mode_trains_its_layers_and_no_others(first, shop, conversion, mode, kinds):
-    done = shop.tiny("stage=distill", f"checkpoint={conversion}", f"mode={mode}", "quant=q4a4")
-    assert learned(conversion, done) == kinds
-    assert f"_q2a4_{mode}_" in done.result["name"]  # by its own formats
+def test_a_mode_trains_its_layers_and_no_others(first, shop, conversion):
+    done = shop.tiny("stage=distill", f"checkpoint={conversion}", "mode=attn", "quant=q4a4")
+    assert learned(conversion, done) == {"attn"}
+    assert "_q2a4_attn_" in done.result["name"]  # by its own formats
 
 
 @pytest.fixture(scope="module")
 def adapted(first, shop):
     """A training of adapters."""
     start = f"checkpoint={first.result['paths']['conversion']}"
-    longer = ["train.steps=12", "train.batch_size=16", "train.eval_every=12", "train.lr=3e-3"]
-    return shop.tiny("stage=distill", start, "mode=lora", "data=prompts", *longer)
+    return shop.tiny("stage=distill", start, "mode=lora", "data=prompts", *LONGER)
 
 
 def test_adapters_learn_on_a_student_that_stays(first, shop, conversion, adapted):
@@ -494,7 +447,7 @@ def test_what_adapters_learned_is_evaluated_asked_exported_and_gone_on_with(firs
     assert done.result["metrics"]["kd_loss"] == pytest.approx(metrics["kd_loss_best"], rel=1e-3)
     assert done.result["quant"]["adapter_bytes"] == adapted.result["quant"]["adapter_bytes"]
     assert shop.tiny("stage=chat", "chat.prompt=hi", "chat.max_tokens=4", f"checkpoint={run}").out.strip()
-    for words in (["export=packed"], ["export=hf"], ["export=hf", "export.merge=true"]):
+    for words in (["export=packed"], ["export=hf", "export.merge=true"]):
         folder = shop.outputs.parent / "-".join(["adapted", *words])
         shop.tiny("stage=export", f"checkpoint={run}", f"export.output={folder}", *words)
         assert (folder / "adapter" / "adapter_model.safetensors").is_file() == (len(words) == 1)
@@ -519,31 +472,16 @@ def test_what_adapters_cannot_be_used_for_is_told(first, shop, adapted, words, s
     assert done.code == 2 and said in done.err and done.err.count("\n") == 1
 
 
-def test_answers_of_ones_own_are_learned(first, shop):
+def test_answers_of_ones_own_are_learned(first, shop, conversion):
     rows = [{"question": f"{number}?", "answer": "no"} for number in range(60)]
     (shop.outputs.parent / "own.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     words = ["mode=lora", "loss=sft", "data=chat_jsonl", f"data.path={shop.outputs.parent / 'own.jsonl'}"]
-    longer = ["data.eval_fraction=0.3", "train.steps=12", "train.batch_size=8", "train.eval_every=12", "train.lr=3e-3"]
-    done = shop.tiny(*words, *longer)
+    done = shop.tiny(f"checkpoint={conversion}", *words, "data.eval_fraction=0.3", *LONGER)
     metrics = done.result["metrics"]
     assert metrics["loss_best"] < 0.9 * metrics["loss_initial"] and not done.result["verdict"]
     meta = json.loads((Path(done.result["paths"]["cache"]) / "meta.json").read_text())
     assert meta["answers"] and not meta["train_targets"]
     assert "answers, nats a token" in done.out
-
-
-def test_attention_can_stay_in_full_precision(first, shop):
-    done = shop.tiny("quant=q2a16")
-    quant = done.result["quant"]
-    assert (quant["preset"], quant["layers"], quant["mlp_layers"], quant["attn_layers"]) == ("q2a16", 6, 6, 0)
-    assert done.result["paths"]["cache"] == first.result["paths"]["cache"]
-
-
-def test_micro_batch_changes_nothing_but_memory(first, shop, conversion):
-    words = ["stage=distill", f"checkpoint={conversion}", "instance.precision=fp32", "train.batch_size=4"]
-    one, other = (shop.tiny(*words, f"instance.micro_batch={size}").result for size in (1, 4))
-    for key in ("kd_loss_initial", "kd_loss_final"):
-        assert one["metrics"][key] == pytest.approx(other["metrics"][key], rel=1e-4)
 
 
 def test_a_run_that_fails_is_told_in_one_sentence_and_recorded(first, shop):

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from tests import parsed
+
 ROOT = Path(__file__).resolve().parents[1]
 TEXT = (ROOT / "docs" / "RELIABILITY.md").read_text(encoding="utf-8")
 FAULTS = TEXT.partition("\n## ")[0].splitlines()
@@ -13,7 +15,7 @@ ROWS = [line.strip("|").split(" | ") for line in FAULTS if line.startswith("| ")
 
 
 def functions(file: Path) -> list[str]:
-    tree = ast.parse(file.read_text(encoding="utf-8"))
+    tree = parsed.tree(file)
     return [node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef) and node.name.startswith("test_")]
 
 

@@ -31,26 +31,15 @@ record.finish("complete")
 print(json.dumps("wandb" in sys.modules))
 """
 
-TWICE = """
+THRICE = """
 said = []
-for name in ("SR-001", "SR-002"):
+for name, step, status in (("SR-001", 1, "interrupted"), ("SR-001", 2, "complete"), ("SR-002", 1, "complete")):
     record = run("wandb", name)
     inner = record._tracker._run
-    record.log({"step": 1, "loss": 0.5})
-    record.result["metrics"] = {"kl": 0.28125}
-    record.finish("complete")
-    said.append([inner.id, inner.name, inner.settings._offline])
-print(json.dumps(said))
-"""
-
-
-AGAIN = """
-said = []
-for step in (1, 2):
-    record = run("wandb", "SR-001")
-    said.append(record._tracker._run.id)
     record.log({"step": step, "loss": 0.5})
-    record.finish("interrupted" if step == 1 else "complete")
+    record.result["metrics"] = {"kl": 0.28125}
+    record.finish(status)
+    said.append([inner.id, inner.name, inner.settings._offline])
 print(json.dumps(said))
 """
 
@@ -78,22 +67,14 @@ def test_nobody_is_told_without_importing_wandb(tmp_path):
     assert process(tmp_path, NOBODY) is False
 
 
-def test_without_login_two_runs_are_two_offline_wandb_runs_that_ask_nothing(tmp_path):
-    first, second = process(tmp_path, TWICE)
-    assert first[0] != second[0]
+def test_without_login_a_run_and_its_going_on_are_one_offline_wandb_run_and_another_is_another(tmp_path):
+    first, again, second = process(tmp_path, THRICE)
+    assert first == again and first[0] != second[0]
     assert (first[1:], second[1:]) == (["SR-001", True], ["SR-002", True])
     for name, run in (("SR-001", first), ("SR-002", second)):
-        (offline,) = (tmp_path / name / "wandb").glob("offline-run-*")
-        assert offline.name.endswith(run[0])
-        (written,) = offline.glob("*.wandb")
-        assert b"0.28125" in written.read_bytes()
-
-
-def test_run_that_goes_on_stays_one_wandb_run(tmp_path):
-    first, second = process(tmp_path, AGAIN)
-    assert first == second
-    names = {path.name for path in (tmp_path / "SR-001" / "wandb").glob("offline-run-*")}
-    assert {name.split("-")[3] for name in names} == {first}
+        folders = list((tmp_path / name / "wandb").glob("offline-run-*"))
+        assert {folder.name.split("-")[3] for folder in folders} == {run[0]}
+        assert all(b"0.28125" in written.read_bytes() for folder in folders for written in folder.glob("*.wandb"))
 
 
 def test_wandb_that_fails_is_left_out_and_the_run_told(tmp_path, config, monkeypatch, caplog):

@@ -2,7 +2,9 @@
 
 import argparse
 import json
+import shutil
 from copy import deepcopy
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -58,8 +60,26 @@ def made(teacher):
     return tiny.converted(teacher.load(torch.float32, tiny.CPU), rows)
 
 
+@pytest.fixture(scope="module")
+def student_of(teacher, made, tmp_path_factory):
+    """Checkpoints by seed, each made once."""
+    layers = [layer for layer, _, _ in made.values()]
+
+    @cache
+    def make(seed):
+        student = teacher.load(torch.float32, tiny.CPU)
+        install(student, {name: deepcopy(module) for name, (_, module, _) in made.items()})
+        for module in list(quantized(student).values())[:3]:
+            module.codebook.data *= 1 + seed / 10
+        folder = tmp_path_factory.mktemp("seed") / str(seed)
+        checkpoints.save(student, folder, checkpoints.describe(teacher, tiny.QUANT, layers))
+        return folder
+
+    return make
+
+
 @pytest.fixture
-def finished(tmp_path, teacher, made):
+def finished(tmp_path, student_of):
     """Makes the folder of a run, complete unless said otherwise."""
 
     def make(seed, status="complete", words=("+experiment=record_q2a4",), **timing):
@@ -71,12 +91,7 @@ def finished(tmp_path, teacher, made):
         run.result["environment"] = {"git": "abcdef012345", "device": "cpu, float32"}
         run.result["timing"] |= timing
         run.finish(status)
-        student = teacher.load(torch.float32, tiny.CPU)
-        install(student, {name: deepcopy(module) for name, (_, module, _) in made.items()})
-        for module in list(quantized(student).values())[:3]:
-            module.codebook.data *= 1 + seed / 10
-        layers = [layer for layer, _, _ in made.values()]
-        checkpoints.save(student, folder / BEST, checkpoints.describe(teacher, tiny.QUANT, layers))
+        shutil.copytree(student_of(seed), folder / BEST)
         return str(folder)
 
     return make
@@ -137,11 +152,11 @@ def test_records_of_another_machine_come_in_without_a_model(command, finished, t
 
 
 def test_seeds_of_several_machines_are_one_record(command, finished, options, tmp_path):
-    runs = [finished(1, cache_s=9.0), finished(2, cache_s=1.0), finished(4), finished(5)]
+    runs = [finished(1, cache_s=9.0), finished(2, cache_s=1.0), finished(4)]
     (whole,) = command(runs=runs)
     (tmp_path / "records.json").unlink()
     parts = []
-    for number, some in enumerate((runs[:1], runs[1:3], runs[3:])):
+    for number, some in enumerate((runs[:1], runs[1:])):
         command(runs=some, changed="" if number else "everything")
         parts.append(str((tmp_path / "records.json").rename(tmp_path / f"{number}.json")))
     Path(options.json).unlink()

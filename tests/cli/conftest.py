@@ -60,6 +60,13 @@ finally:
     open("imported.json", "w").write(json.dumps(heavy))
 """
 
+ONCE = f"""
+import sys
+sys.path.insert(0, {str(ROOT)!r})
+from tests import composing
+composing.once()
+"""
+
 
 @dataclass
 class Outcome:
@@ -94,7 +101,7 @@ def launch(here: Path) -> Callable[..., Outcome]:
 @pytest.fixture(scope="session")
 def launch_alone() -> Callable[..., Outcome]:
     """The same in an interpreter that has imported nothing yet, in the current directory."""
-    alone = [sys.executable, "-c", DRIVER]
+    alone = [sys.executable, "-c", ONCE + DRIVER]
     return lambda *argv: outcome(subprocess.run([*alone, *argv], capture_output=True, text=True, timeout=60))
 
 

@@ -311,9 +311,8 @@ def test_mistake_is_one_helpful_line(line, hint, littered, capfd):
     assert sorted(littered.rglob("*")) == before
 
 
-@pytest.mark.parametrize("line", ["-m train.lr=1,0", "stage=export export=packed export.output=new"])
-def test_mistake_in_a_process(line, launch_alone, here):
-    done = launch_alone(*line.split())
+def test_mistake_in_a_process(launch_alone, here):
+    done = launch_alone("-m", "train.lr=1,0")
     assert done.code == 2
     assert done.err.startswith("error: ") and done.err.count("\n") == 1
     assert done.heavy == []

@@ -70,8 +70,9 @@ def test_help_tab_and_errors_know_them(words, capfd):
         assert f"did you mean {nearest}?" in capfd.readouterr().err
 
 
-def test_a_sweep_runs_over_ours_and_ones_own(words, launch, here):
-    done = launch(*words, "-m", "quant=q2a4,mine", "mode=mlp")
+def test_a_sweep_runs_over_ours_and_ones_own(write, launch, here):
+    write("folder")
+    done = launch("--config-dir", "folder", "-m", "quant=q2a4,mine", "mode=mlp")
     assert (done.code, done.ran) == (0, ["SR-001", "SR-002"])
 
 

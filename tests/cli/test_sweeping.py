@@ -3,11 +3,12 @@
 import json
 import shutil
 import sys
+from pathlib import Path
 
 import pytest
 
 from qat import sweeps
-from qat.cli import arguments, main, sweeping
+from qat.cli import arguments, job, main, sweeping
 from qat.errors import ConfigError
 
 FOUR = ("-m", "train.lr=4,3", "run.goal=a,fail")
@@ -40,6 +41,15 @@ def swept(first, here):
     """A copy of that directory to be in; what a person sees."""
     shutil.copytree(first[0], here, dirs_exist_ok=True)
     return first[1]
+
+
+def planned(*words):
+    """Folders of sweeps, once these words are planned."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(job, "check", lambda configs: None)
+        patch.setattr(sweeping, "run", lambda sweep, launch: 0)
+        assert main.main([*words], lambda: pytest.fail("launched")) == 0
+    return sorted(path.parent.name for path in Path().glob("outputs/*/sweep.json"))
 
 
 def test_failed_jobs_are_told_and_stop_nothing(swept, sweep):
@@ -77,23 +87,10 @@ def test_sweep_goes_on_with_what_is_not_complete(swept, launch, here, sweep, wor
     assert not list((here / "outputs").glob("SR-*"))
 
 
-def test_a_sweep_goes_on_with_what_changes_no_result(swept, launch, here):
-    (here / "mended").touch()
-    words = ("instance.micro_batch=3", "tracker=none", "train.save_every=7", "train.keep=1")
-    assert launch("sweep.resume=outputs/sweep-001", *words).ran == ["SR-002", "SR-004"]
-
-
-def test_only_the_folder_of_a_planned_job_holds_what_is_gone_on_with(launch, here, sweep):
-    launch("-m", "train.lr=1,2")
-    (sweep / "SR-009").mkdir()
-    launch("train.lr=1")
-    folders = [sweep / "SR-001", sweep / "SR-002", sweep / "SR-009", here / "outputs" / "SR-003"]
-    assert [sweeps.has_job(folder) for folder in folders] == [True, True, False, False]
-
-
 def test_what_may_change_does(swept, launch, here, sweep):
     (here / "mended").touch()
-    assert launch("sweep.resume=sweep-001", "instance=cpu", "instance.micro_batch=2").ran == ["SR-002", "SR-004"]
+    words = ("instance=cpu", "instance.micro_batch=2", "tracker=none", "train.save_every=7", "train.keep=1")
+    assert launch("sweep.resume=sweep-001", *words).ran == ["SR-002", "SR-004"]
     texts = [(sweep / name / "config_resolved.yaml").read_text() for name in ("SR-001", "SR-002")]
     assert ["micro_batch: 2\n" in text and "device: cpu" in text for text in texts] == [False, True]
 
@@ -111,20 +108,6 @@ def test_the_outputs_it_was_made_with_are_no_change(launch, here):
         goes_on("sweep.resume=out/sweep-001", "outputs=elsewhere")
 
 
-@pytest.mark.parametrize("own", [(), ("hydra.sweep.dir=mine",)])
-def test_a_sweep_goes_on_by_name_and_from_another_directory(launch, here, monkeypatch, own):
-    launch("-m", "run.goal=a,stop", *own)
-    folder = here / "mine" if own else here / "outputs" / "sweep-001"
-    assert goes_on(f"sweep.resume={folder.name}").outputs == "outputs"
-    (here / "there").mkdir()
-    (here / "there" / "mended").touch()
-    monkeypatch.chdir(here / "there")
-    assert launch(f"sweep.resume={folder}").ran == ["SR-002"]
-    assert not (here / "there" / "outputs").exists()
-    text = (folder / "SR-002" / "config_resolved.yaml").read_text()
-    assert f"outputs: {here}/outputs\n" in text
-
-
 def test_complete_sweep_typed_again_is_a_new_one(launch, here):
     launch("-m", "train.lr=1,2")
     again = launch("-m", "train.lr=1,2")
@@ -132,30 +115,41 @@ def test_complete_sweep_typed_again_is_a_new_one(launch, here):
     assert launch("sweep.resume=outputs/sweep-001").ran == []
 
 
+def test_only_the_folder_of_a_planned_job_holds_what_is_gone_on_with(swept, here, sweep):
+    folders = [sweep / "SR-001", sweep / "SR-002", sweep / "SR-009", here / "outputs" / "SR-005"]
+    for folder in folders[2:]:
+        folder.mkdir()
+        shutil.copy(sweep / "SR-001" / "result.json", folder)
+    assert [sweeps.has_job(folder) for folder in folders] == [True, True, False, False]
+
+
 @pytest.mark.parametrize("rates", ["4,2", "3,4"])
-def test_another_sweep_is_another_sweep(swept, launch, rates):
-    assert len(launch("-m", f"train.lr={rates}", "run.goal=a,fail").ran) == 4
+def test_another_sweep_is_another_sweep(swept, rates):
+    assert planned(*FOUR) == ["sweep-001"]
+    assert planned("-m", f"train.lr={rates}", "run.goal=a,fail") == ["sweep-001", "sweep-002"]
 
 
-@pytest.mark.parametrize(
-    ("goal", "told"),
-    [
-        ("die", "the process was killed (SIGKILL), as systems do that are out of memory: use a smaller instance.micro"),
-        ("crash", "the process died (SIGSEGV)"),
-        ("vanish", "the process died (exit code 3)"),
-    ],
-)
-def test_a_job_that_dies_is_told_recorded_and_stops_nothing(launch, here, sweep, goal, told):
-    done = launch("-m", f"run.goal=a,{goal},b")
-    assert done.code == 1 and done.err.startswith(f"error: {told}") and done.err.count("\n") == 1
-    assert done.ran == [name for name in ("SR-001", "SR-002", "SR-003") if name != "SR-002" or goal == "die"]
-    assert statuses(sweep) == {"SR-001": "complete", "SR-003": "complete", "SR-002": "failed"}
-    result = json.loads((sweep / "SR-002" / "result.json").read_text())
-    assert (result["status"], result["run_id"]) == ("failed", "SR-002") and result["error"].startswith(told)
-    assert result["command"] == f"python launch.py -m run.goal=a,{goal},b"
-    assert f"SR-002 failed: {told}" in done.out and told in (here / "outputs" / "RUNS.md").read_text()
+DEATHS = {
+    "die": "the process was killed (SIGKILL), as systems do that are out of memory: use a smaller instance.micro",
+    "crash": "the process died (SIGSEGV)",
+    "vanish": "the process died (exit code 3)",
+}
+
+
+def test_jobs_that_die_are_told_recorded_and_stop_nothing(launch, here, sweep):
+    done = launch("-m", f"run.goal={','.join(DEATHS)},a")
+    assert done.code == 1 and done.err.count("\n") == len(DEATHS)
+    assert done.ran == ["SR-001", "SR-004"]  # the first left its own record before it was killed
+    dead = ["SR-001", "SR-002", "SR-003"]
+    assert statuses(sweep) == {"SR-004": "complete"} | dict.fromkeys(dead, "failed")
+    log = (here / "outputs" / "RUNS.md").read_text()
+    for name, line, told in zip(dead, done.err.splitlines(), DEATHS.values(), strict=True):
+        result = json.loads((sweep / name / "result.json").read_text())
+        assert (result["status"], result["run_id"]) == ("failed", name) and result["error"].startswith(told)
+        assert result["command"] == f"python launch.py -m run.goal={','.join(DEATHS)},a"
+        assert line.startswith(f"error: {told}") and f"{name} failed: {told}" in done.out and told in log
     (here / "mended").touch()
-    assert launch("sweep.resume=outputs/sweep-001").ran == ["SR-002"]
+    assert launch("sweep.resume=outputs/sweep-001").ran == dead
 
 
 def test_defect_is_told_and_stops_nothing(launch, sweep):
@@ -174,14 +168,23 @@ def test_interrupted_sweep_says_what_is_left_and_goes_on(launch, here, sweep):
 
 
 @pytest.mark.parametrize("own", [(), ("hydra.sweep.dir=mine",)])
-def test_a_job_goes_on_by_its_identity_and_its_sweep_is_told(launch, here, own):
-    launch("-m", "run.goal=a,stop", *own)
+def test_a_job_goes_on_by_its_identity_and_its_sweep_is_told_and_goes_on_from_another_directory(
+    launch, here, monkeypatch, own
+):
+    launch("-m", "run.goal=a,stop,b", *own)
     (here / "mended").touch()
     done = launch("--config-path", "SR-002", "run.resume=SR-002")
     assert (done.code, done.err, done.ran) == (0, "", ["SR-002"])
     folder = here / "mine" if own else here / "outputs" / "sweep-001"
-    assert statuses(folder) == {"SR-001": "complete", "SR-002": "complete"}
+    assert statuses(folder) == {"SR-001": "complete", "SR-002": "complete", "SR-003": "not started"}
     assert not list((here / "outputs").glob("SR-*"))
+    assert goes_on(f"sweep.resume={folder.name}").outputs == "outputs"
+    (here / "there").mkdir()
+    monkeypatch.chdir(here / "there")
+    assert launch(f"sweep.resume={folder}").ran == ["SR-003"]
+    assert not (here / "there" / "outputs").exists()
+    text = (folder / "SR-003" / "config_resolved.yaml").read_text()
+    assert f"outputs: {here}/outputs\n" in text
 
 
 def test_own_folder_goes_on_too(launch, here):
@@ -236,11 +239,11 @@ def test_one_sweep_is_run_by_one_process(swept, launch, here):
     assert "another process is running it" in done.err
 
 
-def test_damaged_plan_is_told_or_passed_over(swept, launch, here, capfd):
+def test_damaged_plan_is_told_or_passed_over(swept, here, capfd):
     (here / "outputs" / "sweep-001" / "sweep.json").write_text("{")
     assert main.main(["sweep.resume=outputs/sweep-001"], lambda: pytest.fail("launched")) == 2
     assert "cannot be read as JSON" in capfd.readouterr().err
-    assert len(launch(*FOUR).ran) == 4
+    assert planned(*FOUR) == ["sweep-001", "sweep-002"]
 
 
 def test_job_of_a_sweep_is_a_checkpoint(here, compose, checkpoint):

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from qat import model_files
 from qat.errors import ConfigError
 from qat.models import reading, tokenizers
+from tests import parsed
 
 UP = "model.layers.1.mlp.up_proj.weight"
 
@@ -147,7 +148,7 @@ def test_an_older_file_of_tensors_is_read_and_one_of_code_is_not(folder, teacher
 def test_every_call_that_could_run_a_folders_code_says_that_it_may_not():
     root, asked = Path(__file__).parents[2], []
     for file in [*(root / "qat").rglob("*.py"), *(root / "benchmarks").glob("*.py")]:
-        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        for node in parsed.nodes(file):
             called = isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func
             if called and called.attr in ("from_pretrained", "from_config") and "Auto" in ast.unparse(called).title():
                 words = [(word.arg, ast.unparse(word.value)) for word in node.keywords]

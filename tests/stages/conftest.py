@@ -8,7 +8,7 @@ import pytest
 from qat.cli import arguments, main
 from qat.stages import run_job
 
-QUICK = ("+debug=tiny", "model=local", "instance.precision=fp32")
+QUICK = ("+debug=tiny", "model=local", "instance.precision=fp32", "evaluate.sample_tokens=1")
 RANKS = ("quant.mlp.rank=2", "quant.attn.rank=2")  # of the default formats
 
 

@@ -32,7 +32,7 @@ def place(teacher, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def trained(job, place):
-    return job("base", "data=text", f"data.path={place / 'text.txt'}")
+    return job("base", "data=text", f"data.path={place / 'text.txt'}", "evaluate.sample_tokens=4")
 
 
 @pytest.fixture(scope="module")
