@@ -54,7 +54,7 @@ def small_disk(tmp_path, request):
 @pytest.mark.parametrize(
     ("small_disk", "words", "said"),
     [
-        ("2m", ["data.documents=128", "cache.top_k=256", "cache.random=256"], "are free there"),
+        ("2m", ["stage=cache", "data.documents=128", "cache.top_k=256", "cache.random=256"], "are free there"),
         ("900k", [], "the disk is full"),
     ],
     indirect=["small_disk"],
@@ -110,7 +110,7 @@ def test_sigterm_is_recorded(made):
 
 def test_two_processes_that_want_one_artifact_make_it_once(tmp_path):
     outputs = tmp_path / "outputs"
-    both = [Launch(outputs, *TINY) for _ in range(2)]
+    both = [Launch(outputs, *TINY, "stage=convert") for _ in range(2)]
     said = [launch.ended() for launch in both]
     assert [(code, err) for code, _, err in said] == [(0, "")] * 2
     assert {result["run_id"]: result["status"] for result in results(outputs)} == {
@@ -180,14 +180,15 @@ def test_clock_set_back_changes_no_order_and_no_time(tmp_path, monkeypatch):
     assert all(run.number("timing", "total_s") >= 0 for run in found)
 
 
-@pytest.mark.parametrize("harm", ["cut short", "bit flipped"])
-@pytest.mark.parametrize("what", ["checkpoint", "shard"])
-def test_damaged_file_is_told(made, harm, what):
-    pattern = {
-        "checkpoint": "SR-001/checkpoints/best/tables.safetensors",
-        "shard": "artifacts/caches/*/train-*.safetensors",
-    }
-    path = next(made.glob(pattern[what]))
+@pytest.mark.parametrize(
+    ("pattern", "harm"),
+    [
+        ("SR-001/checkpoints/best/tables.safetensors", "bit flipped"),
+        ("artifacts/caches/*/train-*.safetensors", "cut short"),
+    ],
+)
+def test_damaged_file_is_told(made, pattern, harm):
+    path = next(made.glob(pattern))
     whole = path.read_bytes()
     middle = len(whole) // 2
     flipped = whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :]

@@ -42,11 +42,11 @@ def teacher_in(folder: Path) -> ModelFolder:
     return models.locate(ModelConfig(name="tiny", source=ModelSource.tiny), folder)
 
 
-def cache_of(teacher: ModelFolder, folder: Path) -> Artifact:
+def cache_of(teacher: ModelFolder, folder: Path, paragraphs: int = 64) -> Artifact:
     """Some rows of 32 tokens, top-8, in fp32; every document fills two, so no row holds two documents."""
     draw = random.Random(0)
-    paragraphs = [" ".join("".join(draw.choices("abcdefg", k=5)) for _ in range(11))[:63] for _ in range(64)]
-    (folder / "text.txt").write_text("\n\n".join(paragraphs))
+    texts = [" ".join("".join(draw.choices("abcdefg", k=5)) for _ in range(11))[:63] for _ in range(paragraphs)]
+    (folder / "text.txt").write_text("\n\n".join(texts))
     data = DataConfig(name="text", source=DataSource.text, path=str(folder / "text.txt"), eval_fraction=0.25)
     documents = obtain_documents(data, teacher, 0, FP32, folder)
     settings = CacheConfig(name="L32", length=32, top_k=8, random=4)
@@ -59,9 +59,7 @@ def converted(
     """Every layer of a model with its quantized form and the errors that `convert` reports."""
     layers = select(model, quant)
     moments, settings = gather(model, layers, Text(rows).batches(8)), ConvertConfig(rounds=2, sweeps=0)
-    made = quantize(
-        layers, lambda name: matrix(model, name), moments, settings, KMeansConfig("", backend), CPU
-    )
+    made = quantize(layers, lambda name: matrix(model, name), moments, settings, KMeansConfig("", backend), CPU)
     return {one.layer.name: (one.layer, one.module, one.figures) for one in made}
 
 

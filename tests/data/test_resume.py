@@ -6,6 +6,9 @@ import pytest
 
 from tests import launching, making
 
+PROMPTS = 120  # four of which are answered at once
+KILLS = 2
+
 
 @pytest.fixture(scope="module")
 def processes():
@@ -15,7 +18,7 @@ def processes():
 @pytest.fixture(scope="module")
 def prompts(tmp_path_factory):
     path = tmp_path_factory.mktemp("prompts") / "prompts.txt"
-    path.write_text("\n".join(f"Question {number}, {'and ' * (number % 5)}why?" for number in range(160)))
+    path.write_text("\n".join(f"Question {number}, {'and ' * (number % 5)}why?" for number in range(PROMPTS)))
     return str(path)
 
 
@@ -31,13 +34,11 @@ def batches(outputs):
 def test_answers_killed_again_and_again_are_the_same_in_the_end(processes, prompts, tmp_path):
     whole, killed_there = tmp_path / "whole", tmp_path / "killed"
     making.make_again(processes, making.make_answers, whole, prompts)
-    draw, killed = random.Random(1), 0
-    for _ in range(30):
+    draw = random.Random(1)
+    for _ in range(KILLS):
         process = processes.Process(target=making.make_answers, args=(str(killed_there), prompts))
         process.start()
-        goal = batches(killed_there) + draw.randrange(1, 12)
-        if not making.kill_when(process, lambda goal=goal: batches(killed_there) >= goal):
-            break
-        killed += 1
-    assert process.exitcode == 0 and killed >= 3
+        goal = batches(killed_there) + draw.randrange(1, PROMPTS // 4 // (KILLS + 2))
+        assert making.kill_when(process, lambda goal=goal: batches(killed_there) >= goal)
+    making.make_again(processes, making.make_answers, killed_there, prompts)
     assert the_documents(killed_there) == the_documents(whole)

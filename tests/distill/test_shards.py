@@ -25,7 +25,7 @@ from tests import launching, tiny
 
 BOTH = ModeConfig(name="e2e", mlp=True, attn=True)
 LEARN = LearnConfig(scales=1.0, codebooks=1.0, latent=1.0, norms=1.0)
-TRAIN = TrainConfig(steps=4, batch_size=12, lr=1e-4, eval_every=2, grad_clip=1.0, learn=LEARN)
+TRAIN = TrainConfig(steps=4, batch_size=12, lr=1e-4, eval_every=4, grad_clip=1.0, learn=LEARN)
 
 CUT = replace(TRAIN, batch_size=11, lengths=[8, 32], shares=[2.0, 1.0])  # so that processes have unlike micro-batches
 
@@ -125,9 +125,15 @@ def alone(prepared):
     return trained(prepared, Ranks())
 
 
-@pytest.mark.parametrize("words", [{"micro_batch": 4}, {"micro_batch": 1}, {"micro_batch": 4, "short": 1}])
-def test_two_processes_learn_what_one_does(prepared, alone, words, caplog):
-    first, second = together(prepared, **words)
+@pytest.fixture(scope="module")
+def two(prepared):
+    """What each of two processes leaves."""
+    return together(prepared)
+
+
+@pytest.mark.parametrize("short", [False, True])
+def test_two_processes_learn_what_one_does(prepared, alone, two, short):
+    first, second = together(prepared, short=1) if short else two
     expected, state, _ = alone
     for ours, theirs in zip(first[0], expected, strict=True):
         assert ours == pytest.approx(theirs, rel=1e-4)
@@ -146,13 +152,13 @@ def test_processes_with_rows_of_several_lengths_learn_what_one_does(prepared):
         assert ours == pytest.approx(theirs, rel=1e-4)
 
 
-def test_a_state_is_that_of_any_number_of_processes(prepared, alone):
-    two, expected = together(prepared)[0], alone[1]
-    torch.save([two[1], two[3]], prepared / "state")
+def test_a_state_is_that_of_any_number_of_processes(prepared, alone, two):
+    (_, tensors, _, facts), expected = two[0], alone[1]
+    torch.save([tensors, facts], prepared / "state")
     in_one = restored(prepared, Ranks()).tensors
     torch.save([expected.tensors, expected.facts], prepared / "state")
     in_two = together(prepared, restored=True)[0][1]
-    for given, taken in ((two[1], in_one), (expected.tensors, in_two)):
+    for given, taken in ((tensors, in_one), (expected.tensors, in_two)):
         assert given.keys() == taken.keys()
         assert all(torch.equal(given[name], value) for name, value in taken.items())
 

@@ -89,6 +89,8 @@ def export(tmp_path):
 SERVER = """
 import json, os, runpy, signal, sys, traceback
 import torch, torch._dynamo, torch.distributed.tensor, torch.export, torch.fx.experimental.symbolic_shapes
+import accelerate, huggingface_hub, jinja2, regex, safetensors.torch, sentencepiece, tokenizers, yaml, PIL.Image
+import huggingface_hub.hf_api, torch.distributed.checkpoint, torch.nn.attention.flex_attention
 for line in sys.stdin:
     words, path, home = json.loads(line)
     process = os.fork()

@@ -1,6 +1,7 @@
 """GGUF files as the package `gguf` decodes them, and as llama.cpp itself computes and answers."""
 
 import json
+from dataclasses import replace
 
 import gguf
 import numpy as np
@@ -10,14 +11,14 @@ import transformers
 from tokenizers import AddedToken, pre_tokenizers
 
 from qat import checkpoints
-from qat.config import ExportConfig, ExportType, QuantConfig, WeightConfig, WeightFormat
+from qat.config import ExportConfig, ExportType, QuantConfig, WeightConfig
 from qat.errors import ArtifactError, ConfigError
 from qat.export.gguf import EXPORTER, FILE, blocks, families, tables, vocabulary, writer
 from qat.export.gguf.types import type_of
 from qat.export.source import Source
 from qat.models import ModelFolder
 from qat.models import tiny as tiny_model
-from qat.quant.architectures import select
+from qat.quant.architectures import Layer, select
 from qat.quant.formats import Format, GroupGrid, KQuant
 from qat.quant.linear import QuantLinear
 from qat.quant.places import matrix, put
@@ -113,12 +114,17 @@ def quantized_to(settings: WeightConfig, teacher: ModelFolder):
     """A model whose MLP and attention are in a format."""
     model = teacher.load(torch.float32, tiny.CPU)
     for layer in select(model, QuantConfig("all", settings, settings)):
-        made = layer.format.start(matrix(model, layer.name)[None], torch.ones(1, layer.shape[1]), None)
-        module = QuantLinear(layer.format, *layer.shape)
-        module.indices.copy_(made.index_NOI[0])
-        module.set_parts({name: part[0] for name, part in made.operands.items()})
-        put(model, layer.name, module.requires_grad_(False))
+        place(model, layer)
     return model
+
+
+def place(model, layer: Layer) -> None:
+    """Quantizes a layer of a model to its format."""
+    made = layer.format.start(matrix(model, layer.name)[None], torch.ones(1, layer.shape[1]), None)
+    module = QuantLinear(layer.format, *layer.shape)
+    module.indices.copy_(made.index_NOI[0])
+    module.set_parts({name: part[0] for name, part in made.operands.items()})
+    put(model, layer.name, module.requires_grad_(False))
 
 
 def folder_of(kind: str, path) -> ModelFolder:
@@ -227,13 +233,18 @@ def test_a_model_with_windows_says_that_it_is_for_as_many_tokens(capsys):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6])
-def test_llama_cpp_computes_k_quants(bits, tmp_path):
+def test_llama_cpp_computes_k_quants(tmp_path):
+    """Layers in turn have 2 to 6 bits."""
     teacher = folder_of("mistral", tmp_path / "model")
-    model = quantized_to(WeightConfig(bits, format=WeightFormat.kquant), teacher)
+    model = teacher.load(torch.float32, tiny.CPU)
+    layers = select(model, QuantConfig("all", engines.grid(8, 32, "integers"), engines.grid(8, 32, "integers")))
+    for number, layer in enumerate(layers):
+        place(model, replace(layer, format=KQuant(2 + number % 5)))
     writer.write(Source(teacher, model), tmp_path, EXACT)
     writer.read(Source(teacher, model), tmp_path)  # which compares every weight
     assert away(tmp_path / FILE, model) < 2e-2
+    stored = {tensor.tensor_type.name for tensor in gguf.GGUFReader(tmp_path / FILE).tensors}
+    assert stored >= {f"Q{bits}_K" for bits in range(2, 7)}
 
 
 @torch.no_grad()
