@@ -12,7 +12,7 @@ from tests import old_drive, tiny
 from tests.test_pipeline import Shop
 
 STUDENT = ["+debug=tiny", "cache=alpaca_L64", "instance.precision=fp32", "evaluate.sample_tokens=1"]
-TRAINING = ["loss=topk_kl", "mode=mlp", "train.steps=12", "train.batch_size=12", "train.lr=6e-3", "train.eval_every=12"]
+TRAINING = ["loss=topk_kl", "mode=mlp", "train.steps=20", "train.batch_size=16", "train.lr=3e-3", "train.eval_every=20"]
 
 
 class Desk:
@@ -59,7 +59,7 @@ def test_sr_001_as_single_commands(drive, tmp_path):
 
     trained = desk.runs("SR-003", "stage=distill", "checkpoint=SR-001", *STUDENT, *TRAINING)
     assert trained["metrics"]["kd_loss_initial"] == pytest.approx(converted["metrics"]["kd_loss"], rel=0.02)
-    assert trained["metrics"]["kd_loss_final"] < 0.995 * trained["metrics"]["kd_loss_initial"]
+    assert trained["metrics"]["kd_loss_final"] < 0.99 * trained["metrics"]["kd_loss_initial"]
 
     against = "evaluate.against=[SR-001,q4_fp32]"
     compared = desk.runs("SR-004", "stage=evaluate", "checkpoint=SR-003", against, *STUDENT)["evaluation"]["models"]

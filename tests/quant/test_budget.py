@@ -35,7 +35,7 @@ def every(quant, layers):
         yield [replace(layer, format=one) for layer, one in zip(layers, formats, strict=True)]
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(6))
 @pytest.mark.parametrize("share", [0.02, 0.3, 0.7, 1.0])
 @pytest.mark.parametrize("unit", ["megabytes", "bits"])
 def test_nothing_of_that_size_costs_less(teacher, seed, share, unit):

@@ -18,7 +18,7 @@ from qat.report import log, page
 from qat.shown import shown
 from tests.report import synthetic
 
-CASES = 15  # of a seed
+CASES = 25  # of a seed
 DEEP = "[" * 1_000 + "]" * 1_000
 ODD = [
     *(None, True, [], {}, "", 0, -1, -1e300, 1e300, 10**400, -(10**30), 2**63, 5e-324, "\ud800", "\0", "x" * 30_000),
