@@ -39,6 +39,7 @@ def start(outputs, *words, together="torchrun", afresh=False):
 def ended(process) -> tuple[int, str, list[str]]:
     """Exit code, standard output, and of standard error what is said before torchrun's own account of it."""
     code, out, err = process.ended(300)
+    print(err)  # seen where a test fails
     lines = err.split("torch/distributed/elastic/multiprocessing/api.py:1002] failed")[0].splitlines()
     return code, out, [line for line in lines if line.startswith(OURS)]
 

@@ -106,7 +106,10 @@ class Composer:
         try:
             return self.loader.load_configuration(self.name, overrides, mode)
         except MISTAKES as error:
-            raise ConfigError(self._missing(error, overrides) or explain(error)) from error
+            missing = self._missing(error, overrides)
+            if missing is None and _is_defect(error):
+                raise
+            raise ConfigError(missing or explain(error)) from error
 
     def _missing(self, error: BaseException, overrides: list[str]) -> str | None:
         """Which section a key needs that is null; None for any other error."""
@@ -145,6 +148,12 @@ def typed(composed: DictConfig) -> Config:
     return config
 
 
+def _is_defect(error: BaseException) -> bool:
+    """Whether neither Hydra nor OmegaConf raised it on purpose; a key below a section that is null looks like it."""
+    error = error.__cause__ or error
+    return isinstance(error, AssertionError | AttributeError) and not isinstance(error, OmegaConfBaseException)
+
+
 def explain(error: BaseException) -> str:
     """What a Hydra or OmegaConf error means for the user, in one sentence."""
     while error.__cause__ is not None:
@@ -158,8 +167,6 @@ def explain(error: BaseException) -> str:
         return _unknown(key)
     if isinstance(error, ValidationError):
         return _wrong_type(key, first)
-    if isinstance(error, AssertionError | AttributeError):
-        return "a key below a section that is null cannot be set: choose an option that has the section"
     if isinstance(error, RecursionError):
         return "a value is nested too deeply to be read"
     return _in_file(first, rest) if first.endswith("raised while composing config:") else first
