@@ -270,9 +270,10 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--llama-cpp", nargs="+", default=[], metavar="TYPE[:EMBEDDING]", help="its own types")
     parser.add_argument("--mlx", nargs="+", default=[], metavar="BITS:GROUP", help="of everything, embedding included")
     parser.add_argument("--ours", nargs="+", default=[], metavar="'PRESET WORD…'", help="converted, not trained")
-    parser.add_argument("--picture", default="docs/quality.png")
+    parser.add_argument("--picture", help="beside --json if not given")
     parser.add_argument("--draw", action="store_true", help="compute nothing")
     options = parser.parse_args()
+    options.picture = options.picture or str(Path(options.json).with_suffix(".png"))
     if not options.draw and not (options.model and options.evaluation):
         parser.error("--model and --evaluation are needed, or --draw")
     if (options.methods or options.llama_cpp or options.ours) and not options.calibration:

@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from qat import json_objects, manifests
 from qat.artifacts import MANIFEST, read_manifest
-from qat.errors import ArtifactError
+from qat.errors import ArtifactError, reason
 from qat.identities import RESULT
 from qat.installation import command
 from qat.records import Record, read
@@ -16,8 +17,8 @@ from qat.records import Record, read
 # File names that the V2 scripts give a state dict, in order of preference.
 STATE_DICTS = ("best_state_dict.pt", "model_state_dict.pt", "final_state_dict.pt", "last_state_dict.pt")
 
-# Adapters beside the quantized layers of a checkpoint, under the name that PEFT gives them.
-ADAPTERS = "adapter_model.safetensors"
+# Adapters beside the quantized layers of a checkpoint, under the names that PEFT gives them.
+ADAPTERS, ADAPTERS_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 BEST = os.path.join("checkpoints", "best")
 
@@ -59,6 +60,21 @@ def find(path: Path) -> Path:
 def has_adapters(manifest: Mapping[str, Any]) -> bool:
     """Whether a checkpoint has adapters, by its manifest."""
     return ADAPTERS in manifest["files"]
+
+
+def adapters_of(folder: Path, remedy: str) -> tuple[int, float]:
+    """Rank and alpha of the adapters in a checkpoint's folder.
+
+    Raises:
+        ArtifactError: nothing there says them.
+    """
+    path = folder / ADAPTERS_CONFIG
+    try:
+        said = json_objects.read(path)
+        manifests.ADAPTERS(said, "")
+    except (OSError, ValueError) as error:  # `Wrong` is one of the latter
+        raise ArtifactError(f"{path} describes no adapters ({reason(error)}): {remedy}") from None
+    return said["r"], float(said["lora_alpha"])
 
 
 def chosen(files: list[str], where: Path | str) -> str:

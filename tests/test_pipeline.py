@@ -471,8 +471,10 @@ def test_what_adapters_learned_is_evaluated_asked_exported_and_gone_on_with(firs
     ],
 )
 def test_what_adapters_cannot_be_used_for_is_told(first, shop, adapted, words, said):
+    runs = sorted(shop.outputs.glob("SR-*"))
     done = shop.launch("+debug=tiny", f"checkpoint={adapted.folder.name}", *words.split())
     assert done.code == 2 and said in done.err and done.err.count("\n") == 1
+    assert sorted(shop.outputs.glob("SR-*")) == runs
 
 
 def test_answers_of_ones_own_are_learned(first, shop, conversion):

@@ -13,15 +13,15 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from qat import json_objects, manifests, tensor_files
-from qat.checkpoint_files import ADAPTERS
-from qat.errors import ArtifactError, reason
+from qat import tensor_files
+from qat.checkpoint_files import ADAPTERS, ADAPTERS_CONFIG, adapters_of
+from qat.errors import ArtifactError
 from qat.quant import adapter
 from qat.quant.adapter import Adapter
 from qat.quant.linear import QuantHead, QuantLinear, quantized
 from qat.tensor_files import Wanted
 
-FILE, CONFIG = ADAPTERS, "adapter_config.json"
+FILE, CONFIG = ADAPTERS, ADAPTERS_CONFIG
 ABOVE = "base_model.model."  # what PEFT's own modules around the model add to names
 MATRICES = {"A": "lora_A.weight", "B": "lora_B.weight"}
 
@@ -79,14 +79,9 @@ def read(model: nn.Module, folder: Path, remedy: str) -> None:
     Raises:
         ArtifactError: the files are damaged, or belong to other layers.
     """
-    path = folder / CONFIG
-    try:
-        said = json_objects.read(path)
-        manifests.ADAPTERS(said, "")
-    except (OSError, ValueError) as error:  # `Wrong` is one of the latter
-        raise ArtifactError(f"{path} describes no adapters ({reason(error)}): {remedy}") from None
+    rank, alpha = adapters_of(folder, remedy)
     layers = adaptable(model)
-    shapes = {name: ((said["r"], layer.inputs), (layer.outputs, said["r"])) for name, layer in layers.items()}
+    shapes = {name: ((rank, layer.inputs), (layer.outputs, rank)) for name, layer in layers.items()}
     wanted = {
         _key(name, matrix): Wanted(("F32",), shape)
         for name, pair in shapes.items()
@@ -97,7 +92,7 @@ def read(model: nn.Module, folder: Path, remedy: str) -> None:
         pair = {matrix: tensors.get(_key(name, matrix)) for matrix in MATRICES}
         if all(value is None for value in pair.values()):
             continue
-        made = adapter.put(layer, said["r"], float(said["lora_alpha"])).requires_grad_(False)
+        made = adapter.put(layer, rank, alpha).requires_grad_(False)
         for matrix, value in pair.items():
             if value is None:
                 raise ArtifactError(f"{folder / FILE} lacks {_key(name, matrix)}: {remedy}")

@@ -14,7 +14,7 @@ from types import FrameType
 from typing import cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from qat.cache.batch import Batch
@@ -121,7 +121,8 @@ class Trainer:
         self.length = int(self.training.meta["length"])
         self._pattern = pattern(train.lengths, train.shares, train.batch_size, self.length)
         learning = _learning(layers, mode, machine.dtype)
-        _put_adapters(student, learning, mode, seed)
+        if mode.rank:
+            adapter.begin(cast(dict[str, QuantLinear], learning), mode.rank, mode.alpha, seed)
         if train.learn.latent > 0:
             kinds = {name: kind for name, (kind, _) in layers.items()}
             curvature.measure(student, learning, kinds, self.training, ranks)
@@ -410,19 +411,6 @@ def _learning(layers: dict[str, tuple[str, Quantized]], mode: ModeConfig, dtype:
         if name not in found or mode.rank:
             layer.bake(dtype)
     return found
-
-
-def _put_adapters(student: nn.Module, layers: dict[str, Quantized], mode: ModeConfig, seed: int) -> None:
-    """Gives layers adapters, if these are to learn; those that a checkpoint brought go on."""
-    for known in adapter.adapters(student).values():
-        if (known.rank, known.alpha) != (mode.rank, mode.alpha):
-            theirs, given = (f"mode.rank={of.rank} mode.alpha={of.alpha:g}" for of in (known, mode))
-            raise ConfigError(
-                f"the checkpoint has adapters of {theirs}, which training with {given} would not go on with: use"
-                f" mode=lora {theirs}, or a checkpoint without adapters"
-            )
-    if mode.rank:
-        adapter.begin(cast(dict[str, QuantLinear], layers), mode.rank, mode.alpha, seed)
 
 
 class Stopped(KeyboardInterrupt):

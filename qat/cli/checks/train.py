@@ -2,11 +2,11 @@
 
 import math
 
-from qat.checkpoint_files import has_adapters
-from qat.cli.checks.checkpoint import manifest
+from qat.checkpoint_files import adapters_of, find, has_adapters
+from qat.cli.checks.checkpoint import manifest, start
 from qat.config import Config, DataSource, LossConfig, Stage, TrainConfig
 from qat.distill.lengths import pattern
-from qat.errors import ConfigError
+from qat.errors import ArtifactError, ConfigError
 from qat.names import TRAINS
 from qat.processes import place
 
@@ -61,14 +61,15 @@ def _check_learning(config: Config) -> None:
 
 
 def _check_adapters(config: Config) -> None:
-    """Checks that adapters learn alone, and that what learns is not beside adapters that do not."""
+    """Checks that adapters learn alone, that they go on with those that are there, and that nothing learns beside."""
     mode, learn, described = config.mode, config.train.learn, manifest(config)
+    brought = described is not None and has_adapters(described)
     if config.first and config.first.mode.rank:
         raise ConfigError(
             f"first.mode.rank={config.first.mode.rank}: the student that is trained first is converted, and adapters"
             " are not: use another first.mode"
         )
-    if not mode.rank and described is not None and has_adapters(described):
+    if not mode.rank and brought:
         raise ConfigError(
             f"mode={mode.name}: checkpoint={config.checkpoint.path} has adapters, beside which nothing else learns: use"
             " mode=lora, or the checkpoint that they were trained on"
@@ -80,6 +81,8 @@ def _check_adapters(config: Config) -> None:
         )
     if not mode.rank:
         return
+    if brought:
+        _check_same_adapters(config)
     if mode.embed:
         raise ConfigError("mode.embed=true: adapters are for layers of the decoder: use mode.rank=0, as mode=e2e has")
     for kind in ("latent", "norms"):
@@ -88,6 +91,23 @@ def _check_adapters(config: Config) -> None:
                 f"train.learn.{kind}={rate:g}: with mode.rank={mode.rank} adapters learn and the student stays as it"
                 f" is: use train.learn.{kind}=0, or mode=e2e"
             )
+
+
+def _check_same_adapters(config: Config) -> None:
+    """Checks that the adapters of the checkpoint have the rank and the alpha of those that are to learn."""
+    place = start(config)
+    assert place is not None  # it has a manifest
+    try:
+        known = adapters_of(find(place), "copy the checkpoint again from where it came, or make it again")
+    except ArtifactError as error:
+        raise ConfigError(f"checkpoint={place}: {error}") from None
+    asked = config.mode.rank, config.mode.alpha
+    if known != asked:
+        theirs, given = (f"mode.rank={rank} mode.alpha={alpha:g}" for rank, alpha in (known, asked))
+        raise ConfigError(
+            f"checkpoint={place} has adapters of {theirs}, which training with {given} would not go on with: use"
+            f" mode=lora {theirs}, or a checkpoint without adapters"
+        )
 
 
 def _check_batches(config: Config) -> None:
