@@ -155,7 +155,7 @@ class Writer:
         """One token more in every row."""
         ids_R1, places_R1 = self.token_R[:, None], self.memory.position[:, None]
         hidden_R1D = self.body(input_ids=ids_R1, position_ids=places_R1, use_cache=False)[0]
-        self.memory.position += 1
+        self.memory.position.add_(1).masked_fill_(self.ended_R, 0)  # what comes after an end need not look back
         self._choose(hidden_R1D[:, 0])
 
     def _choose(self, hidden_RD: Tensor) -> None:

@@ -70,6 +70,15 @@ def test_every_end_ends_an_answer_and_without_any_it_is_whole(model, count):
     assert len(ends) == count and write(model, ends=ends) == cut
 
 
+def test_what_comes_after_an_end_does_not_look_back(model):
+    end = write(model, ends=())[0][3]
+    writer = Writer(model, replace(GREEDY, ends=(end,)), 4, 31)
+    said_R = said(writer)
+    place_R = writer.memory.position.tolist()
+    assert place_R[0] == 0 and 0 < max(place_R) == 30 + 1 + GREEDY.tokens - 1
+    assert [place == 0 for place in place_R] == [reply[-1] == end for reply in said_R]
+
+
 def test_the_model_is_left_as_it_was(model):
     ids = torch.tensor([[256, 72, 105]])
     before, attention_before = model(ids).logits, model.config._attn_implementation
