@@ -3,7 +3,7 @@
 import hashlib
 from collections import deque
 from collections.abc import Generator, Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from typing import Any, Protocol
 
 import torch
@@ -16,6 +16,7 @@ from qat.cache.format import READABLE
 from qat.cache.shards import Shards
 from qat.config import Packing
 from qat.errors import ArtifactError
+from qat.threads import beside
 
 AHEAD = 4  # batches read in advance
 
@@ -59,14 +60,14 @@ class CacheReader:
         return Batch(stored, int(self.meta["vocab_size"]), self.meta["packing"] == Packing.joined.name)
 
     def stream(self, order: Iterable[Tensor], device: torch.device) -> Generator[Batch, None, None]:
-        """The batches of these row numbers, read ahead by a thread; into pinned memory for a GPU.
+        """The batches of these row numbers; for a GPU read ahead by a thread, into pinned memory.
 
         They are copied to the device by whoever takes them (`Batch.to`), who knows the stream to do it on.
         Close it where not all of them are taken: the thread ends with it.
         """
         pinned = device.type == "cuda"
         waiting: deque[Future[Batch]] = deque()
-        with ThreadPoolExecutor(1, thread_name_prefix="cache") as pool:
+        with beside(device, 1, "cache") as pool:
             try:
                 for rows in order:
                     waiting.append(pool.submit(self.batch, rows, pinned))

@@ -1,6 +1,6 @@
 """Runs the teacher over packed rows and records its outputs.
 
-Shard by shard: while the GPU computes the next one, a thread copies the last one over and writes it.
+Shard by shard: while a GPU computes the next one, a thread copies the last one over and writes it.
 Nothing in a shard depends on its neighbours or on when it was made, so a cache that was interrupted
 and taken up again is the same, byte for byte.
 """
@@ -8,7 +8,6 @@ and taken up again is the same, byte for byte.
 import hashlib
 import logging
 from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -58,6 +57,7 @@ from qat.models import ModelFolder
 from qat.models.streamed import each_hidden
 from qat.provenance import NOTE
 from qat.rows import inputs
+from qat.threads import InTurn, beside
 
 log = logging.getLogger(__name__)
 
@@ -267,7 +267,7 @@ def _record(
     rows_at_once, before = author.machine.micro_batch, None
     with (
         progress("teacher outputs", _tokens(mine), "tokens", there=_tokens(mine) - _tokens(todo)) as advance,
-        ThreadPoolExecutor(1) as writer,
+        beside(author.machine.device, 1, "shards") as writer,
     ):
         for shard in todo:
             recorded = record(model, shard, meta, rows_at_once, advance) if shard.top_k else _room(shard, CPU)
@@ -275,6 +275,8 @@ def _record(
                 before.result()
             answers = bool(meta.get("answers"))
             before = writer.submit(_write, shard, recorded, meta["vocab_size"], key, scratch, answers)
+            if isinstance(writer, InTurn):
+                before.result()  # nothing goes on beside it, so what is recorded need not wait in memory
     if before is not None:
         before.result()
 

@@ -9,7 +9,7 @@ questions as well: behind the chat template's opening of a user turn it goes on 
 
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
-from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import cache, cached_property
@@ -32,6 +32,7 @@ from qat.machine import Machine
 from qat.models import ModelFolder
 from qat.seeds import mixed
 from qat.shaping import shaping
+from qat.threads import beside
 
 ANSWERS = ".answers-"
 AHEAD = 2  # batches of a writer in progress: one on the GPU while another is prepared or stored
@@ -88,7 +89,7 @@ class _Author:
             return
         plan = self._plan(prompts, sampling, seed)
         total, there = (count * sampling.tokens for count in (len(prompts), len(prompts) - plan.missing()))
-        with progress(what, total, "tokens", there) as advance, _ahead() as (submit, go_on):
+        with progress(what, total, "tokens", there) as advance, _ahead(self.machine.device) as (submit, go_on):
 
             @contextmanager
             def turn() -> Iterator[None]:
@@ -167,8 +168,8 @@ def _in_order(
 
 
 @contextmanager
-def _ahead() -> Iterator[tuple[Callable[..., Future[Tensor]], Callable[[], None]]]:
-    """Threads for the next batches, while the one before is taken.
+def _ahead(device: torch.device) -> Iterator[tuple[Callable[..., Future[Tensor]], Callable[[], None]]]:
+    """Threads for the next batches, while the one before is taken; on a processor each waits for its turn.
 
     Gives how to hand it work, and what the work calls now and then: that ends it where nobody takes it any more.
     """
@@ -178,7 +179,7 @@ def _ahead() -> Iterator[tuple[Callable[..., Future[Tensor]], Callable[[], None]
         if left.is_set():
             raise CancelledError
 
-    with ThreadPoolExecutor(AHEAD, thread_name_prefix="teacher") as pool:
+    with beside(device, AHEAD, "teacher") as pool:
         try:
             yield pool.submit, go_on
         finally:
