@@ -34,7 +34,8 @@ def text(config: Config, shapes: Shapes, machine: Machine) -> Iterator[list[Part
     Before its first text it compares the loop that writes with the teacher's own pass.
     """
     theirs, key = shapes.taught_by
-    held = [libraries.part(machine), Part("the teacher's weights", theirs.weights * machine.dtype.itemsize, key)]
+    weights = Part("the teacher's weights", theirs.weights * machine.dtype.itemsize, key)
+    held = [libraries.part(machine, writing=True), weights]
     sources = list(generated(config.data))
     rows = sorted((list(_rows(*one, theirs, machine)) for one in sources), key=_bytes)
     if sources:
