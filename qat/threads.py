@@ -3,7 +3,7 @@
 PyTorch computes with OpenMP, which gives each thread that computes a team of its own. While the teams have more threads
 than there are cores, all that wait in any of them sleep at once instead of looking again, for as long as the second
 team's owner lives, even if it does nothing: with two cores a product of 64 rows then takes twice as long and a small
-sum 15 times (`benchmarks/threads.py`). So on a processor one thread computes.
+product of numbers 12 times (`benchmarks/threads.py`). So on a processor one thread computes.
 """
 
 from collections.abc import Callable
