@@ -9,7 +9,7 @@ from typing import Any
 
 from qat import json_objects, manifests
 from qat.artifacts import MANIFEST, read_manifest
-from qat.errors import ArtifactError, reason
+from qat.errors import ArtifactError, ConfigError, reason
 from qat.identities import RESULT
 from qat.installation import command
 from qat.records import Record, read
@@ -21,6 +21,8 @@ STATE_DICTS = ("best_state_dict.pt", "model_state_dict.pt", "final_state_dict.pt
 ADAPTERS, ADAPTERS_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 BEST = os.path.join("checkpoints", "best")
+
+REMEDY = "copy the checkpoint again from where it came, or make it again"
 
 
 def find(path: Path) -> Path:
@@ -75,6 +77,20 @@ def adapters_of(folder: Path, remedy: str) -> tuple[int, float]:
     except (OSError, ValueError) as error:  # `Wrong` is one of the latter
         raise ArtifactError(f"{path} describes no adapters ({reason(error)}): {remedy}") from None
     return said["r"], float(said["lora_alpha"])
+
+
+def refuse_other_adapters(known: tuple[int, float], asked: tuple[int, float]) -> None:
+    """Refuses to train adapters of some rank and alpha on a student that has others.
+
+    Raises:
+        ConfigError: they differ.
+    """
+    if known != asked:
+        theirs, given = (f"mode.rank={rank} mode.alpha={alpha:g}" for rank, alpha in (known, asked))
+        raise ConfigError(
+            f"the checkpoint has adapters of {theirs}, which training with {given} would not go on with: use"
+            f" mode=lora {theirs}, or a checkpoint without adapters"
+        )
 
 
 def chosen(files: list[str], where: Path | str) -> str:

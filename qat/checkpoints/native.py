@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from qat import manifests, older, system, tensor_files
 from qat.artifacts import MANIFEST, open_artifact, publish, read_json, write_json
+from qat.checkpoint_files import REMEDY
 from qat.checkpoints import adapters
 from qat.checkpoints.own import FILE as OWN
 from qat.checkpoints.own import adopt, read_own, write_own
@@ -43,7 +44,6 @@ FILE = "tables.safetensors"
 LATENT = "latent.safetensors"
 FITTED = ".fitted"  # end of the name of a note beside a file of quantized layers that is being filled
 UNPACKED = 1 << 24  # weights that are unpacked until what malloc holds between tensors is given back
-REMEDY = "copy the checkpoint again from where it came, or make it again"
 
 log = logging.getLogger(__name__)
 

@@ -106,10 +106,7 @@ class Composer:
         try:
             return self.loader.load_configuration(self.name, overrides, mode)
         except MISTAKES as error:
-            missing = self._missing(error, overrides)
-            if missing is None and _is_defect(error):
-                raise
-            raise ConfigError(missing or explain(error)) from error
+            raise ConfigError(self._missing(error, overrides) or explain(error)) from error
 
     def _missing(self, error: BaseException, overrides: list[str]) -> str | None:
         """Which section a key needs that is null; None for any other error."""
@@ -148,16 +145,12 @@ def typed(composed: DictConfig) -> Config:
     return config
 
 
-def _is_defect(error: BaseException) -> bool:
-    """Whether neither Hydra nor OmegaConf raised it on purpose; a key below a section that is null looks like it."""
-    error = error.__cause__ or error
-    return isinstance(error, AssertionError | AttributeError) and not isinstance(error, OmegaConfBaseException)
-
-
 def explain(error: BaseException) -> str:
-    """What a Hydra or OmegaConf error means for the user, in one sentence."""
+    """What a Hydra or OmegaConf error means for the user, in one sentence; a defect is raised again as it is."""
     while error.__cause__ is not None:
         error = error.__cause__
+    if isinstance(error, AssertionError | AttributeError) and not isinstance(error, OmegaConfBaseException):
+        raise error
     key = getattr(error, "full_key", None) or ""
     first, *rest = str(error).split("\n")
     if isinstance(error, MissingMandatoryValue):

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from qat.cache.batch import Batch
 from qat.cache.reader import CacheReader
+from qat.checkpoint_files import refuse_other_adapters
 from qat.config import ModeConfig, TrainConfig
 from qat.console import progress
 from qat.distill import curvature, optim
@@ -121,6 +122,8 @@ class Trainer:
         self.length = int(self.training.meta["length"])
         self._pattern = pattern(train.lengths, train.shares, train.batch_size, self.length)
         learning = _learning(layers, mode, machine.dtype)
+        for known in adapter.adapters(student).values():  # of a checkpoint that was fetched after words were checked
+            refuse_other_adapters((known.rank, known.alpha), (mode.rank, mode.alpha))
         if mode.rank:
             adapter.begin(cast(dict[str, QuantLinear], learning), mode.rank, mode.alpha, seed)
         if train.learn.latent > 0:

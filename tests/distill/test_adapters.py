@@ -12,7 +12,7 @@ from qat.config import LossKind, ModeConfig, TrainConfig
 from qat.distill.loss import Loss
 from qat.distill.optim import Optimizer
 from qat.distill.state import State
-from qat.errors import ArtifactError
+from qat.errors import ArtifactError, ConfigError
 from qat.quant.adapter import adapters
 from qat.quant.linear import quantized
 from tests import tiny
@@ -138,10 +138,14 @@ def test_a_damaged_description_is_refused(adapted, teacher, checkpoint, tmp_path
         checkpoints.adapters.read(checkpoints.load(checkpoint, teacher, tiny.FP32)[0], folder, "make it again")
 
 
-def test_training_goes_on_with_those_of_a_checkpoint(adapted, readers):
+def test_training_goes_on_with_those_of_a_checkpoint_and_with_no_others(adapted, readers):
     before = {name: one.B.clone() for name, one in adapters(adapted).items()}
     trainer_of(adapted, readers, mode=LORA)
     assert all(torch.equal(one.B, before[name]) for name, one in adapters(adapted).items())
+    with pytest.raises(ConfigError, match=r"mode.rank=3 mode.alpha=6, which training with mode.rank=4 mode.alpha=6"):
+        trainer_of(adapted, readers, mode=ModeConfig(name="lora", mlp=True, attn=True, rank=4, alpha=6.0))
+    with pytest.raises(ConfigError, match=r"use mode=lora mode.rank=3 mode.alpha=6"):
+        trainer_of(adapted, readers, mode=ModeConfig(name="mlp", mlp=True, attn=False))
 
 
 def test_a_state_goes_on_to_the_same_bits(student, teacher, checkpoint, readers):

@@ -2,7 +2,7 @@
 
 import math
 
-from qat.checkpoint_files import adapters_of, find, has_adapters
+from qat.checkpoint_files import REMEDY, adapters_of, find, has_adapters, refuse_other_adapters
 from qat.cli.checks.checkpoint import manifest, start
 from qat.config import Config, DataSource, LossConfig, Stage, TrainConfig
 from qat.distill.lengths import pattern
@@ -98,16 +98,10 @@ def _check_same_adapters(config: Config) -> None:
     place = start(config)
     assert place is not None  # it has a manifest
     try:
-        known = adapters_of(find(place), "copy the checkpoint again from where it came, or make it again")
+        known = adapters_of(find(place), REMEDY)
     except ArtifactError as error:
         raise ConfigError(f"checkpoint={place}: {error}") from None
-    asked = config.mode.rank, config.mode.alpha
-    if known != asked:
-        theirs, given = (f"mode.rank={rank} mode.alpha={alpha:g}" for rank, alpha in (known, asked))
-        raise ConfigError(
-            f"checkpoint={place} has adapters of {theirs}, which training with {given} would not go on with: use"
-            f" mode=lora {theirs}, or a checkpoint without adapters"
-        )
+    refuse_other_adapters(known, (config.mode.rank, config.mode.alpha))
 
 
 def _check_batches(config: Config) -> None:
