@@ -146,7 +146,15 @@ def typed(composed: DictConfig) -> Config:
 
 
 def explain(error: BaseException) -> str:
-    """What a Hydra or OmegaConf error means for the user, in one sentence; a defect is raised again as it is."""
+    """What a Hydra or OmegaConf error means for the user, in one sentence; a defect is raised again as it is.
+
+    So is a signal: OmegaConf, stopped between two steps, may fail while it puts things back, and tell of that alone.
+    """
+    before = error
+    while before.__context__ is not None:
+        before = before.__context__
+        if isinstance(before, KeyboardInterrupt):
+            raise before
     while error.__cause__ is not None:
         error = error.__cause__
     if isinstance(error, AssertionError | AttributeError) and not isinstance(error, OmegaConfBaseException):

@@ -3,12 +3,15 @@
 import copy
 import json
 import re
+import sys
 from operator import attrgetter
 
 import pytest
+from omegaconf import ListConfig
 
 from qat.cli import arguments, checks, main
 from qat.cli.checks import evaluate
+from qat.cli.compose import Composer
 from qat.errors import ConfigError, QatError
 from tests.described import CACHE
 
@@ -338,3 +341,32 @@ def test_tasks_need_their_package_and_their_files(there, line, says, here, monke
     monkeypatch.setattr(evaluate.importlib.util, "find_spec", lambda name: object() if there else None)
     with pytest.raises(QatError, match=re.escape(says)):
         main.check(arguments.parse(["stage=evaluate", line]))
+
+
+def test_a_signal_in_the_midst_of_it_is_still_one():
+    """Wherever it comes while OmegaConf fills a list, which then fails while it puts things back."""
+    filling, whole, composer = ListConfig.append.__code__, ListConfig._set_value_impl.__code__, Composer({})
+
+    def stopped_at(line: int) -> bool:
+        left = [line]
+
+        def trace(frame, event, _):
+            if frame.f_code is not filling or frame.f_back.f_code is not whole:
+                return None
+            if event == "line":
+                left[0] -= 1
+                if not left[0]:
+                    raise KeyboardInterrupt
+            return trace
+
+        before = sys.gettrace()
+        sys.settrace(trace)
+        try:
+            composer.compose([])
+        except KeyboardInterrupt:
+            return True
+        finally:
+            sys.settrace(before)
+        return False
+
+    assert all(stopped_at(line) for line in range(1, 13))
