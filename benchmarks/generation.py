@@ -4,17 +4,21 @@
     python benchmarks/generation.py --shape qwen3 --rows 1024 2048
     python benchmarks/generation.py --model <Hugging Face folder>  # a model with its weights
     python benchmarks/generation.py --rows 4096 --profile          # and where the time goes
+    python benchmarks/generation.py --ending 0.002 --tokens 2048 --rows 680 --no-peer   # texts of unlike lengths
     python benchmarks/generation.py --tiny                         # does it work at all, on any machine
 
 A batch is `rows` prompts of 24 to 40 random tokens, each followed by `--tokens` drawn ones; nothing ends early.
 `first` is the first batch of a writer in seconds, with what is compiled and recorded in it; `tokens/s` counts
-written tokens alone, of the median of `--repeats` further batches, prompts included in the time.
+written tokens alone, of the median of `--repeats` further batches, prompts included in the time. With `--ending`
+each drawn token ends its answer so often; a batch then is one text a row, which waits for the longest, beside four
+texts a row, of which new ones follow where others end, and tokens after an ending do not count.
 """
 
 import argparse
 import gc
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from statistics import median
 from typing import Any
 
@@ -24,7 +28,7 @@ from transformers import PreTrainedModel
 
 from qat import models
 from qat.forward import FAST, use
-from qat.generation import Sampling, Writer, bytes_a_row
+from qat.generation import TEXTS_A_ROW, Sampling, Writer, answers, bytes_a_row
 from qat.machine import computes_bf16
 
 SHAPES: dict[str, dict[str, Any]] = {
@@ -58,9 +62,9 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 LONGEST = 40  # tokens of a prompt
 PEER_ROWS = 1024
-HEADER = f"{'':<22}{'rows':>6}{'first':>9}{'tokens/s':>12}{'ratio':>8}{'peak GB':>9}"
+HEADER = f"{'':<30}{'rows':>6}{'first':>9}{'tokens/s':>12}{'ratio':>8}{'peak GB':>9}"
 
-Batch = Callable[[int], object]
+Batch = Callable[[int], int]  # takes a seed, writes, and gives how many tokens it wrote
 
 
 def main() -> None:
@@ -79,11 +83,11 @@ def main() -> None:
     for rows in arguments.rows:
         for compiled in (True, False) if device.type == "cuda" else (False,):
             label = "recorded, compiled" if compiled else "recorded" if device.type == "cuda" else "the same loop"
-            measure(
-                label, rows, lambda n=rows, c=compiled: ours(model, n, arguments.tokens, c), arguments, device, peer
-            )
+            for texts in (1, TEXTS_A_ROW) if arguments.ending else (1,):
+                made = partial(ours, model, rows, compiled, arguments, texts)
+                measure(f"{label}, {texts} a row" if arguments.ending else label, rows, made, arguments, device, peer)
         if arguments.profile:
-            profile(ours(model, rows, arguments.tokens, device.type == "cuda"))
+            profile(ours(model, rows, device.type == "cuda", arguments))
 
 
 def parse() -> argparse.Namespace:
@@ -93,7 +97,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--shape", choices=["smollm2", "qwen3"], default="smollm2", help="random weights of this shape")
     parser.add_argument("--rows", type=int, nargs="+", help="prompts at once; 2048, 4096 and 8192, on a CPU 64")
     parser.add_argument("--tokens", type=int, default=128, help="of an answer")
-    parser.add_argument("--repeats", type=int, default=3, help="batches after the first, of which the median is told")
+    parser.add_argument("--ending", type=float, default=0.0, help="share of drawn tokens that end an answer")
+    parser.add_argument(
+        "--repeats", type=int, default=3, help="batches after the first, at least one, of which the median is told"
+    )
     parser.add_argument("--no-peer", action="store_true", help="without transformers' own loop")
     parser.add_argument("--profile", action="store_true", help="where the time of a batch goes")
     parser.add_argument("--tiny", action="store_true", help="a tiny model, few rows, short answers")
@@ -130,16 +137,17 @@ def prompts(rows: int) -> list[list[int]]:
     return [torch.randint(1, 500, (length,), generator=draw).tolist() for length in lengths]
 
 
-def sampling(tokens: int) -> Sampling:
-    """Every token is drawn, and none ends an answer."""
-    return Sampling(tokens, 0, 1.0, ())
+def sampling(tokens: int, ends: Sequence[int] = ()) -> Sampling:
+    """Every token is drawn."""
+    return Sampling(tokens, 0, 1.0, tuple(ends))
 
 
-def ours(model: PreTrainedModel, rows: int, tokens: int, compiled: bool) -> Batch:
+def ours(model: PreTrainedModel, rows: int, compiled: bool, arguments: argparse.Namespace, texts: int = 1) -> Batch:
     """A batch of the loop of this package, by its seed."""
-    asked = prompts(rows)
-    writer = Writer(model, sampling(tokens), rows, LONGEST, compiled)
-    return lambda seed: writer(asked, seed, lambda amount=1, note="": None)
+    asked = prompts(texts * rows)
+    ends = range(0, model.config.vocab_size, round(1 / arguments.ending)) if arguments.ending else ()
+    writer = Writer(model, sampling(arguments.tokens, ends), rows, LONGEST, compiled)
+    return lambda seed: sum(map(len, answers(writer(asked, seed, lambda amount=1, note="": None), tuple(ends))))
 
 
 def theirs(model: PreTrainedModel, rows: int, tokens: int) -> Batch:
@@ -156,7 +164,7 @@ def theirs(model: PreTrainedModel, rows: int, tokens: int) -> Batch:
     settings = transformers.GenerationConfig(
         max_new_tokens=tokens, min_new_tokens=tokens, do_sample=True, top_k=0, pad_token_id=0, use_cache=True
     )
-    return lambda seed: models.generate(model, ids, settings, attention_mask=seen).tolist()
+    return lambda seed: tokens * len(models.generate(model, ids, settings, attention_mask=seen).tolist())
 
 
 def measure(
@@ -174,22 +182,22 @@ def measure(
         torch.cuda.reset_peak_memory_stats()
     try:
         batch = make()
-        first, *others = (timed(batch, seed) for seed in range(1 + arguments.repeats))
+        (first, _), *others = (timed(batch, seed) for seed in range(1 + arguments.repeats))
     except torch.OutOfMemoryError:
-        print(f"{name:<22}{rows:>6}   out of memory", flush=True)
+        print(f"{name:<30}{rows:>6}   out of memory", flush=True)
         return None
-    speed = rows * arguments.tokens / median(others or [first])
+    speed = median(tokens / seconds for seconds, tokens in others)
     ratio = f"{speed / peer:.1f}" if peer else ""
     peak = f"{torch.cuda.max_memory_allocated() / 1e9:.1f}" if device.type == "cuda" else ""
-    print(f"{name:<22}{rows:>6}{first:>9.2f}{speed:>12,.0f}{ratio:>8}{peak:>9}", flush=True)
+    print(f"{name:<30}{rows:>6}{first:>9.2f}{speed:>12,.0f}{ratio:>8}{peak:>9}", flush=True)
     return speed
 
 
-def timed(batch: Batch, seed: int) -> float:
-    """Seconds of one batch; its tokens are read by the host, so the device is done."""
+def timed(batch: Batch, seed: int) -> tuple[float, int]:
+    """Seconds of one batch, and its tokens, which are read by the host, so the device is done."""
     began = time.perf_counter()
-    batch(seed)
-    return time.perf_counter() - began
+    tokens = batch(seed)
+    return time.perf_counter() - began, tokens
 
 
 def profile(batch: Batch) -> None:

@@ -106,27 +106,27 @@ class _Author:
                 return writer(self.teacher, self.model, prompts, sampling, plan.rows, plan.compiled, turn)
 
             def make(number: int) -> Tensor:
-                """The tokens of one batch [rows, A], int32."""
+                """The tokens of one batch [texts, A], int32."""
                 file = plan.files[number]
                 if file.exists():
                     return safetensors.torch.load_file(file)["tokens"]
                 with turn():
                     write = loop()
-                written_RA = write(plan.batches[number], mixed(seed, number), report)
-                write_bytes(file, safetensors.torch.save({"tokens": written_RA}))
-                return written_RA
+                written_NA = write(plan.batches[number], mixed(seed, number), report)
+                write_bytes(file, safetensors.torch.save({"tokens": written_NA}))
+                return written_NA
 
-            for written_RA in _in_order(submit, make, len(plan.batches)):
-                yield from answers(written_RA, sampling.ends)
+            for written_NA in _in_order(submit, make, len(plan.batches)):
+                yield from answers(written_NA, sampling.ends)
 
     def _plan(self, prompts: list[list[int]], sampling: Sampling, seed: int) -> "_Plan":
         longest = max(map(len, prompts))
         self._check_context(longest + sampling.tokens)
         how = rows.batches(self.teacher.settings(), self.machine, len(prompts), longest, sampling)
-        batches = [prompts[first : first + how.rows] for first in range(0, len(prompts), how.rows)]
+        batches = [prompts[first : first + how.texts] for first in range(0, len(prompts), how.texts)]
         # The name depends on machine and prompts, so that files of another machine or other prompts are not used.
         machine = [self.machine.describe(), torch.__version__, how.compiled]
-        who = content_key([machine, prompts, seed, how.rows, shaping(self.data)])
+        who = content_key([machine, prompts, seed, how.rows, how.texts, shaping(self.data)])
         files = [self.scratch / f"{ANSWERS}{who}-{number:05d}.safetensors" for number in range(len(batches))]
         return _Plan(batches, files, how.rows, how.compiled)
 

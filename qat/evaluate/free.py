@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from qat.console import progress
 from qat.data.asking import asked, takes_questions
 from qat.errors import ConfigError
-from qat.generation import Sampling, answers, rows_at_once, writer
+from qat.generation import TEXTS_A_ROW, Sampling, answers, rows_at_once, writer
 from qat.machine import Machine
 from qat.models import ModelFolder
 from qat.quant.linear import baked
@@ -100,16 +100,14 @@ class FreeRunning:
         body = "\n".join(self._beside(number) for number in range(len(self.prompts)))
         return PAGE.format(title=_text(title), models=len(self.said), body=body)
 
-    def _write(
-        self, folder: ModelFolder, model: PreTrainedModel, sampling: Sampling, what: str
-    ) -> list[list[int]]:
+    def _write(self, folder: ModelFolder, model: PreTrainedModel, sampling: Sampling, what: str) -> list[list[int]]:
         longest, found = max(map(len, self._asked)), list[list[int]]()
         rows = min(len(self._asked), rows_at_once(folder.settings(), self._machine, longest, sampling))
         write = writer(folder, model, self._asked, sampling, rows)
         with progress(f"answers of {what}", len(self._asked) * sampling.tokens, "tokens") as advance:
-            for first in range(0, len(self._asked), rows):
-                written_RA = write(self._asked[first : first + rows], mixed(SEED, first), advance)
-                found += answers(written_RA, sampling.ends)
+            for first in range(0, len(self._asked), TEXTS_A_ROW * rows):
+                written_NA = write(self._asked[first : first + TEXTS_A_ROW * rows], mixed(SEED, first), advance)
+                found += answers(written_NA, sampling.ends)
         return found
 
     def _beside(self, number: int) -> str:

@@ -2,13 +2,16 @@
 
 A step (one token of every row through the model, logits, choice, bookkeeping) reads and writes tensors
 that stay in place and asks nothing of the host, so that on CUDA it is recorded once and replayed for every
-token of every batch. The host looks only now and then whether all rows have ended. What chance decides is
-drawn before the first token: a batch is the same whenever it is written.
+token of every batch. The host looks only now and then which rows have ended, and gives them the next prompts
+once they are an eighth of all, as in Orca (Yu et al. 2022, section 3.1, there after every token): texts differ
+in length, and a row that waits for the longest of them costs as much as one that is written. What chance decides
+is drawn before the first token, for each text: a batch is the same whenever it is written.
 
-Shapes: R rows, A tokens of an answer, L tokens of the longest prompt, D dimensions.
+Shapes: R rows, E some of them, N texts of a batch, A tokens of an answer, L tokens of the longest prompt, D
+dimensions, V tokens.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
@@ -24,7 +27,9 @@ from qat.generation.sampling import choose
 from qat.graphs import Recorder, recording_stream
 from qat.head import OutputHead
 
-LOOK_EVERY = 16  # tokens between two checks whether all rows have ended
+TEXTS_A_ROW = 4  # maximum texts of a batch over its rows: the last ones of a batch leave rows empty
+LOOK_EVERY = 16  # tokens between two looks at which rows have ended; on a processor one, as a look costs nothing
+REFILL = 8  # a part of 1 / REFILL of the rows has ended before prompts are read into them
 TOKENS_AT_ONCE = 65_536  # maximum prompt tokens, padding included, in one forward pass
 ROUND = 64  # reserved positions are a multiple of this, so that few shapes are compiled
 STEP = "step"  # key of a decoding step in the recorder
@@ -32,7 +37,7 @@ PROMPT_ROUND = 16  # tokens; longer prompts are padded to a multiple of it, shor
 LOGITS_HELD = 4  # copies of a row's fp32 logits for which room is left
 
 
-Watch = Callable[[Sequence[int], Tensor], None]  # takes row numbers and the fp32 logits of their next tokens
+Watch = Callable[[Tensor, Tensor], None]  # takes numbers of texts and the fp32 logits of their next tokens
 
 
 @dataclass(frozen=True)
@@ -66,7 +71,7 @@ def _positions(longest: int, sampling: Sampling) -> int:
 
 
 class Writer:
-    """Continues up to `rows` prompts at once."""
+    """Continues prompts, up to `rows` of them at once."""
 
     def __init__(
         self,
@@ -82,22 +87,23 @@ class Writer:
         Args:
             model: a causal language model of transformers, without gradients.
             sampling: of every answer.
-            rows: of a batch; a smaller batch takes as long.
+            rows: written at once; fewer take as long.
             longest: tokens of a prompt.
             compiled: the decoder layers of a step are compiled.
             turn: entered while the model works. With a lock in it several threads may call a writer, or
                 writers of one model: one has its turn while others prepare theirs or take up what they wrote.
         """
-        self.model, self.sampling, self.compiled, self.turn = model, sampling, compiled, turn
+        self.model, self.sampling, self.rows, self.compiled, self.turn = model, sampling, rows, compiled, turn
         self.body, self.head = body(model), OutputHead(model)
         self.memory = Memory(model, rows, _positions(longest, sampling))
-        self.uniform_AR = torch.zeros(sampling.tokens, rows, dtype=torch.float32, device=model.device)
-        self.written_AR = torch.zeros(sampling.tokens, rows, dtype=torch.int32, device=model.device)
-        self.token_R = torch.zeros(rows, dtype=torch.long, device=model.device)
-        self.ended_R = torch.zeros(rows, dtype=torch.bool, device=model.device)
-        self.ends_E = torch.tensor(sampling.ends, dtype=torch.long, device=model.device)
-        self.step_1 = torch.zeros(1, dtype=torch.long, device=model.device)
-        self.recorder = Recorder(recording_stream(model.device) if used(model).product else None)
+        self.nobody = TEXTS_A_ROW * rows  # the text of an empty row, whose tokens nobody takes
+        device, kept = model.device, (self.nobody + 1, sampling.tokens)
+        self.uniform_NA = torch.zeros(kept, dtype=torch.float32, device=device)
+        self.written_NA = torch.zeros(kept, dtype=torch.int32, device=device)
+        self.text_R, self.step_R, self.token_R = (torch.zeros(rows, dtype=torch.long, device=device) for _ in range(3))
+        self.all_R = torch.arange(rows, device=device)
+        self.ends_E = torch.tensor(sampling.ends, dtype=torch.long, device=device)
+        self.recorder = Recorder(recording_stream(device) if used(model).product else None)
         self.watch: Watch = overlook
 
     @torch.no_grad()
@@ -105,67 +111,78 @@ class Writer:
         """Answers [len(prompts), A], int32 in host memory: each up to its end token, or whole (`answers`).
 
         Args:
-            prompts: token ids, at least one each.
+            prompts: token ids, at least one each; at most `TEXTS_A_ROW` prompts a row.
             seed: of what is drawn.
-            advance: told how many tokens came, those after an end included.
+            advance: told how many tokens came; an answer that ends early counts as a whole one.
         """
-        rows = len(self.token_R)
-        ids_RL, lengths_R = _together(prompts + prompts[-1:] * (rows - len(prompts)))
-        uniform_AR = drawn(self.sampling, rows, seed)
+        uniform_NA = drawn(self.sampling, len(prompts), seed)
         with self.turn(), self._on_stream():
-            self._begin(uniform_AR)
-            self._read(ids_RL, lengths_R)
-            self._follow(len(prompts), advance)
-            written_AR = self.written_AR.to("cpu", copy=True)  # a copy: the next thread's turn overwrites the tensor
-        return written_AR.T[: len(prompts)].contiguous()
+            self._begin(uniform_NA)
+            self._write(prompts, advance)
+            return self.written_NA[: len(prompts)].to("cpu", copy=True)  # the next thread's turn overwrites the tensor
 
-    def _begin(self, uniform_AR: Tensor) -> None:
-        self.uniform_AR.copy_(uniform_AR)
-        for tensor in (self.step_1, self.ended_R):
+    def _begin(self, uniform_NA: Tensor) -> None:
+        self.uniform_NA[: len(uniform_NA)] = uniform_NA.to(self.uniform_NA.device)
+        self.written_NA.fill_(next(iter(self.sampling.ends), 0))
+        self.text_R.fill_(self.nobody)
+        for tensor in (self.step_R, self.memory.position):
             tensor.zero_()
-        self.written_AR.fill_(next(iter(self.sampling.ends), 0))
 
-    def _read(self, ids_RL: Tensor, lengths_R: Tensor) -> None:
-        """Fills the memory with the prompts and chooses the first tokens."""
-        device = self.model.device
-        self.memory.position.copy_(lengths_R)
-        last_RD = []
-        size = max(1, TOKENS_AT_ONCE // ids_RL.shape[1])
-        for first in range(0, len(ids_RL), size):
-            part = slice(first, min(first + size, len(ids_RL)))
-            with self.memory.filling(part.start, part.stop):
-                hidden_RLD = self.body(input_ids=ids_RL[part].to(device), use_cache=False)[0]
-            places = torch.arange(len(hidden_RLD), device=device), self.memory.position[part] - 1
-            last_RD.append(hidden_RLD[places])
-        self._choose(torch.cat(last_RD))
+    def _write(self, prompts: list[list[int]], advance: Advance) -> None:
+        """All texts: prompts are read into rows that are empty, and all rows go on by some tokens, again and again."""
+        taken = told = left = 0
+        empty_E, every = self.all_R, 1 if self.model.device.type == "cpu" else LOOK_EVERY
+        while taken < len(prompts) or len(empty_E) < self.rows:
+            if taken < len(prompts) and len(empty_E) * REFILL >= self.rows:
+                asked = prompts[taken : taken + len(empty_E)]
+                self._read(asked, empty_E[: len(asked)], taken)
+                taken, left = taken + len(asked), self.sampling.tokens - 1  # after so many steps all rows are empty
+            count = min(every, left)
+            self._follow(count)
+            left -= count
+            empty_E = (self.text_R == self.nobody).nonzero()[:, 0]
+            over = taken - (self.rows - len(empty_E))
+            came = over * self.sampling.tokens + int(self.step_R.sum())
+            advance(came - told)
+            told = came
 
-    def _follow(self, asked: int, advance: Advance) -> None:
-        """All further tokens."""
-        done = 1
+    def _read(self, prompts: list[list[int]], rows_E: Tensor, first: int) -> None:
+        """Fills rows of the memory with prompts, the texts from `first` on, and chooses their first tokens."""
+        ids_EL, lengths_E = (x.to(self.model.device) for x in _together(prompts))
+        self.text_R[rows_E] = torch.arange(first, first + len(prompts), device=rows_E.device)
+        self.memory.position[rows_E] = lengths_E
+        for part in torch.arange(len(prompts), device=rows_E.device).split(max(1, TOKENS_AT_ONCE // ids_EL.shape[1])):
+            with self.memory.filling(rows_E[part]):
+                hidden_ELD = self.body(input_ids=ids_EL[part], use_cache=False)[0]
+            self._choose(hidden_ELD[torch.arange(len(part), device=part.device), lengths_E[part] - 1], rows_E[part])
+
+    def _follow(self, count: int) -> None:
+        """So many tokens more."""
         with self._prepared(), self.memory.decoding():
-            while done < self.sampling.tokens and not self.ended_R.all():
-                count = min(LOOK_EVERY, self.sampling.tokens - done)
-                for _ in range(count):
-                    self.recorder(STEP, self._step)
-                done += count
-                advance(count * asked)
-        advance((self.sampling.tokens - done + 1) * asked)
+            for _ in range(count):
+                self.recorder(STEP, self._step)
 
     def _step(self) -> None:
         """One token more in every row."""
         ids_R1, places_R1 = self.token_R[:, None], self.memory.position[:, None]
         hidden_R1D = self.body(input_ids=ids_R1, position_ids=places_R1, use_cache=False)[0]
-        self.memory.position.add_(1).masked_fill_(self.ended_R, 0)  # what comes after an end need not look back
-        self._choose(hidden_R1D[:, 0])
+        self.memory.position.add_(1)
+        self._choose(hidden_R1D[:, 0], self.all_R)
 
-    def _choose(self, hidden_RD: Tensor) -> None:
-        uniform_R = self.uniform_AR.index_select(0, self.step_1)[0]
-        logits_RV = self.head.logits(hidden_RD)
-        self.watch(range(len(logits_RV)), logits_RV)
-        self.token_R.copy_(choose(logits_RV, uniform_R, self.sampling.temperature))
-        self.written_AR.index_copy_(0, self.step_1, self.token_R[None].int())
-        self.ended_R |= (self.token_R[:, None] == self.ends_E).any(1)
-        self.step_1 += 1
+    def _choose(self, hidden_ED: Tensor, rows_E: Tensor) -> None:
+        """The next token of some rows; one whose text is over is empty, and does not look back."""
+        text_E, step_E = self.text_R[rows_E], self.step_R[rows_E]
+        place_E = text_E * self.sampling.tokens + step_E
+        logits_EV = self.head.logits(hidden_ED)
+        self.watch(text_E, logits_EV)
+        token_E = choose(logits_EV, self.uniform_NA.view(-1)[place_E], self.sampling.temperature)
+        self.written_NA.view(-1)[place_E] = token_E.int()
+        over_E = (token_E[:, None] == self.ends_E).any(1) | (step_E + 1 == self.sampling.tokens)
+        over_E |= text_E == self.nobody
+        self.token_R[rows_E] = token_E
+        self.text_R[rows_E] = text_E.masked_fill(over_E, self.nobody)
+        self.step_R[rows_E] = (step_E + 1).masked_fill(over_E, 0)
+        self.memory.position[rows_E] = self.memory.position[rows_E].masked_fill(over_E, 0)
 
     @contextmanager
     def _prepared(self) -> Iterator[None]:
@@ -194,15 +211,15 @@ class Writer:
         torch.cuda.current_stream(stream.device).wait_stream(stream)
 
 
-def drawn(sampling: Sampling, rows: int, seed: int) -> Tensor:
-    """Where in the cumulative distribution each token [A, R] lies; below 0 it is the most likely one."""
+def drawn(sampling: Sampling, texts: int, seed: int) -> Tensor:
+    """Where in the cumulative distribution each token [N, A] lies; below 0 it is the most likely one."""
     draw = torch.Generator().manual_seed(seed)
-    uniform_AR = torch.rand((sampling.tokens, rows), generator=draw, dtype=torch.float32)
-    uniform_AR[: sampling.greedy] = -1
-    return uniform_AR
+    uniform_NA = torch.rand((texts, sampling.tokens), generator=draw, dtype=torch.float32)
+    uniform_NA[:, : sampling.greedy] = -1
+    return uniform_NA
 
 
-def overlook(rows: Sequence[int], logits_RV: Tensor) -> None:
+def overlook(texts_E: Tensor, logits_EV: Tensor) -> None:
     """A `Watch` that does nothing."""
 
 

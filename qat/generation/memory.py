@@ -65,21 +65,21 @@ class Memory:
         self.position = torch.zeros(rows, dtype=torch.long, device=model.device)
 
     @contextmanager
-    def filling(self, first: int, last: int) -> Iterator[None]:
-        """Inside, forward passes over whole prompts fill the rows from `first` to `last`."""
-        with self._attention(FILL, slice(first, last)):
+    def filling(self, rows_E: Tensor) -> Iterator[None]:
+        """Inside, forward passes over whole prompts fill the rows with these numbers."""
+        with self._attention(FILL, rows_E):
             yield
 
     @contextmanager
     def decoding(self) -> Iterator[None]:
         """Inside, forward passes are over one token of every row, which is remembered at its `position`."""
-        with self._attention(DECODE, slice(None)):
+        with self._attention(DECODE, self.position):
             yield
 
     @contextmanager
-    def _attention(self, name: str, rows: slice) -> Iterator[None]:
+    def _attention(self, name: str, where: Tensor) -> Iterator[None]:
         for module, (keys, values) in zip(self.modules, self.layers, strict=True):
-            vars(module)["memory"] = (keys[rows], values[rows], self.position)
+            vars(module)["memory"] = (keys, values, where)
         try:
             with attending(self.model, name):
                 yield
@@ -92,9 +92,9 @@ def _fill(
     module: Any, q_RHLD: Tensor, k_RKLD: Tensor, v_RKLD: Tensor, mask: None, **others: Any
 ) -> tuple[Tensor, None]:
     """Causal attention over prompts from position 0 on, whose keys and values are kept."""
-    keys, values, _ = module.memory
-    keys[:, :, : k_RKLD.shape[2]] = k_RKLD
-    values[:, :, : v_RKLD.shape[2]] = v_RKLD
+    keys, values, rows = module.memory
+    keys[rows, :, : k_RKLD.shape[2]] = k_RKLD
+    values[rows, :, : v_RKLD.shape[2]] = v_RKLD
     return attention.attend(module, q_RHLD, k_RKLD, v_RKLD, None, **others)
 
 

@@ -3,10 +3,10 @@
 Each token is chosen from the model's logits as the faster loop chooses it, by the same draws. Prompts of one
 length go together, so that nothing is padded.
 
-Shapes: R rows, A tokens of an answer, V tokens of the vocabulary.
+Shapes: R rows, N texts of a batch, A tokens of an answer, V tokens of the vocabulary.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from itertools import groupby
@@ -40,8 +40,8 @@ class OwnWriter:
     @torch.no_grad()
     def __call__(self, prompts: list[list[int]], seed: int, advance: Advance) -> Tensor:
         """Answers [len(prompts), A], int32 in host memory: each up to its end token, or whole."""
-        written_RA = torch.full((len(prompts), self.sampling.tokens), self._end, dtype=torch.int32)
-        uniform_AR = drawn(self.sampling, self.rows, seed)
+        written_NA = torch.full((len(prompts), self.sampling.tokens), self._end, dtype=torch.int32)
+        uniform_NA = drawn(self.sampling, len(prompts), seed)
         settings = GenerationConfig(
             max_new_tokens=self.sampling.tokens,
             do_sample=False,
@@ -49,28 +49,33 @@ class OwnWriter:
             eos_token_id=list(self.sampling.ends) or None,
             pad_token_id=self._end,
         )
-        order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
         with self.turn():
-            for _, alike in groupby(order, key=lambda row: len(prompts[row])):
-                rows = list(alike)
-                ids = torch.tensor([prompts[row] for row in rows], device=self.model.device)
-                draws_AR, watch = uniform_AR[:, rows].to(ids.device), partial(self.watch, rows)
-                choosing = _Choice(draws_AR, self.sampling.temperature, watch)
+            for texts_R in _alike(prompts, self.rows):
+                ids = torch.tensor([prompts[text] for text in texts_R.tolist()], device=self.model.device)
+                draws_RA, watch = uniform_NA[texts_R].to(ids.device), partial(self.watch, texts_R)
+                choosing = _Choice(draws_RA, self.sampling.temperature, watch)
                 found = generate(self.model, ids, settings, logits_processor=LogitsProcessorList([choosing]))
-                written_RA[rows, : found.shape[1]] = found.cpu().int()
-                advance(self.sampling.tokens * len(rows))
-        return written_RA
+                written_NA[texts_R, : found.shape[1]] = found.cpu().int()
+                advance(self.sampling.tokens * len(texts_R))
+        return written_NA
+
+
+def _alike(prompts: list[list[int]], rows: int) -> Iterator[Tensor]:
+    """Numbers of prompts of one length, so many at once."""
+    order = sorted(range(len(prompts)), key=lambda text: len(prompts[text]))
+    for _, alike in groupby(order, key=lambda text: len(prompts[text])):
+        yield from torch.tensor(list(alike)).split(rows)
 
 
 class _Choice(LogitsProcessor):
     """A logits processor that allows only the chosen token."""
 
-    def __init__(self, uniform_AR: Tensor, temperature: float, watch: Callable[[Tensor], None]) -> None:
-        self.uniform_AR, self.temperature, self.watch, self.step = uniform_AR, temperature, watch, 0
+    def __init__(self, uniform_RA: Tensor, temperature: float, watch: Callable[[Tensor], None]) -> None:
+        self.uniform_RA, self.temperature, self.watch, self.step = uniform_RA, temperature, watch, 0
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         logits_RV = scores.float().contiguous()
         self.watch(logits_RV)
-        chosen_R = choose(logits_RV, self.uniform_AR[self.step], self.temperature)
+        chosen_R = choose(logits_RV, self.uniform_RA[:, self.step], self.temperature)
         self.step += 1
         return torch.full_like(logits_RV, -torch.inf).scatter_(1, chosen_R[:, None], 0.0)

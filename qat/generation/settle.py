@@ -7,7 +7,7 @@ Shapes: R rows, V vocabulary.
 """
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
@@ -91,7 +91,7 @@ def _probes(model: PreTrainedModel, prompts: list[list[int]], positions: int) ->
     """
     longest = max(prompts, key=len)
     told = max((n for n in numbers(model.config.to_dict()) if n < positions), default=0)
-    length = min(max(told, len(longest)) + 1, positions - TOKENS)
+    length = min(max(told, len(longest)) + 1, max(1, positions - TOKENS))
     return [[(longest * (length // len(longest) + 1))[:length]], [longest[:FEW], longest[: 3 * FEW]]]
 
 
@@ -107,11 +107,9 @@ def numbers(settings: Any) -> Iterator[int]:
 class _Trial:
     """A model that goes on from a few prompts."""
 
-    def __init__(
-        self, who: str, model: PreTrainedModel, batches: list[list[list[int]]], sampling: Sampling
-    ) -> None:
+    def __init__(self, who: str, model: PreTrainedModel, batches: list[list[list[int]]], sampling: Sampling) -> None:
         self.who, self.model, self.batches = who, model, batches
-        self.sampling = replace(sampling, tokens=TOKENS, greedy=TOKENS)
+        self.sampling = replace(sampling, tokens=TOKENS, greedy=TOKENS, ends=())  # all tokens of all are compared
 
     @torch.no_grad()
     def find(self) -> tuple[str, bool]:
@@ -162,12 +160,12 @@ class _Trial:
 
 
 class _Seen:
-    """Log-probabilities [V] that a loop chose from, in each row of a batch."""
+    """Log-probabilities [V] that a loop chose from, in each text of a batch."""
 
-    def __init__(self, rows: int) -> None:
-        self.logprobs: list[list[Tensor]] = [[] for _ in range(rows)]
+    def __init__(self, texts: int) -> None:
+        self.logprobs: list[list[Tensor]] = [[] for _ in range(texts)]
 
-    def watch(self, rows: Sequence[int], logits_RV: Tensor) -> None:
-        """Takes those of some rows."""
-        for row, logits in zip(rows, logits_RV, strict=True):
-            self.logprobs[row].append(logits.log_softmax(-1))
+    def watch(self, texts_E: Tensor, logits_EV: Tensor) -> None:
+        """Takes those of some texts."""
+        for text, logits in zip(texts_E.tolist(), logits_EV, strict=True):
+            self.logprobs[text].append(logits.log_softmax(-1))

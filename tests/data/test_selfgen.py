@@ -6,6 +6,7 @@ import json
 import logging
 import re
 import weakref
+from functools import partial
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from qat.data.documents import Document
 from qat.data.selfgen import answer
 from qat.data.tally import Tally
 from qat.data.thinking import chat_tokens, user_turn
+from qat.generation import TEXTS_A_ROW
 from qat.generation.rows import PROMPTS_AT_ONCE
 
 DATA = DataConfig(name="prompts", source=DataSource.selfgen, answer_tokens=12, greedy_tokens=4)
@@ -60,7 +62,7 @@ def test_every_prompt_is_asked_in_every_mode_and_number(written, asked):
 
 
 def test_more_prompts_than_fit_at_once_are_all_answered(written):
-    many = [f"Question {number}?" for number in range(PROMPTS_AT_ONCE["cpu"] + 3)]
+    many = [f"Question {number}?" for number in range(TEXTS_A_ROW * PROMPTS_AT_ONCE["cpu"] + 3)]
     assert sorted(prompt for prompt, _ in written(many, answer_tokens=1)) == sorted(many)
 
 
@@ -72,7 +74,8 @@ def test_sampling_leaves_the_callers_randomness_alone(written):
 
 def test_batches_that_are_there_are_not_written_again(written, tmp_path, monkeypatch, caplog):
     caplog.set_level(logging.INFO, "qat")
-    monkeypatch.setitem(PROMPTS_AT_ONCE, "cpu", 2)
+    monkeypatch.setitem(PROMPTS_AT_ONCE, "cpu", 1)
+    written = partial(written, [*PROMPTS, "And why not?"])
     whole = written()
     first, second = sorted((tmp_path / "scratch").iterdir())
     stamp = first.stat().st_mtime_ns
@@ -87,7 +90,7 @@ def test_batches_that_are_there_are_not_written_again(written, tmp_path, monkeyp
 
 
 def test_text_that_nobody_takes_any_more_is_not_written_on(tiny, cpu, tmp_path, monkeypatch):
-    monkeypatch.setitem(PROMPTS_AT_ONCE, "cpu", 8)
+    monkeypatch.setitem(PROMPTS_AT_ONCE, "cpu", 2)
     text = answer(tiny, dataclasses.replace(DATA, start=Start.tokens, answer_tokens=64), 0, cpu, tmp_path)
     next(text)
     text.close()

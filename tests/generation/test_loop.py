@@ -70,13 +70,31 @@ def test_every_end_ends_an_answer_and_without_any_it_is_whole(model, count):
     assert len(ends) == count and write(model, ends=ends) == cut
 
 
-def test_what_comes_after_an_end_does_not_look_back(model):
-    end = write(model, ends=())[0][3]
-    writer = Writer(model, replace(GREEDY, ends=(end,)), 4, 31)
-    said_R = said(writer)
-    place_R = writer.memory.position.tolist()
-    assert place_R[0] == 0 and 0 < max(place_R) == 30 + 1 + GREEDY.tokens - 1
-    assert [place == 0 for place in place_R] == [reply[-1] == end for reply in said_R]
+def test_texts_are_the_same_in_however_few_rows(model):
+    """Drawn ones of many lengths, of which new ones follow in the places of ended ones."""
+    ends = tuple(range(0, 512, 12))
+    whole = write(model, PROMPTS * 4, rows=16, greedy=2, ends=ends)
+    assert len(set(map(len, whole))) > 4
+    for rows in (4, 5, 7, 11):
+        assert write(model, PROMPTS * 4, rows=rows, greedy=2, ends=ends) == whole
+    assert [write(model, [prompt], tokens=2, greedy=2, ends=ends)[0] for prompt in PROMPTS * 4] == [
+        reply[:2] for reply in whole
+    ]
+
+
+def test_empty_rows_are_filled_and_do_not_look_back(model):
+    writer, steps = Writer(model, replace(GREEDY, greedy=0, ends=tuple(range(0, 512, 8))), 4, 31), []
+
+    def watch(texts_E, logits_EV):
+        steps.append(len(texts_E))
+        if len(texts_E) == writer.rows:
+            assert ((writer.memory.position <= 1) >= (texts_E == writer.nobody)).all()
+
+    writer.watch = watch
+    lengths = list(map(len, said(writer, PROMPTS[2:3] * 16)))
+    apart = sum(max(lengths[first : first + 4]) for first in range(0, 16, 4))  # steps of batches that wait for all
+    assert min(lengths) < 3 < 8 < max(lengths)
+    assert steps.count(4) - 1 <= sum(lengths) / 4 + max(lengths) < apart
 
 
 def test_the_model_is_left_as_it_was(model):
@@ -118,7 +136,10 @@ def test_a_writer_can_be_used_again_and_the_seed_decides(model):
 def test_all_tokens_are_reported_once(model):
     counted = []
     Writer(model, replace(GREEDY, tokens=40), 4, 31)(PROMPTS[:3], 0, lambda amount=1, note="": counted.append(amount))
-    assert sum(counted) == 3 * 40
+    assert sum(counted) == 3 * 40 and min(counted) >= 0
+    counted.clear()
+    Writer(model, replace(GREEDY, tokens=40), 3, 31)(PROMPTS * 3, 0, lambda amount=1, note="": counted.append(amount))
+    assert sum(counted) == 12 * 40 and min(counted) >= 0
     counted.clear()
     every = replace(GREEDY, greedy=0, temperature=1e5, tokens=200)  # all have ended before the longest
     Writer(model, every, 2, 31)(PROMPTS[:2], 0, lambda amount=1, note="": counted.append(amount))
@@ -166,10 +187,11 @@ def test_bytes_of_a_row_are_those_of_its_memory(model):
 def test_a_recorded_step_writes_what_single_ones_do(tiny, compiled):
     model = tiny.load(torch.float32, torch.device("cuda"))
     use(model, FAST)
-    plain = write(tiny.load(torch.float32, torch.device("cpu")))
-    writer = Writer(model, GREEDY, 4, 31, compiled)
-    assert said(writer) == plain
+    longer = replace(GREEDY, tokens=24, greedy=24)
+    plain = said(Writer(tiny.load(torch.float32, torch.device("cpu")), longer, 4, 31), PROMPTS * 3)
+    writer = Writer(model, longer, 4, 31, compiled)
+    assert said(writer, PROMPTS * 3) == plain
     places = [weight.data_ptr() for weight in model.parameters()]  # which the recording reads from
-    assert said(writer) == plain
+    assert said(writer, PROMPTS * 3) == plain
     assert [weight.data_ptr() for weight in model.parameters()] == places
     assert len(writer.recorder._graphs) == 1

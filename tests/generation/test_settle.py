@@ -1,5 +1,6 @@
 """Which loop writes: the fast one where its logits are the model's own, else transformers', else none."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -55,6 +56,24 @@ def test_whichever_loop_writes_says_what_reading_all_anew_says(config, kind):
     write = chosen(model)
     assert type(write) is kind
     assert said(write) == [read_again(model, prompt) for prompt in PROMPTS]
+
+
+def test_an_answer_that_ends_at_once_is_compared_all_the_same():
+    model = made(transformers.LlamaConfig(**SIZES))
+    ends = tuple(read_again(model, prompt)[0] for prompt in PROMPTS[1:])
+    assert type(chosen(model, sampling=replace(GREEDY, ends=ends))) is Writer
+
+
+def test_a_single_token_behind_a_single_one():
+    model = made(transformers.LlamaConfig(**SIZES))
+    write = chosen(model, [[70]], replace(GREEDY, tokens=1))
+    assert type(write) is Writer and said(write, [[70]]) == [read_again(model, [70])[:1]]
+
+
+def test_few_rows_say_what_many_do():
+    model = made(WINDOW)
+    few, many = (OwnWriter(model, replace(GREEDY, greedy=2), rows) for rows in (1, 9))
+    assert said(few, PROMPTS * 3) == said(many, PROMPTS * 3)
 
 
 def test_a_window_longer_than_any_text_needs_no_other_loop():
