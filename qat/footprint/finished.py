@@ -4,7 +4,8 @@ import math
 from collections.abc import Iterator
 
 from qat.config import Config, ExportType, Stage
-from qat.config.evaluate import WINDOW
+from qat.config.evaluate import WINDOW, EvaluateConfig
+from qat.evaluate import local
 from qat.evaluate.figures import rows_at_once
 from qat.footprint import libraries
 from qat.footprint.activations import passing
@@ -19,7 +20,7 @@ from qat.quant.linear import TOGETHER
 
 COMPARED_COPIES = 7  # of logits while a student is compared with its teacher: two of both, five of their divergence
 LOOKED_UP = {"cpu": 2 * FP32, "cuda": 4 * FP32}  # bytes of a weight as it is computed: on a GPU indices have 64 bits
-TASK = 256  # tokens taken for a question of a task, which nobody knows before it is tokenized
+TASK = 256  # tokens taken for a question of somebody's task, which nobody knows before it is tokenized
 INDEX = 1  # byte of an index in memory, where nobody has looked at the checkpoint yet
 
 
@@ -36,10 +37,18 @@ def evaluation(jobs: list[Job], config: Config, shapes: Shapes, machine: Machine
     if measures_rows(config):
         yield [*held, *_rows(config, larger, shapes, machine)]
     if settings.tasks:  # whose harness takes logits and their logarithms at all positions
-        logits = 2 * dtype * machine.micro_batch * TASK * shapes.vocabulary
+        logits = 2 * dtype * _asked(settings, machine) * shapes.vocabulary
         yield [*held, Part("logits of a task's questions", logits, "instance.micro_batch", least=False)]
     if settings.answers:
         yield [*held, *_answers(config, larger, machine)]
+
+
+def _asked(settings: EvaluateConfig, machine: Machine) -> int:
+    """Tokens of the questions of tasks that are read at once; those of the package's own tasks are short and few."""
+    ours = local.choices(settings.tasks, settings.examples)
+    if ours is None:
+        return machine.micro_batch * TASK
+    return min(machine.micro_batch, ours) * LONGEST * (1 + (settings.fewshot or 0))
 
 
 def measures_rows(config: Config) -> bool:

@@ -56,3 +56,9 @@ def test_a_program_tells_right_from_wrong(check, value, right, wrong):
 def test_names_stand_for_files_that_are_there():
     assert [local.files_of(name) for name in local.NAMES] == [[file] for file in local.files_of("local")]
     assert local.files_of("arc_easy") == ["arc_easy"]
+
+
+def test_answers_to_weigh_are_those_of_the_rows_that_are_asked():
+    assert local.choices(["local"]) == sum(len(row["choices"]) for name in ("cloze", "choice") for row in rows(name))
+    assert local.choices(["local_cloze", "local_cloze"], 3) == 12 and local.choices(["local_instructions"]) == 0
+    assert local.choices(["local_cloze", "winogrande"]) is None

@@ -97,9 +97,7 @@ def test_models_are_scored_side_by_side(launch, outputs, task, rows, teacher):
 
 
 @pytest.mark.parametrize("fewshot", [0, 2])
-def test_a_chat_has_the_figures_of_the_harnesss_own_command_line(
-    folder, task, teacher, monkeypatch, tmp_path, fewshot
-):
+def test_a_chat_has_the_figures_of_the_harnesss_own_command_line(folder, task, teacher, monkeypatch, tmp_path, fewshot):
     from lm_eval.__main__ import cli_evaluate
     from lm_eval.tasks import TaskManager
 

@@ -283,3 +283,23 @@ def test_a_configuration_may_say_something_else_of_each_layer():
         shapes, looked_at = Shapes.of(nn.Linear(2, 3), config), looked_at + 1
         assert shapes.weights == 9 and min(shapes.hidden, shapes.inner, shapes.depth, shapes.remembered) >= 0
     assert looked_at > 150
+
+
+def test_the_packages_own_tasks_ask_less_than_a_micro_batch(config, large):
+    """320 answers to weigh, however many rows there is room for; of a task of others nobody knows how many."""
+    model, shape = large
+
+    def logits(tasks, **others):
+        evaluate = replace(config.evaluate, tasks=tasks, **others)
+        asking = replace(config, stage=Stage.evaluate, evaluate=evaluate)
+        (found,) = (
+            part.bytes
+            for _, parts in footprint.phases(asking, Shapes.of(model, shape), [], replace(tiny.FP32, micro_batch=512))
+            for part in parts
+            if part.what.startswith("logits of a task")
+        )
+        return found / (2 * 4 * shape.vocab_size)
+
+    assert logits(["local"]) == 320 * 64
+    assert logits(["local_cloze"], examples=5, fewshot=2) == 20 * 64 * 3
+    assert logits(["local", "arc_easy"]) == logits(["local.yaml"]) == 512 * 256
