@@ -40,6 +40,10 @@ settings.load_profile("steady")
 
 gc.disable()  # while modules are imported and tests collected, of which nothing is garbage
 
+# What some tests make for all that follow in their file takes seconds. These come first, as a worker that has done its
+# share takes over the last tests of another, and would make it anew.
+TOGETHER = ("test_pipeline.py", "test_ranks.py", "test_smollm2.py")
+
 _kept = 0  # modules that were there when their objects were taken out of the collector's sight
 _coarse: list[int] = []  # among how many places a codebook's boundaries are sought elsewhere, once that is changed here
 
@@ -47,6 +51,12 @@ _coarse: list[int] = []  # among how many places a codebook's boundaries are sou
 def pytest_configure(config: pytest.Config) -> None:
     """Every run of pytest notes how long tests take, for `make quick`."""
     config.pluginmanager.register(quick.Seconds(config))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests of one file that share much are run by one worker; `make quick` has an order of its own."""
+    if quick.UNTIL not in os.environ:
+        items.sort(key=lambda item: item.path.name not in TOGETHER)
 
 
 def pytest_collection_finish() -> None:

@@ -32,7 +32,7 @@ def make_cache(outputs: str, text: str, environment: dict[str, str] | None = Non
 
 
 def make_answers(outputs: str, prompts: str) -> None:
-    """Documents that the tiny teacher writes, four prompts at a time."""
+    """Documents that the tiny teacher writes, four texts a batch in two rows."""
     import torch
 
     from qat.config import DataConfig, DataSource
@@ -42,7 +42,7 @@ def make_answers(outputs: str, prompts: str) -> None:
     from tests import tiny
 
     prepare(outputs)
-    rows.PROMPTS_AT_ONCE = {"cpu": 4}
+    rows.PROMPTS_AT_ONCE, rows.TEXTS_A_ROW = {"cpu": 2}, 2
     machine, folder = Machine(torch.device("cpu"), torch.float32, 3), Path(outputs)
     data = DataConfig(name="prompts", source=DataSource.selfgen, path=prompts, answer_tokens=6, eval_fraction=0.25)
     obtain_documents(data, tiny.teacher_in(folder), 0, machine, folder)

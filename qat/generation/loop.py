@@ -60,10 +60,11 @@ class Sampling:
 def bytes_a_row(
     config: PreTrainedConfig, longest: int, sampling: Sampling, dtype: torch.dtype, logits: int = LOGITS_HELD
 ) -> int:
-    """Memory for a row while it is written: keys and values of its positions, and copies of its logits."""
+    """Memory for a row while it is written: keys and values of its positions, its texts, and copies of its logits."""
     text = config.get_text_config()
     held = elements(text) * _positions(longest, sampling) * dtype.itemsize
-    return held + 4 * logits * int(text.vocab_size)
+    texts = TEXTS_A_ROW * sampling.tokens * (torch.float32.itemsize + torch.int32.itemsize)
+    return held + texts + 4 * logits * int(text.vocab_size)
 
 
 def _positions(longest: int, sampling: Sampling) -> int:

@@ -6,7 +6,7 @@ import pytest
 
 from tests import launching, making
 
-PROMPTS = 120  # four of which are answered at once
+PROMPTS = 120  # four of which are a batch
 KILLS = 2
 
 

@@ -140,7 +140,7 @@ def test_the_line_of_a_log_has_no_more_columns_than_a_screen(model, shape, free,
 
 
 def test_text_is_planned_with_the_rows_that_it_is_written_with(model, shape, free):
-    """By hand: of a GPU of 150 GB a quarter, in rows of keys, values and four copies of logits."""
+    """By hand: of a GPU of 150 GB a quarter, in rows of keys, values, four texts and copies of logits."""
     free(300 * GB, 140 * GB)
     config = configured("data=tokens", "data.documents=20000", "data.answer_tokens=126", stage=Stage.cache)
     shapes = Shapes.of(model, shape)
@@ -151,7 +151,7 @@ def test_text_is_planned_with_the_rows_that_it_is_written_with(model, shape, fre
     assert planned == rows.batches(shape, H200, 20_000, 2, Sampling(126, 4, 1.0, (0,)))
     text, _ = [parts for name, parts in footprint.phases(config, shapes, [], H200) if name == "text"]
     held = sum(part.bytes for part in text if "rows more" in part.what or "of a row" in part.what)
-    assert held == planned.rows * (128 * a_token + 2 * 4 * 151_936)
+    assert held == planned.rows * (128 * a_token + 4 * 126 * (4 + 4) + 2 * 4 * 151_936)
     assert sum(part.bytes for part in text if part.least) < 2 * shapes.weights + 0.2 * GB
 
 
