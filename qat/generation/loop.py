@@ -115,7 +115,12 @@ class Writer:
             prompts: token ids, at least one each; at most `TEXTS_A_ROW` prompts a row.
             seed: of what is drawn.
             advance: told how many tokens came; an answer that ends early counts as a whole one.
+
+        Raises:
+            ValueError: there are more prompts.
         """
+        if len(prompts) > self.nobody:
+            raise ValueError(f"{len(prompts)} prompts for {self.rows} rows, which take at most {self.nobody} in all")
         uniform_NA = drawn(self.sampling, len(prompts), seed)
         with self.turn(), self._on_stream():
             self._begin(uniform_NA)

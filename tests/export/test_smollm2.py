@@ -1,9 +1,5 @@
-"""SmolLM2 in the engines themselves: through their templates and ends it answers word for word what ours answers.
+"""SmolLM2 in the engines themselves: through their templates and ends it answers word for word what ours answers."""
 
-Its first layers alone: what they write is no sentence, and engines that agree on them agree on all, which are alike.
-"""
-
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,12 +8,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from qat.config import ExportConfig, ExportType, ModelConfig, ModelSource
+from qat.config import ExportConfig, ExportType
 from qat.conversion.convert import install
 from qat.evaluate.answers import settings_of
 from qat.export.gguf import FILE
 from qat.export.source import Source
-from qat.models import ModelFolder, locate
+from qat.models import ModelFolder
 from qat.quant.architectures import select
 from qat.quant.linear import baked
 from qat.quant.places import matrix
@@ -25,7 +21,6 @@ from tests import smollm2, tiny
 from tests.export import engines, llama
 from tests.export.llama import served
 
-LAYERS = 8  # of 30
 TOKENS = 6
 NEAR = 0.3  # between logits that llama.cpp may rank otherwise, as it rounds what enters a product to 8 bits
 
@@ -46,13 +41,7 @@ class Answer:
 
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory) -> ModelFolder:
-    whole, folder = smollm2.folder(tmp_path_factory), tmp_path_factory.mktemp("cut") / "smollm2"
-    model = whole.load(torch.float32, tiny.CPU)
-    model.model.layers = model.model.layers[:LAYERS]
-    model.config.num_hidden_layers = LAYERS
-    shutil.copytree(whole.path, folder, ignore=shutil.ignore_patterns("*.safetensors*"))
-    model.save_pretrained(folder)
-    return locate(ModelConfig(name="local", source=ModelSource.folder, path=str(folder)), folder.parent / "artifacts")
+    return smollm2.folder(tmp_path_factory)
 
 
 @pytest.fixture(scope="module")

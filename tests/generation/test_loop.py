@@ -82,6 +82,11 @@ def test_texts_are_the_same_in_however_few_rows(model):
     ]
 
 
+def test_more_texts_than_there_is_room_for_are_refused(model):
+    with pytest.raises(ValueError, match="9 prompts for 2 rows, which take at most 8"):
+        write(model, PROMPTS[:1] * 9, rows=2)
+
+
 def test_empty_rows_are_filled_and_do_not_look_back(model):
     writer, steps = Writer(model, replace(GREEDY, greedy=0, ends=tuple(range(0, 512, 8))), 4, 31), []
 
